@@ -1,0 +1,243 @@
+// The few vector operations that the kernels are written in, at the native width of the instruction set this file is compiled
+// for. Plain arithmetic uses the compilers' vector extension; what it cannot say (fused multiply-add, conversion to 64-bit
+// integers, compression) is spelled out per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fc::simd {
+
+#if defined(__AVX512F__)
+inline constexpr int kBytes = 64;
+inline constexpr int kTileRows = 12;  // 12 x 2 accumulators of the 32 registers
+#elif defined(__AVX2__)
+inline constexpr int kBytes = 32;
+inline constexpr int kTileRows = 6;  // 6 x 2 of 16
+#elif defined(__aarch64__)
+inline constexpr int kBytes = 16;
+inline constexpr int kTileRows = 8;  // 8 x 2 of 32
+#else
+inline constexpr int kBytes = 16;
+inline constexpr int kTileRows = 4;  // 4 x 2 of 16
+#endif
+
+template <class T>
+struct Types;
+template <>
+struct Types<float> {
+  typedef float V __attribute__((vector_size(kBytes)));
+  typedef int32_t I __attribute__((vector_size(kBytes)));
+};
+template <>
+struct Types<double> {
+  typedef double V __attribute__((vector_size(kBytes)));
+  typedef int64_t I __attribute__((vector_size(kBytes)));
+};
+
+template <class T>
+using Vec = typename Types<T>::V;
+typedef int64_t Fixed __attribute__((vector_size(kBytes)));  // lanes of a 64-bit fixed-point sum
+
+template <class T>
+inline constexpr int kWidth = kBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
+
+template <class T>
+inline Vec<T> abs(Vec<T> v) {
+  using I = typename Types<T>::I;
+  using S = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const I mask = I{} + static_cast<S>(sizeof(T) == 4 ? INT32_MAX : INT64_MAX);
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<I>(v) & mask);
+}
+
+// a * b + c with one rounding where the instruction exists, two (SSE4.2) where it does not.
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else
+    return (Vec<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else
+    return (Vec<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  else
+    return (Vec<T>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// The positive part; NaN does not occur (inputs are checked to be finite).
+template <class T>
+inline Vec<T> positive_part(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_max_ps((__m512)v, _mm512_setzero_ps());
+  else
+    return (Vec<T>)_mm512_max_pd((__m512d)v, _mm512_setzero_pd());
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_max_ps((__m256)v, _mm256_setzero_ps());
+  else
+    return (Vec<T>)_mm256_max_pd((__m256d)v, _mm256_setzero_pd());
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm_max_ps((__m128)v, _mm_setzero_ps());
+  else
+    return (Vec<T>)_mm_max_pd((__m128d)v, _mm_setzero_pd());
+#else
+  const Vec<T> zero{};
+  return v > zero ? v : zero;
+#endif
+}
+
+// Bit i is set where a[i] > b[i].
+template <class T>
+inline uint32_t greater_mask(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+  else
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
+  else
+    return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4)
+    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)));
+  else
+    return static_cast<uint32_t>(_mm_movemask_pd(_mm_cmpgt_pd((__m128d)a, (__m128d)b)));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kWidth<T>; ++i) mask |= static_cast<uint32_t>(a[i] > b[i]) << i;
+  return mask;
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// AVX2 has no conversion to 64-bit integers: shift the significand by the exponent. Shift counts of 64 and above (a negative
+// count seen as unsigned is one) give 0, which is what both a vanishing value and the unused direction need. t >= 0, t < 2^63.
+inline __m256i truncate_to_fixed(__m256i significand, __m256i shift) {
+  return _mm256_or_si256(_mm256_sllv_epi64(significand, shift),
+                         _mm256_srlv_epi64(significand, _mm256_sub_epi64(_mm256_setzero_si256(), shift)));
+}
+inline __m256i float_bits_to_fixed(__m256i bits) {
+  const __m256i significand =
+      _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi64x((1LL << 23) - 1)), _mm256_set1_epi64x(1LL << 23));
+  return truncate_to_fixed(significand, _mm256_sub_epi64(_mm256_srli_epi64(bits, 23), _mm256_set1_epi64x(150)));
+}
+#endif
+
+// Adds trunc(t) of every lane, t >= 0, into the lanes of a 64-bit sum. Which lane a value lands in is free: only the total of
+// all lanes is ever read, and integer addition does not round.
+inline void accumulate(Fixed& sum, Vec<float> t) {
+#if defined(__AVX512F__)
+  const __m512 v = (__m512)t;
+  sum += (Fixed)_mm512_cvttps_epi64(_mm512_castps512_ps256(v));
+  sum += (Fixed)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(v, 1));
+#elif defined(__AVX2__)
+  const __m256i bits = (__m256i)t;
+  sum += (Fixed)float_bits_to_fixed(_mm256_cvtepu32_epi64(_mm256_castsi256_si128(bits)));
+  sum += (Fixed)float_bits_to_fixed(_mm256_cvtepu32_epi64(_mm256_extracti128_si256(bits, 1)));
+#elif defined(__aarch64__)
+  const float32x4_t v = (float32x4_t)t;
+  sum += (Fixed)vcvtq_s64_f64(vcvt_f64_f32(vget_low_f32(v)));
+  sum += (Fixed)vcvtq_s64_f64(vcvt_high_f64_f32(v));
+#else
+  sum[0] += static_cast<int64_t>(t[0]) + static_cast<int64_t>(t[2]);
+  sum[1] += static_cast<int64_t>(t[1]) + static_cast<int64_t>(t[3]);
+#endif
+}
+
+inline void accumulate(Fixed& sum, Vec<double> t) {
+#if defined(__AVX512F__)
+  sum += (Fixed)_mm512_cvttpd_epi64((__m512d)t);
+#elif defined(__AVX2__)
+  const __m256i bits = (__m256i)t;
+  const __m256i significand =
+      _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi64x((1LL << 52) - 1)), _mm256_set1_epi64x(1LL << 52));
+  sum += (Fixed)truncate_to_fixed(significand, _mm256_sub_epi64(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(1075)));
+#elif defined(__aarch64__)
+  sum += (Fixed)vcvtq_s64_f64((float64x2_t)t);
+#else
+  sum[0] += static_cast<int64_t>(t[0]);
+  sum[1] += static_cast<int64_t>(t[1]);
+#endif
+}
+
+inline int64_t total(Fixed sum) {
+  int64_t result = 0;
+  for (int i = 0; i < kBytes / 8; ++i) result += sum[i];
+  return result;
+}
+
+// Appends (first + i, v[i]) for every set bit i of `mask` at position `count` of the two arrays and returns the new count. The
+// arrays need kWidth<T> spare places behind `count`: whole vectors are written.
+template <class T>
+inline int64_t append(uint32_t* index, T* value, int64_t count, uint32_t mask, uint32_t first, Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i lanes = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                                           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), lanes));
+    _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)v));
+    return count + __builtin_popcount(mask);
+  }
+#endif
+  for (; mask != 0; mask &= mask - 1) {
+    const int lane = __builtin_ctz(mask);
+    index[count] = first + static_cast<uint32_t>(lane);
+    value[count] = v[lane];
+    ++count;
+  }
+  return count;
+}
+
+// table[index[i]] for kWidth<T> indices, each below 2^31.
+template <class T>
+inline Vec<T> gather(const T* table, const uint32_t* index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_i32gather_ps(_mm512_loadu_si512(index), table, 4);
+  else
+    return (Vec<T>)_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), table, 8);
+#else
+  Vec<T> v{};
+  for (int i = 0; i < kWidth<T>; ++i) v[i] = table[index[i]];
+  return v;
+#endif
+}
+
+}  // namespace fc::simd

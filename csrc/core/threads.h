@@ -1,0 +1,166 @@
+// A team of threads that lives as long as the object that needs it.
+//
+// Why not one pool for the process: a fork (PyTorch's DataLoader workers) would leave the child with a pool whose threads are
+// gone. Threads start on the first parallel region, so small problems never pay for them.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fc {
+
+// Thrown out of a parallel region when the caller's poll asks to stop (Ctrl-C).
+struct Cancelled : std::exception {
+  const char* what() const noexcept override { return "cancelled"; }
+};
+
+class ThreadTeam {
+ public:
+  // `poll` is called on the calling thread, about every 50 ms of work; returning true cancels the region.
+  explicit ThreadTeam(int n_threads, std::function<bool()> poll = nullptr)
+      : size_(n_threads < 1 ? 1 : n_threads), poll_(std::move(poll)) {}
+
+  ThreadTeam(const ThreadTeam&) = delete;
+  ThreadTeam& operator=(const ThreadTeam&) = delete;
+
+  ~ThreadTeam() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      quit_ = true;
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
+  int size() const { return size_; }
+
+  void set_poll(std::function<bool()> poll) { poll_ = std::move(poll); }
+
+  // Throws Cancelled if the caller's poll asks to stop. For serial stretches between regions.
+  void check() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_poll_ < std::chrono::milliseconds(50)) return;
+    last_poll_ = now;
+    if (poll_ && poll_()) throw Cancelled();
+  }
+
+  // fn(thread, begin, end) over [0, n) in chunks handed out in order as threads become free. Which thread gets which chunk is
+  // not fixed, so results must not depend on it: integer sums and disjoint writes do not.
+  template <class Fn>
+  void parallel_for(int64_t n, int64_t chunk, Fn&& fn) {
+    if (n <= 0) return;
+    if (chunk < 1) chunk = 1;
+    const int64_t chunks = (n + chunk - 1) / chunk;
+    if (size_ == 1 || chunks == 1) {
+      for (int64_t begin = 0; begin < n; begin += chunk) {
+        fn(0, begin, begin + chunk < n ? begin + chunk : n);
+        check();
+      }
+      return;
+    }
+    next_.store(0, std::memory_order_relaxed);
+    stop_.store(false, std::memory_order_relaxed);
+    std::exception_ptr error;
+    std::mutex error_mutex;
+    auto body = [&](int thread) {
+      try {
+        while (!stop_.load(std::memory_order_relaxed)) {
+          const int64_t begin = next_.fetch_add(1, std::memory_order_relaxed) * chunk;
+          if (begin >= n) break;
+          fn(thread, begin, begin + chunk < n ? begin + chunk : n);
+          if (thread == 0) check();
+        }
+      } catch (...) {
+        stop_.store(true, std::memory_order_relaxed);
+        std::lock_guard<std::mutex> lock(error_mutex);
+        if (!error) error = std::current_exception();
+      }
+    };
+    run(body);
+    if (error) std::rethrow_exception(error);
+  }
+
+ private:
+  void run(const std::function<void(int)>& body) {
+    start();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      body_ = &body;
+      running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    body(0);
+    spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return running_.load(std::memory_order_acquire) == 0; });
+    body_ = nullptr;
+  }
+
+  void start() {
+    if (!workers_.empty()) return;
+    workers_.reserve(size_ - 1);
+    for (int i = 1; i < size_; ++i) workers_.emplace_back([this, i] { work(i); });
+  }
+
+  void work(int thread) {
+    uint64_t seen = 0;
+    while (true) {
+      spin_until([&] { return generation_.load(std::memory_order_acquire) != seen; });
+      const std::function<void(int)>* body;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+        if (quit_) return;
+        seen = generation_.load(std::memory_order_acquire);
+        body = body_;
+      }
+      (*body)(thread);
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        running_.fetch_sub(1, std::memory_order_release);
+      }
+      done_.notify_one();
+    }
+  }
+
+  // A short spin before sleeping: regions follow each other within microseconds inside a greedy loop.
+  template <class Done>
+  static void spin_until(Done done) {
+    for (int i = 0; i < 2000 && !done(); ++i) {
+#if defined(__x86_64__)
+      _mm_pause();
+#else
+      std::this_thread::yield();
+#endif
+    }
+  }
+
+  const int size_;
+  std::function<bool()> poll_;
+  std::chrono::steady_clock::time_point last_poll_ = std::chrono::steady_clock::now();
+  std::vector<std::thread> workers_;
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> running_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> stop_{false};
+  const std::function<void(int)>* body_ = nullptr;
+  bool quit_ = false;
+};
+
+}  // namespace fc

@@ -1,0 +1,71 @@
+// The one routine that every similarity and distance comes from.
+//
+// A pair's value is a chain over the features 0, 1, ..., d-1 with one accumulator,
+//   product   acc = fma(a_k, b_k, acc)          (dot, cosine)
+//   square    acc = fma(a_k - b_k, a_k - b_k, acc)   (sqeuclidean, euclidean)
+//   absolute  acc = acc + |a_k - b_k|           (l1)
+// restarted every kChain features, the partial results added in order. So it is the same bits in whatever tile or batch it is
+// computed, the same for (a, b) and (b, a), and its rounding error grows with the number of chains, not with d. A library matrix
+// product promises none of this. Distances are formed from differences: |a|^2 + |b|^2 - 2ab cancels for near points, and a
+// duplicate would not be at distance 0.
+//
+// Cost of a tile: kRows x kCols x d multiply-adds (l1: a subtraction, an and, an addition each) from registers, kCols * d + kRows * d
+// loads. Rejected: a blocked product with the k loop split outermost, which would write tiles to memory several times.
+#pragma once
+
+#include <cstdint>
+
+#include "core/simd.h"
+
+namespace fc {
+
+enum class Form { kProduct, kSquare, kAbsolute };
+
+template <class T>
+struct Tile {
+  static constexpr int kRows = simd::kTileRows;
+  static constexpr int kVectors = 2;
+  static constexpr int kCols = kVectors * simd::kWidth<T>;
+  static constexpr int kChain = 256;
+};
+
+// out [kRows, kCols] = the pairs' values; a [d, kRows] and b [d, kCols] are packed panels (see pack.h).
+template <class T, Form form, int kRowsUsed = Tile<T>::kRows>
+inline void tile(const T* __restrict a, const T* __restrict b, int64_t d, T* __restrict out) {
+  using V = simd::Vec<T>;
+  constexpr int kRows = Tile<T>::kRows, kVectors = Tile<T>::kVectors, kWidth = simd::kWidth<T>, kCols = Tile<T>::kCols;
+  for (int64_t begin = 0; begin == 0 || begin < d; begin += Tile<T>::kChain) {
+    const int64_t end = begin + Tile<T>::kChain < d ? begin + Tile<T>::kChain : d;
+    V acc[kRowsUsed][kVectors] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      V bk[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) bk[v] = simd::load(b + k * kCols + v * kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRowsUsed; ++r) {
+        const V ak = simd::broadcast(a[k * kRows + r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          if constexpr (form == Form::kProduct) {
+            acc[r][v] = simd::fma<T>(ak, bk[v], acc[r][v]);
+          } else if constexpr (form == Form::kSquare) {
+            const V t = ak - bk[v];
+            acc[r][v] = simd::fma<T>(t, t, acc[r][v]);
+          } else {
+            acc[r][v] = acc[r][v] + simd::abs<T>(ak - bk[v]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRowsUsed; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        T* place = out + r * kCols + v * kWidth;
+        simd::store(place, begin == 0 ? acc[r][v] : simd::load(place) + acc[r][v]);
+      }
+    }
+  }
+}
+
+}  // namespace fc
