@@ -1,0 +1,112 @@
+# Every target makes what it needs, .venv included; Python >= 3.10, make and a C++17 compiler are all it asks for.
+PYTHON ?= python3
+JOBS ?= 2
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# What the build itself runs. Installed in .venv, so that a rebuild is incremental and fetches nothing.
+BUILD_TOOLS := 'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.18' ninja
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python triton_kernels -name '*.py' -o -name '*.cpp' \
+             -o -name '*.h' -o -name '*.typed')
+CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+FAMILIES := $(patsubst benchmarks/%.py,%,$(filter $(patsubst %,benchmarks/%.py,facility_location pairwise simcore),\
+              $(wildcard benchmarks/*.py)))
+FAMILY ?= $(FAMILIES)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-cpp test-python test-aarch64 bench bench-compare lint format wheel clean compiler
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: export FLASHCORESET_CUDA := off
+demo: $(VENV)/.with-demo ## choose training images from real data: a table, and demo.png
+	$(BIN)/flashcoreset demo --out demo.png
+
+test: test-cpp test-python ## all tests: C++ (plain, address and thread sanitizers), then Python
+
+test-cpp: $(VENV)/.tools compiler ## the C++ tests alone, plain and under the sanitizers
+	$(call ctest,cpp,)
+	$(call ctest,cpp-asan,-DFLASHCORESET_SANITIZE=address$(comma)undefined)
+	$(call ctest,cpp-tsan,-DFLASHCORESET_SANITIZE=thread)
+
+test-python: $(VENV)/.with-test ## the Python tests alone; PYTEST_ARGS="-k simcore" narrows them
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-aarch64: $(VENV)/.tools ## the C++ tests for 64-bit Arm, under qemu-user
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
+	  echo "make test-aarch64 needs a cross compiler and an emulator: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(call ctest,cpp-aarch64,-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/tests/cpp/aarch64.cmake)
+
+bench: $(VENV)/.with-bench ## benchmarks beside the peers; FAMILY=pairwise runs one
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini $(FAMILY:%=benchmarks/%.py) $(BENCH_ARGS)
+
+bench-compare: $(VENV)/.with-bench ## benchmarks against another commit: BASE=commit [FAMILY=...]
+	@test -n "$(BASE)" || { echo "name the commit to compare with: make bench-compare BASE=HEAD~1" >&2; exit 2; }
+	@git rev-parse --verify --quiet '$(BASE)^{commit}' >/dev/null || { echo "BASE=$(BASE) is no commit here" >&2; exit 2; }
+	rm -rf build/base && mkdir -p build/base/source
+	git archive '$(BASE)' | tar -x -C build/base/source
+	$(PIP) install --quiet --no-build-isolation --no-deps --target build/base/site ./build/base/source
+	$(BIN)/python -m benchmarks.compare --base-site build/base/site --base-commit "$$(git rev-parse --short '$(BASE)')" $(FAMILY)
+
+lint: $(VENV)/.with-demo $(VENV)/.linters ## ruff, clang-format, mypy and typos; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+	$(BIN)/typos
+
+format: $(VENV)/.linters ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+wheel: $(VENV)/.tools compiler ## dist/: an sdist, and the wheel built from it
+	$(PIP) install --quiet -c constraints.txt build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
+
+clean: ## remove all that make made, .venv included
+	rm -rf $(VENV) build dist demo.png .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+comma := ,
+# $(call ctest,folder under build/,cmake options): configure, build and run tests/cpp
+define ctest
+PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cpp -B build/$(1) $(2)
+$(BIN)/cmake --build build/$(1) -j$(JOBS)
+$(BIN)/ctest --test-dir build/$(1) --output-on-failure
+endef
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "flashcoreset needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	       "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' comes without venv; on Debian and Ubuntu: apt install python3-venv python3-dev" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.made constraints.txt
+	$(PIP) install --quiet -c constraints.txt $(BUILD_TOOLS)
+	@touch $@
+
+$(VENV)/.linters: $(VENV)/.made constraints.txt
+	$(PIP) install --quiet -c constraints.txt ruff clang-format mypy typos
+	@touch $@
+
+# The package with one of its extras; torch is installed under the constraint, never unpinned.
+$(VENV)/.with-%: $(VENV)/.tools $(SOURCES) | compiler
+	@$(BIN)/python -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || { \
+	  echo "Python's C headers are missing; on Debian and Ubuntu: apt install python3-dev" >&2; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation '.[$*]'
+	@touch $@
+
+compiler:
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
+	  echo "no C++ compiler found; on Debian and Ubuntu: apt install g++ (or set CXX)" >&2; exit 1; }
