@@ -160,41 +160,50 @@ inline __m256i float_bits_to_fixed(__m256i bits) {
 }
 #endif
 
-// Adds trunc(t) of every lane, t >= 0, into the lanes of a 64-bit sum. Which lane a value lands in is free: only the total of
-// all lanes is ever read, and integer addition does not round.
-inline void accumulate(Fixed& sum, Vec<float> t) {
+// trunc(t) of every lane, t >= 0, as 64-bit integers in lane order: kParts vectors of them.
+template <class T>
+inline constexpr int kParts = 8 / static_cast<int>(sizeof(T));
+
+inline void to_fixed(Vec<float> t, Fixed (&part)[2]) {
 #if defined(__AVX512F__)
   const __m512 v = (__m512)t;
-  sum += (Fixed)_mm512_cvttps_epi64(_mm512_castps512_ps256(v));
-  sum += (Fixed)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(v, 1));
+  part[0] = (Fixed)_mm512_cvttps_epi64(_mm512_castps512_ps256(v));
+  part[1] = (Fixed)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(v, 1));
 #elif defined(__AVX2__)
   const __m256i bits = (__m256i)t;
-  sum += (Fixed)float_bits_to_fixed(_mm256_cvtepu32_epi64(_mm256_castsi256_si128(bits)));
-  sum += (Fixed)float_bits_to_fixed(_mm256_cvtepu32_epi64(_mm256_extracti128_si256(bits, 1)));
+  part[0] = (Fixed)float_bits_to_fixed(_mm256_cvtepu32_epi64(_mm256_castsi256_si128(bits)));
+  part[1] = (Fixed)float_bits_to_fixed(_mm256_cvtepu32_epi64(_mm256_extracti128_si256(bits, 1)));
 #elif defined(__aarch64__)
   const float32x4_t v = (float32x4_t)t;
-  sum += (Fixed)vcvtq_s64_f64(vcvt_f64_f32(vget_low_f32(v)));
-  sum += (Fixed)vcvtq_s64_f64(vcvt_high_f64_f32(v));
+  part[0] = (Fixed)vcvtq_s64_f64(vcvt_f64_f32(vget_low_f32(v)));
+  part[1] = (Fixed)vcvtq_s64_f64(vcvt_high_f64_f32(v));
 #else
-  sum[0] += static_cast<int64_t>(t[0]) + static_cast<int64_t>(t[2]);
-  sum[1] += static_cast<int64_t>(t[1]) + static_cast<int64_t>(t[3]);
+  part[0] = Fixed{static_cast<int64_t>(t[0]), static_cast<int64_t>(t[1])};
+  part[1] = Fixed{static_cast<int64_t>(t[2]), static_cast<int64_t>(t[3])};
 #endif
 }
 
-inline void accumulate(Fixed& sum, Vec<double> t) {
+inline void to_fixed(Vec<double> t, Fixed (&part)[1]) {
 #if defined(__AVX512F__)
-  sum += (Fixed)_mm512_cvttpd_epi64((__m512d)t);
+  part[0] = (Fixed)_mm512_cvttpd_epi64((__m512d)t);
 #elif defined(__AVX2__)
   const __m256i bits = (__m256i)t;
   const __m256i significand =
       _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi64x((1LL << 52) - 1)), _mm256_set1_epi64x(1LL << 52));
-  sum += (Fixed)truncate_to_fixed(significand, _mm256_sub_epi64(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(1075)));
+  part[0] = (Fixed)truncate_to_fixed(significand, _mm256_sub_epi64(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(1075)));
 #elif defined(__aarch64__)
-  sum += (Fixed)vcvtq_s64_f64((float64x2_t)t);
+  part[0] = (Fixed)vcvtq_s64_f64((float64x2_t)t);
 #else
-  sum[0] += static_cast<int64_t>(t[0]);
-  sum[1] += static_cast<int64_t>(t[1]);
+  part[0] = Fixed{static_cast<int64_t>(t[0]), static_cast<int64_t>(t[1])};
 #endif
+}
+
+// Adds trunc(t) of every lane, t >= 0, into a 64-bit sum spread over lanes: only the total of the lanes is read.
+template <class T>
+inline void accumulate(Fixed& sum, Vec<T> t) {
+  Fixed part[kParts<T>];
+  to_fixed(t, part);
+  for (int i = 0; i < kParts<T>; ++i) sum += part[i];
 }
 
 inline int64_t total(Fixed sum) {
@@ -203,18 +212,32 @@ inline int64_t total(Fixed sum) {
   return result;
 }
 
+#if defined(__AVX512F__)
+using Indices = __m512i;
+inline Indices load_indices(const uint32_t* p) { return _mm512_loadu_si512(p); }
+inline Indices count_up(uint32_t first) {
+  return _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+
+// table[index] of 16 indices below 2^31.
+inline Vec<float> gather(const float* table, Indices index) { return (Vec<float>)_mm512_i32gather_ps(index, table, 4); }
+
+// Writes the pairs (index[i], v[i]) of every set bit i of `mask` from position `count` on and returns the new count. Whole
+// vectors are written. Compression goes through a register: to memory it is microcoded on some processors.
+inline int64_t compress(uint32_t* index, float* value, int64_t count, uint32_t mask, Indices lanes, Vec<float> v) {
+  _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), lanes));
+  _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)v));
+  return count + __builtin_popcount(mask);
+}
+#endif
+
 // Appends (first + i, v[i]) for every set bit i of `mask` at position `count` of the two arrays and returns the new count. The
-// arrays need kWidth<T> spare places behind `count`: whole vectors are written.
+// arrays need kWidth<T> spare places behind `count`.
 template <class T>
 inline int64_t append(uint32_t* index, T* value, int64_t count, uint32_t mask, uint32_t first, Vec<T> v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const __m512i lanes = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
-                                           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), lanes));
-    _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)v));
-    return count + __builtin_popcount(mask);
-  }
+  if constexpr (sizeof(T) == 4) return compress(index, value, count, mask, count_up(first), v);
 #endif
   for (; mask != 0; mask &= mask - 1) {
     const int lane = __builtin_ctz(mask);
@@ -223,21 +246,6 @@ inline int64_t append(uint32_t* index, T* value, int64_t count, uint32_t mask, u
     ++count;
   }
   return count;
-}
-
-// table[index[i]] for kWidth<T> indices, each below 2^31.
-template <class T>
-inline Vec<T> gather(const T* table, const uint32_t* index) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return (Vec<T>)_mm512_i32gather_ps(_mm512_loadu_si512(index), table, 4);
-  else
-    return (Vec<T>)_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), table, 8);
-#else
-  Vec<T> v{};
-  for (int i = 0; i < kWidth<T>; ++i) v[i] = table[index[i]];
-  return v;
-#endif
 }
 
 }  // namespace fc::simd

@@ -1,0 +1,466 @@
+// Greedy facility location without the n x m matrix.
+//
+// Every gain is an exact 64-bit integer (see similarity_source.h), so everything below only decides which gains are computed
+// when: the picks are those of the plain greedy algorithm, bit for bit, whatever the number of threads or the memory.
+//
+//   lazy        Gains only fall as picks are made, so an old gain bounds the new one. A heap holds the bounds; candidates are
+//               evaluated from its top, a batch at a time, until the best fresh gain beats every bound left.
+//   sweeps      In the first picks the bounds are so loose that a large part of all candidates would be evaluated. When the
+//               candidates above the best fresh gain cost more than bringing everybody up to date, all gains are corrected
+//               for just the clients whose best similarity changed since the last sweep; and where clients and candidates are the
+//               same points, the full sweep needs half of the products. So a pick never costs more than 0.6 n evaluations, nor
+//               much more than n times the share of clients it changed.
+//   live pairs  Once few pairs can still win anything, a candidate's evaluation leaves behind the list of its live pairs,
+//               and later evaluations read that list (live_lists.h).
+//   matrix      If the whole matrix fits the memory budget it is computed once (half of it, mirrored, for self clients).
+//
+// Cost on clustered points (n = 100,000, 100 clusters, k = 1,000): see benchmarks/. Rejected: partial sums by client block, which need
+// n x blocks numbers and save less than correcting for the changed clients.
+#include "cpu/facility_location.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "core/threads.h"
+#include "cpu/live_lists.h"
+#include "cpu/similarity_source.h"
+
+namespace fc {
+namespace {
+
+// A candidate with an upper bound of its gain. Better: larger bound, then lower index.
+struct Entry {
+  int64_t bound, candidate;
+  bool better_than(const Entry& other) const {
+    return bound != other.bound ? bound > other.bound : candidate < other.candidate;
+  }
+};
+
+class Heap {
+ public:
+  bool empty() const { return entries_.empty(); }
+  const Entry& top() const { return entries_.front(); }
+  void clear() { entries_.clear(); }
+  void append_unordered(Entry e) { entries_.push_back(e); }
+  void order() { std::make_heap(entries_.begin(), entries_.end(), worse); }
+  void push(Entry e) {
+    entries_.push_back(e);
+    std::push_heap(entries_.begin(), entries_.end(), worse);
+  }
+  Entry pop() {
+    std::pop_heap(entries_.begin(), entries_.end(), worse);
+    const Entry e = entries_.back();
+    entries_.pop_back();
+    return e;
+  }
+
+ private:
+  static bool worse(const Entry& a, const Entry& b) { return b.better_than(a); }
+  std::vector<Entry> entries_;
+};
+
+template <class T>
+class Greedy final : public FacilityLocation {
+ public:
+  Greedy(std::unique_ptr<Source<T>> source, PointSource<T>* points, bool distance, GreedyOptions options)
+      : source_(std::move(source)),
+        points_(points),
+        floor_(distance ? static_cast<T>(-options.offset) : T(0)),
+        preselected_(std::move(options.preselected)),
+        self_clients_(options.self_clients),
+        memory_budget_(options.memory_budget),
+        weights_(std::move(options.weights)),
+        team_(options.threads, std::move(options.poll)),
+        chosen_(source_->candidates(), 0) {
+    for (const int64_t j : preselected_) chosen_[j] = 1;
+  }
+
+  int64_t candidates() const override { return source_->candidates(); }
+  int64_t clients() const override { return source_->clients(); }
+  int64_t picks() const override { return static_cast<int64_t>(picked_.size()); }
+  bool is_open(int64_t candidate) const override { return !chosen_[candidate]; }
+  GreedyStats stats() const override { return stats_; }
+
+  int64_t step(int64_t count, bool naive) override {
+    prepare();
+    for (; count > 0 && left() > 0; --count) {
+      team_.check();
+      commit(naive ? best_of_all() : best_lazily());
+    }
+    return picks();
+  }
+
+  int64_t step_among(const int64_t* candidates, int64_t count) override {
+    prepare();
+    team_.check();
+    Heap sample;
+    for (int64_t i = 0; i < count; ++i) sample.append_unordered({bound_[candidates[i]], candidates[i]});
+    sample.order();
+    heap_valid_ = false;  // it holds bounds that this pick improves
+    commit(select(sample, nullptr));
+    return picks();
+  }
+
+  double finish(int64_t* indices, double* gains, double* weights, int64_t* assignment) override {
+    prepare();
+    const int64_t m = clients();
+    std::copy(picked_.begin(), picked_.end(), indices);
+    for (int64_t p = 0; p < picks(); ++p) gains[p] = static_cast<double>(gain_[p]) / scale_;
+    std::copy_n(owner_.data(), m, assignment);
+    if (self_clients_) {
+      for (int64_t p = 0; p < picks(); ++p) {
+        if (serves_itself_[p]) assignment[picked_[p]] = p;
+      }
+    }
+    std::fill_n(weights, picks(), 0.0);
+    double objective = 0;
+    for (int64_t i = 0; i < m; ++i) {
+      const double w = weights_.empty() ? 1.0 : weights_[i];
+      if (assignment[i] >= 0) weights[assignment[i]] += w;
+      objective += w * (static_cast<double>(cover_.best[i]) - static_cast<double>(floor_));
+    }
+    return objective;
+  }
+
+ private:
+  static constexpr int64_t kNever = -1;
+
+  int64_t left() const { return candidates() - static_cast<int64_t>(preselected_.size()) - picks(); }
+
+  // Everything up to the first pick. Runs once; after an exception, again.
+  void prepare() {
+    if (prepared_) return;
+    const int64_t n = candidates(), m = clients();
+    const double bound = source_->prepare(weights_, team_);
+    scale_ = 1;
+    if (bound > 0) {
+      const double heaviest = weights_.empty() ? 1.0 : *std::max_element(weights_.begin(), weights_.end());
+      const int room = 61 - static_cast<int>(std::ceil(std::log2(bound))), most = 100 - static_cast<int>(std::ceil(std::log2(heaviest)));
+      scale_ = std::ldexp(1.0, std::min(room, most));
+    }
+    cover_ = Cover<T>(m, floor_);
+    for (int64_t i = 0; i < m; ++i) cover_.weight[i] = static_cast<T>((weights_.empty() ? 1.0 : weights_[i]) * scale_);
+    owner_ = Buffer<int64_t>(m, int64_t{-1});
+    row_ = Buffer<T>(round_up(m, Tile<T>::kCols) * source_->sample_rows());
+    for (const int64_t j : preselected_) cover_with(j, -1);
+    if (!preselected_.empty()) {
+      before_ = Buffer<T>(m);
+      std::copy_n(cover_.best.data(), m, before_.data());
+    }
+    int64_t list_bytes = memory_budget_;
+    const int64_t matrix_bytes = m > 0 && n > INT64_MAX / static_cast<int64_t>(sizeof(T)) / m ? INT64_MAX : n * m * static_cast<int64_t>(sizeof(T));
+    if (points_ && matrix_bytes <= memory_budget_) {
+      auto matrix = std::make_unique<MatrixSource<T>>(points_->matrix(team_, stats_), n, m);
+      points_ = nullptr;
+      source_ = std::move(matrix);
+      row_ = Buffer<T>(m * source_->sample_rows());
+      list_bytes -= matrix_bytes;
+    }
+    lists_ = std::make_unique<LiveLists<T>>(n, m, list_bytes);
+    bound_ = Buffer<int64_t>(n, INT64_MAX);
+    stamp_ = Buffer<int64_t>(n, kNever);
+    prepared_ = true;
+  }
+
+  bool fresh(int64_t j) const { return stamp_[j] == picks() || bound_[j] == 0; }
+
+  void set_gain(int64_t j, int64_t gain) {
+    bound_[j] = gain;
+    stamp_[j] = picks();
+  }
+
+  // ------------------------------------------------------------------------------------------------------------ choosing
+
+  Entry best_of_all() {
+    std::vector<int64_t> open;
+    for (int64_t j = 0; j < candidates(); ++j) {
+      if (!chosen_[j]) open.push_back(j);
+    }
+    std::vector<int64_t> gains(open.size());
+    source_->evaluate(open.data(), static_cast<int64_t>(open.size()), cover_, nullptr, gains.data(), team_, stats_);
+    stats_.evaluations += static_cast<int64_t>(open.size());
+    heap_valid_ = false;
+    Entry best{-1, INT64_MAX};
+    for (size_t i = 0; i < open.size(); ++i) {
+      set_gain(open[i], gains[i]);
+      if (const Entry e{gains[i], open[i]}; e.better_than(best)) best = e;
+    }
+    return best;
+  }
+
+  Entry best_lazily() {
+    if (swept_at_ == kNever) sweep();
+    if (!heap_valid_) rebuild_heap();
+    heap_valid_ = false;  // until the candidates taken off it are back
+    std::vector<int64_t> taken;
+    const Entry best = select(heap_, &taken);
+    for (const int64_t j : taken) {
+      if (j != best.candidate) heap_.push({bound_[j], j});
+    }
+    heap_valid_ = true;
+    return best;
+  }
+
+  void rebuild_heap() {
+    heap_.clear();
+    for (int64_t j = 0; j < candidates(); ++j) {
+      if (!chosen_[j]) heap_.append_unordered({bound_[j], j});
+    }
+    heap_.order();
+    heap_valid_ = true;
+  }
+
+  // Takes candidates off the heap until the best of them has a fresh gain that beats every bound left on it. With `taken`, the
+  // heap holds all open candidates: their names are noted there, more may be evaluated than this pick needs, or all brought up to date.
+  Entry select(Heap& heap, std::vector<int64_t>* taken) {
+    if (!listing_) consider_listing();
+    Entry best{-1, INT64_MAX};
+    std::vector<int64_t> batch;
+    int64_t size = listing_ ? 16 : std::max<int64_t>(8, source_->batch(team_) / 2);
+    for (bool first = true;; first = false) {
+      batch.clear();
+      while (!heap.empty() && static_cast<int64_t>(batch.size()) < size && heap.top().better_than(best)) {
+        const Entry e = heap.pop();
+        if (taken) taken->push_back(e.candidate);
+        if (fresh(e.candidate)) {
+          best = {bound_[e.candidate], e.candidate};
+        } else {
+          batch.push_back(e.candidate);
+        }
+      }
+      if (batch.empty()) return best;
+      if (taken && listing_) fill_up(heap, batch, *taken);
+      evaluate(batch);
+      for (const int64_t j : batch) {
+        if (const Entry e{bound_[j], j}; e.better_than(best)) best = e;
+      }
+      if (first && taken && sweep_pays(best)) {
+        sweep();
+        taken->clear();
+        rebuild_heap();
+        const Entry top = heap.pop();
+        taken->push_back(top.candidate);
+        return top;
+      }
+      size = std::min<int64_t>(2 * size, 1024);
+    }
+  }
+
+  // A source that wants large batches gets further candidates without a list: they would come up within a few picks.
+  void fill_up(Heap& heap, std::vector<int64_t>& batch, std::vector<int64_t>& taken) {
+    int64_t without = 0;
+    for (const int64_t j : batch) without += !lists_->has(j);
+    if (without == 0 || lists_full_until_ > picks()) return;
+    const int64_t wanted = source_->batch(team_);
+    std::vector<Entry> passed;
+    for (int64_t tries = 4 * wanted; without < wanted && tries > 0 && !heap.empty() && heap.top().bound > 0; --tries) {
+      const Entry e = heap.pop();
+      if (fresh(e.candidate) || lists_->has(e.candidate)) {
+        passed.push_back(e);
+        continue;
+      }
+      taken.push_back(e.candidate);
+      batch.push_back(e.candidate);
+      ++without;
+    }
+    for (const Entry& e : passed) heap.push(e);
+  }
+
+  // Fresh gains for a batch, from lists where there are some.
+  void evaluate(const std::vector<int64_t>& batch) {
+    std::vector<int64_t> listed, others;
+    int64_t length = 0;
+    for (const int64_t j : batch) {
+      (lists_->has(j) ? listed : others).push_back(j);
+      length += lists_->length(j);
+    }
+    // Below some ten microseconds of work another thread is not worth waking.
+    const int64_t chunk = length < 40000 ? static_cast<int64_t>(listed.size()) : 8;
+    team_.parallel_for(static_cast<int64_t>(listed.size()), chunk, [&](int, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        set_gain(listed[i], lists_->evaluate(listed[i], cover_.best.data(), cover_.weight.data()));
+      }
+    });
+    stats_.list_reads += length;
+    stats_.evaluations += static_cast<int64_t>(batch.size());
+    if (others.empty()) return;
+    const bool store = listing_ && picks() >= lists_full_until_;
+    std::vector<int64_t> gains(others.size());
+    source_->evaluate(others.data(), static_cast<int64_t>(others.size()), cover_, store ? lists_.get() : nullptr, gains.data(), team_, stats_);
+    for (size_t i = 0; i < others.size(); ++i) set_gain(others[i], gains[i]);
+    if (store && lists_->take_overflow() && lists_->compact() < 0.2) {
+      // Lists shrink as picks are made: try again when there are a fifth more.
+      lists_full_until_ = picks() + picks() / 5 + 1;
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------------------ sweeps
+
+  // Whether evaluating every candidate above `best` would cost more than bringing all of them up to date.
+  bool sweep_pays(const Entry& best) const {
+    if (!source_->corrects()) return false;
+    int64_t above = 0;
+    for (int64_t j = 0; j < candidates(); ++j) above += bound_[j] > best.bound && !chosen_[j] && stamp_[j] != picks() && !lists_->has(j);
+    return static_cast<double>(above) > std::min(source_->sweep_cost(), correction_cost());
+  }
+
+  double correction_cost() const {
+    int64_t changed = 0;
+    for (int64_t i = 0; i < clients(); ++i) changed += cover_.best[i] != swept_best_[i];
+    return 1.1 * static_cast<double>(open_candidates_) * static_cast<double>(changed) / static_cast<double>(std::max<int64_t>(clients(), 1));
+  }
+
+  // Exact gains of all open candidates. `swept_gain_` is what the last sweep left, untouched by evaluations since.
+  void sweep() {
+    const int64_t n = candidates();
+    const bool first = swept_at_ == kNever;
+    if (!first && source_->corrects() && correction_cost() < source_->sweep_cost()) {
+      std::vector<int64_t> open, changed;
+      for (int64_t j = 0; j < n; ++j) {
+        if (!chosen_[j] && swept_gain_[j] > 0) open.push_back(j);
+      }
+      for (int64_t i = 0; i < clients(); ++i) {
+        if (cover_.best[i] != swept_best_[i]) changed.push_back(i);
+      }
+      std::vector<int64_t> gains(open.size());
+      for (size_t i = 0; i < open.size(); ++i) gains[i] = swept_gain_[open[i]];
+      source_->correct(open.data(), static_cast<int64_t>(open.size()), changed, cover_, swept_best_, gains.data(), team_, stats_);
+      for (size_t i = 0; i < open.size(); ++i) swept_gain_[open[i]] = gains[i];
+      open_candidates_ = static_cast<int64_t>(open.size());
+    } else {
+      Buffer<int64_t> gains(n);
+      source_->sweep(cover_, gains.data(), team_, stats_);
+      swept_gain_ = std::move(gains);
+      open_candidates_ = left();
+    }
+    if (source_->corrects()) {
+      swept_best_ = Buffer<T>(clients());
+      std::copy_n(cover_.best.data(), clients(), swept_best_.data());
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      if (!chosen_[j]) set_gain(j, swept_gain_[j]);
+    }
+    swept_at_ = picks();
+    heap_valid_ = false;
+    ++stats_.sweeps;
+  }
+
+  // ------------------------------------------------------------------------------------------------------------ lists
+
+  // Starts keeping lists once a sample of candidates says that they would fit and be short. Looks at picks 1, 2, 3, 4, 6, 8, 12, ...
+  void consider_listing() {
+    if (picks() < next_look_ || lists_->capacity() == 0) return;
+    next_look_ = picks() + std::max<int64_t>(1, picks() / 3);
+    const int64_t n = candidates(), m = clients(), count = std::min(n, source_->sample_rows());
+    std::vector<int64_t> index(count);
+    for (int64_t i = 0; i < count; ++i) index[i] = i * n / count;
+    source_->similarities(index.data(), count, row_.data(), m, team_);
+    int64_t live = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < m; ++i) live += row_[r * m + i] > cover_.best[i];
+    }
+    const double density = static_cast<double>(live) / static_cast<double>(std::max<int64_t>(count * m, 1));
+    listing_ = density <= source_->list_density() && density * static_cast<double>(n) * static_cast<double>(m) <= 0.7 * static_cast<double>(lists_->capacity());
+  }
+
+  // ------------------------------------------------------------------------------------------------------------ picking
+
+  void commit(const Entry& pick) {
+    const int64_t j = pick.candidate, position = picks();
+    const bool itself = self_clients_ && (preselected_.empty() || !(before_[j] > source_->self_similarity(j)));
+    cover_with(j, position);
+    chosen_[j] = 1;
+    picked_.push_back(j);
+    gain_.push_back(pick.bound);
+    serves_itself_.push_back(itself);
+  }
+
+  // Gives every client that candidate j serves better than before to `position` (-1: to nobody).
+  void cover_with(int64_t j, int64_t position) {
+    if (lists_ && lists_->has(j)) {
+      const uint32_t* client = lists_->clients(j);
+      const T* value = lists_->values(j);
+      for (int64_t e = 0; e < lists_->length(j); ++e) improve(client[e], value[e], position);
+      lists_->forget(j);
+      return;
+    }
+    source_->similarities(&j, 1, row_.data(), clients(), team_);
+    for (int64_t i = 0; i < clients(); ++i) improve(i, row_[i], position);
+  }
+
+  void improve(int64_t client, T value, int64_t position) {
+    if (!(value > cover_.best[client])) return;
+    cover_.best[client] = value;
+    owner_[client] = position;
+  }
+
+  std::unique_ptr<Source<T>> source_;
+  PointSource<T>* points_;  // source_, where it is that and no matrix was made of it
+  const T floor_;
+  const std::vector<int64_t> preselected_;
+  const bool self_clients_;
+  const int64_t memory_budget_;
+  const std::vector<double> weights_;
+  ThreadTeam team_;
+  std::vector<char> chosen_;
+  GreedyStats stats_;
+
+  bool prepared_ = false;
+  double scale_ = 1;
+  Cover<T> cover_;
+  Buffer<T> before_;       // the clients' best from the preselected alone
+  Buffer<int64_t> owner_;  // the pick that serves each client
+  Buffer<T> row_;
+
+  std::vector<int64_t> picked_, gain_;
+  std::vector<char> serves_itself_;
+
+  Buffer<int64_t> bound_, stamp_;  // an upper bound of each gain, and after how many picks it was exact
+  Heap heap_;
+  bool heap_valid_ = false;
+
+  int64_t swept_at_ = kNever, open_candidates_ = 0;
+  Buffer<int64_t> swept_gain_;
+  Buffer<T> swept_best_;
+
+  std::unique_ptr<LiveLists<T>> lists_;
+  bool listing_ = false;
+  int64_t next_look_ = 1, lists_full_until_ = 0;
+};
+
+}  // namespace
+
+template <class T>
+std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x, const TensorView<const T, 2>* clients, Metric metric,
+                                                           GreedyOptions options) {
+  auto source = std::make_unique<PointSource<T>>(x, clients, metric, options.offset);
+  PointSource<T>* points = source.get();
+  return std::make_unique<Greedy<T>>(std::move(source), points, is_distance(metric), std::move(options));
+}
+
+template <class T>
+std::unique_ptr<FacilityLocation> facility_location_matrix(TensorView<const T, 2> s, GreedyOptions options) {
+  return std::make_unique<Greedy<T>>(std::make_unique<MatrixSource<T>>(s), nullptr, false, std::move(options));
+}
+
+template <class T>
+std::unique_ptr<FacilityLocation> facility_location_sparse(SparseRows<T> s, GreedyOptions options) {
+  return std::make_unique<Greedy<T>>(std::make_unique<SparseSource<T>>(s), nullptr, false, std::move(options));
+}
+
+#define FC_INSTANTIATE(T)                                                                                                       \
+  template std::unique_ptr<FacilityLocation> facility_location_points<T>(TensorView<const T, 2>, const TensorView<const T, 2>*, \
+                                                                         Metric, GreedyOptions);                                \
+  template std::unique_ptr<FacilityLocation> facility_location_matrix<T>(TensorView<const T, 2>, GreedyOptions);                \
+  template std::unique_ptr<FacilityLocation> facility_location_sparse<T>(SparseRows<T>, GreedyOptions);
+FC_INSTANTIATE(float)
+FC_INSTANTIATE(double)
+#undef FC_INSTANTIATE
+
+}  // namespace fc

@@ -1,0 +1,175 @@
+// Points rearranged into the panels that the tile routine reads.
+//
+// Panels<T> holds rows in groups of Tile<T>::kCols, feature-major inside a group: row i, feature k at
+// data[(i / kCols * d + k) * kCols + i % kCols]. The last group is filled up with zero rows. pack_batch makes the other operand,
+// groups of Tile<T>::kRows rows, for a batch of rows in any order.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "core/tensor_view.h"
+#include "core/threads.h"
+#include "cpu/tile.h"
+
+namespace fc {
+
+// An uninitialised array on a 64-byte boundary.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) : size_(size) {
+    if (size > 0) data_.reset(static_cast<T*>(::operator new[](sizeof(T) * static_cast<size_t>(size), std::align_val_t{64})));
+  }
+  Buffer(int64_t size, T value) : Buffer(size) {
+    for (int64_t i = 0; i < size; ++i) data_[i] = value;
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+  int64_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T[], Free> data_;
+  int64_t size_ = 0;
+};
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T>
+void require_finite(T value, const char* name, int64_t row, int64_t column) {
+  if (!(std::abs(value) <= std::numeric_limits<T>::max())) {
+    throw std::invalid_argument(std::string(name) + " must be finite, got " +
+                                (std::isnan(value) ? "NaN" : value > 0 ? "inf" : "-inf") + " at row " + std::to_string(row) +
+                                ", column " + std::to_string(column));
+  }
+}
+
+// The factor that gives a row unit length is kept as (largest magnitude, norm of the row over it), since squares of large or tiny
+// values leave the range of T. A zero row stays zero.
+struct RowScale {
+  double largest = 0, norm = 0;
+
+  template <class T>
+  static RowScale of(const TensorView<const T, 2>& x, int64_t row) {
+    RowScale scale;
+    for (int64_t k = 0; k < x.shape[1]; ++k) scale.largest = std::max(scale.largest, std::abs(static_cast<double>(x(row, k))));
+    if (scale.largest == 0) return scale;
+    double sum = 0;
+    for (int64_t k = 0; k < x.shape[1]; ++k) {
+      const double t = x(row, k) / scale.largest;
+      sum += t * t;
+    }
+    scale.norm = std::sqrt(sum);
+    return scale;
+  }
+
+  template <class T>
+  T apply(T value) const {
+    return largest == 0 ? T(0) : static_cast<T>(value / largest / norm);
+  }
+};
+
+template <class T>
+class Panels {
+ public:
+  static constexpr int kCols = Tile<T>::kCols;
+
+  Panels() = default;
+  Panels(int64_t rows, int64_t d) : rows_(rows), d_(d), data_(round_up(rows, kCols) * d) {}
+
+  int64_t rows() const { return rows_; }
+  int64_t features() const { return d_; }
+  int64_t count() const { return (rows_ + kCols - 1) / kCols; }
+  const T* panel(int64_t p) const { return data_.data() + p * d_ * kCols; }
+  T at(int64_t row, int64_t k) const { return panel(row / kCols)[k * kCols + row % kCols]; }
+
+  // Copies x [rows, d], each row to unit length if asked; refuses NaN and infinity, naming `name`.
+  static Panels pack(const TensorView<const T, 2>& x, bool normalise, const char* name, ThreadTeam& team) {
+    Panels panels(x.shape[0], x.shape[1]);
+    const int64_t d = panels.d_;
+    team.parallel_for(panels.count(), 16, [&](int, int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        T* out = panels.data_.data() + p * d * kCols;
+        for (int lane = 0; lane < kCols; ++lane) {
+          const int64_t row = p * kCols + lane;
+          if (row >= panels.rows_) {
+            for (int64_t k = 0; k < d; ++k) out[k * kCols + lane] = T(0);
+            continue;
+          }
+          check_row(x, row, name);
+          if (normalise) {
+            const RowScale scale = RowScale::of(x, row);
+            for (int64_t k = 0; k < d; ++k) out[k * kCols + lane] = scale.apply(x(row, k));
+          } else {
+            for (int64_t k = 0; k < d; ++k) out[k * kCols + lane] = x(row, k);
+          }
+        }
+      }
+    });
+    return panels;
+  }
+
+  static void check_row(const TensorView<const T, 2>& x, int64_t row, const char* name) {
+    // x - x is 0 for finite values and NaN otherwise, so that the common case is one vectorised sum.
+    T sum = 0;
+    for (int64_t k = 0; k < x.shape[1]; ++k) sum += x(row, k) - x(row, k);
+    if (sum == 0) return;
+    for (int64_t k = 0; k < x.shape[1]; ++k) require_finite(x(row, k), name, row, k);
+  }
+
+  // Copies the rows named in index[0..count) of another set of panels, in that order.
+  static Panels select(const Panels& from, const int64_t* index, int64_t count) {
+    Panels panels(count, from.d_);
+    for (int64_t i = 0; i < round_up(count, kCols); ++i) {
+      T* out = panels.data_.data() + i / kCols * panels.d_ * kCols + i % kCols;
+      const T* in = i < count ? from.panel(index[i] / kCols) + index[i] % kCols : nullptr;
+      for (int64_t k = 0; k < panels.d_; ++k) out[k * kCols] = in ? in[k * kCols] : T(0);
+    }
+    return panels;
+  }
+
+ private:
+  int64_t rows_ = 0, d_ = 0;
+  Buffer<T> data_;
+};
+
+// Rows that a batch is drawn from: panels, or the caller's own array (checked beforehand) with the rows' scales.
+template <class T>
+struct Rows {
+  const Panels<T>* panels = nullptr;
+  TensorView<const T, 2> view{};
+  const RowScale* scale = nullptr;  // null where rows are taken as they are
+
+  // out [groups of kRows][d][kRows] = rows index[0..count), the last group filled up with zeros.
+  void pack_batch(const int64_t* index, int64_t count, T* out) const {
+    constexpr int kRows = Tile<T>::kRows;
+    const int64_t d = panels ? panels->features() : view.shape[1];
+    for (int64_t i = 0; i < round_up(count, kRows); ++i) {
+      T* place = out + i / kRows * d * kRows + i % kRows;
+      if (i >= count) {
+        for (int64_t k = 0; k < d; ++k) place[k * kRows] = T(0);
+      } else if (panels) {
+        const T* in = panels->panel(index[i] / Panels<T>::kCols) + index[i] % Panels<T>::kCols;
+        for (int64_t k = 0; k < d; ++k) place[k * kRows] = in[k * Panels<T>::kCols];
+      } else if (scale) {
+        for (int64_t k = 0; k < d; ++k) place[k * kRows] = scale[index[i]].apply(view(index[i], k));
+      } else {
+        for (int64_t k = 0; k < d; ++k) place[k * kRows] = view(index[i], k);
+      }
+    }
+  }
+};
+
+}  // namespace fc
