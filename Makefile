@@ -14,9 +14,7 @@ BUILD_TOOLS := 'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.18' ninja
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python triton_kernels -name '*.py' -o -name '*.cpp' \
              -o -name '*.h' -o -name '*.typed')
 CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
-FAMILIES := $(patsubst benchmarks/%.py,%,$(filter $(patsubst %,benchmarks/%.py,facility_location pairwise simcore),\
-              $(wildcard benchmarks/*.py)))
-FAMILY ?= $(FAMILIES)
+FAMILY ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -45,15 +43,11 @@ test-aarch64: $(VENV)/.tools ## the C++ tests for 64-bit Arm, under qemu-user
 	$(call ctest,cpp-aarch64,-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/tests/cpp/aarch64.cmake)
 
 bench: $(VENV)/.with-bench ## benchmarks beside the peers; FAMILY=pairwise runs one
-	$(BIN)/python -m pytest -c benchmarks/pytest.ini $(FAMILY:%=benchmarks/%.py) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks $(FAMILY) $(BENCH_ARGS)
 
 bench-compare: $(VENV)/.with-bench ## benchmarks against another commit: BASE=commit [FAMILY=...]
 	@test -n "$(BASE)" || { echo "name the commit to compare with: make bench-compare BASE=HEAD~1" >&2; exit 2; }
-	@git rev-parse --verify --quiet '$(BASE)^{commit}' >/dev/null || { echo "BASE=$(BASE) is no commit here" >&2; exit 2; }
-	rm -rf build/base && mkdir -p build/base/source
-	git archive '$(BASE)' | tar -x -C build/base/source
-	$(PIP) install --quiet --no-build-isolation --no-deps --target build/base/site ./build/base/source
-	$(BIN)/python -m benchmarks.compare --base-site build/base/site --base-commit "$$(git rev-parse --short '$(BASE)')" $(FAMILY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.compare '$(BASE)' $(FAMILY)
 
 lint: $(VENV)/.with-demo $(VENV)/.linters ## ruff, clang-format, mypy and typos; changes nothing
 	$(BIN)/ruff check .

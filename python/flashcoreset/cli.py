@@ -1,0 +1,485 @@
+"""The command line: ``flashcoreset info | demo | select | bench``.
+
+Every command ends with 0 when it did its work, with 2 and one line on stderr when the input does not allow
+it, and with 130 on Ctrl-C. Outputs appear whole or not at all: they are written beside their place and then
+renamed into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import flashcoreset as fc
+import numpy as np
+import torch
+from flashcoreset import _native
+
+FLOATS = "a float16, float32 or float64"
+METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
+BACKENDS = ("cpu", "cuda", "triton", "torch")
+
+
+class CommandError(Exception):
+    """What the user has to change, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong option like any other bad input: one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see: {self.prog} --help)")
+
+
+# --- files in -------------------------------------------------------------------------------------
+
+
+def _split_key(text: str) -> tuple[Path, str | None]:
+    """``F.npz:key`` -> (F.npz, key); a file whose name holds the colon itself wins."""
+    path, colon, key = text.rpartition(":")
+    if colon and path.endswith(".npz") and not Path(text).exists():
+        return Path(path), key
+    return Path(text), None
+
+
+def _check_file(path: Path, option: str) -> None:
+    """Says why a file cannot be an array; numpy.load would answer a text file with a word about pickles."""
+    if not path.exists():
+        raise CommandError(f"{option}: no such file: {path}")
+    if not path.is_file():
+        raise CommandError(f"{option}: {path} is not a regular file")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(6)
+    except OSError as error:
+        raise CommandError(f"{option}: cannot read {path}: {error.strerror or error}") from None
+    if not head:
+        raise CommandError(f"{option}: {path} is empty")
+    if head[:1] == b"\x80":
+        raise CommandError(
+            f"{option}: {path} is a pickle, which is never loaded; save a plain array with numpy.save"
+        )
+    if head != b"\x93NUMPY" and head[:2] != b"PK":
+        raise CommandError(f"{option}: {path} is neither .npy nor .npz; save the array with numpy.save")
+
+
+def load_array(text: str, option: str, *, kinds: str, ndim: int, wanted: str) -> np.ndarray:
+    """The array of ``F.npy`` (memory-mapped) or ``F.npz[:key]`` (read into memory).
+
+    `kinds` are the accepted NumPy kind letters ("f", "iu"), `wanted` says the same in words. Raises
+    CommandError, naming `option`, for everything that keeps the file from being such an array.
+    """
+    path, key = _split_key(text)
+    _check_file(path, option)
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                array = loaded[_choose_key(loaded.files, key, path, option)]
+        elif key is not None:
+            raise CommandError(f"{option}: {path} holds a single array; leave out :{key}")
+        else:
+            array = loaded
+    except CommandError:
+        raise
+    except (
+        Exception
+    ) as error:  # a damaged file can raise anything: zipfile's, zlib's, the header parser's errors
+        if "object" in str(error).lower():
+            raise CommandError(
+                f"{option}: {path} holds pickled Python objects, which are never loaded; save a plain array"
+            ) from None
+        raise CommandError(f"{option}: cannot read {path}: {error}") from None
+    shape = f"{array.dtype} {list(array.shape)}"
+    if array.dtype.kind not in kinds or (kinds == "f" and array.dtype.itemsize > 8) or array.ndim != ndim:
+        raise CommandError(f"{option}: expected {wanted}, got {shape} in {path}")
+    if not array.dtype.isnative:
+        raise CommandError(
+            f"{option}: {path} is byte-swapped ({array.dtype.str}); save it in this machine's byte order"
+        )
+    return array
+
+
+def _choose_key(keys: list[str], key: str | None, path: Path, option: str) -> str:
+    names = ", ".join(keys) or "nothing"
+    if key is None:
+        if len(keys) != 1:
+            raise CommandError(f"{option}: {path} holds {names}; choose one as {path}:NAME")
+        return keys[0]
+    if key not in keys:
+        raise CommandError(f"{option}: no array {key!r} in {path}, which holds {names}")
+    return key
+
+
+def _load_features(text: str, option: str) -> np.ndarray:
+    return load_array(text, option, kinds="f", ndim=2, wanted=f"{FLOATS} array [rows, features]")
+
+
+def _load_similarities(text: str, option: str) -> Any:
+    """A dense matrix, or a sparse one as scipy.sparse.save_npz writes it."""
+    path, key = _split_key(text)
+    _check_file(path, option)
+    with path.open("rb") as stream:
+        is_archive = stream.read(2) == b"PK"
+    if is_archive and key is None:
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                is_sparse = {"format", "shape", "data"} <= set(archive.files)
+            if is_sparse:
+                import scipy.sparse
+
+                return scipy.sparse.load_npz(path).tocsr()
+        except Exception as error:  # as in load_array
+            raise CommandError(f"{option}: cannot read {path}: {error}") from None
+    return load_array(text, option, kinds="f", ndim=2, wanted=f"{FLOATS} matrix [candidates, clients]")
+
+
+def _parse_budgets(text: str) -> dict[int, int] | np.ndarray:
+    """``LABEL=COUNT,LABEL=COUNT,...``, or a file of counts for the labels 0, 1, ..."""
+    if "=" not in text:
+        return load_array(text, "--budgets", kinds="iu", ndim=1, wanted="integer counts [groups]")
+    budgets: dict[int, int] = {}
+    for part in text.split(","):
+        label, _, count = part.partition("=")
+        try:
+            pair = int(label), int(count)
+        except ValueError:
+            raise CommandError(f"--budgets: expected LABEL=COUNT,LABEL=COUNT,..., got {part!r}") from None
+        if pair[0] in budgets:
+            raise CommandError(f"--budgets: label {pair[0]} appears twice")
+        budgets[pair[0]] = pair[1]
+    return budgets
+
+
+# --- files out ------------------------------------------------------------------------------------
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def check_output(text: str, option: str, suffix: str, inputs: Sequence[str] = ()) -> Path:
+    """The path that `text` names, once it is known to be writable: before hours of work, not after them."""
+    path = Path(text)
+    if path.suffix.lower() != suffix:
+        raise CommandError(f"{option}: expected a name that ends in {suffix}, got {path}")
+    if path.exists() and not path.is_file():
+        raise CommandError(f"{option}: {path} exists and is not a regular file")
+    for name in inputs:
+        source = _split_key(name)[0]
+        if path.exists() and source.exists() and path.samefile(source):
+            raise CommandError(f"{option}: {path} is also an input; choose another name")
+    probe = _beside(path)
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CommandError(f"{option}: cannot write {path}: {error.strerror or error}") from None
+    return path
+
+
+def write_whole(path: Path, option: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Calls ``write(stream)`` for a new file beside `path` and renames that; a failure leaves nothing."""
+    beside = _beside(path)
+    try:
+        with beside.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise CommandError(f"{option}: cannot write {path}: {error.strerror or error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _jsonable(value: Any) -> Any:
+    """`value` as JSON can hold it; tensors and arrays become lists."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(entry) for entry in value]
+    return value
+
+
+# --- select ---------------------------------------------------------------------------------------
+
+
+def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given; the library's own defaults hold for the rest."""
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _load_into(options: dict[str, Any], name: str, **expected: Any) -> None:
+    if name in options:
+        options[name] = load_array(options[name], f"--{name}", **expected)
+
+
+def _facility_location(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    options = _options(
+        arguments, "metric", "weights", "groups", "preselected", "method", "epsilon", "seed", "offset"
+    )
+    options |= _options(arguments, "backend", "progress", "clients", "budgets")
+    precomputed = options.get("metric") == "precomputed"
+    x = (_load_similarities if precomputed else _load_features)(arguments.features, "--features")
+    if "clients" in options:
+        options["clients"] = _load_features(options["clients"], "--target")
+    if "budgets" in options:
+        options["budgets"] = _parse_budgets(options["budgets"])
+    _load_into(options, "weights", kinds="f", ndim=1, wanted=f"{FLOATS} array [clients]")
+    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [rows]")
+    _load_into(options, "preselected", kinds="iu", ndim=1, wanted="an integer array of rows")
+    k = getattr(arguments, "k", None)
+    if k is None and "budgets" not in options:
+        raise CommandError("-k: the number of rows to select is missing (only --budgets replaces it)")
+    selection = fc.facility_location(x, k, **options)
+    arrays = {
+        "indices": selection.indices.numpy(),
+        "weights": selection.weights.numpy(),
+        "gains": selection.gains.numpy(),
+        "assignment": selection.assignment.numpy(),
+    }
+    return arrays, {"rows": x.shape[0], "objective": selection.objective, "offset": selection.offset}
+
+
+def _simcore(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    options = _options(
+        arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed", "backend", "progress"
+    )
+    openset = _load_features(arguments.features, "--features")
+    target = _load_features(arguments.target, "--target")
+    coreset = fc.simcore(openset, target, getattr(arguments, "k", None), **options)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return arrays, {"rows": openset.shape[0], **coreset.info}
+
+
+def _select(arguments: argparse.Namespace) -> int:
+    given = [
+        getattr(arguments, name)
+        for name in ("features", "target", "clients", "weights", "groups", "budgets", "preselected")
+        if hasattr(arguments, name)
+    ]
+    out = check_output(arguments.out, "--out", ".npz", given)
+    start = time.perf_counter()
+    arrays, info = {"facility-location": _facility_location, "simcore": _simcore}[arguments.algorithm](
+        arguments
+    )
+    seconds = time.perf_counter() - start
+    info = {"algorithm": arguments.algorithm, "version": fc.__version__, "seconds": seconds, **info}
+    text = np.array(json.dumps(_jsonable(info)))
+    write_whole(out, "--out", lambda stream: np.savez(stream, info=text, **arrays))
+    print(f"{out}: {len(arrays['indices']):,} of {info['rows']:,} rows in {seconds:.2f} s")
+    return 0
+
+
+# --- info, bench, demo ----------------------------------------------------------------------------
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    print(title)
+    for name, text in rows:
+        print(f"  {name:<10}  {text}")
+
+
+def _info(_: argparse.Namespace) -> int:
+    try:
+        used = _native.module().ISA
+        cpu = f"available ({used})"
+    except (ValueError, fc.BackendUnavailableError) as error:
+        used = None
+        cpu = f"missing: {error}"
+    available = _native.available_isas()
+    isas = []
+    for isa in _native.MODULES:
+        state = "in use" if isa == used else "available"
+        isas.append((isa, state if isa in available else f"missing: {_native.unavailable_reason(isa)}"))
+    gpus = [
+        (f"cuda:{index}", torch.cuda.get_device_name(index)) for index in range(torch.cuda.device_count())
+    ]
+    no_gpu = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+
+    numbers = f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
+    print(f"flashcoreset {fc.__version__} ({numbers})")
+    none_yet = "missing: this version has no kernels for it"
+    backends = [("torch", "available"), ("cpu", cpu), ("cuda", none_yet), ("triton", none_yet)]
+    _print_table("backends", backends)
+    _print_table("instruction sets of the cpu backend", isas)
+    threads = f"{_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads used"
+    _print_table("devices", [("cpu", threads), *(gpus or [("cuda", f"none: {no_gpu}")])])
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    here = Path.cwd()
+    roots = (folder for folder in (here, *here.parents) if (folder / "benchmarks" / "__main__.py").is_file())
+    root = next(roots, None)
+    if root is None:
+        raise CommandError(
+            "bench: the benchmarks come with the source tree, not with the package; run this in a checkout"
+        )
+    for module in ("pytest", "pytest_benchmark"):
+        if importlib.util.find_spec(module) is None:
+            raise CommandError(f"bench: {module} is missing: pip install 'flashcoreset[bench]'")
+    return subprocess.call([sys.executable, "-m", "benchmarks", *arguments.family], cwd=root)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    out = check_output(arguments.out, "--out", ".png")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("demo: the picture needs matplotlib: pip install 'flashcoreset[demo]'")
+    from flashcoreset import demo
+
+    result = demo.run()
+    print(demo.table(result))
+    write_whole(out, "--out", lambda stream: demo.draw(result, stream))
+    print(f"first picks: {out}")
+    return 0
+
+
+# --- the parser -----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="flashcoreset", description="Choose training data: facility location and SimCore.")
+    parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
+
+    info = commands.add_parser(
+        "info", help="backends, instruction sets, devices, and why each missing one is missing"
+    )
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="choose training images from real data: a table and a picture")
+    demo.add_argument("--out", default="demo.png", help="the picture (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="run the benchmarks of a checkout")
+    bench.add_argument(
+        "family", nargs="*", metavar="FAMILY", help="one or more kernel families (default: the quick ones)"
+    )
+    bench.set_defaults(run=_bench)
+
+    select = commands.add_parser("select", help="choose rows of a feature file")
+    select.set_defaults(run=_select)
+    algorithms = select.add_subparsers(dest="algorithm", required=True, metavar="simcore | facility-location")
+    _add_simcore(
+        algorithms.add_parser(
+            "simcore", argument_default=argparse.SUPPRESS, help="open-set rows close to a target"
+        )
+    )
+    _add_facility_location(
+        algorithms.add_parser(
+            "facility-location", argument_default=argparse.SUPPRESS, help="rows that represent all rows"
+        )
+    )
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-k", type=int, metavar="K", help="how many rows to select")
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        metavar="OUT.npz",
+        help="indices, weights and info (JSON text) are written here",
+    )
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
+    parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
+
+
+def _add_simcore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", required=True, metavar="F", help="open set [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    parser.add_argument("--target", required=True, metavar="T", help="features of the target data [m, d]")
+    _add_common(parser)
+    parser.add_argument("--n-clusters", type=int, metavar="N", help="centroids of the target")
+    parser.add_argument(
+        "--stop-threshold", type=float, metavar="R", help="stop below this share of the first value"
+    )
+    parser.add_argument("--patience", type=int, metavar="N", help="the round whose value is the first value")
+    parser.add_argument("--no-stop", dest="stop", action="store_false", help="take K rows however dissimilar")
+
+
+def _add_facility_location(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        required=True,
+        metavar="F",
+        help="candidates [n, d], or the similarities: F.npy, F.npz or F.npz:key",
+    )
+    parser.add_argument(
+        "--target",
+        "--clients",
+        dest="clients",
+        metavar="T",
+        help="clients [m, d] (default: the candidates themselves)",
+    )
+    _add_common(parser)
+    parser.add_argument("--metric", choices=METRICS)
+    parser.add_argument("--weights", metavar="W", help="client weights [m]")
+    parser.add_argument("--groups", metavar="G", help="integer labels [n]")
+    parser.add_argument("--budgets", metavar="B", help="LABEL=COUNT,LABEL=COUNT,... or a file of counts")
+    parser.add_argument("--preselected", metavar="P", help="rows that are in the set already")
+    parser.add_argument("--method", choices=("lazy", "naive", "stochastic"))
+    parser.add_argument("--epsilon", type=float, help="sampling of --method stochastic")
+    parser.add_argument("--offset", type=float, help="similarity of a distance of 0")
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        print(f"flashcoreset: {category.__name__}: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    try:
+        with _one_line_warnings():
+            arguments = _parser().parse_args(argv)
+            code: int = arguments.run(arguments)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        print("flashcoreset: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, say) has left; Python flushes stdout once more at exit, and must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CommandError, TypeError, ValueError, MemoryError, fc.BackendUnavailableError) as error:
+        text = " ".join(str(error).split()) or "out of memory"
+        print(f"flashcoreset: {text}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
