@@ -55,9 +55,9 @@ struct TensorView {
 
   // Whether all elements follow each other in memory, last dimension fastest.
   bool is_compact() const {
+    if (size() == 0) return true;
     int64_t step = 1;
     for (int axis = Rank - 1; axis >= 0; --axis) {
-      if (shape[axis] == 0) return true;
       if (shape[axis] != 1 && stride[axis] != step) return false;
       step *= shape[axis];
     }
