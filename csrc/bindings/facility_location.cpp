@@ -29,10 +29,11 @@ class PyFacilityLocation {
 
  public:
   PyFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric, py::object weights, py::object preselected,
-                     double offset, int64_t memory_budget, int threads) {
+                     double offset, int64_t memory_budget, int threads, int64_t expected_picks) {
     ArrayArgument& x = keep(x_array, "x");
     GreedyOptions options;
     options.offset = offset;
+    options.expected_picks = expected_picks;
     options.memory_budget = memory_budget;
     options.threads = threads;
     dispatch_floating(x, [&](auto zero) {
@@ -140,6 +141,7 @@ class PyFacilityLocation {
     result["matrix_reads"] = s.matrix_reads;
     result["list_reads"] = s.list_reads;
     result["sweeps"] = s.sweeps;
+    result["foreseen"] = s.foreseen;
     return result;
   }
 
@@ -184,9 +186,9 @@ class PyFacilityLocation {
 void bind_facility_location(py::module_& m) {
   py::class_<PyFacilityLocation>(m, "FacilityLocation", py::module_local(),
                                  "A greedy facility location run over points or a dense similarity matrix, pick by pick.")
-      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, double, int64_t, int>(), py::arg("x"),
+      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, double, int64_t, int, int64_t>(), py::arg("x"),
            py::arg("clients"), py::arg("metric"), py::arg("weights"), py::arg("preselected"), py::arg("offset"), py::arg("memory_budget"),
-           py::arg("threads"))
+           py::arg("threads"), py::arg("expected_picks") = INT64_MAX)
       .def_static(
           "from_csr",
           [](py::object indptr, py::object indices, py::object values, int64_t m, py::object weights, py::object preselected,
@@ -201,7 +203,7 @@ void bind_facility_location(py::module_& m) {
       .def("step_among", &PyFacilityLocation::step_among, py::arg("candidates"), "Makes one pick among the given candidates.")
       .def("finish", &PyFacilityLocation::finish, py::arg("indices"), py::arg("gains"), py::arg("weights"), py::arg("assignment"),
            "Writes the picks so far and the assignment into the given arrays; returns the objective.")
-      .def("stats", &PyFacilityLocation::stats, "What the run did so far: evaluations, pairs, matrix_reads, list_reads, sweeps.");
+      .def("stats", &PyFacilityLocation::stats, "What the run did so far: evaluations, pairs, matrix_reads, list_reads, sweeps, foreseen.");
 }
 
 }  // namespace fc

@@ -20,6 +20,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -77,7 +78,8 @@ class Greedy final : public FacilityLocation {
         memory_budget_(options.memory_budget),
         weights_(std::move(options.weights)),
         team_(options.threads, std::move(options.poll)),
-        chosen_(source_->candidates(), 0) {
+        chosen_(source_->candidates(), 0),
+        expected_picks_(options.expected_picks) {
     for (const int64_t j : preselected_) chosen_[j] = 1;
   }
 
@@ -195,7 +197,14 @@ class Greedy final : public FacilityLocation {
   }
 
   Entry best_lazily() {
-    if (swept_at_ == kNever) sweep();
+    if (swept_at_ == kNever) {
+      if (lookahead_pays()) {
+        look_ahead();
+      } else {
+        sweep();
+      }
+    }
+    use_foreseen();
     if (!heap_valid_) rebuild_heap();
     heap_valid_ = false;  // until the candidates taken off it are back
     std::vector<int64_t> taken;
@@ -304,10 +313,10 @@ class Greedy final : public FacilityLocation {
 
   // Whether evaluating every candidate above `best` would cost more than bringing all of them up to date.
   bool sweep_pays(const Entry& best) const {
-    if (!source_->corrects()) return false;
+    if (!points_) return false;
     int64_t above = 0;
     for (int64_t j = 0; j < candidates(); ++j) above += bound_[j] > best.bound && !chosen_[j] && stamp_[j] != picks() && !lists_->has(j);
-    return static_cast<double>(above) > std::min(source_->sweep_cost(), correction_cost());
+    return static_cast<double>(above) > std::min(points_->sweep_cost(1), correction_cost());
   }
 
   double correction_cost() const {
@@ -320,7 +329,7 @@ class Greedy final : public FacilityLocation {
   void sweep() {
     const int64_t n = candidates();
     const bool first = swept_at_ == kNever;
-    if (!first && source_->corrects() && correction_cost() < source_->sweep_cost()) {
+    if (!first && points_ && correction_cost() < points_->sweep_cost(1)) {
       std::vector<int64_t> open, changed;
       for (int64_t j = 0; j < n; ++j) {
         if (!chosen_[j] && swept_gain_[j] > 0) open.push_back(j);
@@ -330,25 +339,172 @@ class Greedy final : public FacilityLocation {
       }
       std::vector<int64_t> gains(open.size());
       for (size_t i = 0; i < open.size(); ++i) gains[i] = swept_gain_[open[i]];
-      source_->correct(open.data(), static_cast<int64_t>(open.size()), changed, cover_, swept_best_, gains.data(), team_, stats_);
+      points_->correct(open.data(), static_cast<int64_t>(open.size()), changed, cover_, swept_best_, gains.data(), team_, stats_);
       for (size_t i = 0; i < open.size(); ++i) swept_gain_[open[i]] = gains[i];
       open_candidates_ = static_cast<int64_t>(open.size());
     } else {
       Buffer<int64_t> gains(n);
-      source_->sweep(cover_, gains.data(), team_, stats_);
+      source_->sweep({&cover_}, {gains.data()}, team_, stats_);
       swept_gain_ = std::move(gains);
       open_candidates_ = left();
     }
-    if (source_->corrects()) {
+    finish_sweep();
+    ++stats_.sweeps;
+  }
+
+  // Makes the gains in swept_gain_ everybody's.
+  void finish_sweep() {
+    if (points_) {
       swept_best_ = Buffer<T>(clients());
       std::copy_n(cover_.best.data(), clients(), swept_best_.data());
     }
-    for (int64_t j = 0; j < n; ++j) {
+    for (int64_t j = 0; j < candidates(); ++j) {
       if (!chosen_[j]) set_gain(j, swept_gain_[j]);
     }
     swept_at_ = picks();
     heap_valid_ = false;
+  }
+
+  // ------------------------------------------------------------------------------------------------------------ looking ahead
+
+  // A few percent of the candidates, the likely picks, are run ahead greedily, and one sweep computes everybody's gain both now and
+  // at some of the states foreseen: its products are shared, only the reductions multiply. If the picks come as foreseen, those
+  // are sweeps for nothing; from the first other pick on they are useless and forgotten. No bound ever rests on a guess.
+
+  bool lookahead_pays() const {
+    return points_ && candidates() >= kLookaheadCandidates && clients() >= kSurveyClients && expected_picks_ - picks() >= 8;
+  }
+
+  void look_ahead() {
+    const int64_t n = candidates();
+    std::vector<Cover<T>> states;
+    std::vector<int64_t> at;
+    foresee(likely_picks(), states, at);
+    std::vector<const Cover<T>*> covers{&cover_};
+    for (const auto& state : states) covers.push_back(&state);
+    std::vector<Buffer<int64_t>> gains;
+    std::vector<int64_t*> places;
+    for (size_t t = 0; t < covers.size(); ++t) gains.emplace_back(n);
+    for (auto& g : gains) places.push_back(g.data());
+    source_->sweep(covers, places, team_, stats_);
+    swept_gain_ = std::move(gains[0]);
+    open_candidates_ = left();
+    for (size_t t = 1; t < gains.size(); ++t) foreseen_.push_back({at[t - 1], std::move(gains[t])});
+    finish_sweep();
     ++stats_.sweeps;
+  }
+
+  // Candidates that stand out among their like: those that gain most from a sample of clients whose best is at a high level, so
+  // that only near clients count, within each group of candidates nearest to the same of some anchors.
+  std::vector<int64_t> likely_picks() {
+    const int64_t n = candidates(), m = clients();
+    const int64_t count = std::min(m, std::max(kSurveyClients, m / 20)), anchors = 256;
+    std::vector<int64_t> sample(count);
+    // The anchors come first, spread over all clients like the rest.
+    int64_t filled = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (i * anchors / count != (i + 1) * anchors / count) sample[filled++] = i * m / count;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (i * anchors / count == (i + 1) * anchors / count) sample[filled++] = i * m / count;
+    }
+    const std::vector<T> levels = survey_levels();
+    std::vector<Buffer<int64_t>> gains;
+    for (size_t t = 0; t < levels.size(); ++t) gains.emplace_back(n);
+    Buffer<int32_t> nearest(n);
+    points_->survey(sample, anchors, levels, cover_, gains, nearest.data(), team_, stats_);
+    std::vector<char> likely(n, 0);
+    std::vector<std::vector<Entry>> groups(anchors);
+    for (const auto& gain : gains) {
+      for (auto& group : groups) group.clear();
+      for (int64_t j = 0; j < n; ++j) {
+        if (!chosen_[j]) groups[nearest[j]].push_back({gain[j], j});
+      }
+      for (auto& group : groups) {
+        const auto keep = static_cast<int64_t>(std::ceil(kLikelyShare * static_cast<double>(group.size())));
+        std::partial_sort(group.begin(), group.begin() + keep, group.end(), [](const Entry& a, const Entry& b) { return a.better_than(b); });
+        for (int64_t i = 0; i < keep; ++i) likely[group[i].candidate] = 1;
+      }
+    }
+    std::vector<int64_t> result;
+    for (int64_t j = 0; j < n; ++j) {
+      if (likely[j]) result.push_back(j);
+    }
+    return result;
+  }
+
+  // The similarities that every second, tenth and fiftieth pair exceeds, from a few candidates.
+  std::vector<T> survey_levels() {
+    const int64_t m = clients(), rows = std::min(candidates(), source_->sample_rows());
+    std::vector<int64_t> index(rows);
+    for (int64_t i = 0; i < rows; ++i) index[i] = i * candidates() / rows;
+    source_->similarities(index.data(), rows, row_.data(), m, team_);
+    T* const end = row_.data() + rows * m;
+    std::vector<T> levels;
+    for (const int64_t share : {2, 10, 50}) {
+      T* const place = end - rows * m / share - 1;
+      std::nth_element(row_.data(), place, end);
+      levels.push_back(std::max(*place, floor_));
+    }
+    return levels;
+  }
+
+  // Greedy picks among `likely` alone, from the present state on, into foreseen_picks_; some of the covers on the way into
+  // `states`, and after how many picks in all they are reached into `at`.
+  void foresee(const std::vector<int64_t>& likely, std::vector<Cover<T>>& states, std::vector<int64_t>& at) {
+    const auto count = static_cast<int64_t>(likely.size());
+    const int64_t steps = std::min<int64_t>(kForeseenSteps, std::min(count, expected_picks_ - picks()) - 1);
+    Cover<T> cover = copy(cover_);
+    Buffer<T> before(clients());
+    std::vector<int64_t> gains(count), changed;
+    std::vector<char> used(count, 0);
+    source_->evaluate(likely.data(), count, cover, nullptr, gains.data(), team_, stats_);
+    foreseen_picks_.clear();
+    foreseen_from_ = picks();
+    for (int64_t step = 1; step <= steps; ++step) {
+      Entry best{-1, INT64_MAX};
+      int64_t which = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (const Entry e{gains[i], likely[i]}; !used[i] && e.better_than(best)) {
+          best = e;
+          which = i;
+        }
+      }
+      used[which] = 1;
+      foreseen_picks_.push_back(best.candidate);
+      std::copy_n(cover.best.data(), clients(), before.data());
+      source_->similarities(&best.candidate, 1, row_.data(), clients(), team_);
+      changed.clear();
+      for (int64_t i = 0; i < clients(); ++i) {
+        if (!(row_[i] > cover.best[i])) continue;
+        cover.best[i] = row_[i];
+        changed.push_back(i);
+      }
+      points_->correct(likely.data(), count, changed, cover, before, gains.data(), team_, stats_);
+      if (std::find(std::begin(kForeseenStates), std::end(kForeseenStates), step) != std::end(kForeseenStates)) {
+        states.push_back(copy(cover));
+        at.push_back(picks() + step);
+      }
+    }
+  }
+
+  static Cover<T> copy(const Cover<T>& cover) {
+    Cover<T> result;
+    result.best = Buffer<T>(cover.best.size());
+    result.weight = Buffer<T>(cover.weight.size());
+    std::copy_n(cover.best.data(), cover.best.size(), result.best.data());
+    std::copy_n(cover.weight.data(), cover.weight.size(), result.weight.data());
+    return result;
+  }
+
+  // Takes over the gains foreseen for the present state, if it came as foreseen.
+  void use_foreseen() {
+    if (foreseen_.empty() || foreseen_.front().at != picks()) return;
+    swept_gain_ = std::move(foreseen_.front().gains);
+    foreseen_.pop_front();
+    open_candidates_ = left();
+    finish_sweep();
+    ++stats_.foreseen;
   }
 
   // ------------------------------------------------------------------------------------------------------------ lists
@@ -377,6 +533,7 @@ class Greedy final : public FacilityLocation {
     cover_with(j, position);
     chosen_[j] = 1;
     picked_.push_back(j);
+    if (!foreseen_.empty() && foreseen_picks_[position - foreseen_from_] != j) foreseen_.clear();
     gain_.push_back(pick.bound);
     serves_itself_.push_back(itself);
   }
@@ -428,6 +585,18 @@ class Greedy final : public FacilityLocation {
   int64_t swept_at_ = kNever, open_candidates_ = 0;
   Buffer<int64_t> swept_gain_;
   Buffer<T> swept_best_;
+
+  struct Foreseen {
+    int64_t at;  // after how many picks
+    Buffer<int64_t> gains;
+  };
+  static constexpr int64_t kLookaheadCandidates = 4096, kSurveyClients = 2048, kForeseenSteps = 19;
+  static constexpr int64_t kForeseenStates[] = {1, 2, 3, 4, 6, 9, 13, 19};
+  static constexpr double kLikelyShare = 0.05;
+  const int64_t expected_picks_;
+  std::deque<Foreseen> foreseen_;
+  std::vector<int64_t> foreseen_picks_;
+  int64_t foreseen_from_ = 0;
 
   std::unique_ptr<LiveLists<T>> lists_;
   bool listing_ = false;

@@ -19,6 +19,7 @@ struct GreedyOptions {
   double offset = 0;                   // distances: s = offset - distance
   bool self_clients = false;           // the clients are the candidates
   int64_t memory_budget = 0;           // bytes for whatever is larger than n + m
+  int64_t expected_picks = INT64_MAX;  // how many picks the run is meant to make; a wrong number costs time, not correctness
   int threads = 1;
   std::function<bool()> poll;          // asked now and then whether to stop
 };
@@ -30,6 +31,7 @@ struct GreedyStats {
   int64_t matrix_reads = 0;  // similarities read from a matrix
   int64_t list_reads = 0;    // live pairs read
   int64_t sweeps = 0;        // times that all candidates were brought up to date together
+  int64_t foreseen = 0;      // times that this had been done in advance
 };
 
 // A greedy run that advances pick by pick. After an exception the object stays valid and step() goes on where it was.

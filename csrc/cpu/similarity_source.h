@@ -65,19 +65,18 @@ class Source {
   // Share of live pairs from which on lists are worth their memory.
   virtual double list_density() const = 0;
 
-  // Gains of all candidates. Cost in whole evaluations of one candidate: sweep_cost().
-  virtual void sweep(const Cover<T>& cover, int64_t* gains, ThreadTeam& team, GreedyStats& stats) {
+  // gains[t][j] = gain of every candidate j under covers[t].
+  virtual void sweep(const std::vector<const Cover<T>*>& covers, const std::vector<int64_t*>& gains, ThreadTeam& team, GreedyStats& stats) {
+    const std::vector<int64_t> all = everyone();
+    for (size_t t = 0; t < covers.size(); ++t) evaluate(all.data(), candidates(), *covers[t], nullptr, gains[t], team, stats);
+  }
+
+ protected:
+  std::vector<int64_t> everyone() const {
     std::vector<int64_t> all(candidates());
     std::iota(all.begin(), all.end(), int64_t{0});
-    evaluate(all.data(), candidates(), cover, nullptr, gains, team, stats);
+    return all;
   }
-  virtual double sweep_cost() const { return static_cast<double>(candidates()); }
-
-  // Whether gains can be corrected for the changed clients alone.
-  virtual bool corrects() const { return false; }
-  // gains[i] += the change of candidate index[i]'s gain as the clients changed[] went from `before` to `cover`.
-  virtual void correct(const int64_t*, int64_t, const std::vector<int64_t>&, const Cover<T>&, const Buffer<T>&, int64_t*, ThreadTeam&,
-                       GreedyStats&) {}
 };
 
 // Live pairs of a batch of candidates on their way into the lists: at most `limit` a candidate, none for those with more.
@@ -130,12 +129,11 @@ class PointSource final : public Source<T> {
   int64_t batch(const ThreadTeam& team) const override { return 4 * kRows * team.size(); }
   int64_t sample_rows() const override { return kRows; }
   double list_density() const override { return std::clamp(static_cast<double>(x_.shape[1]) / 512.0, 0.02, 0.25); }
-  double sweep_cost() const override { return (self_ ? 0.6 : 1.0) * static_cast<double>(candidates()); }
-  bool corrects() const override { return true; }
 
   double prepare(const std::vector<double>& weights, ThreadTeam& team) override {
     const bool normalise = metric_ == Metric::kCosine;
     columns_ = Panels<T>::pack(clients_view_, normalise, self_ ? "x" : "clients", team);
+    everyone_ = this->everyone();
     if (self_) {
       rows_.panels = &columns_;
     } else {
@@ -184,7 +182,7 @@ class PointSource final : public Source<T> {
     const int64_t block = std::min(lists ? std::min<int64_t>(48, block_rows<T>(columns_.features())) : block_rows<T>(columns_.features()), share);
     with_form(metric_, [&](auto form) {
       if (lists || count >= block * team.size()) {
-        by_candidates<form()>(index, count, block, cover, lists, gains, team);
+        by_candidates<form()>(index, count, block, {&cover}, lists, {gains}, team);
       } else {
         by_clients<form()>(index, count, cover, gains, team);
       }
@@ -193,20 +191,81 @@ class PointSource final : public Source<T> {
   }
 
   // When the clients are the candidates, s(j, i) = s(i, j) serves two gains: half of the products.
-  void sweep(const Cover<T>& cover, int64_t* gains, ThreadTeam& team, GreedyStats& stats) override {
-    if (!self_) return Source<T>::sweep(cover, gains, team, stats);
-    with_form(metric_, [&](auto form) { symmetric_sweep<form()>(cover, gains, team); });
-    stats.pairs += candidates() * (candidates() + 1) / 2;
+  void sweep(const std::vector<const Cover<T>*>& covers, const std::vector<int64_t*>& gains, ThreadTeam& team, GreedyStats& stats) override {
+    with_form(metric_, [&](auto form) {
+      if (self_) {
+        symmetric_sweep<form()>(covers, gains, team);
+      } else {
+        by_candidates<form()>(everyone_.data(), candidates(), block_rows<T>(columns_.features()), covers, nullptr, gains, team);
+      }
+    });
+    stats.pairs += self_ ? candidates() * (candidates() + 1) / 2 : candidates() * clients();
   }
 
+  // What a sweep costs, in evaluations of one candidate.
+  double sweep_cost(int64_t covers) const {
+    const double reduction = static_cast<double>(covers) * kReductionCost / static_cast<double>(columns_.features());
+    return static_cast<double>(candidates()) * ((self_ ? 0.5 : 1.0) + reduction);
+  }
+
+  // gains[i] += the change of candidate index[i]'s gain as the clients changed[] went from `before` to `cover`.
   void correct(const int64_t* index, int64_t count, const std::vector<int64_t>& changed, const Cover<T>& cover, const Buffer<T>& before,
-               int64_t* gains, ThreadTeam& team, GreedyStats& stats) override {
+               int64_t* gains, ThreadTeam& team, GreedyStats& stats) {
     constexpr int64_t kChunk = 8192;
     for (int64_t begin = 0; begin < static_cast<int64_t>(changed.size()); begin += kChunk) {
       const int64_t chunk = std::min<int64_t>(kChunk, static_cast<int64_t>(changed.size()) - begin);
       with_form(metric_, [&](auto form) { correct_chunk<form()>(index, count, changed.data() + begin, chunk, cover, before, gains, team); });
     }
     stats.pairs += count * static_cast<int64_t>(changed.size());
+  }
+
+  // For every candidate, from the clients in `sample` alone: gains[t][j] with every client's best at levels[t], and which of the first
+  // `anchors` of them (a multiple of kCols) it is most similar to.
+  void survey(const std::vector<int64_t>& sample, int64_t anchors, const std::vector<T>& levels, const Cover<T>& cover,
+              std::vector<Buffer<int64_t>>& gains, int32_t* nearest, ThreadTeam& team, GreedyStats& stats) {
+    const int64_t d = columns_.features(), count = static_cast<int64_t>(sample.size()), block = block_rows<T>(d);
+    const Panels<T> columns = Panels<T>::select(columns_, sample.data(), count);
+    std::vector<Cover<T>> flat;
+    for (const T level : levels) {
+      flat.emplace_back(count, level);
+      for (int64_t i = 0; i < count; ++i) flat.back().weight[i] = cover.weight[sample[i]];
+    }
+    const auto n_levels = static_cast<int64_t>(levels.size());
+    auto packed = per_thread<T>(team.size(), block * d);
+    auto sums = per_thread<simd::Fixed>(team.size(), n_levels * block);
+    auto nearest_value = per_thread<T>(team.size(), block);
+    with_form(metric_, [&](auto form) {
+      team.parallel_for((candidates() + block - 1) / block, 1, [&](int thread, int64_t which, int64_t) {
+        const int64_t begin = which * block, rows = std::min(block, candidates() - begin);
+        T* a = packed[thread].data();
+        simd::Fixed* sum = sums[thread].data();
+        T* most = nearest_value[thread].data();
+        std::fill_n(sum, n_levels * block, simd::Fixed{});
+        std::fill_n(most, block, std::numeric_limits<T>::lowest());
+        std::fill_n(nearest + begin, rows, 0);
+        rows_.pack_batch(everyone_.data() + begin, rows, a);
+        alignas(64) T s[kRows * kCols];
+        for (int64_t p = 0; p < columns.count(); ++p) {
+          for (int64_t q = 0; q * kRows < rows; ++q) {
+            values<form()>(a + q * kRows * d, columns.panel(p), s);
+            for (int64_t t = 0; t < n_levels; ++t) add_rows(s, flat[t], p, sum + t * block + q * kRows, nullptr, 0);
+            if (p * kCols >= anchors) continue;
+            for (int64_t r = q * kRows; r < std::min<int64_t>(rows, (q + 1) * kRows); ++r) {
+              for (int c = 0; c < kCols; ++c) {
+                const T value = s[(r - q * kRows) * kCols + c];
+                if (value <= most[r]) continue;
+                most[r] = value;
+                nearest[begin + r] = static_cast<int32_t>(p * kCols + c);
+              }
+            }
+          }
+        }
+        for (int64_t t = 0; t < n_levels; ++t) {
+          for (int64_t r = 0; r < rows; ++r) gains[t][begin + r] = simd::total(sum[t * block + r]);
+        }
+      });
+    });
+    stats.pairs += candidates() * count;
   }
 
   void similarities(const int64_t* index, int64_t count, T* out, int64_t stride, ThreadTeam& team) override {
@@ -260,13 +319,14 @@ class PointSource final : public Source<T> {
     }
   }
 
-  // Each thread takes blocks of candidates through all clients.
+  // Each thread takes blocks of candidates through all clients. Lists go with a single cover.
   template <Form form>
-  void by_candidates(const int64_t* index, int64_t count, int64_t block, const Cover<T>& cover, LiveLists<T>* lists, int64_t* gains,
-                     ThreadTeam& team) {
+  void by_candidates(const int64_t* index, int64_t count, int64_t block, const std::vector<const Cover<T>*>& covers, LiveLists<T>* lists,
+                     const std::vector<int64_t*>& gains, ThreadTeam& team) {
     const int64_t d = columns_.features(), limit = lists ? LiveRows<T>::limit(*lists, candidates(), clients()) : 0;
+    const auto n_covers = static_cast<int64_t>(covers.size());
     auto packed = per_thread<T>(team.size(), block * d);
-    auto sums = per_thread<simd::Fixed>(team.size(), block);
+    auto sums = per_thread<simd::Fixed>(team.size(), n_covers * block);
     std::vector<std::unique_ptr<LiveRows<T>>> live(team.size());
     if (lists) {
       for (auto& rows : live) rows = std::make_unique<LiveRows<T>>(block, limit);
@@ -275,17 +335,21 @@ class PointSource final : public Source<T> {
       const int64_t begin = which * block, rows = std::min(block, count - begin);
       T* a = packed[thread].data();
       simd::Fixed* sum = sums[thread].data();
-      std::fill_n(sum, block, simd::Fixed{});
+      std::fill_n(sum, n_covers * block, simd::Fixed{});
       if (lists) live[thread]->clear();
       rows_.pack_batch(index + begin, rows, a);
       alignas(64) T s[kRows * kCols];
       for (int64_t p = 0; p < columns_.count(); ++p) {
         for (int64_t q = 0; q * kRows < rows; ++q) {
           values<form>(a + q * kRows * d, columns_.panel(p), s);
-          add_rows(s, cover, p, sum + q * kRows, live[thread].get(), q * kRows);
+          for (int64_t t = 0; t < n_covers; ++t) {
+            add_rows(s, *covers[t], p, sum + t * block + q * kRows, live[thread].get(), q * kRows);
+          }
         }
       }
-      for (int64_t r = 0; r < rows; ++r) gains[begin + r] = simd::total(sum[r]);
+      for (int64_t t = 0; t < n_covers; ++t) {
+        for (int64_t r = 0; r < rows; ++r) gains[t][begin + r] = simd::total(sum[t * block + r]);
+      }
       if (lists) live[thread]->store(index + begin, rows, *lists);
     });
   }
@@ -314,44 +378,55 @@ class PointSource final : public Source<T> {
   }
 
   template <Form form>
-  void symmetric_sweep(const Cover<T>& cover, int64_t* gains, ThreadTeam& team) {
+  void symmetric_sweep(const std::vector<const Cover<T>*>& covers, const std::vector<int64_t*>& gains, ThreadTeam& team) {
+    constexpr int kFixed = kVectors * kParts, kLanes = kCols / kFixed;
     const int64_t d = columns_.features(), n = candidates(), padded = columns_.count() * kCols;
+    const auto n_covers = static_cast<int64_t>(covers.size());
     const int64_t block = n > 8 * 192 * team.size() ? block_rows<T>(d) : std::min<int64_t>(block_rows<T>(d), 96);
     auto packed = per_thread<T>(team.size(), block * d);
-    auto sums = per_thread<simd::Fixed>(team.size(), block);
+    auto sums = per_thread<simd::Fixed>(team.size(), n_covers * block);
+    auto columns = per_thread<simd::Fixed>(team.size(), n_covers * kFixed);
     std::vector<Buffer<int64_t>> partial;
-    for (int t = 0; t < team.size(); ++t) partial.emplace_back(padded, int64_t{0});
+    for (int t = 0; t < team.size(); ++t) partial.emplace_back(n_covers * padded, int64_t{0});
     team.parallel_for((n + block - 1) / block, 1, [&](int thread, int64_t which, int64_t) {
       const int64_t begin = which * block, count = std::min(block, n - begin);
-      std::vector<int64_t> index(count);
-      std::iota(index.begin(), index.end(), begin);
       T* a = packed[thread].data();
-      simd::Fixed* sum = sums[thread].data();
-      std::fill_n(sum, block, simd::Fixed{});
-      rows_.pack_batch(index.data(), count, a);
+      simd::Fixed *sum = sums[thread].data(), *column = columns[thread].data();
+      int64_t* mine = partial[thread].data();
+      std::fill_n(sum, n_covers * block, simd::Fixed{});
+      rows_.pack_batch(everyone_.data() + begin, count, a);
       alignas(64) T s[kRows * kCols];
       for (int64_t p = begin / kCols; p < columns_.count(); ++p) {
         const bool mirror = p * kCols >= begin + block;
-        simd::Fixed column[kVectors * kParts] = {};
+        std::fill_n(column, n_covers * kFixed, simd::Fixed{});
         for (int64_t q = 0; q * kRows < count; ++q) {
           values<form>(a + q * kRows * d, columns_.panel(p), s);
-          add_rows(s, cover, p, sum + q * kRows, nullptr, 0);
-          if (mirror) add_columns(s, cover, begin + q * kRows, std::min<int64_t>(kRows, count - q * kRows), column);
+          for (int64_t t = 0; t < n_covers; ++t) {
+            add_rows(s, *covers[t], p, sum + t * block + q * kRows, nullptr, 0);
+            if (mirror) add_columns(s, *covers[t], begin + q * kRows, std::min<int64_t>(kRows, count - q * kRows), column + t * kFixed);
+          }
         }
         if (!mirror) continue;
-        int64_t* mine = partial[thread].data() + p * kCols;
-        for (int c = 0; c < kCols; ++c) mine[c] += column[c / (kCols / (kVectors * kParts))][c % (kCols / (kVectors * kParts))];
+        for (int64_t t = 0; t < n_covers; ++t) {
+          for (int c = 0; c < kCols; ++c) mine[t * padded + p * kCols + c] += column[t * kFixed + c / kLanes][c % kLanes];
+        }
       }
-      for (int64_t r = 0; r < count; ++r) partial[thread][begin + r] += simd::total(sum[r]);
+      for (int64_t t = 0; t < n_covers; ++t) {
+        for (int64_t r = 0; r < count; ++r) mine[t * padded + begin + r] += simd::total(sum[t * block + r]);
+      }
     });
-    for (int64_t j = 0; j < n; ++j) {
-      gains[j] = 0;
-      for (const auto& part : partial) gains[j] += part[j];
+    for (int64_t t = 0; t < n_covers; ++t) {
+      for (int64_t j = 0; j < n; ++j) {
+        gains[t][j] = 0;
+        for (const auto& part : partial) gains[t][j] += part[t * padded + j];
+      }
     }
   }
 
   // The tile seen from the other side: its columns are candidates, its rows the clients first, first + 1, ...
-  static void add_columns(const T* s, const Cover<T>& cover, int64_t first, int64_t rows, simd::Fixed (&sum)[kVectors * kParts]) {
+  static void add_columns(const T* s, const Cover<T>& cover, int64_t first, int64_t rows, simd::Fixed* sum) {
+    simd::Fixed total[kVectors * kParts];
+    for (int i = 0; i < kVectors * kParts; ++i) total[i] = sum[i];
     for (int64_t r = 0; r < rows; ++r) {
       const auto best = simd::broadcast(cover.best[first + r]), weight = simd::broadcast(cover.weight[first + r]);
 #pragma GCC unroll 4
@@ -359,9 +434,10 @@ class PointSource final : public Source<T> {
         simd::Fixed part[kParts];
         simd::to_fixed(simd::positive_part<T>(simd::load(s + r * kCols + v * kWidth) - best) * weight, part);
 #pragma GCC unroll 4
-        for (int h = 0; h < kParts; ++h) sum[v * kParts + h] += part[h];
+        for (int h = 0; h < kParts; ++h) total[v * kParts + h] += part[h];
       }
     }
+    for (int i = 0; i < kVectors * kParts; ++i) sum[i] = total[i];
   }
 
   template <Form form>
@@ -399,8 +475,12 @@ class PointSource final : public Source<T> {
   bool self_;
   Metric metric_;
   double offset_;
+  // Turning a similarity into a term of a gain costs about as much as this many features of it.
+  static constexpr double kReductionCost = 8;
+
   Panels<T> columns_;
   Rows<T> rows_;
+  std::vector<int64_t> everyone_;
   Buffer<RowScale> scales_;
 };
 
