@@ -1,0 +1,132 @@
+// The thread team: every index once, exceptions and cancellation come out on the caller and leave the team
+// usable.
+#include <atomic>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "core/threads.h"
+
+namespace {
+
+void test_every_index_once() {
+  for (const int threads : {0, 1, 2, 3, 8}) {
+    fc::ThreadTeam team(threads);
+    CHECK_EQUAL(team.size(), threads < 1 ? 1 : threads);
+    for (const int64_t n : {0, 1, 7, 97, 1025}) {
+      for (const int64_t chunk : {0, 1, 3, 64, 2000}) {
+        std::vector<int> visits(n);  // not atomic: chunks are disjoint, which the thread sanitizer confirms
+        std::atomic<bool> in_range{true};
+        team.parallel_for(n, chunk, [&](int thread, int64_t begin, int64_t end) {
+          if (thread < 0 || thread >= team.size() || begin >= end || end > n) in_range = false;
+          for (int64_t i = begin; i < end; ++i) ++visits[i];
+        });
+        CHECK(in_range);
+        CHECK(visits == std::vector<int>(n, 1));
+      }
+    }
+  }
+}
+
+// What a region wrote is visible to the next one and to the caller, with no other synchronisation.
+void test_regions_follow_each_other() {
+  fc::ThreadTeam team(3);
+  std::vector<int64_t> values(1000);
+  for (int round = 0; round < 200; ++round)
+    team.parallel_for(1000, 17, [&](int, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) values[i] = round == 0 ? i : values[i] + 1;
+    });
+  CHECK_EQUAL(std::accumulate(values.begin(), values.end(), int64_t{0}), int64_t{999 * 500 + 199 * 1000});
+}
+
+// Per-thread partial sums indexed by the thread number never collide.
+void test_thread_numbers_are_exclusive() {
+  fc::ThreadTeam team(4);
+  std::vector<int64_t> partial(4);
+  team.parallel_for(10000, 10, [&](int thread, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) partial[thread] += i;
+  });
+  CHECK_EQUAL(std::accumulate(partial.begin(), partial.end(), int64_t{0}), int64_t{9999} * 5000);
+}
+
+void test_exceptions() {
+  for (const int threads : {1, 2, 4}) {
+    fc::ThreadTeam team(threads);
+    for (int round = 0; round < 20; ++round) {
+      std::string message;
+      try {
+        team.parallel_for(1000, 1, [&](int, int64_t begin, int64_t) {
+          if (begin == 500) throw std::runtime_error("at 500");
+        });
+      } catch (const std::runtime_error& error) {
+        message = error.what();
+      }
+      CHECK_EQUAL(message, std::string("at 500"));
+      // All threads throw at once: one exception comes out.
+      CHECK_THROWS(team.parallel_for(64, 1, [](int, int64_t, int64_t) { throw std::runtime_error("all"); }),
+                   std::runtime_error);
+      std::atomic<int64_t> sum{0};
+      team.parallel_for(100, 9, [&](int, int64_t begin, int64_t end) { sum += end - begin; });
+      CHECK_EQUAL(sum.load(), 100);
+    }
+  }
+}
+
+void test_cancellation() {
+  for (const int threads : {1, 2, 4}) {
+    std::atomic<bool> asked{false};
+    const auto caller = std::this_thread::get_id();
+    std::atomic<bool> polled_elsewhere{false};
+    fc::ThreadTeam team(threads, [&] {
+      if (std::this_thread::get_id() != caller) polled_elsewhere = true;
+      return asked.load();
+    });
+    const auto begin = std::chrono::steady_clock::now();
+    std::atomic<int64_t> done{0};
+    // Ten minutes of work if nobody stops it.
+    CHECK_THROWS(team.parallel_for(600000, 1,
+                                   [&](int, int64_t, int64_t) {
+                                     if (++done == 20) asked = true;
+                                     std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                                   }),
+                 fc::Cancelled);
+    CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds(10));
+    CHECK(done < 600000);
+    CHECK(!polled_elsewhere);
+    asked = false;
+    std::atomic<int64_t> sum{0};
+    team.parallel_for(100, 9, [&](int, int64_t first, int64_t last) { sum += last - first; });
+    CHECK_EQUAL(sum.load(), 100);
+    asked = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(60));
+    CHECK_THROWS(team.check(), fc::Cancelled);
+    team.set_poll(nullptr);
+    std::this_thread::sleep_for(std::chrono::milliseconds(60));
+    team.check();
+  }
+}
+
+// Teams are made and destroyed at any rate, used or not, several at a time.
+void test_lifetimes() {
+  std::atomic<int64_t> sum{0};
+  for (int round = 0; round < 100; ++round) {
+    fc::ThreadTeam unused(4), first(2), second(3);
+    first.parallel_for(8, 1, [&](int, int64_t begin, int64_t end) { sum += end - begin; });
+    second.parallel_for(8, 1, [&](int, int64_t begin, int64_t end) { sum += end - begin; });
+  }
+  CHECK_EQUAL(sum.load(), 1600);
+}
+
+}  // namespace
+
+TEST_PROGRAM {
+  test_every_index_once();
+  test_regions_follow_each_other();
+  test_thread_numbers_are_exclusive();
+  test_exceptions();
+  test_cancellation();
+  test_lifetimes();
+  return check::verdict("threads");
+}
