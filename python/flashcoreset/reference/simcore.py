@@ -46,37 +46,47 @@ class NearestOrder:
     """
 
     def __init__(self, centroids: Tensor) -> None:
-        """`centroids` [K, d], rows normalized; or [K, 0] when similarities are given instead of features."""
+        """`centroids` [K, d], of unit length or zero; [K, 0] where similarities are given instead of features."""
         self._centroids = centroids
-        self._chosen: Tensor | None = None
+        self._taken: Tensor | None = None
         self._rows = 0
+
+    @classmethod
+    def of_similarities(cls, lists: int, dtype: torch.dtype = torch.float32) -> NearestOrder:
+        """An order fed by `update_similarities`."""
+        return cls(torch.empty(lists, 0, dtype=dtype))
 
     def begin(self, length: int) -> None:
         """Starts a pass that keeps up to `length` items a list."""
         self._length = length
         self._rows = 0
-        self._items = torch.empty(
-            (self._centroids.shape[0], 0), dtype=torch.int64, device=self._centroids.device
-        )
-        self._values = self._centroids.new_empty((self._centroids.shape[0], 0))
+        self._values = self._centroids.new_empty(self._centroids.shape[0], 0)
+        self._items = torch.empty_like(self._values, dtype=torch.int64)
 
     def update(self, x: Tensor) -> None:
         """Adds the next items: features [r, d]."""
-        if not torch.isfinite(x).all():
-            row = int((~torch.isfinite(x)).any(dim=1).nonzero()[0]) + self._rows
-            raise ValueError(f"expected finite values, got NaN or inf in row {row}")
-        self.update_similarities(similarities(x, self._centroids))
+        self._check_finite(x, "openset")
+        self._add(similarities(x, self._centroids))
 
     def update_similarities(self, s: Tensor) -> None:
         """Adds the next items: their similarities [r, K] to every list."""
-        if torch.isnan(s).any():
-            row = int(torch.isnan(s).any(dim=1).nonzero()[0]) + self._rows
-            raise ValueError(f"expected similarities, got NaN in row {row}")
+        self._check_finite(s, "similarities")
+        self._add(s)
+
+    def _check_finite(self, x: Tensor, name: str) -> None:
+        bad = ~torch.isfinite(x)
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name} must be finite, got {x[row, column].item()} at row {self._rows + row}, column {column}"
+            )
+
+    def _add(self, s: Tensor) -> None:
         items = torch.arange(self._rows, self._rows + s.shape[0], device=s.device)
         self._rows += s.shape[0]
-        if self._chosen is not None:
-            keep = ~self._chosen[items]
-            items, s = items[keep], s[keep]
+        if self._taken is not None:
+            free = ~self._taken[items]
+            items, s = items[free], s[free]
         # What is kept stands before what comes, and the sort is stable: equal similarities stay in the order of the items.
         values = torch.cat([self._values, s.T], dim=1)
         items = torch.cat([self._items, items.expand(s.shape[1], -1)], dim=1)
@@ -86,26 +96,34 @@ class NearestOrder:
 
     def finish(self) -> int:
         """Ends the pass and returns the number of items seen in it."""
-        if self._chosen is None:
-            self._chosen = torch.zeros(self._rows, dtype=torch.bool, device=self._centroids.device)
+        if self._taken is None:
+            self._taken = torch.zeros(self._rows, dtype=torch.bool, device=self._values.device)
         return self._rows
+
+    @property
+    def taken(self) -> int:
+        """Items taken so far."""
+        return 0 if self._taken is None else int(self._taken.sum())
 
     def order(self, index: int) -> tuple[Tensor, Tensor]:
         """Items and similarities that list `index` keeps, most similar first."""
         return self._items[index], self._values[index]
 
-    def rounds(self, count: int, k: int) -> tuple[list[list[int]], list[float]]:
-        """Up to `count` further rounds: the new items of each, in the order of the lists that took them, and its value.
+    def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]:
+        """Up to `count` further rounds: the items taken, one round after the other and in a round in the order of the lists that
+        took them; how many each round took; the rounds' values.
 
         Ends early after the round with which `k` items or more are taken in all, when every item is taken, and when a list needs
         another pass.
         """
-        assert self._chosen is not None
-        items: list[list[int]] = []
+        if self._taken is None:
+            raise ValueError("no pass is finished: call begin(), update() and finish() first")
+        items: list[int] = []
+        counts: list[int] = []
         values: list[float] = []
-        taken = int(self._chosen.sum())
-        while len(items) < count and taken < min(k, self._rows):
-            free = ~self._chosen[self._items]
+        taken = self.taken
+        while len(counts) < count and taken < min(k, self._rows):
+            free = ~self._taken[self._items]
             if not free.any(dim=1).all():
                 break
             place = free.to(torch.uint8).argmax(dim=1, keepdim=True)
@@ -113,8 +131,9 @@ class NearestOrder:
             total = 0.0
             for value in self._values.gather(1, place).flatten().tolist():
                 total += value
-            self._chosen[new] = True
+            self._taken[new] = True
             taken += len(new)
-            items.append(new)
-            values.append(total / self._centroids.shape[0])
-        return items, values
+            items += new
+            counts.append(len(new))
+            values.append(total / len(place))
+        return torch.tensor(items, dtype=torch.int64), counts, values

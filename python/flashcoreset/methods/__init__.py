@@ -1,0 +1,41 @@
+"""The coreset methods, each a composition of ops, and `select`, which calls one by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flashcoreset._types import Coreset
+from flashcoreset.methods.simcore import simcore
+
+_METHODS: dict[str, Callable[..., Coreset]] = {"simcore": simcore}
+
+
+def select(name: str, **arguments: Any) -> Coreset:
+    """Calls a coreset method by its name.
+
+    Args:
+        name: "simcore".
+        arguments: those of the function of that name.
+
+    Returns:
+        Its Coreset.
+
+    Raises:
+        ValueError: for a name that is no method's.
+        TypeError: for a name that is no string, and for arguments that the method does not have.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> openset = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]])
+        >>> fc.select("simcore", openset=openset, target=openset[:1], k=2).indices
+        tensor([0, 2])
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    if name not in _METHODS:
+        raise ValueError(f"unknown method {name!r}; valid names: {', '.join(_METHODS)}")
+    return _METHODS[name](**arguments)
+
+
+__all__ = ["select", "simcore"]
