@@ -263,7 +263,9 @@ def _simcore(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict
     target = _load_features(arguments.target, "--target")
     coreset = fc.simcore(openset, target, getattr(arguments, "k", None), **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
-    return arrays, {"rows": openset.shape[0], **coreset.info}
+    info = dict(coreset.info)
+    arrays["centroids"] = info.pop("centroids").numpy()
+    return arrays, {"rows": openset.shape[0], **info}
 
 
 def _select(arguments: argparse.Namespace) -> int:
