@@ -1,0 +1,30 @@
+"""Kernels for choosing training data, and the coreset methods built on them.
+
+Example:
+    >>> import torch, flashcoreset as fc
+    >>> fc.facility_location(torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), 3).indices.shape
+    torch.Size([3])
+"""
+
+from importlib.metadata import version as _version
+
+from flashcoreset import kernels
+from flashcoreset._errors import BackendUnavailableError, SlowPathWarning
+from flashcoreset._memory import memory_estimate
+from flashcoreset._types import Coreset, Selection
+from flashcoreset.ops.budgets import allocate_budgets
+from flashcoreset.ops.facility_location import facility_location
+
+__version__ = _version("flashcoreset")
+
+__all__ = [
+    "BackendUnavailableError",
+    "Coreset",
+    "Selection",
+    "SlowPathWarning",
+    "__version__",
+    "allocate_budgets",
+    "facility_location",
+    "kernels",
+    "memory_estimate",
+]

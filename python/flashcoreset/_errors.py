@@ -1,0 +1,42 @@
+"""Exceptions and warnings of the public interface."""
+
+from __future__ import annotations
+
+import warnings
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run here; the message gives the reason and the remedy.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> try:
+        ...     fc.facility_location(torch.eye(3), 1, backend="cuda")
+        ... except fc.BackendUnavailableError as error:
+        ...     print("unavailable")
+        unavailable
+    """
+
+
+class SlowPathWarning(UserWarning):
+    """No compiled kernel could take a call with `backend=None`, so the plain PyTorch reference did. Given
+    once per reason.
+
+    Example:
+        >>> import warnings, flashcoreset as fc
+        >>> warnings.simplefilter("ignore", fc.SlowPathWarning)
+    """
+
+
+_reported: set[str] = set()
+
+
+def warn_slow_path(reason: str, stacklevel: int = 2) -> None:
+    """Warns that the reference runs because of `reason`, the first time that reason is met."""
+    if reason not in _reported:
+        _reported.add(reason)
+        warnings.warn(
+            f"falling back to the slow PyTorch reference: {reason} (backend='torch' asks for it silently)",
+            SlowPathWarning,
+            stacklevel=stacklevel + 1,
+        )

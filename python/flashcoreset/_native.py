@@ -1,0 +1,133 @@
+"""Finds and loads the compiled CPU module: one source built for several instruction sets, the best one taken
+at first use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import threading
+from types import ModuleType
+
+from flashcoreset._errors import BackendUnavailableError
+
+# Best first. The names are those of FLASHCORESET_ISA; the modules are the package's own.
+MODULES = {
+    "x86-64-v4": "_cpu_x86_64_v4",
+    "x86-64-v3": "_cpu_x86_64_v3",
+    "x86-64-v2": "_cpu_x86_64_v2",
+    "aarch64": "_cpu_aarch64",
+    "generic": "_cpu_generic",
+}
+# These run on every processor of their architecture, so they can be asked what it supports.
+BASELINES = ("x86-64-v2", "aarch64", "generic")
+
+_REMEDY = "reinstall flashcoreset with a C++17 compiler present (pip install .), or pass backend='torch'"
+
+
+@functools.cache
+def _import(isa: str) -> ModuleType | str:
+    """The module, or why there is none."""
+    try:
+        return importlib.import_module(f"flashcoreset.{MODULES[isa]}")
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def _processor() -> frozenset[str] | None:
+    """The instruction sets that this processor has, or None when no baseline module could be imported to
+    ask."""
+    for isa in BASELINES:
+        module = _import(isa)
+        if isinstance(module, ModuleType):
+            return frozenset(module.supported_isas())
+    return None
+
+
+@functools.cache
+def unavailable_reason(isa: str) -> str | None:
+    """Why the build for `isa` cannot be used here, or None if it can."""
+    processor = _processor()
+    if processor is not None and isa not in processor:
+        return "this processor does not have it"
+    module = _import(isa)
+    return None if isinstance(module, ModuleType) else module
+
+
+def available_isas() -> list[str]:
+    """The builds that run here, best first."""
+    # Without a baseline module the processor is unknown, and a build for another one would end the process at
+    # its first instruction.
+    if _processor() is None:
+        return []
+    return [isa for isa in MODULES if unavailable_reason(isa) is None]
+
+
+def load_isa(isa: str) -> ModuleType:
+    """The build for one instruction set.
+
+    Raises:
+        ValueError: if `isa` is not one of the known names.
+        BackendUnavailableError: if that build is missing or the processor lacks the instructions.
+    """
+    if isa not in MODULES:
+        raise ValueError(f"unknown instruction set {isa!r}; valid names: {', '.join(MODULES)}")
+    if isa not in available_isas():
+        reason = unavailable_reason(isa) or "no baseline module could be imported to ask the processor"
+        raise BackendUnavailableError(
+            f"the build for {isa} cannot be used here: {reason}; "
+            f"available: {', '.join(available_isas()) or 'none'}"
+        )
+    module = _import(isa)
+    assert isinstance(module, ModuleType)
+    return module
+
+
+_lock = threading.Lock()
+_loaded: ModuleType | None = None
+_failure: str | None = None
+
+
+def _choose() -> ModuleType:
+    forced = os.environ.get("FLASHCORESET_ISA")
+    if forced:
+        try:
+            return load_isa(forced)
+        except (ValueError, BackendUnavailableError) as error:
+            raise type(error)(f"FLASHCORESET_ISA={forced}: {error}") from None
+    available = available_isas()
+    if not available:
+        reasons = "; ".join(f"{isa}: {unavailable_reason(isa)}" for isa in MODULES)
+        raise BackendUnavailableError(f"no compiled CPU module could be loaded ({reasons}); {_REMEDY}")
+    return load_isa(available[0])
+
+
+def module() -> ModuleType:
+    """The build in use: FLASHCORESET_ISA if set, else the best that runs here. Chosen once, at first use.
+
+    Raises:
+        ValueError: if FLASHCORESET_ISA is not a known name.
+        BackendUnavailableError: if no build (or not the forced one) can be used; the reason is kept.
+    """
+    global _loaded, _failure
+    if _loaded is None:
+        with _lock:
+            if _failure is not None:
+                raise BackendUnavailableError(_failure)
+            if _loaded is None:
+                try:
+                    _loaded = _choose()
+                except BackendUnavailableError as error:
+                    _failure = str(error)
+                    raise
+    return _loaded
+
+
+def failure() -> str | None:
+    """Why `module()` raises BackendUnavailableError, or None if it does not."""
+    try:
+        module()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None

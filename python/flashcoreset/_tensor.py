@@ -1,0 +1,272 @@
+"""The boundary: whatever the caller passes becomes a torch tensor, without a copy where its memory layout
+allows.
+
+Names in the messages are the public argument names. Only types, shapes and options are looked at here, so
+that torch.compile can trace through; values are checked by the ops.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_INTEGERS = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+
+
+class _Writable:
+    """Shows a read-only array to NumPy as a writable one. torch has no read-only tensors and warns about such
+    arrays; nothing here writes to its inputs."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array  # keeps the memory alive
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+
+
+def _from_numpy(array: np.ndarray, name: str) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass a plain array")
+    if not array.dtype.isnative:
+        raise ValueError(
+            f"{name} has byte-swapped dtype {array.dtype.str!r}; convert it with "
+            f"{name}.astype({name}.dtype.newbyteorder('='))"
+        )
+    itemsize = array.dtype.itemsize
+    if not array.flags.aligned or any(stride < 0 or stride % itemsize for stride in array.strides):
+        array = array.copy()
+    elif not array.flags.writeable and array.dtype.kind in "fiu":
+        array = np.asarray(_Writable(array))
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise TypeError(f"{name} must hold real numbers, got an array of dtype {array.dtype}") from None
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """`value` as a detached tensor: a torch.Tensor, a NumPy array or anything with `__dlpack__`."""
+    if isinstance(value, Tensor):
+        tensor = value.detach() if value.requires_grad else value
+        return tensor.resolve_neg() if tensor.is_neg() else tensor
+    if isinstance(value, np.ndarray):
+        return _from_numpy(value, name)
+    if hasattr(value, "__dlpack__"):
+        try:
+            return torch.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise TypeError(
+                f"{name}: the __dlpack__ of {type(value).__name__} could not be taken: {error}"
+            ) from error
+    raise TypeError(
+        f"{name} must be a torch.Tensor, a NumPy array or an object with __dlpack__, "
+        f"got {type(value).__name__}"
+    )
+
+
+def as_matrix(value: Any, name: str) -> Tensor:
+    """`value` as a dense floating tensor [rows, columns], neither of them 0."""
+    tensor = as_tensor(value, name)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {_dtype(tensor)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
+    rows, columns = tensor.shape
+    if rows == 0 or columns == 0:
+        raise ValueError(f"{name} must have at least 1 row and 1 column, got shape {(rows, columns)}")
+    return tensor
+
+
+def as_vector(
+    value: Any, name: str, device: torch.device, *, integers: bool, length: int | None = None
+) -> Tensor:
+    """`value` as a tensor [length] on `device`, int64 or float64. Lists and tuples of numbers will do."""
+    if isinstance(value, (list, tuple, range)):
+        array = np.asarray(value)
+        if array.size == 0 and integers:
+            array = array.astype(np.int64)
+        tensor = as_tensor(array, name).to(device)
+    else:
+        tensor = as_tensor(value, name)
+    if integers and tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must hold integers, got dtype {_dtype(tensor)}")
+    if not integers and tensor.dtype not in FLOATING and tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must hold real numbers, got dtype {_dtype(tensor)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dim() != 1 or (length is not None and tensor.shape[0] != length):
+        expected = "[n]" if length is None else f"[{length}]"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+    same_device(tensor, name, device)
+    return tensor.to(torch.int64 if integers else torch.float64)
+
+
+def same_device(tensor: Tensor, name: str, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on device {tensor.device}, but x is on {device}; move one of them")
+
+
+def as_integer(value: Any, name: str) -> int:
+    """`value` as an int; bool and float are refused."""
+    if not isinstance(value, (bool, np.bool_, float)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+
+
+def as_number(value: Any, name: str) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, (bool, np.bool_, str, bytes)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
+    if number - number != 0:  # math.isfinite would break the graph under torch.compile
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def one_of(value: Any, name: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; valid names: {', '.join(valid)}")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raises ValueError naming the first NaN or infinity of a tensor [rows, columns] or [length]."""
+    rows = tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
+    # Some rows at a time, so that the masks stay small beside the tensor.
+    step = max(1, (1 << 22) // max(1, rows.shape[1]))
+    for begin in range(0, rows.shape[0], step):
+        bad = ~torch.isfinite(rows[begin : begin + step])
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            where = f"row {begin + row}, column {column}" if tensor.dim() == 2 else f"position {column}"
+            got = rows[begin + row, column].item()
+            got = "NaN" if got != got else got
+            raise ValueError(f"{name} must be finite, got {got} at {where}")
+
+
+@dataclass(frozen=True, eq=False)
+class Csr:
+    """A sparse matrix: row i has values[crow[i] : crow[i+1]] in columns col[crow[i] : crow[i+1]], ascending,
+    each once."""
+
+    crow: Tensor  # [rows + 1] int64
+    col: Tensor  # [nnz] int64
+    values: Tensor  # [nnz]
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def square_part(self, members: Tensor) -> Csr:
+        """The rows and columns in `members` (ascending)."""
+        place = torch.full((self.shape[1],), -1, dtype=torch.int64, device=self.device)
+        place[members] = torch.arange(len(members), device=self.device)
+        row_place = torch.full((self.shape[0],), -1, dtype=torch.int64, device=self.device)
+        row_place[members] = torch.arange(len(members), device=self.device)
+        row = torch.repeat_interleave(row_place, self.crow.diff())
+        keep = ((row >= 0) & (place[self.col] >= 0)).nonzero()[:, 0]
+        new_crow = torch.zeros(len(members) + 1, dtype=torch.int64, device=self.device)
+        new_crow[1:] = torch.bincount(row[keep], minlength=len(members)).cumsum(0)
+        return Csr(new_crow, place[self.col[keep]], self.values[keep], (len(members), len(members)))
+
+
+def is_sparse(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout is not torch.strided
+    scipy_sparse = sys.modules.get("scipy.sparse")
+    return scipy_sparse is not None and bool(scipy_sparse.issparse(value))
+
+
+def as_csr(value: Any, name: str) -> Csr:
+    """A scipy CSR matrix or array, or a torch sparse CSR tensor, checked; without a copy if it is canonical
+    with 64-bit indices."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.sparse_csr:
+            raise TypeError(
+                f"{name} must be a dense tensor or a sparse CSR tensor, got layout {value.layout}"
+            )
+        value = value.detach()
+        crow, col, values = value.crow_indices(), value.col_indices(), value.values()
+    else:
+        if value.format != "csr":
+            raise TypeError(
+                f"{name} must be in CSR format, got scipy format {value.format!r}; convert it with .tocsr()"
+            )
+        crow = _from_numpy(value.indptr, f"{name}.indptr")
+        col = _from_numpy(value.indices, f"{name}.indices")
+        values = _from_numpy(value.data, f"{name}.data")
+    if values.dtype not in FLOATING:
+        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {_dtype(values)}")
+    shape = tuple(value.shape)
+    if len(shape) != 2 or values.dim() != 1:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {shape}")
+    if 0 in shape:
+        raise ValueError(f"{name} must have at least 1 row and 1 column, got shape {shape}")
+    crow, col = crow.to(torch.int64).contiguous(), col.to(torch.int64).contiguous()
+    return canonical_csr(crow, col, values.contiguous(), (int(shape[0]), int(shape[1])), name)
+
+
+def canonical_csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, int], name: str) -> Csr:
+    # Neither scipy nor torch checks these in general, and a kernel would read outside its memory.
+    rows, columns = shape
+    if crow.shape != (rows + 1,) or col.shape != values.shape:
+        raise ValueError(
+            f"{name}: index arrays of lengths {len(crow)} and {len(col)} do not fit its shape {shape}"
+        )
+    if crow[0] != 0 or crow[-1] != len(col) or (crow.diff() < 0).any():
+        raise ValueError(f"{name}: row pointers must rise from 0 to the number of entries, {len(col)}")
+    if len(col) and (col.min() < 0 or col.max() >= columns):
+        raise ValueError(
+            f"{name}: column indices must be in [0, {columns}), got {int(col.min())} to {int(col.max())}"
+        )
+    row = torch.repeat_interleave(torch.arange(rows, device=crow.device), crow.diff())
+    falls = (row.diff() == 0) & (col.diff() <= 0)
+    if falls.any():
+        order = torch.argsort(row * columns + col, stable=True)
+        row, col, values = row[order], col[order], values[order]
+        first = torch.ones(len(col), dtype=torch.bool, device=crow.device)
+        first[1:] = (row.diff() != 0) | (col.diff() != 0)
+        place = first.cumsum(0) - 1
+        summed = torch.zeros(int(place[-1]) + 1, dtype=values.dtype, device=values.device)
+        values = summed.index_add_(0, place, values)
+        row, col = row[first], col[first]
+        crow = torch.zeros(rows + 1, dtype=torch.int64, device=crow.device)
+        crow[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+    return Csr(crow, col, values, shape)

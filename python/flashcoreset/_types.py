@@ -1,0 +1,84 @@
+"""What the public functions return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Scalar:
+    """A dataclass field that takes a number or a 0-d tensor and reads as a number.
+
+    Inside torch.compile a result is a tensor that has no value yet: there the tensor itself is read, and the
+    conversion happens when the value is first read outside the graph.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._slot = "_" + name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            raise AttributeError(self._slot)  # the dataclass then sees a field without a default
+        value = getattr(instance, self._slot)
+        if isinstance(value, Tensor) and not torch.compiler.is_compiling():
+            return float(value)
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        object.__setattr__(instance, self._slot, value)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A chosen subset and what each of its members stands for.
+
+    Attributes:
+        indices: [k] int64, the picks in the order in which they were made.
+        gains: [k] float, by how much each pick raised the objective.
+        weights: [k] float, the client weight that each pick won.
+        assignment: [m] int64, for each client the position in `indices` of the pick that serves it, or -1.
+        objective: f(S), a float, preselected items included.
+        offset: what distances were subtracted from to make similarities of them; None for similarities.
+        dims: kept for gradient matching; None otherwise.
+        state: kept for gradient matching; None otherwise.
+
+    Inside a function given to torch.compile, `objective` and `offset` are 0-d tensors.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> selection = fc.facility_location(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]), 2)
+        >>> selection.indices.tolist(), selection.weights.tolist(), selection.objective
+        ([1, 0], [2.0, 1.0], 3.0)
+    """
+
+    indices: Tensor
+    gains: Tensor
+    weights: Tensor
+    assignment: Tensor
+    objective: float = _Scalar()  # type: ignore[assignment]
+    offset: float | None = _Scalar()  # type: ignore[assignment]
+    dims: Any = None
+    state: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Coreset:
+    """What a coreset method returns.
+
+    Attributes:
+        indices: [k] int64, the chosen items.
+        weights: [k] float, the weight of each in the training loss.
+        info: figures of the method's own, by name.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> fc.Coreset(torch.tensor([4, 2]), torch.ones(2), {"rounds": 1}).info
+        {'rounds': 1}
+    """
+
+    indices: Tensor
+    weights: Tensor
+    info: dict[str, Any] = field(default_factory=dict)

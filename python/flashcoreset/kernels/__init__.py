@@ -1,0 +1,24 @@
+"""Low-level calls: each backend's kernels with caller-owned outputs, and runs that the caller advances pick
+by pick.
+
+`kernels.cpu` is compiled, `kernels.torch` is the plain PyTorch reference; both have the same names:
+
+    pairwise(x, y=None, *, metric, out=None)
+    FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
+        .step(count, naive=False), .step_among(candidates), .finish(indices, gains, weights, assignment)
+
+A FacilityLocation is its own workspace: it keeps the packed points, bounds and lists between calls, so that
+further picks cost only themselves. Arguments are tensors whose types, shapes and indices are taken as they
+are; the public functions check them first.
+
+Example:
+    >>> import torch
+    >>> from flashcoreset import kernels
+    >>> kernels.torch.pairwise(torch.eye(2), metric="l1", out=torch.empty(2, 2))
+    tensor([[0., 2.],
+            [2., 0.]])
+"""
+
+from flashcoreset.kernels import cpu, torch
+
+__all__ = ["cpu", "torch"]

@@ -1,0 +1,1 @@
+"""One file a kernel family: check arguments, allocate, call the chosen kernel, wrap the result."""

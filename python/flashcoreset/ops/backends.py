@@ -1,0 +1,49 @@
+"""Chooses the kernels for a call."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from flashcoreset import _native
+from flashcoreset._errors import BackendUnavailableError, warn_slow_path
+
+BACKENDS = ("cpu", "cuda", "triton", "torch")
+
+
+def check_backend(backend: object) -> None:
+    """Raises ValueError unless `backend` is None or a known name."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid names: {', '.join(BACKENDS)}, or None")
+
+
+def choose_kernels(backend: str | None, device: torch.device) -> ModuleType:
+    """The kernels of `backend` for tensors on `device`; for None the fastest that can take them.
+
+    Raises:
+        BackendUnavailableError: if `backend` was named and cannot run here.
+        ValueError: if FLASHCORESET_ISA is not a known name.
+    """
+    from flashcoreset import kernels
+
+    if backend == "torch":
+        return kernels.torch
+    if backend in ("cuda", "triton"):
+        raise BackendUnavailableError(
+            f"backend {backend!r}: flashcoreset was built without {backend} kernels; "
+            f"move the tensors to the CPU for backend='cpu', or pass backend='torch'"
+        )
+    if device.type != "cpu":
+        reason = f"no compiled kernel takes tensors on {device}"
+        if backend == "cpu":
+            raise BackendUnavailableError(
+                f"backend 'cpu': {reason}; move them with .cpu(), or pass backend='torch'"
+            )
+        warn_slow_path(reason)
+        return kernels.torch
+    if backend is None and (reason := _native.failure()) is not None:
+        warn_slow_path(reason)
+        return kernels.torch
+    _native.module()
+    return kernels.cpu

@@ -1,0 +1,669 @@
+"""Facility location: arguments checked, groups taken apart, the chosen kernel run, the result wrapped; and
+the same as a torch op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcoreset._memory import as_shape, register_estimate
+from flashcoreset._progress import Progress, check_progress
+from flashcoreset._tensor import (
+    Csr,
+    as_csr,
+    as_integer,
+    as_matrix,
+    as_number,
+    as_vector,
+    canonical_csr,
+    check_finite,
+    compute_dtype,
+    is_sparse,
+    one_of,
+    same_device,
+)
+from flashcoreset._types import Selection
+from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.ops.budgets import allocate_budgets
+from flashcoreset.ops.sampling import CandidateSampler
+from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
+
+METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
+METHODS = ("lazy", "naive", "stochastic")
+
+
+def facility_location(
+    x: Any,
+    k: int | None,
+    *,
+    clients: Any = None,
+    metric: str = "cosine",
+    weights: Any = None,
+    groups: Any = None,
+    budgets: Any = None,
+    preselected: Any = None,
+    method: str = "lazy",
+    epsilon: float = 0.1,
+    seed: int = 0,
+    offset: float | None = None,
+    backend: str | None = None,
+    progress: Callable[[int, int], object] | bool | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Selection:
+    """Greedy maximisation of f(S) = sum_i w_i * max(0, max_{j in S} s(j, i)) over candidates j and clients i.
+
+    Args:
+        x: [n, d] candidates, float16, bfloat16, float32 or float64 (half types compute in float32); a torch
+            tensor, a NumPy array or an object with `__dlpack__`. It may require grad; the result does not.
+            With metric="precomputed": s itself, [n candidates, m clients], also as a scipy CSR matrix or
+            torch sparse CSR tensor whose absent entries are 0.
+        k: how many to pick, 1 <= k <= the candidates that are not preselected. With `budgets`: their sum, or
+            None.
+        clients: [m, d], same dtype as `x`; default `x`.
+        metric: "cosine" (0 for a zero row) and "dot" are s; "euclidean", "sqeuclidean" and "l1" make s =
+            offset - distance; "precomputed" takes `x` as s.
+        weights: [m] client weights >= 0; default 1.
+        groups: [n] integer labels: each label is its own problem over its own members (as candidates and,
+            without `clients`, as clients). Picks come label by label, ascending. With `clients`, every
+            group's candidates face all clients, gains are the group's own, and weights, assignment and
+            objective are those of all picks together.
+        budgets: how many to pick of each group: a dict label -> count that names every label, or counts [G]
+            for the labels 0..G-1. Default: `allocate_budgets` of the groups' sizes (without the preselected)
+            and `k`.
+        preselected: [p] distinct candidates already in S: they cover clients and are not returned.
+        method: "lazy" and "naive" give the exact greedy sequence; "stochastic" picks the best of ceil(n/k *
+            ln(1/epsilon)) candidates drawn anew for each pick.
+        epsilon: in (0, 1), for "stochastic".
+        seed: in [0, 2^64), for "stochastic".
+        offset: for distances, a number >= 0; default an upper bound of all distances, on which the picks do
+            not depend.
+        backend: "cpu" (compiled), "torch" (the slow reference) or None: the fastest that takes `x`.
+        progress: True shows a bar on stderr; a callable gets (picks made, picks wanted). Not called inside
+            torch.compile.
+        memory_budget: bytes that may be spent on similarities and lists larger than n + m, >= 0; default 256
+            MiB. The result does not depend on it.
+
+    Returns:
+        Selection, on the device of `x`: `indices` [k] in pick order; `gains` [k] (float64 for float64, else
+        float32); `weights` [k], the client weight won by each pick; `assignment` [m], the position in
+        `indices` of the pick most similar to each client (ties: the earlier pick), or -1 where no pick has s
+        > 0 or a preselected item is as good. Without `clients` a pick serves itself unless a preselected item
+        is more similar. `objective` = f(S) with the preselected in S; `offset` of distances.
+
+    Raises:
+        TypeError: for a wrong type or dtype.
+        ValueError: for a wrong shape, option, index, label, budget, weight or device, NaN, infinity, or
+        overflow; the message names
+            the argument and what came.
+        BackendUnavailableError: if a `backend` was named that cannot run here.
+
+    Ties go to the lowest index; gains are summed as 64-bit integers, so the result is the same for any number
+    of threads.
+
+    Sources: Nemhauser, Wolsey and Fisher 1978 (greedy, within 1 - 1/e of the best S); Minoux 1978 (lazy
+    evaluation); Mirzasoleiman, Badanidiyuru, Karbasi, Vondrak and Krause, "Lazier than lazy greedy", AAAI
+    2015 (stochastic).
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> x = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0]])
+        >>> selection = fc.facility_location(x, 2, metric="l1", offset=20.0)
+        >>> selection.indices, selection.gains, selection.assignment
+        (tensor([2, 3]), tensor([80., 15.]), tensor([0, 0, 0, 1, 1]))
+        >>> fc.facility_location(x, None, metric="l1", groups=[0, 0, 0, 1, 1], budgets={0: 1, 1: 1}).indices
+        tensor([1, 3])
+    """
+    problem = _check(
+        x,
+        k,
+        clients,
+        metric,
+        weights,
+        groups,
+        budgets,
+        preselected,
+        method,
+        epsilon,
+        seed,
+        offset,
+        memory_budget,
+    )
+    check_backend(backend)
+    check_progress(progress)
+    if _is_traced(problem):
+        return _call_op(problem, backend)
+    return Selection(*_solve(problem, backend, progress))
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """The arguments, their types, shapes and options checked; their values not yet."""
+
+    x: Tensor | Csr
+    k: int
+    clients: Tensor | None
+    metric: str
+    weights: Tensor | None  # [m] float64
+    groups: Tensor | None  # [n] int64
+    labels: Tensor | None  # [G] int64
+    budgets: Tensor | None  # [G] int64
+    preselected: Tensor | None  # [p] int64
+    method: str
+    epsilon: float
+    seed: int
+    offset: float | None
+    memory_budget: int
+
+
+def _check(
+    x: Any,
+    k: Any,
+    clients: Any,
+    metric: Any,
+    weights: Any,
+    groups: Any,
+    budgets: Any,
+    preselected: Any,
+    method: Any,
+    epsilon: Any,
+    seed: Any,
+    offset: Any,
+    memory_budget: Any,
+) -> _Problem:
+    one_of(metric, "metric", METRICS)
+    one_of(method, "method", METHODS)
+    x = _check_x(x, metric)
+    n, m = x.shape
+    device = x.device
+    if metric == "precomputed":
+        if clients is not None:
+            raise ValueError(
+                "clients must be None with metric 'precomputed', where they are the columns of x"
+            )
+        if groups is not None and n != m:
+            raise ValueError(f"x must be square for groups with metric 'precomputed', got shape {(n, m)}")
+    elif clients is None:
+        m = n
+    else:
+        clients = as_matrix(clients, "clients")
+        same_device(clients, "clients", device)
+        if clients.dtype != x.dtype:
+            raise TypeError(f"clients must have the dtype of x, {x.dtype}, got {clients.dtype}")
+        if clients.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"clients must have {x.shape[1]} columns as x has, got shape {tuple(clients.shape)}"
+            )
+        m = clients.shape[0]
+    if weights is not None:
+        weights = as_vector(weights, "weights", device, integers=False, length=m)
+    if preselected is not None:
+        preselected = as_vector(preselected, "preselected", device, integers=True)
+        if preselected.shape[0] == 0:
+            preselected = None
+    labels = None
+    if groups is not None:
+        groups = as_vector(groups, "groups", device, integers=True, length=n)
+    elif budgets is not None:
+        raise ValueError("budgets need groups, got groups=None")
+    if budgets is not None:
+        labels, budgets, total = _check_budgets(budgets, device, k)
+    if k is not None:
+        k = as_integer(k, "k")
+    if budgets is not None:
+        if k is not None and total is not None and k != total:
+            raise ValueError(f"k must be the sum of the budgets, {total}, or None, got {k}")
+        k = total if k is None else k
+    if k is None:
+        raise TypeError("k must be an int unless budgets are given, got None")
+    left = n if preselected is None else n - preselected.shape[0]
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    if k > left:
+        among = f"{n} candidates" if preselected is None else f"{n} candidates less {n - left} preselected"
+        raise ValueError(f"k must be at most {left} ({among}), got {k}")
+    epsilon = as_number(epsilon, "epsilon")
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon must be in (0, 1), got {epsilon}")
+    seed = as_integer(seed, "seed")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    memory_budget = as_integer(memory_budget, "memory_budget")
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget must be >= 0 bytes, got {memory_budget}")
+    if offset is not None:
+        offset = as_number(offset, "offset")
+        if metric not in DISTANCES:
+            raise ValueError(f"offset is for distances; metric {metric!r} takes None, got {offset}")
+        if not 0 <= offset <= torch.finfo(compute_dtype(x.dtype)).max:
+            raise ValueError(f"offset must be >= 0 and in the range of the dtype of x, got {offset}")
+    return _Problem(
+        x, k, clients, metric, weights, groups, labels, budgets, preselected, method, epsilon, seed, offset,
+        memory_budget,
+    )  # fmt: skip
+
+
+def _check_x(x: Any, metric: str) -> Tensor | Csr:
+    if not is_sparse(x):
+        return as_matrix(x, "x")
+    if metric != "precomputed":
+        raise TypeError(f"x must be dense for metric {metric!r}; a sparse matrix needs metric 'precomputed'")
+    return as_csr(x, "x")
+
+
+def _check_budgets(budgets: Any, device: torch.device, k: Any) -> tuple[Tensor, Tensor, int | None]:
+    """Labels [G], counts [G] and the sum of the counts (None where it is not known yet, under
+    torch.compile)."""
+    if isinstance(budgets, Mapping):
+        keys = [as_integer(label, "a label in budgets") for label in budgets]
+        counts = [as_integer(count, f"budgets[{label}]") for label, count in budgets.items()]
+        labels = torch.tensor(keys, dtype=torch.int64, device=device)
+        return labels, torch.tensor(counts, dtype=torch.int64, device=device), sum(counts)
+    vector = as_vector(budgets, "budgets", device, integers=True)
+    labels = torch.arange(vector.shape[0], device=device)
+    if isinstance(budgets, (list, tuple)):
+        return labels, vector, sum(budgets)
+    if torch.compiler.is_compiling():
+        if k is None:
+            raise ValueError("k is needed beside a tensor of budgets under torch.compile, got None")
+        return labels, vector, None
+    return labels, vector, int(vector.sum())
+
+
+_Result = tuple[Tensor, Tensor, Tensor, Tensor, float, float | None]
+
+
+def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
+    x, clients = p.x, p.clients
+    kernels = choose_kernels(backend, x.device)
+    out_dtype = compute_dtype(x.dtype)
+    if x.dtype != out_dtype:
+        x = Csr(x.crow, x.col, x.values.to(out_dtype), x.shape) if isinstance(x, Csr) else x.to(out_dtype)
+        clients = None if clients is None else clients.to(out_dtype)
+    if p.weights is not None:
+        _check_weights(p.weights)
+    if p.preselected is not None:
+        _check_preselected(p.preselected, x.shape[0])
+    members = None if p.groups is None else _members(p)
+
+    offset = p.offset
+    if p.metric in DISTANCES:
+        assert isinstance(x, Tensor)
+        if offset is None:
+            offset = _default_offset(kernels, x, clients, p.metric)
+        # The number that the kernel subtracts from, in its own precision.
+        offset = float(torch.tensor(offset, dtype=out_dtype))
+
+    if progress is None:
+        result = _solve_checked(kernels, p, x, clients, members, offset, None)
+    else:
+        with Progress(progress, p.k, "facility location") as bar:
+            result = _solve_checked(kernels, p, x, clients, members, offset, bar)
+    indices, gains, weights, assignment, objective = result
+    return indices, gains.to(out_dtype), weights.to(out_dtype), assignment, objective, offset
+
+
+def _solve_checked(
+    kernels: ModuleType,
+    p: _Problem,
+    x: Tensor | Csr,
+    clients: Tensor | None,
+    members: list[tuple[Tensor, int]] | None,
+    offset: float | None,
+    bar: Progress | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    if members is None:
+        return _solve_one(kernels, p, x, clients, p.weights, p.preselected, p.k, offset, bar, 0)
+    # Looked at here, since a group's kernel would name the row within its group.
+    check_finite(x.values if isinstance(x, Csr) else x, "x")
+    n = x.shape[0]
+    m = n if clients is None else clients.shape[0]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    assignment = torch.full((m,), -1, dtype=torch.int64, device=x.device)
+    objective, done = 0.0, 0
+    is_preselected = torch.zeros(n, dtype=torch.bool, device=x.device)
+    if p.preselected is not None:
+        is_preselected[p.preselected] = True
+    for rows, count in members:
+        chosen = is_preselected[rows].nonzero()[:, 0]
+        if count == 0 and (chosen.shape[0] == 0 or clients is not None):
+            continue
+        own_clients = clients is None
+        part = _part(x, rows, square=p.metric == "precomputed")
+        weights = p.weights[rows] if own_clients and p.weights is not None else p.weights
+        indices, gains, won, served, value = _solve_one(
+            kernels, p, part, clients, weights, chosen if chosen.shape[0] else None, count, offset, bar, done
+        )  # fmt: skip
+        parts.append((rows[indices], gains, won))
+        if own_clients:
+            assignment[rows] = torch.where(served >= 0, served + done, -1)
+            objective += value
+        done += count
+    indices, gains, won = (torch.cat(column) for column in zip(*parts, strict=True))
+    if clients is not None:
+        assert isinstance(x, Tensor)
+        won, assignment, objective = _serve(kernels, p, x, clients, indices, offset)
+    return indices, gains, won, assignment, objective
+
+
+def _solve_one(
+    kernels: ModuleType,
+    p: _Problem,
+    x: Tensor | Csr,
+    clients: Tensor | None,
+    weights: Tensor | None,
+    preselected: Tensor | None,
+    k: int,
+    offset: float | None,
+    bar: Progress | None,
+    done: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """The `k` picks of one problem; `done` picks were made in the groups before it."""
+    n = x.shape[0]
+    m = x.shape[1] if p.metric == "precomputed" else n if clients is None else clients.shape[0]
+    run = kernels.FacilityLocation(
+        x,
+        clients,
+        metric=p.metric,
+        weights=weights,
+        preselected=preselected,
+        offset=0.0 if offset is None else offset,
+        memory_budget=p.memory_budget,
+        expected_picks=k,
+    )
+    device = x.device
+    indices = torch.empty(k, dtype=torch.int64, device=device)
+    gains = torch.empty(k, dtype=torch.float64, device=device)
+    won = torch.empty(k, dtype=torch.float64, device=device)
+    assignment = torch.empty(m, dtype=torch.int64, device=device)
+    if p.method == "stochastic" and k > 0:
+        _step_stochastic(run, p, n, preselected, k, bar, done, device)
+    elif bar is None or not bar.active:
+        run.step(k, p.method == "naive")
+    else:
+        made, chunk = 0, max(1, k // 100)
+        while made < k:
+            made = run.step(min(chunk, k - made), p.method == "naive")
+            bar.update(done + made)
+    return indices, gains, won, assignment, run.finish(indices, gains, won, assignment)
+
+
+def _step_stochastic(
+    run: Any,
+    p: _Problem,
+    n: int,
+    preselected: Tensor | None,
+    k: int,
+    bar: Progress | None,
+    done: int,
+    device: torch.device,
+) -> None:
+    taken = set() if preselected is None else set(preselected.tolist())
+    candidates = [j for j in range(n) if j not in taken]
+    size = max(1, math.ceil(len(candidates) / k * math.log(1 / p.epsilon)))
+    sampler = CandidateSampler(candidates, p.seed, first_row=done)
+    for made in range(1, k + 1):
+        sampler.remove(run.step_among(sampler.draw(size).to(device)))
+        if bar is not None:
+            bar.update(done + made)
+
+
+def _part(x: Tensor | Csr, rows: Tensor, square: bool) -> Tensor | Csr:
+    if isinstance(x, Csr):
+        return x.square_part(rows)
+    return x[rows][:, rows] if square else x[rows]
+
+
+def _serve(
+    kernels: ModuleType, p: _Problem, x: Tensor, clients: Tensor, indices: Tensor, offset: float | None
+) -> tuple[Tensor, Tensor, float]:
+    """Weights, assignment and f(S) of the picks of all groups together, over clients that are not the
+    candidates."""
+    sign = -1 if p.metric in DISTANCES else 1
+    floor = torch.tensor(0.0 if offset is None else -offset, dtype=x.dtype, device=x.device)
+    picks = x[indices]
+    fixed = None if p.preselected is None else x[p.preselected]
+    k, m = len(indices), clients.shape[0]
+    position = torch.arange(k, device=x.device)[:, None]
+    assignment = torch.empty(m, dtype=torch.int64, device=x.device)
+    best = torch.empty(m, dtype=x.dtype, device=x.device)
+    block = max(1, min(p.memory_budget, 1 << 24) // (x.element_size() * (k + x.shape[1])))
+    for begin in range(0, m, block):
+        some = clients[begin : begin + block]
+        s = sign * kernels.pairwise(picks, some, metric=p.metric)
+        covered = floor
+        if fixed is not None:
+            covered = torch.maximum(floor, (sign * kernels.pairwise(fixed, some, metric=p.metric)).amax(0))
+        most = s.amax(0)
+        first = torch.where(s == most, position, k).amin(0)  # argmax does not promise the first
+        assignment[begin : begin + block] = torch.where(most > covered, first, -1)
+        best[begin : begin + block] = torch.maximum(most, covered)
+    # On the CPU, where the order of summation is fixed.
+    weights = torch.ones(m, dtype=torch.float64) if p.weights is None else p.weights.cpu()
+    owner = assignment.cpu()
+    won = torch.bincount(owner[owner >= 0], weights[owner >= 0], minlength=k)
+    objective = math.fsum((weights * (best.double() - floor.double()).cpu()).tolist())
+    return won.double().to(x.device), assignment, objective
+
+
+def _default_offset(kernels: ModuleType, x: Tensor, clients: Tensor | None, metric: str) -> float:
+    """An upper bound of all distances: through the first client, by the triangle inequality."""
+    check_finite(x, "x")
+    if clients is not None:
+        check_finite(clients, "clients")
+    y = x if clients is None else clients
+    plain = "euclidean" if metric == "sqeuclidean" else metric
+    to_x = kernels.pairwise(y[:1], x, metric=plain).max()
+    to_y = to_x if clients is None else kernels.pairwise(y[:1], y, metric=plain).max()
+    offset = (float(to_x) + float(to_y)) * 1.0001
+    offset = offset * offset if metric == "sqeuclidean" else offset
+    if not offset <= torch.finfo(x.dtype).max:
+        raise ValueError(
+            f"x: distances of metric {metric!r} overflow {x.dtype}; scale the data down or use float64"
+        )
+    return offset or 1.0
+
+
+def _check_weights(weights: Tensor) -> None:
+    bad = ~((weights >= 0) & torch.isfinite(weights))
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"weights must be finite and >= 0, got {float(weights[i])} at position {i}")
+
+
+def _check_preselected(preselected: Tensor, n: int) -> None:
+    bad = (preselected < 0) | (preselected >= n)
+    if bad.any():
+        raise ValueError(f"preselected must be in [0, {n}), got {int(preselected[bad][0])}")
+    ordered = preselected.sort().values
+    twice = ordered[1:][ordered.diff() == 0]
+    if twice.shape[0]:
+        raise ValueError(f"preselected must be distinct, got {int(twice[0])} more than once")
+
+
+def _members(p: _Problem) -> list[tuple[Tensor, int]]:
+    """For each label, ascending: its members, ascending, and how many to pick of them."""
+    assert p.groups is not None
+    order = torch.argsort(p.groups, stable=True)
+    present, sizes = torch.unique_consecutive(p.groups[order], return_counts=True)
+    rows = order.split(sizes.tolist())
+    labels = present.tolist()
+    free = sizes.clone()
+    if p.preselected is not None:
+        free -= torch.bincount(
+            torch.searchsorted(present, p.groups[p.preselected]), minlength=len(labels)
+        ).to(free.device)
+    if p.budgets is None or p.labels is None:
+        counts = allocate_budgets(free, p.k).tolist()
+        return list(zip(rows, counts, strict=True))
+
+    budget_of = dict(zip(p.labels.tolist(), p.budgets.tolist(), strict=True))
+    for label, budget in budget_of.items():
+        if budget < 0:
+            raise ValueError(f"budgets must be >= 0, got {budget} for label {label}")
+        if budget > 0 and label not in labels:
+            raise ValueError(f"budgets: {budget} asked of label {label}, which no candidate has in groups")
+    if sum(budget_of.values()) != p.k:
+        raise ValueError(f"k must be the sum of the budgets, {sum(budget_of.values())}, got {p.k}")
+    for label, size, left in zip(labels, sizes.tolist(), free.tolist(), strict=True):
+        if label not in budget_of:
+            raise ValueError(
+                f"budgets must name every label in groups, got none for label {label} (0 takes none of it)"
+            )
+        if budget_of[label] > left:
+            raise ValueError(
+                f"budgets: {budget_of[label]} asked of label {label}, whose group has {left} candidates left "
+                f"({size} less {size - left} preselected)"
+            )
+    return [(group, budget_of[label]) for group, label in zip(rows, labels, strict=True)]
+
+
+# The torch op: what torch.compile and fake tensors see. An eager call goes to the kernel without the
+# dispatcher, which would cost as much as a small problem.
+
+_NAME = "flashcoreset::facility_location"
+torch.library.define(
+    _NAME,
+    "(Tensor x, Tensor? crow, Tensor? col, int columns, int k, Tensor? clients, str metric, Tensor? weights, "
+    "Tensor? groups, Tensor? labels, Tensor? budgets, Tensor? preselected, str method, float epsilon, str seed, "
+    "float? offset, int memory_budget, str? backend) -> "
+    "(Tensor indices, Tensor gains, Tensor weights, Tensor assignment, Tensor objective, Tensor offset)",
+)
+
+
+@torch.library.impl(_NAME, "default")
+def _op(
+    x: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    columns: int,
+    k: int,
+    clients: Tensor | None,
+    metric: str,
+    weights: Tensor | None,
+    groups: Tensor | None,
+    labels: Tensor | None,
+    budgets: Tensor | None,
+    preselected: Tensor | None,
+    method: str,
+    epsilon: float,
+    seed: str,
+    offset: float | None,
+    memory_budget: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    data: Tensor | Csr = x.detach()
+    if crow is not None and col is not None:
+        data = canonical_csr(crow, col, x.detach(), (crow.shape[0] - 1, columns), "x")
+    problem = _Problem(
+        data, k, None if clients is None else clients.detach(), metric, weights, groups, labels, budgets,
+        preselected, method, epsilon, int(seed), offset, memory_budget,
+    )  # fmt: skip
+    indices, gains, won, assignment, objective, used_offset = _solve(problem, backend, None)
+    scalars = [torch.tensor(v, dtype=torch.float64, device=x.device) for v in (objective, used_offset or 0.0)]
+    return indices, gains, won, assignment, scalars[0], scalars[1]
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    x: Tensor,
+    crow: Tensor | None,
+    col: Tensor | None,
+    columns: int,
+    k: int,
+    clients: Tensor | None,
+    metric: str,
+    weights: Tensor | None,
+    groups: Tensor | None,
+    labels: Tensor | None,
+    budgets: Tensor | None,
+    preselected: Tensor | None,
+    method: str,
+    epsilon: float,
+    seed: str,
+    offset: float | None,
+    memory_budget: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if clients is not None:
+        m = clients.shape[0]
+    elif crow is not None:
+        m = columns
+    else:
+        m = x.shape[1] if metric == "precomputed" else x.shape[0]
+    floating = compute_dtype(x.dtype)
+    return (
+        x.new_empty(k, dtype=torch.int64),
+        x.new_empty(k, dtype=floating),
+        x.new_empty(k, dtype=floating),
+        x.new_empty(m, dtype=torch.int64),
+        x.new_empty((), dtype=torch.float64),
+        x.new_empty((), dtype=torch.float64),
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_traced(p: _Problem) -> bool:
+    """Whether a graph is being made: by torch.compile, or from tensors that are not plain ones (fake, meta,
+    wrapped)."""
+    if torch.compiler.is_compiling():
+        return True
+    if isinstance(p.x, Csr):
+        return type(p.x.values) not in _PLAIN
+    return type(p.x) not in _PLAIN or p.x.is_meta
+
+
+def _call_op(p: _Problem, backend: str | None) -> Selection:
+    x, crow, col, columns = p.x, None, None, 0
+    if isinstance(x, Csr):
+        x, crow, col, columns = x.values, x.crow, x.col, x.shape[1]
+    indices, gains, won, assignment, objective, offset = torch.ops.flashcoreset.facility_location(
+        x, crow, col, columns, p.k, p.clients, p.metric, p.weights, p.groups, p.labels, p.budgets,
+        p.preselected, p.method, p.epsilon, str(p.seed), p.offset, p.memory_budget, backend,
+    )  # fmt: skip
+    # The descriptor turns the 0-d tensors into numbers when they are read.
+    return Selection(indices, gains, won, assignment, objective, offset if p.metric in DISTANCES else None)
+
+
+@register_estimate("facility_location")
+def _estimate(
+    x: Any,
+    clients: Any = None,
+    k: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    metric: str = "cosine",
+    groups: Any = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    backend: str | None = None,
+    **_: Any,
+) -> int:
+    """Bytes of one call; see `memory_estimate`."""
+    one_of(metric, "metric", METRICS)
+    n, d = as_shape(x, "x")
+    m = d if metric == "precomputed" else n
+    size = compute_dtype(dtype).itemsize
+    points = 0 if metric == "precomputed" else n * d
+    copies = 0
+    if clients is not None:
+        m, width = as_shape(clients, "clients")
+        if width != d:
+            raise ValueError(f"clients must have {d} columns as x has, got shape {(m, width)}")
+        points += m * d
+    if dtype.itemsize < size:
+        copies += (n * d + (m * d if clients is not None else 0)) * size
+    if groups is not None:
+        copies += n * d * size + 16 * n
+    threads = torch.get_num_threads()
+    packed = (points + 32 * d * (1 if clients is None else 2)) * size
+    lists = min(memory_budget, n * m * 16)
+    state = 40 * n + 24 * m + 24 * (n if k is None else k) + 8 * m
+    working = 3 * 4 * 2**20 + 16 * m if backend == "torch" else threads * 2 * 2**20
+    return packed + copies + lists + state + working

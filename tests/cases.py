@@ -1,0 +1,258 @@
+"""The cases of facility location, and the oracle: brute force in NumPy float64, written from the definition alone.
+
+The oracle follows a given sequence of picks and asks of each pick whether any other candidate would have been better by more than
+rounding, so that of two candidates that tie within rounding either will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DISTANCES = ("euclidean", "sqeuclidean", "l1")
+POINT_METRICS = ("cosine", "dot", *DISTANCES)
+METRICS = (*POINT_METRICS, "precomputed")
+SIZES = (1, 7, 97, 1025)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Largest error of a gain or objective allowed, relative to sum_i w_i * max_j |s(j, i) - floor|; in the comment the worst that was
+# seen over all cases, backends and builds. Half types are exact inputs to a float32 computation.
+TOLERANCE = {
+    torch.float16: 5e-7,
+    torch.bfloat16: 5e-7,
+    torch.float32: 5e-7,
+    torch.float64: 2e-15,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The arguments of one call."""
+
+    name: str
+    x: Any
+    k: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def metric(self) -> str:
+        return self.options.get("metric", "cosine")
+
+
+def points(n: int, d: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def data(metric: str, n: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Points, or for precomputed a square matrix that is not symmetric."""
+    return points(n, n if metric == "precomputed" else 5, seed, dtype)
+
+
+def plain_cases() -> list[Case]:
+    """Every metric, size and dtype."""
+    return [
+        Case(
+            f"{metric}-{n}-{str(dtype).removeprefix('torch.')}",
+            data(metric, n, n, dtype),
+            min(n, 9),
+            {"metric": metric},
+        )
+        for metric in METRICS
+        for n in SIZES
+        for dtype in DTYPES
+    ]
+
+
+def variant_cases() -> list[Case]:
+    """Every metric with each of the other arguments, and with awkward data."""
+    return [
+        case
+        for metric in METRICS
+        for dtype in (torch.float32, torch.float64)
+        for case in _variants(metric, dtype)
+    ]
+
+
+def _variants(metric: str, dtype: torch.dtype) -> list[Case]:
+    n, k = 97, 11
+    x = data(metric, n, 1, dtype)
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.rand(n, generator=generator, dtype=torch.float64) * 3
+    weights[::5] = 0
+    groups = torch.randint(-1, 3, (n,), generator=generator)
+    preselected = torch.tensor([5, 90, 13])
+    twice = x.clone()
+    if metric == "precomputed":
+        twice[n // 2 :] = x[: n - n // 2]
+        twice[:, n // 2 :] = twice[:, : n - n // 2].clone()
+    else:
+        twice[n // 2 :] = x[: n - n // 2]
+    zeros = x.clone()
+    zeros[::3] = 0
+    # Squares of the first leave float32, which only cosine need stand.
+    large, tiny = (1e30, 1e-30) if metric == "cosine" else (1e15, 1e-15)
+    mixed = x * torch.tensor([large, 1.0, tiny], dtype=dtype).repeat(33)[:n, None]
+    strided = torch.zeros(2 * n, 2 * x.shape[1], dtype=dtype)[::2, 1::2].copy_(x)
+    variants = {
+        "weights": (x, k, {"weights": weights}),
+        "integer-weights": (x, k, {"weights": torch.arange(n)}),
+        "groups": (x, None, {"groups": groups, "budgets": {-1: 4, 0: 1, 1: 0, 2: 7}}),
+        "groups-default-budgets": (x, k, {"groups": groups, "preselected": preselected}),
+        "groups-weights-preselected": (
+            x, 10, {"groups": groups + 1, "budgets": [3, 3, 0, 4], "weights": weights, "preselected": preselected},
+        ),
+        "preselected": (x, k, {"preselected": preselected}),
+        "all": (x, n, {}),
+        "all-but-preselected": (x, n - 3, {"preselected": preselected}),
+        "duplicates": (twice, k, {}),
+        "identical": (x[:1].repeat(n, 1) if metric != "precomputed" else torch.ones_like(x), k, {}),
+        "zeros": (zeros, k, {}),
+        "only-zeros": (torch.zeros_like(x), k, {}),
+        "mixed-magnitudes": (mixed, k, {}),
+        "large": (x * large, k, {}),
+        "tiny": (x * tiny, k, {}),
+        "transposed": (x.T.contiguous().T, k, {}),
+        "strided": (strided, k, {}),
+    }  # fmt: skip
+    if metric == "precomputed":
+        variants["rectangular"] = (x[:, :31], k, {"weights": weights[:31], "preselected": preselected})
+        variants["negative"] = (-x.abs() - 1, k, {})
+        variants["wide"] = (x[:31], k, {})
+    else:
+        clients = points(41, 5, 3, dtype)
+        variants["clients"] = (x, k, {"clients": clients})
+        variants["clients-weights-preselected"] = (
+            x, k, {"clients": clients, "weights": weights[:41], "preselected": preselected},
+        )  # fmt: skip
+        variants["clients-groups"] = (
+            x, 10, {"clients": clients, "groups": groups, "weights": weights[:41], "preselected": preselected},
+        )  # fmt: skip
+        variants["one-client"] = (x, k, {"clients": clients[:1]})
+        variants["more-clients"] = (x[:7], 5, {"clients": points(311, 5, 4, dtype)})
+        variants["one-feature"] = (x[:, :1], k, {})
+        variants["wide"] = (points(33, 700, 5, dtype), k, {})
+    if metric in DISTANCES:
+        variants["small-offset"] = (x, k, {"offset": 1.0})
+        variants["large-offset"] = (x, k, {"offset": 100.0, "preselected": preselected})
+    label = f"{metric}-{str(dtype).removeprefix('torch.')}"
+    return [
+        Case(f"{label}-{name}", data_, k_, {"metric": metric, **options})
+        for name, (data_, k_, options) in variants.items()
+    ]
+
+
+def similarities(x: Any, clients: Any, metric: str, offset: float | None) -> np.ndarray:
+    """s [n, m] in float64."""
+    a = _float64(x)
+    b = a if clients is None else _float64(clients)
+    if metric == "precomputed":
+        return a
+    if metric == "cosine":
+        a, b = (v / np.maximum(np.abs(v).max(1, keepdims=True), 1e-300) for v in (a, b))
+        a, b = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-300) for v in (a, b))
+        return a @ b.T
+    if metric == "dot":
+        return a @ b.T
+    difference = np.abs(a[:, None] - b[None])
+    distance = difference.sum(2) if metric == "l1" else (difference**2).sum(2)
+    if metric == "euclidean":
+        distance = np.sqrt(distance)
+    assert offset is not None
+    return offset - distance
+
+
+def _float64(value: Any) -> np.ndarray:
+    return torch.as_tensor(value).double().numpy()
+
+
+def worst_error(case: Case, selection: Any) -> float:
+    """Checks `selection` against the definition; returns the largest error of a gain or of the objective, relative to the largest
+    f(S) that could be. Asserts whatever is exact."""
+    options = case.options
+    x = _float64(case.x)
+    s = similarities(case.x, options.get("clients"), case.metric, selection.offset)
+    n, m = s.shape
+    self_clients = "clients" not in options and (case.metric != "precomputed" or n == m)
+    weights = _float64(options["weights"]) if "weights" in options else np.ones(m)
+    preselected = options.get("preselected", torch.empty(0, dtype=torch.int64)).tolist()
+    groups = options["groups"].numpy() if "groups" in options else np.zeros(n, dtype=np.int64)
+    picks = selection.indices.tolist()
+    gains, won = _float64(selection.gains), _float64(selection.weights)
+    assignment = selection.assignment.numpy()
+
+    k = sum(_counts(options["budgets"])) if "budgets" in options else case.k
+    assert len(picks) == len(gains) == len(won) == k
+    assert len(set(picks)) == k
+    assert not set(picks) & set(preselected)
+    assert assignment.shape == (m,)
+    assert x.shape[0] == n
+    labels = groups[picks]
+    assert (np.diff(labels) >= 0).all(), "picks come group by group in label order"
+    if "budgets" in options:
+        budgets = options["budgets"]
+        for label in np.unique(groups):
+            assert (labels == label).sum() == budgets[int(label)]
+
+    reach = float((weights * np.abs(s).max(0)).sum()) or 1.0
+    tolerance = TOLERANCE[torch.as_tensor(case.x).dtype] * reach
+    worst = 0.0
+    objective = 0.0
+    for label in np.unique(groups):
+        members = np.flatnonzero(groups == label)
+        clients = members if self_clients and "groups" in options else np.arange(m)
+        own = s[np.ix_(members, clients)]
+        w = weights[clients]
+        fixed = [p for p in preselected if groups[p] == label]
+        best = np.maximum(0, s[np.ix_(fixed, clients)].max(0)) if fixed else np.zeros(len(clients))
+        open_ = ~np.isin(members, preselected)
+        for position in np.flatnonzero(labels == label):
+            place = int(np.searchsorted(members, picks[position]))
+            every = np.maximum(own - best, 0) @ w
+            worst = max(worst, abs(gains[position] - every[place]), every[open_].max() - every[place])
+            open_[place] = False
+            best = np.maximum(best, own[place])
+        objective += float(best @ w)
+    if not self_clients and "groups" in options:  # f of all picks together
+        everything = picks + preselected
+        objective = float(np.maximum(0, s[everything].max(0)) @ weights)
+    worst = max(worst, abs(selection.objective - objective))
+
+    served = assignment >= 0
+    expected = np.zeros(k)
+    np.add.at(expected, assignment[served], weights[served])
+    np.testing.assert_allclose(won, expected, rtol=1e-6)
+    slack = 10 * TOLERANCE[torch.as_tensor(case.x).dtype] * max(1e-300, np.abs(s).max())
+    for i in range(m):
+        mine = [p for p in range(k) if not self_clients or groups[picks[p]] == groups[i]]
+        fixed = [p for p in preselected if not self_clients or groups[p] == groups[i]]
+        covered = max([0.0, *s[fixed, i]])
+        if self_clients and i in picks:
+            serves_itself = not fixed or s[fixed, i].max() <= s[i, i]
+            if serves_itself and assignment[i] != picks.index(i):
+                assert s[fixed, i].max() >= s[i, i] - slack
+            if serves_itself:
+                continue
+        most = max((s[picks[p], i] for p in mine), default=-np.inf)
+        if assignment[i] < 0:
+            assert most <= covered + slack
+        else:
+            assert assignment[i] in mine
+            assert s[picks[assignment[i]], i] >= max(most, covered) - slack
+    assert worst <= tolerance, (
+        f"{case}: error {worst / reach:.2e} of {TOLERANCE[torch.as_tensor(case.x).dtype]:.0e}"
+    )
+    return worst / reach
+
+
+def _counts(budgets: Any) -> list[int]:
+    return list(budgets.values()) if isinstance(budgets, dict) else list(budgets)
+
+
+PLAIN, VARIANTS = plain_cases(), variant_cases()

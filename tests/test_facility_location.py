@@ -1,0 +1,335 @@
+"""Facility location on every backend and in every build, against the definition."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from cases import DISTANCES, METRICS, PLAIN, POINT_METRICS, VARIANTS, Case, data, points, worst_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashcoreset as fc
+
+
+def select(case: Case, backend: str, **changes: Any) -> fc.Selection:
+    return fc.facility_location(case.x, case.k, backend=backend, **{**case.options, **changes})
+
+
+def assert_same(a: fc.Selection, b: fc.Selection) -> None:
+    """Bit for bit."""
+    assert torch.equal(a.indices, b.indices)
+    assert torch.equal(a.gains, b.gains)
+    assert torch.equal(a.weights, b.weights)
+    assert torch.equal(a.assignment, b.assignment)
+    assert a.objective == b.objective
+    assert a.offset == b.offset
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *VARIANTS], ids=str)
+def test_follows_the_definition(case: Case, backend: str) -> None:
+    selection = select(case, backend)
+    worst_error(case, selection)
+    dtype = torch.float64 if case.x.dtype == torch.float64 else torch.float32
+    assert selection.indices.dtype == selection.assignment.dtype == torch.int64
+    assert selection.gains.dtype == selection.weights.dtype == dtype
+    assert isinstance(selection.objective, float)
+    assert (selection.offset is not None) == (case.metric in DISTANCES)
+    if "groups" not in case.options:
+        assert (selection.gains.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=str)
+def test_methods_and_memory_budgets_agree_bit_for_bit(case: Case, backend: str) -> None:
+    lazy = select(case, backend)
+    assert_same(lazy, select(case, backend, method="naive"))
+    for memory_budget in (0, 5000, 2**40):
+        assert_same(lazy, select(case, backend, memory_budget=memory_budget))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_thread_counts_agree_bit_for_bit(metric: str, dtype: torch.dtype, backend: str) -> None:
+    case = Case("", data(metric, 700, 6, dtype), 60, {"metric": metric})
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = select(case, backend)
+        torch.set_num_threads(2)
+        for memory_budget in (0, 100_000, 2**28):
+            assert_same(one, select(case, backend, memory_budget=memory_budget))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_stochastic(metric: str, backend: str) -> None:
+    x = data(metric, 300, 7, torch.float32)
+    exact = fc.facility_location(x, 30, metric=metric, backend=backend)
+    some = fc.facility_location(x, 30, metric=metric, method="stochastic", seed=3, backend=backend)
+    assert len(set(some.indices.tolist())) == 30
+    assert 0.9 * exact.objective < some.objective <= 1.02 * exact.objective
+    assert_same(
+        some, fc.facility_location(x, 30, metric=metric, method="stochastic", seed=3, backend=backend)
+    )
+    other = fc.facility_location(x, 30, metric=metric, method="stochastic", seed=4, backend=backend)
+    assert not torch.equal(some.indices, other.indices)
+    reference = fc.facility_location(x, 30, metric=metric, method="stochastic", seed=3, backend="torch")
+    assert torch.equal(some.indices, reference.indices)
+
+
+@pytest.mark.parametrize("k", [1, 6, 7])
+def test_stochastic_with_samples_of_everything_is_exact(k: int, backend: str) -> None:
+    x = points(7, 3, 8)
+    selection = fc.facility_location(x, k, method="stochastic", epsilon=1e-300, backend=backend)
+    assert_same(selection, fc.facility_location(x, k, backend=backend))
+
+
+def test_stochastic_within_groups_and_beside_preselected(backend: str) -> None:
+    x, groups = points(60, 4, 9), torch.arange(60) % 3
+    selection = fc.facility_location(
+        x, 30, groups=groups, preselected=[0, 1, 2], method="stochastic", epsilon=0.9, backend=backend
+    )
+    assert torch.bincount(groups[selection.indices]).tolist() == [10, 10, 10]
+    assert not set(selection.indices.tolist()) & {0, 1, 2}
+
+
+@pytest.mark.parametrize("metric", POINT_METRICS)
+def test_ties_go_to_the_lowest_index(metric: str, backend: str) -> None:
+    x = torch.tensor([[3.0, 4.0], [4.0, 3.0]]).repeat(20, 1)
+    selection = fc.facility_location(x, 5, metric=metric, backend=backend)
+    assert selection.indices.tolist() == [0, 1, 2, 3, 4]
+    assert selection.gains[2:].tolist() == [0, 0, 0]
+    # Equal points are won by the earliest pick, but a pick serves itself.
+    assert selection.assignment.tolist() == [0, 1, 2, 3, 4, *[1, 0] * 17, 1]
+
+
+def test_zero_gains_give_distinct_lowest_indices(backend: str) -> None:
+    for x in (torch.zeros(9, 3), torch.ones(9, 3)):
+        selection = fc.facility_location(x, 9, backend=backend)
+        assert selection.indices.tolist() == list(range(9))
+        assert selection.assignment.tolist() == list(range(9))
+        assert selection.gains[1:].tolist() == [0] * 8
+    assert fc.facility_location(torch.zeros(3, 2), 1, backend=backend).assignment.tolist() == [0, -1, -1]
+
+
+def test_hand_computed(backend: str) -> None:
+    s = torch.tensor([[5.0, 0.0, 1.0, 0.0], [0.0, 4.0, 0.0, -1.0], [3.0, 3.0, 1.0, -2.0]])
+    selection = fc.facility_location(s, 3, metric="precomputed", backend=backend)
+    assert selection.indices.tolist() == [2, 0, 1]
+    assert selection.gains.tolist() == [7, 2, 1]
+    assert selection.assignment.tolist() == [1, 2, 0, -1]
+    assert selection.weights.tolist() == [1, 1, 1]
+    assert selection.objective == 10
+    warm = fc.facility_location(s, 1, metric="precomputed", preselected=[2], backend=backend)
+    assert (warm.indices.tolist(), warm.gains.tolist(), warm.objective) == ([0], [2], 9)
+    assert warm.assignment.tolist() == [0, -1, -1, -1]
+
+
+def test_preselected_continues_a_run(backend: str) -> None:
+    x = points(80, 6, 10)
+    whole = fc.facility_location(x, 20, metric="sqeuclidean", backend=backend)
+    rest = fc.facility_location(
+        x, 12, metric="sqeuclidean", preselected=whole.indices[:8], offset=whole.offset, backend=backend
+    )
+    assert torch.equal(rest.indices, whole.indices[8:])
+    torch.testing.assert_close(rest.gains, whole.gains[8:])
+    assert rest.objective == whole.objective
+
+
+@pytest.mark.parametrize("metric", DISTANCES)
+def test_picks_do_not_depend_on_a_sufficient_offset(metric: str, backend: str) -> None:
+    x = points(90, 4, 11)
+    default = fc.facility_location(x, 10, metric=metric, backend=backend)
+    distance = fc.kernels.torch.pairwise(x, metric=metric)
+    assert default.offset >= distance.max()
+    larger = fc.facility_location(x, 10, metric=metric, offset=3 * default.offset, backend=backend)
+    assert torch.equal(default.indices, larger.indices)
+    assert larger.offset == 3 * default.offset
+
+
+def test_groups_are_problems_of_their_own(backend: str) -> None:
+    x, groups = points(70, 5, 12), torch.tensor([7, -2, 0, 7, 7]).repeat(14)
+    weights = torch.arange(70) / 70
+    both = fc.facility_location(
+        x, None, groups=groups, budgets={0: 3, 7: 5, -2: 2}, weights=weights, backend=backend
+    )
+    begin, objective = 0, 0.0
+    for label, k in ((-2, 2), (0, 3), (7, 5)):
+        members = (groups == label).nonzero()[:, 0]
+        alone = fc.facility_location(x[members], k, weights=weights[members], backend=backend)
+        assert torch.equal(both.indices[begin : begin + k], members[alone.indices])
+        assert torch.equal(both.gains[begin : begin + k], alone.gains)
+        assert torch.equal(both.weights[begin : begin + k], alone.weights)
+        assert torch.equal(both.assignment[members], alone.assignment + begin)
+        begin, objective = begin + k, objective + alone.objective
+    assert math.isclose(both.objective, objective, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("form", [scipy.sparse.csr_matrix, scipy.sparse.csr_array, "torch"])
+@pytest.mark.parametrize("shape", [(60, 60), (60, 31), (5, 80)])
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR tensor support is in beta:UserWarning"
+)  # of torch, for the test's own tensor
+def test_sparse_equals_dense(form: Any, shape: tuple[int, int], backend: str) -> None:
+    dense = points(*shape, 13, torch.float32) * (points(*shape, 14) > 0.8)
+    dense[3] = 0
+    sparse = dense.to_sparse_csr() if form == "torch" else form(dense.numpy())
+    options: dict[str, Any] = {"metric": "precomputed", "backend": backend, "preselected": [2]}
+    for method in ("lazy", "naive", "stochastic"):
+        expected = fc.facility_location(dense, 4, method=method, **options)
+        assert_same(expected, fc.facility_location(sparse, 4, method=method, **options))
+    if shape[0] == shape[1]:
+        groups = torch.arange(60) % 4
+        expected = fc.facility_location(dense, 12, groups=groups, **options)
+        assert_same(expected, fc.facility_location(sparse, 12, groups=groups, **options))
+
+
+def test_sparse_with_duplicate_and_unsorted_entries(backend: str) -> None:
+    s = scipy.sparse.csr_matrix(
+        (np.array([1.0, 2.0, 0.5, 4.0]), np.array([2, 0, 2, 1]), np.array([0, 3, 4, 4])), shape=(3, 3)
+    )
+    selection = fc.facility_location(s, 2, metric="precomputed", backend=backend)
+    assert selection.indices.tolist() == [1, 0]
+    assert selection.gains.tolist() == [4, 3.5]
+
+
+@given(
+    n=st.integers(1, 30),
+    d=st.integers(1, 6),
+    metric=st.sampled_from(POINT_METRICS),
+    seed=st.integers(0, 2**32),
+    share=st.floats(0.01, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_properties(n: int, d: int, metric: str, seed: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    k = max(1, int(share * n))
+    case = Case("", torch.from_numpy(rng.integers(-3, 4, (n, d)).astype(np.float32)), k, {"metric": metric})
+    for backend in ("cpu", "torch"):
+        selection = select(case, backend)
+        worst_error(case, selection)
+        assert (selection.gains.diff() <= 0).all()
+        assert math.isclose(
+            float(selection.gains.double().sum()), selection.objective, rel_tol=1e-5, abs_tol=1e-5
+        )
+
+        # The gains of a permuted problem are the same up to rounding, unless a tie led elsewhere; the first never does.
+        permuted = case.x[torch.from_numpy(rng.permutation(n))]
+        again = fc.facility_location(permuted, k, metric=metric, offset=selection.offset, backend=backend)
+        torch.testing.assert_close(again.gains[0], selection.gains[0], rtol=1e-5, atol=1e-5)
+
+
+def test_permuting_candidates_permutes_the_picks(backend: str) -> None:
+    x, order = points(120, 8, 15), torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    plain = fc.facility_location(x, 30, backend=backend)
+    permuted = fc.facility_location(x[order], 30, backend=backend)
+    assert torch.equal(order[permuted.indices], plain.indices)
+
+
+def test_inputs_of_every_kind_are_taken(backend: str) -> None:
+    x = points(40, 6, 16, torch.float32)
+    expected = fc.facility_location(x, 7, backend=backend)
+    array = x.numpy()
+    read_only = array.copy()
+    read_only.flags.writeable = False
+
+    class Exporter:
+        def __dlpack__(self, **options: Any) -> Any:
+            return x.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> Any:
+            return x.__dlpack_device__()
+
+    unaligned = (
+        np.frombuffer(b"\0" + array.tobytes(), dtype=np.uint8)[1:].view(np.float32).reshape(array.shape)
+    )
+    wide = np.zeros((40, 12), dtype=np.float32)
+    wide[:, ::2] = array
+    kinds = {
+        "numpy": array,
+        "read-only": read_only,
+        "negative strides": array[::-1, ::-1].copy()[::-1, ::-1],
+        "fortran order": np.asfortranarray(array),
+        "strided": wide[:, ::2],
+        "unaligned": unaligned,
+        "dlpack": Exporter(),
+        "requires grad": x.clone().requires_grad_(),
+        "parameter": torch.nn.Parameter(x.clone()),
+        "computed": (x.clone().requires_grad_() * 1.0),
+    }
+    for kind, value in kinds.items():
+        selection = fc.facility_location(value, 7, backend=backend)
+        assert_same(selection, expected), kind
+        assert not selection.gains.requires_grad
+    assert (read_only == array).all()
+
+
+def test_lists_are_taken_for_vectors(backend: str) -> None:
+    x = points(6, 3, 17)
+    lists = fc.facility_location(
+        x,
+        2,
+        weights=[1, 2, 3, 4, 5, 6],
+        groups=[0, 0, 0, 1, 1, 1],
+        preselected=[5],
+        budgets=[1, 1],
+        backend=backend,
+    )
+    tensors = fc.facility_location(
+        x, 2, weights=torch.arange(1, 7), groups=np.array([0, 0, 0, 1, 1, 1], dtype=np.int8),
+        preselected=np.array([5]), budgets=torch.tensor([1, 1]), backend=backend,
+    )  # fmt: skip
+    assert_same(lists, tensors)
+    assert_same(
+        fc.facility_location(x, 2, preselected=[], backend=backend),
+        fc.facility_location(x, 2, backend=backend),
+    )
+
+
+def test_progress_reaches_the_total(backend: str) -> None:
+    x = points(50, 4, 18)
+    quiet = fc.facility_location(x, 20, groups=torch.arange(50) % 2, backend=backend)
+    for method in ("lazy", "naive", "stochastic"):
+        seen: list[tuple[int, int]] = []
+        loud = fc.facility_location(
+            x, 20, groups=torch.arange(50) % 2, method=method, backend=backend,
+            progress=lambda done, total, seen=seen: seen.append((done, total)),
+        )  # fmt: skip
+        assert seen[-1] == (20, 20)
+        assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+        if method != "stochastic":
+            assert_same(loud, quiet)
+
+
+def test_progress_bar_goes_to_stderr(capfd: pytest.CaptureFixture[str], backend: str) -> None:
+    fc.facility_location(points(50, 4, 18), 20, backend=backend)
+    assert capfd.readouterr() == ("", "")
+    fc.facility_location(points(50, 4, 18), 20, progress=True, backend=backend)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "facility location" in err
+
+
+def test_progress_may_stop_the_call(backend: str) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise Enough
+
+    with pytest.raises(Enough):
+        fc.facility_location(points(50, 4, 18), 20, progress=stop, backend=backend)
+
+
+def test_cpu_and_reference_agree(backend: str) -> None:
+    for case in VARIANTS:
+        if "small-offset" in case.name:
+            continue
+        a, b = select(case, backend), select(case, "torch")
+        torch.testing.assert_close(a.objective, b.objective, rtol=2e-5, atol=0)
+        torch.testing.assert_close(a.gains[0], b.gains[0], rtol=2e-5, atol=0)
