@@ -1,4 +1,6 @@
-"""The nearest orders and their rounds, compiled and reference, against a brute force over the whole similarity matrix."""
+"""The nearest orders and their rounds, compiled and reference, against a brute force over the whole
+similarity matrix.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,9 @@ def brute_force(s: np.ndarray, k: int) -> tuple[list[list[int]], list[float]]:
 
 
 def run(cls: type, s: torch.Tensor, k: int, lengths: list[int], cuts: list[int], count: int = 3) -> tuple:
-    """The rounds from given similarities that arrive in pieces, with lists of the given length in each pass (the last of them in all
-    further ones)."""
+    """The rounds from given similarities that arrive in pieces, with lists of the given length in each pass
+    (the last of them in all further ones).
+    """
     order = cls.of_similarities(s.shape[1], s.dtype)
     rounds: list[list[int]] = []
     values: list[float] = []
@@ -195,10 +198,10 @@ def test_misuse_is_an_error() -> None:
     order.update(torch.ones(1, 3))
     with pytest.raises(ValueError, match="has 1 rows, it had 2"):
         order.finish()
+    fed_similarities = NearestOrder.of_similarities(3)
+    fed_similarities.begin(1)
     with pytest.raises(ValueError, match="without centroids"):
-        given_order = NearestOrder.of_similarities(3)
-        given_order.begin(1)
-        given_order.update(torch.ones(2, 3))
+        fed_similarities.update(torch.ones(2, 3))
     with pytest.raises(ValueError, match="lists: expected a number >= 1"):
         NearestOrder.of_similarities(0)
     with pytest.raises(ValueError, match="dtype: expected float32 or float64"):

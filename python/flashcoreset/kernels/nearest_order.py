@@ -11,11 +11,12 @@ _capsule = torch.utils.dlpack.to_dlpack
 
 
 class NearestOrder:
-    """For each of K lists its most similar items in order, kept while the items stream by; see `flashcoreset.reference.simcore`.
+    """For each of K lists its most similar items in order, kept while the items stream by; see
+    `flashcoreset.reference.simcore`.
 
-    A pass over the items is `begin`, any number of `update` calls (or `update_similarities` calls), `finish`; then `rounds` takes
-    items. Where `rounds` stops early, another pass over the same items is needed: it keeps the best of those not taken yet. After
-    an exception in a pass, the pass is begun again.
+    A pass over the items is `begin`, any number of `update` calls (or `update_similarities` calls),
+    `finish`; then `rounds` takes items. Where `rounds` stops early, another pass over the same items is
+    needed: it keeps the best of those not taken yet. After an exception in a pass, the pass is begun again.
 
     Args:
         centroids: [K, d] float32 or float64 on the CPU, rows of unit length or zero.
@@ -82,11 +83,11 @@ class NearestOrder:
         return items[:kept], similarities[:kept]
 
     def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]:
-        """Up to `count` further rounds: the items taken, one round after the other and in a round in the order of the lists that
-        took them; how many each round took; the rounds' values.
+        """Up to `count` further rounds: the items taken, one round after the other and in a round in the
+        order of the lists that took them; how many each round took; the rounds' values.
 
-        Ends early after the round with which `k` items or more are taken in all, when every item is taken, and when a list needs
-        another pass.
+        Ends early after the round with which `k` items or more are taken in all, when every item is taken,
+        and when a list needs another pass.
         """
         items = torch.empty(count * self._lists, dtype=torch.int64)
         counts = torch.empty(count, dtype=torch.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -40,48 +39,55 @@ def simcore(
 ) -> Coreset:
     """Takes from an open set the items that are most similar to a target set, round by round.
 
-    The rows of both sets are scaled to unit length, the target is clustered by k-means and its centroids are scaled to unit length.
-    In a round every centroid takes its most similar item (by cosine) that no earlier round took; two centroids may take the same
-    item in one round, where it counts once. The value of a round is the mean over the centroids of the similarities taken. With
-    `stop`, the value of round number `patience` times `stop_threshold` is the threshold, and the first later round whose value is
-    below it is dropped and ends the selection. Ties go to the lowest index; a zero row has similarity 0 to everything.
+    The rows of both sets are scaled to unit length, the target is clustered by k-means and its centroids are
+    scaled to unit length. In a round every centroid takes its most similar item (by cosine) that no earlier
+    round took; two centroids may take the same item in one round, where it counts once. The value of a round
+    is the mean over the centroids of the similarities taken. With `stop`, the value of round number
+    `patience` times `stop_threshold` is the threshold, and the first later round whose value is below it is
+    dropped and ends the selection. Ties go to the lowest index; a zero row has similarity 0 to everything.
 
-    The open set is streamed: of the n x n_clusters similarities a partial order for each centroid is kept, and the open set is read
-    again when one of them runs out.
+    The open set is streamed: of the n x n_clusters similarities a partial order for each centroid is kept,
+    and the open set is read again when one of them runs out.
 
     Args:
-        openset: [n, d] float16, bfloat16, float32 or float64: a tensor or array (also a memory-mapped one), or an iterable of such
-            batches [., d] that together are the open set: a list, a DataLoader without shuffling, an object whose `iter()` starts
-            anew, a function that returns a new iterator, or an iterator (a generator), which can be read once only. A batch may
-            also be a tuple or list whose first entry is the matrix. An iterable is read once if n_clusters x k entries of 24 bytes
+        openset: [n, d] float16, bfloat16, float32 or float64: a tensor or array (also a memory-mapped one),
+            or an iterable of such batches [., d] that together are the open set: a list, a DataLoader
+            without shuffling, an object whose `iter()` starts anew, a function that returns a new iterator,
+            or an iterator (a generator), which can be read once only. A batch may also be a tuple or list
+            whose first entry is the matrix. An iterable is read once if n_clusters x k entries of 24 bytes
             fit into 3/4 of `memory_budget`.
         target: [m, d], on the same device.
         k: the number of items to take at most, 1 <= k <= n. None, with `stop`: 50 m, or n if that is less.
         n_clusters: centroids; where m <= n_clusters every target point is one.
         stop: whether a round of low value ends the selection.
         stop_threshold: share of the reference value, >= 0.
-        patience: the round, counted from 1, whose value is the reference: 20 in the published code, 1 in the paper.
-        seed: for k-means, and for the random part of the last round that is kept where all of it would pass k; 0 <= seed < 2^32.
-        n_init: k-means starts, the best of which is kept. scikit-learn runs them on one thread, since its sums depend on the number
-            of threads in their last bits.
+        patience: the round, counted from 1, whose value is the reference: 20 in the published code, 1 in the
+            paper.
+        seed: for k-means, and for the random part of the last round that is kept where all of it would pass
+            k; 0 <= seed < 2^32.
+        n_init: k-means starts, the best of which is kept. scikit-learn runs them on one thread, since its
+            sums depend on the number of threads in their last bits.
         memory_budget: bytes for the partial orders and the chunks in work, k-means not included.
         backend: None, "cpu" or "torch".
-        progress: None, True for a bar, or a callable(done, total) that gets the items taken and `k`; it is called with an unchanged
-            `done` while the open set is read.
+        progress: None, True for a bar, or a callable(done, total) that gets the items taken and `k`; it is
+            called with an unchanged `done` while the open set is read.
 
     Returns:
-        Coreset: `indices` round by round, in a round in the order of the centroids that took them; `weights` all 1; and `info`:
-        "rounds" (kept ones), "values" (one for each), "counts" (items of each), "threshold" (None if it was not reached),
-        "dropped_value" (value of the round that ended the selection, or None), "stopped" ("k", "threshold", or "exhausted": the whole
-        open set was taken), "k" (the limit), "passes" (times that the open set was read), "centroids" ([K, d]).
+        Coreset: `indices` round by round, in a round in the order of the centroids that took them; `weights`
+        all 1; and `info`: "rounds" (kept ones), "values" (one for each), "counts" (items of each),
+        "threshold" (None if it was not reached), "dropped_value" (value of the round that ended the
+        selection, or None), "stopped" ("k", "threshold", or "exhausted": the whole open set was taken), "k"
+        (the limit), "passes" (times that the open set was read), "centroids" ([K, d]).
 
     Raises:
         TypeError: for arguments of a wrong type.
-        ValueError: for wrong shapes, options out of range, NaN or infinity, k > n, neither `stop` nor `k`, an open set that changes
-            from one reading to the next, and an iterator that would have to be read again.
+        ValueError: for wrong shapes, options out of range, NaN or infinity, k > n, neither `stop` nor `k`, an
+            open set that changes from one reading to the next, and an iterator that would have to be read
+            again.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
-    Source: Kim, Bae and Yun, "Coreset Sampling from Open-Set for Fine-Grained Self-Supervised Learning", CVPR 2023.
+    Source: Kim, Bae and Yun, "Coreset Sampling from Open-Set for Fine-Grained Self-Supervised Learning",
+    CVPR 2023.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -189,7 +195,8 @@ def _centroids(target: Tensor, n_clusters: int, seed: int, n_init: int) -> Tenso
 
     kmeans = KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
     with warnings.catch_warnings(), threadpool_limits(1):
-        # Fewer distinct points than clusters: some centroids are then equal and take the same items, which is harmless.
+        # Fewer distinct points than clusters: some centroids are then equal and take the same items, which
+        # is harmless.
         warnings.simplefilter("ignore", ConvergenceWarning)
         kmeans.fit(points.cpu().numpy())
     centers = torch.from_numpy(kmeans.cluster_centers_).to(target.device, target.dtype)

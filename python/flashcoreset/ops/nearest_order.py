@@ -1,4 +1,6 @@
-"""SimCore's rounds over an open set that is read piece by piece: the source, the passes over it and the memory they may take."""
+"""SimCore's rounds over an open set that is read piece by piece: the source, the passes over it and the
+memory they may take.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ _TAKES = 1 << 16  # items that one call for rounds may take, so that Ctrl-C and 
 class RowSource:
     """The rows of an open set [n, d], readable from the start again and again, or once.
 
-    A matrix is read in chunks without a copy of the whole. Anything else gives batches: an iterable of them (read again by another
-    `iter()`), a function that returns a new iterator at each call, or an iterator, which can be read once only. A batch is a matrix,
-    or a tuple or list that starts with one.
+    A matrix is read in chunks without a copy of the whole. Anything else gives batches: an iterable of them
+    (read again by another `iter()`), a function that returns a new iterator at each call, or an iterator,
+    which can be read once only. A batch is a matrix, or a tuple or list that starts with one.
     """
 
     def __init__(self, openset: Any) -> None:
@@ -97,7 +99,8 @@ class RowSource:
             batch = self._matrix(item, number)
             if batch.shape[1] != self.columns:
                 raise ValueError(
-                    f"openset batch {number} must have {self.columns} columns as the first has, got shape {tuple(batch.shape)}"
+                    f"openset batch {number} must have {self.columns} columns as the first has, "
+                    f"got shape {tuple(batch.shape)}"
                 )
             if batch.dtype != self.dtype or batch.device != self.device:
                 raise ValueError(
@@ -108,12 +111,15 @@ class RowSource:
             number += 1
 
     def read(self, dtype: torch.dtype, chunk: int) -> Iterator[Tensor]:
-        """All rows from the start, at most `chunk` of them at a time, as contiguous matrices of type `dtype`."""
+        """All rows from the start, at most `chunk` of them at a time, as contiguous matrices of type
+        `dtype`.
+        """
         rows, checksum = 0, 0
         for batch in self._batches():
             if self.passes and self.rows is not None and rows + batch.shape[0] > self.rows:
                 raise ValueError(
-                    f"openset had {self.rows} rows in its first reading, and has more in reading {self.passes + 1}"
+                    f"openset had {self.rows} rows in its first reading, "
+                    f"and has more in reading {self.passes + 1}"
                 )
             for begin in range(0, batch.shape[0], chunk):
                 piece = batch[begin : begin + chunk].to(dtype).contiguous()
@@ -124,8 +130,9 @@ class RowSource:
                 yield piece
         if self.passes and not self.is_matrix and (rows, checksum) != (self.rows, self._checksum):
             raise ValueError(
-                f"openset must give the same rows in the same order whenever it is read: reading {self.passes + 1} "
-                f"({rows} rows) differs from the first ({self.rows} rows); a DataLoader needs shuffle=False"
+                "openset must give the same rows in the same order whenever it is read: "
+                f"reading {self.passes + 1} ({rows} rows) differs from the first ({self.rows} rows); "
+                "a DataLoader needs shuffle=False"
             )
         self.rows, self._checksum = rows, checksum
         self.passes += 1
@@ -133,8 +140,8 @@ class RowSource:
 
 def list_bytes(lists: int, itemsize: int, backend: str | None) -> int:
     """Bytes that one more entry in each of the lists takes at the peak."""
-    # Compiled: half as many entries again wait to be cut, each of them 16 bytes. Reference: values, items, the order that sorts them,
-    # and what is gathered.
+    # Compiled: half as many entries again wait to be cut, each of them 16 bytes. Reference: values, items,
+    # the order that sorts them, and what is gathered.
     return lists * (24 if backend != "torch" else 3 * (itemsize + 8) + 8)
 
 
@@ -182,8 +189,9 @@ class Rounds:
         self._length = 0
 
     def _next_length(self) -> int:
-        # As long as fewer than L items are taken since a pass, one of the L that a list kept is free: lists as long as the picks that
-        # are left need no further pass. A matrix is cheap to read again, so there lists start with what an even share would need.
+        # As long as fewer than L items are taken since a pass, one of the L that a list kept is free: lists
+        # as long as the picks that are left need no further pass. A matrix is cheap to read again, so there
+        # lists start with what an even share would need.
         left = self._k - self._order.taken
         if self._source.rows is not None:
             left = min(left, self._source.rows - self._order.taken)
@@ -196,9 +204,10 @@ class Rounds:
         """One pass over the source."""
         if self._source.once and self._source.passes:
             raise ValueError(
-                f"openset is an iterator, which can be read once only, and memory_budget={self._budget} keeps {self._length} "
-                f"items for each of the {self._lists} centroids, too few for {self._k} picks; pass a list, a DataLoader or a "
-                "function that returns a new iterator, or raise memory_budget"
+                "openset is an iterator, which can be read once only, and "
+                f"memory_budget={self._budget} keeps {self._length} items for each of the {self._lists} "
+                f"centroids, too few for {self._k} picks; pass a list, a DataLoader or a function that "
+                "returns a new iterator, or raise memory_budget"
             )
         self._length = self._next_length()
         self._order.begin(self._length)
@@ -208,8 +217,9 @@ class Rounds:
         self._order.finish()
 
     def take(self) -> tuple[Tensor, list[int], list[float]]:
-        """The next rounds, at least one unless `k` items or all are taken: items one round after the other, how many each round took,
-        the rounds' values."""
+        """The next rounds, at least one unless `k` items or all are taken: items one round after the other,
+        how many each round took, the rounds' values.
+        """
         count = max(1, _TAKES // self._lists)
         while True:
             items, counts, values = self._order.rounds(count, self._k)

@@ -1,10 +1,12 @@
 """SimCore's orders and rounds in plain torch: the definition that the compiled kernel is tested against.
 
-Item i of the open set has the similarity s[i, c] to list c (a centroid): the cosine of their features. In a round every list takes
-its most similar item that no EARLIER round took; two lists may take the same item in one round, where it counts once. A round's
-value is the mean over the lists of the similarities they took. Ties go to the lowest item.
+Item i of the open set has the similarity s[i, c] to list c (a centroid): the cosine of their features. In a
+round every list takes its most similar item that no EARLIER round took; two lists may take the same item in
+one round, where it counts once. A round's value is the mean over the lists of the similarities they took.
+Ties go to the lowest item.
 
-Source: Kim, Bae and Yun, "Coreset Sampling from Open-Set for Fine-Grained Self-Supervised Learning", CVPR 2023, algorithm 1.
+Source: Kim, Bae and Yun, "Coreset Sampling from Open-Set for Fine-Grained Self-Supervised Learning", CVPR
+2023, algorithm 1.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ def normalize_rows(x: Tensor) -> Tensor:
 def similarities(x: Tensor, centroids: Tensor) -> Tensor:
     """Cosines [r, K] of the rows of `x` [r, d] and of `centroids` [K, d], whose rows are normalized already.
 
-    Summed feature by feature, because the last bits of a matrix product depend on the number of rows given to it, and a similarity
-    must not.
+    Summed feature by feature, because the last bits of a matrix product depend on the number of rows given
+    to it, and a similarity must not.
     """
     x = normalize_rows(x)
     s = x.new_zeros(x.shape[0], centroids.shape[0])
@@ -40,13 +42,16 @@ def similarities(x: Tensor, centroids: Tensor) -> Tensor:
 class NearestOrder:
     """For each of K lists its most similar items in order, kept while the items stream by.
 
-    A pass over the items is `begin`, any number of `update` calls (or `update_similarities` calls), `finish`; then `rounds` takes
-    items. When a list has no item left that was not taken, although there are such items, `rounds` stops early: another pass
-    over the same items is needed, which keeps the best of those not taken yet.
+    A pass over the items is `begin`, any number of `update` calls (or `update_similarities` calls),
+    `finish`; then `rounds` takes items. When a list has no item left that was not taken, although there are
+    such items, `rounds` stops early: another pass over the same items is needed, which keeps the best of
+    those not taken yet.
     """
 
     def __init__(self, centroids: Tensor) -> None:
-        """`centroids` [K, d], of unit length or zero; [K, 0] where similarities are given instead of features."""
+        """`centroids` [K, d], of unit length or zero; [K, 0] where similarities are given instead of
+        features.
+        """
         self._centroids = centroids
         self._taken: Tensor | None = None
         self._rows = 0
@@ -78,7 +83,8 @@ class NearestOrder:
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"{name} must be finite, got {x[row, column].item()} at row {self._rows + row}, column {column}"
+                f"{name} must be finite, got {x[row, column].item()} "
+                f"at row {self._rows + row}, column {column}"
             )
 
     def _add(self, s: Tensor) -> None:
@@ -87,7 +93,8 @@ class NearestOrder:
         if self._taken is not None:
             free = ~self._taken[items]
             items, s = items[free], s[free]
-        # What is kept stands before what comes, and the sort is stable: equal similarities stay in the order of the items.
+        # What is kept stands before what comes, and the sort is stable: equal similarities stay in the order
+        # of the items.
         values = torch.cat([self._values, s.T], dim=1)
         items = torch.cat([self._items, items.expand(s.shape[1], -1)], dim=1)
         order = torch.argsort(values, dim=1, descending=True, stable=True)[:, : self._length]
@@ -110,11 +117,11 @@ class NearestOrder:
         return self._items[index], self._values[index]
 
     def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]:
-        """Up to `count` further rounds: the items taken, one round after the other and in a round in the order of the lists that
-        took them; how many each round took; the rounds' values.
+        """Up to `count` further rounds: the items taken, one round after the other and in a round in the
+        order of the lists that took them; how many each round took; the rounds' values.
 
-        Ends early after the round with which `k` items or more are taken in all, when every item is taken, and when a list needs
-        another pass.
+        Ends early after the round with which `k` items or more are taken in all, when every item is taken,
+        and when a list needs another pass.
         """
         if self._taken is None:
             raise ValueError("no pass is finished: call begin(), update() and finish() first")
