@@ -200,7 +200,7 @@ void bind_facility_location(py::module_& m) {
           "The same over the rows of a sparse matrix with m columns; absent entries are 0.")
       .def("step", &PyFacilityLocation::step, py::arg("count"), py::arg("naive") = false,
            "Makes up to `count` further picks; returns the number of picks so far.")
-      .def("step_among", &PyFacilityLocation::step_among, py::arg("candidates"), "Makes one pick among the given candidates.")
+      .def("step_among", &PyFacilityLocation::step_among, py::arg("candidates"), "Makes one pick among the given candidates and returns it.")
       .def("finish", &PyFacilityLocation::finish, py::arg("indices"), py::arg("gains"), py::arg("weights"), py::arg("assignment"),
            "Writes the picks so far and the assignment into the given arrays; returns the objective.")
       .def("stats", &PyFacilityLocation::stats, "What the run did so far: evaluations, pairs, matrix_reads, list_reads, sweeps, foreseen.");

@@ -106,7 +106,7 @@ class Greedy final : public FacilityLocation {
     sample.order();
     heap_valid_ = false;  // it holds bounds that this pick improves
     commit(select(sample, nullptr));
-    return picks();
+    return picked_.back();
   }
 
   double finish(int64_t* indices, double* gains, double* weights, int64_t* assignment) override {

@@ -43,7 +43,7 @@ class FacilityLocation {
   // number of picks made so far. Throws std::invalid_argument for NaN or infinity in the data, Cancelled if polled so.
   virtual int64_t step(int64_t count, bool naive) = 0;
 
-  // One pick among the given candidates, which must not be picked or preselected.
+  // One pick among the given candidates, which must be open. Returns the candidate picked.
   virtual int64_t step_among(const int64_t* candidates, int64_t count) = 0;
 
   // Writes the picks so far: candidate, gain and client weight won, [picks]; and the pick that serves each client, [m], or -1.

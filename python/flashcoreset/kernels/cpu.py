@@ -101,7 +101,6 @@ class FacilityLocation:
         threads = torch.get_num_threads()
         if isinstance(x, Csr):
             n, m = x.shape
-            self._clients = m
             self._run = native.from_csr(
                 _capsule(x.crow),
                 _capsule(x.col),
@@ -116,9 +115,6 @@ class FacilityLocation:
             return
         if metric == "precomputed" and x.stride(1) != 1:
             x = x.contiguous()
-        self._clients = (
-            x.shape[1] if metric == "precomputed" else (x if clients is None else clients).shape[0]
-        )
         self._run = native(
             _capsule(x),
             _optional(clients),
@@ -138,11 +134,7 @@ class FacilityLocation:
 
     def step_among(self, candidates: Tensor) -> int:
         """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the pick."""
-        picks = self._run.step_among(_capsule(candidates))
-        indices = torch.empty(picks, dtype=torch.int64)
-        floats = torch.empty(2, picks, dtype=torch.float64)
-        self.finish(indices, floats[0], floats[1], torch.empty(self._clients, dtype=torch.int64))
-        return int(indices[-1])
+        return self._run.step_among(_capsule(candidates))
 
     def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float:
         """Writes the picks so far into `indices` [k] int64, `gains` [k] float64, `weights` [k] float64,
