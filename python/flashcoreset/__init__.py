@@ -12,6 +12,7 @@ from flashcoreset import kernels
 from flashcoreset._errors import BackendUnavailableError, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
+from flashcoreset.methods import select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
 
@@ -27,4 +28,6 @@ __all__ = [
     "facility_location",
     "kernels",
     "memory_estimate",
+    "select",
+    "simcore",
 ]
