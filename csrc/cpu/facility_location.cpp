@@ -143,17 +143,22 @@ class Greedy final : public FacilityLocation {
     scale_ = 1;
     if (bound > 0) {
       const double heaviest = weights_.empty() ? 1.0 : *std::max_element(weights_.begin(), weights_.end());
-      const int room = 61 - static_cast<int>(std::ceil(std::log2(bound))), most = 100 - static_cast<int>(std::ceil(std::log2(heaviest)));
-      scale_ = std::ldexp(1.0, std::min(room, most));
+      const int room = 61 - static_cast<int>(std::ceil(std::log2(bound)));
+      // Scaled weights have to stay in the range of T, and the scale itself in that of double.
+      const int most = (sizeof(T) == 4 ? 126 : 1000) - static_cast<int>(std::ceil(std::log2(heaviest)));
+      scale_ = std::ldexp(1.0, std::min({room, most, 1000}));
     }
     cover_ = Cover<T>(m, floor_);
     for (int64_t i = 0; i < m; ++i) cover_.weight[i] = static_cast<T>((weights_.empty() ? 1.0 : weights_[i]) * scale_);
     owner_ = Buffer<int64_t>(m, int64_t{-1});
     row_ = Buffer<T>(round_up(m, Tile<T>::kCols) * source_->sample_rows());
-    for (const int64_t j : preselected_) cover_with(j, -1);
-    if (!preselected_.empty()) {
-      before_ = Buffer<T>(m);
-      std::copy_n(cover_.best.data(), m, before_.data());
+    if (!preselected_.empty()) before_ = Buffer<T>(m, std::numeric_limits<T>::lowest());
+    for (const int64_t j : preselected_) {
+      source_->similarities(&j, 1, row_.data(), m, team_);
+      for (int64_t i = 0; i < m; ++i) {
+        before_[i] = std::max(before_[i], row_[i]);
+        improve(i, row_[i], -1);
+      }
     }
     int64_t list_bytes = memory_budget_;
     const int64_t matrix_bytes = m > 0 && n > INT64_MAX / static_cast<int64_t>(sizeof(T)) / m ? INT64_MAX : n * m * static_cast<int64_t>(sizeof(T));
@@ -538,9 +543,9 @@ class Greedy final : public FacilityLocation {
     serves_itself_.push_back(itself);
   }
 
-  // Gives every client that candidate j serves better than before to `position` (-1: to nobody).
+  // Gives every client that candidate j serves better than before to the pick at `position`.
   void cover_with(int64_t j, int64_t position) {
-    if (lists_ && lists_->has(j)) {
+    if (lists_->has(j)) {
       const uint32_t* client = lists_->clients(j);
       const T* value = lists_->values(j);
       for (int64_t e = 0; e < lists_->length(j); ++e) improve(client[e], value[e], position);
@@ -571,7 +576,7 @@ class Greedy final : public FacilityLocation {
   bool prepared_ = false;
   double scale_ = 1;
   Cover<T> cover_;
-  Buffer<T> before_;       // the clients' best from the preselected alone
+  Buffer<T> before_;       // each client's similarity to the nearest of the preselected
   Buffer<int64_t> owner_;  // the pick that serves each client
   Buffer<T> row_;
 
