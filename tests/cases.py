@@ -1,7 +1,8 @@
-"""The cases of facility location, and the oracle: brute force in NumPy float64, written from the definition alone.
+"""The cases of facility location, and the oracle: brute force in NumPy float64, written from the definition
+alone.
 
-The oracle follows a given sequence of picks and asks of each pick whether any other candidate would have been better by more than
-rounding, so that of two candidates that tie within rounding either will do.
+The oracle follows a given sequence of picks and asks of each pick whether any other candidate would have been
+better by more than rounding, so that of two candidates that tie within rounding either will do.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ METRICS = (*POINT_METRICS, "precomputed")
 SIZES = (1, 7, 97, 1025)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Largest error of a gain or objective allowed, relative to sum_i w_i * max_j |s(j, i) - floor|; in the comment the worst that was
-# seen over all cases, backends and builds. Half types are exact inputs to a float32 computation.
+# Largest error of a gain or objective allowed, relative to sum_i w_i * max_j |s(j, i) - floor|; in the
+# comment the worst that was seen over all cases, backends and builds. Half types are exact inputs to a
+# float32 computation.
 TOLERANCE = {
     torch.float16: 5e-7,
     torch.bfloat16: 5e-7,
@@ -173,8 +175,8 @@ def _float64(value: Any) -> np.ndarray:
 
 
 def worst_error(case: Case, selection: Any) -> float:
-    """Checks `selection` against the definition; returns the largest error of a gain or of the objective, relative to the largest
-    f(S) that could be. Asserts whatever is exact."""
+    """Checks `selection` against the definition; returns the largest error of a gain or of the objective,
+    relative to the largest f(S) that could be. Asserts whatever is exact."""
     options = case.options
     x = _float64(case.x)
     s = similarities(case.x, options.get("clients"), case.metric, selection.offset)
@@ -229,22 +231,21 @@ def worst_error(case: Case, selection: Any) -> float:
     np.add.at(expected, assignment[served], weights[served])
     np.testing.assert_allclose(won, expected, rtol=1e-6)
     slack = 10 * TOLERANCE[torch.as_tensor(case.x).dtype] * max(1e-300, np.abs(s).max())
-    for i in range(m):
-        mine = [p for p in range(k) if not self_clients or groups[picks[p]] == groups[i]]
-        fixed = [p for p in preselected if not self_clients or groups[p] == groups[i]]
-        covered = max([0.0, *s[fixed, i]])
-        if self_clients and i in picks:
-            serves_itself = not fixed or s[fixed, i].max() <= s[i, i]
-            if serves_itself and assignment[i] != picks.index(i):
-                assert s[fixed, i].max() >= s[i, i] - slack
-            if serves_itself:
-                continue
-        most = max((s[picks[p], i] for p in mine), default=-np.inf)
-        if assignment[i] < 0:
-            assert most <= covered + slack
-        else:
-            assert assignment[i] in mine
-            assert s[picks[assignment[i]], i] >= max(most, covered) - slack
+    # [k, m] similarities of the picks, and [p, m] of the preselected, where they may serve the client.
+    same = (groups[:, None] == groups[None]) if self_clients else np.ones((n, m), dtype=bool)
+    reachable = np.where(same, s, -np.inf)
+    picked, fixed_best = reachable[picks], reachable[preselected].max(0, initial=-np.inf)
+    most, covered = picked.max(0), np.maximum(0, fixed_best)
+    position = np.where(served, assignment, 0)
+    serving = picked[position, np.arange(m)]
+    itself = np.zeros(m, dtype=bool)
+    if self_clients:
+        own_value = s[picks, picks]
+        wins, may_lose = fixed_best[picks] <= own_value, fixed_best[picks] >= own_value - slack
+        itself[picks] = wins
+        assert ((assignment[picks] == np.arange(k)) | ~wins | may_lose).all(), "a pick serves itself"
+    assert (itself | served | (most <= covered + slack)).all()
+    assert (itself | ~served | (serving >= np.maximum(most, covered) - slack)).all()
     assert worst <= tolerance, (
         f"{case}: error {worst / reach:.2e} of {TOLERANCE[torch.as_tensor(case.x).dtype]:.0e}"
     )

@@ -1,9 +1,9 @@
-"""What every test module shares: the backends that are tested, the compiled one in each build that this processor can run."""
+"""What every test module shares: the backends that are tested, the compiled one in each build that this
+processor can run."""
 
 from __future__ import annotations
 
 import pytest
-
 from flashcoreset import _native
 
 BACKENDS = ["torch", *(f"cpu-{isa}" for isa in _native.available_isas())]

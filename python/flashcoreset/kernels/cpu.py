@@ -133,7 +133,8 @@ class FacilityLocation:
         return self._run.step(count, naive)
 
     def step_among(self, candidates: Tensor) -> int:
-        """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the pick."""
+        """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
+        pick."""
         return self._run.step_among(_capsule(candidates))
 
     def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float:

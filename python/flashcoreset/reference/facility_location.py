@@ -135,7 +135,6 @@ class _Matrix:
     """Similarities held as a matrix [n, m]."""
 
     def __init__(self, s: Tensor) -> None:
-        check_finite(s, "x")
         self._s = s
         self.shape = (s.shape[0], s.shape[1])
         self.dtype, self.device = s.dtype, s.device
@@ -206,6 +205,7 @@ class FacilityLocation:
         if isinstance(x, Csr):
             s = _Sparse(x)
         elif metric == "precomputed":
+            check_finite(x, "x")
             s = _Matrix(x)
         else:
             s = _Points(x, clients, metric)
@@ -215,8 +215,9 @@ class FacilityLocation:
         self._weights = (
             torch.ones(m, dtype=torch.float64, device=s.device) if weights is None else weights.double()
         )
-        bound = float((self._weights * s.upper_bounds(floor)).sum())
-        if not math.isfinite(bound):
+        upper = s.upper_bounds(floor)
+        bound = float((self._weights * upper).sum())
+        if not (float(upper.max()) <= torch.finfo(s.dtype).max and math.isfinite(bound)):
             raise ValueError(
                 f"x: similarities of metric {metric!r} overflow {s.dtype}; scale the data down or use float64"
             )
@@ -227,7 +228,7 @@ class FacilityLocation:
             s = _Matrix(held)
         self._s = s
         self._floor = torch.tensor(floor, dtype=s.dtype, device=s.device)
-        self._scale = _scale(bound, float(self._weights.max()))
+        self._scale = _scale(bound, float(self._weights.max()), s.dtype)
         self._scaled_weights = (self._weights * self._scale).to(s.dtype)
 
         covered = torch.full((m,), -math.inf, dtype=s.dtype, device=s.device)  # best of the preselected
@@ -295,7 +296,8 @@ class FacilityLocation:
                 heapq.heapreplace(self._queue, (-gain, j, len(self._picks)))
 
     def step_among(self, candidates: Tensor) -> int:
-        """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the pick."""
+        """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
+        pick."""
         candidates = candidates.sort().values
         gains = torch.cat(
             [self._gains_of(candidates[rows]) for rows in _blocks(len(candidates), 4 * self._shape[1] * 8)]
@@ -325,11 +327,11 @@ class FacilityLocation:
         return math.fsum((client_weights * (self._best.double() - self._floor.double()).cpu()).tolist())
 
 
-def _scale(bound: float, largest_weight: float) -> float:
+def _scale(bound: float, largest_weight: float, dtype: torch.dtype) -> float:
     """The largest power of two with bound * scale <= 2^61, such that weights * scale stay in the range of
-    float32."""
+    `dtype`."""
     if bound <= 0:
         return 0.0
+    largest = 126 if dtype == torch.float32 else 1000
     exponent = 61 - math.ceil(math.log2(bound))
-    exponent = min(exponent, 100 - math.ceil(math.log2(largest_weight)), 1000)
-    return math.ldexp(1.0, exponent)
+    return math.ldexp(1.0, min(exponent, largest - math.ceil(math.log2(largest_weight)), 1000))
