@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "core/tensor_view.h"
@@ -32,38 +33,44 @@ std::vector<Buffer<T>> per_thread(int threads, int64_t size) {
 // out [n, columns.rows()], rows `stride` apart: the metric's values (negated if asked) between rows[0..n) and the columns.
 // `symmetric`: rows and columns are the same points, so half of the tiles are computed and mirrored.
 //
-// Cost: n * m * d multiply-adds, half of it if symmetric; n * m values written.
+// Cost: n * m * d multiply-adds, half of it if symmetric; n * m values written. The threads share a packed block of rows and split
+// the panels of columns, so that even a hundred points occupy them all.
 template <class T>
 void pairwise_panels(const Rows<T>& rows, int64_t n, const Panels<T>& columns, Metric metric, bool negate, bool symmetric, T* out,
                      int64_t stride, ThreadTeam& team) {
   constexpr int kRows = Tile<T>::kRows, kCols = Tile<T>::kCols;
   const int64_t d = columns.features(), m = columns.rows();
-  // Small problems still have to give every thread several blocks.
-  const int64_t block = n > 8 * 192 * team.size() ? block_rows<T>(d) : std::min<int64_t>(block_rows<T>(d), 96);
-  auto packed = per_thread<T>(team.size(), block * d);
-  auto values = per_thread<T>(team.size(), block * kCols);
+  const int64_t fit = (int64_t{2} << 20) / (static_cast<int64_t>(sizeof(T)) * d);
+  const int64_t block = std::min(round_up(n, kRows), std::max<int64_t>(fit / 96 * 96, 96));
+  Buffer<T> packed(block * d);
+  std::vector<int64_t> index(n);
+  std::iota(index.begin(), index.end(), int64_t{0});
   with_form(metric, [&](auto form) {
-    team.parallel_for((n + block - 1) / block, 1, [&](int thread, int64_t which, int64_t) {
-      const int64_t begin = which * block, count = std::min(block, n - begin);
-      std::vector<int64_t> index(count);
-      for (int64_t i = 0; i < count; ++i) index[i] = begin + i;
-      T* a = packed[thread].data();
-      T* s = values[thread].data();
-      rows.pack_batch(index.data(), count, a);
-      for (int64_t p = symmetric ? begin / kCols : 0; p < columns.count(); ++p) {
-        const T* b = columns.panel(p);
-        for (int64_t q = 0; q * kRows < count; ++q) tile<T, form()>(a + q * kRows * d, b, d, s + q * kRows * kCols);
-        finish_values(metric, negate, s, round_up(count, kRows) * kCols);
-        const int64_t first = p * kCols, width = std::min<int64_t>(kCols, m - first);
-        for (int64_t r = 0; r < count; ++r) std::copy(s + r * kCols, s + r * kCols + width, out + (begin + r) * stride + first);
-        if (symmetric && first >= begin + block) {
+    for (int64_t begin = 0; begin < n; begin += block) {
+      const int64_t count = std::min(block, n - begin);
+      team.parallel_for((count + kRows - 1) / kRows, 16, [&](int, int64_t first, int64_t last) {
+        const int64_t end = std::min(count, last * kRows);
+        rows.pack_batch(index.data() + begin + first * kRows, end - first * kRows, packed.data() + first * kRows * d);
+      });
+      const int64_t first_panel = symmetric ? begin / kCols : 0;
+      team.parallel_for(columns.count() - first_panel, 1, [&](int, int64_t which, int64_t) {
+        // The last panel first: in the symmetric case it has the most rows above it.
+        const int64_t p = columns.count() - 1 - which, first = p * kCols, width = std::min<int64_t>(kCols, m - first);
+        alignas(64) T s[kRows * kCols];
+        // A pair of the symmetric case belongs to the panel of the later of its two points, and to that alone.
+        const int64_t rows_here = symmetric ? std::min(count, first + kCols - begin) : count;
+        for (int64_t r = 0; r < rows_here; r += kRows) {
+          tile<T, form()>(packed.data() + r * d, columns.panel(p), d, s);
+          finish_values(metric, negate, s, int64_t{kRows} * kCols);
+          const int64_t here = std::min<int64_t>(kRows, rows_here - r);
+          for (int64_t i = 0; i < here; ++i) std::copy(s + i * kCols, s + i * kCols + width, out + (begin + r + i) * stride + first);
+          if (!symmetric) continue;
           for (int64_t c = 0; c < width; ++c) {
-            T* mirrored = out + (first + c) * stride + begin;
-            for (int64_t r = 0; r < count; ++r) mirrored[r] = s[r * kCols + c];
+            for (int64_t i = 0; i < here; ++i) out[(first + c) * stride + begin + r + i] = s[i * kCols + c];
           }
         }
-      }
-    });
+      });
+    }
   });
 }
 
