@@ -16,14 +16,16 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TextIO
 
-import flashcoreset as fc
 import numpy as np
 import torch
+
+import flashcoreset as fc
 from flashcoreset import _native
 
 FLOATS = "a float16, float32 or float64"
@@ -72,6 +74,9 @@ def _check_file(path: Path, option: str) -> None:
         )
     if head != b"\x93NUMPY" and head[:2] != b"PK":
         raise CommandError(f"{option}: {path} is neither .npy nor .npz; save the array with numpy.save")
+    # numpy.load leaves the file open when it finds that an archive is broken.
+    if head[:2] == b"PK" and not zipfile.is_zipfile(path):
+        raise CommandError(f"{option}: cannot read {path}: the archive is damaged")
 
 
 def load_array(text: str, option: str, *, kinds: str, ndim: int, wanted: str) -> np.ndarray:
@@ -232,7 +237,7 @@ def _facility_location(arguments: argparse.Namespace) -> tuple[dict[str, np.ndar
     options = _options(
         arguments, "metric", "weights", "groups", "preselected", "method", "epsilon", "seed", "offset"
     )
-    options |= _options(arguments, "backend", "progress", "clients", "budgets")
+    options |= _options(arguments, "backend", "progress", "memory_budget", "clients", "budgets")
     precomputed = options.get("metric") == "precomputed"
     x = (_load_similarities if precomputed else _load_features)(arguments.features, "--features")
     if "clients" in options:
@@ -256,9 +261,8 @@ def _facility_location(arguments: argparse.Namespace) -> tuple[dict[str, np.ndar
 
 
 def _simcore(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    options = _options(
-        arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed", "backend", "progress"
-    )
+    options = _options(arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed")
+    options |= _options(arguments, "backend", "progress", "memory_budget")
     openset = _load_features(arguments.features, "--features")
     target = _load_features(arguments.target, "--target")
     coreset = fc.simcore(openset, target, getattr(arguments, "k", None), **options)
@@ -281,8 +285,8 @@ def _select(arguments: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - start
     info = {"algorithm": arguments.algorithm, "version": fc.__version__, "seconds": seconds, **info}
-    text = np.array(json.dumps(_jsonable(info)))
-    write_whole(out, "--out", lambda stream: np.savez(stream, info=text, **arrays))
+    contents: dict[str, Any] = {"info": np.array(json.dumps(_jsonable(info))), **arrays}
+    write_whole(out, "--out", lambda stream: np.savez(stream, **contents))
     print(f"{out}: {len(arrays['indices']):,} of {info['rows']:,} rows in {seconds:.2f} s")
     return 0
 
@@ -410,6 +414,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int)
     parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
+    parser.add_argument("--memory-budget", type=int, metavar="BYTES", help="for similarities and orders")
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
 
 
@@ -454,7 +459,14 @@ def _add_facility_location(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         print(f"flashcoreset: {category.__name__}: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():

@@ -1,0 +1,469 @@
+"""The command line: what it writes, and that bad input ends with code 2, one line on stderr and no file."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+import flashcoreset as fc
+from flashcoreset import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    x = np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    return tmp_path / "x.npy"
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    return arrays, json.loads(str(arrays.pop("info")))
+
+
+def expect_error(capsys: pytest.CaptureFixture[str], words: str, *arguments: object) -> None:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("flashcoreset: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err, captured.err
+
+
+# --- what select writes -------------------------------------------------------------------------------
+
+
+def test_facility_location(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.npz"
+    assert run("select", "facility-location", "--features", features, "-k", 7, "-o", out) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 7 of 60 rows in ")
+    arrays, info = read(out)
+    expected = fc.facility_location(np.load(features), 7)
+    assert arrays["indices"].dtype == np.int64
+    for name in ("indices", "gains", "weights", "assignment"):
+        np.testing.assert_array_equal(arrays[name], getattr(expected, name).numpy())
+    assert info["algorithm"] == "facility-location"
+    assert info["version"] == fc.__version__
+    assert info["objective"] == expected.objective
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_every_option_of_facility_location(features: Path, tmp_path: Path) -> None:
+    x = np.load(features)
+    rng = np.random.default_rng(1)
+    weights, groups = rng.random(60), rng.integers(0, 3, 60)
+    np.savez(tmp_path / "more.npz", weights=weights, groups=groups, preselected=np.array([4, 9]))
+    more, out = tmp_path / "more.npz", tmp_path / "out.npz"
+    code = run(
+        *("select", "facility-location", "--features", features, "-o", out, "--metric", "euclidean"),
+        *("--weights", f"{more}:weights", "--groups", f"{more}:groups", "--budgets", "0=2,1=3,2=1"),
+        *("--preselected", f"{more}:preselected", "--method", "stochastic", "--epsilon", "0.2", "--seed", 3),
+        *("--offset", 9, "--backend", "torch", "--memory-budget", 10_000),
+    )
+    assert code == 0
+    expected = fc.facility_location(
+        x,
+        None,
+        metric="euclidean",
+        weights=weights,
+        groups=groups,
+        budgets={0: 2, 1: 3, 2: 1},
+        preselected=[4, 9],
+        method="stochastic",
+        epsilon=0.2,
+        seed=3,
+        offset=9.0,
+        backend="torch",
+    )
+    arrays, info = read(out)
+    np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+    np.testing.assert_array_equal(arrays["weights"], expected.weights.numpy())
+    assert info["offset"] == 9
+
+
+@pytest.mark.parametrize("option", ["--target", "--clients"])
+def test_clients(option: str, features: Path, tmp_path: Path) -> None:
+    clients = np.load(features)[10:30] + np.float32(0.1)
+    np.save(tmp_path / "c.npy", clients)
+    out = tmp_path / "out.npz"
+    assert (
+        run(
+            *("select", "facility-location", "--features", features, option, tmp_path / "c.npy"),
+            *("-k", 4, "-o", out),
+        )
+        == 0
+    )
+    expected = fc.facility_location(np.load(features), 4, clients=clients)
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_precomputed(sparse: bool, tmp_path: Path) -> None:
+    s = np.random.default_rng(2).random((12, 9))
+    s[s < 0.5] = 0
+    if sparse:
+        scipy.sparse.save_npz(tmp_path / "s.npz", scipy.sparse.csr_matrix(s))
+    else:
+        np.savez(tmp_path / "s.npz", s)
+    out = tmp_path / "out.npz"
+    code = run(
+        *("select", "facility-location", "--features", tmp_path / "s.npz", "--metric", "precomputed"),
+        *("-k", 3, "-o", out),
+    )
+    assert code == 0
+    expected = fc.facility_location(s, 3, metric="precomputed")
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
+
+
+def test_budgets_from_a_file(features: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "g.npy", np.arange(60) % 2)
+    np.save(tmp_path / "b.npy", np.array([1, 2]))
+    out = tmp_path / "out.npz"
+    code = run(
+        *("select", "facility-location", "--features", features, "--groups", tmp_path / "g.npy"),
+        *("--budgets", tmp_path / "b.npy", "-o", out),
+    )
+    assert code == 0
+    assert (read(out)[0]["indices"] % 2).tolist() == [0, 1, 1]
+
+
+def test_simcore(features: Path, tmp_path: Path) -> None:
+    x = np.load(features)
+    np.save(tmp_path / "t.npy", x[:9])
+    out = tmp_path / "out.npz"
+    code = run(
+        *("select", "simcore", "--features", features, "--target", tmp_path / "t.npy", "-k", 20, "-o", out),
+        *("--n-clusters", 4, "--stop-threshold", "0.5", "--patience", 1, "--seed", 5),
+    )
+    assert code == 0
+    expected = fc.simcore(x, x[:9], 20, n_clusters=4, stop_threshold=0.5, patience=1, seed=5)
+    arrays, info = read(out)
+    np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+    np.testing.assert_array_equal(arrays["weights"], expected.weights.numpy())
+    np.testing.assert_array_equal(arrays["centroids"], expected.info["centroids"].numpy())
+    assert info["rounds"] == expected.info["rounds"]
+    assert info["values"] == list(expected.info["values"])
+
+
+def test_no_stop_takes_all(features: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npz"
+    options = ("select", "simcore", "--features", features, "--target", features, "-o", out, "-k", 60)
+    assert run(*options, "--patience", 1, "--stop-threshold", "1") == 0
+    stopped = len(read(out)[0]["indices"])
+    assert run(*options, "--no-stop") == 0
+    assert sorted(read(out)[0]["indices"]) == list(range(60))
+    assert stopped < 60 or read(out)[1]["rounds"] == 1
+
+
+def test_npy_is_memory_mapped(features: Path) -> None:
+    array = cli.load_array(str(features), "--features", kinds="f", ndim=2, wanted="features")
+    assert isinstance(array, np.memmap)
+
+
+def test_npz_key(features: Path, tmp_path: Path) -> None:
+    x = np.load(features)
+    np.savez_compressed(tmp_path / "many.npz", a=x[::2], b=x)
+    out = tmp_path / "out.npz"
+    options = ("select", "facility-location", "-k", 5, "-o", out, "--features")
+    assert run(*options, f"{tmp_path / 'many.npz'}:b") == 0
+    expected = fc.facility_location(x, 5)
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
+
+
+def test_output_replaces_an_older_one_with_the_umask_s_permissions(features: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npz"
+    out.write_text("old")
+    before = os.umask(0o027)
+    try:
+        assert run("select", "facility-location", "--features", features, "-k", 2, "-o", out) == 0
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o640
+    assert len(read(out)[0]["indices"]) == 2
+
+
+def test_progress_draws_a_bar(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.npz"
+    assert run("select", "facility-location", "--features", features, "-k", 3, "-o", out, "--progress") == 0
+    assert "3" in capsys.readouterr().err
+    assert run("select", "facility-location", "--features", features, "-k", 3, "-o", out) == 0
+    assert capsys.readouterr().err == ""
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> dict[str, str]:
+    """Files that are no features, by what is wrong with them, and a word that the error has to say."""
+    x = np.zeros((4, 3), np.float32)
+    np.save(tmp_path / "int.npy", x.astype(int))
+    np.save(tmp_path / "complex.npy", x.astype(complex))
+    np.save(tmp_path / "bool.npy", x.astype(bool))
+    np.save(tmp_path / "longdouble.npy", x.astype(np.longdouble))
+    np.save(tmp_path / "swapped.npy", x.astype(">f4"))
+    np.save(tmp_path / "flat.npy", x[0])
+    np.save(tmp_path / "nan.npy", np.full((4, 3), np.nan, np.float32))
+    np.save(tmp_path / "empty_rows.npy", x[:0])
+    np.save(tmp_path / "object.npy", np.array([[{}]], object), allow_pickle=True)
+    np.savez(tmp_path / "object.npz", np.array([[{}]], object))
+    np.savez(tmp_path / "two.npz", a=x, b=x)
+    np.savez(tmp_path / "none.npz")
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps([1.0]))
+    (tmp_path / "text.npy").write_text("1,2\n3,4\n")
+    (tmp_path / "zero.npy").write_bytes(b"")
+    (tmp_path / "short.npy").write_bytes((tmp_path / "flat.npy").read_bytes()[:-4])
+    (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x01\x00\xff\xffnonsense")
+    (tmp_path / "broken.npz").write_bytes((tmp_path / "two.npz").read_bytes()[:100])
+    os.mkfifo(tmp_path / "fifo.npy")
+    return {
+        "int.npy": "float16, float32 or float64",
+        "complex.npy": "complex128",
+        "bool.npy": "bool",
+        "longdouble.npy": "expected a float16",
+        "swapped.npy": "byte-swapped",
+        "flat.npy": "[3]",
+        "nan.npy": "NaN",
+        "empty_rows.npy": "0",
+        "object.npy": "pickled",
+        "object.npz": "pickled",
+        "two.npz": "holds a, b",
+        "none.npz": "holds nothing",
+        "two.npz:c": "no array 'c'",
+        "flat.npy:a": "no such file",
+        "pickle.npy": "pickle",
+        "text.npy": "neither .npy nor .npz",
+        "zero.npy": "is empty",
+        "short.npy": "cannot read",
+        "header.npy": "cannot read",
+        "broken.npz": "cannot read",
+        "fifo.npy": "not a regular file",
+        "absent.npy": "no such file",
+        ".": "not a regular file",
+    }
+
+
+@pytest.mark.parametrize("algorithm", ["facility-location", "simcore"])
+def test_bad_files(
+    algorithm: str, bad: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.npz"
+    np.save(tmp_path / "target.npy", np.ones((2, 3), np.float32))
+    extra = ("--target", tmp_path / "target.npy") if algorithm == "simcore" else ()
+    for name, words in bad.items():
+        path = tmp_path / name
+        expect_error(capsys, words, "select", algorithm, "--features", path, *extra, "-k", 1, "-o", out)
+        assert not out.exists()
+
+
+def test_bad_options(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.npz"
+    options = ("select", "facility-location", "--features", features, "-o", out)
+    np.save(tmp_path / "floats.npy", np.ones(60))
+    np.save(tmp_path / "negative.npy", -np.ones(60))
+    np.save(tmp_path / "short.npy", np.ones(59))
+    np.save(tmp_path / "labels.npy", np.arange(60) % 2)
+    labels = tmp_path / "labels.npy"
+    for words, extra in {
+        "-k": (),
+        "invalid int value: 'x'": ("-k", "x"),
+        "k ": ("-k", 0),
+        "61": ("-k", 61),
+        "invalid choice: 'cosin'": ("-k", 1, "--metric", "cosin"),
+        "invalid choice: 'gpu'": ("-k", 1, "--backend", "gpu"),
+        "backend 'cuda'": ("-k", 1, "--backend", "cuda"),
+        "unrecognized arguments: --cluster": ("-k", 1, "--cluster", 3),
+        "--groups: expected an integer array": ("-k", 1, "--groups", tmp_path / "floats.npy"),
+        "--weights: expected a float16": ("-k", 1, "--weights", labels),
+        "weights must": ("-k", 1, "--weights", tmp_path / "short.npy"),
+        "-1": ("-k", 1, "--weights", tmp_path / "negative.npy"),
+        "got '1:2'": ("--groups", labels, "--budgets", "0=3,1:2"),
+        "label 0 appears twice": ("--groups", labels, "--budgets", "0=3,0=2"),
+        "budgets": ("--groups", labels, "--budgets", "0=3,1=31"),
+    }.items():
+        expect_error(capsys, words, *options, *extra)
+        assert not out.exists()
+
+
+def test_bad_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    expect_error(capsys, "invalid choice: 'selct'", "selct")
+    expect_error(capsys, "required")
+    expect_error(capsys, "required", "select")
+    expect_error(capsys, "--features", "select", "facility-location", "-k", 1, "-o", "out.npz")
+    expect_error(capsys, "--target", "select", "simcore", "--features", "f.npy", "-k", 1, "-o", "out.npz")
+
+
+def test_output_is_checked_before_the_work(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_run(*_: object, **__: object) -> None:
+        raise AssertionError("the work began before the output was checked")
+
+    monkeypatch.setattr(fc, "facility_location", must_not_run)
+    options = ("select", "facility-location", "--features", features, "-k", 2, "-o")
+    expect_error(capsys, "ends in .npz", *options, tmp_path / "out.npy")
+    expect_error(capsys, "No such file or directory", *options, tmp_path / "absent" / "out.npz")
+    expect_error(capsys, "Not a directory", *options, features / "out.npz")
+    (tmp_path / "folder.npz").mkdir()
+    expect_error(capsys, "not a regular file", *options, tmp_path / "folder.npz")
+    expect_error(capsys, "cannot write", *options, "/proc/out.npz")
+    expect_error(capsys, "ends in .png", "demo", "--out", tmp_path / "demo.jpg")
+    np.savez(tmp_path / "in.npz", np.load(features))
+    same = tmp_path / "in.npz"
+    expect_error(
+        capsys, "also an input", "select", "facility-location", "--features", same, "-k", 2, "-o", same
+    )
+    assert len(np.load(same).files) == 1
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.npz"
+    out.write_text("old")
+
+    def fill_the_disk(stream: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(cli.CommandError, match="No space left"):
+        cli.write_whole(out, "--out", fill_the_disk)
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_warnings_are_one_line(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = fc.facility_location
+
+    def warn(*arguments: object, **options: object) -> fc.Selection:
+        warnings.warn("slow\npath", fc.SlowPathWarning, stacklevel=1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(fc, "facility_location", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        out = tmp_path / "out.npz"
+        assert run("select", "facility-location", "--features", features, "-k", 1, "-o", out) == 0
+    assert capsys.readouterr().err == "flashcoreset: SlowPathWarning: slow path\n"
+
+
+# --- the other commands -------------------------------------------------------------------------------
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcoreset import _native
+
+    assert run("info") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"flashcoreset {fc.__version__} (Python ")
+    for name in ("torch", "cpu", "cuda", "triton", *_native.MODULES):
+        assert f"\n  {name:<10}  " in out
+    assert torch.__version__ in out
+    assert out.count("in use") == 1
+    for isa in _native.available_isas():
+        assert f"{isa:<10}  missing" not in out
+    monkeypatch.setattr(_native, "_loaded", None)
+    monkeypatch.setenv("FLASHCORESET_ISA", "z80")
+    assert run("info") == 0
+    assert "missing: FLASHCORESET_ISA=z80" in capsys.readouterr().out
+
+
+def test_bench_outside_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expect_error(capsys, "run this in a checkout", "bench")
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_bench_runs_the_checkout_s_benchmarks(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "benchmarks" / "__main__.py").write_text(
+        f"import pathlib, sys; pathlib.Path('seen').write_text(' '.join(sys.argv[1:])); sys.exit({code})"
+    )
+    monkeypatch.chdir(tmp_path / "deeper")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert run("bench", "pairwise", "simcore") == code
+    assert (tmp_path / "seen").read_text() == "pairwise simcore"
+
+
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.chdir(ROOT)
+    expect_error(capsys, "pip install 'flashcoreset[bench]'", "bench")
+    expect_error(capsys, "pip install 'flashcoreset[demo]'", "demo", "--out", tmp_path / "demo.png")
+
+
+# --- as a process -------------------------------------------------------------------------------------
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "flashcoreset.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_process_exit_codes(features: Path, tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("flashcoreset")
+    version = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout == f"flashcoreset {fc.__version__}\n"
+    absent = tmp_path / "absent.npy"
+    process = start("select", "facility-location", "--features", absent, "-k", 1, "-o", "o.npz")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out == ""
+    assert err == f"flashcoreset: --features: no such file: {absent}\n"
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((20_000, 32)).astype(np.float32)
+    np.save(tmp_path / "big.npy", x)
+    out = tmp_path / "out.npz"
+    # The slow reference, so that it is still at work when the signal comes; the bar shows that it has begun.
+    process = start(
+        *("select", "facility-location", "--features", tmp_path / "big.npy", "-k", 10_000, "-o", out),
+        *("--method", "naive", "--backend", "torch", "--progress"),
+    )
+    with process:
+        assert process.stderr is not None
+        seen = ""
+        while "0/10000" not in seen.replace(" ", ""):
+            character = process.stderr.read(1)
+            assert character, seen
+            seen += character
+        process.send_signal(signal.SIGINT)
+        start_time = time.monotonic()
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    assert time.monotonic() - start_time < 30
+    assert rest.rstrip("\n").splitlines()[-1].endswith("flashcoreset: interrupted")
+    assert "Traceback" not in rest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big.npy"]
+
+
+def test_closed_pipe() -> None:
+    script = f"{sys.executable} -m flashcoreset.cli info | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
