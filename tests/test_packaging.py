@@ -1,0 +1,128 @@
+"""The sdist builds into a wheel without network, and the wheel holds the package and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import flashcoreset as fc
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def version() -> str:
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        folder,
+    ]
+    # What is in the wheel does not depend on the optimisation, the time to build it does.
+    command += ["-C", "cmake.build-type=Debug", sdist]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake and ninja of this environment
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = folder.iterdir()
+    return built
+
+
+def test_version_stands_in_one_place() -> None:
+    assert fc.__version__ == version()
+    others = [ROOT / "CMakeLists.txt", *(ROOT / "python").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
+    assert [path for path in others if f'"{version()}"' in path.read_text()] == []
+
+
+def test_sdist(sdist: Path) -> None:
+    assert sdist.name == f"flashcoreset-{version()}.tar.gz"
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in ("LICENSE", "README.md", "pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt"):
+        assert name in names
+    for folder in ("csrc", "python"):
+        sources = {
+            str(p.relative_to(ROOT)) for s in ("*.py", "*.cpp", "*.h") for p in (ROOT / folder).rglob(s)
+        }
+        assert sources <= names
+    assert not [name for name in names if re.search(r"^(build|dist|\.venv|\.ci)/|__pycache__|\.so$", name)]
+
+
+def test_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = Parser().parsestr(archive.read(f"flashcoreset-{version()}.dist-info/METADATA").decode())
+        entry_points = archive.read(f"flashcoreset-{version()}.dist-info/entry_points.txt").decode()
+    assert {name.partition("/")[0] for name in names} == {
+        "flashcoreset",
+        f"flashcoreset-{version()}.dist-info",
+    }
+    assert not [
+        name for name in names if "test" in name or "benchmark" in name or name.endswith((".cpp", ".h"))
+    ]
+    python = {
+        f"flashcoreset/{path.relative_to(ROOT / 'python/flashcoreset')}"
+        for path in (ROOT / "python").rglob("*.py")
+    }
+    assert python <= set(names)
+    assert "flashcoreset/py.typed" in names
+    modules = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
+    assert modules in (
+        {"_cpu_x86_64_v2", "_cpu_x86_64_v3", "_cpu_x86_64_v4"},
+        {"_cpu_aarch64"},
+        {"_cpu_generic"},
+    )
+    assert f"flashcoreset-{version()}.dist-info/licenses/LICENSE" in names
+    assert metadata["Version"] == version()
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert "flashcoreset=flashcoreset.cli:main" in entry_points.replace(" ", "")
+
+
+def test_the_wheel_runs_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    # -S leaves an editable install out, whose import hook would go before the path.
+    code = (
+        "import flashcoreset as fc, torch\n"
+        "print(fc.__file__)\n"
+        "print(fc.facility_location(torch.eye(3), 2, backend='cpu').indices.tolist())"
+    )
+    site = os.pathsep.join([str(tmp_path), *(path for path in sys.path if path.endswith("site-packages"))])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": site},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "flashcoreset" / "__init__.py"), "[0, 1]"]
