@@ -1,0 +1,111 @@
+"""The rivals' calls, as their documentation shows them, with their progress bars and known warnings off.
+
+Nothing of ours runs here: a peer gets plain arrays and gives plain arrays back. Facility location returns
+(indices [k], gains [k], similarity [n, m]), so that the check can look at the very numbers the peer chose by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from unittest import mock
+
+import numpy as np
+import torch
+
+Picks = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Both packages use names that newer SciPy and Numba releases deprecate; a user sees these warnings only once.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def submodlib_cosine_matrix(x: np.ndarray) -> np.ndarray:
+    """submodlib's own dense similarity matrix of points [n, d]; the fastest of the three ways it offers."""
+    with _quiet():
+        from submodlib.helper import create_kernel
+
+        return create_kernel(x, metric="cosine", mode="dense", method="sklearn")
+
+
+def submodlib_lazy(similarity: np.ndarray, k: int) -> Picks:
+    """submodlib's lazy greedy on a square similarity matrix [n, n]."""
+    with _quiet():
+        from submodlib import FacilityLocationFunction
+
+        function = FacilityLocationFunction(
+            n=similarity.shape[0], mode="dense", separate_rep=False, sijs=similarity, pybind_mode="array"
+        )
+        chosen = function.maximize(budget=k, optimizer="LazyGreedy", show_progress=False, verbose=False)
+    indices, gains = zip(*chosen, strict=True)
+    return np.array(indices, dtype=np.int64), np.array(gains), similarity
+
+
+def submodlib_cosine(x: np.ndarray, k: int) -> Picks:
+    """From points to picks: the similarity matrix, then lazy greedy."""
+    return submodlib_lazy(submodlib_cosine_matrix(x), k)
+
+
+def submodlib_l1(x: np.ndarray, k: int, offset: float) -> Picks:
+    """From points to picks with ``s = offset - |x_i - x_j|_1``: submodlib has no such metric, torch.cdist fills in."""
+    points = torch.from_numpy(x)
+    similarity = torch.cdist(points, points, p=1).neg_().add_(offset)
+    return submodlib_lazy(similarity.numpy(), k)
+
+
+def apricot_lazy(similarity: np.ndarray, k: int) -> Picks:
+    """apricot's lazy greedy on a precomputed similarity matrix; every call compiles its Numba kernels anew."""
+    with _quiet():
+        from apricot import FacilityLocationSelection
+
+        selector = FacilityLocationSelection(k, metric="precomputed", optimizer="lazy", verbose=False).fit(
+            similarity
+        )
+    return np.asarray(selector.ranking, dtype=np.int64), np.asarray(selector.gains), similarity
+
+
+@functools.cache
+def _apricot_kernels() -> dict[str, object]:
+    with _quiet():
+        from apricot.functions import facilityLocation as module
+    return {
+        name: functools.cache(getattr(module, name)) for name in ("calculate_gains", "calculate_gains_sieve")
+    }
+
+
+def apricot_lazy_compiled(similarity: np.ndarray, k: int) -> Picks:
+    """The same with the compiled kernels kept from call to call: what apricot's algorithm costs without its compiler."""
+    with mock.patch.multiple("apricot.functions.facilityLocation", **_apricot_kernels()):
+        return apricot_lazy(similarity, k)
+
+
+def cdist_l1(x: torch.Tensor) -> torch.Tensor:
+    """[n, d] -> [n, n] Manhattan distances."""
+    return torch.cdist(x, x, p=1)
+
+
+def mm_cosine(x: torch.Tensor) -> torch.Tensor:
+    """[n, d] -> [n, n] cosines by one library product."""
+    unit = torch.nn.functional.normalize(x, dim=1)
+    return torch.mm(unit, unit.T)
+
+
+def mm_dot(x: torch.Tensor) -> torch.Tensor:
+    """[n, d] -> [n, n] inner products by one library product."""
+    return torch.mm(x, x.T)
+
+
+def full_order(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Similarities [n, K] and, for each of the K lists, all n items sorted by them, [K, n]."""
+    return s, torch.argsort(s.T, dim=1, descending=True, stable=True)
+
+
+def full_order_of_features(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from features [n, d] and unit centroids [K, d]."""
+    return full_order(torch.mm(torch.nn.functional.normalize(x, dim=1), centroids.T))

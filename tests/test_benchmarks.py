@@ -1,0 +1,261 @@
+"""The benchmarks' own machinery: answers agree at small sizes, checks and goals can fail, the report and the comparison work."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("pytest_benchmark", reason="the benchmarks are an extra of their own")
+
+
+@pytest.fixture(autouse=True)
+def _source_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def benchmark_module(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.fixture
+def record() -> Any:
+    harness = benchmark_module("harness")
+    return harness.Record(
+        name="row",
+        title="a row | of the table",
+        size={"n": 3},
+        peer="the peer",
+        figure="ratio",
+        value=10.0,
+        goal=20.0,
+        memory_goal=None,
+        met=False,
+        ours={"q20": 0.9e-3, "median": 1e-3, "q80": 1.1e-3},
+        peer_times={"q20": 0.9e-2, "median": 1e-2, "q80": 1.1e-2},
+        rounds=5,
+        agreement="same picks",
+        agrees=True,
+        memory=3_000_000,
+        peer_memory=5_000_000,
+        limit="matrix",
+        share=0.25,
+        limits={"matrix": 2e11, "copy": 1e10},
+        command="python -m benchmarks family --rows row",
+        commit="0123456789ab",
+        date="2026-01-01",
+    )
+
+
+@pytest.mark.parametrize("family", ["facility_location", "pairwise", "simcore", "scale"])
+def test_answers_agree_at_small_sizes(family: str, tmp_path: Path) -> None:
+    # apricot's own call is left out here: it compiles for seconds, and the row that keeps its kernels makes the same picks.
+    rows = [row.name for row in benchmark_module(family).ROWS if row.name != "matrix-apricot"]
+    done = run_module(
+        "benchmarks",
+        family,
+        "--quick",
+        "--seconds",
+        "0.01",
+        "--no-limits",
+        "--rows",
+        ",".join(rows),
+        "--results",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = benchmark_module("results").read(tmp_path)[family]
+    assert [entry.name for entry in content["rows"]] == rows
+    assert all(entry.agrees and entry.value == entry.value for entry in content["rows"])
+    assert f"python -m benchmarks {family} --rows {rows[0]}" in done.stdout
+    assert content["hardware"]["isa"]
+    assert content["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert content["commit"]
+
+
+def test_unknown_family_and_row_name_what_there_is() -> None:
+    family = run_module("benchmarks", "sinkhole")
+    assert family.returncode == 2
+    assert "facility_location" in family.stderr
+    row = run_module("benchmarks", "pairwise", "--quick", "--rows", "l3")
+    assert row.returncode != 0
+    assert "l1-2048x512" in row.stdout + row.stderr
+
+
+def greedy(similarity: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    best, picks, gains = np.zeros(similarity.shape[1]), [], []
+    for _ in range(k):
+        gain = np.maximum(similarity - best, 0).sum(axis=1, dtype=np.float64)
+        gain[picks] = -1
+        picks.append(int(gain.argmax()))
+        gains.append(gain[picks[-1]])
+        best = np.maximum(best, similarity[picks[-1]])
+    return np.array(picks), np.array(gains)
+
+
+@pytest.fixture
+def similarity() -> np.ndarray:
+    data = benchmark_module("data")
+    return data.nonnegative_cosine(data.clustered(60, 8, clusters=5))
+
+
+def test_same_picks_accepts_equal_sequences(similarity: np.ndarray) -> None:
+    checks = benchmark_module("checks")
+    picks, gains = greedy(similarity, 10)
+    assert "same picks, gains" in checks.same_picks((picks, gains), (picks, gains, similarity))
+
+
+def test_same_picks_accepts_either_of_two_tied_candidates(similarity: np.ndarray) -> None:
+    checks = benchmark_module("checks")
+    picks, gains = greedy(similarity, 10)
+    twin = next(j for j in range(60) if j not in picks)
+    tied = similarity.copy()
+    tied[twin] = tied[picks[3]]
+    peer_picks, peer_gains = greedy(tied, 10)
+    pair = {twin, int(picks[3])}
+    position = next(i for i, pick in enumerate(peer_picks.tolist()) if pick in pair)
+    # Past the tie both go on alike: the twins cover the same clients.
+    other = peer_picks.copy()
+    other[position] = (pair - {int(peer_picks[position])}).pop()
+    assert "rounding tie" in checks.same_picks((other, peer_gains), (peer_picks, peer_gains, tied))
+
+
+def test_same_picks_refuses_a_worse_pick_and_a_wrong_gain(similarity: np.ndarray) -> None:
+    checks = benchmark_module("checks")
+    picks, gains = greedy(similarity, 10)
+    worse = picks.copy()
+    worse[4] = next(j for j in range(60) if j not in picks)
+    with pytest.raises(checks.Disagreement, match="pick 4"):
+        checks.same_picks((worse, gains), (picks, gains, similarity))
+    with pytest.raises(checks.Disagreement, match="gains differ"):
+        checks.same_picks((picks, gains * 1.001), (picks, gains, similarity))
+    with pytest.raises(checks.Disagreement, match="twice"):
+        checks.same_picks((np.full(10, picks[0]), gains), (picks, gains, similarity))
+
+
+def test_same_values_refuses_a_difference() -> None:
+    checks = benchmark_module("checks")
+    values = torch.tensor([[1.0, 2.0]])
+    assert "bit for bit" in checks.same_values(values, values.clone(), 1e-5)
+    for wrong in (values + 1e-3, torch.tensor([[1.0, float("nan")]])):
+        with pytest.raises(checks.Disagreement):
+            checks.same_values(wrong, values, 1e-5)
+
+
+def test_same_rounds_refuses_another_item() -> None:
+    simcore, peers = benchmark_module("simcore"), benchmark_module("peers")
+    checks = benchmark_module("checks")
+    row = simcore.FROM_SIMILARITIES
+    inputs = row.make(**row.small)
+    rounds, peer = row.ours(inputs), peers.full_order(inputs["s"])
+    assert row.check(inputs, rounds, peer).startswith("same ")
+    used = {item for items in rounds for item in items}
+    rounds[2][0] = next(item for item in range(row.small["n"]) if item not in used)
+    with pytest.raises(checks.Disagreement, match="round 2"):
+        row.check(inputs, rounds, peer)
+
+
+def test_peak_memory_sees_an_allocation_that_is_freed_again() -> None:
+    memory = benchmark_module("harness").PeakMemory()
+    memory.start()
+    block = np.ones(8_000_000)
+    del block
+    memory.stop()
+    if memory.bytes is None:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    assert 60e6 < memory.bytes < 80e6
+
+
+def test_goals() -> None:
+    harness = benchmark_module("harness")
+    row = benchmark_module("pairwise").L1
+    assert harness.goal_met(row, 30.0, None) is True
+    assert harness.goal_met(row, 29.9, None) is False
+    scale = benchmark_module("scale").LAZY
+    assert harness.goal_met(scale, 5.9, 10**9) is True
+    assert harness.goal_met(scale, 6.1, 10**9) is False
+    assert harness.goal_met(scale, 5.9, 10**9 + 1) is False
+    assert harness.goal_met(replace(row, goal=None), 0.1, None) is None
+
+
+def test_report_writes_between_the_markers(
+    record: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, report = benchmark_module("results"), benchmark_module("report")
+    results.write(tmp_path, "pairwise", [record])
+    document = tmp_path / "README.md"
+    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["--results", str(tmp_path), "--document", str(document)]
+    assert report.main(arguments) == 0
+    text = document.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    line = next(line for line in text.splitlines() if "a row" in line)
+    for cell in (
+        "a row \\| of the table",
+        "**10x**",
+        ">= 20x: missed",
+        "3 MB / 5 MB",
+        "25 % of the matrix rate",
+        "1 ms",
+    ):
+        assert cell in line
+    assert report.main(arguments) == 0
+    assert document.read_text() == text
+    document.write_text("no markers")
+    assert report.main(arguments) == 2
+    assert report.BEGIN in capsys.readouterr().err
+
+
+def test_compare_flags_a_loss(record: Any) -> None:
+    compare = benchmark_module("compare")
+    slower, same = replace(record, value=8.9), replace(record, value=9.1)
+    assert [change.lost for change in compare.changes([{"row": record}], [{"row": slower}])] == [True]
+    assert [change.lost for change in compare.changes([{"row": record}], [{"row": same}])] == [False]
+    # Of several runs the median counts.
+    assert not compare.changes([{"row": record}] * 3, [{"row": slower}, {"row": same}, {"row": same}])[0].lost
+    # A multiple of a product is better when it is smaller; an overhead is not compared; nor is a row that the base lacks.
+    products = replace(record, figure="products")
+    assert compare.changes([{"row": products}], [{"row": replace(products, value=11.2)}])[0].lost
+    assert not compare.changes([{"row": products}], [{"row": replace(products, value=8.0)}])[0].lost
+    assert (
+        compare.changes(
+            [{"row": replace(record, figure="overhead")}], [{"row": replace(record, figure="overhead")}]
+        )
+        == []
+    )
+    assert compare.changes([{}], [{"row": record}]) == []
+
+
+def test_compare_names_an_unknown_commit(capsys: pytest.CaptureFixture[str]) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("the comparison needs a git checkout")
+    assert benchmark_module("compare").main(["no-such-commit", "pairwise"]) == 2
+    assert "no-such-commit" in capsys.readouterr().err
+
+
+def test_the_cost_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    scale = benchmark_module("scale")
+    base, values = {"n": 60, "d": 4, "k": 5}, {"n": (30, 60), "k": (2, 5)}
+    costs = scale.measure_costs(base, values, repeats=1)
+    assert {axis: set(curves) for axis, curves in costs.items()} == {
+        axis: {"lazy", "stochastic", "one product"} for axis in values
+    }
+    scale.plot(tmp_path / "docs" / "cost.png", costs, values, base)
+    assert (tmp_path / "docs" / "cost.png").read_bytes()[:4] == b"\x89PNG"
