@@ -31,17 +31,20 @@ Result greedy(const samples::Matrix<T>& s, int64_t k, T floor, const std::vector
   double scale = 1;
   if (bound > 0) {
     const double heaviest = *std::max_element(w.begin(), w.end());
-    scale = std::ldexp(1.0, std::min(61 - static_cast<int>(std::ceil(std::log2(bound))),
-                                     100 - static_cast<int>(std::ceil(std::log2(heaviest)))));
+    const int room = 61 - static_cast<int>(std::ceil(std::log2(bound)));
+    const int most = (sizeof(T) == 4 ? 126 : 1000) - static_cast<int>(std::ceil(std::log2(heaviest)));
+    scale = std::ldexp(1.0, std::min({room, most, 1000}));
   }
-  std::vector<T> best(m, floor), weight(m);
+  std::vector<T> best(m, floor), before(m, std::numeric_limits<T>::lowest()), weight(m);
   std::vector<bool> used(n, false);
   for (int64_t i = 0; i < m; ++i) weight[i] = static_cast<T>(w[i] * scale);
   for (const int64_t j : preselected) {
     used[j] = true;
-    for (int64_t i = 0; i < m; ++i) best[i] = std::max(best[i], s(j, i));
+    for (int64_t i = 0; i < m; ++i) {
+      before[i] = std::max(before[i], s(j, i));
+      best[i] = std::max(best[i], s(j, i));
+    }
   }
-  const std::vector<T> before = best;
   Result result;
   result.assignment.assign(m, -1);
   for (int64_t pick = 0; pick < k; ++pick) {
@@ -68,7 +71,7 @@ Result greedy(const samples::Matrix<T>& s, int64_t k, T floor, const std::vector
   if (self) {
     for (int64_t pick = 0; pick < k; ++pick) {
       const int64_t j = result.indices[pick];
-      if (preselected.empty() || !(before[j] > s(j, j))) result.assignment[j] = pick;
+      if (!(before[j] > s(j, j))) result.assignment[j] = pick;
     }
   }
   result.weights.assign(k, 0.0);
