@@ -82,7 +82,12 @@ class ArrayArgument {
   const char* name() const { return name_; }
   DType dtype() const { return dtype_; }
   int rank() const { return tensor().ndim; }
-  int64_t size(int axis) const { return tensor().shape[axis]; }
+  int64_t size(int axis) const {
+    if (axis >= rank())
+      throw py::value_error(prefix() + "expected at least " + std::to_string(axis + 1) +
+                            (axis == 0 ? " dimension" : " dimensions") + ", got " + std::to_string(rank()));
+    return tensor().shape[axis];
+  }
   bool is_read_only() const { return versioned_ && (versioned_->flags & dlpack::kReadOnly) != 0; }
 
   // A view to read from.
