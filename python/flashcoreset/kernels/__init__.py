@@ -6,6 +6,8 @@ by pick.
     pairwise(x, y=None, *, metric, out=None)
     FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
         .step(count, naive=False), .step_among(candidates), .finish(indices, gains, weights, assignment)
+    NearestOrder(centroids) or NearestOrder.of_similarities(lists, dtype)
+        .begin(length), .update(x) or .update_similarities(s), .finish(), .rounds(count, k), .order(i), .taken
 
 A FacilityLocation is its own workspace: it keeps the packed points, bounds and lists between calls, so that
 further picks cost only themselves. Arguments are tensors whose types, shapes and indices are taken as they

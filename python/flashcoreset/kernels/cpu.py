@@ -9,7 +9,10 @@ from torch import Tensor
 
 from flashcoreset import _native
 from flashcoreset._tensor import Csr
+from flashcoreset.kernels.nearest_order import NearestOrder
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
+
+__all__ = ["FacilityLocation", "NearestOrder", "pairwise"]
 
 # A capsule costs 0.3 us, calling Tensor.__dlpack__ from C++ 2 us.
 _capsule = torch.utils.dlpack.to_dlpack

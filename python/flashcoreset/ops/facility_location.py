@@ -453,20 +453,31 @@ def _serve(
 
 def _default_offset(kernels: ModuleType, x: Tensor, clients: Tensor | None, metric: str) -> float:
     """An upper bound of all distances: through the first client, by the triangle inequality."""
-    check_finite(x, "x")
-    if clients is not None:
-        check_finite(clients, "clients")
-    y = x if clients is None else clients
     plain = "euclidean" if metric == "sqeuclidean" else metric
-    to_x = kernels.pairwise(y[:1], x, metric=plain).max()
-    to_y = to_x if clients is None else kernels.pairwise(y[:1], y, metric=plain).max()
-    offset = (float(to_x) + float(to_y)) * 1.0001
+    if clients is None:
+        radius = 2 * _farthest(kernels, x[:1], x, "x", plain)
+    else:
+        radius = _farthest(kernels, clients[:1], clients, "clients", plain)
+        radius += _farthest(kernels, clients[:1], x, "x", plain)
+    offset = radius * 1.0001
     offset = offset * offset if metric == "sqeuclidean" else offset
     if not offset <= torch.finfo(x.dtype).max:
         raise ValueError(
             f"x: distances of metric {metric!r} overflow {x.dtype}; scale the data down or use float64"
         )
     return offset or 1.0
+
+
+def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, metric: str) -> float:
+    """The largest distance from `point` to `points`; NaN and infinity in these are refused under their name."""
+    try:
+        farthest = float(kernels.pairwise(point, points, metric=metric).max())
+    except ValueError:
+        check_finite(points, name)
+        raise
+    if not math.isfinite(farthest):
+        check_finite(points, name)  # passes if only the distance overflows, which the caller reports
+    return farthest
 
 
 def _check_weights(weights: Tensor) -> None:
@@ -645,25 +656,42 @@ def _estimate(
     backend: str | None = None,
     **_: Any,
 ) -> int:
-    """Bytes of one call; see `memory_estimate`."""
+    """Bytes of one call; see `memory_estimate`. Terms are named after what the kernels allocate."""
     one_of(metric, "metric", METRICS)
+    check_backend(backend)
     n, d = as_shape(x, "x")
     m = d if metric == "precomputed" else n
-    size = compute_dtype(dtype).itemsize
-    points = 0 if metric == "precomputed" else n * d
-    copies = 0
     if clients is not None:
         m, width = as_shape(clients, "clients")
         if width != d:
             raise ValueError(f"clients must have {d} columns as x has, got shape {(m, width)}")
-        points += m * d
-    if dtype.itemsize < size:
-        copies += (n * d + (m * d if clients is not None else 0)) * size
-    if groups is not None:
-        copies += n * d * size + 16 * n
-    threads = torch.get_num_threads()
-    packed = (points + 32 * d * (1 if clients is None else 2)) * size
-    lists = min(memory_budget, n * m * 16)
-    state = 40 * n + 24 * m + 24 * (n if k is None else k) + 8 * m
-    working = 3 * 4 * 2**20 + 16 * m if backend == "torch" else threads * 2 * 2**20
-    return packed + copies + lists + state + working
+    k = n if k is None else as_integer(k, "k")
+    size, threads = compute_dtype(dtype).itemsize, torch.get_num_threads()
+    is_points, self_clients = metric != "precomputed", clients is None
+    outputs = 40 * k + 8 * m
+    # torch converts with threads of its own, which it may have to start.
+    converted = (n * d + (0 if self_clients else m * d)) * size + 2**22 if dtype.itemsize < size else 0
+    of_group = n * d * size + 24 * n if groups is not None else 0
+    pairs = n * m * size
+    if backend == "torch":
+        normalized = 2 * (n * d + (0 if self_clients else m * d)) * size if is_points else 0
+        matrix = pairs if is_points and pairs <= memory_budget else 0
+        # Temporaries of a block of rows, and the allocator's share of them.
+        block = 8 * max(2**20, 8 * m)
+        return outputs + converted + of_group + normalized + matrix + 200 * n + 64 * m + block
+
+    columns = (n if self_clients else m) if is_points else 0
+    packed = (columns + 32) * d * size if is_points else 0
+    per_candidate, per_client = 113 * n, m * (16 * size + 24)
+    sweep = threads * 8 * n
+    if is_points and n >= 4096 and m >= 2048 and k >= 8:  # the kernel looks ahead
+        states = 8  # the kernel foresees so many
+        copies = states * 2 * m * size + 8 * n * (states + 1) + (min(m, 8192) + max(2048, m // 20)) * d * size
+        sweep = copies + (threads * (states + 1) * 8 * n if self_clients else 0)
+    matrix = pairs if is_points and pairs <= memory_budget else 0
+    entry = 4 + size
+    capacity = min((memory_budget - matrix) // entry, n * m)
+    longest = min(m, max(256, 4 * capacity // n)) if capacity else 0
+    lists = (capacity + threads * 48 * longest) * entry
+    own = packed + per_candidate + per_client + sweep + matrix + lists + threads * 2**20
+    return outputs + converted + of_group + own

@@ -35,7 +35,7 @@ DEFAULT_MEMORY_BUDGET = 256 * 2**20
 DISTANCES = ("euclidean", "sqeuclidean", "l1")
 
 # Temporaries of a block of rows of similarities: as many bytes as this, or as one row takes.
-_BLOCK_BYTES = 4 * 2**20
+_BLOCK_BYTES = 2**20
 
 
 def normalize_rows(x: Tensor) -> Tensor:
@@ -251,7 +251,10 @@ class FacilityLocation:
     def _all_gains(self) -> Tensor:
         """[n] gains; -1 for what is not open."""
         n, m = self._shape
-        gains = torch.cat([self._gains_of(rows) for rows in _blocks(n, 4 * m * 8)])
+        # Allocated first: small results between the blocks' temporaries would keep the allocator from using their place again.
+        gains = torch.empty(n, dtype=torch.int64, device=self._best.device)
+        for rows in _blocks(n, 4 * m * 8):
+            gains[rows] = self._gains_of(rows)
         return torch.where(self._open, gains, -1)
 
     def _pick(self, j: int, gain: int) -> None:
@@ -299,9 +302,9 @@ class FacilityLocation:
         """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
         pick."""
         candidates = candidates.sort().values
-        gains = torch.cat(
-            [self._gains_of(candidates[rows]) for rows in _blocks(len(candidates), 4 * self._shape[1] * 8)]
-        )
+        gains = torch.empty_like(candidates)
+        for rows in _blocks(len(candidates), 4 * self._shape[1] * 8):
+            gains[rows] = self._gains_of(candidates[rows])
         gain = int(gains.max())
         j = int(candidates[gains == gain][0])
         self._pick(j, gain)

@@ -1,0 +1,93 @@
+"""memory_estimate against the peak of the process around the call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import flashcoreset as fc
+import pytest
+import torch
+
+# Measured in a process of its own, after a small call has loaded and started everything. Only anonymous memory counts: pages of
+# libraries come and go with the system's mood.
+MEASURE = """
+import threading, torch, flashcoreset as fc
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, anonymous())
+
+torch.set_num_threads(2)
+g = torch.Generator().manual_seed(0)
+fc.facility_location(torch.randn(64, 8, generator=g, dtype={dtype}), 2, **{options})
+torch.ones(1 << 20, dtype=torch.float16).float()  # starts torch's own threads
+tensors = [torch.randn(*shape, generator=g, dtype={dtype}) for shape in {shapes}]
+clients = {{"clients": tensors[1]}} if len(tensors) > 1 else {{}}
+done, peak = threading.Event(), 0
+watcher = threading.Thread(target=watch)
+before = anonymous()
+watcher.start()
+fc.facility_location(tensors[0], {k}, **clients, **{options})
+done.set()
+watcher.join()
+print(peak - before)
+print(fc.memory_estimate("facility_location", *{shapes}, k={k}, dtype={dtype}, **{options}))
+"""
+
+CASES = {
+    "points": ([(15_000, 256)], 20, "torch.float32", {"memory_budget": 0}),
+    "points float64": ([(12_000, 128)], 5, "torch.float64", {"memory_budget": 0}),
+    "matrix kept": ([(6_000, 32)], 200, "torch.float32", {"memory_budget": 160 * 2**20}),
+    "clients": ([(2_000, 64), (100_000, 64)], 10, "torch.float32", {"memory_budget": 0}),
+    "half": ([(12_000, 256)], 5, "torch.float16", {"memory_budget": 0}),
+    "reference": ([(4_000, 16)], 5, "torch.float32", {"backend": "torch", "memory_budget": 64 * 2**20}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_an_upper_bound_within_a_factor_of_two(name: str) -> None:
+    shapes, k, dtype, options = CASES[name]
+    code = MEASURE.format(shapes=shapes, k=k, dtype=dtype, options=options)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
+    )
+    measured, estimate = map(int, result.stdout.split())
+    assert measured <= estimate + 2**20  # the allocator's own pages
+    assert estimate <= 2 * measured, (measured, estimate)
+
+
+def test_takes_the_function_or_its_name_and_shapes_or_tensors() -> None:
+    estimate = fc.memory_estimate(fc.facility_location, (1000, 16), k=10)
+    assert estimate == fc.memory_estimate("facility_location", torch.empty(1000, 16), k=10)
+    assert estimate < fc.memory_estimate(fc.facility_location, (1000, 16), (5000, 16), k=10)
+    assert fc.memory_estimate(fc.facility_location, (1000, 16), (50, 16), k=10) == fc.memory_estimate(
+        fc.facility_location, (1000, 16), clients=(50, 16), k=10
+    )
+    assert estimate < fc.memory_estimate(fc.facility_location, (1000, 16), k=10, dtype=torch.float64)
+
+
+def test_scale_promised_for_a_hundred_thousand_points() -> None:
+    assert fc.memory_estimate(fc.facility_location, (100_000, 128), k=1000) < 2**30
+    assert fc.memory_estimate(fc.facility_location, (1_000_000, 64), (10_000, 64), k=1000) < 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kw", "error", "words"),
+    [
+        (("no_such", (3, 3)), {}, TypeError, "fn must be one of .*facility_location.*no_such"),
+        ((fc.facility_location, (3,)), {}, ValueError, r"x must have 2 dimensions.*\(3,\)"),
+        ((fc.facility_location, (0, 3)), {}, ValueError, r"x .*\(0, 3\)"),
+        ((fc.facility_location, 3.5), {}, TypeError, "x must be a shape.*3.5"),
+        ((fc.facility_location, (3, 3), (3, 4)), {}, ValueError, r"clients .*\(3, 4\)"),
+        ((fc.facility_location, (3, 3)), {"metric": "cosin"}, ValueError, "metric 'cosin'"),
+    ],
+)
+def test_bad_input(arguments: tuple, kw: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        fc.memory_estimate(*arguments, **kw)
