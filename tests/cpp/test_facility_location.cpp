@@ -349,6 +349,21 @@ void test_bad_sparse() {
   refused({0, 1, 2}, {-1, 1});
 }
 
+// Gains that add up beyond the range of double cannot be told apart: refused.
+void test_overflow() {
+  Matrix<double> s(2, 2);
+  for (double& value : s.values()) value = 1e308;
+  CHECK_THROWS(fc::facility_location_matrix<double>(s.view(), {})->step(1, false), std::invalid_argument);
+  GreedyOptions options;
+  options.offset = 1e308;
+  const auto x = samples::normal<double>(2, 2, 1);
+  CHECK_THROWS(fc::facility_location_points<double>(x.view(), nullptr, Metric::kL1, options)->step(1, false),
+               std::invalid_argument);
+  // Just within the range.
+  for (double& value : s.values()) value = 1e153;
+  CHECK_EQUAL(fc::facility_location_points<double>(s.view(), nullptr, Metric::kDot, {})->step(1, false), 1);
+}
+
 template <class T>
 void test_all() {
   test_points<T>();
@@ -366,5 +381,6 @@ void test_all() {
 TEST_PROGRAM {
   test_all<float>();
   test_all<double>();
+  test_overflow();
   return check::verdict("facility_location");
 }

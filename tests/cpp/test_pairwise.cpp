@@ -134,6 +134,20 @@ void test_padded_output() {
   CHECK(same);
 }
 
+// Without features every similarity and distance is an empty sum; without rows there is nothing to write.
+template <class T>
+void test_empty() {
+  const auto x = samples::normal<T>(5, 0, 1), y = samples::normal<T>(40, 0, 2);
+  const auto none = samples::normal<T>(0, 3, 3), some = samples::normal<T>(7, 3, 4);
+  for (const fc::Metric metric : kMetrics) {
+    CHECK(run<T>(x.view(), y.view(), metric, false, 2).values() == std::vector<T>(200, T(0)));
+    CHECK(run<T>(y.view(), y.view(), metric, true, 2).values() == std::vector<T>(1600, T(0)));
+    CHECK(run<T>(none.view(), some.view(), metric, false, 2).values().empty());
+    CHECK(run<T>(some.view(), none.view(), metric, false, 2).values().empty());
+    CHECK(run<T>(none.view(), none.view(), metric, true, 2).values().empty());
+  }
+}
+
 // Cosine at the ends of the range, where squares overflow or vanish; a zero row is similar to nothing.
 template <class T>
 void test_cosine_range() {
@@ -172,6 +186,7 @@ void test_all() {
   test_values<T>();
   test_same_bits<T>();
   test_padded_output<T>();
+  test_empty<T>();
   test_cosine_range<T>();
   test_not_finite<T>();
 }
