@@ -97,6 +97,16 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
+// a - b, by the multiply-add units where there are some: they are idle where absolute differences are summed, the adders are not.
+template <class T>
+inline Vec<T> difference(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  return fma<T>(a, broadcast(T(1)), -b);
+#else
+  return a - b;
+#endif
+}
+
 // The positive part; NaN does not occur (inputs are checked to be finite).
 template <class T>
 inline Vec<T> positive_part(Vec<T> v) {

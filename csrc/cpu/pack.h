@@ -5,6 +5,7 @@
 // groups of Tile<T>::kRows rows, for a batch of rows in any order.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -46,6 +47,12 @@ class Buffer {
 };
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// fn(from, to) over the features in blocks, so that the lines that rows are scattered over stay in the first-level cache.
+template <class Fn>
+void for_feature_blocks(int64_t d, Fn&& fn) {
+  for (int64_t from = 0; from < d; from += 64) fn(from, std::min(d, from + 64));
+}
 
 template <class T>
 void require_finite(T value, const char* name, int64_t row, int64_t column) {
@@ -100,33 +107,42 @@ class Panels {
     Panels panels(x.shape[0], x.shape[1]);
     const int64_t d = panels.d_;
     team.parallel_for(panels.count(), 16, [&](int, int64_t begin, int64_t end) {
+      RowScale scales[kCols];
       for (int64_t p = begin; p < end; ++p) {
         T* out = panels.data_.data() + p * d * kCols;
-        for (int lane = 0; lane < kCols; ++lane) {
-          const int64_t row = p * kCols + lane;
-          if (row >= panels.rows_) {
-            for (int64_t k = 0; k < d; ++k) out[k * kCols + lane] = T(0);
-            continue;
-          }
-          check_row(x, row, name);
-          if (normalise) {
-            const RowScale scale = RowScale::of(x, row);
-            for (int64_t k = 0; k < d; ++k) out[k * kCols + lane] = scale.apply(x(row, k));
-          } else {
-            for (int64_t k = 0; k < d; ++k) out[k * kCols + lane] = x(row, k);
-          }
+        const int64_t first = p * kCols, rows = std::min<int64_t>(kCols, panels.rows_ - first);
+        for (int64_t lane = 0; lane < rows; ++lane) {
+          check_row(x, first + lane, name);
+          if (normalise) scales[lane] = RowScale::of(x, first + lane);
         }
+        for_feature_blocks(d, [&](int64_t from, int64_t to) {
+          for (int64_t lane = 0; lane < kCols; ++lane) {
+            for (int64_t k = from; k < to; ++k) {
+              const T value = lane < rows ? x(first + lane, k) : T(0);
+              out[k * kCols + lane] = normalise && lane < rows ? scales[lane].apply(value) : value;
+            }
+          }
+        });
       }
     });
     return panels;
   }
 
   static void check_row(const TensorView<const T, 2>& x, int64_t row, const char* name) {
-    // x - x is 0 for finite values and NaN otherwise, so that the common case is one vectorised sum.
-    T sum = 0;
-    for (int64_t k = 0; k < x.shape[1]; ++k) sum += x(row, k) - x(row, k);
-    if (sum == 0) return;
-    for (int64_t k = 0; k < x.shape[1]; ++k) require_finite(x(row, k), name, row, k);
+    const int64_t d = x.shape[1];
+    int64_t k = 0;
+    if (x.has_contiguous_rows()) {
+      // v - v is 0 for finite values and NaN otherwise.
+      simd::Vec<T> sum{};
+      for (; k + simd::kWidth<T> <= d; k += simd::kWidth<T>) {
+        const auto v = simd::load(x.row(row) + k);
+        sum += v - v;
+      }
+      for (int i = 0; i < simd::kWidth<T>; ++i) {
+        if (sum[i] != 0) k = 0;
+      }
+    }
+    for (; k < d; ++k) require_finite(x(row, k), name, row, k);
   }
 
   // Copies the rows named in index[0..count) of another set of panels, in that order.
@@ -156,19 +172,21 @@ struct Rows {
   void pack_batch(const int64_t* index, int64_t count, T* out) const {
     constexpr int kRows = Tile<T>::kRows;
     const int64_t d = panels ? panels->features() : view.shape[1];
-    for (int64_t i = 0; i < round_up(count, kRows); ++i) {
-      T* place = out + i / kRows * d * kRows + i % kRows;
-      if (i >= count) {
-        for (int64_t k = 0; k < d; ++k) place[k * kRows] = T(0);
-      } else if (panels) {
-        const T* in = panels->panel(index[i] / Panels<T>::kCols) + index[i] % Panels<T>::kCols;
-        for (int64_t k = 0; k < d; ++k) place[k * kRows] = in[k * Panels<T>::kCols];
-      } else if (scale) {
-        for (int64_t k = 0; k < d; ++k) place[k * kRows] = scale[index[i]].apply(view(index[i], k));
-      } else {
-        for (int64_t k = 0; k < d; ++k) place[k * kRows] = view(index[i], k);
+    for_feature_blocks(d, [&](int64_t from, int64_t to) {
+      for (int64_t i = 0; i < round_up(count, kRows); ++i) {
+        T* place = out + i / kRows * d * kRows + i % kRows;
+        if (i >= count) {
+          for (int64_t k = from; k < to; ++k) place[k * kRows] = T(0);
+        } else if (panels) {
+          const T* in = panels->panel(index[i] / Panels<T>::kCols) + index[i] % Panels<T>::kCols;
+          for (int64_t k = from; k < to; ++k) place[k * kRows] = in[k * Panels<T>::kCols];
+        } else if (scale) {
+          for (int64_t k = from; k < to; ++k) place[k * kRows] = scale[index[i]].apply(view(index[i], k));
+        } else {
+          for (int64_t k = from; k < to; ++k) place[k * kRows] = view(index[i], k);
+        }
       }
-    }
+    });
   }
 };
 

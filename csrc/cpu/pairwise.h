@@ -60,9 +60,9 @@ void pairwise_panels(const Rows<T>& rows, int64_t n, const Panels<T>& columns, M
         // A pair of the symmetric case belongs to the panel of the later of its two points, and to that alone.
         const int64_t rows_here = symmetric ? std::min(count, first + kCols - begin) : count;
         for (int64_t r = 0; r < rows_here; r += kRows) {
-          tile<T, form()>(packed.data() + r * d, columns.panel(p), d, s);
-          finish_values(metric, negate, s, int64_t{kRows} * kCols);
           const int64_t here = std::min<int64_t>(kRows, rows_here - r);
+          tile_rows<T, form()>(here, packed.data() + r * d, columns.panel(p), d, s);
+          finish_values(metric, negate, s, here * kCols);
           for (int64_t i = 0; i < here; ++i) std::copy(s + i * kCols, s + i * kCols + width, out + (begin + r + i) * stride + first);
           if (!symmetric) continue;
           for (int64_t c = 0; c < width; ++c) {

@@ -275,7 +275,7 @@ class PointSource final : public Source<T> {
       team.parallel_for(columns_.count(), 64, [&](int, int64_t begin, int64_t end) {
         alignas(64) T s[kRows * kCols];
         for (int64_t p = begin; p < end; ++p) {
-          values<form()>(a.data(), columns_.panel(p), s);
+          values<form()>(a.data(), columns_.panel(p), s, count);
           const int64_t width = std::min<int64_t>(kCols, clients() - p * kCols);
           for (int64_t r = 0; r < count; ++r) std::copy(s + r * kCols, s + r * kCols + width, out + r * stride + p * kCols);
         }
@@ -287,7 +287,7 @@ class PointSource final : public Source<T> {
     Buffer<T> a(kRows * columns_.features());
     rows_.pack_batch(&j, 1, a.data());
     alignas(64) T s[kRows * kCols];
-    with_form(metric_, [&](auto form) { values<form()>(a.data(), columns_.panel(j / kCols), s); });
+    with_form(metric_, [&](auto form) { values<form()>(a.data(), columns_.panel(j / kCols), s, 1); });
     return s[j % kCols];
   }
 
@@ -297,11 +297,11 @@ class PointSource final : public Source<T> {
     return scale.largest * scale.norm;
   }
 
-  // s [kRows, kCols] of one tile, distances negated.
+  // s [rows, kCols] of one tile, distances negated.
   template <Form form>
-  void values(const T* a, const T* b, T* s) const {
-    tile<T, form>(a, b, columns_.features(), s);
-    if constexpr (form != Form::kProduct) finish_values(metric_, true, s, int64_t{kRows} * kCols);
+  void values(const T* a, const T* b, T* s, int64_t rows = kRows) const {
+    tile_rows<T, form>(rows, a, b, columns_.features(), s);
+    if constexpr (form != Form::kProduct) finish_values(metric_, true, s, rows * kCols);
   }
 
   // Adds a tile's terms to its candidates' sums, and its live pairs to their lists.
@@ -500,7 +500,7 @@ class MatrixSource final : public Source<T> {
   int64_t clients() const override { return s_.shape[1]; }
   int64_t batch(const ThreadTeam&) const override { return 1; }
   int64_t sample_rows() const override { return 16; }
-  double list_density() const override { return 0.05; }
+  double list_density() const override { return 0.2; }
   T self_similarity(int64_t j) override { return s_(j, j); }
 
   double prepare(const std::vector<double>& weights, ThreadTeam& team) override {
@@ -508,9 +508,15 @@ class MatrixSource final : public Source<T> {
     team.parallel_for(candidates(), rows_at_once(), [&](int thread, int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         Panels<T>::check_row(s_, j, "x");
-        T most = 0;
-        for (int64_t i = 0; i < clients(); ++i) most = s_(j, i) > most ? s_(j, i) : most;
-        largest[thread] = std::max(largest[thread], most);
+        const T* s = s_.row(j);
+        simd::Vec<T> most{};
+        int64_t i = 0;
+        for (; i + kWidth <= clients(); i += kWidth) {
+          const auto v = simd::load(s + i);
+          most = v > most ? v : most;
+        }
+        for (int lane = 0; lane < kWidth; ++lane) largest[thread] = std::max(largest[thread], most[lane]);
+        for (; i < clients(); ++i) largest[thread] = std::max(largest[thread], s[i]);
       }
     });
     const double total = weights.empty() ? static_cast<double>(clients()) : std::accumulate(weights.begin(), weights.end(), 0.0);
@@ -591,9 +597,12 @@ class SparseSource final : public Source<T> {
 
   double prepare(const std::vector<double>& weights, ThreadTeam&) override {
     if (s_.indptr[0] != 0) throw std::invalid_argument("x: the first row pointer must be 0, got " + std::to_string(s_.indptr[0]));
-    T largest = 0;
     for (int64_t j = 0; j < s_.n; ++j) {
       if (s_.indptr[j + 1] < s_.indptr[j]) throw std::invalid_argument("x: row pointers must not decrease, got a decrease at row " + std::to_string(j));
+    }
+    // Only now do all of them lie within the stored entries.
+    T largest = 0;
+    for (int64_t j = 0; j < s_.n; ++j) {
       for (int64_t e = s_.indptr[j]; e < s_.indptr[j + 1]; ++e) {
         if (s_.indices[e] < 0 || s_.indices[e] >= s_.m) {
           throw std::invalid_argument("x: column indices must be in [0, " + std::to_string(s_.m) + "), got " +

@@ -29,7 +29,7 @@ struct Tile {
   static constexpr int kChain = 256;
 };
 
-// out [kRows, kCols] = the pairs' values; a [d, kRows] and b [d, kCols] are packed panels (see pack.h).
+// out [kRowsUsed, kCols] = the pairs' values; a [d, kRows] and b [d, kCols] are packed panels (see pack.h).
 template <class T, Form form, int kRowsUsed = Tile<T>::kRows>
 inline void tile(const T* __restrict a, const T* __restrict b, int64_t d, T* __restrict out) {
   using V = simd::Vec<T>;
@@ -52,7 +52,7 @@ inline void tile(const T* __restrict a, const T* __restrict b, int64_t d, T* __r
             const V t = ak - bk[v];
             acc[r][v] = simd::fma<T>(t, t, acc[r][v]);
           } else {
-            acc[r][v] = acc[r][v] + simd::abs<T>(ak - bk[v]);
+            acc[r][v] = acc[r][v] + simd::abs<T>(simd::difference<T>(ak, bk[v]));
           }
         }
       }
@@ -65,6 +65,16 @@ inline void tile(const T* __restrict a, const T* __restrict b, int64_t d, T* __r
         simd::store(place, begin == 0 ? acc[r][v] : simd::load(place) + acc[r][v]);
       }
     }
+  }
+}
+
+// The same for the first `rows` rows of a at least: a single one (a pick against all clients) goes the short way.
+template <class T, Form form>
+inline void tile_rows(int64_t rows, const T* a, const T* b, int64_t d, T* out) {
+  if (rows == 1) {
+    tile<T, form, 1>(a, b, d, out);
+  } else {
+    tile<T, form>(a, b, d, out);
   }
 }
 
