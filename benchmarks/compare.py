@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -95,19 +96,20 @@ def worktree(commit: str, directory: Path) -> Iterator[Path]:
 
 def build(source: Path, target: Path) -> None:
     """Installs the package of ``source`` into ``target`` with this interpreter and nothing fetched."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
+    # A build folder of its own: the checkout's may be in use.
+    options = [
         "--no-build-isolation",
         "--no-deps",
         "--no-index",
+        f"--config-settings=build-dir={target}-build",
     ]
     # cmake and ninja stand beside the interpreter when they were installed with pip.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    _run([*command, "--target", target, source], f"{source} did not build", env={**os.environ, "PATH": path})
+    _run(
+        [sys.executable, "-m", "pip", "install", "--quiet", *options, "--target", target, source],
+        f"{source} did not build",
+        env={**os.environ, "PATH": path},
+    )
 
 
 def measure(target: Path, family: str, directory: Path, seconds: float, *, quick: bool) -> dict[str, Record]:
@@ -212,4 +214,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended from outside, the worktree and the temporary folder still have to go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())
