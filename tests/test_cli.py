@@ -305,7 +305,7 @@ def test_bad_options(features: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_bad_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    expect_error(capsys, "invalid choice: 'selct'", "selct")
+    expect_error(capsys, "invalid choice: 'choose'", "choose")
     expect_error(capsys, "required")
     expect_error(capsys, "required", "select")
     expect_error(capsys, "--features", "select", "facility-location", "-k", 1, "-o", "out.npz")
