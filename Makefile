@@ -6,7 +6,8 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip
+# Bytecode is left to the first import: compiling all that torch brings takes 20 seconds, most of it for nothing.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What the build itself runs. Installed in .venv, so that a rebuild is incremental and fetches nothing.
@@ -62,7 +63,7 @@ format: $(VENV)/.linters ## rewrite the sources in the house style
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 wheel: $(VENV)/.tools compiler ## dist/: an sdist, and the wheel built from it
-	$(PIP) install --quiet -c constraints.txt build
+	$(PIP_INSTALL) build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
 
 clean: ## remove all that make made, .venv included
@@ -87,18 +88,18 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.made constraints.txt
-	$(PIP) install --quiet -c constraints.txt $(BUILD_TOOLS)
+	$(PIP_INSTALL) $(BUILD_TOOLS)
 	@touch $@
 
 $(VENV)/.linters: $(VENV)/.made constraints.txt
-	$(PIP) install --quiet -c constraints.txt ruff clang-format mypy typos
+	$(PIP_INSTALL) ruff clang-format mypy typos
 	@touch $@
 
 # The package with one of its extras; torch is installed under the constraint, never unpinned.
 $(VENV)/.with-%: $(VENV)/.tools $(SOURCES) | compiler
 	@$(BIN)/python -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || { \
 	  echo "Python's C headers are missing; on Debian and Ubuntu: apt install python3-dev" >&2; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation '.[$*]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation '.[$*]'
 	@touch $@
 
 compiler:
