@@ -112,19 +112,26 @@ def build(source: Path, target: Path) -> None:
     )
 
 
+def _environment(target: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+
+
+def check_imports(scratch: Path) -> None:
+    """An editable installation would answer every import of the package, whatever the path says."""
+    package = scratch / "flashcoreset"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    command = [sys.executable, "-c", "import flashcoreset; print(flashcoreset.__file__)"]
+    found = _run(command, "the interpreter does not start", env=_environment(scratch), cwd=scratch).strip()
+    if not Path(found).is_relative_to(scratch):
+        raise CompareError(
+            f"flashcoreset is installed in editable form ({found}), which hides every other build of it; "
+            f"replace it first: {sys.executable} -m pip install --no-build-isolation --no-deps {ROOT}"
+        )
+
+
 def measure(target: Path, family: str, directory: Path, seconds: float, *, quick: bool) -> dict[str, Record]:
     """One run of a family on the package in ``target``: its rows by name; rows that failed are left out."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
-    found = _run(
-        [sys.executable, "-c", "import flashcoreset; print(flashcoreset.__file__)"],
-        f"{target} does not import",
-        env=environment,
-        cwd=target,
-    ).strip()
-    if not Path(found).is_relative_to(target):
-        raise CompareError(
-            f"this interpreter imports flashcoreset from {found} whatever its path says; uninstall that editable copy first"
-        )
     command = [
         sys.executable,
         "-m",
@@ -138,7 +145,7 @@ def measure(target: Path, family: str, directory: Path, seconds: float, *, quick
     # A row that the older source cannot run fails there and is left out; the others are still compared.
     done = subprocess.run(
         [*command, *(["--quick"] if quick else [])],
-        env=environment,
+        env=_environment(target),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -160,6 +167,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="flashcoreset-compare-") as name:
         scratch = Path(name).resolve()
         head_target, base_target = scratch / "head", scratch / "base"
+        check_imports(scratch / "probe")
         print("building this checkout", flush=True)
         build(ROOT, head_target)
         print(f"building {base_name[:12]}", flush=True)
