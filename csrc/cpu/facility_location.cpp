@@ -140,6 +140,9 @@ class Greedy final : public FacilityLocation {
     if (prepared_) return;
     const int64_t n = candidates(), m = clients();
     const double bound = source_->prepare(weights_, team_);
+    if (!(bound <= std::numeric_limits<double>::max() / 4)) {
+      throw std::invalid_argument("x: the sum of a candidate's similarities overflows the range of a double; scale x or the weights down");
+    }
     scale_ = 1;
     if (bound > 0) {
       const double heaviest = weights_.empty() ? 1.0 : *std::max_element(weights_.begin(), weights_.end());

@@ -40,7 +40,7 @@ void pairwise_panels(const Rows<T>& rows, int64_t n, const Panels<T>& columns, M
                      int64_t stride, ThreadTeam& team) {
   constexpr int kRows = Tile<T>::kRows, kCols = Tile<T>::kCols;
   const int64_t d = columns.features(), m = columns.rows();
-  const int64_t fit = (int64_t{2} << 20) / (static_cast<int64_t>(sizeof(T)) * d);
+  const int64_t fit = (int64_t{2} << 20) / (static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(d, 1));
   const int64_t block = std::min(round_up(n, kRows), std::max<int64_t>(fit / 96 * 96, 96));
   Buffer<T> packed(block * d);
   std::vector<int64_t> index(n);
