@@ -116,20 +116,29 @@ class PyFacilityLocation {
     const ArrayArgument indices(indices_array, "indices"), gains(gains_array, "gains"), weights(weights_array, "weights"),
         assignment(assignment_array, "assignment");
     const auto i = indices.output<int64_t, 1>();
-    const auto g = gains.output<double, 1>(), w = weights.output<double, 1>();
     const auto a = assignment.output<int64_t, 1>();
-    if (!i.is_compact() || !g.is_compact() || !w.is_compact() || !a.is_compact()) {
-      throw py::value_error("indices, gains, weights, assignment: expected contiguous arrays");
-    }
-    return locked([&] {
-      const int64_t k = run_->picks();
-      if (i.shape[0] != k || g.shape[0] != k || w.shape[0] != k) {
-        throw std::invalid_argument("indices, gains, weights: expected " + std::to_string(k) + " entries, one for each pick so far");
+    return dispatch_floating(gains, [&](auto zero) {
+      using T = decltype(zero);
+      const auto g = gains.output<T, 1>(), w = weights.output<T, 1>();
+      if (!i.is_compact() || !g.is_compact() || !w.is_compact() || !a.is_compact()) {
+        throw py::value_error("indices, gains, weights, assignment: expected contiguous arrays");
       }
-      if (a.shape[0] != run_->clients()) {
-        throw std::invalid_argument("assignment: expected " + std::to_string(run_->clients()) + " entries, one for each client");
-      }
-      return run_->finish(i.data, g.data, w.data, a.data);
+      return locked([&] {
+        const int64_t k = run_->picks();
+        if (i.shape[0] != k || g.shape[0] != k || w.shape[0] != k) {
+          throw std::invalid_argument("indices, gains, weights: expected " + std::to_string(k) + " entries, one for each pick so far");
+        }
+        if (a.shape[0] != run_->clients()) {
+          throw std::invalid_argument("assignment: expected " + std::to_string(run_->clients()) + " entries, one for each client");
+        }
+        std::vector<double> gain(k), weight(k);
+        const double objective = run_->finish(i.data, gain.data(), weight.data(), a.data);
+        for (int64_t p = 0; p < k; ++p) {
+          g.data[p] = static_cast<T>(gain[p]);
+          w.data[p] = static_cast<T>(weight[p]);
+        }
+        return objective;
+      });
     });
   }
 

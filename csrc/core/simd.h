@@ -18,15 +18,19 @@ namespace fc::simd {
 #if defined(__AVX512F__)
 inline constexpr int kBytes = 64;
 inline constexpr int kTileRows = 12;  // 12 x 2 accumulators of the 32 registers
+inline constexpr int kDistanceRows = 12;
 #elif defined(__AVX2__)
 inline constexpr int kBytes = 32;
-inline constexpr int kTileRows = 6;  // 6 x 2 of 16
+inline constexpr int kTileRows = 6;      // 6 x 2 of 16
+inline constexpr int kDistanceRows = 3;  // a distance needs four more: it takes a tile in two halves
 #elif defined(__aarch64__)
 inline constexpr int kBytes = 16;
 inline constexpr int kTileRows = 8;  // 8 x 2 of 32
+inline constexpr int kDistanceRows = 8;
 #else
 inline constexpr int kBytes = 16;
 inline constexpr int kTileRows = 4;  // 4 x 2 of 16
+inline constexpr int kDistanceRows = 4;
 #endif
 
 template <class T>
@@ -61,9 +65,10 @@ inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
+// x - 0 is x whatever its sign, so this is one broadcast; 0 + x would be an addition first.
 template <class T>
 inline Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};
 }
 
 template <class T>
@@ -100,8 +105,16 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 // a - b, by the multiply-add units where there are some: they are idle where absolute differences are summed, the adders are not.
 template <class T>
 inline Vec<T> difference(Vec<T> a, Vec<T> b) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  return fma<T>(a, broadcast(T(1)), -b);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_fmsub_ps((__m512)a, _mm512_set1_ps(1), (__m512)b);
+  else
+    return (Vec<T>)_mm512_fmsub_pd((__m512d)a, _mm512_set1_pd(1), (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_fmsub_ps((__m256)a, _mm256_set1_ps(1), (__m256)b);
+  else
+    return (Vec<T>)_mm256_fmsub_pd((__m256d)a, _mm256_set1_pd(1), (__m256d)b);
 #else
   return a - b;
 #endif
@@ -222,6 +235,7 @@ inline int64_t total(Fixed sum) {
   return result;
 }
 
+// Gathers and compression, for float: one vector of 32-bit indices goes with one of values.
 #if defined(__AVX512F__)
 using Indices = __m512i;
 inline Indices load_indices(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -240,13 +254,41 @@ inline int64_t compress(uint32_t* index, float* value, int64_t count, uint32_t m
   _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)v));
   return count + __builtin_popcount(mask);
 }
+#elif defined(__AVX2__)
+using Indices = __m256i;
+inline Indices load_indices(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Indices count_up(uint32_t first) {
+  return _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec<float> gather(const float* table, Indices index) { return (Vec<float>)_mm256_i32gather_ps(table, index, 4); }
+
+// For every mask, the set bits' numbers in order, a byte each: AVX2 can permute by a register but not compress.
+struct CompressTable {
+  uint64_t order[256];
+  constexpr CompressTable() : order{} {
+    for (int mask = 0; mask < 256; ++mask) {
+      int kept = 0;
+      for (int bit = 0; bit < 8; ++bit) {
+        if (mask >> bit & 1) order[mask] |= static_cast<uint64_t>(bit) << (8 * kept++);
+      }
+    }
+  }
+};
+inline constexpr CompressTable kCompress;
+
+inline int64_t compress(uint32_t* index, float* value, int64_t count, uint32_t mask, Indices lanes, Vec<float> v) {
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.order[mask])));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + count), _mm256_permutevar8x32_epi32(lanes, order));
+  _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v, order));
+  return count + __builtin_popcount(mask);
+}
 #endif
 
 // Appends (first + i, v[i]) for every set bit i of `mask` at position `count` of the two arrays and returns the new count. The
 // arrays need kWidth<T> spare places behind `count`.
 template <class T>
 inline int64_t append(uint32_t* index, T* value, int64_t count, uint32_t mask, uint32_t first, Vec<T> v) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) return compress(index, value, count, mask, count_up(first), v);
 #endif
   for (; mask != 0; mask &= mask - 1) {

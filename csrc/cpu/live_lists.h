@@ -69,7 +69,7 @@ class LiveLists {
     const int64_t count = length_[j];
     int64_t kept = 0, i = 0;
     simd::Fixed sum{};
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     if constexpr (sizeof(T) == 4) {
       for (; i + simd::kWidth<T> <= count; i += simd::kWidth<T>) {
         const auto s = simd::load(value + i);

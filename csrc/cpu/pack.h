@@ -14,6 +14,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "core/tensor_view.h"
 #include "core/threads.h"
@@ -63,28 +64,55 @@ void require_finite(T value, const char* name, int64_t row, int64_t column) {
   }
 }
 
-// The factor that gives a row unit length is kept as (largest magnitude, norm of the row over it), since squares of large or tiny
-// values leave the range of T. A zero row stays zero.
+// What gives a row unit length: a power of two that brings its largest magnitude near 1, since squares of large or tiny values leave
+// the range of T, and the norm of the row times that. A zero row stays zero.
 struct RowScale {
-  double largest = 0, norm = 0;
+  double scale = 0, norm = 0, inverse = 0;
 
   template <class T>
   static RowScale of(const TensorView<const T, 2>& x, int64_t row) {
-    RowScale scale;
-    for (int64_t k = 0; k < x.shape[1]; ++k) scale.largest = std::max(scale.largest, std::abs(static_cast<double>(x(row, k))));
-    if (scale.largest == 0) return scale;
-    double sum = 0;
-    for (int64_t k = 0; k < x.shape[1]; ++k) {
-      const double t = x(row, k) / scale.largest;
-      sum += t * t;
-    }
-    scale.norm = std::sqrt(sum);
-    return scale;
+    if (x.has_contiguous_rows()) return of(x.row(row), x.shape[1], std::integral_constant<int64_t, 1>{});
+    return of(x.row(row), x.shape[1], x.stride[1]);
   }
 
   template <class T>
   T apply(T value) const {
-    return largest == 0 ? T(0) : static_cast<T>(value / largest / norm);
+    return static_cast<T>(value * scale * inverse);
+  }
+
+ private:
+  // Feature k goes to sum k % kLanes, on every instruction set: one order of summation, wide enough for all of them.
+  template <class T, class Step>
+  static RowScale of(const T* x, int64_t d, Step step) {
+    constexpr int64_t kLanes = 8;
+    double most[kLanes] = {}, sum[kLanes] = {};
+    const auto for_lanes = [&](auto&& fn) {
+      int64_t k = 0;
+      for (; k + kLanes <= d; k += kLanes) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) fn(lane, static_cast<double>(x[(k + lane) * step]));
+      }
+      for (; k < d; ++k) fn(k % kLanes, static_cast<double>(x[k * step]));
+    };
+    for_lanes([&](int64_t lane, double value) {
+      const double magnitude = std::abs(value);
+      most[lane] = magnitude > most[lane] ? magnitude : most[lane];
+    });
+    RowScale result;
+    const double largest = *std::max_element(most, most + kLanes);
+    if (largest == 0) return result;
+    int exponent;
+    std::frexp(largest, &exponent);
+    result.scale = std::ldexp(1.0, std::clamp(-exponent, -1000, 1000));
+    for_lanes([&](int64_t lane, double value) {
+      const double t = value * result.scale;
+      sum[lane] += t * t;
+    });
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+    }
+    result.norm = std::sqrt(sum[0]);
+    result.inverse = 1 / result.norm;
+    return result;
   }
 };
 
@@ -106,7 +134,9 @@ class Panels {
   static Panels pack(const TensorView<const T, 2>& x, bool normalise, const char* name, ThreadTeam& team) {
     Panels panels(x.shape[0], x.shape[1]);
     const int64_t d = panels.d_;
-    team.parallel_for(panels.count(), 16, [&](int, int64_t begin, int64_t end) {
+    // Below some ten microseconds of work another thread is not worth waking.
+    const int64_t chunk = std::max<int64_t>(1, 2048 / std::max<int64_t>(d, 1));
+    team.parallel_for(panels.count(), chunk, [&](int, int64_t begin, int64_t end) {
       RowScale scales[kCols];
       for (int64_t p = begin; p < end; ++p) {
         T* out = panels.data_.data() + p * d * kCols;
@@ -117,9 +147,18 @@ class Panels {
         }
         for_feature_blocks(d, [&](int64_t from, int64_t to) {
           for (int64_t lane = 0; lane < kCols; ++lane) {
-            for (int64_t k = from; k < to; ++k) {
-              const T value = lane < rows ? x(first + lane, k) : T(0);
-              out[k * kCols + lane] = normalise && lane < rows ? scales[lane].apply(value) : value;
+            T* place = out + lane;
+            if (lane >= rows) {
+              for (int64_t k = from; k < to; ++k) place[k * kCols] = T(0);
+              continue;
+            }
+            const T* in = x.row(first + lane);
+            const int64_t step = x.stride[1];
+            if (normalise) {
+              const RowScale scale = scales[lane];
+              for (int64_t k = from; k < to; ++k) place[k * kCols] = scale.apply(in[k * step]);
+            } else {
+              for (int64_t k = from; k < to; ++k) place[k * kCols] = in[k * step];
             }
           }
         });
@@ -180,10 +219,15 @@ struct Rows {
         } else if (panels) {
           const T* in = panels->panel(index[i] / Panels<T>::kCols) + index[i] % Panels<T>::kCols;
           for (int64_t k = from; k < to; ++k) place[k * kRows] = in[k * Panels<T>::kCols];
-        } else if (scale) {
-          for (int64_t k = from; k < to; ++k) place[k * kRows] = scale[index[i]].apply(view(index[i], k));
         } else {
-          for (int64_t k = from; k < to; ++k) place[k * kRows] = view(index[i], k);
+          const T* in = view.row(index[i]);
+          const int64_t step = view.stride[1];
+          if (scale) {
+            const RowScale by = scale[index[i]];
+            for (int64_t k = from; k < to; ++k) place[k * kRows] = by.apply(in[k * step]);
+          } else {
+            for (int64_t k = from; k < to; ++k) place[k * kRows] = in[k * step];
+          }
         }
       }
     });

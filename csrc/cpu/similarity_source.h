@@ -294,7 +294,7 @@ class PointSource final : public Source<T> {
  private:
   static double norm(const TensorView<const T, 2>& x, int64_t row) {
     const RowScale scale = RowScale::of(x, row);
-    return scale.largest * scale.norm;
+    return scale.scale == 0 ? 0 : scale.norm / scale.scale;
   }
 
   // s [rows, kCols] of one tile, distances negated.

@@ -129,6 +129,8 @@ def same_device(tensor: Tensor, name: str, device: torch.device) -> None:
 
 def as_integer(value: Any, name: str) -> int:
     """`value` as an int; bool and float are refused."""
+    if type(value) is int:
+        return value
     if not isinstance(value, (bool, np.bool_, float)):
         try:
             return operator.index(value)

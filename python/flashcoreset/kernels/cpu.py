@@ -141,7 +141,7 @@ class FacilityLocation:
         return self._run.step_among(_capsule(candidates))
 
     def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float:
-        """Writes the picks so far into `indices` [k] int64, `gains` [k] float64, `weights` [k] float64,
+        """Writes the picks so far into `indices` [k] int64, `gains` and `weights` [k] float64 or float32,
         `assignment` [m] int64; returns f(S), the preselected included."""
         return self._run.finish(_capsule(indices), _capsule(gains), _capsule(weights), _capsule(assignment))
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from flashcoreset import _native
+from flashcoreset import _native, kernels
 from flashcoreset._errors import BackendUnavailableError, warn_slow_path
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
@@ -25,8 +25,6 @@ def choose_kernels(backend: str | None, device: torch.device) -> ModuleType:
         BackendUnavailableError: if `backend` was named and cannot run here.
         ValueError: if FLASHCORESET_ISA is not a known name.
     """
-    from flashcoreset import kernels
-
     if backend == "torch":
         return kernels.torch
     if backend in ("cuda", "triton"):

@@ -141,7 +141,7 @@ def facility_location(
     return Selection(*_solve(problem, backend, progress))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: that would cost 2 us a call
 class _Problem:
     """The arguments, their types, shapes and options checked; their values not yet."""
 
@@ -159,6 +159,10 @@ class _Problem:
     seed: int
     offset: float | None
     memory_budget: int
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        return compute_dtype(self.x.dtype)
 
 
 def _check(
@@ -281,7 +285,7 @@ _Result = tuple[Tensor, Tensor, Tensor, Tensor, float, float | None]
 def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
     x, clients = p.x, p.clients
     kernels = choose_kernels(backend, x.device)
-    out_dtype = compute_dtype(x.dtype)
+    out_dtype = p.out_dtype
     if x.dtype != out_dtype:
         x = Csr(x.crow, x.col, x.values.to(out_dtype), x.shape) if isinstance(x, Csr) else x.to(out_dtype)
         clients = None if clients is None else clients.to(out_dtype)
@@ -304,8 +308,7 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
     else:
         with Progress(progress, p.k, "facility location") as bar:
             result = _solve_checked(kernels, p, x, clients, members, offset, bar)
-    indices, gains, weights, assignment, objective = result
-    return indices, gains.to(out_dtype), weights.to(out_dtype), assignment, objective, offset
+    return *result, offset
 
 
 def _solve_checked(
@@ -378,8 +381,8 @@ def _solve_one(
     )
     device = x.device
     indices = torch.empty(k, dtype=torch.int64, device=device)
-    gains = torch.empty(k, dtype=torch.float64, device=device)
-    won = torch.empty(k, dtype=torch.float64, device=device)
+    gains = torch.empty(k, dtype=p.out_dtype, device=device)
+    won = torch.empty(k, dtype=p.out_dtype, device=device)
     assignment = torch.empty(m, dtype=torch.int64, device=device)
     if p.method == "stochastic" and k > 0:
         _step_stochastic(run, p, n, preselected, k, bar, done, device)
@@ -448,7 +451,7 @@ def _serve(
     owner = assignment.cpu()
     won = torch.bincount(owner[owner >= 0], weights[owner >= 0], minlength=k)
     objective = math.fsum((weights * (best.double() - floor.double()).cpu()).tolist())
-    return won.double().to(x.device), assignment, objective
+    return won.to(x.device, x.dtype), assignment, objective
 
 
 def _default_offset(kernels: ModuleType, x: Tensor, clients: Tensor | None, metric: str) -> float:

@@ -311,7 +311,7 @@ class FacilityLocation:
         return j
 
     def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float:
-        """Writes the picks so far into `indices` [k] int64, `gains` [k] float64, `weights` [k] float64,
+        """Writes the picks so far into `indices` [k] int64, `gains` and `weights` [k] float64 or float32,
         `assignment` [m] int64; returns f(S), the preselected included."""
         owner = self._owner.clone()
         for position, j in enumerate(self._picks):
