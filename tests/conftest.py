@@ -4,6 +4,7 @@ processor can run."""
 from __future__ import annotations
 
 import pytest
+
 from flashcoreset import _native
 
 BACKENDS = ["torch", *(f"cpu-{isa}" for isa in _native.available_isas())]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import flashcoreset as fc
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
+
+import flashcoreset as fc
 
 X = torch.arange(12.0).reshape(6, 2) + 1
 NAN, INF = float("nan"), float("inf")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import flashcoreset as fc
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import flashcoreset as fc
 
 
 @pytest.mark.parametrize(

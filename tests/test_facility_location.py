@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import flashcoreset as fc
 import numpy as np
 import pytest
 import scipy.sparse
@@ -13,6 +12,8 @@ import torch
 from cases import DISTANCES, METRICS, PLAIN, POINT_METRICS, VARIANTS, Case, data, points, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import flashcoreset as fc
 
 
 def select(case: Case, backend: str, **changes: Any) -> fc.Selection:

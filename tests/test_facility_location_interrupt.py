@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 
-import flashcoreset as fc
 import pytest
 import torch
+
+import flashcoreset as fc
 
 LONG_CALL = """
 import time, torch, flashcoreset as fc

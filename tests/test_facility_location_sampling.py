@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flashcoreset.ops.sampling import CandidateSampler
-from flashcoreset.reference.philox import philox4x32, uniforms
 from hypothesis import given
 from hypothesis import strategies as st
+
+from flashcoreset.ops.sampling import CandidateSampler
+from flashcoreset.reference.philox import philox4x32, uniforms
 
 
 @pytest.mark.parametrize(

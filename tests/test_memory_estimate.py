@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import flashcoreset as fc
 import pytest
 import torch
+
+import flashcoreset as fc
 
 # Measured in a process of its own, after a small call has loaded and started everything. Only anonymous memory counts: pages of
 # libraries come and go with the system's mood.

@@ -7,9 +7,10 @@ import subprocess
 import sys
 import warnings
 
-import flashcoreset as fc
 import pytest
 import torch
+
+import flashcoreset as fc
 from flashcoreset import _errors, _native
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import warnings
 
-import flashcoreset as fc
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits, make_blobs
+
+import flashcoreset as fc
 
 with warnings.catch_warnings():
     # Both are imported from sources that current Python and NumPy warn about.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import flashcoreset as fc
 import pytest
 import torch
 from cases import METRICS, data, points
+
+import flashcoreset as fc
 
 OP = torch.ops.flashcoreset.facility_location.default
 

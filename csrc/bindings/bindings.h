@@ -16,7 +16,8 @@ namespace py = pybind11;
 // Raises ValueError for a name that is none of the five metrics.
 Metric metric_from_name(const std::string& name);
 
-// For ThreadTeam: whether a signal handler (Ctrl-C) raised. Takes the GIL for the question; the exception stays pending.
+// For ThreadTeam: whether a signal handler (Ctrl-C) raised. Takes the GIL for the question; the exception
+// stays pending.
 std::function<bool()> signal_poll();
 
 // Runs fn without the GIL. A cancelled run leaves the interpreter's exception pending and raises it.

@@ -28,8 +28,9 @@ class PyFacilityLocation {
   }
 
  public:
-  PyFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric, py::object weights, py::object preselected,
-                     double offset, int64_t memory_budget, int threads, int64_t expected_picks) {
+  PyFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric,
+                     py::object weights, py::object preselected, double offset, int64_t memory_budget,
+                     int threads, int64_t expected_picks) {
     ArrayArgument& x = keep(x_array, "x");
     GreedyOptions options;
     options.offset = offset;
@@ -40,16 +41,21 @@ class PyFacilityLocation {
       using T = decltype(zero);
       const auto view = x.input<T, 2>();
       if (metric == "precomputed") {
-        if (!clients_array.is_none()) throw py::value_error("clients: must be None for a precomputed matrix, whose columns are the clients");
-        if (!view.has_contiguous_rows()) throw py::value_error("x: expected rows that are contiguous in memory; pass a contiguous copy");
+        if (!clients_array.is_none())
+          throw py::value_error(
+              "clients: must be None for a precomputed matrix, whose columns are the clients");
+        if (!view.has_contiguous_rows())
+          throw py::value_error("x: expected rows that are contiguous in memory; pass a contiguous copy");
         options.self_clients = view.shape[0] == view.shape[1];
         read_options(view.shape[0], view.shape[1], weights, preselected, options);
         run_ = facility_location_matrix<T>(view, std::move(options));
         return;
       }
       const Metric kind = metric_from_name(metric);
-      if (is_distance(kind) && !(offset >= 0 && offset <= static_cast<double>(std::numeric_limits<T>::max()))) {
-        throw py::value_error("offset: expected a number >= 0 within the range of the features' type, got " + std::to_string(offset));
+      if (is_distance(kind) &&
+          !(offset >= 0 && offset <= static_cast<double>(std::numeric_limits<T>::max()))) {
+        throw py::value_error("offset: expected a number >= 0 within the range of the features' type, got " +
+                              std::to_string(offset));
       }
       if (clients_array.is_none()) {
         options.self_clients = true;
@@ -58,7 +64,8 @@ class PyFacilityLocation {
       } else {
         const auto clients = keep(clients_array, "clients").input<T, 2>();
         if (clients.shape[1] != view.shape[1]) {
-          throw py::value_error("clients: expected " + std::to_string(view.shape[1]) + " columns as in x, got " + std::to_string(clients.shape[1]));
+          throw py::value_error("clients: expected " + std::to_string(view.shape[1]) +
+                                " columns as in x, got " + std::to_string(clients.shape[1]));
         }
         read_options(view.shape[0], clients.shape[0], weights, preselected, options);
         run_ = facility_location_points<T>(view, &clients, kind, std::move(options));
@@ -67,16 +74,20 @@ class PyFacilityLocation {
   }
 
   // Sparse rows: indptr [n + 1] and indices int64, values float.
-  PyFacilityLocation(py::object indptr_array, py::object indices_array, py::object values_array, int64_t m, py::object weights,
-                     py::object preselected, bool self_clients, int64_t memory_budget, int threads) {
+  PyFacilityLocation(py::object indptr_array, py::object indices_array, py::object values_array, int64_t m,
+                     py::object weights, py::object preselected, bool self_clients, int64_t memory_budget,
+                     int threads) {
     ArrayArgument& values = keep(values_array, "values");
     const auto indptr = keep(indptr_array, "indptr").input<int64_t, 1>();
     const auto indices = keep(indices_array, "indices").input<int64_t, 1>();
     const int64_t n = indptr.shape[0] - 1;
     if (n < 0 || m < 0) throw py::value_error("indptr: expected at least one entry");
-    if (!indptr.has_contiguous_rows() || !indices.has_contiguous_rows()) throw py::value_error("indptr, indices: expected contiguous arrays");
-    if (indices.shape[0] != values.size(0)) throw py::value_error("indices: expected as many entries as values");
-    if (indptr(n) != indices.shape[0]) throw py::value_error("indptr: expected its last entry to be the number of stored values");
+    if (!indptr.has_contiguous_rows() || !indices.has_contiguous_rows())
+      throw py::value_error("indptr, indices: expected contiguous arrays");
+    if (indices.shape[0] != values.size(0))
+      throw py::value_error("indices: expected as many entries as values");
+    if (indptr(n) != indices.shape[0])
+      throw py::value_error("indptr: expected its last entry to be the number of stored values");
     if (self_clients && n != m) throw py::value_error("self_clients: expected a square matrix");
     GreedyOptions options;
     options.self_clients = self_clients;
@@ -87,7 +98,8 @@ class PyFacilityLocation {
       using T = decltype(zero);
       const auto view = values.input<T, 1>();
       if (!view.has_contiguous_rows()) throw py::value_error("values: expected a contiguous array");
-      run_ = facility_location_sparse<T>(SparseRows<T>{n, m, indptr.data, indices.data, view.data}, std::move(options));
+      run_ = facility_location_sparse<T>(SparseRows<T>{n, m, indptr.data, indices.data, view.data},
+                                         std::move(options));
     });
   }
 
@@ -104,17 +116,19 @@ class PyFacilityLocation {
     return locked([&] {
       for (const int64_t j : list) {
         if (j < 0 || j >= run_->candidates() || !run_->is_open(j)) {
-          throw std::invalid_argument("candidates: expected indices in [0, " + std::to_string(run_->candidates()) +
-                                      ") that are not chosen yet, got " + std::to_string(j));
+          throw std::invalid_argument("candidates: expected indices in [0, " +
+                                      std::to_string(run_->candidates()) + ") that are not chosen yet, got " +
+                                      std::to_string(j));
         }
       }
       return run_->step_among(list.data(), static_cast<int64_t>(list.size()));
     });
   }
 
-  double finish(py::object indices_array, py::object gains_array, py::object weights_array, py::object assignment_array) {
-    const ArrayArgument indices(indices_array, "indices"), gains(gains_array, "gains"), weights(weights_array, "weights"),
-        assignment(assignment_array, "assignment");
+  double finish(py::object indices_array, py::object gains_array, py::object weights_array,
+                py::object assignment_array) {
+    const ArrayArgument indices(indices_array, "indices"), gains(gains_array, "gains"),
+        weights(weights_array, "weights"), assignment(assignment_array, "assignment");
     const auto i = indices.output<int64_t, 1>();
     const auto a = assignment.output<int64_t, 1>();
     return dispatch_floating(gains, [&](auto zero) {
@@ -126,10 +140,12 @@ class PyFacilityLocation {
       return locked([&] {
         const int64_t k = run_->picks();
         if (i.shape[0] != k || g.shape[0] != k || w.shape[0] != k) {
-          throw std::invalid_argument("indices, gains, weights: expected " + std::to_string(k) + " entries, one for each pick so far");
+          throw std::invalid_argument("indices, gains, weights: expected " + std::to_string(k) +
+                                      " entries, one for each pick so far");
         }
         if (a.shape[0] != run_->clients()) {
-          throw std::invalid_argument("assignment: expected " + std::to_string(run_->clients()) + " entries, one for each client");
+          throw std::invalid_argument("assignment: expected " + std::to_string(run_->clients()) +
+                                      " entries, one for each client");
         }
         std::vector<double> gain(k), weight(k);
         const double objective = run_->finish(i.data, gain.data(), weight.data(), a.data);
@@ -160,14 +176,18 @@ class PyFacilityLocation {
     return *arrays_.back();
   }
 
-  void read_options(int64_t n, int64_t m, py::handle weights, py::handle preselected, GreedyOptions& options) {
+  void read_options(int64_t n, int64_t m, py::handle weights, py::handle preselected,
+                    GreedyOptions& options) {
     options.poll = signal_poll();
     if (!weights.is_none()) {
       const auto w = keep(weights, "weights").input<double, 1>();
-      if (w.shape[0] != m) throw py::value_error("weights: expected " + std::to_string(m) + " entries, one for each client, got " + std::to_string(w.shape[0]));
+      if (w.shape[0] != m)
+        throw py::value_error("weights: expected " + std::to_string(m) +
+                              " entries, one for each client, got " + std::to_string(w.shape[0]));
       for (int64_t i = 0; i < m; ++i) {
         if (!(w(i) >= 0) || std::isinf(w(i))) {
-          throw py::value_error("weights: expected finite numbers >= 0, got " + std::to_string(w(i)) + " at index " + std::to_string(i));
+          throw py::value_error("weights: expected finite numbers >= 0, got " + std::to_string(w(i)) +
+                                " at index " + std::to_string(i));
         }
         options.weights.push_back(w(i));
       }
@@ -177,8 +197,12 @@ class PyFacilityLocation {
       std::vector<char> seen(n, 0);
       for (int64_t i = 0; i < p.shape[0]; ++i) {
         const int64_t j = p(i);
-        if (j < 0 || j >= n) throw py::value_error("preselected: expected indices in [0, " + std::to_string(n) + "), got " + std::to_string(j));
-        if (seen[j]) throw py::value_error("preselected: expected distinct indices, got " + std::to_string(j) + " twice");
+        if (j < 0 || j >= n)
+          throw py::value_error("preselected: expected indices in [0, " + std::to_string(n) + "), got " +
+                                std::to_string(j));
+        if (seen[j])
+          throw py::value_error("preselected: expected distinct indices, got " + std::to_string(j) +
+                                " twice");
         seen[j] = 1;
         options.preselected.push_back(j);
       }
@@ -193,26 +217,33 @@ class PyFacilityLocation {
 }  // namespace
 
 void bind_facility_location(py::module_& m) {
-  py::class_<PyFacilityLocation>(m, "FacilityLocation", py::module_local(),
-                                 "A greedy facility location run over points or a dense similarity matrix, pick by pick.")
-      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, double, int64_t, int, int64_t>(), py::arg("x"),
-           py::arg("clients"), py::arg("metric"), py::arg("weights"), py::arg("preselected"), py::arg("offset"), py::arg("memory_budget"),
-           py::arg("threads"), py::arg("expected_picks") = INT64_MAX)
+  py::class_<PyFacilityLocation>(
+      m, "FacilityLocation", py::module_local(),
+      "A greedy facility location run over points or a dense similarity matrix, pick by pick.")
+      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, double, int64_t, int,
+                    int64_t>(),
+           py::arg("x"), py::arg("clients"), py::arg("metric"), py::arg("weights"), py::arg("preselected"),
+           py::arg("offset"), py::arg("memory_budget"), py::arg("threads"),
+           py::arg("expected_picks") = INT64_MAX)
       .def_static(
           "from_csr",
-          [](py::object indptr, py::object indices, py::object values, int64_t m, py::object weights, py::object preselected,
-             bool self_clients, int64_t memory_budget, int threads) {
-            return std::make_unique<PyFacilityLocation>(indptr, indices, values, m, weights, preselected, self_clients, memory_budget, threads);
+          [](py::object indptr, py::object indices, py::object values, int64_t m, py::object weights,
+             py::object preselected, bool self_clients, int64_t memory_budget, int threads) {
+            return std::make_unique<PyFacilityLocation>(indptr, indices, values, m, weights, preselected,
+                                                        self_clients, memory_budget, threads);
           },
-          py::arg("indptr"), py::arg("indices"), py::arg("values"), py::arg("m"), py::arg("weights"), py::arg("preselected"),
-          py::arg("self_clients"), py::arg("memory_budget"), py::arg("threads"),
+          py::arg("indptr"), py::arg("indices"), py::arg("values"), py::arg("m"), py::arg("weights"),
+          py::arg("preselected"), py::arg("self_clients"), py::arg("memory_budget"), py::arg("threads"),
           "The same over the rows of a sparse matrix with m columns; absent entries are 0.")
       .def("step", &PyFacilityLocation::step, py::arg("count"), py::arg("naive") = false,
            "Makes up to `count` further picks; returns the number of picks so far.")
-      .def("step_among", &PyFacilityLocation::step_among, py::arg("candidates"), "Makes one pick among the given candidates and returns it.")
-      .def("finish", &PyFacilityLocation::finish, py::arg("indices"), py::arg("gains"), py::arg("weights"), py::arg("assignment"),
+      .def("step_among", &PyFacilityLocation::step_among, py::arg("candidates"),
+           "Makes one pick among the given candidates and returns it.")
+      .def("finish", &PyFacilityLocation::finish, py::arg("indices"), py::arg("gains"), py::arg("weights"),
+           py::arg("assignment"),
            "Writes the picks so far and the assignment into the given arrays; returns the objective.")
-      .def("stats", &PyFacilityLocation::stats, "What the run did so far: evaluations, pairs, matrix_reads, list_reads, sweeps, foreseen.");
+      .def("stats", &PyFacilityLocation::stats,
+           "What the run did so far: evaluations, pairs, matrix_reads, list_reads, sweeps, foreseen.");
 }
 
 }  // namespace fc

@@ -9,7 +9,8 @@ namespace fc {
 void bind_pairwise(py::module_& m) {
   m.def(
       "pairwise",
-      [](py::object x_array, py::object y_array, py::object out_array, const std::string& metric_name, int threads, bool symmetric) {
+      [](py::object x_array, py::object y_array, py::object out_array, const std::string& metric_name,
+         int threads, bool symmetric) {
         const Metric metric = metric_from_name(metric_name);
         ArrayArgument x(x_array, "x"), y(y_array, "y"), out(out_array, "out");
         dispatch_floating(x, [&](auto zero) {
@@ -17,21 +18,26 @@ void bind_pairwise(py::module_& m) {
           const auto xs = x.input<T, 2>(), ys = y.input<T, 2>();
           const auto result = out.output<T, 2>();
           if (xs.shape[1] != ys.shape[1]) {
-            throw py::value_error("y: expected " + std::to_string(xs.shape[1]) + " columns as in x, got " + std::to_string(ys.shape[1]));
+            throw py::value_error("y: expected " + std::to_string(xs.shape[1]) + " columns as in x, got " +
+                                  std::to_string(ys.shape[1]));
           }
           if (symmetric && xs.shape[0] != ys.shape[0]) {
-            throw py::value_error("symmetric: y must be x, got " + std::to_string(xs.shape[0]) + " and " + std::to_string(ys.shape[0]) + " rows");
+            throw py::value_error("symmetric: y must be x, got " + std::to_string(xs.shape[0]) + " and " +
+                                  std::to_string(ys.shape[0]) + " rows");
           }
           out.require_shape({xs.shape[0], ys.shape[0]});
-          if (!result.has_contiguous_rows()) throw py::value_error("out: expected rows that are contiguous in memory");
+          if (!result.has_contiguous_rows())
+            throw py::value_error("out: expected rows that are contiguous in memory");
           without_gil([&] {
             ThreadTeam team(threads, signal_poll());
             pairwise<T>(xs, ys, metric, symmetric, result, team);
           });
         });
       },
-      py::arg("x"), py::arg("y"), py::arg("out"), py::arg("metric"), py::arg("threads") = 1, py::arg("symmetric") = false,
-      "out [n, m] = similarities (cosine, dot) or distances (euclidean, sqeuclidean, l1) of the rows of x [n, d] and y [m, d].");
+      py::arg("x"), py::arg("y"), py::arg("out"), py::arg("metric"), py::arg("threads") = 1,
+      py::arg("symmetric") = false,
+      "out [n, m] = similarities (cosine, dot) or distances (euclidean, sqeuclidean, l1) of the rows of x "
+      "[n, d] and y [m, d].");
 }
 
 }  // namespace fc

@@ -1,6 +1,6 @@
-// The few vector operations that the kernels are written in, at the native width of the instruction set this file is compiled
-// for. Plain arithmetic uses the compilers' vector extension; what it cannot say (fused multiply-add, conversion to 64-bit
-// integers, compression) is spelled out per instruction set.
+// The few vector operations that the kernels are written in, at the native width of the instruction set this
+// file is compiled for. Plain arithmetic uses the compilers' vector extension; what it cannot say (fused
+// multiply-add, conversion to 64-bit integers, compression) is spelled out per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -102,7 +102,8 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
-// a - b, by the multiply-add units where there are some: they are idle where absolute differences are summed, the adders are not.
+// a - b, by the multiply-add units where there are some: they are idle where absolute differences are summed,
+// the adders are not.
 template <class T>
 inline Vec<T> difference(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
@@ -170,16 +171,12 @@ inline uint32_t greater_mask(Vec<T> a, Vec<T> b) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// AVX2 has no conversion to 64-bit integers: shift the significand by the exponent. Shift counts of 64 and above (a negative
-// count seen as unsigned is one) give 0, which is what both a vanishing value and the unused direction need. t >= 0, t < 2^63.
+// AVX2 has no conversion to 64-bit integers: shift the significand by the exponent. Shift counts of 64 and
+// above (a negative count seen as unsigned is one) give 0, which is what both a vanishing value and the
+// unused direction need. t >= 0, t < 2^63.
 inline __m256i truncate_to_fixed(__m256i significand, __m256i shift) {
   return _mm256_or_si256(_mm256_sllv_epi64(significand, shift),
                          _mm256_srlv_epi64(significand, _mm256_sub_epi64(_mm256_setzero_si256(), shift)));
-}
-inline __m256i float_bits_to_fixed(__m256i bits) {
-  const __m256i significand =
-      _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi64x((1LL << 23) - 1)), _mm256_set1_epi64x(1LL << 23));
-  return truncate_to_fixed(significand, _mm256_sub_epi64(_mm256_srli_epi64(bits, 23), _mm256_set1_epi64x(150)));
 }
 #endif
 
@@ -192,10 +189,6 @@ inline void to_fixed(Vec<float> t, Fixed (&part)[2]) {
   const __m512 v = (__m512)t;
   part[0] = (Fixed)_mm512_cvttps_epi64(_mm512_castps512_ps256(v));
   part[1] = (Fixed)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(v, 1));
-#elif defined(__AVX2__)
-  const __m256i bits = (__m256i)t;
-  part[0] = (Fixed)float_bits_to_fixed(_mm256_cvtepu32_epi64(_mm256_castsi256_si128(bits)));
-  part[1] = (Fixed)float_bits_to_fixed(_mm256_cvtepu32_epi64(_mm256_extracti128_si256(bits, 1)));
 #elif defined(__aarch64__)
   const float32x4_t v = (float32x4_t)t;
   part[0] = (Fixed)vcvtq_s64_f64(vcvt_f64_f32(vget_low_f32(v)));
@@ -211,9 +204,10 @@ inline void to_fixed(Vec<double> t, Fixed (&part)[1]) {
   part[0] = (Fixed)_mm512_cvttpd_epi64((__m512d)t);
 #elif defined(__AVX2__)
   const __m256i bits = (__m256i)t;
-  const __m256i significand =
-      _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi64x((1LL << 52) - 1)), _mm256_set1_epi64x(1LL << 52));
-  part[0] = (Fixed)truncate_to_fixed(significand, _mm256_sub_epi64(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(1075)));
+  const __m256i significand = _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi64x((1LL << 52) - 1)),
+                                              _mm256_set1_epi64x(1LL << 52));
+  part[0] = (Fixed)truncate_to_fixed(significand,
+                                     _mm256_sub_epi64(_mm256_srli_epi64(bits, 52), _mm256_set1_epi64x(1075)));
 #elif defined(__aarch64__)
   part[0] = (Fixed)vcvtq_s64_f64((float64x2_t)t);
 #else
@@ -221,19 +215,80 @@ inline void to_fixed(Vec<double> t, Fixed (&part)[1]) {
 #endif
 }
 
-// Adds trunc(t) of every lane, t >= 0, into a 64-bit sum spread over lanes: only the total of the lanes is read.
+// Exact 64-bit sums, one in each lane, of trunc(t), 0 <= t <= 2^61; the lanes together have to stay below
+// 2^62.
 template <class T>
-inline void accumulate(Fixed& sum, Vec<T> t) {
+struct LaneSums {
+  static constexpr int64_t kMostAdds = INT64_MAX;
   Fixed part[kParts<T>];
-  to_fixed(t, part);
-  for (int i = 0; i < kParts<T>; ++i) sum += part[i];
-}
 
-inline int64_t total(Fixed sum) {
-  int64_t result = 0;
-  for (int i = 0; i < kBytes / 8; ++i) result += sum[i];
-  return result;
-}
+  void add(Vec<T> t) {
+    Fixed more[kParts<T>];
+    to_fixed(t, more);
+    for (int i = 0; i < kParts<T>; ++i) part[i] += more[i];
+  }
+  int64_t lane(int i) const { return part[i / (kBytes / 8)][i % (kBytes / 8)]; }
+};
+
+// The same where only the sum over the lanes is wanted.
+template <class T>
+struct Sum {
+  static constexpr int64_t kMostAdds = INT64_MAX;
+  Fixed lanes;
+
+  void add(Vec<T> t) {
+    Fixed more[kParts<T>];
+    to_fixed(t, more);
+    for (int i = 0; i < kParts<T>; ++i) lanes += more[i];
+  }
+  int64_t total() const {
+    int64_t result = 0;
+    for (int i = 0; i < kBytes / 8; ++i) result += lanes[i];
+    return result;
+  }
+};
+
+#if defined(__SSE4_1__) && !defined(__AVX512F__)
+// Without a conversion to 64-bit integers: t is cut into high * 2^40 + middle * 2^20 + low by adding and
+// subtracting 1.5 * 2^63, 2^43 and 2^23, whose last places are 2^40, 2^20 and 1 (every difference is exact),
+// and the three are summed as 32-bit integers, read off the significands. A high part is at most 2^21, so
+// sums hold for kMostAdds additions.
+template <>
+struct LaneSums<float> {
+  static constexpr int64_t kMostAdds = 512;
+  typename Types<float>::I high, middle, low;
+
+  void add(Vec<float> t) {
+    using I = typename Types<float>::I;
+    const Vec<float> to_high = broadcast(0x1.8p63f), to_middle = broadcast(0x1.8p43f),
+                     to_low = broadcast(0x1.8p23f);
+    const Vec<float> a = t + to_high, rest = t - (a - to_high);
+    const Vec<float> b = rest + to_middle, last = floor(rest - (b - to_middle));
+    high += reinterpret_cast<I>(a) - reinterpret_cast<I>(to_high);
+    middle += reinterpret_cast<I>(b) - reinterpret_cast<I>(to_middle);
+    low += reinterpret_cast<I>(last + to_low) - reinterpret_cast<I>(to_low);
+  }
+  int64_t lane(int i) const { return high[i] * (int64_t{1} << 40) + middle[i] * (int64_t{1} << 20) + low[i]; }
+
+ private:
+  static Vec<float> floor(Vec<float> v) {
+#if defined(__AVX2__)
+    return (Vec<float>)_mm256_floor_ps((__m256)v);
+#else
+    return (Vec<float>)_mm_floor_ps((__m128)v);
+#endif
+  }
+};
+
+template <>
+struct Sum<float> : LaneSums<float> {
+  int64_t total() const {
+    int64_t result = 0;
+    for (int i = 0; i < kWidth<float>; ++i) result += lane(i);
+    return result;
+  }
+};
+#endif
 
 // Gathers and compression, for float: one vector of 32-bit indices goes with one of values.
 #if defined(__AVX512F__)
@@ -245,24 +300,34 @@ inline Indices count_up(uint32_t first) {
 }
 
 // table[index] of 16 indices below 2^31.
-inline Vec<float> gather(const float* table, Indices index) { return (Vec<float>)_mm512_i32gather_ps(index, table, 4); }
+inline Vec<float> gather(const float* table, Indices index) {
+  return (Vec<float>)_mm512_i32gather_ps(index, table, 4);
+}
 
-// Writes the pairs (index[i], v[i]) of every set bit i of `mask` from position `count` on and returns the new count. Whole
-// vectors are written. Compression goes through a register: to memory it is microcoded on some processors.
-inline int64_t compress(uint32_t* index, float* value, int64_t count, uint32_t mask, Indices lanes, Vec<float> v) {
+// Writes the pairs (index[i], v[i]) of every set bit i of `mask` from position `count` on and returns the new
+// count. Whole vectors are written. Compression goes through a register: to memory it is microcoded on some
+// processors.
+inline int64_t compress(uint32_t* index, float* value, int64_t count, uint32_t mask, Indices lanes,
+                        Vec<float> v) {
   _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), lanes));
   _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)v));
   return count + __builtin_popcount(mask);
 }
 #elif defined(__AVX2__)
 using Indices = __m256i;
-inline Indices load_indices(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Indices count_up(uint32_t first) {
-  return _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+inline Indices load_indices(const uint32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline Vec<float> gather(const float* table, Indices index) { return (Vec<float>)_mm256_i32gather_ps(table, index, 4); }
+inline Indices count_up(uint32_t first) {
+  return _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)),
+                          _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec<float> gather(const float* table, Indices index) {
+  return (Vec<float>)_mm256_i32gather_ps(table, index, 4);
+}
 
-// For every mask, the set bits' numbers in order, a byte each: AVX2 can permute by a register but not compress.
+// For every mask, the set bits' numbers in order, a byte each: AVX2 can permute by a register but not
+// compress.
 struct CompressTable {
   uint64_t order[256];
   constexpr CompressTable() : order{} {
@@ -276,16 +341,18 @@ struct CompressTable {
 };
 inline constexpr CompressTable kCompress;
 
-inline int64_t compress(uint32_t* index, float* value, int64_t count, uint32_t mask, Indices lanes, Vec<float> v) {
-  const __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.order[mask])));
+inline int64_t compress(uint32_t* index, float* value, int64_t count, uint32_t mask, Indices lanes,
+                        Vec<float> v) {
+  const __m256i order =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kCompress.order[mask])));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(index + count), _mm256_permutevar8x32_epi32(lanes, order));
   _mm256_storeu_ps(value + count, _mm256_permutevar8x32_ps((__m256)v, order));
   return count + __builtin_popcount(mask);
 }
 #endif
 
-// Appends (first + i, v[i]) for every set bit i of `mask` at position `count` of the two arrays and returns the new count. The
-// arrays need kWidth<T> spare places behind `count`.
+// Appends (first + i, v[i]) for every set bit i of `mask` at position `count` of the two arrays and returns
+// the new count. The arrays need kWidth<T> spare places behind `count`.
 template <class T>
 inline int64_t append(uint32_t* index, T* value, int64_t count, uint32_t mask, uint32_t first, Vec<T> v) {
 #if defined(__AVX2__)

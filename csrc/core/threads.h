@@ -1,7 +1,7 @@
 // A team of threads that lives as long as the object that needs it.
 //
-// Why not one pool for the process: a fork (PyTorch's DataLoader workers) would leave the child with a pool whose threads are
-// gone. Threads start on the first parallel region, so small problems never pay for them.
+// Why not one pool for the process: a fork (PyTorch's DataLoader workers) would leave the child with a pool
+// whose threads are gone. Threads start on the first parallel region, so small problems never pay for them.
 #pragma once
 
 #include <atomic>
@@ -57,8 +57,8 @@ class ThreadTeam {
     if (poll_ && poll_()) throw Cancelled();
   }
 
-  // fn(thread, begin, end) over [0, n) in chunks handed out in order as threads become free. Which thread gets which chunk is
-  // not fixed, so results must not depend on it: integer sums and disjoint writes do not.
+  // fn(thread, begin, end) over [0, n) in chunks handed out in order as threads become free. Which thread
+  // gets which chunk is not fixed, so results must not depend on it: integer sums and disjoint writes do not.
   template <class Fn>
   void parallel_for(int64_t n, int64_t chunk, Fn&& fn) {
     if (n <= 0) return;

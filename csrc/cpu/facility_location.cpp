@@ -1,21 +1,27 @@
 // Greedy facility location without the n x m matrix.
 //
-// Every gain is an exact 64-bit integer (see similarity_source.h), so everything below only decides which gains are computed
-// when: the picks are those of the plain greedy algorithm, bit for bit, whatever the number of threads or the memory.
+// Every gain is an exact 64-bit integer (see similarity_source.h), so everything below only decides which
+// gains are computed when: the picks are those of the plain greedy algorithm, bit for bit, whatever the
+// number of threads or the memory.
 //
-//   lazy        Gains only fall as picks are made, so an old gain bounds the new one. A heap holds the bounds; candidates are
+//   lazy        Gains only fall as picks are made, so an old gain bounds the new one. A heap holds the
+//   bounds; candidates are
 //               evaluated from its top, a batch at a time, until the best fresh gain beats every bound left.
-//   sweeps      In the first picks the bounds are so loose that a large part of all candidates would be evaluated. When the
-//               candidates above the best fresh gain cost more than bringing everybody up to date, all gains are corrected
-//               for just the clients whose best similarity changed since the last sweep; and where clients and candidates are the
-//               same points, the full sweep needs half of the products. So a pick never costs more than 0.6 n evaluations, nor
-//               much more than n times the share of clients it changed.
-//   live pairs  Once few pairs can still win anything, a candidate's evaluation leaves behind the list of its live pairs,
+//   sweeps      In the first picks the bounds are so loose that a large part of all candidates would be
+//   evaluated. When the
+//               candidates above the best fresh gain cost more than bringing everybody up to date, all gains
+//               are corrected for just the clients whose best similarity changed since the last sweep; and
+//               where clients and candidates are the same points, the full sweep needs half of the products.
+//               So a pick never costs more than 0.6 n evaluations, nor much more than n times the share of
+//               clients it changed.
+//   live pairs  Once few pairs can still win anything, a candidate's evaluation leaves behind the list of its
+//   live pairs,
 //               and later evaluations read that list (live_lists.h).
-//   matrix      If the whole matrix fits the memory budget it is computed once (half of it, mirrored, for self clients).
+//   matrix      If the whole matrix fits the memory budget it is computed once (half of it, mirrored, for
+//   self clients).
 //
-// Cost on clustered points (n = 100,000, 100 clusters, k = 1,000): see benchmarks/. Rejected: partial sums by client block, which need
-// n x blocks numbers and save less than correcting for the changed clients.
+// Cost on clustered points (n = 100,000, 100 clusters, k = 1,000): see benchmarks/. Rejected: partial sums by
+// client block, which need n x blocks numbers and save less than correcting for the changed clients.
 #include "cpu/facility_location.h"
 
 #include <algorithm>
@@ -141,7 +147,9 @@ class Greedy final : public FacilityLocation {
     const int64_t n = candidates(), m = clients();
     const double bound = source_->prepare(weights_, team_);
     if (!(bound <= std::numeric_limits<double>::max() / 4)) {
-      throw std::invalid_argument("x: the sum of a candidate's similarities overflows the range of a double; scale x or the weights down");
+      throw std::invalid_argument(
+          "x: the sum of a candidate's similarities overflows the range of a double; scale x or the weights "
+          "down");
     }
     scale_ = 1;
     if (bound > 0) {
@@ -152,7 +160,8 @@ class Greedy final : public FacilityLocation {
       scale_ = std::ldexp(1.0, std::min({room, most, 1000}));
     }
     cover_ = Cover<T>(m, floor_);
-    for (int64_t i = 0; i < m; ++i) cover_.weight[i] = static_cast<T>((weights_.empty() ? 1.0 : weights_[i]) * scale_);
+    for (int64_t i = 0; i < m; ++i)
+      cover_.weight[i] = static_cast<T>((weights_.empty() ? 1.0 : weights_[i]) * scale_);
     owner_ = Buffer<int64_t>(m, int64_t{-1});
     row_ = Buffer<T>(round_up(m, Tile<T>::kCols) * source_->sample_rows());
     if (!preselected_.empty()) before_ = Buffer<T>(m, std::numeric_limits<T>::lowest());
@@ -164,7 +173,9 @@ class Greedy final : public FacilityLocation {
       }
     }
     int64_t list_bytes = memory_budget_;
-    const int64_t matrix_bytes = m > 0 && n > INT64_MAX / static_cast<int64_t>(sizeof(T)) / m ? INT64_MAX : n * m * static_cast<int64_t>(sizeof(T));
+    const int64_t matrix_bytes = m > 0 && n > INT64_MAX / static_cast<int64_t>(sizeof(T)) / m
+                                     ? INT64_MAX
+                                     : n * m * static_cast<int64_t>(sizeof(T));
     if (points_ && matrix_bytes <= memory_budget_) {
       auto matrix = std::make_unique<MatrixSource<T>>(points_->matrix(team_, stats_), n, m);
       points_ = nullptr;
@@ -185,7 +196,8 @@ class Greedy final : public FacilityLocation {
     stamp_[j] = picks();
   }
 
-  // ------------------------------------------------------------------------------------------------------------ choosing
+  // ------------------------------------------------------------------------------------------------------------
+  // choosing
 
   Entry best_of_all() {
     std::vector<int64_t> open;
@@ -193,7 +205,8 @@ class Greedy final : public FacilityLocation {
       if (!chosen_[j]) open.push_back(j);
     }
     std::vector<int64_t> gains(open.size());
-    source_->evaluate(open.data(), static_cast<int64_t>(open.size()), cover_, nullptr, gains.data(), team_, stats_);
+    source_->evaluate(open.data(), static_cast<int64_t>(open.size()), cover_, nullptr, gains.data(), team_,
+                      stats_);
     stats_.evaluations += static_cast<int64_t>(open.size());
     heap_valid_ = false;
     Entry best{-1, INT64_MAX};
@@ -233,8 +246,9 @@ class Greedy final : public FacilityLocation {
     heap_valid_ = true;
   }
 
-  // Takes candidates off the heap until the best of them has a fresh gain that beats every bound left on it. With `taken`, the
-  // heap holds all open candidates: their names are noted there, more may be evaluated than this pick needs, or all brought up to date.
+  // Takes candidates off the heap until the best of them has a fresh gain that beats every bound left on it.
+  // With `taken`, the heap holds all open candidates: their names are noted there, more may be evaluated than
+  // this pick needs, or all brought up to date.
   Entry select(Heap& heap, std::vector<int64_t>* taken) {
     if (!listing_) consider_listing();
     Entry best{-1, INT64_MAX};
@@ -269,14 +283,16 @@ class Greedy final : public FacilityLocation {
     }
   }
 
-  // A source that wants large batches gets further candidates without a list: they would come up within a few picks.
+  // A source that wants large batches gets further candidates without a list: they would come up within a few
+  // picks.
   void fill_up(Heap& heap, std::vector<int64_t>& batch, std::vector<int64_t>& taken) {
     int64_t without = 0;
     for (const int64_t j : batch) without += !lists_->has(j);
     if (without == 0 || lists_full_until_ > picks()) return;
     const int64_t wanted = source_->batch(team_);
     std::vector<Entry> passed;
-    for (int64_t tries = 4 * wanted; without < wanted && tries > 0 && !heap.empty() && heap.top().bound > 0; --tries) {
+    for (int64_t tries = 4 * wanted; without < wanted && tries > 0 && !heap.empty() && heap.top().bound > 0;
+         --tries) {
       const Entry e = heap.pop();
       if (fresh(e.candidate) || lists_->has(e.candidate)) {
         passed.push_back(e);
@@ -309,7 +325,8 @@ class Greedy final : public FacilityLocation {
     if (others.empty()) return;
     const bool store = listing_ && picks() >= lists_full_until_;
     std::vector<int64_t> gains(others.size());
-    source_->evaluate(others.data(), static_cast<int64_t>(others.size()), cover_, store ? lists_.get() : nullptr, gains.data(), team_, stats_);
+    source_->evaluate(others.data(), static_cast<int64_t>(others.size()), cover_,
+                      store ? lists_.get() : nullptr, gains.data(), team_, stats_);
     for (size_t i = 0; i < others.size(); ++i) set_gain(others[i], gains[i]);
     if (store && lists_->take_overflow() && lists_->compact() < 0.2) {
       // Lists shrink as picks are made: try again when there are a fifth more.
@@ -317,23 +334,27 @@ class Greedy final : public FacilityLocation {
     }
   }
 
-  // ------------------------------------------------------------------------------------------------------------ sweeps
+  // ------------------------------------------------------------------------------------------------------------
+  // sweeps
 
   // Whether evaluating every candidate above `best` would cost more than bringing all of them up to date.
   bool sweep_pays(const Entry& best) const {
     if (!points_) return false;
     int64_t above = 0;
-    for (int64_t j = 0; j < candidates(); ++j) above += bound_[j] > best.bound && !chosen_[j] && stamp_[j] != picks() && !lists_->has(j);
+    for (int64_t j = 0; j < candidates(); ++j)
+      above += bound_[j] > best.bound && !chosen_[j] && stamp_[j] != picks() && !lists_->has(j);
     return static_cast<double>(above) > std::min(points_->sweep_cost(1), correction_cost());
   }
 
   double correction_cost() const {
     int64_t changed = 0;
     for (int64_t i = 0; i < clients(); ++i) changed += cover_.best[i] != swept_best_[i];
-    return 1.1 * static_cast<double>(open_candidates_) * static_cast<double>(changed) / static_cast<double>(std::max<int64_t>(clients(), 1));
+    return 1.1 * static_cast<double>(open_candidates_) * static_cast<double>(changed) /
+           static_cast<double>(std::max<int64_t>(clients(), 1));
   }
 
-  // Exact gains of all open candidates. `swept_gain_` is what the last sweep left, untouched by evaluations since.
+  // Exact gains of all open candidates. `swept_gain_` is what the last sweep left, untouched by evaluations
+  // since.
   void sweep() {
     const int64_t n = candidates();
     const bool first = swept_at_ == kNever;
@@ -347,7 +368,8 @@ class Greedy final : public FacilityLocation {
       }
       std::vector<int64_t> gains(open.size());
       for (size_t i = 0; i < open.size(); ++i) gains[i] = swept_gain_[open[i]];
-      points_->correct(open.data(), static_cast<int64_t>(open.size()), changed, cover_, swept_best_, gains.data(), team_, stats_);
+      points_->correct(open.data(), static_cast<int64_t>(open.size()), changed, cover_, swept_best_,
+                       gains.data(), team_, stats_);
       for (size_t i = 0; i < open.size(); ++i) swept_gain_[open[i]] = gains[i];
       open_candidates_ = static_cast<int64_t>(open.size());
     } else {
@@ -373,14 +395,17 @@ class Greedy final : public FacilityLocation {
     heap_valid_ = false;
   }
 
-  // ------------------------------------------------------------------------------------------------------------ looking ahead
+  // ------------------------------------------------------------------------------------------------------------
+  // looking ahead
 
-  // A few percent of the candidates, the likely picks, are run ahead greedily, and one sweep computes everybody's gain both now and
-  // at some of the states foreseen: its products are shared, only the reductions multiply. If the picks come as foreseen, those
-  // are sweeps for nothing; from the first other pick on they are useless and forgotten. No bound ever rests on a guess.
+  // A few percent of the candidates, the likely picks, are run ahead greedily, and one sweep computes
+  // everybody's gain both now and at some of the states foreseen: its products are shared, only the
+  // reductions multiply. If the picks come as foreseen, those are sweeps for nothing; from the first other
+  // pick on they are useless and forgotten. No bound ever rests on a guess.
 
   bool lookahead_pays() const {
-    return points_ && candidates() >= kLookaheadCandidates && clients() >= kSurveyClients && expected_picks_ - picks() >= 8;
+    return points_ && candidates() >= kLookaheadCandidates && clients() >= kSurveyClients &&
+           expected_picks_ - picks() >= 8;
   }
 
   void look_ahead() {
@@ -402,8 +427,9 @@ class Greedy final : public FacilityLocation {
     ++stats_.sweeps;
   }
 
-  // Candidates that stand out among their like: those that gain most from a sample of clients whose best is at a high level, so
-  // that only near clients count, within each group of candidates nearest to the same of some anchors.
+  // Candidates that stand out among their like: those that gain most from a sample of clients whose best is
+  // at a high level, so that only near clients count, within each group of candidates nearest to the same of
+  // some anchors.
   std::vector<int64_t> likely_picks() {
     const int64_t n = candidates(), m = clients();
     const int64_t count = std::min(m, std::max(kSurveyClients, m / 20)), anchors = 256;
@@ -430,7 +456,8 @@ class Greedy final : public FacilityLocation {
       }
       for (auto& group : groups) {
         const auto keep = static_cast<int64_t>(std::ceil(kLikelyShare * static_cast<double>(group.size())));
-        std::partial_sort(group.begin(), group.begin() + keep, group.end(), [](const Entry& a, const Entry& b) { return a.better_than(b); });
+        std::partial_sort(group.begin(), group.begin() + keep, group.end(),
+                          [](const Entry& a, const Entry& b) { return a.better_than(b); });
         for (int64_t i = 0; i < keep; ++i) likely[group[i].candidate] = 1;
       }
     }
@@ -457,8 +484,8 @@ class Greedy final : public FacilityLocation {
     return levels;
   }
 
-  // Greedy picks among `likely` alone, from the present state on, into foreseen_picks_; some of the covers on the way into
-  // `states`, and after how many picks in all they are reached into `at`.
+  // Greedy picks among `likely` alone, from the present state on, into foreseen_picks_; some of the covers on
+  // the way into `states`, and after how many picks in all they are reached into `at`.
   void foresee(const std::vector<int64_t>& likely, std::vector<Cover<T>>& states, std::vector<int64_t>& at) {
     const auto count = static_cast<int64_t>(likely.size());
     const int64_t steps = std::min<int64_t>(kForeseenSteps, std::min(count, expected_picks_ - picks()) - 1);
@@ -489,7 +516,8 @@ class Greedy final : public FacilityLocation {
         changed.push_back(i);
       }
       points_->correct(likely.data(), count, changed, cover, before, gains.data(), team_, stats_);
-      if (std::find(std::begin(kForeseenStates), std::end(kForeseenStates), step) != std::end(kForeseenStates)) {
+      if (std::find(std::begin(kForeseenStates), std::end(kForeseenStates), step) !=
+          std::end(kForeseenStates)) {
         states.push_back(copy(cover));
         at.push_back(picks() + step);
       }
@@ -515,9 +543,11 @@ class Greedy final : public FacilityLocation {
     ++stats_.foreseen;
   }
 
-  // ------------------------------------------------------------------------------------------------------------ lists
+  // ------------------------------------------------------------------------------------------------------------
+  // lists
 
-  // Starts keeping lists once a sample of candidates says that they would fit and be short. Looks at picks 1, 2, 3, 4, 6, 8, 12, ...
+  // Starts keeping lists once a sample of candidates says that they would fit and be short. Looks at picks 1,
+  // 2, 3, 4, 6, 8, 12, ...
   void consider_listing() {
     if (picks() < next_look_ || lists_->capacity() == 0) return;
     next_look_ = picks() + std::max<int64_t>(1, picks() / 3);
@@ -530,14 +560,18 @@ class Greedy final : public FacilityLocation {
       for (int64_t i = 0; i < m; ++i) live += row_[r * m + i] > cover_.best[i];
     }
     const double density = static_cast<double>(live) / static_cast<double>(std::max<int64_t>(count * m, 1));
-    listing_ = density <= source_->list_density() && density * static_cast<double>(n) * static_cast<double>(m) <= 0.7 * static_cast<double>(lists_->capacity());
+    listing_ =
+        density <= source_->list_density() && density * static_cast<double>(n) * static_cast<double>(m) <=
+                                                  0.7 * static_cast<double>(lists_->capacity());
   }
 
-  // ------------------------------------------------------------------------------------------------------------ picking
+  // ------------------------------------------------------------------------------------------------------------
+  // picking
 
   void commit(const Entry& pick) {
     const int64_t j = pick.candidate, position = picks();
-    const bool itself = self_clients_ && (preselected_.empty() || !(before_[j] > source_->self_similarity(j)));
+    const bool itself =
+        self_clients_ && (preselected_.empty() || !(before_[j] > source_->self_similarity(j)));
     cover_with(j, position);
     chosen_[j] = 1;
     picked_.push_back(j);
@@ -614,8 +648,9 @@ class Greedy final : public FacilityLocation {
 }  // namespace
 
 template <class T>
-std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x, const TensorView<const T, 2>* clients, Metric metric,
-                                                           GreedyOptions options) {
+std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x,
+                                                           const TensorView<const T, 2>* clients,
+                                                           Metric metric, GreedyOptions options) {
   auto source = std::make_unique<PointSource<T>>(x, clients, metric, options.offset);
   PointSource<T>* points = source.get();
   return std::make_unique<Greedy<T>>(std::move(source), points, is_distance(metric), std::move(options));
@@ -623,18 +658,21 @@ std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2
 
 template <class T>
 std::unique_ptr<FacilityLocation> facility_location_matrix(TensorView<const T, 2> s, GreedyOptions options) {
-  return std::make_unique<Greedy<T>>(std::make_unique<MatrixSource<T>>(s), nullptr, false, std::move(options));
+  return std::make_unique<Greedy<T>>(std::make_unique<MatrixSource<T>>(s), nullptr, false,
+                                     std::move(options));
 }
 
 template <class T>
 std::unique_ptr<FacilityLocation> facility_location_sparse(SparseRows<T> s, GreedyOptions options) {
-  return std::make_unique<Greedy<T>>(std::make_unique<SparseSource<T>>(s), nullptr, false, std::move(options));
+  return std::make_unique<Greedy<T>>(std::make_unique<SparseSource<T>>(s), nullptr, false,
+                                     std::move(options));
 }
 
-#define FC_INSTANTIATE(T)                                                                                                       \
-  template std::unique_ptr<FacilityLocation> facility_location_points<T>(TensorView<const T, 2>, const TensorView<const T, 2>*, \
-                                                                         Metric, GreedyOptions);                                \
-  template std::unique_ptr<FacilityLocation> facility_location_matrix<T>(TensorView<const T, 2>, GreedyOptions);                \
+#define FC_INSTANTIATE(T)                                                                        \
+  template std::unique_ptr<FacilityLocation> facility_location_points<T>(                        \
+      TensorView<const T, 2>, const TensorView<const T, 2>*, Metric, GreedyOptions);             \
+  template std::unique_ptr<FacilityLocation> facility_location_matrix<T>(TensorView<const T, 2>, \
+                                                                         GreedyOptions);         \
   template std::unique_ptr<FacilityLocation> facility_location_sparse<T>(SparseRows<T>, GreedyOptions);
 FC_INSTANTIATE(float)
 FC_INSTANTIATE(double)

@@ -1,4 +1,5 @@
-// Greedy facility location: maximise f(S) = sum_i w_i * max(0, max_{j in S} s(j, i)) over candidates j and clients i.
+// Greedy facility location: maximise f(S) = sum_i w_i * max(0, max_{j in S} s(j, i)) over candidates j and
+// clients i.
 //
 // See facility_location.cpp for the algorithm and its cost.
 #pragma once
@@ -14,14 +15,15 @@
 namespace fc {
 
 struct GreedyOptions {
-  std::vector<double> weights;         // [m], finite and >= 0; empty for all 1
-  std::vector<int64_t> preselected;    // candidates already chosen, distinct
-  double offset = 0;                   // distances: s = offset - distance
-  bool self_clients = false;           // the clients are the candidates
-  int64_t memory_budget = 0;           // bytes for whatever is larger than n + m
-  int64_t expected_picks = INT64_MAX;  // how many picks the run is meant to make; a wrong number costs time, not correctness
+  std::vector<double> weights;       // [m], finite and >= 0; empty for all 1
+  std::vector<int64_t> preselected;  // candidates already chosen, distinct
+  double offset = 0;                 // distances: s = offset - distance
+  bool self_clients = false;         // the clients are the candidates
+  int64_t memory_budget = 0;         // bytes for whatever is larger than n + m
+  int64_t expected_picks =
+      INT64_MAX;  // how many picks the run is meant to make; a wrong number costs time, not correctness
   int threads = 1;
-  std::function<bool()> poll;          // asked now and then whether to stop
+  std::function<bool()> poll;  // asked now and then whether to stop
 };
 
 // What a run did, for benchmarks.
@@ -34,20 +36,22 @@ struct GreedyStats {
   int64_t foreseen = 0;      // times that this had been done in advance
 };
 
-// A greedy run that advances pick by pick. After an exception the object stays valid and step() goes on where it was.
+// A greedy run that advances pick by pick. After an exception the object stays valid and step() goes on where
+// it was.
 class FacilityLocation {
  public:
   virtual ~FacilityLocation() = default;
 
-  // Makes up to `count` further picks over all candidates left; `naive` evaluates every one of them at every pick. Returns the
-  // number of picks made so far. Throws std::invalid_argument for NaN or infinity in the data, Cancelled if polled so.
+  // Makes up to `count` further picks over all candidates left; `naive` evaluates every one of them at every
+  // pick. Returns the number of picks made so far. Throws std::invalid_argument for NaN or infinity in the
+  // data, Cancelled if polled so.
   virtual int64_t step(int64_t count, bool naive) = 0;
 
   // One pick among the given candidates, which must be open. Returns the candidate picked.
   virtual int64_t step_among(const int64_t* candidates, int64_t count) = 0;
 
-  // Writes the picks so far: candidate, gain and client weight won, [picks]; and the pick that serves each client, [m], or -1.
-  // Returns f(S), the preselected included.
+  // Writes the picks so far: candidate, gain and client weight won, [picks]; and the pick that serves each
+  // client, [m], or -1. Returns f(S), the preselected included.
   virtual double finish(int64_t* indices, double* gains, double* weights, int64_t* assignment) = 0;
 
   virtual int64_t candidates() const = 0;
@@ -59,7 +63,8 @@ class FacilityLocation {
 
 // x [n, d], clients [m, d] (nullptr: the candidates themselves). The arrays must outlive the object.
 template <class T>
-std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x, const TensorView<const T, 2>* clients,
+std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x,
+                                                           const TensorView<const T, 2>* clients,
                                                            Metric metric, GreedyOptions options);
 
 // s [n, m].

@@ -1,9 +1,11 @@
-// For each candidate, the clients it can still win: pairs (client, similarity) with similarity > the client's best so far.
+// For each candidate, the clients it can still win: pairs (client, similarity) with similarity > the client's
+// best so far.
 //
-// The bests only rise, so a pair that is not live now never will be, and a gain summed over the live pairs is the whole gain. After
-// some dozens of picks they are a hundredth of all pairs, and evaluating a candidate costs a few hundred gathers instead of a
-// pass over all clients' features. Lists shrink in place when they are read; memory is handed out in order from one arena within a
-// fixed budget, and closed up when it runs out.
+// The bests only rise, so a pair that is not live now never will be, and a gain summed over the live pairs is
+// the whole gain. After some dozens of picks they are a hundredth of all pairs, and evaluating a candidate
+// costs a few hundred gathers instead of a pass over all clients' features. Lists shrink in place when they
+// are read; memory is handed out in order from one arena within a fixed budget, and closed up when it runs
+// out.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +28,12 @@ class LiveLists {
   static constexpr int64_t kEntryBytes = sizeof(uint32_t) + sizeof(T);
 
   LiveLists() = default;
-  // n candidates, m clients; at most `bytes` of entries. Clients must be numbered below 2^31 (gathers take signed indices).
+  // n candidates, m clients; at most `bytes` of entries. Clients must be numbered below 2^31 (gathers take
+  // signed indices).
   LiveLists(int64_t n, int64_t m, int64_t bytes)
-      : capacity_(m < INT32_MAX ? std::min(bytes / kEntryBytes, n * m + kSlack) : 0), start_(n, int64_t{-1}), length_(n, int64_t{0}) {}
+      : capacity_(m < INT32_MAX ? std::min(bytes / kEntryBytes, n * m + kSlack) : 0),
+        start_(n, int64_t{-1}),
+        length_(n, int64_t{0}) {}
 
   int64_t capacity() const { return capacity_; }
   bool has(int64_t j) const { return start_[j] >= 0; }
@@ -68,21 +73,26 @@ class LiveLists {
     T* value = value_.data() + start_[j];
     const int64_t count = length_[j];
     int64_t kept = 0, i = 0;
-    simd::Fixed sum{};
+    int64_t gain = 0;
 #if defined(__AVX2__)
     if constexpr (sizeof(T) == 4) {
+      simd::Sum<T> sum{};
+      int64_t adds = 0;
       for (; i + simd::kWidth<T> <= count; i += simd::kWidth<T>) {
+        if (++adds > simd::Sum<T>::kMostAdds) {
+          gain += std::exchange(sum, simd::Sum<T>{}).total();
+          adds = 1;
+        }
         const auto s = simd::load(value + i);
         const auto index = simd::load_indices(client + i);
         const auto b = simd::gather(best, index);
         const uint32_t live = simd::greater_mask<T>(s, b);
-        if (live == 0) continue;
-        simd::accumulate<T>(sum, simd::positive_part<T>(s - b) * simd::gather(weight, index));
+        sum.add(simd::positive_part<T>(s - b) * simd::gather(weight, index));
         kept = simd::compress(client, value, kept, live, index, s);
       }
+      gain += sum.total();
     }
 #endif
-    int64_t gain = simd::total(sum);
     for (; i < count; ++i) {
       const uint32_t c = client[i];
       const T s = value[i], gap = s - best[c];
@@ -96,7 +106,8 @@ class LiveLists {
     return gain;
   }
 
-  // Closes the gaps that shrunken and chosen candidates' lists left. Returns the share of the arena that is free afterwards.
+  // Closes the gaps that shrunken and chosen candidates' lists left. Returns the share of the arena that is
+  // free afterwards.
   double compact() {
     int64_t to = 0;
     for (const int64_t j : order_) {

@@ -27,8 +27,8 @@ void with_form(Metric metric, Fn&& fn) {
   }
 }
 
-// Turns what the tile routine accumulated into the metric's value times `sign`: +1 for the value itself, -1 to see a distance
-// as a similarity. (`count` values in place.)
+// Turns what the tile routine accumulated into the metric's value times `sign`: +1 for the value itself, -1
+// to see a distance as a similarity. (`count` values in place.)
 template <class T>
 inline void finish_values(Metric metric, bool negate, T* __restrict values, int64_t count) {
   if (metric == Metric::kEuclidean) {

@@ -192,7 +192,8 @@ void NearestOrder<T>::filter_panel(Scratch& scratch, int count) {
   const uint64_t valid = ~uint64_t{0} >> (64 - count);
   for (int64_t group = 0; group < groups(); ++group) {
     T* values = scratch.tile.data();
-    tile_rows<T, Form::kProduct>(Tile<T>::kRows, centroids_.data() + group * d_ * kGroup, scratch.panel.data(), d_, values);
+    tile_rows<T, Form::kProduct>(Tile<T>::kRows, centroids_.data() + group * d_ * kGroup,
+                                 scratch.panel.data(), d_, values);
     std::vector<Survivor>& survivors = scratch.survivors[group];
     const int used = static_cast<int>(std::min<int64_t>(kGroup, lists() - group * kGroup));
     for (int lane = 0; lane < used; ++lane) {

@@ -1,8 +1,8 @@
 // Points rearranged into the panels that the tile routine reads.
 //
 // Panels<T> holds rows in groups of Tile<T>::kCols, feature-major inside a group: row i, feature k at
-// data[(i / kCols * d + k) * kCols + i % kCols]. The last group is filled up with zero rows. pack_batch makes the other operand,
-// groups of Tile<T>::kRows rows, for a batch of rows in any order.
+// data[(i / kCols * d + k) * kCols + i % kCols]. The last group is filled up with zero rows. pack_batch makes
+// the other operand, groups of Tile<T>::kRows rows, for a batch of rows in any order.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,9 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) : size_(size) {
-    if (size > 0) data_.reset(static_cast<T*>(::operator new[](sizeof(T) * static_cast<size_t>(size), std::align_val_t{64})));
+    if (size > 0)
+      data_.reset(
+          static_cast<T*>(::operator new[](sizeof(T) * static_cast<size_t>(size), std::align_val_t{64})));
   }
   Buffer(int64_t size, T value) : Buffer(size) {
     for (int64_t i = 0; i < size; ++i) data_[i] = value;
@@ -49,7 +51,8 @@ class Buffer {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// fn(from, to) over the features in blocks, so that the lines that rows are scattered over stay in the first-level cache.
+// fn(from, to) over the features in blocks, so that the lines that rows are scattered over stay in the
+// first-level cache.
 template <class Fn>
 void for_feature_blocks(int64_t d, Fn&& fn) {
   for (int64_t from = 0; from < d; from += 64) fn(from, std::min(d, from + 64));
@@ -59,13 +62,15 @@ template <class T>
 void require_finite(T value, const char* name, int64_t row, int64_t column) {
   if (!(std::abs(value) <= std::numeric_limits<T>::max())) {
     throw std::invalid_argument(std::string(name) + " must be finite, got " +
-                                (std::isnan(value) ? "NaN" : value > 0 ? "inf" : "-inf") + " at row " + std::to_string(row) +
-                                ", column " + std::to_string(column));
+                                (std::isnan(value) ? "NaN"
+                                 : value > 0       ? "inf"
+                                                   : "-inf") +
+                                " at row " + std::to_string(row) + ", column " + std::to_string(column));
   }
 }
 
-// What gives a row unit length: a power of two that brings its largest magnitude near 1, since squares of large or tiny values leave
-// the range of T, and the norm of the row times that. A zero row stays zero.
+// What gives a row unit length: a power of two that brings its largest magnitude near 1, since squares of
+// large or tiny values leave the range of T, and the norm of the row times that. A zero row stays zero.
 struct RowScale {
   double scale = 0, norm = 0, inverse = 0;
 
@@ -81,7 +86,8 @@ struct RowScale {
   }
 
  private:
-  // Feature k goes to sum k % kLanes, on every instruction set: one order of summation, wide enough for all of them.
+  // Feature k goes to sum k % kLanes, on every instruction set: one order of summation, wide enough for all
+  // of them.
   template <class T, class Step>
   static RowScale of(const T* x, int64_t d, Step step) {
     constexpr int64_t kLanes = 8;
@@ -200,7 +206,8 @@ class Panels {
   Buffer<T> data_;
 };
 
-// Rows that a batch is drawn from: panels, or the caller's own array (checked beforehand) with the rows' scales.
+// Rows that a batch is drawn from: panels, or the caller's own array (checked beforehand) with the rows'
+// scales.
 template <class T>
 struct Rows {
   const Panels<T>* panels = nullptr;

@@ -1,12 +1,13 @@
-// All similarities or distances between two sets of points: n * m * d multiply-adds (half of it when both sets are the same),
-// 4 * (n + m) * d bytes read, 4 * n * m written. The columns are packed once, the rows block by block.
+// All similarities or distances between two sets of points: n * m * d multiply-adds (half of it when both
+// sets are the same), 4 * (n + m) * d bytes read, 4 * n * m written. The columns are packed once, the rows
+// block by block.
 #include "cpu/pairwise.h"
 
 namespace fc {
 
 template <class T>
-void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric, bool symmetric, TensorView<T, 2> out,
-              ThreadTeam& team) {
+void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric, bool symmetric,
+              TensorView<T, 2> out, ThreadTeam& team) {
   const bool normalise = metric == Metric::kCosine;
   const Panels<T> columns = Panels<T>::pack(y, normalise, symmetric ? "x" : "y", team);
   Rows<T> rows;
@@ -27,8 +28,9 @@ void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric,
   pairwise_panels<T>(rows, x.shape[0], columns, metric, false, symmetric, out.data, out.stride[0], team);
 }
 
-template void pairwise<float>(TensorView<const float, 2>, TensorView<const float, 2>, Metric, bool, TensorView<float, 2>, ThreadTeam&);
-template void pairwise<double>(TensorView<const double, 2>, TensorView<const double, 2>, Metric, bool, TensorView<double, 2>,
-                               ThreadTeam&);
+template void pairwise<float>(TensorView<const float, 2>, TensorView<const float, 2>, Metric, bool,
+                              TensorView<float, 2>, ThreadTeam&);
+template void pairwise<double>(TensorView<const double, 2>, TensorView<const double, 2>, Metric, bool,
+                               TensorView<double, 2>, ThreadTeam&);
 
 }  // namespace fc

@@ -4,14 +4,15 @@
 //   product   acc = fma(a_k, b_k, acc)          (dot, cosine)
 //   square    acc = fma(a_k - b_k, a_k - b_k, acc)   (sqeuclidean, euclidean)
 //   absolute  acc = acc + |a_k - b_k|           (l1)
-// restarted every kChain features, the partial results added in order. So it is the same bits in whatever tile or batch it is
-// computed, the same for (a, b) and (b, a), and its rounding error grows with the number of chains, not with d. A library matrix
-// product promises none of this. Distances are formed from differences: |a|^2 + |b|^2 - 2ab cancels for near points, and a
-// duplicate would not be at distance 0.
+// restarted every kChain features, the partial results added in order. So it is the same bits in whatever
+// tile or batch it is computed, the same for (a, b) and (b, a), and its rounding error grows with the number
+// of chains, not with d. A library matrix product promises none of this. Distances are formed from
+// differences: |a|^2 + |b|^2 - 2ab cancels for near points, and a duplicate would not be at distance 0.
 //
-// Cost of a tile: kRows x kCols x d multiply-adds (l1: a subtraction, an and, an addition each) from registers, kCols * d + kRows * d
-// loads. Rejected: chains outermost, so that a chain's part of the panel stays in the first-level cache for all tiles that share it:
-// measured slower at d = 2,560 (the prefetcher hides the second level, the partial tiles cost stores).
+// Cost of a tile: kRows x kCols x d multiply-adds (l1: a subtraction, an and, an addition each) from
+// registers, kCols * d + kRows * d loads. Rejected: chains outermost, so that a chain's part of the panel
+// stays in the first-level cache for all tiles that share it: measured slower at d = 2,560 (the prefetcher
+// hides the second level, the partial tiles cost stores).
 #pragma once
 
 #include <cstdint>
@@ -34,7 +35,8 @@ struct Tile {
 template <class T, Form form, int kRowsUsed>
 inline void tile(const T* __restrict a, const T* __restrict b, int64_t d, T* __restrict out) {
   using V = simd::Vec<T>;
-  constexpr int kRows = Tile<T>::kRows, kVectors = Tile<T>::kVectors, kWidth = simd::kWidth<T>, kCols = Tile<T>::kCols;
+  constexpr int kRows = Tile<T>::kRows, kVectors = Tile<T>::kVectors, kWidth = simd::kWidth<T>,
+                kCols = Tile<T>::kCols;
   for (int64_t begin = 0; begin == 0 || begin < d; begin += Tile<T>::kChain) {
     const int64_t end = begin + Tile<T>::kChain < d ? begin + Tile<T>::kChain : d;
     V acc[kRowsUsed][kVectors] = {};
@@ -69,7 +71,8 @@ inline void tile(const T* __restrict a, const T* __restrict b, int64_t d, T* __r
   }
 }
 
-// The same for the first `rows` rows of a at least: a single one (a pick against all clients) goes the short way.
+// The same for the first `rows` rows of a at least: a single one (a pick against all clients) goes the short
+// way.
 template <class T, Form form>
 inline void tile_rows(int64_t rows, const T* a, const T* b, int64_t d, T* out) {
   constexpr int kAtOnce = form == Form::kProduct ? Tile<T>::kRows : simd::kDistanceRows;
