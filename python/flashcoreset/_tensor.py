@@ -176,8 +176,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
             where = f"row {begin + row}, column {column}" if tensor.dim() == 2 else f"position {column}"
-            got = rows[begin + row, column].item()
-            got = "NaN" if got != got else got
+            value = rows[begin + row, column].item()
+            got = "NaN" if value != value else value
             raise ValueError(f"{name} must be finite, got {got} at {where}")
 
 

@@ -40,8 +40,8 @@ def choose_kernels(backend: str | None, device: torch.device) -> ModuleType:
             )
         warn_slow_path(reason)
         return kernels.torch
-    if backend is None and (reason := _native.failure()) is not None:
-        warn_slow_path(reason)
+    if backend is None and (missing := _native.failure()) is not None:
+        warn_slow_path(missing)
         return kernels.torch
     _native.module()
     return kernels.cpu

@@ -635,9 +635,10 @@ def _is_traced(p: _Problem) -> bool:
 
 
 def _call_op(p: _Problem, backend: str | None) -> Selection:
-    x, crow, col, columns = p.x, None, None, 0
-    if isinstance(x, Csr):
-        x, crow, col, columns = x.values, x.crow, x.col, x.shape[1]
+    if isinstance(p.x, Csr):
+        x, crow, col, columns = p.x.values, p.x.crow, p.x.col, p.x.shape[1]
+    else:
+        x, crow, col, columns = p.x, None, None, 0
     indices, gains, won, assignment, objective, offset = torch.ops.flashcoreset.facility_location(
         x, crow, col, columns, p.k, p.clients, p.metric, p.weights, p.groups, p.labels, p.budgets,
         p.preselected, p.method, p.epsilon, str(p.seed), p.offset, p.memory_budget, backend,

@@ -221,9 +221,9 @@ class FacilityLocation:
             raise ValueError(
                 f"x: similarities of metric {metric!r} overflow {s.dtype}; scale the data down or use float64"
             )
-        if isinstance(s, _Points) and n * m * x.element_size() <= memory_budget:
+        if isinstance(s, _Points) and n * m * s.dtype.itemsize <= memory_budget:
             held = torch.empty(n, m, dtype=s.dtype, device=s.device)
-            for rows in _blocks(n, m * x.element_size()):
+            for rows in _blocks(n, m * s.dtype.itemsize):
                 held[rows] = s.rows(rows)
             s = _Matrix(held)
         self._s = s
