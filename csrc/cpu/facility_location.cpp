@@ -4,21 +4,21 @@
 // gains are computed when: the picks are those of the plain greedy algorithm, bit for bit, whatever the
 // number of threads or the memory.
 //
-//   lazy        Gains only fall as picks are made, so an old gain bounds the new one. A heap holds the
-//   bounds; candidates are
-//               evaluated from its top, a batch at a time, until the best fresh gain beats every bound left.
-//   sweeps      In the first picks the bounds are so loose that a large part of all candidates would be
-//   evaluated. When the
-//               candidates above the best fresh gain cost more than bringing everybody up to date, all gains
-//               are corrected for just the clients whose best similarity changed since the last sweep; and
-//               where clients and candidates are the same points, the full sweep needs half of the products.
-//               So a pick never costs more than 0.6 n evaluations, nor much more than n times the share of
-//               clients it changed.
-//   live pairs  Once few pairs can still win anything, a candidate's evaluation leaves behind the list of its
-//   live pairs,
-//               and later evaluations read that list (live_lists.h).
-//   matrix      If the whole matrix fits the memory budget it is computed once (half of it, mirrored, for
-//   self clients).
+//   lazy: gains only fall as picks are made, so an old gain bounds the new one. A heap holds the bounds;
+//   candidates are evaluated from its top, a batch at a time, until the best fresh gain beats every bound
+//   left.
+//
+//   sweeps: in the first picks the bounds are so loose that a large part of all candidates would be
+//   evaluated. When the candidates above the best fresh gain cost more than bringing everybody up to date,
+//   all gains are corrected for just the clients whose best similarity changed since the last sweep; and
+//   where clients and candidates are the same points, the full sweep needs half of the products. So a pick
+//   never costs more than 0.6 n evaluations, nor much more than n times the share of clients it changed.
+//
+//   live pairs: once few pairs can still win anything, a candidate's evaluation leaves behind the list of its
+//   live pairs, and later evaluations read that list (live_lists.h).
+//
+//   matrix: if the whole matrix fits the memory budget it is computed once (half of it, mirrored, for self
+//   clients).
 //
 // Cost on clustered points (n = 100,000, 100 clusters, k = 1,000): see benchmarks/. Rejected: partial sums by
 // client block, which need n x blocks numbers and save less than correcting for the changed clients.
@@ -196,8 +196,7 @@ class Greedy final : public FacilityLocation {
     stamp_[j] = picks();
   }
 
-  // ------------------------------------------------------------------------------------------------------------
-  // choosing
+  // ---- choosing
 
   Entry best_of_all() {
     std::vector<int64_t> open;
@@ -334,8 +333,7 @@ class Greedy final : public FacilityLocation {
     }
   }
 
-  // ------------------------------------------------------------------------------------------------------------
-  // sweeps
+  // ---- sweeps
 
   // Whether evaluating every candidate above `best` would cost more than bringing all of them up to date.
   bool sweep_pays(const Entry& best) const {
@@ -395,8 +393,7 @@ class Greedy final : public FacilityLocation {
     heap_valid_ = false;
   }
 
-  // ------------------------------------------------------------------------------------------------------------
-  // looking ahead
+  // ---- looking ahead
 
   // A few percent of the candidates, the likely picks, are run ahead greedily, and one sweep computes
   // everybody's gain both now and at some of the states foreseen: its products are shared, only the
@@ -543,8 +540,7 @@ class Greedy final : public FacilityLocation {
     ++stats_.foreseen;
   }
 
-  // ------------------------------------------------------------------------------------------------------------
-  // lists
+  // ---- lists
 
   // Starts keeping lists once a sample of candidates says that they would fit and be short. Looks at picks 1,
   // 2, 3, 4, 6, 8, 12, ...
@@ -565,8 +561,7 @@ class Greedy final : public FacilityLocation {
                                                   0.7 * static_cast<double>(lists_->capacity());
   }
 
-  // ------------------------------------------------------------------------------------------------------------
-  // picking
+  // ---- picking
 
   void commit(const Entry& pick) {
     const int64_t j = pick.candidate, position = picks();

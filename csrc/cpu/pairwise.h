@@ -13,8 +13,8 @@
 
 namespace fc {
 
-inline constexpr int64_t kStep =
-    96;  // the height of blocks is a multiple of this, which every tile side divides
+// The height of blocks is a multiple of this, which every tile side divides.
+inline constexpr int64_t kStep = 96;
 inline constexpr int64_t kMostRows = 2 * kStep;
 
 // Rows of a batch whose packed features fill at most half of a second-level cache, a multiple of both tile
@@ -47,7 +47,7 @@ void pairwise_panels(const Rows<T>& rows, int64_t n, const Panels<T>& columns, M
   constexpr int kRows = Tile<T>::kRows, kCols = Tile<T>::kCols;
   const int64_t d = columns.features(), m = columns.rows();
   const int64_t fit = (int64_t{2} << 20) / (static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(d, 1));
-  const int64_t block = std::min(round_up(n, kRows), std::max<int64_t>(fit / 96 * 96, 96));
+  const int64_t block = std::min(round_up(n, kRows), std::max(fit / kStep * kStep, kStep));
   Buffer<T> packed(block * d);
   std::vector<int64_t> index(n);
   std::iota(index.begin(), index.end(), int64_t{0});

@@ -158,8 +158,7 @@ class GainSums {
   int64_t panels_ = 0;
 };
 
-// ----------------------------------------------------------------------------------------------------------------
-// points
+// ---- points
 
 template <class T>
 class PointSource final : public Source<T> {
@@ -570,8 +569,7 @@ class PointSource final : public Source<T> {
   Buffer<RowScale> scales_;
 };
 
-// ----------------------------------------------------------------------------------------------------------------
-// matrix
+// ---- matrix
 
 template <class T>
 class MatrixSource final : public Source<T> {
@@ -668,8 +666,7 @@ class MatrixSource final : public Source<T> {
   TensorView<const T, 2> s_;
 };
 
-// ----------------------------------------------------------------------------------------------------------------
-// sparse rows
+// ---- sparse rows
 
 template <class T>
 class SparseSource final : public Source<T> {
