@@ -132,6 +132,12 @@ class GainSums {
  public:
   explicit GainSums(int64_t rows) : sums_(rows), totals_(rows) { clear(); }
 
+  static std::vector<GainSums> per_thread(int threads, int64_t rows) {
+    std::vector<GainSums> all;
+    for (int t = 0; t < threads; ++t) all.emplace_back(rows);
+    return all;
+  }
+
   void clear() {
     std::fill_n(sums_.data(), sums_.size(), simd::Sum<T>{});
     std::fill_n(totals_.data(), totals_.size(), int64_t{0});
@@ -296,8 +302,7 @@ class PointSource final : public Source<T> {
     }
     const auto n_levels = static_cast<int64_t>(levels.size());
     auto packed = per_thread<T>(team.size(), block * d);
-    std::vector<GainSums<T>> sums;
-    for (int t = 0; t < team.size(); ++t) sums.emplace_back(n_levels * block);
+    auto sums = GainSums<T>::per_thread(team.size(), n_levels * block);
     auto nearest_value = per_thread<T>(team.size(), block);
     with_form(metric_, [&](auto form) {
       team.parallel_for((candidates() + block - 1) / block, 1, [&](int thread, int64_t which, int64_t) {
@@ -399,8 +404,7 @@ class PointSource final : public Source<T> {
                   limit = lists ? LiveRows<T>::limit(*lists, candidates(), clients()) : 0;
     const auto n_covers = static_cast<int64_t>(covers.size());
     auto packed = per_thread<T>(team.size(), block * d);
-    std::vector<GainSums<T>> sums;
-    for (int t = 0; t < team.size(); ++t) sums.emplace_back(n_covers * block);
+    auto sums = GainSums<T>::per_thread(team.size(), n_covers * block);
     std::vector<std::unique_ptr<LiveRows<T>>> live(team.size());
     if (lists) {
       for (auto& rows : live) rows = std::make_unique<LiveRows<T>>(block, limit);
@@ -436,8 +440,7 @@ class PointSource final : public Source<T> {
     const int64_t d = columns_.features(), rows = round_up(count, kRows);
     Buffer<T> a(rows * d);
     rows_.pack_batch(index, count, a.data());
-    std::vector<GainSums<T>> sums;
-    for (int t = 0; t < team.size(); ++t) sums.emplace_back(rows);
+    auto sums = GainSums<T>::per_thread(team.size(), rows);
     team.parallel_for(columns_.count(), 16, [&](int thread, int64_t begin, int64_t end) {
       alignas(64) T s[kRows * kCols];
       for (int64_t p = begin; p < end; ++p) {
@@ -462,8 +465,7 @@ class PointSource final : public Source<T> {
     const int64_t block =
         n > 8 * 192 * team.size() ? block_rows<T>(d) : std::min<int64_t>(block_rows<T>(d), 96);
     auto packed = per_thread<T>(team.size(), block * d);
-    std::vector<GainSums<T>> sums;
-    for (int t = 0; t < team.size(); ++t) sums.emplace_back(n_covers * block);
+    auto sums = GainSums<T>::per_thread(team.size(), n_covers * block);
     auto columns = per_thread<simd::LaneSums<T>>(team.size(), n_covers * kVectors);
     std::vector<Buffer<int64_t>> partial;
     for (int t = 0; t < team.size(); ++t) partial.emplace_back(n_covers * padded, int64_t{0});
@@ -535,8 +537,7 @@ class PointSource final : public Source<T> {
       was.weight[i] = is.weight[i] = cover.weight[changed[i]];
     }
     auto packed = per_thread<T>(team.size(), block * d);
-    std::vector<GainSums<T>> sums;
-    for (int t = 0; t < team.size(); ++t) sums.emplace_back(2 * block);
+    auto sums = GainSums<T>::per_thread(team.size(), 2 * block);
     team.parallel_for((count + block - 1) / block, 1, [&](int thread, int64_t which, int64_t) {
       const int64_t begin = which * block, rows = std::min(block, count - begin);
       T* a = packed[thread].data();
