@@ -26,6 +26,8 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: export FLASHCORESET_CUDA := off
+# Compiled for this processor alone, unless something here needs all builds: a third of the time.
+demo: export FLASHCORESET_BUILD_ISAS := $(if $(wildcard $(VENV)/.with-test $(VENV)/.with-bench),all,native)
 demo: $(VENV)/.with-demo ## choose training images from real data: a table, and demo.png
 	$(BIN)/flashcoreset demo --out demo.png
 

@@ -66,14 +66,12 @@ def without_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the package had been installed without its compiled modules."""
     monkeypatch.setattr(_native, "_loaded", None)
     monkeypatch.setattr(_native, "_failure", None)
-    monkeypatch.setattr(_native, "_import", lambda isa: "ImportError: no compiled module here")
+    monkeypatch.setattr(_native, "_import", lambda name: "ImportError: no compiled module here")
     monkeypatch.setattr(_errors, "_reported", set())
     monkeypatch.delenv("FLASHCORESET_ISA", raising=False)
-    for cached in (_native._processor, _native.unavailable_reason):
-        cached.cache_clear()
+    _native.unavailable_reason.cache_clear()
     yield
-    for cached in (_native._processor, _native.unavailable_reason):
-        cached.cache_clear()
+    _native.unavailable_reason.cache_clear()
 
 
 @pytest.mark.usefixtures("without_modules")

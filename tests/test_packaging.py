@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from email.parser import Parser
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import flashcoreset as fc
+from flashcoreset import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +25,12 @@ def version() -> str:
     found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert found is not None
     return found[1]
+
+
+def tools_environment(**more: str) -> dict[str, str]:
+    """The environment with this installation's cmake and ninja in front."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, **more}
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +56,10 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-w",
         folder,
     ]
-    # What is in the wheel does not depend on the optimisation, the time to build it does.
+    # The wheel has the same form at every optimisation and for one instruction set, which take less time to build.
     command += ["-C", "cmake.build-type=Debug", sdist]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake and ninja of this environment
-    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    environment = tools_environment(FLASHCORESET_BUILD_ISAS="native")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.iterdir()
     return built
@@ -95,16 +104,28 @@ def test_wheel(wheel: Path) -> None:
     assert python <= set(names)
     assert "flashcoreset/py.typed" in names
     modules = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
-    assert modules in (
-        {"_cpu_x86_64_v2", "_cpu_x86_64_v3", "_cpu_x86_64_v4"},
-        {"_cpu_aarch64"},
-        {"_cpu_generic"},
-    )
+    assert modules == {"_processor", _native.MODULES[_native.available_isas()[0]]}
     assert f"flashcoreset-{version()}.dist-info/licenses/LICENSE" in names
     assert metadata["Version"] == version()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert "flashcoreset=flashcoreset.cli:main" in entry_points.replace(" ", "")
+
+
+def test_all_builds_are_installed() -> None:
+    architecture = [isa for isa in _native.MODULES if isa.startswith(platform.machine().replace("_", "-"))]
+    installed = [isa for isa in _native.MODULES if find_spec(f"flashcoreset.{_native.MODULES[isa]}")]
+    assert installed == (architecture or ["generic"])
+
+
+@pytest.mark.parametrize("variable", ["FLASHCORESET_BUILD_ISAS", "FLASHCORESET_CUDA"])
+def test_a_wrong_build_switch_names_the_values(variable: str, tmp_path: Path) -> None:
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DFLASHCORESET_PYTHON=OFF"]
+    done = subprocess.run(
+        command, env=tools_environment(**{variable: "maybe"}), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert re.search(rf'{variable} must be \w+ or \w+, got\s+"maybe"', done.stderr)
 
 
 def test_the_wheel_runs_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:

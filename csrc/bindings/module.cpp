@@ -1,7 +1,8 @@
-// The module: one for each instruction set, compiled from the same sources.
-#include <vector>
+// The module: one for each instruction set that the kernels are compiled for.
+#include <string>
 
 #include "bindings/bindings.h"
+#include "cpu/isa.h"
 
 namespace fc {
 
@@ -23,38 +24,28 @@ std::function<bool()> signal_poll() {
 
 namespace {
 
-// The names of the builds that this processor can run, best first.
-py::list supported_isas() {
-  py::list names;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool v2 =
-      __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("ssse3");
-  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
-  if (v4) names.append("x86-64-v4");
-  if (v3) names.append("x86-64-v3");
-  if (v2) names.append("x86-64-v2");
-#elif defined(__aarch64__)
-  names.append("aarch64");
-#else
-  names.append("generic");
-#endif
-  return names;
+void define_module(py::module_& m) {
+  m.doc() = std::string("flashcoreset's CPU kernels, compiled for ") + kernel_isa() + ".";
+  m.attr("ISA") = kernel_isa();
+  bind_pairwise(m);
+  bind_facility_location(m);
+  bind_nearest_order(m);
 }
 
 }  // namespace
 
 }  // namespace fc
 
-PYBIND11_MODULE(FC_MODULE_NAME, m) {
-  m.doc() = "flashcoreset's CPU kernels, compiled for " FC_ISA_NAME ".";
-  m.attr("ISA") = FC_ISA_NAME;
-  m.def("supported_isas", &fc::supported_isas, "Builds that this processor can run, best first.");
-  fc::bind_pairwise(m);
-  fc::bind_facility_location(m);
-  fc::bind_nearest_order(m);
-}
+// The bindings are compiled once and linked to each build of the kernels, so each module has the entry points
+// of all; Python calls the one that its file is named after.
+#define FC_MODULE(name) \
+  PYBIND11_MODULE(name, m) { fc::define_module(m); }
+#if defined(__x86_64__)
+FC_MODULE(_cpu_x86_64_v2)
+FC_MODULE(_cpu_x86_64_v3)
+FC_MODULE(_cpu_x86_64_v4)
+#elif defined(__aarch64__)
+FC_MODULE(_cpu_aarch64)
+#else
+FC_MODULE(_cpu_generic)
+#endif

@@ -34,16 +34,16 @@ class PyNearestOrder {
       if (view.rows() == 0 || view.cols() == 0) {
         throw py::value_error("centroids: expected at least 1 row and 1 column");
       }
-      order_ = std::make_unique<NearestOrder<T>>(view, threads, signal_poll());
+      order_ = nearest_order_of_features<T>(view, threads, signal_poll());
     });
   }
 
   PyNearestOrder(int64_t lists, const std::string& dtype, int threads) {
     if (lists < 1) throw py::value_error("lists: expected a number >= 1, got " + std::to_string(lists));
     if (dtype == "float32") {
-      order_ = std::make_unique<NearestOrder<float>>(lists, threads, signal_poll());
+      order_ = nearest_order_of_similarities<float>(lists, threads, signal_poll());
     } else if (dtype == "float64") {
-      order_ = std::make_unique<NearestOrder<double>>(lists, threads, signal_poll());
+      order_ = nearest_order_of_similarities<double>(lists, threads, signal_poll());
     } else {
       throw py::value_error("dtype: expected float32 or float64, got '" + dtype + "'");
     }

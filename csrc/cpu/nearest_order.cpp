@@ -27,8 +27,12 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "core/simd.h"
+#include "core/threads.h"
+#include "cpu/pack.h"
+#include "cpu/tile.h"
 
 namespace fc {
 namespace {
@@ -83,18 +87,91 @@ void pack_unit(const T* row, int64_t d, int64_t item, T* out, int width) {
   for (k = 0; k < d; ++k) out[k * width] = row[k] * power * inverse;
 }
 
-}  // namespace
+template <class T>
+class StreamedOrder final : public NearestOrder<T> {
+ public:
+  StreamedOrder(const TensorView<const T, 2>& centroids, int threads, std::function<bool()> poll);
+  StreamedOrder(int64_t lists, int threads, std::function<bool()> poll);
+
+  int64_t lists() const override { return static_cast<int64_t>(lists_.size()); }
+  int64_t features() const override { return d_; }
+  int64_t kept(int64_t list) const override { return static_cast<int64_t>(lists_[list].entries.size()); }
+  int64_t taken() const override { return taken_; }
+  void begin(int64_t length) override;
+  void update(const TensorView<const T, 2>& x) override;
+  void update_similarities(const TensorView<const T, 2>& s) override;
+  int64_t finish() override;
+  int64_t rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values) override;
+  void order(int64_t list, int64_t* items, T* similarities) override;
+
+ private:
+  static constexpr int kGroup = Tile<T>::kRows;  // lists whose similarities come from one tile
+  static constexpr int kPanel = Tile<T>::kCols;  // items of one tile
+
+  struct Entry {
+    T value;
+    int64_t item;
+  };
+  struct Survivor {
+    T value;
+    int32_t lane;  // list within its group
+    int64_t item;
+  };
+  struct List {
+    std::vector<Entry> entries;  // the first `sorted` of them in order once the pass is finished
+    int64_t sorted = 0;
+    int64_t cursor = 0;  // everything before it is taken
+    bool full = false;   // `length_` entries no worse than `last` are kept
+    Entry last{};
+  };
+  struct Scratch {
+    Buffer<T> panel;  // [d, kPanel]
+    Buffer<T> tile;   // [kGroup, kPanel]
+    int64_t items[kPanel];
+    std::vector<std::vector<Survivor>> survivors;  // [groups]
+  };
+
+  static bool before(const Entry& a, const Entry& b) {
+    return a.value != b.value ? a.value > b.value : a.item < b.item;
+  }
+
+  int64_t groups() const { return (lists() + kGroup - 1) / kGroup; }
+  bool is_taken(int64_t item) const { return taken_bits_[item >> 6] >> (item & 63) & 1; }
+  bool is_skipped(int64_t item) const { return taken_ > 0 && is_taken(item); }
+
+  template <class Scan>
+  void add(int64_t rows, Scan&& scan);
+  void filter_panel(Scratch& scratch, int count);
+  void filter_row(Scratch& scratch, const T* row, int64_t item, simd::Vec<T>& finite);
+  void merge(int64_t group);
+  void cut(int64_t list);
+  bool advance(List& list);
+  static void sort_further(List& list, int64_t end);
+
+  ThreadTeam team_;
+  int64_t d_ = 0;
+  Buffer<T> centroids_;  // [groups, d, kGroup], the last group filled up with zeros
+  std::vector<List> lists_;
+  Buffer<T> thresholds_;          // [K]: an item whose similarity is not above it cannot be among the best
+  std::vector<Scratch> scratch_;  // one a thread
+  std::vector<uint64_t> taken_bits_;
+  int64_t length_ = 0;
+  int64_t rows_ = 0;    // seen in this pass
+  int64_t items_ = -1;  // in all; -1 before the first pass is finished
+  int64_t taken_ = 0;
+  enum class Pass { kNone, kOpen, kFinished } pass_ = Pass::kNone;
+};
 
 template <class T>
-NearestOrder<T>::NearestOrder(int64_t lists, int threads, std::function<bool()> poll)
+StreamedOrder<T>::StreamedOrder(int64_t lists, int threads, std::function<bool()> poll)
     : team_(threads, std::move(poll)), lists_(lists), thresholds_(lists), scratch_(team_.size()) {
   for (Scratch& scratch : scratch_) scratch.survivors.resize(groups());
 }
 
 template <class T>
-NearestOrder<T>::NearestOrder(const TensorView<const T, 2>& centroids, int threads,
-                              std::function<bool()> poll)
-    : NearestOrder(centroids.rows(), threads, std::move(poll)) {
+StreamedOrder<T>::StreamedOrder(const TensorView<const T, 2>& centroids, int threads,
+                                std::function<bool()> poll)
+    : StreamedOrder(centroids.rows(), threads, std::move(poll)) {
   d_ = centroids.cols();
   centroids_ = Buffer<T>(groups() * kGroup * d_, T(0));
   for (int64_t c = 0; c < centroids.rows(); ++c) {
@@ -109,7 +186,7 @@ NearestOrder<T>::NearestOrder(const TensorView<const T, 2>& centroids, int threa
 }
 
 template <class T>
-void NearestOrder<T>::begin(int64_t length) {
+void StreamedOrder<T>::begin(int64_t length) {
   pass_ = Pass::kNone;
   length_ = items_ < 0 ? length : std::min(length, std::max<int64_t>(items_ - taken_, 1));
   rows_ = 0;
@@ -127,7 +204,7 @@ void NearestOrder<T>::begin(int64_t length) {
 // among the threads.
 template <class T>
 template <class Scan>
-void NearestOrder<T>::add(int64_t rows, Scan&& scan) {
+void StreamedOrder<T>::add(int64_t rows, Scan&& scan) {
   if (pass_ != Pass::kOpen) throw std::invalid_argument("no pass is open: call begin() first");
   if (items_ >= 0 && rows_ + rows > items_) {
     throw std::invalid_argument("openset has more rows than the " + std::to_string(items_) +
@@ -152,7 +229,7 @@ void NearestOrder<T>::add(int64_t rows, Scan&& scan) {
 }
 
 template <class T>
-void NearestOrder<T>::update(const TensorView<const T, 2>& x) {
+void StreamedOrder<T>::update(const TensorView<const T, 2>& x) {
   add(x.rows(), [&](Scratch& scratch, int64_t begin, int64_t end, int64_t item) {
     int count = 0;
     for (int64_t i = begin; i < end; ++i, ++item) {
@@ -169,7 +246,7 @@ void NearestOrder<T>::update(const TensorView<const T, 2>& x) {
 }
 
 template <class T>
-void NearestOrder<T>::update_similarities(const TensorView<const T, 2>& s) {
+void StreamedOrder<T>::update_similarities(const TensorView<const T, 2>& s) {
   add(s.rows(), [&](Scratch& scratch, int64_t begin, int64_t end, int64_t item) {
     simd::Vec<T> finite{};
     const int64_t first = item;
@@ -187,7 +264,7 @@ void NearestOrder<T>::update_similarities(const TensorView<const T, 2>& s) {
 
 // Similarities of the first `count` items of the scratch panel to all lists; those above a threshold survive.
 template <class T>
-void NearestOrder<T>::filter_panel(Scratch& scratch, int count) {
+void StreamedOrder<T>::filter_panel(Scratch& scratch, int count) {
   constexpr int kWidth = simd::kWidth<T>;
   const uint64_t valid = ~uint64_t{0} >> (64 - count);
   for (int64_t group = 0; group < groups(); ++group) {
@@ -213,7 +290,7 @@ void NearestOrder<T>::filter_panel(Scratch& scratch, int count) {
 
 // The same for one row of given similarities. `finite` becomes NaN where one is not.
 template <class T>
-void NearestOrder<T>::filter_row(Scratch& scratch, const T* row, int64_t item, simd::Vec<T>& finite) {
+void StreamedOrder<T>::filter_row(Scratch& scratch, const T* row, int64_t item, simd::Vec<T>& finite) {
   constexpr int kWidth = simd::kWidth<T>;
   const int64_t n = lists();
   const auto survive = [&](int64_t c) {
@@ -234,7 +311,7 @@ void NearestOrder<T>::filter_row(Scratch& scratch, const T* row, int64_t item, s
 
 // Takes the survivors of one group of lists out of all threads' hands.
 template <class T>
-void NearestOrder<T>::merge(int64_t group) {
+void StreamedOrder<T>::merge(int64_t group) {
   const size_t capacity = static_cast<size_t>(length_ + std::max<int64_t>(length_ / 2, 64));
   for (Scratch& scratch : scratch_) {
     for (const Survivor& survivor : scratch.survivors[group]) {
@@ -252,7 +329,7 @@ void NearestOrder<T>::merge(int64_t group) {
 
 // Keeps the `length_` first entries of a list that has at least as many.
 template <class T>
-void NearestOrder<T>::cut(int64_t c) {
+void StreamedOrder<T>::cut(int64_t c) {
   List& list = lists_[c];
   const auto last = list.entries.begin() + (length_ - 1);
   std::nth_element(list.entries.begin(), last, list.entries.end(), before);
@@ -263,7 +340,7 @@ void NearestOrder<T>::cut(int64_t c) {
 }
 
 template <class T>
-int64_t NearestOrder<T>::finish() {
+int64_t StreamedOrder<T>::finish() {
   if (pass_ != Pass::kOpen) throw std::invalid_argument("no pass is open: call begin() first");
   if (items_ >= 0 && rows_ != items_) {
     throw std::invalid_argument("openset has " + std::to_string(rows_) + " rows, it had " +
@@ -283,7 +360,7 @@ int64_t NearestOrder<T>::finish() {
 }
 
 template <class T>
-void NearestOrder<T>::sort_further(List& list, int64_t end) {
+void StreamedOrder<T>::sort_further(List& list, int64_t end) {
   const auto begin = list.entries.begin() + list.sorted, middle = list.entries.begin() + end;
   if (middle != list.entries.end()) std::nth_element(begin, middle, list.entries.end(), before);
   std::sort(begin, middle, before);
@@ -292,7 +369,7 @@ void NearestOrder<T>::sort_further(List& list, int64_t end) {
 
 // Moves the cursor to the list's best item that is not taken; false if it keeps none.
 template <class T>
-bool NearestOrder<T>::advance(List& list) {
+bool StreamedOrder<T>::advance(List& list) {
   const int64_t size = static_cast<int64_t>(list.entries.size());
   for (; list.cursor < size; ++list.cursor) {
     if (list.cursor == list.sorted)
@@ -303,7 +380,7 @@ bool NearestOrder<T>::advance(List& list) {
 }
 
 template <class T>
-int64_t NearestOrder<T>::rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values) {
+int64_t StreamedOrder<T>::rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values) {
   if (pass_ != Pass::kFinished)
     throw std::invalid_argument("no pass is finished: call begin(), update() and finish() first");
   const int64_t limit = std::min(k, items_);
@@ -332,7 +409,7 @@ int64_t NearestOrder<T>::rounds(int64_t k, int64_t count, int64_t* items, int64_
 }
 
 template <class T>
-void NearestOrder<T>::order(int64_t index, int64_t* items, T* similarities) {
+void StreamedOrder<T>::order(int64_t index, int64_t* items, T* similarities) {
   if (pass_ != Pass::kFinished)
     throw std::invalid_argument("no pass is finished: call begin(), update() and finish() first");
   List& list = lists_[index];
@@ -343,7 +420,27 @@ void NearestOrder<T>::order(int64_t index, int64_t* items, T* similarities) {
   }
 }
 
-template class NearestOrder<float>;
-template class NearestOrder<double>;
+}  // namespace
+
+template <class T>
+std::unique_ptr<NearestOrder<T>> nearest_order_of_features(const TensorView<const T, 2>& centroids,
+                                                           int threads, std::function<bool()> poll) {
+  return std::make_unique<StreamedOrder<T>>(centroids, threads, std::move(poll));
+}
+
+template <class T>
+std::unique_ptr<NearestOrder<T>> nearest_order_of_similarities(int64_t lists, int threads,
+                                                               std::function<bool()> poll) {
+  return std::make_unique<StreamedOrder<T>>(lists, threads, std::move(poll));
+}
+
+#define FC_INSTANTIATE(T)                                                                                    \
+  template std::unique_ptr<NearestOrder<T>> nearest_order_of_features<T>(const TensorView<const T, 2>&, int, \
+                                                                         std::function<bool()>);             \
+  template std::unique_ptr<NearestOrder<T>> nearest_order_of_similarities<T>(int64_t, int,                   \
+                                                                             std::function<bool()>);
+FC_INSTANTIATE(float)
+FC_INSTANTIATE(double)
+#undef FC_INSTANTIATE
 
 }  // namespace fc

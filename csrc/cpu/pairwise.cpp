@@ -3,6 +3,9 @@
 // block by block.
 #include "cpu/pairwise.h"
 
+#include "cpu/pack.h"
+#include "cpu/pairwise_panels.h"
+
 namespace fc {
 
 template <class T>

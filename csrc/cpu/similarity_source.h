@@ -24,7 +24,7 @@
 #include "cpu/live_lists.h"
 #include "cpu/metric.h"
 #include "cpu/pack.h"
-#include "cpu/pairwise.h"
+#include "cpu/pairwise_panels.h"
 
 namespace fc {
 

@@ -15,9 +15,12 @@
 // hides the second level, the partial tiles cost stores).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/simd.h"
+#include "cpu/metric.h"
 
 namespace fc {
 
@@ -79,6 +82,33 @@ inline void tile_rows(int64_t rows, const T* a, const T* b, int64_t d, T* out) {
   if (rows == 1) return tile<T, form, 1>(a, b, d, out);
   for (int first = 0; first < Tile<T>::kRows && first < rows; first += kAtOnce) {
     tile<T, form, kAtOnce>(a + first, b, d, out + first * Tile<T>::kCols);
+  }
+}
+
+// Calls fn with the tile form of `metric` as a compile-time constant.
+template <class Fn>
+void with_form(Metric metric, Fn&& fn) {
+  switch (metric) {
+    case Metric::kCosine:
+    case Metric::kDot:
+      return fn(std::integral_constant<Form, Form::kProduct>{});
+    case Metric::kEuclidean:
+    case Metric::kSqeuclidean:
+      return fn(std::integral_constant<Form, Form::kSquare>{});
+    case Metric::kL1:
+      return fn(std::integral_constant<Form, Form::kAbsolute>{});
+  }
+}
+
+// Turns what the tile routine accumulated into the metric's value times `sign`: +1 for the value itself, -1
+// to see a distance as a similarity. (`count` values in place.)
+template <class T>
+inline void finish_values(Metric metric, bool negate, T* __restrict values, int64_t count) {
+  if (metric == Metric::kEuclidean) {
+    for (int64_t i = 0; i < count; ++i) values[i] = std::sqrt(values[i]);
+  }
+  if (negate) {
+    for (int64_t i = 0; i < count; ++i) values[i] = -values[i];
   }
 }
 

@@ -19,48 +19,34 @@ MODULES = {
     "aarch64": "_cpu_aarch64",
     "generic": "_cpu_generic",
 }
-# These run on every processor of their architecture, so they can be asked what it supports.
-BASELINES = ("x86-64-v2", "aarch64", "generic")
 
 _REMEDY = "reinstall flashcoreset with a C++17 compiler present (pip install .), or pass backend='torch'"
 
 
 @functools.cache
-def _import(isa: str) -> ModuleType | str:
-    """The module, or why there is none."""
+def _import(name: str) -> ModuleType | str:
+    """The package's compiled module of that name, or why there is none."""
     try:
-        return importlib.import_module(f"flashcoreset.{MODULES[isa]}")
+        return importlib.import_module(f"flashcoreset.{name}")
     except ImportError as error:
         return f"{type(error).__name__}: {error}"
 
 
 @functools.cache
-def _processor() -> frozenset[str] | None:
-    """The instruction sets that this processor has, or None when no baseline module could be imported to
-    ask."""
-    for isa in BASELINES:
-        module = _import(isa)
-        if isinstance(module, ModuleType):
-            return frozenset(module.supported_isas())
-    return None
-
-
-@functools.cache
 def unavailable_reason(isa: str) -> str | None:
     """Why the build for `isa` cannot be used here, or None if it can."""
-    processor = _processor()
-    if processor is not None and isa not in processor:
+    # Asked first: a build for another processor would end the process at its first instruction.
+    processor = _import("_processor")
+    if isinstance(processor, str):
+        return processor
+    if isa not in processor.supported_isas():
         return "this processor does not have it"
-    module = _import(isa)
+    module = _import(MODULES[isa])
     return None if isinstance(module, ModuleType) else module
 
 
 def available_isas() -> list[str]:
     """The builds that run here, best first."""
-    # Without a baseline module the processor is unknown, and a build for another one would end the process at
-    # its first instruction.
-    if _processor() is None:
-        return []
     return [isa for isa in MODULES if unavailable_reason(isa) is None]
 
 
@@ -74,12 +60,11 @@ def load_isa(isa: str) -> ModuleType:
     if isa not in MODULES:
         raise ValueError(f"unknown instruction set {isa!r}; valid names: {', '.join(MODULES)}")
     if isa not in available_isas():
-        reason = unavailable_reason(isa) or "no baseline module could be imported to ask the processor"
         raise BackendUnavailableError(
-            f"the build for {isa} cannot be used here: {reason}; "
+            f"the build for {isa} cannot be used here: {unavailable_reason(isa)}; "
             f"available: {', '.join(available_isas()) or 'none'}"
         )
-    module = _import(isa)
+    module = _import(MODULES[isa])
     assert isinstance(module, ModuleType)
     return module
 

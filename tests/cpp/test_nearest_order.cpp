@@ -101,11 +101,11 @@ void test_similarities() {
           for (T& value : s.values()) value = std::round(2 * value);
         for (const int64_t length : {std::min<int64_t>(n, 40), n}) {
           for (const int threads : {1, 2}) {
-            fc::NearestOrder<T> order(lists, threads, nullptr);
+            const auto order = fc::nearest_order_of_similarities<T>(lists, threads, nullptr);
             const int64_t piece = threads == 1 ? n : n / 3 + 1;
-            check_run(order, s, length, [&] {
+            check_run(*order, s, length, [&] {
               for (int64_t begin = 0; begin < n; begin += piece)
-                order.update_similarities(
+                order->update_similarities(
                     {s.view().row(begin), {std::min(piece, n - begin), lists}, {lists, 1}});
             });
           }
@@ -125,16 +125,16 @@ void test_features() {
     const auto centroids = unit_rows(samples::normal<T>(lists, d, 2));
     const auto unit = unit_rows(x);
     Matrix<T> s(n, lists);
-    fc::NearestOrder<T> all(centroids.view(), 1, nullptr);
+    const auto all = fc::nearest_order_of_features<T>(centroids.view(), 1, nullptr);
     CHECK_EQUAL(all.features(), d);
-    all.begin(n);
-    all.update(x.view());
-    all.finish();
+    all->begin(n);
+    all->update(x.view());
+    all->finish();
     for (int64_t c = 0; c < lists; ++c) {
       std::vector<int64_t> items(n);
       std::vector<T> similarities(n);
-      CHECK_EQUAL(all.kept(c), n);
-      all.order(c, items.data(), similarities.data());
+      CHECK_EQUAL(all->kept(c), n);
+      all->order(c, items.data(), similarities.data());
       for (int64_t i = 0; i < n; ++i) s(items[i], c) = similarities[i];
     }
     double worst = 0;
@@ -147,10 +147,10 @@ void test_features() {
     }
     CHECK(worst <= (d + 4) * static_cast<double>(std::numeric_limits<T>::epsilon()));
     for (const int64_t length : {std::min<int64_t>(n, 50), n}) {
-      fc::NearestOrder<T> order(centroids.view(), 2, nullptr);
-      check_run(order, s, length, [&] {
+      const auto order = fc::nearest_order_of_features<T>(centroids.view(), 2, nullptr);
+      check_run(*order, s, length, [&] {
         for (int64_t begin = 0; begin < n; begin += 61)
-          order.update({x.view().row(begin), {std::min<int64_t>(61, n - begin), d}, {d, 1}});
+          order->update({x.view().row(begin), {std::min<int64_t>(61, n - begin), d}, {d, 1}});
       });
     }
   }
@@ -159,28 +159,28 @@ void test_features() {
 template <class T>
 void test_misuse() {
   const auto s = samples::normal<T>(20, 3, 1);
-  fc::NearestOrder<T> order(3, 1, nullptr);
-  CHECK_THROWS(order.update_similarities(s.view()), std::invalid_argument);
-  CHECK_THROWS(order.finish(), std::invalid_argument);
+  const auto order = fc::nearest_order_of_similarities<T>(3, 1, nullptr);
+  CHECK_THROWS(order->update_similarities(s.view()), std::invalid_argument);
+  CHECK_THROWS(order->finish(), std::invalid_argument);
   std::vector<int64_t> items(3), counts(1);
   std::vector<double> values(1);
-  CHECK_THROWS(order.rounds(5, 1, items.data(), counts.data(), values.data()), std::invalid_argument);
+  CHECK_THROWS(order->rounds(5, 1, items.data(), counts.data(), values.data()), std::invalid_argument);
   for (const T bad : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity(),
                       -std::numeric_limits<T>::infinity()}) {
     auto wrong = s;
     wrong(11, 2) = bad;
-    order.begin(5);
-    CHECK_THROWS(order.update_similarities(wrong.view()), std::invalid_argument);
-    CHECK_THROWS(order.finish(), std::invalid_argument);
+    order->begin(5);
+    CHECK_THROWS(order->update_similarities(wrong.view()), std::invalid_argument);
+    CHECK_THROWS(order->finish(), std::invalid_argument);
     fc::NearestOrder<T> features(unit_rows(samples::normal<T>(4, 3, 2)).view(), 2, nullptr);
     features.begin(5);
     CHECK_THROWS(features.update(wrong.view()), std::invalid_argument);
   }
-  order.begin(2);
-  order.update_similarities(s.view());
-  CHECK_EQUAL(order.finish(), 20);
-  order.begin(2);
-  CHECK_THROWS(order.finish(), std::invalid_argument);  // fewer items than the first pass had
+  order->begin(2);
+  order->update_similarities(s.view());
+  CHECK_EQUAL(order->finish(), 20);
+  order->begin(2);
+  CHECK_THROWS(order->finish(), std::invalid_argument);  // fewer items than the first pass had
 }
 
 template <class T>

@@ -21,9 +21,9 @@ void run(fuzz::Input& in) {
   try {
     if (features) {
       const fuzz::Array<T> centroids(in, lists, d, any, false);
-      order = std::make_unique<fc::NearestOrder<T>>(centroids.view, threads, nullptr);
+      order = fc::nearest_order_of_features<T>(centroids.view, threads, nullptr);
     } else {
-      order = std::make_unique<fc::NearestOrder<T>>(lists, threads, nullptr);
+      order = fc::nearest_order_of_similarities<T>(lists, threads, nullptr);
     }
   } catch (const std::invalid_argument&) {
     if (!any) std::abort();

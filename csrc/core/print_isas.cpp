@@ -1,0 +1,11 @@
+// Run when a build for this machine alone is configured: prints the best build that it can run.
+#include <cstdio>
+
+#include "core/processor.h"
+
+int main() {
+  const char* const* names = fc::supported_isas();
+  if (names[0] == nullptr) return 1;
+  std::fputs(names[0], stdout);
+  return 0;
+}
