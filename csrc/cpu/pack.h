@@ -122,6 +122,20 @@ struct RowScale {
   }
 };
 
+// out[k * kStride] = feature k of the row, from `from` up to `to`, scaled where `scale` is given.
+template <int kStride, class T>
+void scatter_row(const TensorView<const T, 2>& x, int64_t row, const RowScale* scale, int64_t from,
+                 int64_t to, T* out) {
+  const T* in = x.row(row);
+  const int64_t step = x.stride[1];
+  if (scale) {
+    const RowScale by = *scale;
+    for (int64_t k = from; k < to; ++k) out[k * kStride] = by.apply(in[k * step]);
+  } else {
+    for (int64_t k = from; k < to; ++k) out[k * kStride] = in[k * step];
+  }
+}
+
 template <class T>
 class Panels {
  public:
@@ -158,14 +172,7 @@ class Panels {
               for (int64_t k = from; k < to; ++k) place[k * kCols] = T(0);
               continue;
             }
-            const T* in = x.row(first + lane);
-            const int64_t step = x.stride[1];
-            if (normalise) {
-              const RowScale scale = scales[lane];
-              for (int64_t k = from; k < to; ++k) place[k * kCols] = scale.apply(in[k * step]);
-            } else {
-              for (int64_t k = from; k < to; ++k) place[k * kCols] = in[k * step];
-            }
+            scatter_row<kCols>(x, first + lane, normalise ? &scales[lane] : nullptr, from, to, place);
           }
         });
       }
@@ -227,14 +234,7 @@ struct Rows {
           const T* in = panels->panel(index[i] / Panels<T>::kCols) + index[i] % Panels<T>::kCols;
           for (int64_t k = from; k < to; ++k) place[k * kRows] = in[k * Panels<T>::kCols];
         } else {
-          const T* in = view.row(index[i]);
-          const int64_t step = view.stride[1];
-          if (scale) {
-            const RowScale by = scale[index[i]];
-            for (int64_t k = from; k < to; ++k) place[k * kRows] = by.apply(in[k * step]);
-          } else {
-            for (int64_t k = from; k < to; ++k) place[k * kRows] = in[k * step];
-          }
+          scatter_row<kRows>(view, index[i], scale ? &scale[index[i]] : nullptr, from, to, place);
         }
       }
     });

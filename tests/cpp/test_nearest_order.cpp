@@ -126,7 +126,7 @@ void test_features() {
     const auto unit = unit_rows(x);
     Matrix<T> s(n, lists);
     const auto all = fc::nearest_order_of_features<T>(centroids.view(), 1, nullptr);
-    CHECK_EQUAL(all.features(), d);
+    CHECK_EQUAL(all->features(), d);
     all->begin(n);
     all->update(x.view());
     all->finish();
@@ -172,9 +172,10 @@ void test_misuse() {
     order->begin(5);
     CHECK_THROWS(order->update_similarities(wrong.view()), std::invalid_argument);
     CHECK_THROWS(order->finish(), std::invalid_argument);
-    fc::NearestOrder<T> features(unit_rows(samples::normal<T>(4, 3, 2)).view(), 2, nullptr);
-    features.begin(5);
-    CHECK_THROWS(features.update(wrong.view()), std::invalid_argument);
+    const auto features =
+        fc::nearest_order_of_features<T>(unit_rows(samples::normal<T>(4, 3, 2)).view(), 2, nullptr);
+    features->begin(5);
+    CHECK_THROWS(features->update(wrong.view()), std::invalid_argument);
   }
   order->begin(2);
   order->update_similarities(s.view());
