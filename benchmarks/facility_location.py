@@ -113,6 +113,7 @@ FROM_MATRIX = Row(
     check=_same_picks,
     work=_one_reading,
     goal=40,
+    calls=3,
 )
 ROWS = [
     FROM_POINTS,
@@ -142,6 +143,7 @@ ROWS = [
         check=_same_picks,
         work=_product,
         goal=20,
+        calls=10,
     ),
     FROM_MATRIX,
     replace(

@@ -55,7 +55,8 @@ class Row:
     figure: Literal["ratio", "overhead", "products"] = "ratio"
     goal: float | None = None
     memory_goal: float | None = None
-    # Calls in a round: enough that a round lasts many ticks of the clock.
+    # Calls of either side in a round, one after the other: enough that a round lasts many ticks of the clock, and that caches hold
+    # what the call uses, not what the other side left there.
     calls: int = 1
 
 

@@ -51,11 +51,14 @@ L1 = Row(
     check=_same_values,
     work=_product,
     goal=30,
+    calls=3,
 )
 
 
+SMALL: dict[str, Any] = {"size": {"n": 128, "d": 2_560}, "calls": 10}
+
+
 def _variants(metric: str, call: Callable[[torch.Tensor], torch.Tensor], peer_name: str) -> list[Row]:
-    wide: dict[str, Any] = {"n": 128, "d": 2_560}
     base = replace(
         L1,
         name=f"{metric}-2048x512",
@@ -67,15 +70,13 @@ def _variants(metric: str, call: Callable[[torch.Tensor], torch.Tensor], peer_na
     )
     return [
         base,
-        replace(base, name=f"{metric}-128x2560", title=f"{metric} similarities of 128 x 2,560", size=wide),
+        replace(base, name=f"{metric}-128x2560", title=f"{metric} similarities of 128 x 2,560", **SMALL),
     ]
 
 
 ROWS = [
     L1,
-    replace(
-        L1, name="l1-128x2560", title="l1 distances of 128 x 2,560", size={"n": 128, "d": 2_560}, goal=None
-    ),
+    replace(L1, name="l1-128x2560", title="l1 distances of 128 x 2,560", goal=None, **SMALL),
     *_variants("cosine", peers.mm_cosine, "normalize and torch.mm"),
     *_variants("dot", peers.mm_dot, "torch.mm"),
 ]

@@ -76,7 +76,7 @@ def render(families: dict[str, dict[str, Any]]) -> str:
     if not parts:
         raise ValueError("no results to report; run `make bench` first")
     parts.append(
-        "Times are medians of alternating rounds in one process. Memory is the peak of resident memory during the call over what "
+        "Times are medians of alternating rounds in one process; calls of milliseconds are repeated within a round, on both sides. Memory is the peak of resident memory during the call over what "
         "was resident before it, input included. The share of a limit counts the least work: one product of all pairs at the "
         "matrix rate, or one reading of the matrix at the copy bandwidth."
     )

@@ -282,6 +282,7 @@ def test_bad_options(features: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     np.save(tmp_path / "negative.npy", -np.ones(60))
     np.save(tmp_path / "short.npy", np.ones(59))
     np.save(tmp_path / "labels.npy", np.arange(60) % 2)
+    np.save(tmp_path / "complex.npy", np.ones(60, complex))
     labels = tmp_path / "labels.npy"
     for words, extra in {
         "-k": (),
@@ -293,7 +294,7 @@ def test_bad_options(features: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "backend 'cuda'": ("-k", 1, "--backend", "cuda"),
         "unrecognized arguments: --cluster": ("-k", 1, "--cluster", 3),
         "--groups: expected an integer array": ("-k", 1, "--groups", tmp_path / "floats.npy"),
-        "--weights: expected a float16": ("-k", 1, "--weights", labels),
+        "--weights: expected a real array": ("-k", 1, "--weights", tmp_path / "complex.npy"),
         "weights must": ("-k", 1, "--weights", tmp_path / "short.npy"),
         "-1": ("-k", 1, "--weights", tmp_path / "negative.npy"),
         "got '1:2'": ("--groups", labels, "--budgets", "0=3,1:2"),
@@ -404,6 +405,8 @@ def test_bench_runs_the_checkout_s_benchmarks(
     )
     monkeypatch.chdir(tmp_path / "deeper")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for family in ("pairwise", "simcore"):
+        (tmp_path / "benchmarks" / f"{family}.py").write_text("\nROWS = []")
     assert run("bench", "pairwise", "simcore") == code
     assert (tmp_path / "seen").read_text() == "pairwise simcore"
 
@@ -414,6 +417,11 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.chdir(ROOT)
     expect_error(capsys, "pip install 'flashcoreset[bench]'", "bench")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    expect_error(
+        capsys, "unknown family 'nothing'; there are facility_location, pairwise", "bench", "nothing"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     expect_error(capsys, "pip install 'flashcoreset[demo]'", "demo", "--out", tmp_path / "demo.png")
 
 

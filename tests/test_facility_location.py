@@ -151,6 +151,17 @@ def test_picks_do_not_depend_on_a_sufficient_offset(metric: str, backend: str) -
     assert torch.equal(default.indices, larger.indices)
     assert larger.offset == 3 * default.offset
 
+    # So far above the distances that float32 cannot hold them beside it.
+    for options in ({}, {"preselected": [3, 5]}, {"groups": torch.arange(90) % 3}):
+        near = fc.facility_location(x.float(), 10, metric=metric, backend=backend, **options)
+        far = fc.facility_location(x.float(), 10, metric=metric, offset=1e12, backend=backend, **options)
+        assert torch.equal(near.indices, far.indices)
+        assert torch.equal(near.assignment, far.assignment)
+        assert math.isclose(far.objective, near.objective + 90 * (1e12 - near.offset), rel_tol=1e-7)
+        if "groups" not in options:
+            shift = 0 if "preselected" in options else 90 * (far.offset - near.offset)
+            assert math.isclose(float(far.gains[0]), float(near.gains[0]) + shift, rel_tol=1e-6)
+
 
 def test_groups_are_problems_of_their_own(backend: str) -> None:
     x, groups = points(70, 5, 12), torch.tensor([7, -2, 0, 7, 7]).repeat(14)
@@ -189,6 +200,7 @@ def test_sparse_equals_dense(form: Any, shape: tuple[int, int], backend: str) ->
         assert_same(expected, fc.facility_location(sparse, 12, groups=groups, **options))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")  # of torch, for the test's own tensor
 def test_sparse_with_duplicate_and_unsorted_entries(backend: str) -> None:
     s = scipy.sparse.csr_matrix(
         (np.array([1.0, 2.0, 0.5, 4.0]), np.array([2, 0, 2, 1]), np.array([0, 3, 4, 4])), shape=(3, 3)
@@ -196,6 +208,25 @@ def test_sparse_with_duplicate_and_unsorted_entries(backend: str) -> None:
     selection = fc.facility_location(s, 2, metric="precomputed", backend=backend)
     assert selection.indices.tolist() == [1, 0]
     assert selection.gains.tolist() == [4, 3.5]
+    # Halves are summed in float32, where 2,048 + 1 is not 2,048.
+    crow, col = torch.tensor([0, 3, 3]), torch.tensor([0, 0, 0])
+    half = torch.sparse_csr_tensor(crow, col, torch.tensor([2048.0, 1, 1]).half(), (2, 2))
+    assert fc.facility_location(half, 1, metric="precomputed", backend=backend).gains.tolist() == [2050]
+
+
+def test_sparse_arrays_may_be_longer_than_what_they_hold(backend: str) -> None:
+    eye = scipy.sparse.csr_matrix(np.eye(3))
+    spare = scipy.sparse.csr_matrix(
+        (np.r_[eye.data, 9, 9], np.r_[eye.indices, 0, 0], eye.indptr), shape=(3, 3)
+    )
+    selection = fc.facility_location(spare, 3, metric="precomputed", backend=backend)
+    assert selection.gains.tolist() == [1, 1, 1]
+
+
+def test_clients_that_are_x_itself_are_served_by_themselves(backend: str) -> None:
+    x = torch.ones(4, 2)
+    assert fc.facility_location(x, 3, clients=x, backend=backend).assignment.tolist() == [0, 1, 2, 0]
+    assert fc.facility_location(x, 3, clients=x.clone(), backend=backend).assignment.tolist() == [0] * 4
 
 
 @given(

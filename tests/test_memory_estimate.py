@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,9 +27,10 @@ def watch():
 
 torch.set_num_threads(2)
 g = torch.Generator().manual_seed(0)
-fc.facility_location(torch.randn(64, 8, generator=g, dtype={dtype}), 2, **{options})
+fc.facility_location(torch.randn(64, 8, generator=g, dtype={dtype}), 2, **{small})
 torch.ones(1 << 20, dtype=torch.float16).float()  # starts torch's own threads
 tensors = [torch.randn(*shape, generator=g, dtype={dtype}) for shape in {shapes}]
+tensors[0] = tensors[0].mT if {transposed} else tensors[0]
 clients = {{"clients": tensors[1]}} if len(tensors) > 1 else {{}}
 done, peak = threading.Event(), 0
 watcher = threading.Thread(target=watch)
@@ -38,7 +40,7 @@ fc.facility_location(tensors[0], {k}, **clients, **{options})
 done.set()
 watcher.join()
 print(peak - before)
-print(fc.memory_estimate("facility_location", *{shapes}, k={k}, dtype={dtype}, **{options}))
+print(fc.memory_estimate("facility_location", *tensors, k={k}, dtype={dtype}, **{options}))
 """
 
 CASES = {
@@ -47,6 +49,13 @@ CASES = {
     "matrix kept": ([(6_000, 32)], 200, "torch.float32", {"memory_budget": 160 * 2**20}),
     "clients": ([(2_000, 64), (100_000, 64)], 10, "torch.float32", {"memory_budget": 0}),
     "half": ([(12_000, 256)], 5, "torch.float16", {"memory_budget": 0}),
+    "matrix": (
+        [(6_000, 6_000)],
+        5,
+        "torch.float32",
+        {"metric": "precomputed", "memory_budget": 0, "groups": [0, 1] * 3_000},
+    ),
+    "transposed": ([(6_000, 5_000)], 5, "torch.float32", {"metric": "precomputed", "memory_budget": 0}),
     "reference": ([(4_000, 16)], 5, "torch.float32", {"backend": "torch", "memory_budget": 64 * 2**20}),
 }
 
@@ -54,7 +63,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_is_an_upper_bound_within_a_factor_of_two(name: str) -> None:
     shapes, k, dtype, options = CASES[name]
-    code = MEASURE.format(shapes=shapes, k=k, dtype=dtype, options=options)
+    small = {key: value for key, value in options.items() if key not in ("groups", "metric")}
+    code = MEASURE.format(
+        shapes=shapes, k=k, dtype=dtype, options=options, small=small, transposed=name == "transposed"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
     )
@@ -70,7 +82,10 @@ def test_takes_the_function_or_its_name_and_shapes_or_tensors() -> None:
     assert fc.memory_estimate(fc.facility_location, (1000, 16), (50, 16), k=10) == fc.memory_estimate(
         fc.facility_location, (1000, 16), clients=(50, 16), k=10
     )
-    assert estimate < fc.memory_estimate(fc.facility_location, (1000, 16), k=10, dtype=torch.float64)
+    double = fc.memory_estimate(fc.facility_location, (np.int64(1000), 16), k=10, dtype=torch.float64)
+    assert estimate < double
+    for dtype in ("float64", np.float64, np.dtype("float64")):
+        assert double == fc.memory_estimate(fc.facility_location, (1000, 16), k=10, dtype=dtype)
 
 
 def test_scale_promised_for_a_hundred_thousand_points() -> None:
@@ -87,6 +102,14 @@ def test_scale_promised_for_a_hundred_thousand_points() -> None:
         ((fc.facility_location, 3.5), {}, TypeError, "x must be a shape.*3.5"),
         ((fc.facility_location, (3, 3), (3, 4)), {}, ValueError, r"clients .*\(3, 4\)"),
         ((fc.facility_location, (3, 3)), {"metric": "cosin"}, ValueError, "metric 'cosin'"),
+        ((fc.facility_location, (3, 3)), {"method": "greedy"}, ValueError, "method 'greedy'"),
+        ((fc.facility_location, (3, 3)), {"memroy_budget": 5}, TypeError, "facility_location.*memroy_budget"),
+        ((fc.facility_location, (3, 3)), {"memory_budget": -5}, ValueError, "memory_budget .*-5"),
+        ((fc.facility_location, (3, 3)), {"k": 4}, ValueError, "k must be between 1 and 3, .* got 4"),
+        ((fc.facility_location, (3, 3)), {"dtype": torch.int32}, TypeError, "dtype .*int32"),
+        ((fc.simcore, (9, 3), (2, 3)), {"k": 0}, ValueError, "k must be >= 1, got 0"),
+        ((fc.simcore, (9, 3), (2, 3)), {"n_clusters": -3}, ValueError, "n_clusters .*-3"),
+        ((fc.simcore, (9, 3), (2, 3)), {"backend": "fast"}, ValueError, "backend 'fast'"),
     ],
 )
 def test_bad_input(arguments: tuple, kw: dict, error: type[Exception], words: str) -> None:

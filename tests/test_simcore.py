@@ -243,7 +243,7 @@ def test_batches_give_the_same_bits(backend: str, budget: int) -> None:
     arguments: dict[str, Any] = {"n_clusters": 9, "stop": False, "backend": backend}
     whole = fc.simcore(openset, target, 120, **arguments)
     pieces = np.split(openset, [1, 2, 77, 300])
-    tensors = [torch.from_numpy(piece) for piece in pieces]
+    tensors = [torch.from_numpy(piece) for piece in [openset[:0], *pieces[:2], openset[:0], *pieces[2:]]]
     loader = DataLoader(TensorDataset(torch.from_numpy(openset), torch.arange(500)), batch_size=33)
     sources = [openset, pieces, tensors, Batches(pieces), lambda: iter(pieces), lambda: pieces, loader]
     for source in sources:
@@ -376,7 +376,9 @@ INF = np.array([[1, 1], [np.inf, 1]], dtype=np.float32)
         ({"openset": 3}, TypeError, "openset must be a matrix, an iterable of matrices or a function"),
         ({"openset": "features.npy"}, TypeError, "openset must be a matrix, an iterable"),
         ({"openset": lambda: 3}, TypeError, r"openset\(\) must return an iterable of matrices, got int"),
-        ({"openset": []}, ValueError, "openset must have at least 1 batch"),
+        ({"openset": []}, ValueError, "openset must have at least 1 row, got an empty iterable"),
+        ({"openset": [GOOD[:0], GOOD[:0]]}, ValueError, "openset must have at least 1 row, got 2 batches"),
+        ({"openset": lambda: GOOD}, TypeError, "must return an iterable of matrices, got a ndarray"),
         ({"openset": [[]]}, ValueError, "openset batch 0 is an empty list"),
         ({"openset": [GOOD, 3]}, TypeError, "openset batch 1 must be a torch.Tensor"),
         ({"openset": [GOOD, GOOD[:, :1]]}, ValueError, "openset batch 1 must have 2 columns"),

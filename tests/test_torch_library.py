@@ -81,6 +81,30 @@ def test_compile_groups_and_dict_of_budgets() -> None:
     assert compiled.objective == eager.objective
 
 
+def test_compile_takes_lists_and_arrays() -> None:
+    x = points(20, 3, 2, torch.float32)
+
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        return fc.facility_location(x, 4, preselected=[1, 2], weights=[1.0, 2.0] * 10).indices
+
+    torch._dynamo.reset()
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), choose(x))
+    assert torch.equal(compiled(x.numpy()), choose(x))
+
+
+def test_the_op_checks_its_arguments() -> None:
+    for changes, words in (
+        ({"method": "q"}, "method 'q'"),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"memory_budget": -1}, "memory_budget"),
+        ({"k": 60}, "k must be at most"),
+        ({"crow": torch.tensor([0, 1])}, "crow and col"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            OP(*arguments(**changes))
+
+
 def test_compile_detaches_and_lets_gradients_pass_beside() -> None:
     x = points(20, 3, 3).requires_grad_()
 

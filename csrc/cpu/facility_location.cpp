@@ -138,6 +138,8 @@ class Greedy final : public FacilityLocation {
 
  private:
   static constexpr int64_t kNever = -1;
+  static constexpr double kLeastUnits =
+      0x1p30;  // of the fixed-point sums, that all similarities together are worth
 
   int64_t left() const { return candidates() - static_cast<int64_t>(preselected_.size()) - picks(); }
 
@@ -158,6 +160,12 @@ class Greedy final : public FacilityLocation {
       // Scaled weights have to stay in the range of T, and the scale itself in that of double.
       const int most = (sizeof(T) == 4 ? 126 : 1000) - static_cast<int>(std::ceil(std::log2(heaviest)));
       scale_ = std::ldexp(1.0, std::min({room, most, 1000}));
+      if (bound * scale_ < kLeastUnits) {
+        throw std::invalid_argument(
+            "x: similarities times weights are so close to the smallest numbers of the type that gains would "
+            "be "
+            "lost; scale x or the weights up");
+      }
     }
     cover_ = Cover<T>(m, floor_);
     for (int64_t i = 0; i < m; ++i)

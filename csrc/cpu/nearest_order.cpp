@@ -41,6 +41,8 @@ namespace {
 // lets thresholds rise.
 constexpr int64_t kSlice = int64_t{1} << 19;
 constexpr int64_t kFirstRows = 1024;
+// Places reserved in a list at once, which may be meant to be longer than there are items.
+constexpr size_t kReserved = size_t{1} << 20;
 
 // Writes row [d] at unit length into lane `lane` of a panel [d, width]. The row is first brought near 1 by a
 // power of two, which is exact, so that squares neither overflow nor vanish.
@@ -188,6 +190,8 @@ StreamedOrder<T>::StreamedOrder(const TensorView<const T, 2>& centroids, int thr
 template <class T>
 void StreamedOrder<T>::begin(int64_t length) {
   pass_ = Pass::kNone;
+  // No list is ever that long; what is added to the length below must not overflow.
+  length = std::min(length, int64_t{1} << 48);
   length_ = items_ < 0 ? length : std::min(length, std::max<int64_t>(items_ - taken_, 1));
   rows_ = 0;
   for (int64_t c = 0; c < lists(); ++c) {
@@ -319,7 +323,7 @@ void StreamedOrder<T>::merge(int64_t group) {
       List& list = lists_[c];
       const Entry entry{survivor.value, survivor.item};
       if (list.full && !before(entry, list.last)) continue;
-      if (list.entries.empty()) list.entries.reserve(capacity);
+      if (list.entries.empty()) list.entries.reserve(std::min(capacity, kReserved));
       list.entries.push_back(entry);
       if (list.entries.size() == capacity) cut(c);
     }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+
+from flashcoreset._tensor import FLOATING, as_integer
 
 Estimator = Callable[..., int]
 _estimators: dict[str, Estimator] = {}
@@ -37,8 +41,8 @@ def memory_estimate(fn: Callable[..., Any] | str, *shapes: Any, **kw: Any) -> in
         Bytes.
 
     Raises:
-        TypeError: if `fn` has no estimate.
-        ValueError: for shapes that the call itself would refuse.
+        TypeError: if `fn` has no estimate, for an unknown keyword or a wrong type.
+        ValueError: for shapes and options that the call itself would refuse.
 
     Example:
         >>> import flashcoreset as fc
@@ -49,14 +53,30 @@ def memory_estimate(fn: Callable[..., Any] | str, *shapes: Any, **kw: Any) -> in
     estimator = _estimators.get(name)
     if estimator is None:
         raise TypeError(f"fn must be one of {', '.join(sorted(_estimators))} or its name, got {name}")
+    try:
+        inspect.signature(estimator).bind(*shapes, **kw)
+    except TypeError as error:
+        raise TypeError(f"memory_estimate of {name}: {error}") from None
     return estimator(*shapes, **kw)
+
+
+def as_dtype(value: Any) -> torch.dtype:
+    """A floating type of the library, given as torch's or NumPy's or by name."""
+    name = (
+        str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else np.dtype(value).name
+    )
+    for dtype in FLOATING:
+        if name == str(dtype).removeprefix("torch."):
+            return dtype
+    raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {value!r}")
 
 
 def as_shape(value: Any, name: str, dimensions: int = 2) -> tuple[int, ...]:
     """The shape that `value`, a shape or something that has one, stands for."""
     shape = getattr(value, "shape", value)
-    if not isinstance(shape, (tuple, list, torch.Size)) or not all(isinstance(s, int) for s in shape):
+    if not isinstance(shape, (tuple, list)):
         raise TypeError(f"{name} must be a shape such as (1000, 64), got {value!r}")
+    shape = tuple(as_integer(size, f"a size in the shape of {name}") for size in shape)
     if len(shape) != dimensions or min(shape) < 1:
-        raise ValueError(f"{name} must have {dimensions} dimensions, each >= 1, got {tuple(shape)}")
-    return tuple(shape)
+        raise ValueError(f"{name} must have {dimensions} dimensions, each >= 1, got {shape}")
+    return shape

@@ -30,6 +30,9 @@ _INTEGERS = (
 )
 
 
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
 class _Writable:
     """Shows a read-only array to NumPy as a writable one. torch has no read-only tensors and warns about such
     arrays; nothing here writes to its inputs."""
@@ -42,6 +45,10 @@ class _Writable:
 
 
 def _from_numpy(array: np.ndarray, name: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.from_numpy(
+            array
+        )  # Dynamo cannot look at an array any closer, and makes a tensor of it itself
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass a plain array")
     if not array.dtype.isnative:
@@ -63,6 +70,8 @@ def _from_numpy(array: np.ndarray, name: str) -> Tensor:
 def as_tensor(value: Any, name: str) -> Tensor:
     """`value` as a detached tensor: a torch.Tensor, a NumPy array or anything with `__dlpack__`."""
     if isinstance(value, Tensor):
+        if value.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got a nested one")
         tensor = value.detach() if value.requires_grad else value
         # A view that only notes its sign would lose it on the way to a kernel. (torch.compile cannot trace the question.)
         if not torch.compiler.is_compiling() and tensor.is_neg():
@@ -103,10 +112,7 @@ def as_vector(
 ) -> Tensor:
     """`value` as a tensor [length] on `device`, int64 or float64. Lists and tuples of numbers will do."""
     if isinstance(value, (list, tuple, range)):
-        array = np.asarray(value)
-        if array.size == 0 and integers:
-            array = array.astype(np.int64)
-        tensor = as_tensor(array, name).to(device)
+        tensor = _from_sequence(value, name, integers).to(device)
     else:
         tensor = as_tensor(value, name)
     if integers and tensor.dtype not in _INTEGERS:
@@ -119,7 +125,25 @@ def as_vector(
         expected = "[n]" if length is None else f"[{length}]"
         raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
     same_device(tensor, name, device)
-    return tensor.to(torch.int64 if integers else torch.float64)
+    result = tensor.to(torch.int64 if integers else torch.float64)
+    if tensor.dtype == torch.uint64 and integers and (result < 0).any():
+        raise ValueError(f"{name} must be below 2^63, got {tensor[result < 0][0].item()}")
+    return result
+
+
+def _from_sequence(value: Sequence[Any], name: str, integers: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(list(value), dtype=torch.int64 if integers and not value else None)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a list of numbers, got a nested one of unequal lengths") from None
+    # NumPy's types for whole numbers beyond int64.
+    if array.dtype == np.uint64 or (array.dtype == object and all(isinstance(v, int) for v in array.flat)):
+        raise ValueError(f"{name} must be in the range of 64-bit integers, got {max(value, key=abs)}")
+    if array.size == 0 and integers:
+        array = array.astype(np.int64)
+    return as_tensor(array, name)
 
 
 def same_device(tensor: Tensor, name: str, device: torch.device) -> None:
@@ -131,12 +155,21 @@ def as_integer(value: Any, name: str) -> int:
     """`value` as an int; bool and float are refused."""
     if type(value) is int:
         return value
-    if not isinstance(value, (bool, np.bool_, float)):
+    is_bool = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool
+    if not is_bool and not isinstance(value, float):
         try:
             return operator.index(value)
         except TypeError:
             pass
     raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+
+
+def as_int64(value: Any, name: str) -> int:
+    """`value` as an int that fits into 64 bits."""
+    number = as_integer(value, name)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must be in the range of 64-bit integers, got {number}")
+    return number
 
 
 def as_number(value: Any, name: str) -> float:
@@ -147,12 +180,18 @@ def as_number(value: Any, name: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be in the range of a float, got a larger number") from None
     if number - number != 0:  # math.isfinite would break the graph under torch.compile
         raise ValueError(f"{name} must be finite, got {number}")
     return number
 
 
 def one_of(value: Any, name: str, valid: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name} must be a str, one of {', '.join(valid)}, got {value!r} of type {type(value).__name__}"
+        )
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}; valid names: {', '.join(valid)}")
 
@@ -214,7 +253,7 @@ class Csr:
 
 def is_sparse(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.layout is not torch.strided
+        return value.layout in _SPARSE
     scipy_sparse = sys.modules.get("scipy.sparse")
     return scipy_sparse is not None and bool(scipy_sparse.issparse(value))
 
@@ -237,6 +276,10 @@ def as_csr(value: Any, name: str) -> Csr:
         crow = _from_numpy(value.indptr, f"{name}.indptr")
         col = _from_numpy(value.indices, f"{name}.indices")
         values = _from_numpy(value.data, f"{name}.data")
+        # scipy lets the arrays be longer than what they hold.
+        held = int(crow[-1]) if len(crow) else 0
+        if 0 <= held < min(len(col), len(values)):
+            col, values = col[:held], values[:held]
     if values.dtype not in FLOATING:
         raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {_dtype(values)}")
     shape = tuple(value.shape)
@@ -269,6 +312,8 @@ def canonical_csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, i
         first = torch.ones(len(col), dtype=torch.bool, device=crow.device)
         first[1:] = (row.diff() != 0) | (col.diff() != 0)
         place = first.cumsum(0) - 1
+        # Half types are summed in float32, as everywhere.
+        values = values.to(compute_dtype(values.dtype))
         summed = torch.zeros(int(place[-1]) + 1, dtype=values.dtype, device=values.device)
         values = summed.index_add_(0, place, values)
         row, col = row[first], col[first]

@@ -244,7 +244,7 @@ def _facility_location(arguments: argparse.Namespace) -> tuple[dict[str, np.ndar
         options["clients"] = _load_features(options["clients"], "--target")
     if "budgets" in options:
         options["budgets"] = _parse_budgets(options["budgets"])
-    _load_into(options, "weights", kinds="f", ndim=1, wanted=f"{FLOATS} array [clients]")
+    _load_into(options, "weights", kinds="fiu", ndim=1, wanted="a real array [clients]")
     _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [rows]")
     _load_into(options, "preselected", kinds="iu", ndim=1, wanted="an integer array of rows")
     k = getattr(arguments, "k", None)
@@ -348,6 +348,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     for module in ("pytest", "pytest_benchmark"):
         if importlib.util.find_spec(module) is None:
             raise CommandError(f"bench: {module} is missing: pip install 'flashcoreset[bench]'")
+    families = {path.stem for path in (root / "benchmarks").glob("*.py") if "\nROWS = " in path.read_text()}
+    for family in arguments.family:
+        if family not in families | {"all"}:
+            raise CommandError(
+                f"bench: unknown family {family!r}; there are {', '.join(sorted(families))} and all"
+            )
     return subprocess.call([sys.executable, "-m", "benchmarks", *arguments.family], cwd=root)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcoreset._memory import as_shape, register_estimate
+from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._progress import Progress, Report, check_progress
 from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype
 from flashcoreset._types import Coreset
@@ -54,7 +54,8 @@ def simcore(
             or an iterable of such batches [., d] that together are the open set: a list, a DataLoader
             without shuffling, an object whose `iter()` starts anew, a function that returns a new iterator,
             or an iterator (a generator), which can be read once only. A batch may also be a tuple or list
-            whose first entry is the matrix. An iterable is read once if n_clusters x k entries of 24 bytes
+            whose first entry is the matrix; batches without rows are passed over. Where batches come in another order at each
+            reading, as from a shuffling DataLoader, the indices mean nothing. An iterable is read once if n_clusters x k entries of 24 bytes
             fit into 3/4 of `memory_budget`.
         target: [m, d], on the same device.
         k: the number of items to take at most, 1 <= k <= n. None, with `stop`: 50 m, or n if that is less.
@@ -223,11 +224,21 @@ def _estimate(
     *,
     dtype: torch.dtype = torch.float32,
     n_clusters: int = 100,
+    stop: bool = True,
+    stop_threshold: float = 0.95,
+    patience: int = 20,
+    seed: int = 0,
+    n_init: int = 10,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     backend: str | None = None,
-    **_: Any,
+    progress: Any = None,
 ) -> int:
     """Bytes of one call; see `memory_estimate`."""
+    check_backend(backend)
+    n_clusters = _at_least_one(n_clusters, "n_clusters")
+    memory_budget = _at_least_one(memory_budget, "memory_budget")
+    k = None if k is None else _at_least_one(k, "k")
+    dtype = as_dtype(dtype)
     n, d = as_shape(openset, "openset")
     m, width = as_shape(target, "target")
     if width != d:

@@ -8,14 +8,15 @@ import torch
 
 from flashcoreset import _native, kernels
 from flashcoreset._errors import BackendUnavailableError, warn_slow_path
+from flashcoreset._tensor import one_of
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 
 def check_backend(backend: object) -> None:
-    """Raises ValueError unless `backend` is None or a known name."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; valid names: {', '.join(BACKENDS)}, or None")
+    """Raises TypeError or ValueError unless `backend` is None or a known name."""
+    if backend is not None:
+        one_of(backend, "backend", BACKENDS)
 
 
 def choose_kernels(backend: str | None, device: torch.device) -> ModuleType:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flashcoreset._memory import as_shape, register_estimate
+from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._progress import Progress, check_progress
 from flashcoreset._tensor import (
     Csr,
     as_csr,
+    as_int64,
     as_integer,
     as_matrix,
     as_number,
@@ -65,7 +67,7 @@ def facility_location(
             torch sparse CSR tensor whose absent entries are 0.
         k: how many to pick, 1 <= k <= the candidates that are not preselected. With `budgets`: their sum, or
             None.
-        clients: [m, d], same dtype as `x`; default `x`.
+        clients: [m, d], same dtype as `x`; default `x` (which, passed here itself, means the same).
         metric: "cosine" (0 for a zero row) and "dot" are s; "euclidean", "sqeuclidean" and "l1" make s =
             offset - distance; "precomputed" takes `x` as s.
         weights: [m] client weights >= 0; default 1.
@@ -99,8 +101,7 @@ def facility_location(
     Raises:
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, option, index, label, budget, weight or device, NaN, infinity, or
-        overflow; the message names
-            the argument and what came.
+            overflow; the message names the argument and what came.
         BackendUnavailableError: if a `backend` was named that cannot run here.
 
     Ties go to the lowest index; gains are summed as 64-bit integers, so the result is the same for any number
@@ -159,6 +160,9 @@ class _Problem:
     seed: int
     offset: float | None
     memory_budget: int
+    # What is above all distances of an offset that is far above them: the kernels do without it, because the first gains would be
+    # rounded to the spacing of numbers near it.
+    excess: float = 0.0
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -182,7 +186,11 @@ def _check(
 ) -> _Problem:
     one_of(metric, "metric", METRICS)
     one_of(method, "method", METHODS)
+    given = x
     x = _check_x(x, metric)
+    # With groups, clients are everybody to each group; without, they are the default.
+    if clients is given and groups is None and metric != "precomputed":
+        clients = None
     n, m = x.shape
     device = x.device
     if metric == "precomputed":
@@ -237,9 +245,7 @@ def _check(
     seed = as_integer(seed, "seed")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2^64), got {seed}")
-    memory_budget = as_integer(memory_budget, "memory_budget")
-    if memory_budget < 0:
-        raise ValueError(f"memory_budget must be >= 0 bytes, got {memory_budget}")
+    memory_budget = _check_memory_budget(memory_budget)
     if offset is not None:
         offset = as_number(offset, "offset")
         if metric not in DISTANCES:
@@ -252,7 +258,16 @@ def _check(
     )  # fmt: skip
 
 
+def _check_memory_budget(value: Any) -> int:
+    budget = as_integer(value, "memory_budget")
+    if budget < 0:
+        raise ValueError(f"memory_budget must be >= 0 bytes, got {budget}")
+    return min(budget, 2**62)  # more than there is, and the kernels' 64-bit sums still hold it
+
+
 def _check_x(x: Any, metric: str) -> Tensor | Csr:
+    if isinstance(x, Csr):
+        return x  # the torch op has checked it
     if not is_sparse(x):
         return as_matrix(x, "x")
     if metric != "precomputed":
@@ -264,14 +279,14 @@ def _check_budgets(budgets: Any, device: torch.device, k: Any) -> tuple[Tensor, 
     """Labels [G], counts [G] and the sum of the counts (None where it is not known yet, under
     torch.compile)."""
     if isinstance(budgets, Mapping):
-        keys = [as_integer(label, "a label in budgets") for label in budgets]
-        counts = [as_integer(count, f"budgets[{label}]") for label, count in budgets.items()]
+        keys = [as_int64(label, "a label in budgets") for label in budgets]
+        counts = [as_int64(count, f"budgets[{label}]") for label, count in budgets.items()]
         labels = torch.tensor(keys, dtype=torch.int64, device=device)
         return labels, torch.tensor(counts, dtype=torch.int64, device=device), sum(counts)
     vector = as_vector(budgets, "budgets", device, integers=True)
     labels = torch.arange(vector.shape[0], device=device)
     if isinstance(budgets, (list, tuple)):
-        return labels, vector, sum(budgets)
+        return labels, vector, sum(as_integer(count, "a count in budgets") for count in budgets)
     if torch.compiler.is_compiling():
         if k is None:
             raise ValueError("k is needed beside a tensor of budgets under torch.compile, got None")
@@ -290,7 +305,7 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
         x = Csr(x.crow, x.col, x.values.to(out_dtype), x.shape) if isinstance(x, Csr) else x.to(out_dtype)
         clients = None if clients is None else clients.to(out_dtype)
     if p.weights is not None:
-        _check_weights(p.weights)
+        _check_weights(p.weights, out_dtype)
     if p.preselected is not None:
         _check_preselected(p.preselected, x.shape[0])
     members = None if p.groups is None else _members(p)
@@ -302,12 +317,19 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
             offset = _default_offset(kernels, x, clients, p.metric)
         # The number that the kernel subtracts from, in its own precision.
         offset = float(torch.tensor(offset, dtype=out_dtype))
+        if p.offset is not None and _is_far_above(kernels, x, clients, p.metric, offset):
+            p.excess = max(0.0, offset - _default_offset(kernels, x, clients, p.metric))
 
     if progress is None:
         result = _solve_checked(kernels, p, x, clients, members, offset, None)
     else:
         with Progress(progress, p.k, "facility location") as bar:
             result = _solve_checked(kernels, p, x, clients, members, offset, bar)
+    if not result[-1] <= torch.finfo(out_dtype).max:
+        raise ValueError(
+            f"weights: the objective, {result[-1]:.3g}, overflows {out_dtype}; scale the weights down, "
+            "or use float64"
+        )
     return *result, offset
 
 
@@ -375,7 +397,7 @@ def _solve_one(
         metric=p.metric,
         weights=weights,
         preselected=preselected,
-        offset=0.0 if offset is None else offset,
+        offset=0.0 if offset is None else offset - p.excess,
         memory_budget=p.memory_budget,
         expected_picks=k,
     )
@@ -393,7 +415,13 @@ def _solve_one(
         while made < k:
             made = run.step(min(chunk, k - made), p.method == "naive")
             bar.update(done + made)
-    return indices, gains, won, assignment, run.finish(indices, gains, won, assignment)
+    objective = run.finish(indices, gains, won, assignment)
+    if p.excess:
+        constant = p.excess * (float(m) if weights is None else float(weights.sum()))
+        objective += constant
+        if preselected is None and k > 0:
+            gains[0] += constant
+    return indices, gains, won, assignment, objective
 
 
 def _step_stochastic(
@@ -419,7 +447,7 @@ def _step_stochastic(
 def _part(x: Tensor | Csr, rows: Tensor, square: bool) -> Tensor | Csr:
     if isinstance(x, Csr):
         return x.square_part(rows)
-    return x[rows][:, rows] if square else x[rows]
+    return x[rows[:, None], rows] if square else x[rows]
 
 
 def _serve(
@@ -471,6 +499,12 @@ def _default_offset(kernels: ModuleType, x: Tensor, clients: Tensor | None, metr
     return offset or 1.0
 
 
+def _is_far_above(kernels: ModuleType, x: Tensor, clients: Tensor | None, metric: str, offset: float) -> bool:
+    """Whether `offset` is so much larger than some of the distances that float32 could lose these beside it."""
+    few = (x if clients is None else clients)[:8]
+    return offset > 1000 * float(kernels.pairwise(x[:1], few, metric=metric).max())
+
+
 def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, metric: str) -> float:
     """The largest distance from `point` to `points`; NaN and infinity in these are refused under their name."""
     try:
@@ -483,11 +517,15 @@ def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, met
     return farthest
 
 
-def _check_weights(weights: Tensor) -> None:
+def _check_weights(weights: Tensor, dtype: torch.dtype) -> None:
     bad = ~((weights >= 0) & torch.isfinite(weights))
     if bad.any():
         i = int(bad.nonzero()[0])
         raise ValueError(f"weights must be finite and >= 0, got {float(weights[i])} at position {i}")
+    if not float(weights.sum()) <= torch.finfo(dtype).max:
+        raise ValueError(
+            f"weights: their sum, {float(weights.sum()):.3g}, overflows {dtype}; scale them down"
+        )
 
 
 def _check_preselected(preselected: Tensor, n: int) -> None:
@@ -572,11 +610,16 @@ def _op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     data: Tensor | Csr = x.detach()
+    if (crow is None) != (col is None):
+        raise ValueError("crow and col must be given together, or neither of them")
     if crow is not None and col is not None:
         data = canonical_csr(crow, col, x.detach(), (crow.shape[0] - 1, columns), "x")
-    problem = _Problem(
-        data, k, None if clients is None else clients.detach(), metric, weights, groups, labels, budgets,
-        preselected, method, epsilon, int(seed), offset, memory_budget,
+    named = None
+    if labels is not None and budgets is not None:
+        named = dict(zip(labels.tolist(), budgets.tolist(), strict=True))
+    problem = _check(
+        data, k, clients, metric, weights, groups, named, preselected, method, epsilon, int(seed), offset,
+        memory_budget,
     )  # fmt: skip
     indices, gains, won, assignment, objective, used_offset = _solve(problem, backend, None)
     scalars = [torch.tensor(v, dtype=torch.float64, device=x.device) for v in (objective, used_offset or 0.0)]
@@ -647,6 +690,10 @@ def _call_op(p: _Problem, backend: str | None) -> Selection:
     return Selection(indices, gains, won, assignment, objective, offset if p.metric in DISTANCES else None)
 
 
+def _has_contiguous_rows(x: Tensor | np.ndarray) -> bool:
+    return x.stride(1) == 1 if isinstance(x, Tensor) else x.strides[1] == x.itemsize
+
+
 @register_estimate("facility_location")
 def _estimate(
     x: Any,
@@ -655,14 +702,24 @@ def _estimate(
     *,
     dtype: torch.dtype = torch.float32,
     metric: str = "cosine",
+    weights: Any = None,
     groups: Any = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    budgets: Any = None,
+    preselected: Any = None,
+    method: str = "lazy",
+    epsilon: float = 0.1,
+    seed: int = 0,
+    offset: float | None = None,
     backend: str | None = None,
-    **_: Any,
+    progress: Any = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> int:
     """Bytes of one call; see `memory_estimate`. Terms are named after what the kernels allocate."""
     one_of(metric, "metric", METRICS)
+    one_of(method, "method", METHODS)
     check_backend(backend)
+    memory_budget = _check_memory_budget(memory_budget)
+    dtype = as_dtype(dtype)
     n, d = as_shape(x, "x")
     m = d if metric == "precomputed" else n
     if clients is not None:
@@ -670,12 +727,17 @@ def _estimate(
         if width != d:
             raise ValueError(f"clients must have {d} columns as x has, got shape {(m, width)}")
     k = n if k is None else as_integer(k, "k")
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and {n}, the candidates, got {k}")
     size, threads = compute_dtype(dtype).itemsize, torch.get_num_threads()
     is_points, self_clients = metric != "precomputed", clients is None
     outputs = 40 * k + 8 * m
     # torch converts with threads of its own, which it may have to start.
     converted = (n * d + (0 if self_clients else m * d)) * size + 2**22 if dtype.itemsize < size else 0
     of_group = n * d * size + 24 * n if groups is not None else 0
+    # A matrix whose rows are not contiguous is copied; shapes alone do not tell.
+    strided = metric == "precomputed" and isinstance(x, (Tensor, np.ndarray)) and not _has_contiguous_rows(x)
+    of_group += n * d * size if strided else 0
     pairs = n * m * size
     if backend == "torch":
         normalized = 2 * (n * d + (0 if self_clients else m * d)) * size if is_points else 0

@@ -50,14 +50,19 @@ class RowSource:
                 )
             self._openset = openset
             self._call = not iterable
-            self._pending: tuple[Tensor, Iterator[Any]] | None = None
+            self._pending: tuple[Tensor, int, Iterator[Any]] | None = None
             iterator = self._iterator()
             self.once = iterator is openset
-            item = next(iterator, None)
-            if item is None:
-                raise ValueError("openset must have at least 1 batch, got an empty iterable")
-            first = self._matrix(item, 0)
-            self._pending = first, iterator
+            number = -1
+            for number, item in enumerate(iterator):
+                batch = self._matrix(item, number)
+                if batch is not None:
+                    break
+            else:
+                got = "an empty iterable" if number < 0 else f"{number + 1} batches without rows"
+                raise ValueError(f"openset must have at least 1 row, got {got}")
+            first = batch
+            self._pending = first, number + 1, iterator
         self.columns = first.shape[1]
         self.device = first.device
         self.dtype = first.dtype
@@ -68,6 +73,11 @@ class RowSource:
 
     def _iterator(self) -> Iterator[Any]:
         batches = self._openset() if self._call else self._openset
+        if self._call and isinstance(batches, (Tensor, np.ndarray)):
+            raise TypeError(
+                f"openset() must return an iterable of matrices, got a {type(batches).__name__}; pass that itself, "
+                "or return a list of it"
+            )
         try:
             return iter(batches)
         except TypeError:
@@ -76,27 +86,32 @@ class RowSource:
             ) from None
 
     @staticmethod
-    def _matrix(item: Any, number: int) -> Tensor:
+    def _matrix(item: Any, number: int) -> Tensor | None:
+        """A batch as a matrix, or None where it has no rows."""
         if isinstance(item, (tuple, list)):
             if not item:
                 raise ValueError(f"openset batch {number} is an empty {type(item).__name__}")
             item = item[0]
+        shape: Any = getattr(item, "shape", ())
+        if len(shape) == 2 and shape[0] == 0:
+            return None
         return as_matrix(item, f"openset batch {number}")
 
     def _batches(self) -> Iterator[Tensor]:
         if self._array is not None:
             yield self._array
             return
-        number = 0
+        start = 0
         if self._pending is not None:
-            batch, iterator = self._pending
+            first, start, iterator = self._pending
             self._pending = None
-            yield batch
-            number = 1
+            yield first
         else:
             iterator = self._iterator()
-        for item in iterator:
+        for number, item in enumerate(iterator, start):
             batch = self._matrix(item, number)
+            if batch is None:
+                continue
             if batch.shape[1] != self.columns:
                 raise ValueError(
                     f"openset batch {number} must have {self.columns} columns as the first has, "
@@ -108,7 +123,6 @@ class RowSource:
                     f"got {batch.dtype} on {batch.device}"
                 )
             yield batch
-            number += 1
 
     def read(self, dtype: torch.dtype, chunk: int) -> Iterator[Tensor]:
         """All rows from the start, at most `chunk` of them at a time, as contiguous matrices of type

@@ -337,4 +337,10 @@ def _scale(bound: float, largest_weight: float, dtype: torch.dtype) -> float:
         return 0.0
     largest = 126 if dtype == torch.float32 else 1000
     exponent = 61 - math.ceil(math.log2(bound))
-    return math.ldexp(1.0, min(exponent, largest - math.ceil(math.log2(largest_weight)), 1000))
+    scale = math.ldexp(1.0, min(exponent, largest - math.ceil(math.log2(largest_weight)), 1000))
+    if bound * scale < 2**30:
+        raise ValueError(
+            "x: similarities times weights are so close to the smallest numbers of the type that gains would be "
+            "lost; scale x or the weights up"
+        )
+    return scale
