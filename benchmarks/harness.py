@@ -210,14 +210,13 @@ def run(row: Row, family: str, benchmark: Any, options: Options, records: list[R
             limits = machine.mean_limits(limits, _measure_limits(options))
     else:
         peer = row.peer
-        start = time.perf_counter()
-        peer_memory.start()
-        answers["peer"] = peer(inputs)
-        peer_memory.stop()
-        ours_memory.start()
-        answers["ours"] = row.ours(inputs)
-        ours_memory.stop()
-        first_round = time.perf_counter() - start
+        first_round = 0.0
+        for side, call, memory in (("peer", peer, peer_memory), ("ours", row.ours, ours_memory)):
+            memory.start()
+            start = time.perf_counter()
+            answers[side] = call(inputs)
+            first_round += time.perf_counter() - start
+            memory.stop()
         rounds = int(np.clip(options.seconds / (first_round * row.calls), 3, 50))
 
         def setup() -> None:

@@ -103,7 +103,7 @@ def test_scale_promised_for_a_hundred_thousand_points() -> None:
         ((fc.facility_location, (3, 3), (3, 4)), {}, ValueError, r"clients .*\(3, 4\)"),
         ((fc.facility_location, (3, 3)), {"metric": "cosin"}, ValueError, "metric 'cosin'"),
         ((fc.facility_location, (3, 3)), {"method": "greedy"}, ValueError, "method 'greedy'"),
-        ((fc.facility_location, (3, 3)), {"memroy_budget": 5}, TypeError, "facility_location.*memroy_budget"),
+        ((fc.facility_location, (3, 3)), {"memory_limit": 5}, TypeError, "facility_location.*memory_limit"),
         ((fc.facility_location, (3, 3)), {"memory_budget": -5}, ValueError, "memory_budget .*-5"),
         ((fc.facility_location, (3, 3)), {"k": 4}, ValueError, "k must be between 1 and 3, .* got 4"),
         ((fc.facility_location, (3, 3)), {"dtype": torch.int32}, TypeError, "dtype .*int32"),
