@@ -7,7 +7,7 @@
 #include <string>
 
 #include "core/threads.h"
-#include "cpu/metric.h"
+#include "core/metric.h"
 
 namespace fc {
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "core/tensor_view.h"
-#include "cpu/metric.h"
+#include "core/metric.h"
 
 namespace fc {
 

@@ -3,7 +3,7 @@
 
 #include "core/tensor_view.h"
 #include "core/threads.h"
-#include "cpu/metric.h"
+#include "core/metric.h"
 
 namespace fc {
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "core/threads.h"
-#include "cpu/metric.h"
+#include "core/metric.h"
 #include "cpu/pack.h"
 
 namespace fc {

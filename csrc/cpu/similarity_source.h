@@ -22,7 +22,7 @@
 #include "core/threads.h"
 #include "cpu/facility_location.h"
 #include "cpu/live_lists.h"
-#include "cpu/metric.h"
+#include "core/metric.h"
 #include "cpu/pack.h"
 #include "cpu/pairwise_panels.h"
 

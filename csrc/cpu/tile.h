@@ -20,11 +20,9 @@
 #include <type_traits>
 
 #include "core/simd.h"
-#include "cpu/metric.h"
+#include "core/metric.h"
 
 namespace fc {
-
-enum class Form { kProduct, kSquare, kAbsolute };
 
 template <class T>
 struct Tile {
@@ -88,14 +86,12 @@ inline void tile_rows(int64_t rows, const T* a, const T* b, int64_t d, T* out) {
 // Calls fn with the tile form of `metric` as a compile-time constant.
 template <class Fn>
 void with_form(Metric metric, Fn&& fn) {
-  switch (metric) {
-    case Metric::kCosine:
-    case Metric::kDot:
+  switch (form_of(metric)) {
+    case Form::kProduct:
       return fn(std::integral_constant<Form, Form::kProduct>{});
-    case Metric::kEuclidean:
-    case Metric::kSqeuclidean:
+    case Form::kSquare:
       return fn(std::integral_constant<Form, Form::kSquare>{});
-    case Metric::kL1:
+    case Form::kAbsolute:
       return fn(std::integral_constant<Form, Form::kAbsolute>{});
   }
 }

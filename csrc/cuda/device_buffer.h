@@ -1,0 +1,41 @@
+// Device memory that lives and dies in the order of a stream.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "cuda/launch.h"
+#include "cuda/runtime.h"
+
+namespace fc::cuda {
+
+template <class T>
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(int64_t size, cudaStream_t stream) : stream_(stream) {
+    if (size > 0) {
+      check(cudaMallocAsync(reinterpret_cast<void**>(&data_), sizeof(T) * static_cast<size_t>(size), stream),
+            "allocating device memory");
+    }
+  }
+  DeviceBuffer(DeviceBuffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), stream_(other.stream_) {}
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(stream_, other.stream_);
+    return *this;
+  }
+  ~DeviceBuffer() {
+    // Nobody is left to tell of an error here; the next call on the stream reports it.
+    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
+  }
+
+  T* data() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace fc::cuda

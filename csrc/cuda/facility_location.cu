@@ -1,0 +1,850 @@
+// Greedy facility location on the GPU: one cooperative kernel makes any number of picks without the host.
+//
+// Gains are the exact 64-bit integers of the CPU kernel (docs/numerics.md),
+//   gain(j) = sum_i trunc(max(0, s(j, i) - best_i) * weight_i),   weights times a power of two,
+// so integer atomics may add them up in any order, and picks and gains are the CPU's, bit for bit, wherever a
+// pair's value is. A pick takes rounds of
+//   reduce   fold in what the last round summed; the best up-to-date gain and the best old gain (a bound)
+//   list     the candidates whose bound beats the best up-to-date gain
+//   evaluate their gains: tiles of candidates x clients, summed in registers along a strip of clients
+// until no bound beats the best gain. Where the list would cost more than correcting the gains of all
+// candidates for just those clients whose best similarity changed since that was last done, the latter is
+// done instead (sweep). Then one flat tile row brings best_i up to date. Between these the grid meets.
+//
+// Cost: one n x m x d product for the first gains; after pick p about m / p clients have changed, so a pick
+// never costs more than n m d / p or the evaluations that plain lazy greedy would make, whichever is less.
+// Memory: a packed copy of the points and about 40 bytes for each candidate and client; never n x m.
+// Rejected: a kernel for each phase, launched by the host, which has to look at the device to know which is
+// next; a heap, whose walks are serial; the symmetric half product for the first gains, whose column sums
+// would need as many atomics as pairs of tiles.
+#include "cuda/facility_location.h"
+
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/device_buffer.h"
+#include "cuda/launch.h"
+#include "cuda/tile.cuh"
+
+namespace fc::cuda {
+namespace {
+
+constexpr long long kNoBound = INT64_MAX;
+constexpr int kNever = -1;
+constexpr int kNobody = INT32_MAX;
+
+// What the blocks tell each other, and what is left for the host.
+struct Control {
+  double scale;
+  long long error_at;   // row * columns + column of the first bad value, or beyond all
+  int verdict;          // Verdict::Kind
+  int in_clients;
+  int swept;            // whether every candidate has been evaluated at `swept_best`
+  int listed;           // length of `list`
+  int changed;          // length of `changed_clients`
+  int last_pick;
+  double objective;
+};
+
+struct Best {
+  long long bound;
+  int candidate;
+};
+
+__device__ __forceinline__ bool better(const Best& a, const Best& b) {
+  return a.bound != b.bound ? a.bound > b.bound : a.candidate < b.candidate;
+}
+
+struct Partial {
+  Best fresh, stale;
+};
+
+// Everything a kernel reads and writes, on the device.
+template <class T>
+struct State {
+  RowSet<T> candidates, clients;  // points
+  const T* matrix = nullptr;      // or similarities [n, m], rows `matrix_stride` apart
+  int64_t matrix_stride = 0;
+  int n = 0, m = 0;
+  bool root = false, negate = false, self_clients = false;
+  T floor = 0;
+
+  Control* control = nullptr;
+  Partial* partial = nullptr;  // [blocks]
+  long long* bound = nullptr;  // [n] an upper bound of the gain
+  int* stamp = nullptr;        // [n] after how many picks it was exact
+  long long* sum = nullptr;    // [n] what the running round adds up; 0 between rounds
+  int* pending = nullptr;      // [n] whether the running round evaluates the candidate
+  int* open = nullptr;         // [n] neither picked nor preselected
+  int* list = nullptr;         // [n]
+  long long* swept_gain = nullptr;  // [n] the gain at `swept_best`
+  T* best = nullptr;                // [m] similarity to the nearest of S, at least `floor`
+  T* swept_best = nullptr;          // [m]
+  T* before = nullptr;              // [m] similarity to the nearest of the preselected
+  T* weight = nullptr;              // [m] times the scale
+  int* owner = nullptr;             // [m] the pick that serves the client, or -1
+  int* changed_clients = nullptr;   // [m] those with best != swept_best
+  int* picked = nullptr;            // [n]
+  long long* gain = nullptr;        // [n] of each pick
+  int* serves_itself = nullptr;     // [n] whether each pick is its own client's server
+};
+
+template <class T>
+__device__ __forceinline__ long long term(T s, T best, T weight) {
+  const T above = s - best;
+  return above > T(0) ? static_cast<long long>(above * weight) : 0;
+}
+
+// fn(r, c, row, column, value) for this thread's pairs of the tile: rows of `rows`, columns of `columns`.
+template <class T, Form form, int kRows, bool kChained, bool kMatrix, class Fn>
+__device__ void for_tile(const State<T>& state, const RowSet<T>& rows, int first_row, const RowSet<T>& columns,
+                         int first_col, Fn&& fn) {
+  constexpr int kR = kRows / kSide, kC = kCols<T> / kSide;
+  T value[kR][kC];
+  if constexpr (!kMatrix) {
+    tile_values<T, form, kRows, kChained>(rows, first_row, columns, first_col, value);
+  }
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    const int row = first_row + tile_row<kRows>(r);
+    if (row >= rows.count) continue;
+    const int j = rows.index(row);
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      const int col = first_col + tile_column<T>(c);
+      if (col >= columns.count) continue;
+      const int i = columns.index(col);
+      if constexpr (kMatrix) {
+        fn(r, j, i, state.matrix[j * state.matrix_stride + i]);
+      } else {
+        fn(r, j, i, finish_value(value[r][c], state.root, state.negate));
+      }
+    }
+  }
+}
+
+// state.sum[j] += sum over `columns` of value(i, s(j, i)) for every row j: strips of column tiles, one
+// addition a row and strip.
+template <class T, Form form, int kRows, bool kChained, bool kMatrix, class Value>
+__device__ void add_over(const State<T>& state, const RowSet<T>& rows, const RowSet<T>& columns, Value&& value) {
+  constexpr int kR = kRows / kSide;
+  const int row_tiles = (rows.count + kRows - 1) / kRows;
+  const int column_tiles = (columns.count + kCols<T> - 1) / kCols<T>;
+  // As many strips as keep the blocks evenly busy, as long as can be.
+  const int wanted = (8 * static_cast<int>(gridDim.x) + row_tiles - 1) / row_tiles;
+  const int length = (column_tiles + wanted - 1) / wanted;
+  const int strips = length > 0 ? (column_tiles + length - 1) / length : 0;
+  for (int64_t work = blockIdx.x; work < static_cast<int64_t>(strips) * row_tiles; work += gridDim.x) {
+    const int first_row = static_cast<int>(work % row_tiles) * kRows;
+    const int first_tile = static_cast<int>(work / row_tiles) * length;
+    const int last_tile = min(first_tile + length, column_tiles);
+    long long total[kR] = {};
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+      for_tile<T, form, kRows, kChained, kMatrix>(state, rows, first_row, columns, tile * kCols<T>,
+                                                  [&](int r, int, int i, T s) { total[r] += value(i, s); });
+    }
+    // The sixteen threads of a row are half a warp.
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      for (int step = kSide / 2; step > 0; step /= 2) {
+        total[r] += __shfl_xor_sync(0xffffffffu, total[r], step);
+      }
+      const int row = first_row + tile_row<kRows>(r);
+      if (threadIdx.x % kSide == 0 && row < rows.count && total[r] != 0) {
+        atomicAdd(reinterpret_cast<unsigned long long*>(state.sum + rows.index(row)),
+                  static_cast<unsigned long long>(total[r]));
+      }
+    }
+  }
+}
+
+template <class T, Form form, bool kChained, bool kMatrix, class Value>
+__device__ void add_over_any(const State<T>& state, const RowSet<T>& rows, const RowSet<T>& columns,
+                             Value&& value) {
+  constexpr int kTall = kTallRows<T, kChained>;
+  if (rows.count > kTall / 2) {
+    add_over<T, form, kTall, kChained, kMatrix>(state, rows, columns, value);
+  } else {
+    add_over<T, form, kFlatRows, kChained, kMatrix>(state, rows, columns, value);
+  }
+}
+
+__device__ __forceinline__ int grid_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+__device__ __forceinline__ int grid_threads() { return static_cast<int>(gridDim.x * blockDim.x); }
+
+__device__ Best block_best(Best own) {
+  FC_SHARED(Best, warps, [kThreads / 32]);
+  for (int step = 16; step > 0; step /= 2) {
+    const Best other{__shfl_xor_sync(0xffffffffu, own.bound, step),
+                     __shfl_xor_sync(0xffffffffu, own.candidate, step)};
+    if (better(other, own)) own = other;
+  }
+  __syncthreads();  // of an earlier call, everyone has read the answer
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
+  __syncthreads();
+  Best result = warps[0];
+  for (int warp = 1; warp < kThreads / 32; ++warp) {
+    if (better(warps[warp], result)) result = warps[warp];
+  }
+  return result;
+}
+
+enum class Fold { kNothing, kList, kSweep, kAll };
+
+// The candidates that a pick chooses from: all, or a sample.
+struct Domain {
+  const int64_t* sample;
+  int count;
+  __device__ int operator[](int t) const { return sample == nullptr ? t : static_cast<int>(sample[t]); }
+};
+
+// Folds in the sums of the round before, and finds the best up-to-date gain and the best bound that is none.
+// The grid meets at its end.
+template <class T>
+__device__ Partial reduce(const State<T>& state, const Domain& domain, Fold fold, int picks, int changed) {
+  Partial own{{-1, kNobody}, {-1, kNobody}};
+  for (int t = grid_thread(); t < domain.count; t += grid_threads()) {
+    const int j = domain[t];
+    if (fold == Fold::kAll || fold == Fold::kSweep || (fold == Fold::kList && state.pending[j])) {
+      long long gain = state.sum[j];
+      if (fold == Fold::kSweep) gain += state.swept_gain[j];
+      if (fold != Fold::kList) state.swept_gain[j] = gain;
+      state.bound[j] = gain;
+      state.stamp[j] = picks;
+      state.sum[j] = 0;
+    }
+    state.pending[j] = 0;
+    if (!state.open[j]) continue;
+    const Best entry{state.bound[j], j};
+    Best& place = state.stamp[j] == picks || entry.bound == 0 ? own.fresh : own.stale;
+    if (better(entry, place)) place = entry;
+  }
+  if (fold == Fold::kAll) {
+    for (int i = grid_thread(); i < state.m; i += grid_threads()) state.swept_best[i] = state.best[i];
+  } else if (fold == Fold::kSweep) {
+    for (int t = grid_thread(); t < changed; t += grid_threads()) {
+      const int i = state.changed_clients[t];
+      state.swept_best[i] = state.best[i];
+    }
+  }
+  if (grid_thread() == 0) {
+    state.control->listed = 0;
+    if (fold == Fold::kAll || fold == Fold::kSweep) {
+      state.control->changed = 0;
+      state.control->swept = 1;
+    }
+  }
+  own.fresh = block_best(own.fresh);
+  own.stale = block_best(own.stale);
+  if (threadIdx.x == 0) state.partial[blockIdx.x] = own;
+  grid_sync();
+  // Every block for itself: there are at most a few hundred partial results.
+  Partial all{{-1, kNobody}, {-1, kNobody}};
+  for (int b = static_cast<int>(threadIdx.x); b < static_cast<int>(gridDim.x); b += kThreads) {
+    if (better(state.partial[b].fresh, all.fresh)) all.fresh = state.partial[b].fresh;
+    if (better(state.partial[b].stale, all.stale)) all.stale = state.partial[b].stale;
+  }
+  all.fresh = block_best(all.fresh);
+  all.stale = block_best(all.stale);
+  return all;
+}
+
+// Lists the candidates whose bound is none of this pick's gains and beats `threshold`. The grid meets at its
+// end. Returns their number.
+template <class T>
+__device__ int list_above(const State<T>& state, const Domain& domain, const Best& threshold, int picks) {
+  for (int t = grid_thread(); t < domain.count; t += grid_threads()) {
+    const int j = domain[t];
+    if (!state.open[j] || state.stamp[j] == picks || state.bound[j] == 0) continue;
+    if (!better(Best{state.bound[j], j}, threshold)) continue;
+    state.list[atomicAdd(&state.control->listed, 1)] = j;
+    state.pending[j] = 1;
+  }
+  grid_sync();
+  return state.control->listed;
+}
+
+// Takes pick number `picks` into S, or (number -1) a preselected candidate: one flat row of tiles against all
+// clients. The grid meets at its end.
+template <class T, Form form, bool kChained, bool kMatrix>
+__device__ void take(const State<T>& state, const int* chosen, int picks) {
+  RowSet<T> row = state.candidates;
+  row.list = chosen;
+  row.count = 1;
+  const int column_tiles = (state.m + kCols<T> - 1) / kCols<T>;
+  for (int tile = static_cast<int>(blockIdx.x); tile < column_tiles; tile += static_cast<int>(gridDim.x)) {
+    for_tile<T, form, kFlatRows, kChained, kMatrix>(
+        state, row, 0, state.clients, tile * kCols<T>, [&](int, int j, int i, T s) {
+          if (picks < 0) {
+            state.before[i] = max(state.before[i], s);
+          } else if (state.self_clients && i == j) {
+            state.serves_itself[picks] = !(state.before[i] > s);
+          }
+          const T best = state.best[i];
+          if (!(s > best)) return;
+          if (best == state.swept_best[i]) state.changed_clients[atomicAdd(&state.control->changed, 1)] = i;
+          state.best[i] = s;
+          state.owner[i] = picks;
+        });
+  }
+  grid_sync();
+}
+
+template <class T, Form form, bool kChained, bool kMatrix>
+__global__ void __launch_bounds__(kThreads) take_preselected(State<T> state, const int* preselected, int count) {
+  for (int p = 0; p < count; ++p) take<T, form, kChained, kMatrix>(state, preselected + p, -1);
+}
+
+// Makes picks number `done`, ..., `done` + `count` - 1.
+template <class T, Form form, bool kChained, bool kMatrix>
+__global__ void __launch_bounds__(kThreads)
+    greedy(State<T> state, Domain domain, int done, int count, bool naive) {
+  if (state.control->verdict != Verdict::kFine) return;
+  RowSet<T> listed = state.candidates;
+  listed.list = state.list;
+  RowSet<T> changed_clients = state.clients;
+  changed_clients.list = state.changed_clients;
+  const bool whole = domain.sample == nullptr;
+  for (int picks = done; picks < done + count; ++picks) {
+    const int changed = state.control->changed;
+    bool swept = state.control->swept;
+    Partial found;
+    Fold fold = Fold::kNothing;
+    if (whole && (naive || !swept)) {
+      add_over_any<T, form, kChained, kMatrix>(
+          state, state.candidates, state.clients,
+          [&](int i, T s) { return term(s, state.best[i], state.weight[i]); });
+      grid_sync();
+      fold = Fold::kAll;
+    }
+    for (bool may_sweep = whole && fold == Fold::kNothing;;) {
+      found = reduce(state, domain, fold, picks, changed);
+      if (!better(found.stale, found.fresh)) break;
+      // With nothing to compare with yet, the top of the bounds.
+      const Best threshold = found.fresh.candidate != kNobody
+                                 ? found.fresh
+                                 : Best{found.stale.bound - found.stale.bound / 32 - 1, kNobody};
+      listed.count = list_above(state, domain, threshold, picks);
+      if (may_sweep && found.fresh.candidate != kNobody &&
+          static_cast<int64_t>(state.n) * changed < static_cast<int64_t>(listed.count) * state.m) {
+        changed_clients.count = changed;
+        add_over_any<T, form, kChained, kMatrix>(
+            state, state.candidates, changed_clients, [&](int i, T s) {
+              return term(s, state.best[i], state.weight[i]) - term(s, state.swept_best[i], state.weight[i]);
+            });
+        fold = Fold::kSweep;
+        may_sweep = false;
+      } else {
+        add_over_any<T, form, kChained, kMatrix>(
+            state, listed, state.clients,
+            [&](int i, T s) { return term(s, state.best[i], state.weight[i]); });
+        fold = Fold::kList;
+      }
+      grid_sync();
+    }
+    if (grid_thread() == 0) {
+      const int j = found.fresh.candidate;
+      state.picked[picks] = j;
+      state.gain[picks] = found.fresh.bound;
+      state.open[j] = 0;
+      state.serves_itself[picks] = 0;
+      state.control->last_pick = j;
+    }
+    grid_sync();
+    take<T, form, kChained, kMatrix>(state, state.picked + picks, picks);
+  }
+}
+
+// ---- before the first pick
+
+__device__ void report(Control* control, Verdict::Kind kind, bool in_clients, long long at) {
+  if (control->error_at > at) control->error_at = at;
+  control->verdict = kind;
+  control->in_clients = in_clients;
+}
+
+__device__ __forceinline__ bool is_finite(double value) { return value - value == 0; }
+
+// Copies rows to compact memory, each scaled to unit length if asked, with the operations of cpu/pack.h: a
+// power of two brings the largest magnitude near 1, feature k counts into partial sum k % 8. Eight threads a
+// row. norms [rows] where wanted. The first value that is not finite is noted in bad_at.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    pack(const T* x, int64_t row_stride, int64_t col_stride, int rows, int64_t d, bool normalise, T* out,
+         double* norms, unsigned long long* bad_at) {
+  constexpr int kLanes = 8;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  // Whole warps run on, so that the shuffles find all of their lanes.
+  const int row = grid_thread() / kLanes;
+  const bool inside = row < rows;
+  const T* in = x + (inside ? row : 0) * row_stride;
+  double most = 0;
+  for (int64_t k = lane; inside && k < d; k += kLanes) {
+    const double value = in[k * col_stride];
+    if (!is_finite(value)) atomicMin(bad_at, static_cast<unsigned long long>(row * d + k));
+    most = fmax(most, fabs(value));
+  }
+  for (int step = kLanes / 2; step > 0; step /= 2) most = fmax(most, __shfl_xor_sync(0xffffffffu, most, step));
+  double scale = 0, inverse = 0, norm = 0;
+  if (most > 0 && is_finite(most)) {
+    int exponent;
+    frexp(most, &exponent);
+    scale = ldexp(1.0, min(max(-exponent, -1000), 1000));
+  }
+  double sum = 0;
+  for (int64_t k = lane; inside && k < d; k += kLanes) {
+    const double t = __dmul_rn(in[k * col_stride], scale);
+    sum = __dadd_rn(sum, __dmul_rn(t, t));
+  }
+  for (int step = kLanes / 2; step > 0; step /= 2) sum = __dadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+  if (scale > 0) {
+    norm = sqrt(sum);
+    inverse = 1 / norm;
+  }
+  for (int64_t k = lane; inside && k < d; k += kLanes) {
+    const double value = in[k * col_stride];
+    out[row * d + k] = normalise ? static_cast<T>(__dmul_rn(__dmul_rn(value, scale), inverse)) : in[k * col_stride];
+  }
+  if (norms != nullptr && inside && lane == 0) norms[row] = scale > 0 ? norm / scale : 0;
+}
+
+// upper[i] = the largest of max(0, s(j, i) - floor) over the candidates j.
+template <class T>
+__global__ void __launch_bounds__(kThreads) column_bounds(const T* s, int64_t stride, int n, int m, double* upper,
+                                                          unsigned long long* bad_at) {
+  for (int i = grid_thread(); i < m; i += grid_threads()) {
+    T most = 0;
+    for (int j = 0; j < n; ++j) {
+      const T value = s[j * stride + i];
+      if (!is_finite(value)) atomicMin(bad_at, static_cast<unsigned long long>(static_cast<int64_t>(j) * m + i));
+      most = max(most, value);
+    }
+    upper[i] = most;
+  }
+}
+
+__device__ double block_sum(double own) {
+  FC_SHARED(double, sums, [kThreads]);
+  __syncthreads();
+  sums[threadIdx.x] = own;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    __syncthreads();
+  }
+  return sums[0];
+}
+
+__device__ double block_max(double own) {
+  FC_SHARED(double, values, [kThreads]);
+  __syncthreads();
+  values[threadIdx.x] = own;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) values[threadIdx.x] = fmax(values[threadIdx.x], values[threadIdx.x + half]);
+    __syncthreads();
+  }
+  return values[0];
+}
+
+struct PrepareArguments {
+  const double* weights;
+  const int64_t* preselected;
+  int preselected_count;
+  const double *candidate_norms, *client_norms;  // of dot products, else null
+  const double* upper;                           // of a matrix, else null
+  double constant_upper;                         // of the rest
+  double largest;                                // finite number of the type
+  const unsigned long long *bad_candidate, *bad_client;
+  int64_t candidate_columns, client_columns;
+};
+
+// One block: is the data fine, and by which power of two are the weights scaled?
+template <class T>
+__global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArguments a) {
+  const int thread = static_cast<int>(threadIdx.x);
+  double most_norm = 0;
+  if (a.candidate_norms != nullptr) {
+    for (int j = thread; j < state.n; j += kThreads) most_norm = fmax(most_norm, a.candidate_norms[j]);
+  }
+  most_norm = block_max(most_norm);
+  double bound = 0, heaviest = 0, most_upper = 0;
+  int bad_weight = kNobody;
+  for (int i = thread; i < state.m; i += kThreads) {
+    const double w = a.weights == nullptr ? 1.0 : a.weights[i];
+    if (!(w >= 0) || !is_finite(w)) bad_weight = min(bad_weight, i);
+    double upper = a.constant_upper;
+    if (a.client_norms != nullptr) upper = a.client_norms[i] * most_norm * 1.001;
+    if (a.upper != nullptr) upper = a.upper[i];
+    most_upper = fmax(most_upper, upper);
+    bound += w * upper;
+    heaviest = fmax(heaviest, w);
+  }
+  bound = block_sum(bound);
+  heaviest = block_max(heaviest);
+  most_upper = block_max(most_upper);
+  bad_weight = -static_cast<int>(block_max(-static_cast<double>(bad_weight)));
+  int bad_preselected = kNobody;
+  for (int p = thread; p < a.preselected_count; p += kThreads) {
+    const int64_t j = a.preselected[p];
+    bool bad = j < 0 || j >= state.n;
+    for (int q = 0; q < p && !bad; ++q) bad = a.preselected[q] == j;
+    if (bad) bad_preselected = min(bad_preselected, p);
+  }
+  bad_preselected = -static_cast<int>(block_max(-static_cast<double>(bad_preselected)));
+  if (thread != 0) return;
+
+  Control* control = state.control;
+  const unsigned long long none = ~0ull;
+  if (*a.bad_candidate != none) {
+    report(control, Verdict::kNotFinite, false, static_cast<long long>(*a.bad_candidate));
+  } else if (*a.bad_client != none) {
+    report(control, Verdict::kNotFinite, true, static_cast<long long>(*a.bad_client));
+  } else if (bad_weight != kNobody) {
+    report(control, Verdict::kBadWeight, false, bad_weight);
+  } else if (bad_preselected != kNobody) {
+    report(control, Verdict::kBadPreselected, false, bad_preselected);
+  } else if (!(bound <= std::numeric_limits<double>::max() / 4) || !(most_upper <= a.largest)) {
+    report(control, Verdict::kOverflow, false, 0);
+  } else if (bound > 0) {
+    // 2^(61 - ceil(log2 bound)), within the range of the type; frexp gives bound = f 2^e with 1/2 <= f < 1.
+    int exponent, weight_exponent;
+    const int power = frexp(bound, &exponent) > 0.5 ? exponent : exponent - 1;
+    const int weight_power = frexp(heaviest, &weight_exponent) > 0.5 ? weight_exponent : weight_exponent - 1;
+    const int room = 61 - power, most = (sizeof(T) == 4 ? 126 : 1000) - weight_power;
+    control->scale = ldexp(1.0, min(min(room, most), 1000));
+    if (bound * control->scale < 0x1p30) report(control, Verdict::kVanishing, false, 0);
+  }
+}
+
+// The state before the first pick; the candidates of the preselected are closed.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    start(State<T> state, const double* weights, const int64_t* preselected, int preselected_count,
+          int* preselected_list) {
+  if (state.control->verdict != Verdict::kFine) return;
+  for (int j = grid_thread(); j < state.n; j += grid_threads()) {
+    state.bound[j] = kNoBound;
+    state.stamp[j] = kNever;
+    state.sum[j] = 0;
+    state.pending[j] = 0;
+    state.open[j] = 1;
+    for (int p = 0; p < preselected_count; ++p) {
+      if (preselected[p] == j) state.open[j] = 0;
+    }
+  }
+  for (int i = grid_thread(); i < state.m; i += grid_threads()) {
+    state.best[i] = state.floor;
+    state.swept_best[i] = state.floor;
+    state.before[i] = std::numeric_limits<T>::lowest();
+    state.weight[i] = static_cast<T>((weights == nullptr ? 1.0 : weights[i]) * state.control->scale);
+    state.owner[i] = -1;
+  }
+  for (int p = grid_thread(); p < preselected_count; p += grid_threads()) {
+    preselected_list[p] = static_cast<int>(preselected[p]);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) clear(Control* control, unsigned long long* bad_at) {
+  if (threadIdx.x != 0) return;
+  *control = Control{};
+  control->scale = 1;
+  control->error_at = INT64_MAX;
+  bad_at[0] = bad_at[1] = ~0ull;
+}
+
+// ---- after the last pick
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    write(State<T> state, int picks, int64_t* indices, double* gains, int64_t* assignment) {
+  if (state.control->verdict != Verdict::kFine) return;
+  for (int i = grid_thread(); i < state.m; i += grid_threads()) assignment[i] = state.owner[i];
+  for (int p = grid_thread(); p < picks; p += grid_threads()) {
+    indices[p] = state.picked[p];
+    gains[p] = static_cast<double>(state.gain[p]) / state.control->scale;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) serve_themselves(State<T> state, int picks, int64_t* assignment) {
+  if (state.control->verdict != Verdict::kFine) return;
+  for (int p = grid_thread(); p < picks; p += grid_threads()) {
+    if (state.serves_itself[p]) assignment[state.picked[p]] = p;
+  }
+}
+
+// A block for each pick, and one more for f(S): sums over the clients in a fixed order.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_up(State<T> state, int picks, const double* weights, const int64_t* assignment, double* won) {
+  if (state.control->verdict != Verdict::kFine) return;
+  const int p = static_cast<int>(blockIdx.x);
+  double own = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < state.m; i += kThreads) {
+    const double w = weights == nullptr ? 1.0 : weights[i];
+    if (p == picks) {
+      own += w * (static_cast<double>(state.best[i]) - static_cast<double>(state.floor));
+    } else if (assignment[i] == p) {
+      own += w;
+    }
+  }
+  own = block_sum(own);
+  if (threadIdx.x != 0) return;
+  if (p == picks) {
+    state.control->objective = own;
+  } else {
+    won[p] = own;
+  }
+}
+
+// ---- the host's side
+
+int blocks_for(int64_t threads) {
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>((threads + kThreads - 1) / kThreads, 1), 4096));
+}
+
+template <class T>
+class Greedy final : public FacilityLocation {
+ public:
+  Greedy(TensorView<const T, 2> x, const TensorView<const T, 2>* clients, const Metric* metric,
+         const GreedyArguments& arguments)
+      : x_(x), arguments_(arguments), stream_(arguments.stream) {
+    const bool points = metric != nullptr;
+    const int64_t n = x.rows(), m = !points ? x.cols() : clients != nullptr ? clients->rows() : n;
+    if (n >= kNobody || m >= kNobody) {
+      throw std::invalid_argument("x: the GPU kernel takes fewer than 2^31 candidates and clients, got " +
+                                  std::to_string(n) + " and " + std::to_string(m));
+    }
+    if (points) clients_ = clients != nullptr ? *clients : x;
+    separate_clients_ = points && clients != nullptr;
+    metric_ = points ? *metric : Metric::kDot;
+    points_ = points;
+    state_.n = static_cast<int>(n);
+    state_.m = static_cast<int>(m);
+    state_.self_clients = arguments.self_clients;
+    state_.negate = points && is_distance(metric_);
+    state_.root = points && metric_ == Metric::kEuclidean;
+    state_.floor = state_.negate ? static_cast<T>(-arguments.offset) : T(0);
+    form_ = form_of(metric_);
+    chained_ = points && x.cols() > kChain;
+    open_ = n - arguments.preselected_count;
+    allocate();
+    begin();
+  }
+
+  int64_t candidates() const override { return state_.n; }
+  int64_t clients() const override { return state_.m; }
+  int64_t picks() const override { return picks_; }
+
+  int64_t step(int64_t count, bool naive) override {
+    const int made = static_cast<int>(std::min(count, open_ - picks_));
+    if (made > 0) launch_greedy(Domain{nullptr, state_.n}, made, naive);
+    return picks_;
+  }
+
+  int64_t step_among(const int64_t* candidates, int64_t count) override {
+    launch_greedy(Domain{candidates, static_cast<int>(count)}, 1, false);
+    return read_control().last_pick;
+  }
+
+  Verdict finish(int64_t* indices, double* gains, double* weights, int64_t* assignment,
+                 double* objective) override {
+    const int picks = static_cast<int>(picks_);
+    launch(write<T>, over(std::max(state_.m, picks)), state_, picks, indices, gains, assignment);
+    if (state_.self_clients) launch(serve_themselves<T>, over(picks), state_, picks, assignment);
+    launch(sum_up<T>, {dim3(picks + 1), dim3(kThreads), 0, stream_}, state_, picks, arguments_.weights, assignment,
+           weights);
+    const Control control = read_control();
+    *objective = control.objective;
+    Verdict verdict;
+    verdict.kind = static_cast<Verdict::Kind>(control.verdict);
+    verdict.in_clients = control.in_clients != 0;
+    const int64_t columns = verdict.kind == Verdict::kNotFinite ? x_.cols() : 1;
+    verdict.row = control.error_at / columns;
+    verdict.column = control.error_at % columns;
+    return verdict;
+  }
+
+ private:
+  Launch over(int64_t threads) const { return {dim3(blocks_for(threads)), dim3(kThreads), 0, stream_}; }
+
+  Control read_control() {
+    Control control;
+    check(cudaMemcpyAsync(&control, state_.control, sizeof(Control), cudaMemcpyDeviceToHost, stream_),
+          "reading the result");
+    check(cudaStreamSynchronize(stream_), "facility location on the GPU");
+    return control;
+  }
+
+  template <class U>
+  U* buffer(DeviceBuffer<U>& owner, int64_t size) {
+    owner = DeviceBuffer<U>(size, stream_);
+    return owner.data();
+  }
+
+  void allocate() {
+    const int64_t n = state_.n, m = state_.m, d = x_.cols();
+    state_.control = buffer(control_, 1);
+    bad_at_ = DeviceBuffer<unsigned long long>(2, stream_);
+    long long* longs = buffer(candidate_longs_, 4 * n);
+    state_.bound = longs;
+    state_.sum = longs + n;
+    state_.swept_gain = longs + 2 * n;
+    state_.gain = longs + 3 * n;
+    int* ints = buffer(candidate_ints_, 6 * n);
+    state_.stamp = ints;
+    state_.pending = ints + n;
+    state_.open = ints + 2 * n;
+    state_.list = ints + 3 * n;
+    state_.picked = ints + 4 * n;
+    state_.serves_itself = ints + 5 * n;
+    T* values = buffer(client_values_, 4 * m);
+    state_.best = values;
+    state_.swept_best = values + m;
+    state_.before = values + 2 * m;
+    state_.weight = values + 3 * m;
+    int* client_ints = buffer(client_ints_, 2 * m);
+    state_.owner = client_ints;
+    state_.changed_clients = client_ints + m;
+    preselected_list_ = DeviceBuffer<int>(arguments_.preselected_count, stream_);
+    if (points_) {
+      packed_candidates_ = DeviceBuffer<T>(n * d, stream_);
+      if (separate_clients_) packed_clients_ = DeviceBuffer<T>(m * d, stream_);
+      state_.candidates = {packed_candidates_.data(), d, nullptr, state_.n};
+      state_.clients = {separate_clients_ ? packed_clients_.data() : packed_candidates_.data(), d, nullptr, state_.m};
+    } else {
+      state_.matrix = x_.data;
+      state_.matrix_stride = x_.stride[0];
+      state_.candidates = {nullptr, 0, nullptr, state_.n};
+      state_.clients = {nullptr, 0, nullptr, state_.m};
+    }
+  }
+
+  void begin() {
+    launch(clear, over(1), state_.control, bad_at_.data());
+    PrepareArguments prepare_arguments{};
+    prepare_arguments.weights = arguments_.weights;
+    prepare_arguments.preselected = arguments_.preselected;
+    prepare_arguments.preselected_count = static_cast<int>(arguments_.preselected_count);
+    prepare_arguments.largest = std::numeric_limits<T>::max() / 4;
+    prepare_arguments.bad_candidate = bad_at_.data();
+    prepare_arguments.bad_client = bad_at_.data() + 1;
+    DeviceBuffer<double> candidate_norms, client_norms, upper;
+    if (points_) {
+      prepare_arguments.constant_upper = metric_ == Metric::kCosine ? 1.001 : arguments_.offset;
+      if (metric_ == Metric::kDot) {
+        candidate_norms = DeviceBuffer<double>(state_.n, stream_);
+        client_norms = DeviceBuffer<double>(state_.m, stream_);
+        prepare_arguments.candidate_norms = candidate_norms.data();
+        prepare_arguments.client_norms = separate_clients_ ? client_norms.data() : candidate_norms.data();
+      } else if (metric_ != Metric::kCosine) {
+        prepare_arguments.largest = std::numeric_limits<double>::infinity();  // the caller's offset is in range
+      }
+      launch_pack(x_, packed_candidates_.data(), candidate_norms.data(), bad_at_.data());
+      if (separate_clients_) {
+        launch_pack(clients_, packed_clients_.data(), client_norms.data(), bad_at_.data() + 1);
+      }
+    } else {
+      upper = DeviceBuffer<double>(state_.m, stream_);
+      prepare_arguments.upper = upper.data();
+      prepare_arguments.largest = std::numeric_limits<T>::max();
+      launch(column_bounds<T>, over(state_.m), state_.matrix, state_.matrix_stride, state_.n, state_.m,
+             upper.data(), bad_at_.data());
+    }
+    launch(prepare<T>, {dim3(1), dim3(kThreads), 0, stream_}, state_, prepare_arguments);
+    launch(start<T>, over(std::max(state_.n, state_.m)), state_, arguments_.weights, arguments_.preselected,
+           prepare_arguments.preselected_count, preselected_list_.data());
+    if (arguments_.preselected_count > 0) {
+      with_kernels([&](auto form, auto chained, auto matrix) {
+        const auto kernel = take_preselected<T, form(), chained(), matrix()>;
+        launch_cooperative(kernel, preselected_list_.data(), prepare_arguments.preselected_count);
+      });
+    }
+  }
+
+  void launch_pack(const TensorView<const T, 2>& x, T* out, double* norms, unsigned long long* bad_at) {
+    const dim3 blocks(static_cast<unsigned>((x.rows() * 8 + kThreads - 1) / kThreads));
+    launch(pack<T>, {blocks, dim3(kThreads), 0, stream_}, x.data, x.stride[0], x.stride[1],
+           static_cast<int>(x.rows()), x.cols(), metric_ == Metric::kCosine, out, norms, bad_at);
+  }
+
+  void launch_greedy(Domain domain, int count, bool naive) {
+    with_kernels([&](auto form, auto chained, auto matrix) {
+      const auto kernel = greedy<T, form(), chained(), matrix()>;
+      launch_cooperative(kernel, domain, static_cast<int>(picks_), count, naive);
+    });
+    picks_ += count;
+  }
+
+  // Calls fn with the form, whether chains are long, and whether similarities are given, as constants.
+  template <class Fn>
+  void with_kernels(Fn&& fn) {
+    using Yes = std::true_type;
+    using No = std::false_type;
+    if (!points_) return fn(std::integral_constant<Form, Form::kProduct>{}, No{}, Yes{});
+    const auto with_chains = [&](auto form) { chained_ ? fn(form, Yes{}, No{}) : fn(form, No{}, No{}); };
+    switch (form_) {
+      case Form::kProduct:
+        return with_chains(std::integral_constant<Form, Form::kProduct>{});
+      case Form::kSquare:
+        return with_chains(std::integral_constant<Form, Form::kSquare>{});
+      case Form::kAbsolute:
+        return with_chains(std::integral_constant<Form, Form::kAbsolute>{});
+    }
+  }
+
+  template <class Kernel, class... A>
+  void launch_cooperative(Kernel kernel, A&&... arguments) {
+    const int blocks = cooperative_blocks(kernel, kThreads, 0);
+    if (blocks > partials_) {
+      state_.partial = buffer(partial_, blocks);
+      partials_ = blocks;
+    }
+    launch(kernel, {dim3(blocks), dim3(kThreads), 0, stream_, true}, state_, std::forward<A>(arguments)...);
+  }
+
+  TensorView<const T, 2> x_, clients_{};
+  const GreedyArguments arguments_;
+  const cudaStream_t stream_;
+  Metric metric_ = Metric::kDot;
+  Form form_ = Form::kProduct;
+  bool points_ = false, separate_clients_ = false, chained_ = false;
+  int64_t open_ = 0, picks_ = 0;
+  int partials_ = 0;
+
+  State<T> state_;
+  DeviceBuffer<Control> control_;
+  DeviceBuffer<Partial> partial_;
+  DeviceBuffer<unsigned long long> bad_at_;
+  DeviceBuffer<long long> candidate_longs_;
+  DeviceBuffer<int> candidate_ints_, client_ints_, preselected_list_;
+  DeviceBuffer<T> client_values_, packed_candidates_, packed_clients_;
+};
+
+}  // namespace
+
+template <class T>
+std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x,
+                                                           const TensorView<const T, 2>* clients,
+                                                           Metric metric, const GreedyArguments& arguments) {
+  return std::make_unique<Greedy<T>>(x, clients, &metric, arguments);
+}
+
+template <class T>
+std::unique_ptr<FacilityLocation> facility_location_matrix(TensorView<const T, 2> s,
+                                                           const GreedyArguments& arguments) {
+  return std::make_unique<Greedy<T>>(s, nullptr, nullptr, arguments);
+}
+
+#define FC_INSTANTIATE(T)                                                                            \
+  template std::unique_ptr<FacilityLocation> facility_location_points<T>(                            \
+      TensorView<const T, 2>, const TensorView<const T, 2>*, Metric, const GreedyArguments&);        \
+  template std::unique_ptr<FacilityLocation> facility_location_matrix<T>(TensorView<const T, 2>,     \
+                                                                         const GreedyArguments&);
+FC_INSTANTIATE(float)
+FC_INSTANTIATE(double)
+#undef FC_INSTANTIATE
+
+}  // namespace fc::cuda

@@ -1,0 +1,71 @@
+// Greedy facility location that stays on the GPU: see facility_location.cu for the algorithm and its cost.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "core/metric.h"
+#include "core/tensor_view.h"
+#include "cuda/runtime.h"
+
+namespace fc::cuda {
+
+struct GreedyArguments {
+  const double* weights = nullptr;       // [m] on the device; null for all 1
+  const int64_t* preselected = nullptr;  // [preselected_count] on the device
+  int64_t preselected_count = 0;
+  double offset = 0;  // distances: s = offset - distance
+  bool self_clients = false;
+  cudaStream_t stream = nullptr;
+};
+
+// What was wrong with the data, found on the way and known once finish() has waited.
+struct Verdict {
+  enum Kind : int {
+    kFine,
+    kNotFinite,     // row and column of x or (in_clients) of the clients
+    kOverflow,      // similarities or their sum leave the range of the type
+    kVanishing,     // their sum is too close to its smallest number
+    kBadWeight,     // row: negative, NaN or infinite
+    kBadPreselected // row: out of range or twice
+  };
+  Kind kind = kFine;
+  bool in_clients = false;
+  int64_t row = 0, column = 0;
+};
+
+// A run that advances pick by pick. Nothing but finish() and step_among() waits for the GPU; all work goes to
+// the stream of the arguments. Arrays must outlive the object.
+class FacilityLocation {
+ public:
+  virtual ~FacilityLocation() = default;
+
+  // Starts up to `count` further picks; `naive` evaluates every candidate at every pick. Returns the number of
+  // picks there will then be.
+  virtual int64_t step(int64_t count, bool naive) = 0;
+
+  // One pick among candidates [count], which must be open; waits, and returns it.
+  virtual int64_t step_among(const int64_t* candidates, int64_t count) = 0;
+
+  // Writes the picks so far to arrays on the device: candidate, gain and client weight won, [picks], and the
+  // pick that serves each client, [m], or -1. Waits; `objective` is f(S), the preselected included.
+  virtual Verdict finish(int64_t* indices, double* gains, double* weights, int64_t* assignment,
+                         double* objective) = 0;
+
+  virtual int64_t candidates() const = 0;
+  virtual int64_t clients() const = 0;
+  virtual int64_t picks() const = 0;
+};
+
+// x [n, d], clients [m, d] (null: the candidates themselves), on the device.
+template <class T>
+std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x,
+                                                           const TensorView<const T, 2>* clients,
+                                                           Metric metric, const GreedyArguments& arguments);
+
+// s [n, m], rows contiguous, on the device.
+template <class T>
+std::unique_ptr<FacilityLocation> facility_location_matrix(TensorView<const T, 2> s,
+                                                           const GreedyArguments& arguments);
+
+}  // namespace fc::cuda
