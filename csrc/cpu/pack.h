@@ -16,21 +16,33 @@
 #include <string>
 #include <type_traits>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "core/tensor_view.h"
 #include "core/threads.h"
 #include "cpu/tile.h"
 
 namespace fc {
 
-// An uninitialised array on a 64-byte boundary.
+// An uninitialised array on a 64-byte boundary; a large one on whole huge pages where Linux has some, since
+// touching a matrix for the first time would otherwise cost as much as computing it.
 template <class T>
 class Buffer {
+  static constexpr size_t kHugePage = size_t{2} << 20;
+
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) : size_(size) {
-    if (size > 0)
-      data_.reset(
-          static_cast<T*>(::operator new[](sizeof(T) * static_cast<size_t>(size), std::align_val_t{64})));
+    if (size <= 0) return;
+    const size_t bytes = sizeof(T) * static_cast<size_t>(size);
+    const std::align_val_t alignment{bytes >= 2 * kHugePage ? kHugePage : 64};
+    data_ = {static_cast<T*>(::operator new[](bytes, alignment)), Free{alignment}};
+#if defined(__linux__)
+    // Only a hint: without huge pages everything works the same.
+    if (bytes >= 2 * kHugePage) madvise(data_.get(), bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
   }
   Buffer(int64_t size, T value) : Buffer(size) {
     for (int64_t i = 0; i < size; ++i) data_[i] = value;
@@ -43,7 +55,8 @@ class Buffer {
 
  private:
   struct Free {
-    void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
+    std::align_val_t alignment{64};
+    void operator()(T* p) const { ::operator delete[](p, alignment); }
   };
   std::unique_ptr<T[], Free> data_;
   int64_t size_ = 0;
