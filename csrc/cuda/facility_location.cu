@@ -17,13 +17,15 @@
 // Rejected: a kernel for each phase, launched by the host, which has to look at the device to know which is
 // next; a heap, whose walks are serial; the symmetric half product for the first gains, whose column sums
 // would need as many atomics as pairs of tiles.
-#include "cuda/facility_location.h"
-
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #include "cuda/device_buffer.h"
+#include "cuda/facility_location.h"
 #include "cuda/launch.h"
 #include "cuda/tile.cuh"
 
@@ -34,15 +36,21 @@ constexpr long long kNoBound = INT64_MAX;
 constexpr int kNever = -1;
 constexpr int kNobody = INT32_MAX;
 
+// The first bad entry of each argument, all ones for none.
+struct BadAt {
+  unsigned long long candidate, client;  // row * columns + column of a value that is not finite
+  unsigned long long preselected;        // position of an index out of range or given twice
+};
+
 // What the blocks tell each other, and what is left for the host.
 struct Control {
   double scale;
-  long long error_at;   // row * columns + column of the first bad value, or beyond all
-  int verdict;          // Verdict::Kind
+  long long error_at;  // row * columns + column, or position
+  int verdict;         // Verdict::Kind
   int in_clients;
-  int swept;            // whether every candidate has been evaluated at `swept_best`
-  int listed;           // length of `list`
-  int changed;          // length of `changed_clients`
+  int swept;    // whether every candidate has been evaluated at `swept_best`
+  int listed;   // length of `list`
+  int changed;  // length of `changed_clients`
   int last_pick;
   double objective;
 };
@@ -71,13 +79,13 @@ struct State {
   T floor = 0;
 
   Control* control = nullptr;
-  Partial* partial = nullptr;  // [blocks]
-  long long* bound = nullptr;  // [n] an upper bound of the gain
-  int* stamp = nullptr;        // [n] after how many picks it was exact
-  long long* sum = nullptr;    // [n] what the running round adds up; 0 between rounds
-  int* pending = nullptr;      // [n] whether the running round evaluates the candidate
-  int* open = nullptr;         // [n] neither picked nor preselected
-  int* list = nullptr;         // [n]
+  Partial* partial = nullptr;       // [blocks]
+  long long* bound = nullptr;       // [n] an upper bound of the gain
+  int* stamp = nullptr;             // [n] after how many picks it was exact
+  long long* sum = nullptr;         // [n] what the running round adds up; 0 between rounds
+  int* pending = nullptr;           // [n] whether the running round evaluates the candidate
+  int* open = nullptr;              // [n] neither picked nor preselected
+  int* list = nullptr;              // [n]
   long long* swept_gain = nullptr;  // [n] the gain at `swept_best`
   T* best = nullptr;                // [m] similarity to the nearest of S, at least `floor`
   T* swept_best = nullptr;          // [m]
@@ -98,8 +106,8 @@ __device__ __forceinline__ long long term(T s, T best, T weight) {
 
 // fn(r, c, row, column, value) for this thread's pairs of the tile: rows of `rows`, columns of `columns`.
 template <class T, Form form, int kRows, bool kChained, bool kMatrix, class Fn>
-__device__ void for_tile(const State<T>& state, const RowSet<T>& rows, int first_row, const RowSet<T>& columns,
-                         int first_col, Fn&& fn) {
+__device__ void for_tile(const State<T>& state, const RowSet<T>& rows, int first_row,
+                         const RowSet<T>& columns, int first_col, Fn&& fn) {
   constexpr int kR = kRows / kSide, kC = kCols<T> / kSide;
   T value[kR][kC];
   if constexpr (!kMatrix) {
@@ -124,10 +132,11 @@ __device__ void for_tile(const State<T>& state, const RowSet<T>& rows, int first
   }
 }
 
-// state.sum[j] += sum over `columns` of value(i, s(j, i)) for every row j: strips of column tiles, one
-// addition a row and strip.
-template <class T, Form form, int kRows, bool kChained, bool kMatrix, class Value>
-__device__ void add_over(const State<T>& state, const RowSet<T>& rows, const RowSet<T>& columns, Value&& value) {
+// state.sum[j] += what clients `columns` are worth to every row j: their terms of its gain, or (`correct`) by
+// how much these have changed since the last sweep. Strips of column tiles, one addition a row and strip.
+template <class T, Form form, int kRows, bool kChained, bool kMatrix>
+__device__ void add_over(const State<T>& state, const RowSet<T>& rows, const RowSet<T>& columns,
+                         bool correct) {
   constexpr int kR = kRows / kSide;
   const int row_tiles = (rows.count + kRows - 1) / kRows;
   const int column_tiles = (columns.count + kCols<T> - 1) / kCols<T>;
@@ -141,8 +150,11 @@ __device__ void add_over(const State<T>& state, const RowSet<T>& rows, const Row
     const int last_tile = min(first_tile + length, column_tiles);
     long long total[kR] = {};
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      for_tile<T, form, kRows, kChained, kMatrix>(state, rows, first_row, columns, tile * kCols<T>,
-                                                  [&](int r, int, int i, T s) { total[r] += value(i, s); });
+      for_tile<T, form, kRows, kChained, kMatrix>(
+          state, rows, first_row, columns, tile * kCols<T>, [&](int r, int, int i, T s) {
+            total[r] += term(s, state.best[i], state.weight[i]);
+            if (correct) total[r] -= term(s, state.swept_best[i], state.weight[i]);
+          });
     }
     // The sixteen threads of a row are half a warp.
 #pragma unroll
@@ -159,18 +171,20 @@ __device__ void add_over(const State<T>& state, const RowSet<T>& rows, const Row
   }
 }
 
-template <class T, Form form, bool kChained, bool kMatrix, class Value>
+template <class T, Form form, bool kChained, bool kMatrix>
 __device__ void add_over_any(const State<T>& state, const RowSet<T>& rows, const RowSet<T>& columns,
-                             Value&& value) {
+                             bool correct) {
   constexpr int kTall = kTallRows<T, kChained>;
   if (rows.count > kTall / 2) {
-    add_over<T, form, kTall, kChained, kMatrix>(state, rows, columns, value);
+    add_over<T, form, kTall, kChained, kMatrix>(state, rows, columns, correct);
   } else {
-    add_over<T, form, kFlatRows, kChained, kMatrix>(state, rows, columns, value);
+    add_over<T, form, kFlatRows, kChained, kMatrix>(state, rows, columns, correct);
   }
 }
 
-__device__ __forceinline__ int grid_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+__device__ __forceinline__ int grid_thread() {
+  return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+}
 __device__ __forceinline__ int grid_threads() { return static_cast<int>(gridDim.x * blockDim.x); }
 
 __device__ Best block_best(Best own) {
@@ -265,6 +279,41 @@ __device__ int list_above(const State<T>& state, const Domain& domain, const Bes
   return state.control->listed;
 }
 
+// The candidate of the largest gain, when `picks` picks have been made. A sample is only evaluated, all
+// candidates may be swept.
+template <class T, Form form, bool kChained, bool kMatrix>
+__device__ Best choose(const State<T>& state, const Domain& domain, int picks, bool naive, bool whole) {
+  const int changed = state.control->changed;
+  RowSet<T> rows = state.candidates, columns = state.clients;
+  Fold fold = whole && (naive || !state.control->swept) ? Fold::kAll : Fold::kNothing;
+  for (bool may_sweep = whole && fold == Fold::kNothing;;) {
+    if (fold != Fold::kNothing) {
+      add_over_any<T, form, kChained, kMatrix>(state, rows, columns, fold == Fold::kSweep);
+      grid_sync();
+    }
+    const Partial found = reduce(state, domain, fold, picks, changed);
+    if (!better(found.stale, found.fresh)) return found.fresh;
+    // With nothing to compare with yet, the top of the bounds.
+    const bool comparable = found.fresh.candidate != kNobody;
+    const Best threshold =
+        comparable ? found.fresh : Best{found.stale.bound - found.stale.bound / 32 - 1, kNobody};
+    const int listed = list_above(state, domain, threshold, picks);
+    if (may_sweep && comparable &&
+        static_cast<int64_t>(state.n) * changed < static_cast<int64_t>(listed) * state.m) {
+      rows = state.candidates;
+      columns.list = state.changed_clients;
+      columns.count = changed;
+      fold = Fold::kSweep;
+      may_sweep = false;
+    } else {
+      rows.list = state.list;
+      rows.count = listed;
+      columns = state.clients;
+      fold = Fold::kList;
+    }
+  }
+}
+
 // Takes pick number `picks` into S, or (number -1) a preselected candidate: one flat row of tiles against all
 // clients. The grid meets at its end.
 template <class T, Form form, bool kChained, bool kMatrix>
@@ -291,75 +340,35 @@ __device__ void take(const State<T>& state, const int* chosen, int picks) {
   grid_sync();
 }
 
-template <class T, Form form, bool kChained, bool kMatrix>
-__global__ void __launch_bounds__(kThreads) take_preselected(State<T> state, const int* preselected, int count) {
-  for (int p = 0; p < count; ++p) take<T, form, kChained, kMatrix>(state, preselected + p, -1);
-}
-
-// Makes picks number `done`, ..., `done` + `count` - 1.
+// Makes picks number `done`, ..., `done` + `count` - 1; or, with `preselected`, takes these `count`
+// candidates. One kernel for both, since most of it is the tiles, which take their time to compile.
 template <class T, Form form, bool kChained, bool kMatrix>
 __global__ void __launch_bounds__(kThreads)
-    greedy(State<T> state, Domain domain, int done, int count, bool naive) {
+    greedy(State<T> state, Domain domain, int done, int count, bool naive, const int* preselected) {
   if (state.control->verdict != Verdict::kFine) return;
-  RowSet<T> listed = state.candidates;
-  listed.list = state.list;
-  RowSet<T> changed_clients = state.clients;
-  changed_clients.list = state.changed_clients;
   const bool whole = domain.sample == nullptr;
   for (int picks = done; picks < done + count; ++picks) {
-    const int changed = state.control->changed;
-    bool swept = state.control->swept;
-    Partial found;
-    Fold fold = Fold::kNothing;
-    if (whole && (naive || !swept)) {
-      add_over_any<T, form, kChained, kMatrix>(
-          state, state.candidates, state.clients,
-          [&](int i, T s) { return term(s, state.best[i], state.weight[i]); });
-      grid_sync();
-      fold = Fold::kAll;
-    }
-    for (bool may_sweep = whole && fold == Fold::kNothing;;) {
-      found = reduce(state, domain, fold, picks, changed);
-      if (!better(found.stale, found.fresh)) break;
-      // With nothing to compare with yet, the top of the bounds.
-      const Best threshold = found.fresh.candidate != kNobody
-                                 ? found.fresh
-                                 : Best{found.stale.bound - found.stale.bound / 32 - 1, kNobody};
-      listed.count = list_above(state, domain, threshold, picks);
-      if (may_sweep && found.fresh.candidate != kNobody &&
-          static_cast<int64_t>(state.n) * changed < static_cast<int64_t>(listed.count) * state.m) {
-        changed_clients.count = changed;
-        add_over_any<T, form, kChained, kMatrix>(
-            state, state.candidates, changed_clients, [&](int i, T s) {
-              return term(s, state.best[i], state.weight[i]) - term(s, state.swept_best[i], state.weight[i]);
-            });
-        fold = Fold::kSweep;
-        may_sweep = false;
-      } else {
-        add_over_any<T, form, kChained, kMatrix>(
-            state, listed, state.clients,
-            [&](int i, T s) { return term(s, state.best[i], state.weight[i]); });
-        fold = Fold::kList;
+    const int* chosen = preselected + picks;
+    if (preselected == nullptr) {
+      const Best best = choose<T, form, kChained, kMatrix>(state, domain, picks, naive, whole);
+      if (grid_thread() == 0) {
+        state.picked[picks] = best.candidate;
+        state.gain[picks] = best.bound;
+        state.open[best.candidate] = 0;
+        state.serves_itself[picks] = 0;
+        state.control->last_pick = best.candidate;
       }
       grid_sync();
+      chosen = state.picked + picks;
     }
-    if (grid_thread() == 0) {
-      const int j = found.fresh.candidate;
-      state.picked[picks] = j;
-      state.gain[picks] = found.fresh.bound;
-      state.open[j] = 0;
-      state.serves_itself[picks] = 0;
-      state.control->last_pick = j;
-    }
-    grid_sync();
-    take<T, form, kChained, kMatrix>(state, state.picked + picks, picks);
+    take<T, form, kChained, kMatrix>(state, chosen, preselected == nullptr ? picks : -1);
   }
 }
 
 // ---- before the first pick
 
 __device__ void report(Control* control, Verdict::Kind kind, bool in_clients, long long at) {
-  if (control->error_at > at) control->error_at = at;
+  control->error_at = at;
   control->verdict = kind;
   control->in_clients = in_clients;
 }
@@ -385,7 +394,8 @@ __global__ void __launch_bounds__(kThreads)
     if (!is_finite(value)) atomicMin(bad_at, static_cast<unsigned long long>(row * d + k));
     most = fmax(most, fabs(value));
   }
-  for (int step = kLanes / 2; step > 0; step /= 2) most = fmax(most, __shfl_xor_sync(0xffffffffu, most, step));
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    most = fmax(most, __shfl_xor_sync(0xffffffffu, most, step));
   double scale = 0, inverse = 0, norm = 0;
   if (most > 0 && is_finite(most)) {
     int exponent;
@@ -397,27 +407,30 @@ __global__ void __launch_bounds__(kThreads)
     const double t = __dmul_rn(in[k * col_stride], scale);
     sum = __dadd_rn(sum, __dmul_rn(t, t));
   }
-  for (int step = kLanes / 2; step > 0; step /= 2) sum = __dadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    sum = __dadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
   if (scale > 0) {
     norm = sqrt(sum);
     inverse = 1 / norm;
   }
   for (int64_t k = lane; inside && k < d; k += kLanes) {
     const double value = in[k * col_stride];
-    out[row * d + k] = normalise ? static_cast<T>(__dmul_rn(__dmul_rn(value, scale), inverse)) : in[k * col_stride];
+    out[row * d + k] =
+        normalise ? static_cast<T>(__dmul_rn(__dmul_rn(value, scale), inverse)) : in[k * col_stride];
   }
   if (norms != nullptr && inside && lane == 0) norms[row] = scale > 0 ? norm / scale : 0;
 }
 
 // upper[i] = the largest of max(0, s(j, i) - floor) over the candidates j.
 template <class T>
-__global__ void __launch_bounds__(kThreads) column_bounds(const T* s, int64_t stride, int n, int m, double* upper,
-                                                          unsigned long long* bad_at) {
+__global__ void __launch_bounds__(kThreads)
+    column_bounds(const T* s, int64_t stride, int n, int m, double* upper, unsigned long long* bad_at) {
   for (int i = grid_thread(); i < m; i += grid_threads()) {
     T most = 0;
     for (int j = 0; j < n; ++j) {
       const T value = s[j * stride + i];
-      if (!is_finite(value)) atomicMin(bad_at, static_cast<unsigned long long>(static_cast<int64_t>(j) * m + i));
+      if (!is_finite(value))
+        atomicMin(bad_at, static_cast<unsigned long long>(static_cast<int64_t>(j) * m + i));
       most = max(most, value);
     }
     upper[i] = most;
@@ -442,7 +455,8 @@ __device__ double block_max(double own) {
   values[threadIdx.x] = own;
   __syncthreads();
   for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (static_cast<int>(threadIdx.x) < half) values[threadIdx.x] = fmax(values[threadIdx.x], values[threadIdx.x + half]);
+    if (static_cast<int>(threadIdx.x) < half)
+      values[threadIdx.x] = fmax(values[threadIdx.x], values[threadIdx.x + half]);
     __syncthreads();
   }
   return values[0];
@@ -450,14 +464,11 @@ __device__ double block_max(double own) {
 
 struct PrepareArguments {
   const double* weights;
-  const int64_t* preselected;
-  int preselected_count;
   const double *candidate_norms, *client_norms;  // of dot products, else null
   const double* upper;                           // of a matrix, else null
   double constant_upper;                         // of the rest
-  double largest;                                // finite number of the type
-  const unsigned long long *bad_candidate, *bad_client;
-  int64_t candidate_columns, client_columns;
+  double largest;                                // that a similarity may reach
+  const BadAt* bad_at;
 };
 
 // One block: is the data fine, and by which power of two are the weights scaled?
@@ -485,26 +496,19 @@ __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArgum
   heaviest = block_max(heaviest);
   most_upper = block_max(most_upper);
   bad_weight = -static_cast<int>(block_max(-static_cast<double>(bad_weight)));
-  int bad_preselected = kNobody;
-  for (int p = thread; p < a.preselected_count; p += kThreads) {
-    const int64_t j = a.preselected[p];
-    bool bad = j < 0 || j >= state.n;
-    for (int q = 0; q < p && !bad; ++q) bad = a.preselected[q] == j;
-    if (bad) bad_preselected = min(bad_preselected, p);
-  }
-  bad_preselected = -static_cast<int>(block_max(-static_cast<double>(bad_preselected)));
   if (thread != 0) return;
 
   Control* control = state.control;
   const unsigned long long none = ~0ull;
-  if (*a.bad_candidate != none) {
-    report(control, Verdict::kNotFinite, false, static_cast<long long>(*a.bad_candidate));
-  } else if (*a.bad_client != none) {
-    report(control, Verdict::kNotFinite, true, static_cast<long long>(*a.bad_client));
+  const BadAt& bad = *a.bad_at;
+  if (bad.candidate != none) {
+    report(control, Verdict::kNotFinite, false, static_cast<long long>(bad.candidate));
+  } else if (bad.client != none) {
+    report(control, Verdict::kNotFinite, true, static_cast<long long>(bad.client));
   } else if (bad_weight != kNobody) {
     report(control, Verdict::kBadWeight, false, bad_weight);
-  } else if (bad_preselected != kNobody) {
-    report(control, Verdict::kBadPreselected, false, bad_preselected);
+  } else if (bad.preselected != none) {
+    report(control, Verdict::kBadPreselected, false, static_cast<long long>(bad.preselected));
   } else if (!(bound <= std::numeric_limits<double>::max() / 4) || !(most_upper <= a.largest)) {
     report(control, Verdict::kOverflow, false, 0);
   } else if (bound > 0) {
@@ -518,22 +522,35 @@ __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArgum
   }
 }
 
-// The state before the first pick; the candidates of the preselected are closed.
+// The state of the candidates before the first pick.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    start(State<T> state, const double* weights, const int64_t* preselected, int preselected_count,
-          int* preselected_list) {
-  if (state.control->verdict != Verdict::kFine) return;
+__global__ void __launch_bounds__(kThreads) open_all(State<T> state) {
   for (int j = grid_thread(); j < state.n; j += grid_threads()) {
     state.bound[j] = kNoBound;
     state.stamp[j] = kNever;
     state.sum[j] = 0;
     state.pending[j] = 0;
     state.open[j] = 1;
-    for (int p = 0; p < preselected_count; ++p) {
-      if (preselected[p] == j) state.open[j] = 0;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    close_preselected(State<T> state, const int64_t* preselected, int count, int* list, BadAt* bad_at) {
+  for (int p = grid_thread(); p < count; p += grid_threads()) {
+    const int64_t j = preselected[p];
+    if (j < 0 || j >= state.n || atomicExch(state.open + j, 0) == 0) {
+      atomicMin(&bad_at->preselected, static_cast<unsigned long long>(p));
+    } else {
+      list[p] = static_cast<int>(j);
     }
   }
+}
+
+// The state of the clients before the first pick.
+template <class T>
+__global__ void __launch_bounds__(kThreads) start(State<T> state, const double* weights) {
+  if (state.control->verdict != Verdict::kFine) return;
   for (int i = grid_thread(); i < state.m; i += grid_threads()) {
     state.best[i] = state.floor;
     state.swept_best[i] = state.floor;
@@ -541,17 +558,13 @@ __global__ void __launch_bounds__(kThreads)
     state.weight[i] = static_cast<T>((weights == nullptr ? 1.0 : weights[i]) * state.control->scale);
     state.owner[i] = -1;
   }
-  for (int p = grid_thread(); p < preselected_count; p += grid_threads()) {
-    preselected_list[p] = static_cast<int>(preselected[p]);
-  }
 }
 
-__global__ void __launch_bounds__(kThreads) clear(Control* control, unsigned long long* bad_at) {
+__global__ void __launch_bounds__(kThreads) clear(Control* control, BadAt* bad_at) {
   if (threadIdx.x != 0) return;
   *control = Control{};
   control->scale = 1;
-  control->error_at = INT64_MAX;
-  bad_at[0] = bad_at[1] = ~0ull;
+  *bad_at = BadAt{~0ull, ~0ull, ~0ull};
 }
 
 // ---- after the last pick
@@ -640,12 +653,12 @@ class Greedy final : public FacilityLocation {
 
   int64_t step(int64_t count, bool naive) override {
     const int made = static_cast<int>(std::min(count, open_ - picks_));
-    if (made > 0) launch_greedy(Domain{nullptr, state_.n}, made, naive);
+    if (made > 0) make_picks(Domain{nullptr, state_.n}, made, naive);
     return picks_;
   }
 
   int64_t step_among(const int64_t* candidates, int64_t count) override {
-    launch_greedy(Domain{candidates, static_cast<int>(count)}, 1, false);
+    make_picks(Domain{candidates, static_cast<int>(count)}, 1, false);
     return read_control().last_pick;
   }
 
@@ -654,8 +667,8 @@ class Greedy final : public FacilityLocation {
     const int picks = static_cast<int>(picks_);
     launch(write<T>, over(std::max(state_.m, picks)), state_, picks, indices, gains, assignment);
     if (state_.self_clients) launch(serve_themselves<T>, over(picks), state_, picks, assignment);
-    launch(sum_up<T>, {dim3(picks + 1), dim3(kThreads), 0, stream_}, state_, picks, arguments_.weights, assignment,
-           weights);
+    launch(sum_up<T>, {dim3(picks + 1), dim3(kThreads), 0, stream_}, state_, picks, arguments_.weights,
+           assignment, weights);
     const Control control = read_control();
     *objective = control.objective;
     Verdict verdict;
@@ -687,7 +700,7 @@ class Greedy final : public FacilityLocation {
   void allocate() {
     const int64_t n = state_.n, m = state_.m, d = x_.cols();
     state_.control = buffer(control_, 1);
-    bad_at_ = DeviceBuffer<unsigned long long>(2, stream_);
+    bad_at_ = DeviceBuffer<BadAt>(1, stream_);
     long long* longs = buffer(candidate_longs_, 4 * n);
     state_.bound = longs;
     state_.sum = longs + n;
@@ -713,7 +726,8 @@ class Greedy final : public FacilityLocation {
       packed_candidates_ = DeviceBuffer<T>(n * d, stream_);
       if (separate_clients_) packed_clients_ = DeviceBuffer<T>(m * d, stream_);
       state_.candidates = {packed_candidates_.data(), d, nullptr, state_.n};
-      state_.clients = {separate_clients_ ? packed_clients_.data() : packed_candidates_.data(), d, nullptr, state_.m};
+      state_.clients = {separate_clients_ ? packed_clients_.data() : packed_candidates_.data(), d, nullptr,
+                        state_.m};
     } else {
       state_.matrix = x_.data;
       state_.matrix_stride = x_.stride[0];
@@ -723,14 +737,18 @@ class Greedy final : public FacilityLocation {
   }
 
   void begin() {
-    launch(clear, over(1), state_.control, bad_at_.data());
+    BadAt* const bad_at = bad_at_.data();
+    const int preselected = static_cast<int>(arguments_.preselected_count);
+    launch(clear, over(1), state_.control, bad_at);
+    launch(open_all<T>, over(state_.n), state_);
+    if (preselected > 0) {
+      launch(close_preselected<T>, over(preselected), state_, arguments_.preselected, preselected,
+             preselected_list_.data(), bad_at);
+    }
     PrepareArguments prepare_arguments{};
     prepare_arguments.weights = arguments_.weights;
-    prepare_arguments.preselected = arguments_.preselected;
-    prepare_arguments.preselected_count = static_cast<int>(arguments_.preselected_count);
     prepare_arguments.largest = std::numeric_limits<T>::max() / 4;
-    prepare_arguments.bad_candidate = bad_at_.data();
-    prepare_arguments.bad_client = bad_at_.data() + 1;
+    prepare_arguments.bad_at = bad_at;
     DeviceBuffer<double> candidate_norms, client_norms, upper;
     if (points_) {
       prepare_arguments.constant_upper = metric_ == Metric::kCosine ? 1.001 : arguments_.offset;
@@ -740,28 +758,24 @@ class Greedy final : public FacilityLocation {
         prepare_arguments.candidate_norms = candidate_norms.data();
         prepare_arguments.client_norms = separate_clients_ ? client_norms.data() : candidate_norms.data();
       } else if (metric_ != Metric::kCosine) {
-        prepare_arguments.largest = std::numeric_limits<double>::infinity();  // the caller's offset is in range
+        prepare_arguments.largest =
+            std::numeric_limits<double>::infinity();  // the caller's offset is in range
       }
-      launch_pack(x_, packed_candidates_.data(), candidate_norms.data(), bad_at_.data());
+      launch_pack(x_, packed_candidates_.data(), candidate_norms.data(), &bad_at->candidate);
       if (separate_clients_) {
-        launch_pack(clients_, packed_clients_.data(), client_norms.data(), bad_at_.data() + 1);
+        launch_pack(clients_, packed_clients_.data(), client_norms.data(), &bad_at->client);
       }
     } else {
       upper = DeviceBuffer<double>(state_.m, stream_);
       prepare_arguments.upper = upper.data();
       prepare_arguments.largest = std::numeric_limits<T>::max();
       launch(column_bounds<T>, over(state_.m), state_.matrix, state_.matrix_stride, state_.n, state_.m,
-             upper.data(), bad_at_.data());
+             upper.data(), &bad_at->candidate);
     }
     launch(prepare<T>, {dim3(1), dim3(kThreads), 0, stream_}, state_, prepare_arguments);
-    launch(start<T>, over(std::max(state_.n, state_.m)), state_, arguments_.weights, arguments_.preselected,
-           prepare_arguments.preselected_count, preselected_list_.data());
-    if (arguments_.preselected_count > 0) {
-      with_kernels([&](auto form, auto chained, auto matrix) {
-        const auto kernel = take_preselected<T, form(), chained(), matrix()>;
-        launch_cooperative(kernel, preselected_list_.data(), prepare_arguments.preselected_count);
-      });
-    }
+    launch(start<T>, over(state_.m), state_, arguments_.weights);
+    if (preselected > 0)
+      launch_greedy(Domain{nullptr, state_.n}, 0, preselected, false, preselected_list_.data());
   }
 
   void launch_pack(const TensorView<const T, 2>& x, T* out, double* norms, unsigned long long* bad_at) {
@@ -770,12 +784,16 @@ class Greedy final : public FacilityLocation {
            static_cast<int>(x.rows()), x.cols(), metric_ == Metric::kCosine, out, norms, bad_at);
   }
 
-  void launch_greedy(Domain domain, int count, bool naive) {
+  void make_picks(Domain domain, int count, bool naive) {
+    launch_greedy(domain, static_cast<int>(picks_), count, naive, nullptr);
+    picks_ += count;
+  }
+
+  void launch_greedy(Domain domain, int done, int count, bool naive, const int* preselected) {
     with_kernels([&](auto form, auto chained, auto matrix) {
       const auto kernel = greedy<T, form(), chained(), matrix()>;
-      launch_cooperative(kernel, domain, static_cast<int>(picks_), count, naive);
+      launch_cooperative(kernel, domain, done, count, naive, preselected);
     });
-    picks_ += count;
   }
 
   // Calls fn with the form, whether chains are long, and whether similarities are given, as constants.
@@ -784,7 +802,12 @@ class Greedy final : public FacilityLocation {
     using Yes = std::true_type;
     using No = std::false_type;
     if (!points_) return fn(std::integral_constant<Form, Form::kProduct>{}, No{}, Yes{});
-    const auto with_chains = [&](auto form) { chained_ ? fn(form, Yes{}, No{}) : fn(form, No{}, No{}); };
+    const auto with_chains = [&](auto form) {
+      if constexpr (sizeof(T) == 4) {
+        if (!chained_) return fn(form, No{}, No{});
+      }
+      return fn(form, Yes{}, No{});  // for float64 in any case: a kernel less for each form
+    };
     switch (form_) {
       case Form::kProduct:
         return with_chains(std::integral_constant<Form, Form::kProduct>{});
@@ -817,7 +840,7 @@ class Greedy final : public FacilityLocation {
   State<T> state_;
   DeviceBuffer<Control> control_;
   DeviceBuffer<Partial> partial_;
-  DeviceBuffer<unsigned long long> bad_at_;
+  DeviceBuffer<BadAt> bad_at_;
   DeviceBuffer<long long> candidate_longs_;
   DeviceBuffer<int> candidate_ints_, client_ints_, preselected_list_;
   DeviceBuffer<T> client_values_, packed_candidates_, packed_clients_;
@@ -838,10 +861,10 @@ std::unique_ptr<FacilityLocation> facility_location_matrix(TensorView<const T, 2
   return std::make_unique<Greedy<T>>(s, nullptr, nullptr, arguments);
 }
 
-#define FC_INSTANTIATE(T)                                                                            \
-  template std::unique_ptr<FacilityLocation> facility_location_points<T>(                            \
-      TensorView<const T, 2>, const TensorView<const T, 2>*, Metric, const GreedyArguments&);        \
-  template std::unique_ptr<FacilityLocation> facility_location_matrix<T>(TensorView<const T, 2>,     \
+#define FC_INSTANTIATE(T)                                                                        \
+  template std::unique_ptr<FacilityLocation> facility_location_points<T>(                        \
+      TensorView<const T, 2>, const TensorView<const T, 2>*, Metric, const GreedyArguments&);    \
+  template std::unique_ptr<FacilityLocation> facility_location_matrix<T>(TensorView<const T, 2>, \
                                                                          const GreedyArguments&);
 FC_INSTANTIATE(float)
 FC_INSTANTIATE(double)

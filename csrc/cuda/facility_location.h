@@ -23,11 +23,11 @@ struct GreedyArguments {
 struct Verdict {
   enum Kind : int {
     kFine,
-    kNotFinite,     // row and column of x or (in_clients) of the clients
-    kOverflow,      // similarities or their sum leave the range of the type
-    kVanishing,     // their sum is too close to its smallest number
-    kBadWeight,     // row: negative, NaN or infinite
-    kBadPreselected // row: out of range or twice
+    kNotFinite,      // row and column of x or (in_clients) of the clients
+    kOverflow,       // similarities or their sum leave the range of the type
+    kVanishing,      // their sum is too close to its smallest number
+    kBadWeight,      // row: negative, NaN or infinite
+    kBadPreselected  // row: out of range or twice
   };
   Kind kind = kFine;
   bool in_clients = false;
@@ -40,8 +40,8 @@ class FacilityLocation {
  public:
   virtual ~FacilityLocation() = default;
 
-  // Starts up to `count` further picks; `naive` evaluates every candidate at every pick. Returns the number of
-  // picks there will then be.
+  // Starts up to `count` further picks; `naive` evaluates every candidate at every pick. Returns the number
+  // of picks there will then be.
   virtual int64_t step(int64_t count, bool naive) = 0;
 
   // One pick among candidates [count], which must be open; waits, and returns it.

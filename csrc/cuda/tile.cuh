@@ -2,14 +2,16 @@
 //   product   acc = fma(a_k, b_k, acc)                (dot, cosine)
 //   square    acc = fma(a_k - b_k, a_k - b_k, acc)    (sqeuclidean, euclidean)
 //   absolute  acc = acc + |a_k - b_k|                 (l1)
-// restarted every kChain features, the partial results added in order. So a pair has one value, whatever tile,
-// list or backend with fused multiply-add it is computed by. It is float32 (or float64) throughout: no TF32.
+// restarted every kChain features, the partial results added in order. So a pair has one value, whatever
+// tile, list or backend with fused multiply-add it is computed by. It is float32 (or float64) throughout: no
+// TF32.
 //
 // 256 threads form a 16 x 16 grid over the tile; each keeps kRows/16 x kCols/16 accumulators. kDepth features
 // of both sides are staged in shared memory at a time, the next ones already on their way in registers.
 //
-// Cost: kRows * kCols * d multiply-adds, (kRows + kCols) * d values read from the second-level cache. Rejected:
-// tensor cores, which multiply float32 only as TF32 (10 bits of significand), or as three such products.
+// Cost: kRows * kCols * d multiply-adds, (kRows + kCols) * d values read from the second-level cache.
+// Rejected: tensor cores, which multiply float32 only as TF32 (10 bits of significand), or as three such
+// products.
 #pragma once
 
 #include "core/metric.h"
@@ -43,12 +45,13 @@ struct RowSet {
   __device__ int index(int r) const { return list == nullptr ? r : list[r]; }
 };
 
-// The tile's column (0 .. kCols-1) of a thread's c-th accumulator: four neighbours (two in float64) and then a
-// stride, so that a quarter of a warp reads 128 consecutive bytes.
+// The tile's column (0 .. kCols-1) of a thread's c-th accumulator: four neighbours (two in float64) and then
+// a stride, so that a quarter of a warp reads 128 consecutive bytes.
 template <class T>
 __device__ __forceinline__ int tile_column(int c) {
   constexpr int kTogether = 16 / static_cast<int>(sizeof(T));
-  return c / kTogether * (kSide * kTogether) + static_cast<int>(threadIdx.x % kSide) * kTogether + c % kTogether;
+  return c / kTogether * (kSide * kTogether) + static_cast<int>(threadIdx.x % kSide) * kTogether +
+         c % kTogether;
 }
 
 template <int kRows>
@@ -56,15 +59,17 @@ __device__ __forceinline__ int tile_row(int r) {
   return static_cast<int>(threadIdx.x / kSide) * (kRows / kSide) + r;
 }
 
+__device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+
 template <Form form, class T>
 __device__ __forceinline__ T accumulate(T a, T b, T sum) {
   if constexpr (form == Form::kProduct) {
-    return fma(a, b, sum);
+    return fused(a, b, sum);
   } else if constexpr (form == Form::kSquare) {
-    const T difference = a - b;
-    return fma(difference, difference, sum);
+    return fused(a - b, a - b, sum);
   } else {
-    return sum + fabs(a - b);
+    return sum + static_cast<T>(fabs(a - b));
   }
 }
 
@@ -148,7 +153,7 @@ __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& 
 // The metric's value as a similarity: the root where it is one, the sign turned for distances.
 template <class T>
 __device__ __forceinline__ T finish_value(T value, bool root, bool negate) {
-  if (root) value = sqrt(value);
+  if (root) value = static_cast<T>(sqrt(value));
   return negate ? -value : value;
 }
 
