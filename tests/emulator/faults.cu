@@ -93,7 +93,7 @@ __global__ void too_much_shared(int* out) {
   FC_SHARED(int, first, [8 * 1024]);
   FC_SHARED(int, second, [8 * 1024]);
   first[0] = second[0] = 1;
-  out[0] = first[0];
+  out[0] = first[0] + second[0];
 }
 
 __global__ void read_global(const int* in, int* out, int at) { *out = in[at]; }
@@ -123,9 +123,10 @@ __global__ void write_dynamic(int* out, int at) {
   *out = values[0];
 }
 
-__global__ void recurse(int* out, int depth) {
+__device__ int sum_down_from(int depth) {
   volatile int frame[1024];
   frame[0] = depth;
-  if (depth > 0) recurse(out, depth - 1);
-  *out = frame[0];
+  return depth == 0 ? 0 : sum_down_from(depth - 1) + frame[0];
 }
+
+__global__ void recurse(int* out, int depth) { *out = sum_down_from(depth); }

@@ -37,5 +37,5 @@ __global__ void read_static(int* out, int at);
 __global__ void write_static(int* out, int at);
 __global__ void read_dynamic(int* out, int at);
 __global__ void write_dynamic(int* out, int at);
-// Needs more stack than there is.
+// The sum of 1 to depth, 4 KiB of stack for each: needs more than there is when depth is large.
 __global__ void recurse(int* out, int depth);
