@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BUILD_TOOLS := 'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.18' ninja 'setuptools>=70.1'
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python triton_kernels -name '*.py' -o -name '*.cpp' \
              -o -name '*.h' -o -name '*.typed')
-CPP_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(shell find csrc tests/cpp tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 FAMILY ?=
 
 .DEFAULT_GOAL := help

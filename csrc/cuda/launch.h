@@ -1,0 +1,79 @@
+// How the host starts a kernel: the one place that knows whether a GPU or the emulator runs it.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "cuda/runtime.h"
+
+namespace fc {
+namespace cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared = 0;  // bytes of dynamic shared memory
+  cudaStream_t stream = nullptr;
+  bool cooperative = false;  // all blocks are resident at once, so that grid_sync() works
+};
+
+namespace detail {
+
+// What a block may have without asking; more is an attribute of the kernel.
+constexpr size_t kSharedByDefault = 48 * 1024;
+
+template <class... P>
+void allow_shared(void (*kernel)(P...), size_t bytes) {
+  if (bytes > kSharedByDefault)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          "dynamic shared memory");
+}
+
+#if defined(FC_EMULATOR)
+template <class... P>
+cudaError_t start(void (*kernel)(P...), const Launch& how, P... parameters) {
+  return emulator::launch(kernel, {how.grid, how.block, how.shared, how.cooperative},
+                          std::move(parameters)...);
+}
+#else
+template <class... P>
+cudaError_t start(void (*kernel)(P...), const Launch& how, P... parameters) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))..., nullptr};
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (how.cooperative)
+    return cudaLaunchCooperativeKernel(function, how.grid, how.block, pointers, how.shared, how.stream);
+  return cudaLaunchKernel(function, how.grid, how.block, pointers, how.shared, how.stream);
+}
+#endif
+
+}  // namespace detail
+
+// Runs kernel(arguments...), each argument converted to the type of its parameter. Like any launch it does
+// not wait for the kernel; what goes wrong with the launch itself is thrown.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), const Launch& how, A&&... arguments) {
+  static_assert(sizeof...(P) == sizeof...(A), "one argument for each parameter of the kernel");
+  detail::allow_shared(kernel, how.shared);
+  check(detail::start<P...>(kernel, how, static_cast<P>(std::forward<A>(arguments))...), "kernel launch");
+}
+
+// How many blocks of the kernel the current device holds at once: the largest grid of a cooperative launch.
+template <class... P>
+int cooperative_blocks(void (*kernel)(P...), int threads, size_t shared) {
+  detail::allow_shared(kernel, shared);
+  int device = 0, multiprocessors = 0, blocks = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "number of multiprocessors");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "occupancy");
+  return blocks * multiprocessors;
+}
+
+}  // namespace cuda
+}  // namespace fc

@@ -1,0 +1,8 @@
+// CUDA on the CPU: what this project's kernels use of the language and its headers, as plain C++. A kernel is
+// compiled as C++ with FC_EMULATOR defined, launched through csrc/cuda/launch.h, and run by emulator.h.
+#pragma once
+
+#include "emulator/device.h"
+#include "emulator/emulator.h"
+#include "emulator/half.h"
+#include "emulator/host.h"
