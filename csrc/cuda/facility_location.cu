@@ -27,6 +27,7 @@
 #include "cuda/device_buffer.h"
 #include "cuda/facility_location.h"
 #include "cuda/launch.h"
+#include "cuda/pack.cuh"
 #include "cuda/tile.cuh"
 
 namespace fc::cuda {
@@ -181,11 +182,6 @@ __device__ void add_over_any(const State<T>& state, const RowSet<T>& rows, const
     add_over<T, form, kFlatRows, kChained, kMatrix>(state, rows, columns, correct);
   }
 }
-
-__device__ __forceinline__ int grid_thread() {
-  return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-}
-__device__ __forceinline__ int grid_threads() { return static_cast<int>(gridDim.x * blockDim.x); }
 
 __device__ Best block_best(Best own) {
   FC_SHARED(Best, warps, [kThreads / 32]);
@@ -371,54 +367,6 @@ __device__ void report(Control* control, Verdict::Kind kind, bool in_clients, lo
   control->error_at = at;
   control->verdict = kind;
   control->in_clients = in_clients;
-}
-
-__device__ __forceinline__ bool is_finite(double value) { return value - value == 0; }
-
-// Copies rows to compact memory, each scaled to unit length if asked, with the operations of cpu/pack.h: a
-// power of two brings the largest magnitude near 1, feature k counts into partial sum k % 8. Eight threads a
-// row. norms [rows] where wanted. The first value that is not finite is noted in bad_at.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    pack(const T* x, int64_t row_stride, int64_t col_stride, int rows, int64_t d, bool normalise, T* out,
-         double* norms, unsigned long long* bad_at) {
-  constexpr int kLanes = 8;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  // Whole warps run on, so that the shuffles find all of their lanes.
-  const int row = grid_thread() / kLanes;
-  const bool inside = row < rows;
-  const T* in = x + (inside ? row : 0) * row_stride;
-  double most = 0;
-  for (int64_t k = lane; inside && k < d; k += kLanes) {
-    const double value = in[k * col_stride];
-    if (!is_finite(value)) atomicMin(bad_at, static_cast<unsigned long long>(row * d + k));
-    most = fmax(most, fabs(value));
-  }
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    most = fmax(most, __shfl_xor_sync(0xffffffffu, most, step));
-  double scale = 0, inverse = 0, norm = 0;
-  if (most > 0 && is_finite(most)) {
-    int exponent;
-    frexp(most, &exponent);
-    scale = ldexp(1.0, min(max(-exponent, -1000), 1000));
-  }
-  double sum = 0;
-  for (int64_t k = lane; inside && k < d; k += kLanes) {
-    const double t = __dmul_rn(in[k * col_stride], scale);
-    sum = __dadd_rn(sum, __dmul_rn(t, t));
-  }
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    sum = __dadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
-  if (scale > 0) {
-    norm = sqrt(sum);
-    inverse = 1 / norm;
-  }
-  for (int64_t k = lane; inside && k < d; k += kLanes) {
-    const double value = in[k * col_stride];
-    out[row * d + k] =
-        normalise ? static_cast<T>(__dmul_rn(__dmul_rn(value, scale), inverse)) : in[k * col_stride];
-  }
-  if (norms != nullptr && inside && lane == 0) norms[row] = scale > 0 ? norm / scale : 0;
 }
 
 // upper[i] = the largest of max(0, s(j, i) - floor) over the candidates j.
@@ -750,6 +698,7 @@ class Greedy final : public FacilityLocation {
     prepare_arguments.largest = std::numeric_limits<T>::max() / 4;
     prepare_arguments.bad_at = bad_at;
     DeviceBuffer<double> candidate_norms, client_norms, upper;
+    const bool normalise = points_ && metric_ == Metric::kCosine;
     if (points_) {
       prepare_arguments.constant_upper = metric_ == Metric::kCosine ? 1.001 : arguments_.offset;
       if (metric_ == Metric::kDot) {
@@ -761,9 +710,11 @@ class Greedy final : public FacilityLocation {
         prepare_arguments.largest =
             std::numeric_limits<double>::infinity();  // the caller's offset is in range
       }
-      launch_pack(x_, packed_candidates_.data(), candidate_norms.data(), &bad_at->candidate);
+      launch_pack(x_, normalise, packed_candidates_.data(), candidate_norms.data(), &bad_at->candidate,
+                  stream_);
       if (separate_clients_) {
-        launch_pack(clients_, packed_clients_.data(), client_norms.data(), &bad_at->client);
+        launch_pack(clients_, normalise, packed_clients_.data(), client_norms.data(), &bad_at->client,
+                    stream_);
       }
     } else {
       upper = DeviceBuffer<double>(state_.m, stream_);
@@ -776,12 +727,6 @@ class Greedy final : public FacilityLocation {
     launch(start<T>, over(state_.m), state_, arguments_.weights);
     if (preselected > 0)
       launch_greedy(Domain{nullptr, state_.n}, 0, preselected, false, preselected_list_.data());
-  }
-
-  void launch_pack(const TensorView<const T, 2>& x, T* out, double* norms, unsigned long long* bad_at) {
-    const dim3 blocks(static_cast<unsigned>((x.rows() * 8 + kThreads - 1) / kThreads));
-    launch(pack<T>, {blocks, dim3(kThreads), 0, stream_}, x.data, x.stride[0], x.stride[1],
-           static_cast<int>(x.rows()), x.cols(), metric_ == Metric::kCosine, out, norms, bad_at);
   }
 
   void make_picks(Domain domain, int count, bool naive) {

@@ -1,0 +1,65 @@
+// All similarities or distances between two sets of points: a block for each tile of the result. n * m * d
+// multiply-adds, both sets packed first.
+#include "cuda/device_buffer.h"
+#include "cuda/launch.h"
+#include "cuda/pack.cuh"
+#include "cuda/pairwise.h"
+#include "cuda/tile.cuh"
+
+namespace fc::cuda {
+namespace {
+
+template <class T, Form form>
+__global__ void __launch_bounds__(kThreads)
+    tile_of_pairs(RowSet<T> x, RowSet<T> y, bool root, T* out, int64_t stride) {
+  constexpr int kRows = kTallRows<T, true>;
+  T value[kRows / kSide][kCols<T> / kSide];
+  const int first_row = static_cast<int>(blockIdx.x) * kRows,
+            first_col = static_cast<int>(blockIdx.y) * kCols<T>;
+  tile_values<T, form, kRows, true>(x, first_row, y, first_col, value);
+#pragma unroll
+  for (int r = 0; r < kRows / kSide; ++r) {
+    const int row = first_row + tile_row<kRows>(r);
+#pragma unroll
+    for (int c = 0; c < kCols<T> / kSide; ++c) {
+      const int col = first_col + tile_column<T>(c);
+      if (row < x.count && col < y.count) out[row * stride + col] = finish_value(value[r][c], root, false);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric, TensorView<T, 2> out,
+              cudaStream_t stream) {
+  const int64_t n = x.rows(), m = y.rows(), d = x.cols();
+  const bool normalise = metric == Metric::kCosine;
+  const DeviceBuffer<T> packed_x(n * d, stream), packed_y(m * d, stream);
+  launch_pack(x, normalise, packed_x.data(), nullptr, nullptr, stream);
+  launch_pack(y, normalise, packed_y.data(), nullptr, nullptr, stream);
+  const RowSet<T> rows{packed_x.data(), d, nullptr, static_cast<int>(n)};
+  const RowSet<T> columns{packed_y.data(), d, nullptr, static_cast<int>(m)};
+  constexpr int kRows = kTallRows<T, true>;
+  const dim3 grid(static_cast<unsigned>((n + kRows - 1) / kRows),
+                  static_cast<unsigned>((m + kCols<T> - 1) / kCols<T>));
+  const auto run = [&](auto kernel) {
+    launch(kernel, {grid, dim3(kThreads), 0, stream}, rows, columns, metric == Metric::kEuclidean, out.data,
+           out.stride[0]);
+  };
+  switch (form_of(metric)) {
+    case Form::kProduct:
+      return run(tile_of_pairs<T, Form::kProduct>);
+    case Form::kSquare:
+      return run(tile_of_pairs<T, Form::kSquare>);
+    case Form::kAbsolute:
+      return run(tile_of_pairs<T, Form::kAbsolute>);
+  }
+}
+
+template void pairwise<float>(TensorView<const float, 2>, TensorView<const float, 2>, Metric,
+                              TensorView<float, 2>, cudaStream_t);
+template void pairwise<double>(TensorView<const double, 2>, TensorView<const double, 2>, Metric,
+                               TensorView<double, 2>, cudaStream_t);
+
+}  // namespace fc::cuda

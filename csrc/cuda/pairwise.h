@@ -1,0 +1,17 @@
+// All similarities or distances between two sets of points, on the GPU.
+#pragma once
+
+#include "core/metric.h"
+#include "core/tensor_view.h"
+#include "cuda/runtime.h"
+
+namespace fc::cuda {
+
+// out [n, m], rows contiguous: the metric's values between the rows of x [n, d] and of y [m, d], on the
+// device. Work goes to `stream`, nothing waits. NaN and infinity are not looked for: they give NaN or
+// infinity.
+template <class T>
+void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric, TensorView<T, 2> out,
+              cudaStream_t stream);
+
+}  // namespace fc::cuda

@@ -1,0 +1,291 @@
+// The CUDA kernels of facility location and pairwise distances, run by the emulator under every schedule: the
+// values and picks of the CPU kernels.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "core/threads.h"
+#include "cpu/facility_location.h"
+#include "cpu/pairwise.h"
+#include "cuda/facility_location.h"
+#include "cuda/pairwise.h"
+#include "emulator/device_array.h"
+#include "emulator/schedules.h"
+#include "samples.h"
+
+namespace {
+
+using fc::Metric;
+using fc::TensorView;
+using fc::cuda::Verdict;
+using fc::emulator::DeviceArray;
+using samples::Matrix;
+
+constexpr Metric kMetrics[] = {Metric::kCosine, Metric::kDot, Metric::kEuclidean, Metric::kSqeuclidean,
+                               Metric::kL1};
+
+template <class T>
+struct OnDevice {
+  DeviceArray<T> data;
+  TensorView<const T, 2> view;
+  explicit OnDevice(const Matrix<T>& x)
+      : data(x.values()), view(TensorView<const T, 2>::compact(data.data(), x.rows(), x.cols())) {}
+};
+
+struct Case {
+  int64_t k;
+  double offset = 0;
+  std::vector<double> weights = {};
+  std::vector<int64_t> preselected = {};
+  bool naive = false;
+  int64_t sample = 0;  // of the candidates 0, 3, 6, ... for one pick each
+};
+
+// Everything a run returns, as one row of numbers: indices, gains, weights, assignment, objective, verdict.
+using Row = std::vector<double>;
+
+std::vector<int64_t> sample_of(const Case& c, int64_t n, const std::vector<int64_t>& taken) {
+  std::vector<int64_t> sample;
+  for (int64_t j = 0; j < n; j += 3) {
+    bool free = true;
+    for (const int64_t t : taken) free = free && t != j;
+    for (const int64_t t : c.preselected) free = free && t != j;
+    if (free) sample.push_back(j);
+  }
+  return sample;
+}
+
+// `device` runs step_among on a copy of the sample in device memory.
+template <class Run, class Among>
+void make_picks(Run& run, const Case& c, Among&& among) {
+  std::vector<int64_t> taken;
+  for (int64_t p = 0; p < c.sample; ++p) taken.push_back(among(sample_of(c, run.candidates(), taken)));
+  // In two steps, so that state is carried from one launch to the next.
+  run.step((c.k - c.sample) / 2, c.naive);
+  run.step(c.k - run.picks(), c.naive);
+}
+
+Row row_of(const std::vector<int64_t>& indices, const std::vector<double>& gains,
+           const std::vector<double>& weights, const std::vector<int64_t>& assignment, double objective) {
+  Row row(indices.begin(), indices.end());
+  row.insert(row.end(), gains.begin(), gains.end());
+  row.insert(row.end(), weights.begin(), weights.end());
+  row.insert(row.end(), assignment.begin(), assignment.end());
+  row.push_back(objective);
+  return row;
+}
+
+Row finish_on_device(fc::cuda::FacilityLocation& run) {
+  const int64_t k = run.picks(), m = run.clients();
+  DeviceArray<int64_t> indices(k), assignment(m);
+  DeviceArray<double> gains(k), weights(k);
+  double objective = 0;
+  const Verdict verdict =
+      run.finish(indices.data(), gains.data(), weights.data(), assignment.data(), &objective);
+  CHECK_EQUAL(static_cast<int>(verdict.kind), static_cast<int>(Verdict::kFine));
+  return row_of(indices.values(), gains.values(), weights.values(), assignment.values(), objective);
+}
+
+template <class T, class Start>
+Row run_on_device(const Case& c, bool self, Start&& start) {
+  const DeviceArray<double> weights(c.weights);
+  const DeviceArray<int64_t> preselected(c.preselected);
+  fc::cuda::GreedyArguments arguments;
+  arguments.weights = c.weights.empty() ? nullptr : weights.data();
+  arguments.preselected = preselected.data();
+  arguments.preselected_count = static_cast<int64_t>(c.preselected.size());
+  arguments.offset = c.offset;
+  arguments.self_clients = self;
+  const auto run = start(arguments);
+  make_picks(*run, c, [&](const std::vector<int64_t>& sample) {
+    const DeviceArray<int64_t> copy(sample);
+    return run->step_among(copy.data(), static_cast<int64_t>(sample.size()));
+  });
+  return finish_on_device(*run);
+}
+
+template <class T, class Start>
+Row run_on_cpu(const Case& c, bool self, Start&& start) {
+  fc::GreedyOptions options;
+  options.weights = c.weights;
+  options.preselected = c.preselected;
+  options.offset = c.offset;
+  options.self_clients = self;
+  const auto run = start(options);
+  make_picks(*run, c, [&](const std::vector<int64_t>& sample) {
+    return run->step_among(sample.data(), static_cast<int64_t>(sample.size()));
+  });
+  const int64_t k = run->picks();
+  std::vector<int64_t> indices(k), assignment(run->clients());
+  std::vector<double> gains(k), weights(k);
+  const double objective = run->finish(indices.data(), gains.data(), weights.data(), assignment.data());
+  return row_of(indices, gains, weights, assignment, objective);
+}
+
+// Picks and assignment are the same. Gains, won weights and f(S) may differ in the last bits of a double: the
+// fixed point of the gains depends on a bound, and sums of doubles, on their order.
+void check_same(const Row& device, const Row& cpu, int64_t k) {
+  CHECK_EQUAL(device.size(), cpu.size());
+  for (size_t i = 0; i < std::min(device.size(), cpu.size()); ++i) {
+    const auto at = static_cast<int64_t>(i);
+    const bool real = (at >= k && at < 3 * k) || i + 1 == cpu.size();
+    CHECK(std::fabs(device[i] - cpu[i]) <= (real ? 1e-14 * std::fabs(cpu[i]) : 0));
+  }
+}
+
+template <class T>
+void check_points(const Matrix<T>& x, const Matrix<T>* clients, Metric metric, const Case& c) {
+  const auto cpu = run_on_cpu<T>(c, clients == nullptr, [&](const fc::GreedyOptions& options) {
+    const TensorView<const T, 2> view = clients ? clients->view() : x.view();
+    return fc::facility_location_points<T>(x.view(), clients ? &view : nullptr, metric, options);
+  });
+  const auto device = fc::emulator::check_schedules([&] {
+    const OnDevice<T> candidates(x), others(clients ? *clients : x);
+    return run_on_device<T>(c, clients == nullptr, [&](const fc::cuda::GreedyArguments& arguments) {
+      return fc::cuda::facility_location_points<T>(candidates.view, clients ? &others.view : nullptr, metric,
+                                                   arguments);
+    });
+  });
+  check_same(device, cpu, c.k);
+}
+
+template <class T>
+void test_points() {
+  for (const Metric metric : kMetrics) {
+    for (const auto& [n, d] : {std::pair<int64_t, int64_t>{1, 1}, {7, 3}, {97, 16}}) {
+      const auto x = samples::clustered<T>(n, d, 1);
+      const auto clients = samples::clustered<T>(n / 2 + 1, d, 2);
+      const double offset = fc::is_distance(metric) ? 50.0 * static_cast<double>(d) : 0;
+      std::vector<double> weights(clients.rows());
+      for (size_t i = 0; i < weights.size(); ++i) weights[i] = 0.25 * static_cast<double>(i % 5);
+      check_points<T>(x, nullptr, metric, {std::min<int64_t>(n, 9), offset, {}, {}});
+      check_points<T>(x, nullptr, metric, {std::min<int64_t>(n, 4), offset, {}, {}, true});
+      check_points<T>(x, &clients, metric, {std::min<int64_t>(n, 6), offset, weights, {}});
+      if (n > 20) {
+        check_points<T>(x, nullptr, metric, {12, offset, {}, {3, 11}});
+        check_points<T>(x, nullptr, metric, {8, offset, {}, {5}, false, 4});
+      }
+    }
+  }
+  // Chains of features that are restarted, several tiles of clients, and rounds that sweep.
+  const auto x = samples::clustered<T>(150, 300, 1);
+  check_points<T>(x, nullptr, Metric::kCosine, {6});
+  check_points<T>(x, nullptr, Metric::kL1, {3, 1e5});
+  // Every candidate, duplicates among them: zero gains, the lowest index first.
+  auto twice = samples::clustered<T>(40, 2, 3);
+  for (int64_t i = 20; i < 40; ++i) {
+    for (int64_t k = 0; k < 2; ++k) twice(i, k) = twice(i - 20, k);
+  }
+  check_points<T>(twice, nullptr, Metric::kCosine, {40, 0, {}, {}});
+}
+
+template <class T>
+void test_matrix() {
+  for (const auto& [n, m] : {std::pair<int64_t, int64_t>{1, 1}, {60, 60}, {33, 200}, {200, 33}}) {
+    const auto s = samples::normal<T>(n, m, 4);
+    for (const bool naive : {false, true}) {
+      const Case c{
+          std::min<int64_t>(n, 10), 0, {}, n > 3 ? std::vector<int64_t>{2} : std::vector<int64_t>{}, naive};
+      const auto cpu = run_on_cpu<T>(c, n == m, [&](const fc::GreedyOptions& options) {
+        return fc::facility_location_matrix<T>(s.view(), options);
+      });
+      const auto device = fc::emulator::check_schedules([&] {
+        const OnDevice<T> matrix(s);
+        return run_on_device<T>(c, n == m, [&](const fc::cuda::GreedyArguments& arguments) {
+          return fc::cuda::facility_location_matrix<T>(matrix.view, arguments);
+        });
+      });
+      check_same(device, cpu, c.k);
+    }
+  }
+}
+
+template <class T>
+void test_pairwise() {
+  for (const Metric metric : kMetrics) {
+    for (const auto& [n, m, d] :
+         {std::array<int64_t, 3>{1, 1, 1}, {5, 130, 17}, {129, 65, 257}, {3, 2, 600}}) {
+      const auto x = samples::normal<T>(n, d, 1), y = samples::normal<T>(m, d, 2);
+      Matrix<T> expected(n, m);
+      fc::ThreadTeam team(1);
+      fc::pairwise<T>(x.view(), y.view(), metric, false, expected.writable(), team);
+      const auto values = fc::emulator::check_schedules([&] {
+        const OnDevice<T> xs(x), ys(y);
+        DeviceArray<T> out(n * m);
+        fc::cuda::pairwise<T>(xs.view, ys.view, metric, TensorView<T, 2>::compact(out.data(), n, m), nullptr);
+        return out.values();
+      });
+      CHECK(values == expected.values());
+    }
+  }
+}
+
+template <class T>
+Verdict verdict_of(const Matrix<T>& x, Metric metric, const Case& c) {
+  const OnDevice<T> points(x);
+  const DeviceArray<double> weights(c.weights);
+  const DeviceArray<int64_t> preselected(c.preselected);
+  fc::cuda::GreedyArguments arguments;
+  arguments.weights = c.weights.empty() ? nullptr : weights.data();
+  arguments.preselected = preselected.data();
+  arguments.preselected_count = static_cast<int64_t>(c.preselected.size());
+  arguments.self_clients = true;
+  const auto run = fc::cuda::facility_location_points<T>(points.view, nullptr, metric, arguments);
+  run->step(c.k, false);
+  DeviceArray<int64_t> indices(run->picks()), assignment(run->clients());
+  DeviceArray<double> gains(run->picks()), won(run->picks());
+  double objective;
+  return run->finish(indices.data(), gains.data(), won.data(), assignment.data(), &objective);
+}
+
+template <class T>
+void test_verdicts() {
+  const auto x = samples::normal<T>(20, 5, 1);
+  for (const T bad : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
+    auto wrong = x;
+    wrong(7, 2) = bad;
+    wrong(11, 0) = bad;
+    const Verdict verdict = verdict_of<T>(wrong, Metric::kCosine, {3});
+    CHECK_EQUAL(static_cast<int>(verdict.kind), static_cast<int>(Verdict::kNotFinite));
+    CHECK_EQUAL(verdict.row, 7);
+    CHECK_EQUAL(verdict.column, 2);
+  }
+  std::vector<double> weights(20, 1.0);
+  weights[4] = -1;
+  Verdict verdict = verdict_of<T>(x, Metric::kCosine, {3, 0, weights});
+  CHECK_EQUAL(static_cast<int>(verdict.kind), static_cast<int>(Verdict::kBadWeight));
+  CHECK_EQUAL(verdict.row, 4);
+  for (const int64_t again : {int64_t{6}, int64_t{20}, int64_t{-1}}) {
+    verdict = verdict_of<T>(x, Metric::kCosine, {3, 0, {}, {6, again}});
+    CHECK_EQUAL(static_cast<int>(verdict.kind), static_cast<int>(Verdict::kBadPreselected));
+  }
+  auto huge = x, tiny = x;
+  for (T& value : huge.values()) value *= std::sqrt(std::numeric_limits<T>::max());
+  for (T& value : tiny.values()) value *= std::sqrt(std::numeric_limits<T>::min()) / 8;
+  CHECK_EQUAL(static_cast<int>(verdict_of<T>(huge, Metric::kDot, {3}).kind),
+              static_cast<int>(Verdict::kOverflow));
+  CHECK_EQUAL(static_cast<int>(verdict_of<T>(tiny, Metric::kDot, {3}).kind),
+              static_cast<int>(Verdict::kVanishing));
+}
+
+template <class T>
+void all() {
+  test_pairwise<T>();
+  test_points<T>();
+  test_matrix<T>();
+  test_verdicts<T>();
+}
+
+}  // namespace
+
+TEST_PROGRAM {
+  all<float>();
+  all<double>();
+  return check::verdict("cuda_facility_location");
+}
