@@ -160,7 +160,7 @@ struct Warp {
 
   // For the race detector, since the last barrier: seen[a][b] is the newest of lane b's clock that an
   // operation of the warp has brought to lane a, and seen[a][a] its own clock.
-  bool clocks_moved = false;
+  bool clocks_moved = true;  // from where reset_clocks() puts them
   std::array<std::array<unsigned, kLanes>, kLanes> seen;
 
   void reset_clocks() {
@@ -327,7 +327,7 @@ cudaError_t Runtime::run(const Configuration& configuration, const std::function
     idle_.push_back(fibers_.back().get());
   }
   const unsigned block_warps = (block_threads_ + kLanes - 1) / kLanes;
-  warps_.assign(resident * block_warps, Warp{});
+  warps_.resize(std::max<size_t>(warps_.size(), resident * block_warps));
   ready_.assign((threads_.size() + 63) / 64, 0);
 
   std::vector<uint64_t> order(grid_blocks);
@@ -393,7 +393,7 @@ void Runtime::prepare(unsigned slot, uint64_t number, uint3 index) {
     warp.first = block.first + w * kLanes;
     warp.live = ~0u >> (kLanes - lanes);
     warp.waiting = 0;
-    if (kFindRaces) warp.reset_clocks();
+    if (kFindRaces && warp.clocks_moved) warp.reset_clocks();
   }
 }
 

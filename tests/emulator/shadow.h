@@ -45,32 +45,35 @@ class Shadow {
 
   Byte& at(uintptr_t address) {
     const uintptr_t key = address / kChunk;
-    if (key != last_key_ || last_->launch != launch_) find(key);
-    return last_->bytes[address % kChunk];
+    Chunk*& recent = recent_[key % kRecent];
+    if (recent == nullptr || recent->key != key) recent = &find(key);
+    if (recent->launch != launch_) {
+      recent->bytes.fill({});
+      recent->launch = launch_;
+    }
+    return recent->bytes[address % kChunk];
   }
 
  private:
-  static constexpr uintptr_t kChunk = 256;
+  static constexpr uintptr_t kChunk = 256, kRecent = 1024;
   struct Chunk {
+    uintptr_t key;
     uint64_t launch = 0;
     std::array<Byte, kChunk> bytes;
   };
 
-  void find(uintptr_t key) {
+  Chunk& find(uintptr_t key) {
     std::unique_ptr<Chunk>& chunk = chunks_[key];
-    if (!chunk) chunk = std::make_unique<Chunk>();
-    if (chunk->launch != launch_) {
-      chunk->bytes.fill({});
-      chunk->launch = launch_;
+    if (!chunk) {
+      chunk = std::make_unique<Chunk>();
+      chunk->key = key;
     }
-    last_key_ = key;
-    last_ = chunk.get();
+    return *chunk;
   }
 
   std::unordered_map<uintptr_t, std::unique_ptr<Chunk>> chunks_;
+  std::array<Chunk*, kRecent> recent_{};  // by key; chunks are never moved nor freed
   uint64_t launch_ = 1;
-  uintptr_t last_key_ = 0;
-  Chunk* last_ = nullptr;
 };
 
 }  // namespace fc::emulator

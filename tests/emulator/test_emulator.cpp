@@ -820,7 +820,7 @@ void test_stack_overflow() {
 #if defined(__SANITIZE_ADDRESS__)
   CHECK(text.find("AddressSanitizer: stack-overflow") != std::string::npos);
 #else
-  CHECK_EQUAL(text, "signal " + std::to_string(SIGSEGV));
+  CHECK(text.find("signal " + std::to_string(SIGSEGV)) != std::string::npos);
 #endif
   const DeviceArray<int> out(1);
   launch(recurse, one_block(1), out.data(), 8);
