@@ -131,8 +131,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// Every write is visible to all threads at once, so a missing fence is not found.
-inline void __threadfence() {}
+inline void __threadfence() { fc::emulator::fence(); }
 inline void __threadfence_block() {}
 
 // Atomics: nothing comes between the two halves of a plain update, because threads switch only where they
@@ -140,7 +139,8 @@ inline void __threadfence_block() {}
 namespace fc::emulator {
 
 template <class T, class Update>
-T update(T* address, Update f) {
+__attribute__((no_sanitize("thread"))) T update(T* address, Update f) {
+  touch(address, sizeof(T), Touch::atomic);
   const T old = *address;
   *address = f(old);
   return old;

@@ -1,6 +1,7 @@
 #include "emulator/emulator.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -13,6 +14,7 @@
 
 #include "core/philox.h"
 #include "emulator/fiber.h"
+#include "emulator/shadow.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -22,6 +24,12 @@ namespace fc::emulator {
 namespace {
 
 constexpr unsigned kLanes = 32;
+
+#if defined(FC_EMULATOR_RACES)
+constexpr bool kFindRaces = true;
+#else
+constexpr bool kFindRaces = false;
+#endif
 
 enum class Order { forward, reverse, random };
 
@@ -114,6 +122,7 @@ struct Operation {
 
 struct Shared {
   const void* tag;
+  const char* name;
   size_t bytes;
   std::align_val_t alignment;
   void* memory;
@@ -121,7 +130,8 @@ struct Shared {
 
 struct Block {
   uint3 index{};
-  unsigned first = 0;  // its first thread's number
+  uint64_t number = 0;  // in the grid
+  unsigned first = 0;   // its first thread's number
   std::vector<Shared> shared;
   size_t static_bytes = 0;
   std::unique_ptr<char[]> dynamic;
@@ -131,6 +141,10 @@ struct Block {
   unsigned arrived = 0;
   int votes = 0;
   Votes result{};
+
+  // For the race detector: barriers passed, how many there were at the last of the grid, and the time of the
+  // last atomic operation.
+  uint64_t phase = 1, grid_phase = 0, acquired = 0;
 
   Block() = default;
   Block(Block&&) = default;
@@ -143,6 +157,28 @@ struct Warp {
   unsigned first = 0;    // its first lane's thread
   unsigned live = 0;     // lanes that have not exited
   unsigned waiting = 0;  // lanes in an operation of the warp
+
+  // For the race detector, since the last barrier: seen[a][b] is the newest of lane b's clock that an
+  // operation of the warp has brought to lane a, and seen[a][a] its own clock.
+  bool clocks_moved = true;  // from where reset_clocks() puts them
+  std::array<std::array<unsigned, kLanes>, kLanes> seen;
+
+  void reset_clocks() {
+    clocks_moved = false;
+    for (unsigned a = 0; a < kLanes; ++a)
+      for (unsigned b = 0; b < kLanes; ++b) seen[a][b] = a == b ? 1 : 0;
+  }
+  void join_clocks(unsigned lanes) {
+    clocks_moved = true;
+    std::array<unsigned, kLanes> newest{};
+    for (unsigned left = lanes; left != 0; left &= left - 1)
+      for (unsigned b = 0; b < kLanes; ++b) newest[b] = std::max(newest[b], seen[__builtin_ctz(left)][b]);
+    for (unsigned left = lanes; left != 0; left &= left - 1) {
+      const unsigned lane = static_cast<unsigned>(__builtin_ctz(left));
+      seen[lane] = newest;
+      ++seen[lane][lane];
+    }
+  }
 };
 
 struct Thread {
@@ -158,6 +194,14 @@ struct Thread {
   int source = 0;
   Fold fold = nullptr;
   bool source_missing = false;
+
+  bool fenced = false;
+};
+
+// An atomic operation after a fence: blocks that do an atomic operation later see what this one had written.
+// A block's first in each phase is kept.
+struct Release {
+  uint64_t phase, time;
 };
 
 // The launch in progress. There is one at a time, whatever thread of the host it comes from.
@@ -178,13 +222,19 @@ class Runtime {
   Votes block_barrier(const Operation& operation, int predicate);
   void grid_barrier(const Operation& operation);
   uint64_t warp_operation(const Operation& operation, uint64_t value, int source, Fold fold);
-  void* static_shared(const void* tag, size_t bytes, size_t alignment);
+  void* static_shared(const void* tag, const char* name, size_t bytes, size_t alignment);
+  void touch(const void* address, size_t bytes, Touch how);
+  void fence() { self().fenced = true; }
   void* dynamic_shared() { return block().dynamic.get(); }
 
  private:
   static constexpr unsigned kNone = ~0u;
 
-  void prepare(unsigned slot, uint3 index);
+  void prepare(unsigned slot, uint64_t number, uint3 index);
+  void forget(const void* memory, size_t bytes);
+  bool ordered(Access before, Access now, const Thread& thread) const;
+  void report_race(const void* address, Touch how, Access before, bool before_writes);
+  std::string where(const void* address) const;
   void run_resident();
   static void fiber_main();
   void thread_main();
@@ -219,6 +269,11 @@ class Runtime {
   Operation grid_;
   unsigned grid_arrived_ = 0;
   std::exception_ptr failure_;
+
+  Shadow shadow_;
+  std::vector<std::vector<Release>> releases_;  // of each block of the grid
+  uint64_t time_ = 0;
+  std::unique_ptr<Fault> race_;  // the first, thrown when its thread ends
 
   Thread* current_ = nullptr;
   Fiber host_;
@@ -259,6 +314,9 @@ cudaError_t Runtime::run(const Configuration& configuration, const std::function
   blockDim = block;
   block_threads_ = static_cast<unsigned>(block_threads);
   failure_ = nullptr;
+  race_ = nullptr;
+  shadow_.begin_launch();
+  if (kFindRaces) releases_.assign(grid_blocks, {});
   const unsigned resident = configuration.cooperative ? static_cast<unsigned>(grid_blocks) : 1;
   blocks_.clear();
   blocks_.resize(resident);
@@ -269,7 +327,7 @@ cudaError_t Runtime::run(const Configuration& configuration, const std::function
     idle_.push_back(fibers_.back().get());
   }
   const unsigned block_warps = (block_threads_ + kLanes - 1) / kLanes;
-  warps_.assign(resident * block_warps, Warp{});
+  warps_.resize(std::max<size_t>(warps_.size(), resident * block_warps));
   ready_.assign((threads_.size() + 63) / 64, 0);
 
   std::vector<uint64_t> order(grid_blocks);
@@ -281,8 +339,9 @@ cudaError_t Runtime::run(const Configuration& configuration, const std::function
   for (uint64_t i = 0; i < grid_blocks && !failure_; ++i) {
     const uint64_t b = order[i];
     const unsigned slot = configuration.cooperative ? static_cast<unsigned>(i) : 0;
-    prepare(slot, {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                   static_cast<unsigned>(b / grid.x / grid.y)});
+    prepare(slot, b,
+            {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+             static_cast<unsigned>(b / grid.x / grid.y)});
     if (slot + 1 == resident) run_resident();
   }
   blocks_.clear();
@@ -291,15 +350,23 @@ cudaError_t Runtime::run(const Configuration& configuration, const std::function
 }
 
 // Makes a resident block of its slot, its threads ready to start, its shared memory uninitialised.
-void Runtime::prepare(unsigned slot, uint3 index) {
+void Runtime::prepare(unsigned slot, uint64_t number, uint3 index) {
   Block& block = blocks_[slot];
   block.index = index;
+  block.number = number;
+  block.phase = 1;
+  block.grid_phase = 0;
+  block.acquired = 0;
   block.first = slot * block_threads_;
   block.arrived = 0;
   block.votes = 0;
-  for (const Shared& array : block.shared) fill(schedule_, array.memory, array.bytes);
+  for (const Shared& array : block.shared) {
+    fill(schedule_, array.memory, array.bytes);
+    forget(array.memory, array.bytes);
+  }
   if (!block.dynamic) block.dynamic.reset(new char[configuration_.shared]);
   fill(schedule_, block.dynamic.get(), configuration_.shared);
+  forget(block.dynamic.get(), configuration_.shared);
 
   const unsigned block_warps = (block_threads_ + kLanes - 1) / kLanes;
   uint3 at{0, 0, 0};
@@ -322,7 +389,11 @@ void Runtime::prepare(unsigned slot, uint3 index) {
   }
   for (unsigned w = 0; w < block_warps; ++w) {
     const unsigned lanes = std::min(kLanes, block_threads_ - w * kLanes);
-    warps_[slot * block_warps + w] = {block.first + w * kLanes, ~0u >> (kLanes - lanes), 0};
+    Warp& warp = warps_[slot * block_warps + w];
+    warp.first = block.first + w * kLanes;
+    warp.live = ~0u >> (kLanes - lanes);
+    warp.waiting = 0;
+    if (kFindRaces && warp.clocks_moved) warp.reset_clocks();
   }
 }
 
@@ -350,6 +421,7 @@ void Runtime::thread_main() {
       thrown = std::current_exception();
     }
     finish(thread);
+    if (race_ && !thrown) thrown = std::make_exception_ptr(*race_);
     if (thrown) cancel(std::exchange(thrown, nullptr));
     idle_.push_back(&fiber);
     go_on(fiber);
@@ -407,6 +479,12 @@ void Runtime::wait() {
 }
 
 void Runtime::release_block(Block& block) {
+  ++block.phase;
+  if (kFindRaces) {
+    const unsigned first = threads_[block.first].warp, last = threads_[block.first + block_threads_ - 1].warp;
+    for (unsigned w = first; w <= last; ++w)
+      if (warps_[w].clocks_moved) warps_[w].reset_clocks();
+  }
   for (unsigned t = block.first; t < block.first + block_threads_; ++t) release(t);
 }
 
@@ -439,7 +517,10 @@ void Runtime::grid_barrier(const Operation& operation) {
   if (grid_arrived_ == 0) grid_ = operation;
   if (operation == grid_ && ++grid_arrived_ == threads_.size()) {
     grid_arrived_ = 0;
-    for (Block& block : blocks_) release_block(block);
+    for (Block& block : blocks_) {
+      release_block(block);
+      block.grid_phase = block.phase;
+    }
   }
   wait();
 }
@@ -495,6 +576,7 @@ bool Runtime::try_warp(Warp& warp, unsigned lane) {
       thread.result = lanes[thread.source].value;
   }
   warp.waiting &= ~needed;
+  if (kFindRaces) warp.join_clocks(needed);
   for (unsigned left = needed; left != 0; left &= left - 1) release(warp.first + __builtin_ctz(left));
   return true;
 }
@@ -561,7 +643,96 @@ Fault Runtime::stuck() {
   return Fault(block, thread.index, what + " " + describe(other));
 }
 
-void* Runtime::static_shared(const void* tag, size_t bytes, size_t alignment) {
+// Memory of this block's own, which another block had before.
+void Runtime::forget(const void* memory, size_t bytes) {
+  if (!kFindRaces) return;
+  const auto first = reinterpret_cast<uintptr_t>(memory);
+  for (size_t i = 0; i < bytes; ++i) shadow_.at(first + i) = {};
+}
+
+bool Runtime::ordered(Access before, Access now, const Thread& thread) const {
+  if (before.same_thread(now)) return true;
+  const Block& block = blocks_[thread.block];
+  if (before.same_block(now)) {
+    if (!before.same_phase(now)) return true;
+    const Warp& warp = warps_[thread.warp];
+    const unsigned first = warp.first - block.first;
+    return before.thread() - first < kLanes &&
+           warp.seen[thread.lane][before.thread() - first] >= before.clock();
+  }
+  if (configuration_.cooperative && before.phase() < blocks_[before.block()].grid_phase) return true;
+  const std::vector<Release>& releases = releases_[before.block()];
+  const auto release =
+      std::find_if(releases.begin(), releases.end(), [&](Release r) { return r.phase >= before.phase(); });
+  return release != releases.end() && release->time < block.acquired;
+}
+
+void Runtime::touch(const void* address, size_t bytes, Touch how) {
+  if (!in_launch || race_) return;
+  Thread& thread = *current_;
+  const auto first = reinterpret_cast<uintptr_t>(address);
+  if (thread.fiber->contains(first)) return;
+  Block& block = blocks_[thread.block];
+  const Access now(block.number, thread.number - block.first, block.phase,
+                   warps_[thread.warp].seen[thread.lane][thread.lane], how == Touch::atomic);
+  for (size_t i = 0; i < bytes && !race_; ++i) {
+    Shadow::Byte& byte = shadow_.at(first + i);
+    if (byte.write && !(how == Touch::atomic && byte.write.atomic()) && !ordered(byte.write, now, thread))
+      return report_race(address, how, byte.write, true);
+    if (how == Touch::read) {
+      if (!byte.read.same_thread(now)) byte.other_read = byte.read;
+      byte.read = now;
+      continue;
+    }
+    for (const Access read : {byte.read, byte.other_read})
+      if (read && !ordered(read, now, thread)) return report_race(address, how, read, false);
+    byte.write = now;
+  }
+  if (how == Touch::atomic) {
+    block.acquired = ++time_;
+    std::vector<Release>& releases = releases_[block.number];
+    if (thread.fenced && (releases.empty() || releases.back().phase < block.phase))
+      releases.push_back({block.phase, ++time_});
+  }
+}
+
+// Where the address is: in the block's shared memory, or in device memory.
+std::string Runtime::where(const void* address) const {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  const auto within = [at](const void* memory, size_t bytes) {
+    return at - reinterpret_cast<uintptr_t>(memory) < bytes;
+  };
+  const auto byte = [at](const void* memory) {
+    return "byte " + std::to_string(at - reinterpret_cast<uintptr_t>(memory)) + " of ";
+  };
+  const Block& block = blocks_[current_->block];
+  for (const Shared& array : block.shared)
+    if (within(array.memory, array.bytes)) return byte(array.memory) + "the shared " + array.name;
+  if (within(block.dynamic.get(), configuration_.shared))
+    return byte(block.dynamic.get()) + "dynamic shared memory";
+  const Allocation device = allocation_of(address);
+  if (device.memory == nullptr) return "memory that is not the device's";
+  return byte(device.memory) + "an array of " + std::to_string(device.bytes) + " bytes in device memory";
+}
+
+// The instrumented code cannot be left by an exception, so the launch ends with the thread.
+void Runtime::report_race(const void* address, Touch how, Access before, bool before_writes) {
+  const auto verb = [](Touch touch) {
+    return touch == Touch::read ? "reads" : touch == Touch::write ? "writes" : "atomically updates";
+  };
+  const Touch other = !before_writes ? Touch::read : before.atomic() ? Touch::atomic : Touch::write;
+  const uint64_t b = before.block();
+  const unsigned t = before.thread();
+  const uint3 thread{t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+  const uint3 block{static_cast<unsigned>(b % gridDim.x), static_cast<unsigned>(b / gridDim.x % gridDim.y),
+                    static_cast<unsigned>(b / gridDim.x / gridDim.y)};
+  race_ = std::make_unique<Fault>(
+      blocks_[current_->block].index, current_->index,
+      std::string("race: ") + verb(how) + " " + where(address) + ", which thread " + to_string(thread) +
+          " of block " + to_string(block) + " " + verb(other) + " with nothing that orders the two");
+}
+
+void* Runtime::static_shared(const void* tag, const char* name, size_t bytes, size_t alignment) {
   Block& block = this->block();
   for (const Shared& array : block.shared)
     if (array.tag == tag) return array.memory;
@@ -573,8 +744,9 @@ void* Runtime::static_shared(const void* tag, size_t bytes, size_t alignment) {
     fail(self(), text.str());
   }
   const std::align_val_t align{std::max<size_t>(alignment, 16)};
-  block.shared.push_back({tag, bytes, align, ::operator new(bytes, align)});
+  block.shared.push_back({tag, name, bytes, align, ::operator new(bytes, align)});
   fill(schedule_, block.shared.back().memory, bytes);
+  forget(block.shared.back().memory, bytes);
   return block.shared.back().memory;
 }
 
@@ -629,8 +801,13 @@ uint64_t warp_fold(unsigned mask, uint64_t value, Fold fold, const char* operati
 
 void fail(const std::string& what) { runtime().fail(runtime().self(), what); }
 
-void* static_shared(const void* tag, size_t bytes, size_t alignment) {
-  return runtime().static_shared(tag, bytes, alignment);
+void touch(const void* address, size_t bytes, Touch how) {
+  if (kFindRaces) runtime().touch(address, bytes, how);
+}
+void fence() { runtime().fence(); }
+
+void* static_shared(const void* tag, const char* name, size_t bytes, size_t alignment) {
+  return runtime().static_shared(tag, name, bytes, alignment);
 }
 
 void* dynamic_shared() { return runtime().dynamic_shared(); }

@@ -86,16 +86,25 @@ uint64_t warp_fold(unsigned mask, uint64_t value, Fold fold, const char* operati
 // Reports a fault of the running thread.
 [[noreturn]] void fail(const std::string& what);
 
+// Races. Where kernels are compiled with -fsanitize=thread, the compiler announces each access to memory; the
+// functions it calls are ours (races.cpp), not the sanitizer's. Two accesses to a byte by different threads,
+// of which one writes and one is not atomic, are a fault unless a barrier stands between them. Threads of
+// different blocks are ordered by grid_sync(), or where one block's atomic operation after a __threadfence()
+// precedes one of the other's.
+enum class Touch { read, write, atomic };
+void touch(const void* address, size_t bytes, Touch how);
+void fence();
+
 // Memory of the block's own, one allocation for each tag; and the launch's dynamic shared memory.
-void* static_shared(const void* tag, size_t bytes, size_t alignment);
+void* static_shared(const void* tag, const char* name, size_t bytes, size_t alignment);
 void* dynamic_shared();
 
 template <class Array, class Tag>
-Array& shared_array(Tag) {
+Array& shared_array(Tag, const char* name) {
   static_assert(std::is_trivially_default_constructible_v<Array> && std::is_trivially_destructible_v<Array>,
                 "shared memory is uninitialised: its type may have no constructor");
   static const char tag = 0;
-  return *static_cast<Array*>(static_shared(&tag, sizeof(Array), alignof(Array)));
+  return *static_cast<Array*>(static_shared(&tag, name, sizeof(Array), alignof(Array)));
 }
 
 }  // namespace fc::emulator

@@ -49,6 +49,61 @@ __global__ void blocks_write(int* out) {
 template __global__ void blocks_write<false>(int*);
 template __global__ void blocks_write<true>(int*);
 
+template <bool atomic>
+__global__ void lost_update(int* out) {
+  if (atomic)
+    atomicAdd(out, 1);
+  else
+    *out += 1;
+}
+template __global__ void lost_update<false>(int*);
+template __global__ void lost_update<true>(int*);
+
+template <bool fence>
+__global__ void last_block(int* out) {
+  FC_SHARED(bool, last, );
+  int* const arrived = out + 100;
+  if (threadIdx.x == 1) out[blockIdx.x] = static_cast<int>(blockIdx.x);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (fence) __threadfence();
+    last = atomicAdd(arrived, 1) + 1 == static_cast<int>(gridDim.x);
+  }
+  __syncthreads();
+  if (last && threadIdx.x == 2)
+    for (unsigned b = 0; b < gridDim.x; ++b) out[101] += out[b];
+}
+template __global__ void last_block<false>(int*);
+template __global__ void last_block<true>(int*);
+
+template <bool met>
+__global__ void lanes_in_turn(int* out) {
+  FC_SHARED(int, value, );
+  const unsigned lane = threadIdx.x;
+  if (lane == 0) value = 1;
+  for (unsigned turn = 1; turn < 32; ++turn) {
+    const unsigned pair = met ? 3u << (turn - 1) : 1u << turn;
+    if ((pair >> lane & 1) != 0) __syncwarp(pair);
+    if (lane == turn) value += static_cast<int>(lane);
+  }
+  if (lane == 31) out[0] = value;
+}
+template __global__ void lanes_in_turn<false>(int*);
+template __global__ void lanes_in_turn<true>(int*);
+
+__global__ void neighbouring_bytes(int* out) {
+  FC_SHARED(unsigned char, bytes, [128]);
+  bytes[threadIdx.x] = static_cast<unsigned char>(threadIdx.x);
+  reinterpret_cast<unsigned short*>(out)[threadIdx.x] = bytes[threadIdx.x];
+}
+
+__global__ void atomic_and_plain(int* out) {
+  if (threadIdx.x > 0)
+    atomicAdd(out, 1);
+  else
+    *out = 0;
+}
+
 __global__ void uninitialised_static(int* out) {
   FC_SHARED(int, value, );
   out[threadIdx.x] = value;

@@ -16,6 +16,20 @@ __global__ void warp_neighbour(int* out);
 // All blocks write to one place; with atomicMax the order does not matter.
 template <bool atomic>
 __global__ void blocks_write(int* out);
+// Counts threads; the update is two accesses if it is not atomic.
+template <bool atomic>
+__global__ void lost_update(int* out);
+// The last block to arrive adds what the others wrote; the fence makes that visible to it.
+template <bool fence>
+__global__ void last_block(int* out);
+// A relay: each lane changes the value that the lane before it left, after an operation of these two alone;
+// or of the second alone.
+template <bool met>
+__global__ void lanes_in_turn(int* out);
+// No race: each thread has bytes of its own in words that they share.
+__global__ void neighbouring_bytes(int* out);
+// One thread writes what the others update atomically.
+__global__ void atomic_and_plain(int* out);
 // Reads shared memory that nobody wrote.
 __global__ void uninitialised_static(int* out);
 __global__ void uninitialised_dynamic(int* out);

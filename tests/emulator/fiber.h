@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #if !defined(FC_EMULATOR_UCONTEXT) && !(defined(__ELF__) && (defined(__x86_64__) || defined(__aarch64__)))
 #define FC_EMULATOR_UCONTEXT
@@ -30,6 +31,9 @@ class Fiber {
 
   // Leaves `from`, the fiber that is running, for `to`. Returns when something switches back.
   static void switch_to(Fiber& from, Fiber& to);
+
+  // Whether the address is on the fiber's own stack.
+  bool contains(uintptr_t address) const { return address - reinterpret_cast<uintptr_t>(bottom_) < bytes_; }
 
  private:
   static void start();

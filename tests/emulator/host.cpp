@@ -24,13 +24,11 @@ auto& streams = *new std::set<cudaStream_t>;
 
 // Whether all of [memory, memory + bytes) is in one allocation.
 bool on_device(const void* memory, size_t bytes) {
-  const auto* begin = static_cast<const char*>(memory);
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto after = allocations.upper_bound(begin);
-  if (after == allocations.begin()) return false;
-  const auto& [start, size] = *--after;
-  const auto offset = static_cast<size_t>(begin - start);
-  return offset <= size && bytes <= size - offset;
+  const Allocation found = allocation_of(memory);
+  if (found.memory == nullptr) return false;
+  const auto offset =
+      static_cast<size_t>(static_cast<const char*>(memory) - static_cast<const char*>(found.memory));
+  return bytes <= found.bytes - offset;
 }
 
 bool is_stream(cudaStream_t stream) {
@@ -39,6 +37,16 @@ bool is_stream(cudaStream_t stream) {
 }
 
 }  // namespace
+
+Allocation allocation_of(const void* address) {
+  const auto* at = static_cast<const char*>(address);
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto after = allocations.upper_bound(at);
+  if (after == allocations.begin()) return {nullptr, 0};
+  const auto& [start, bytes] = *--after;
+  if (static_cast<size_t>(at - start) >= bytes) return {nullptr, 0};
+  return {start, bytes};
+}
 
 cudaError_t remember(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;

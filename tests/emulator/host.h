@@ -89,6 +89,13 @@ constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStaticSharedBytes = 48 * 1024;
 constexpr size_t kSharedBytes = 163 * 1024;
 
+// The device memory that the address is in, or a null pointer.
+struct Allocation {
+  const void* memory;
+  size_t bytes;
+};
+Allocation allocation_of(const void* address);
+
 cudaError_t remember(cudaError_t error);  // for cudaGetLastError
 cudaError_t occupancy(int* blocks, int threads, size_t shared);
 cudaError_t set_attribute(cudaFuncAttribute attribute, int value);

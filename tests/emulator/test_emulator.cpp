@@ -5,6 +5,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdlib>
 #include <limits>
 #include <numeric>
@@ -622,7 +623,7 @@ void test_host_threads() {
 // ---- Schedules ----
 
 __global__ void write_order(int* order, int* count) {
-  order[(*count)++] = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  order[atomicAdd(count, 1)] = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
 }
 
 std::vector<int> order_under(const std::string& name) {
@@ -656,7 +657,7 @@ struct KernelError {
 
 struct CountsDestruction {
   int* count;
-  ~CountsDestruction() { ++*count; }
+  ~CountsDestruction() { atomicAdd(count, 1); }
 };
 
 __global__ void throws(int* destroyed) {
@@ -691,7 +692,7 @@ template <class... P>
 void check_fault(void (*kernel)(P...), const Launch& how, const std::vector<std::string>& parts) {
   for (const char* name : kSchedules) {
     const UnderSchedule under(name);
-    const DeviceArray<int> out(1024);
+    const DeviceArray<int> out(std::vector<int>(1024, 0));
     std::string text = "no fault";
     try {
       launch(kernel, how, out.data());
@@ -737,14 +738,19 @@ void test_faults() {
   }
 }
 
+// How a kernel's results differ between schedules, or the fault that comes first.
 template <class... P>
 std::string difference(void (*kernel)(P...), const Launch& how) {
-  return compare_schedules([&] {
-           const DeviceArray<int> out(std::vector<int>(128, 0));
-           launch(kernel, how, out.data());
-           return out.values();
-         })
-      .difference;
+  try {
+    return compare_schedules([&] {
+             const DeviceArray<int> out(std::vector<int>(128, 0));
+             launch(kernel, how, out.data());
+             return out.values();
+           })
+        .difference;
+  } catch (const Fault& fault) {
+    return fault.what();
+  }
 }
 
 void test_races() {
@@ -756,9 +762,28 @@ void test_races() {
   CHECK_EQUAL(difference(blocks_write<true>, {5, 1}), "");
   CHECK(!difference(uninitialised_static, one_block(32)).empty());
   CHECK(!difference(uninitialised_dynamic, one_block(32, 128)).empty());
+  CHECK_EQUAL(difference(lost_update<true>, {3, 64}), "");
+  CHECK_EQUAL(difference(last_block<true>, {5, 64}), "");
+  CHECK_EQUAL(difference(neighbouring_bytes, one_block(128)), "");
+  CHECK_EQUAL(difference(lanes_in_turn<true>, one_block(32)), "");
   const auto global = compare_schedules([] { return DeviceArray<int>(5).values(); });
   CHECK(!global.difference.empty());
 }
+
+#if defined(FC_EMULATOR_RACES)
+// The races that the schedules show, and those that they cannot: no thread is interrupted inside an update.
+void test_race_detector() {
+  check_fault(neighbour<false>, one_block(128), {"race: ", "of the shared values, which thread "});
+  check_fault(warp_neighbour<false>, one_block(32), {"race: ", "of the shared values, which thread "});
+  check_fault(blocks_write<false>, {5, 1},
+              {"race: writes byte 0 of an array of 4096 bytes in device memory"});
+  check_fault(lost_update<false>, {3, 1}, {"race: reads byte 0 of an array of 4096 bytes", "of block "});
+  check_fault(lost_update<false>, one_block(64), {"race: ", " of block (0, 0, 0) writes"});
+  check_fault(last_block<false>, {5, 64}, {"race: reads byte ", " of block "});
+  check_fault(lanes_in_turn<false>, one_block(32), {"race: ", "of the shared value, "});
+  check_fault(atomic_and_plain, one_block(64), {"race: ", "atomically updates"});
+}
+#endif
 
 // Runs a launch in a child process; returns whether it died, with what it wrote to standard error.
 template <class Run>
@@ -781,17 +806,24 @@ std::pair<bool, std::string> dies(Run run) {
   close(ends[0]);
   int status = 0;
   waitpid(child, &status, 0);
+  if (WIFSIGNALED(status)) text += "signal " + std::to_string(WTERMSIG(status));
   return {!WIFEXITED(status) || WEXITSTATUS(status) != 0, text};
 }
 
 void test_stack_overflow() {
   const auto deep = [] {
     const DeviceArray<int> out(1);
-    launch(recurse, one_block(2), out.data(), 200);
+    launch(recurse, one_block(1), out.data(), 200);
   };
-  CHECK(dies(deep).first);
+  const auto [died, text] = dies(deep);
+  CHECK(died);
+#if defined(__SANITIZE_ADDRESS__)
+  CHECK(text.find("AddressSanitizer: stack-overflow") != std::string::npos);
+#else
+  CHECK(text.find("signal " + std::to_string(SIGSEGV)) != std::string::npos);
+#endif
   const DeviceArray<int> out(1);
-  launch(recurse, one_block(2), out.data(), 8);
+  launch(recurse, one_block(1), out.data(), 8);
   CHECK_EQUAL(out.values()[0], 36);
 }
 
@@ -872,6 +904,9 @@ TEST_PROGRAM {
   test_exceptions();
   test_faults();
   test_races();
+#if defined(FC_EMULATOR_RACES)
+  test_race_detector();
+#endif
   test_stack_overflow();
 #if defined(__SANITIZE_ADDRESS__)
   test_out_of_bounds();

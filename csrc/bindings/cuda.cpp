@@ -1,0 +1,216 @@
+// Python's view of the CUDA kernels: the module _cuda, or, compiled against the emulator, _cuda_emulated,
+// which takes CPU memory for device memory.
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bindings/boundary.h"
+#include "cuda/facility_location.h"
+#include "cuda/launch.h"
+#include "cuda/pairwise.h"
+
+namespace fc {
+namespace {
+
+#if defined(FC_EMULATOR)
+constexpr dlpack::DeviceType kDevice = dlpack::kCpu;
+#else
+constexpr dlpack::DeviceType kDevice = dlpack::kCuda;
+#endif
+
+// Makes the device of an array the current one for as long as the object lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cuda::check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) cuda::check(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+
+// A run, the arrays that it reads, and the device that both are on.
+class PyCudaFacilityLocation {
+ public:
+  PyCudaFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric,
+                         py::object weights_array, py::object preselected_array, double offset,
+                         uintptr_t stream) {
+    ArrayArgument& x = keep(x_array, "x");
+    device_ = x.device_id();
+    cuda::GreedyArguments arguments;
+    arguments.offset = offset;
+    arguments.stream = stream_of(stream);
+    dispatch_floating(x, [&](auto zero) {
+      using T = decltype(zero);
+      const auto view = x.input<T, 2>();
+      const bool precomputed = metric == "precomputed";
+      TensorView<const T, 2> clients{};
+      int64_t m = precomputed ? view.cols() : view.rows();
+      if (!clients_array.is_none()) {
+        clients = keep(clients_array, "clients").input<T, 2>();
+        if (precomputed || clients.cols() != view.cols()) {
+          throw py::value_error("clients: expected points of as many columns as x has");
+        }
+        m = clients.rows();
+      }
+      if (precomputed && !view.has_contiguous_rows()) {
+        throw py::value_error("x: expected rows that are contiguous in memory; pass a contiguous copy");
+      }
+      arguments.self_clients = clients_array.is_none() && view.rows() == m;
+      if (!weights_array.is_none()) arguments.weights = compact<double>(weights_array, "weights", m);
+      if (!preselected_array.is_none()) {
+        arguments.preselected = compact<int64_t>(preselected_array, "preselected", -1);
+        arguments.preselected_count = arrays_.back()->size(0);
+        if (arguments.preselected_count > view.rows()) {
+          throw py::value_error("preselected: expected at most " + std::to_string(view.rows()) + " entries");
+        }
+      }
+      const DeviceGuard guard(device_);
+      without_gil([&] {
+        if (precomputed) {
+          run_ = cuda::facility_location_matrix<T>(view, arguments);
+        } else {
+          run_ = cuda::facility_location_points<T>(view, clients_array.is_none() ? nullptr : &clients,
+                                                   metric_from_name(metric), arguments);
+        }
+      });
+    });
+  }
+
+  int64_t step(int64_t count, bool naive) {
+    const DeviceGuard guard(device_);
+    return without_gil([&] { return run_->step(count, naive); });
+  }
+
+  int64_t step_among(py::object candidates_array) {
+    const ArrayArgument candidates(candidates_array, "candidates", kDevice);
+    const auto view = candidates.input<int64_t, 1>();
+    if (view.size() == 0 || !view.is_compact()) {
+      throw py::value_error("candidates: expected a contiguous array of at least one");
+    }
+    const DeviceGuard guard(device_);
+    return without_gil([&] { return run_->step_among(view.data, view.size()); });
+  }
+
+  // (f(S), what is wrong or None, "x" or "clients", row, column)
+  py::tuple finish(py::object indices_array, py::object gains_array, py::object weights_array,
+                   py::object assignment_array) {
+    const ArrayArgument indices(indices_array, "indices", kDevice), gains(gains_array, "gains", kDevice),
+        weights(weights_array, "weights", kDevice), assignment(assignment_array, "assignment", kDevice);
+    const auto i = indices.output<int64_t, 1>(), a = assignment.output<int64_t, 1>();
+    const auto g = gains.output<double, 1>(), w = weights.output<double, 1>();
+    if (i.size() != run_->picks() || g.size() != i.size() || w.size() != i.size() ||
+        a.size() != run_->clients()) {
+      throw py::value_error("indices, gains, weights, assignment: expected " + std::to_string(run_->picks()) +
+                            " picks and " + std::to_string(run_->clients()) + " clients");
+    }
+    if (!i.is_compact() || !g.is_compact() || !w.is_compact() || !a.is_compact()) {
+      throw py::value_error("indices, gains, weights, assignment: expected contiguous arrays");
+    }
+    double objective = 0;
+    const DeviceGuard guard(device_);
+    const cuda::Verdict verdict =
+        without_gil([&] { return run_->finish(i.data, g.data, w.data, a.data, &objective); });
+    static constexpr const char* kKinds[] = {nullptr,     "not finite", "overflow",
+                                             "vanishing", "weights",    "preselected"};
+    const char* kind = kKinds[verdict.kind];
+    return py::make_tuple(objective, kind == nullptr ? py::object(py::none()) : py::str(kind),
+                          verdict.in_clients ? "clients" : "x", verdict.row, verdict.column);
+  }
+
+ private:
+  ArrayArgument& keep(py::handle array, const char* name) {
+    arrays_.push_back(std::make_unique<ArrayArgument>(array, name, kDevice));
+    return *arrays_.back();
+  }
+
+  template <class U>
+  const U* compact(py::handle array, const char* name, int64_t size) {
+    const auto view = keep(array, name).template input<U, 1>();
+    if (!view.is_compact() || (size >= 0 && view.size() != size)) {
+      throw py::value_error(std::string(name) + ": expected a contiguous array" +
+                            (size < 0 ? "" : " of " + std::to_string(size) + " entries"));
+    }
+    return view.data;
+  }
+
+  std::vector<std::unique_ptr<ArrayArgument>> arrays_;
+  int device_ = 0;
+  std::unique_ptr<cuda::FacilityLocation> run_;
+};
+
+void pairwise(py::object x_array, py::object y_array, py::object out_array, const std::string& metric,
+              uintptr_t stream) {
+  const Metric kind = metric_from_name(metric);
+  const ArrayArgument x(x_array, "x", kDevice), y(y_array, "y", kDevice), out(out_array, "out", kDevice);
+  dispatch_floating(x, [&](auto zero) {
+    using T = decltype(zero);
+    const auto xs = x.input<T, 2>(), ys = y.input<T, 2>();
+    const auto result = out.output<T, 2>();
+    if (xs.cols() != ys.cols()) throw py::value_error("y: expected as many columns as x has");
+    out.require_shape({xs.rows(), ys.rows()});
+    if (!result.has_contiguous_rows()) {
+      throw py::value_error("out: expected rows that are contiguous in memory");
+    }
+    const DeviceGuard guard(x.device_id());
+    without_gil([&] { cuda::pairwise<T>(xs, ys, kind, result, stream_of(stream)); });
+  });
+}
+
+// Why no device, or not this one, can be used; None if it can.
+py::object unusable(int device) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) return py::str(cudaGetErrorString(status));
+  if (device >= count) return py::str("there are " + std::to_string(count) + " CUDA devices");
+  int cooperative = 0;
+  cuda::check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "device attribute");
+  if (cooperative == 0) return py::str("the device has no cooperative launch");
+  return py::none();
+}
+
+void define_cuda_module(py::module_& m) {
+  m.def("unusable", &unusable, py::arg("device") = 0, "Why the device cannot be used, or None.");
+  m.def("pairwise", &pairwise, py::arg("x"), py::arg("y"), py::arg("out"), py::arg("metric"),
+        py::arg("stream"),
+        "out [n, m] = similarities or distances of the rows of x [n, d] and y [m, d], on the device.");
+  py::class_<PyCudaFacilityLocation>(m, "FacilityLocation", py::module_local(),
+                                     "A greedy run that stays on the GPU.")
+      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, double, uintptr_t>(),
+           py::arg("x"), py::arg("clients"), py::arg("metric"), py::arg("weights"), py::arg("preselected"),
+           py::arg("offset"), py::arg("stream"))
+      .def("step", &PyCudaFacilityLocation::step, py::arg("count"), py::arg("naive"),
+           "Starts up to `count` picks; returns how many there will be in all.")
+      .def("step_among", &PyCudaFacilityLocation::step_among, py::arg("candidates"),
+           "One pick among candidates [r] int64; waits and returns it.")
+      .def(
+          "finish", &PyCudaFacilityLocation::finish, py::arg("indices"), py::arg("gains"), py::arg("weights"),
+          py::arg("assignment"),
+          "Writes indices, gains and weights [picks], assignment [m]; waits; returns (f(S), what is wrong or "
+          "None, argument, row, column).");
+}
+
+}  // namespace
+}  // namespace fc
+
+#if defined(FC_EMULATOR)
+PYBIND11_MODULE(_cuda_emulated, m) {
+  m.doc() = "flashcoreset's CUDA kernels, run on the CPU by tests/emulator.";
+  m.def("set_schedule", &fc::emulator::set_schedule, pybind11::arg("name"));
+  fc::define_cuda_module(m);
+}
+#else
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "flashcoreset's CUDA kernels.";
+  m.attr("ARCHITECTURES") = FC_CUDA_ARCHITECTURES;
+  fc::define_cuda_module(m);
+}
+#endif

@@ -1,0 +1,79 @@
+// What the race detector remembers of each byte that kernels touch: who wrote it last, and two threads that
+// read it last.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+
+namespace fc::emulator {
+
+// An access, packed into 64 bits; what does not fit wraps round, which can hide a race and invents none that
+// is not one: the block's number in its launch, the thread's in the block, how many barriers the block had
+// passed, the lane's clock (see Warp in emulator.cpp), and whether it was atomic. Zero: none.
+class Access {
+ public:
+  Access() = default;
+  Access(uint64_t block, unsigned thread, uint64_t phase, unsigned clock, bool atomic)
+      : bits_((block & 0xFFFF) << 48 | uint64_t{thread} << 38 | (phase & 0xFFFFF) << 18 |
+              uint64_t{clock & 0x1FFFF} << 1 | uint64_t{atomic}) {}
+
+  explicit operator bool() const { return bits_ != 0; }
+  bool operator==(Access other) const { return bits_ == other.bits_; }
+  bool same_thread(Access other) const { return (bits_ ^ other.bits_) >> 38 == 0; }
+  bool same_block(Access other) const { return (bits_ ^ other.bits_) >> 48 == 0; }
+  bool same_phase(Access other) const { return ((bits_ ^ other.bits_) >> 18 & 0xFFFFF) == 0; }
+  unsigned block() const { return static_cast<unsigned>(bits_ >> 48); }
+  unsigned thread() const { return static_cast<unsigned>(bits_ >> 38) & 0x3FF; }
+  unsigned phase() const { return static_cast<unsigned>(bits_ >> 18) & 0xFFFFF; }
+  unsigned clock() const { return static_cast<unsigned>(bits_ >> 1) & 0x1FFFF; }
+  bool atomic() const { return (bits_ & 1) != 0; }
+
+ private:
+  uint64_t bits_ = 0;
+};
+
+class Shadow {
+ public:
+  struct Byte {
+    Access write, read, other_read;
+  };
+
+  // Forgets all, in no time: what an older launch left counts as nothing.
+  void begin_launch() { ++launch_; }
+
+  Byte& at(uintptr_t address) {
+    const uintptr_t key = address / kChunk;
+    Chunk*& recent = recent_[key % kRecent];
+    if (recent == nullptr || recent->key != key) recent = &find(key);
+    if (recent->launch != launch_) {
+      recent->bytes.fill({});
+      recent->launch = launch_;
+    }
+    return recent->bytes[address % kChunk];
+  }
+
+ private:
+  static constexpr uintptr_t kChunk = 256, kRecent = 1024;
+  struct Chunk {
+    uintptr_t key;
+    uint64_t launch = 0;
+    std::array<Byte, kChunk> bytes;
+  };
+
+  Chunk& find(uintptr_t key) {
+    std::unique_ptr<Chunk>& chunk = chunks_[key];
+    if (!chunk) {
+      chunk = std::make_unique<Chunk>();
+      chunk->key = key;
+    }
+    return *chunk;
+  }
+
+  std::unordered_map<uintptr_t, std::unique_ptr<Chunk>> chunks_;
+  std::array<Chunk*, kRecent> recent_{};  // by key; chunks are never moved nor freed
+  uint64_t launch_ = 1;
+};
+
+}  // namespace fc::emulator
