@@ -256,4 +256,26 @@ def _counts(budgets: Any) -> list[int]:
     return list(budgets.values()) if isinstance(budgets, dict) else list(budgets)
 
 
+def for_interpreter(cases: list[Case], k: int) -> list[Case]:
+    """`cases` at sizes that a Triton kernel in the interpreter can bear, where a tile takes a millisecond a feature: n
+    <= 130, at most `k` picks; of n = 1,025 one case a metric, 2 picks; of many features one more than fit one chain of
+    a sum, 1 pick."""
+    small = []
+    for case in cases:
+        n, is_wide = case.x.shape[0], case.metric != "precomputed" and case.x.shape[1] > 256
+        if n > 130 and case.x.dtype != torch.float32:
+            continue
+        options = dict(case.options)
+        picks = None if case.k is None else min(case.k, 1 if is_wide else 2 if n > 130 else k)
+        if "budgets" in options:
+            budgets = options["budgets"]
+            if isinstance(budgets, dict):
+                options["budgets"] = {label: count // 2 for label, count in budgets.items()}
+            else:
+                options["budgets"] = [count // 2 for count in budgets]
+            picks = None
+        small.append(Case(case.name, case.x[:, :257] if is_wide else case.x, picks, options))
+    return small
+
+
 PLAIN, VARIANTS = plain_cases(), variant_cases()

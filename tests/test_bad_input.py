@@ -178,12 +178,9 @@ def test_unknown_backend_lists_the_names() -> None:
         fc.facility_location(X, 1, backend="gpu")
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_missing_backend_gives_reason_and_remedy(backend: str) -> None:
-    with pytest.raises(
-        fc.BackendUnavailableError, match=rf"{backend}.*without {backend} kernels.*backend='cpu'"
-    ):
-        fc.facility_location(X, 1, backend=backend)
+def test_missing_backend_gives_reason_and_remedy() -> None:
+    with pytest.raises(fc.BackendUnavailableError, match=r"cuda.*without cuda kernels.*backend='cpu'"):
+        fc.facility_location(X, 1, backend="cuda")
 
 
 @pytest.mark.filterwarnings(

@@ -77,7 +77,7 @@ def test_sdist(sdist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("LICENSE", "README.md", "pyproject.toml", "CMakeLists.txt", "Makefile", "constraints.txt"):
         assert name in names
-    for folder in ("csrc", "python"):
+    for folder in ("csrc", "python", "triton_kernels"):
         sources = {
             str(p.relative_to(ROOT)) for s in ("*.py", "*.cpp", "*.h") for p in (ROOT / folder).rglob(s)
         }
@@ -101,7 +101,8 @@ def test_wheel(wheel: Path) -> None:
         f"flashcoreset/{path.relative_to(ROOT / 'python/flashcoreset')}"
         for path in (ROOT / "python").rglob("*.py")
     }
-    assert python <= set(names)
+    python |= {f"flashcoreset/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == python
     assert "flashcoreset/py.typed" in names
     modules = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
     assert modules == {"_processor", _native.MODULES[_native.available_isas()[0]]}

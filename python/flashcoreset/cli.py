@@ -27,6 +27,7 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset import _native
+from flashcoreset.ops.backends import triton_failure
 
 FLOATS = "a float16, float32 or float64"
 METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
@@ -329,7 +330,9 @@ def _info(_: argparse.Namespace) -> int:
     numbers = f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
     print(f"flashcoreset {fc.__version__} ({numbers})")
     none_yet = "missing: this version has no kernels for it"
-    backends = [("torch", "available"), ("cpu", cpu), ("cuda", none_yet), ("triton", none_yet)]
+    failure = triton_failure(torch.device("cuda" if gpus else "cpu"))
+    triton = "available" if failure is None else f"missing: {failure}"
+    backends = [("torch", "available"), ("cpu", cpu), ("cuda", none_yet), ("triton", triton)]
     _print_table("backends", backends)
     _print_table("instruction sets of the cpu backend", isas)
     threads = f"{_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads used"

@@ -1,7 +1,8 @@
 """Low-level calls: each backend's kernels with caller-owned outputs, and runs that the caller advances pick
 by pick.
 
-`kernels.cpu` is compiled, `kernels.torch` is the plain PyTorch reference; both have the same names:
+`kernels.cpu` is compiled, `kernels.torch` is the plain PyTorch reference; both have the same names, of which
+`flashcoreset.kernels.triton` (to be imported by itself, since it imports triton) has the first two:
 
     pairwise(x, y=None, *, metric, out=None)
     FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)

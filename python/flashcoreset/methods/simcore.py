@@ -125,7 +125,7 @@ def simcore(
             f"target is on device {points.device}, but openset is on {source.device}; move one of them"
         )
     _check_size(k, source)
-    choose_kernels(backend, source.device)
+    choose_kernels(backend, source.device, "nearest_order")
     check_finite(points, "target")
 
     dtype = compute_type(source, points)

@@ -85,7 +85,8 @@ def facility_location(
         seed: in [0, 2^64), for "stochastic".
         offset: for distances, a number >= 0; default an upper bound of all distances, on which the picks do
             not depend.
-        backend: "cpu" (compiled), "torch" (the slow reference) or None: the fastest that takes `x`.
+        backend: "cpu" (compiled), "triton" (on CUDA tensors; no sparse matrices), "torch" (the slow reference) or
+            None: the fastest that takes `x`.
         progress: True shows a bar on stderr; a callable gets (picks made, picks wanted). Not called inside
             torch.compile.
         memory_budget: bytes that may be spent on similarities and lists larger than n + m, >= 0; default 256
@@ -299,7 +300,7 @@ _Result = tuple[Tensor, Tensor, Tensor, Tensor, float, float | None]
 
 def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
     x, clients = p.x, p.clients
-    kernels = choose_kernels(backend, x.device)
+    kernels = choose_kernels(backend, x.device, "facility_location")
     out_dtype = p.out_dtype
     if x.dtype != out_dtype:
         x = Csr(x.crow, x.col, x.values.to(out_dtype), x.shape) if isinstance(x, Csr) else x.to(out_dtype)
@@ -739,6 +740,14 @@ def _estimate(
     strided = metric == "precomputed" and isinstance(x, (Tensor, np.ndarray)) and not _has_contiguous_rows(x)
     of_group += n * d * size if strided else 0
     pairs = n * m * size
+    if backend == "triton":
+        points = (n * d + (0 if self_clients else m * d)) * size if is_points else 0
+        panels = points + 256 * d * size
+        wide = points * 8 // size if metric == "dot" else 0  # norms are taken in float64
+        batch = 2 * n * d * size if is_points else 0  # of candidates: some columns of the panel, padded
+        matrix = pairs if is_points and pairs <= memory_budget else 0
+        normalized = 3 * points if metric == "cosine" else 0
+        return outputs + converted + of_group + normalized + panels + wide + batch + matrix + 200 * n + 64 * m
     if backend == "torch":
         normalized = 2 * (n * d + (0 if self_clients else m * d)) * size if is_points else 0
         matrix = pairs if is_points and pairs <= memory_budget else 0

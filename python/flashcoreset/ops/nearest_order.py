@@ -187,7 +187,7 @@ class Rounds:
         memory_budget: int,
         progress: Progress,
     ) -> None:
-        chosen = choose_kernels(backend, source.device)
+        chosen = choose_kernels(backend, source.device, "nearest_order")
         slow = chosen is kernels.torch
         self._order = reference.NearestOrder(centroids) if slow else NearestOrder(centroids)
         self._source = source

@@ -91,6 +91,21 @@ def _blocks(count: int, row_bytes: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, count))
 
 
+def bounds_of_points(x: Tensor, clients: Tensor, metric: str, floor: float) -> Tensor:
+    """[m] float64: for each of `clients` [m, d] a number not below max_j s(j, i) - floor over the rows j of `x`
+    [n, d]."""
+    if metric == "dot":
+        return clients.double().norm(dim=1) * (x.double().norm(dim=1).max() * 1.001)
+    bound = 1.001 if metric == "cosine" else -floor
+    return torch.full((clients.shape[0],), bound, dtype=torch.float64, device=x.device)
+
+
+def bounds_of_matrix(s: Tensor) -> Tensor:
+    """[m] float64: for each column of `s` [n, m] a number not below its entries and 0."""
+    largest = max(0.0, float(s.max()))
+    return torch.full((s.shape[1],), largest, dtype=torch.float64, device=s.device)
+
+
 class _Similarities(Protocol):
     """s [n, m], read some rows at a time."""
 
@@ -123,12 +138,7 @@ class _Points:
         return values.neg_() if self._metric in DISTANCES else values
 
     def upper_bounds(self, floor: float) -> Tensor:
-        m = self.shape[1]
-        if self._metric == "dot":
-            norms = self._clients.double().norm(dim=1)
-            return norms * (self._x.double().norm(dim=1).max() * 1.001)
-        bound = 1.001 if self._metric == "cosine" else -floor
-        return torch.full((m,), bound, dtype=torch.float64, device=self.device)
+        return bounds_of_points(self._x, self._clients, self._metric, floor)
 
 
 class _Matrix:
@@ -143,8 +153,7 @@ class _Matrix:
         return self._s[index]
 
     def upper_bounds(self, floor: float) -> Tensor:
-        largest = max(0.0, float(self._s.max()))
-        return torch.full((self.shape[1],), largest, dtype=torch.float64, device=self.device)
+        return bounds_of_matrix(self._s)
 
 
 class _Sparse:
@@ -215,12 +224,7 @@ class FacilityLocation:
         self._weights = (
             torch.ones(m, dtype=torch.float64, device=s.device) if weights is None else weights.double()
         )
-        upper = s.upper_bounds(floor)
-        bound = float((self._weights * upper).sum())
-        if not (float(upper.max()) <= torch.finfo(s.dtype).max and math.isfinite(bound)):
-            raise ValueError(
-                f"x: similarities of metric {metric!r} overflow {s.dtype}; scale the data down or use float64"
-            )
+        self._scale = gain_scale(s.upper_bounds(floor), self._weights, metric, s.dtype)
         if isinstance(s, _Points) and n * m * s.dtype.itemsize <= memory_budget:
             held = torch.empty(n, m, dtype=s.dtype, device=s.device)
             for rows in _blocks(n, m * s.dtype.itemsize):
@@ -228,7 +232,6 @@ class FacilityLocation:
             s = _Matrix(held)
         self._s = s
         self._floor = torch.tensor(floor, dtype=s.dtype, device=s.device)
-        self._scale = _scale(bound, float(self._weights.max()), s.dtype)
         self._scaled_weights = (self._weights * self._scale).to(s.dtype)
 
         covered = torch.full((m,), -math.inf, dtype=s.dtype, device=s.device)  # best of the preselected
@@ -330,9 +333,26 @@ class FacilityLocation:
         return math.fsum((client_weights * (self._best.double() - self._floor.double()).cpu()).tolist())
 
 
-def _scale(bound: float, largest_weight: float, dtype: torch.dtype) -> float:
-    """The largest power of two with bound * scale <= 2^61, such that weights * scale stay in the range of
-    `dtype`."""
+def gain_scale(upper: Tensor, weights: Tensor, metric: str, dtype: torch.dtype) -> float:
+    """The power of two by which gains are made integers.
+
+    With bound = sum_i w_i * upper_i it is the largest with bound * scale <= 2^61, such that weights * scale stay in
+    the range of `dtype`.
+
+    Args:
+        upper: [m] float64, for each client a bound of its similarities above the floor.
+        weights: [m] float64.
+        metric: for the message.
+        dtype: float32 or float64, the type of the similarities.
+
+    Raises:
+        ValueError: if similarities overflow `dtype`, or gains would vanish in it.
+    """
+    bound, largest_weight = float((weights * upper).sum()), float(weights.max())
+    if not (float(upper.max()) <= torch.finfo(dtype).max and math.isfinite(bound)):
+        raise ValueError(
+            f"x: similarities of metric {metric!r} overflow {dtype}; scale the data down or use float64"
+        )
     if bound <= 0:
         return 0.0
     largest = 126 if dtype == torch.float32 else 1000

@@ -1,0 +1,181 @@
+"""The Triton kernels, in Triton's interpreter: against the definition and the reference, and what is said where they
+cannot run."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import scipy.sparse
+import torch
+from cases import METRICS, PLAIN, POINT_METRICS, VARIANTS, Case, data, for_interpreter, points, worst_error
+
+import flashcoreset as fc
+
+if platform.machine() != "x86_64":
+    pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
+
+from flashcoreset.kernels import triton as kernels
+from flashcoreset.triton_kernels import facility_location as launchers
+from flashcoreset.triton_kernels.pairwise import Tile
+
+TABLE = [*for_interpreter(PLAIN, 8), *for_interpreter(VARIANTS, 2)]
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_follows_the_definition(case: Case) -> None:
+    options = {"memory_budget": 0, **case.options}  # similarities are computed in the kernels
+    selection = fc.facility_location(case.x, case.k, backend="triton", **options)
+    worst_error(case, selection)
+    reference = fc.facility_location(case.x, case.k, backend="torch", **options)
+    assert torch.equal(selection.indices, reference.indices)
+    assert selection.gains.dtype == reference.gains.dtype
+    if reference.offset is not None:
+        assert math.isclose(selection.offset, reference.offset, rel_tol=1e-6)
+    assert math.isclose(selection.objective, reference.objective, rel_tol=1e-6, abs_tol=1e-30)
+
+
+def assert_same(a: fc.Selection, b: fc.Selection) -> None:
+    """Bit for bit."""
+    for name in ("indices", "gains", "weights", "assignment"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.objective == b.objective
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_order_of_the_work_cannot_be_seen(
+    metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = data(metric, 27, 1, dtype)
+    options: dict[str, Any] = {"metric": metric, "backend": "triton", "weights": torch.arange(27) % 4}
+    naive = fc.facility_location(x, 4, method="naive", memory_budget=0, **options)
+    assert_same(naive, fc.facility_location(x, 4, **options))  # of the matrix
+    monkeypatch.setattr(kernels, "_BATCH", 3)  # lazy evaluation looks at some candidates only
+    assert_same(naive, fc.facility_location(x, 4, memory_budget=0, **options))
+    # Two programs for the same candidates, each with two tiles of clients.
+    monkeypatch.setattr(Tile, "of", lambda dtype, d: Tile(16, 8, 1, True))
+    monkeypatch.setattr(launchers, "_PROGRAMS", 4)
+    assert_same(naive, fc.facility_location(x, 4, method="naive", memory_budget=0, **options))
+
+
+@pytest.mark.parametrize("metric", POINT_METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairwise(metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, m, d in ((1, 1, 1), (7, 97, 3), (5, 4, 257)):
+        x, y = points(n, d, 1, dtype), points(m, d, 2, dtype)
+        y[0] = x[0]
+        values = kernels.pairwise(x, y, metric=metric)
+        exact = fc.kernels.torch.pairwise(x.double(), y.double(), metric=metric)
+        # 256 roundings in a row, whose random walk is 16 steps long; the worst seen is 7.
+        tolerance = 16 * torch.finfo(dtype).eps * float(exact.abs().max())
+        torch.testing.assert_close(values.double(), exact, rtol=0, atol=tolerance)
+        assert torch.equal(kernels.pairwise(y, x, metric=metric), values.T)
+        if metric not in ("cosine", "dot"):
+            assert values[0, 0] == 0
+    x = points(40, 3, 3, dtype)
+    values = kernels.pairwise(x, metric=metric)
+    out = torch.full((40, 41), 9, dtype=dtype)
+    monkeypatch.setattr(Tile, "of", lambda dtype, d: Tile(8, 32, 1, True))
+    assert (
+        kernels.pairwise(x.T.contiguous().T, x, metric=metric, out=out[:, :40]).data_ptr() == out.data_ptr()
+    )
+    assert torch.equal(out[:, :40], values), "a pair's value depends on the tile"
+    assert (out[:, 40] == 9).all()
+    assert torch.equal(kernels.pairwise(x[3:5], x[7:8], metric=metric), values[3:5, 7:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairwise_of_half_types_is_that_of_float32(dtype: torch.dtype) -> None:
+    x = points(9, 3, 4, dtype)
+    assert torch.equal(kernels.pairwise(x, metric="l1"), kernels.pairwise(x.float(), metric="l1"))
+
+
+def test_stochastic_groups_and_progress() -> None:
+    x, groups = points(30, 3, 5), torch.arange(30) % 2
+    exact = fc.facility_location(x, 4, backend="triton")
+    everything = fc.facility_location(x, 4, method="stochastic", epsilon=1e-300, backend="triton")
+    assert_same(exact, everything)
+    seen: list[tuple[int, int]] = []
+    loud = fc.facility_location(
+        x, 4, groups=groups, backend="triton", progress=lambda done, total: seen.append((done, total))
+    )
+    assert torch.bincount(groups[loud.indices]).tolist() == [2, 2]
+    assert seen[-1] == (4, 4)
+
+
+def test_ties_go_to_the_lowest_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BATCH", 3)
+    x = torch.tensor([[0.0, 4.0], [4.0, 0.0]]).repeat(20, 1)
+    selection = fc.facility_location(x, 5, metric="l1", backend="triton")
+    assert selection.indices.tolist() == [0, 1, 2, 3, 4]
+    assert selection.gains[2:].tolist() == [0, 0, 0]
+    assert selection.assignment.tolist() == [0, 1, 2, 3, 4, *[1, 0] * 17, 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_are_refused_by_name(bad: float) -> None:
+    x = torch.ones(4, 2)
+    y = x.clone()
+    y[2, 1] = bad
+    with pytest.raises(ValueError, match=r"x must be finite, got .* at row 2, column 1"):
+        fc.facility_location(y, 1, backend="triton")
+    with pytest.raises(ValueError, match="clients must be finite"):
+        fc.facility_location(x, 1, clients=y, backend="triton")
+    with pytest.raises(ValueError, match="x must be finite"):
+        fc.facility_location(y, 1, metric="precomputed", backend="triton")
+    with pytest.raises(ValueError, match="y must be finite"):
+        kernels.pairwise(x, y, metric="dot")
+
+
+def test_overflow_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"metric 'dot' overflow torch.float32; scale"):
+        fc.facility_location(torch.full((3, 2), 1e30), 1, metric="dot", backend="triton")
+
+
+def test_sparse_matrices_are_for_other_backends() -> None:
+    s = scipy.sparse.csr_matrix(torch.eye(3).numpy())
+    with pytest.raises(fc.BackendUnavailableError, match=r"sparse.*backend='torch'.*backend='cpu'"):
+        fc.facility_location(s, 1, metric="precomputed", backend="triton")
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+REFUSED = """
+import sys, torch, flashcoreset as fc
+assert "triton" not in sys.modules
+if {blocked}: sys.modules["triton"] = None
+try:
+    fc.facility_location(torch.eye(2), 1, backend="triton")
+except fc.BackendUnavailableError as error:
+    print(error)
+"""
+
+
+def test_without_triton_the_message_says_how_to_get_it() -> None:
+    assert "pip install triton" in run(REFUSED.format(blocked=True))
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    message = run(REFUSED.format(blocked=False), TRITON_INTERPRET="0")
+    assert message.startswith("backend 'triton': ")
+    assert ".cuda()" in message if torch.cuda.is_available() else "torch finds none" in message
+    assert "backend='cpu'" in message
+
+
+def test_other_devices_are_refused() -> None:
+    from flashcoreset.ops.backends import triton_failure
+
+    assert "backend='torch'" in str(triton_failure(torch.device("meta")))
+    assert triton_failure(torch.device("cuda")) is None

@@ -1,0 +1,83 @@
+"""The Triton kernels compile ahead of time for the GPUs that they are meant for, spill no accumulator and round exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if platform.machine() != "x86_64":
+    pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
+
+ARCHITECTURES = (80, 90, 100)
+
+# Bytes a thread. ptxas keeps two scalars of the loop over tiles on the stack where that lets another warp in (the l1
+# gains on sm_100: 96 registers); they are read once a tile. A spilled accumulator would come with more of them.
+SPILLED = 8
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """By architecture, what each kernel takes; compiled in processes of their own, where triton does not interpret."""
+    script = Path(__file__).with_name("compile_triton.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    running = {
+        architecture: subprocess.Popen(
+            [sys.executable, str(script), str(architecture)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for architecture in ARCHITECTURES
+    }
+    found = {}
+    for architecture, process in running.items():
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        found[architecture] = json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_accumulator_is_spilled(
+    architecture: int, reports: dict[int, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = reports[architecture]
+    with capsys.disabled():
+        print(f"\nsm_{architecture:<35} registers  spilled  shared")
+        for kernel in report:
+            print(
+                f"{kernel['name']:<38} {kernel['registers']:>9}  {kernel['spilled']:>7}  {kernel['shared']:>6}"
+            )
+    assert [kernel["name"] for kernel in report if kernel["spilled"] > SPILLED] == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_arithmetic_is_exactly_rounded(architecture: int, reports: dict[int, list[dict[str, Any]]]) -> None:
+    """No matrix units, TF32, approximations or flushed subnormals; and the inner loop works from registers: its loads
+    are not exchanged through shared memory."""
+    for kernel in reports[architecture]:
+        assert re.findall(r"mma|tf32|\.approx|\.ftz", kernel["ptx"]) == [], kernel["name"]
+        if "precomputed" not in kernel["name"]:
+            loop = innermost_loop(kernel["ptx"])
+            assert "ld.global" in loop, kernel["name"]
+            assert "bar.sync" not in loop, kernel["name"]
+
+
+def innermost_loop(ptx: str) -> str:
+    """The shortest stretch of `ptx` that ends by branching back to its label; empty if nothing does."""
+    loops = []
+    for label in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE):
+        back = re.search(rf"bra(\.uni)?\s+{re.escape(label[1])};", ptx[label.end() :])
+        if back is not None:
+            loops.append(ptx[label.end() :][: back.end()])
+    return min(loops, key=len, default="")
