@@ -9,6 +9,7 @@
 #include <mutex>
 #include <numeric>
 #include <sstream>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -647,7 +648,11 @@ Fault Runtime::stuck() {
 void Runtime::forget(const void* memory, size_t bytes) {
   if (!kFindRaces) return;
   const auto first = reinterpret_cast<uintptr_t>(memory);
-  for (size_t i = 0; i < bytes; ++i) shadow_.at(first + i) = {};
+  for (size_t i = 0; i < bytes;) {
+    const auto [cell, step] = shadow_.at(first + i, bytes - i);
+    *cell = {};
+    i += step;
+  }
 }
 
 bool Runtime::ordered(Access before, Access now, const Thread& thread) const {
@@ -675,18 +680,19 @@ void Runtime::touch(const void* address, size_t bytes, Touch how) {
   Block& block = blocks_[thread.block];
   const Access now(block.number, thread.number - block.first, block.phase,
                    warps_[thread.warp].seen[thread.lane][thread.lane], how == Touch::atomic);
-  for (size_t i = 0; i < bytes && !race_; ++i) {
-    Shadow::Byte& byte = shadow_.at(first + i);
-    if (byte.write && !(how == Touch::atomic && byte.write.atomic()) && !ordered(byte.write, now, thread))
-      return report_race(address, how, byte.write, true);
+  for (size_t i = 0, step; i < bytes; i += step) {
+    Shadow::Cell* cell;
+    std::tie(cell, step) = shadow_.at(first + i, bytes - i);
+    if (cell->write && !(how == Touch::atomic && cell->write.atomic()) && !ordered(cell->write, now, thread))
+      return report_race(address, how, cell->write, true);
     if (how == Touch::read) {
-      if (!byte.read.same_thread(now)) byte.other_read = byte.read;
-      byte.read = now;
+      if (!cell->read.same_thread(now)) cell->other_read = cell->read;
+      cell->read = now;
       continue;
     }
-    for (const Access read : {byte.read, byte.other_read})
+    for (const Access read : {cell->read, cell->other_read})
       if (read && !ordered(read, now, thread)) return report_race(address, how, read, false);
-    byte.write = now;
+    cell->write = now;
   }
   if (how == Touch::atomic) {
     block.acquired = ++time_;

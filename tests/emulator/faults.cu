@@ -97,6 +97,12 @@ __global__ void neighbouring_bytes(int* out) {
   reinterpret_cast<unsigned short*>(out)[threadIdx.x] = bytes[threadIdx.x];
 }
 
+__global__ void byte_of_word(int* out) {
+  FC_SHARED(int, word, );
+  if (threadIdx.x == 0) word = 1;
+  if (threadIdx.x == 1) out[0] = reinterpret_cast<const unsigned char*>(&word)[2];
+}
+
 __global__ void atomic_and_plain(int* out) {
   if (threadIdx.x > 0)
     atomicAdd(out, 1);

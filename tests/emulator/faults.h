@@ -28,6 +28,8 @@ template <bool met>
 __global__ void lanes_in_turn(int* out);
 // No race: each thread has bytes of its own in words that they share.
 __global__ void neighbouring_bytes(int* out);
+// One thread writes a word of which another reads a byte.
+__global__ void byte_of_word(int* out);
 // One thread writes what the others update atomically.
 __global__ void atomic_and_plain(int* out);
 // Reads shared memory that nobody wrote.

@@ -781,6 +781,7 @@ void test_race_detector() {
   check_fault(lost_update<false>, one_block(64), {"race: ", " of block (0, 0, 0) writes"});
   check_fault(last_block<false>, {5, 64}, {"race: reads byte ", " of block "});
   check_fault(lanes_in_turn<false>, one_block(32), {"race: ", "of the shared value, "});
+  check_fault(byte_of_word, one_block(64), {"race: ", "of the shared word, "});
   check_fault(atomic_and_plain, one_block(64), {"race: ", "atomically updates"});
 }
 #endif
