@@ -6,8 +6,8 @@
 #include <functional>
 #include <string>
 
-#include "core/threads.h"
 #include "core/metric.h"
+#include "core/threads.h"
 
 namespace fc {
 

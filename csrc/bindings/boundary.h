@@ -45,9 +45,10 @@ inline const char* name_of(DType dtype) {
 class ArrayArgument {
  public:
   // `array` has __dlpack__, or is a DLPack capsule that nobody consumed yet. `name` is the argument's, for
-  // messages; it must outlive this object (a string literal does). Raises TypeError or ValueError, or what
-  // __dlpack__ raises.
-  ArrayArgument(py::handle array, const char* name) : name_(name) {
+  // messages; it must outlive this object (a string literal does). `where` is kCpu or kCuda: what the kernel
+  // can read. Raises TypeError or ValueError, or what __dlpack__ raises.
+  ArrayArgument(py::handle array, const char* name, dlpack::DeviceType where = dlpack::kCpu)
+      : name_(name), where_(where) {
     if (PyCapsule_CheckExact(array.ptr())) {
       take(array.ptr());
     } else {
@@ -58,12 +59,14 @@ class ArrayArgument {
 
   ArrayArgument(ArrayArgument&& other) noexcept
       : name_(other.name_),
+        where_(other.where_),
         plain_(std::exchange(other.plain_, nullptr)),
         versioned_(std::exchange(other.versioned_, nullptr)),
         data_(other.data_),
         dtype_(other.dtype_) {}
   ArrayArgument& operator=(ArrayArgument&& other) noexcept {
     std::swap(name_, other.name_);
+    std::swap(where_, other.where_);
     std::swap(plain_, other.plain_);
     std::swap(versioned_, other.versioned_);
     std::swap(data_, other.data_);
@@ -81,6 +84,7 @@ class ArrayArgument {
 
   const char* name() const { return name_; }
   DType dtype() const { return dtype_; }
+  int device_id() const { return tensor().device.id; }
   int rank() const { return tensor().ndim; }
   int64_t size(int axis) const {
     if (axis >= rank())
@@ -207,13 +211,20 @@ class ArrayArgument {
 
   void check_device() const {
     const dlpack::Device device = tensor().device;
-    if (device.type == dlpack::kCpu || device.type == dlpack::kCudaHost || device.type == dlpack::kRocmHost)
+    const bool on_cuda = device.type == dlpack::kCuda || device.type == dlpack::kCudaManaged;
+    if (where_ == dlpack::kCuda && on_cuda) return;
+    if (where_ == dlpack::kCpu && (device.type == dlpack::kCpu || device.type == dlpack::kCudaHost ||
+                                   device.type == dlpack::kRocmHost)) {
       return;
+    }
     std::string kind = "device type " + std::to_string(device.type);
-    if (device.type == dlpack::kCuda || device.type == dlpack::kCudaManaged) kind = "cuda";
+    if (on_cuda) kind = "cuda";
     if (device.type == dlpack::kRocm) kind = "rocm";
-    throw py::value_error(prefix() + "expected an array in CPU memory, got " + kind + ":" +
-                          std::to_string(device.id) + "; move it to the CPU first");
+    if (device.type == dlpack::kCpu) kind = "cpu";
+    const std::string wanted = where_ == dlpack::kCpu ? "CPU" : "CUDA";
+    throw py::value_error(prefix() + "expected an array in " + wanted + " memory, got " + kind + ":" +
+                          std::to_string(device.id) + "; move it to the " +
+                          (where_ == dlpack::kCpu ? "CPU" : "GPU") + " first");
   }
 
   void check_dtype() {
@@ -323,6 +334,7 @@ class ArrayArgument {
   static int64_t magnitude(int64_t value) { return value < 0 ? -value : value; }
 
   const char* name_;
+  dlpack::DeviceType where_;
   dlpack::ManagedTensor* plain_ = nullptr;
   dlpack::ManagedTensorVersioned* versioned_ = nullptr;
   void* data_ = nullptr;  // byte_offset applied; null: no elements
