@@ -109,6 +109,32 @@ def module() -> ModuleType:
     return _loaded
 
 
+def cuda_failure(device: int = 0) -> str | None:
+    """Why the CUDA kernels cannot run on that device, and what to do; None if they can."""
+    module = _import("_cuda")
+    if isinstance(module, str):
+        return (
+            "flashcoreset was built without CUDA kernels; reinstall it where nvcc 12.4 or newer is found "
+            f"(pip install . with FLASHCORESET_CUDA unset or auto), or pass another backend ({module})"
+        )
+    if (reason := module.unusable(device)) is not None:
+        return f"no CUDA device can be used: {reason}; pass backend='cpu' or backend='torch'"
+    return None
+
+
+def cuda_module() -> ModuleType:
+    """The CUDA kernels.
+
+    Raises:
+        BackendUnavailableError: if they were not built or no device can run them; the message says which.
+    """
+    if (reason := cuda_failure()) is not None:
+        raise BackendUnavailableError(f"backend 'cuda': {reason}")
+    module = _import("_cuda")
+    assert isinstance(module, ModuleType)
+    return module
+
+
 def failure() -> str | None:
     """Why `module()` raises BackendUnavailableError, or None if it does not."""
     try:

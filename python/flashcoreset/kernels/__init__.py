@@ -22,6 +22,6 @@ Example:
             [2., 0.]])
 """
 
-from flashcoreset.kernels import cpu, torch
+from flashcoreset.kernels import cpu, cuda, torch
 
-__all__ = ["cpu", "torch"]
+__all__ = ["cpu", "cuda", "torch"]

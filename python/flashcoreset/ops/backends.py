@@ -12,8 +12,13 @@ from flashcoreset._tensor import one_of
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
-# The families that have Triton kernels.
-_TRITON_FAMILIES = ("facility_location",)
+# What there is, family by family; a family's default on a type of device is the first of DEFAULTS that it has and that can run.
+# docs/backends.md says why.
+FAMILIES = {
+    "facility_location": ("cpu", "cuda", "triton", "torch"),
+    "nearest_order": ("cpu", "torch"),
+}
+DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 def check_backend(backend: object) -> None:
@@ -29,28 +34,60 @@ def choose_kernels(backend: str | None, device: torch.device, family: str) -> Mo
         BackendUnavailableError: if `backend` was named and cannot run here, or has no kernel of `family`.
         ValueError: if FLASHCORESET_ISA is not a known name.
     """
+    if backend is not None:
+        reason = _failure(backend, device, family)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend {backend!r}: {reason}")
+        return _module(backend)
+    reasons = []
+    for name in DEFAULTS.get(device.type, ("torch",)):
+        if name == "torch":
+            break
+        reason = _failure(name, device, family)
+        if reason is None:
+            return _module(name)
+        reasons.append(reason)
+    warn_slow_path("; ".join(reasons) or f"no compiled kernel takes tensors on {device}")
+    return kernels.torch
+
+
+def _failure(backend: str, device: torch.device, family: str) -> str | None:
+    """Why `backend` cannot serve a call, and what to do; None if it can."""
+    if backend not in FAMILIES[family]:
+        return (
+            f"there are no {backend} kernels for {family}; move the tensors to the CPU for backend='cpu', or pass "
+            "backend='torch'"
+        )
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        return triton_failure(device)
+    if backend == "cuda":
+        return cuda_failure(device)
+    if device.type != "cpu":
+        return f"the compiled CPU kernels do not take tensors on {device}; move them with .cpu(), or pass backend='torch'"
+    return _native.failure()
+
+
+def _module(backend: str) -> ModuleType:
     if backend == "torch":
         return kernels.torch
-    if backend == "triton" and family in _TRITON_FAMILIES:
-        return _triton_kernels(device)
-    if backend in ("cuda", "triton"):
-        raise BackendUnavailableError(
-            f"backend {backend!r}: flashcoreset was built without {backend} kernels for {family}; "
-            f"move the tensors to the CPU for backend='cpu', or pass backend='torch'"
-        )
-    if device.type != "cpu":
-        reason = f"no compiled kernel takes tensors on {device}"
-        if backend == "cpu":
-            raise BackendUnavailableError(
-                f"backend 'cpu': {reason}; move them with .cpu(), or pass backend='torch'"
-            )
-        warn_slow_path(reason)
-        return kernels.torch
-    if backend is None and (missing := _native.failure()) is not None:
-        warn_slow_path(missing)
-        return kernels.torch
-    _native.module()
-    return kernels.cpu
+    if backend == "cpu":
+        return kernels.cpu
+    if backend == "cuda":
+        return kernels.cuda
+    from flashcoreset.kernels import triton
+
+    return triton
+
+
+def cuda_failure(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot take tensors on `device`, and what to do; None if they can."""
+    if (reason := _native.cuda_failure(device.index or 0)) is not None:
+        return reason
+    if device.type != kernels.cuda.DEVICE_TYPE:
+        return f"CUDA kernels take CUDA tensors, these are on {device}; move them with .cuda(), or pass backend='cpu'"
+    return None
 
 
 def triton_failure(device: torch.device) -> str | None:
@@ -70,11 +107,3 @@ def triton_failure(device: torch.device) -> str | None:
         f"Triton kernels take CUDA tensors, these are on {device}; move them with .cuda(), or pass "
         "backend='cpu' or backend='torch'"
     )
-
-
-def _triton_kernels(device: torch.device) -> ModuleType:
-    if (failure := triton_failure(device)) is not None:
-        raise BackendUnavailableError(f"backend 'triton': {failure}")
-    from flashcoreset.kernels import triton
-
-    return triton
