@@ -3,7 +3,12 @@ processor can run."""
 
 from __future__ import annotations
 
+import functools
+import importlib.machinery
+import importlib.util
 import os
+from pathlib import Path
+from types import ModuleType
 
 # Triton decides when it is imported whether kernels are compiled or interpreted. Here they are interpreted, on the CPU,
 # unless the variable says otherwise; torch imports triton too, so this goes first.
@@ -11,7 +16,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 
-from flashcoreset import _native
+from flashcoreset import _native, kernels
 
 BACKENDS = ["torch", *(f"cpu-{isa}" for isa in _native.available_isas())]
 
@@ -23,3 +28,29 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if isa:
         monkeypatch.setattr(_native, "_loaded", _native.load_isa(isa))
     return name
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="cuda" on CPU tensors: the kernels of csrc/cuda, run by tests/emulator."""
+    module = _emulated_module()
+    if module is None:
+        pytest.skip("the emulated CUDA module is not built: make emulated")
+    monkeypatch.setattr(_native, "cuda_failure", lambda device=0: None)
+    monkeypatch.setattr(_native, "cuda_module", lambda: module)
+    monkeypatch.setattr(kernels.cuda, "DEVICE_TYPE", "cpu")
+
+
+@functools.cache
+def _emulated_module() -> ModuleType | None:
+    folder = Path(__file__).resolve().parent.parent / "build" / "emulated" / "emulator"
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    path = folder / f"_cuda_emulated{suffix}"
+    if not path.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

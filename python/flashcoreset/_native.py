@@ -122,6 +122,12 @@ def cuda_failure(device: int = 0) -> str | None:
     return None
 
 
+def cuda_architectures() -> str | None:
+    """What the CUDA kernels were compiled for, as CMake writes it; None if they were not built."""
+    module = _import("_cuda")
+    return None if isinstance(module, str) else module.ARCHITECTURES
+
+
 def cuda_module() -> ModuleType:
     """The CUDA kernels.
 

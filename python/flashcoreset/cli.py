@@ -27,7 +27,7 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset import _native
-from flashcoreset.ops.backends import triton_failure
+from flashcoreset.ops.backends import cuda_failure, triton_failure
 
 FLOATS = "a float16, float32 or float64"
 METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
@@ -329,10 +329,14 @@ def _info(_: argparse.Namespace) -> int:
 
     numbers = f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
     print(f"flashcoreset {fc.__version__} ({numbers})")
-    none_yet = "missing: this version has no kernels for it"
-    failure = triton_failure(torch.device("cuda" if gpus else "cpu"))
-    triton = "available" if failure is None else f"missing: {failure}"
-    backends = [("torch", "available"), ("cpu", cpu), ("cuda", none_yet), ("triton", triton)]
+    where = torch.device("cuda" if gpus else "cpu")
+    triton, cuda = (
+        "available" if failure is None else f"missing: {failure}"
+        for failure in (triton_failure(where), cuda_failure(where))
+    )
+    if (built := _native.cuda_architectures()) is not None:
+        cuda += f" (built for {built})"
+    backends = [("torch", "available"), ("cpu", cpu), ("cuda", cuda), ("triton", triton)]
     _print_table("backends", backends)
     _print_table("instruction sets of the cpu backend", isas)
     threads = f"{_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads used"
