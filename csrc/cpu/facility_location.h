@@ -9,8 +9,8 @@
 #include <memory>
 #include <vector>
 
-#include "core/tensor_view.h"
 #include "core/metric.h"
+#include "core/tensor_view.h"
 
 namespace fc {
 

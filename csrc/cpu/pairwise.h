@@ -1,9 +1,9 @@
 // All similarities or distances between two sets of points.
 #pragma once
 
+#include "core/metric.h"
 #include "core/tensor_view.h"
 #include "core/threads.h"
-#include "core/metric.h"
 
 namespace fc {
 

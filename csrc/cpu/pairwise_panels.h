@@ -6,8 +6,8 @@
 #include <numeric>
 #include <vector>
 
-#include "core/threads.h"
 #include "core/metric.h"
+#include "core/threads.h"
 #include "cpu/pack.h"
 
 namespace fc {

@@ -17,12 +17,12 @@
 #include <utility>
 #include <vector>
 
+#include "core/metric.h"
 #include "core/simd.h"
 #include "core/tensor_view.h"
 #include "core/threads.h"
 #include "cpu/facility_location.h"
 #include "cpu/live_lists.h"
-#include "core/metric.h"
 #include "cpu/pack.h"
 #include "cpu/pairwise_panels.h"
 

@@ -19,8 +19,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/simd.h"
 #include "core/metric.h"
+#include "core/simd.h"
 
 namespace fc {
 
