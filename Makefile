@@ -21,7 +21,7 @@ FAMILY ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python emulated test-aarch64 bench bench-compare lint format wheel clean compiler
+.PHONY: help demo test test-cpp test-python emulated test-aarch64 bench bench-compare gpu lint format wheel clean compiler
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ bench: $(VENV)/.with-bench ## benchmarks beside the peers; FAMILY=pairwise runs 
 bench-compare: $(VENV)/.with-bench ## benchmarks against another commit: BASE=commit [FAMILY=...]
 	@test -n "$(BASE)" || { echo "name the commit to compare with: make bench-compare BASE=HEAD~1" >&2; exit 2; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.compare '$(BASE)' $(FAMILY)
+
+gpu: ## on a machine with a GPU, with what is installed there: tests, benchmarks, sanitizers into OUT=dir
+	@test -n "$(OUT)" || { echo "name the folder for the results: make gpu OUT=results" >&2; exit 2; }
+	$(PYTHON) -m benchmarks.gpu --out '$(OUT)'
 
 lint: $(VENV)/.with-demo $(VENV)/.linters ## ruff, clang-format, mypy and typos; changes nothing
 	$(BIN)/ruff check .

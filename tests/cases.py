@@ -7,12 +7,18 @@ better by more than rounding, so that of two candidates that tie within rounding
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+import flashcoreset as fc
+
+# Where the tests of the GPU kernels put their tensors: "cuda" under `make gpu`; on the CPU an emulator or an interpreter runs them.
+DEVICE = os.environ.get("FLASHCORESET_TEST_DEVICE", "cpu")
 
 DISTANCES = ("euclidean", "sqeuclidean", "l1")
 POINT_METRICS = ("cosine", "dot", *DISTANCES)
@@ -46,6 +52,21 @@ class Case:
     @property
     def metric(self) -> str:
         return self.options.get("metric", "cosine")
+
+
+def on_device(value: Any) -> Any:
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def to_cpu(selection: fc.Selection) -> fc.Selection:
+    names = ("indices", "gains", "weights", "assignment")
+    return replace(selection, **{name: getattr(selection, name).cpu() for name in names})
+
+
+def select_on_device(case: Case, backend: str, **more: Any) -> fc.Selection:
+    """The case's call with its tensors on DEVICE, the result on the CPU."""
+    options = {name: on_device(value) for name, value in {**case.options, **more}.items()}
+    return to_cpu(fc.facility_location(on_device(case.x), case.k, backend=backend, **options))
 
 
 def points(n: int, d: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

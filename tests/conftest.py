@@ -12,9 +12,11 @@ from types import ModuleType
 
 # Triton decides when it is imported whether kernels are compiled or interpreted. Here they are interpreted, on the CPU,
 # unless the variable says otherwise; torch imports triton too, so this goes first.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("FLASHCORESET_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from cases import DEVICE
 
 from flashcoreset import _native, kernels
 
@@ -32,7 +34,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """backend="cuda" on CPU tensors: the kernels of csrc/cuda, run by tests/emulator."""
+    """backend="cuda" on CPU tensors: the kernels of csrc/cuda, run by tests/emulator. On a GPU (`make gpu`) the real ones."""
+    if DEVICE != "cpu":
+        return
     module = _emulated_module()
     if module is None:
         pytest.skip("the emulated CUDA module is not built: make emulated")

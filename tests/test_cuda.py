@@ -8,18 +8,30 @@ from typing import Any
 import pytest
 import scipy.sparse
 import torch
-from cases import METRICS, PLAIN, POINT_METRICS, VARIANTS, Case, points, worst_error
+from cases import (
+    DEVICE,
+    METRICS,
+    PLAIN,
+    POINT_METRICS,
+    VARIANTS,
+    Case,
+    on_device,
+    points,
+    select_on_device,
+    worst_error,
+)
 
 import flashcoreset as fc
 from flashcoreset import _native
 
 emulated = pytest.mark.usefixtures("emulated_cuda")
+needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="scipy's matrices are on the CPU")
 
 
 @emulated
 @pytest.mark.parametrize("case", [*PLAIN, *VARIANTS], ids=str)
 def test_follows_the_definition(case: Case) -> None:
-    selection = fc.facility_location(case.x, case.k, backend="cuda", **case.options)
+    selection = select_on_device(case, "cuda")
     worst_error(case, selection)
     reference = fc.facility_location(case.x, case.k, backend="cpu", **case.options)
     assert selection.gains.dtype == reference.gains.dtype
@@ -35,14 +47,16 @@ def test_follows_the_definition(case: Case) -> None:
 def test_schedules_methods_and_sizes_agree_bit_for_bit(metric: str) -> None:
     x = points(60, 60 if metric == "precomputed" else 5, 3, torch.float32)
     module = _native.cuda_module()
+    emulated = hasattr(module, "set_schedule")
     selections = []
     for schedule in ("forward", "reverse", "random:7"):
-        module.set_schedule(schedule)
+        if emulated:
+            module.set_schedule(schedule)
         for method in ("lazy", "naive"):
-            selections.append(
-                fc.facility_location(x, 7, metric=metric, method=method, preselected=[4], backend="cuda")
-            )
-    module.set_schedule("forward")
+            case = Case("", x, 7, {"metric": metric, "method": method, "preselected": [4]})
+            selections.append(select_on_device(case, "cuda"))
+    if emulated:
+        module.set_schedule("forward")
     for other in selections[1:]:
         assert torch.equal(other.indices, selections[0].indices)
         assert torch.equal(other.gains, selections[0].gains)
@@ -55,7 +69,7 @@ def test_schedules_methods_and_sizes_agree_bit_for_bit(metric: str) -> None:
 def test_pairwise(metric: str) -> None:
     for n, m, d in ((1, 1, 1), (7, 97, 3), (5, 4, 257)):
         x, y = points(n, d, 1, torch.float64), points(m, d, 2, torch.float64)
-        values = fc.kernels.cuda.pairwise(x, y, metric=metric)
+        values = fc.kernels.cuda.pairwise(on_device(x), on_device(y), metric=metric).cpu()
         torch.testing.assert_close(
             values, fc.kernels.torch.pairwise(x, y, metric=metric), rtol=1e-12, atol=1e-12
         )
@@ -78,9 +92,10 @@ def test_bad_data(spoil: tuple[int, float] | float, options: dict[str, Any], wor
     else:
         x *= spoil
     with pytest.raises(ValueError, match=words):
-        fc.facility_location(x, 2, backend="cuda", **options)
+        fc.facility_location(on_device(x), 2, backend="cuda", **options)
 
 
+@needs_cpu
 @emulated
 def test_sparse_matrices_are_refused() -> None:
     with pytest.raises(fc.BackendUnavailableError, match=r"no CUDA kernel for sparse.*backend='cpu'"):

@@ -13,7 +13,20 @@ from typing import Any
 import pytest
 import scipy.sparse
 import torch
-from cases import METRICS, PLAIN, POINT_METRICS, VARIANTS, Case, data, for_interpreter, points, worst_error
+from cases import (
+    DEVICE,
+    METRICS,
+    PLAIN,
+    POINT_METRICS,
+    VARIANTS,
+    Case,
+    data,
+    for_interpreter,
+    on_device,
+    points,
+    select_on_device,
+    worst_error,
+)
 
 import flashcoreset as fc
 
@@ -31,7 +44,7 @@ TABLE = [*for_interpreter(PLAIN, 5), *for_interpreter(VARIANTS, 2)]
 def test_follows_the_definition(case: Case) -> None:
     # Too little for the matrix: similarities are computed in the kernels. Clients of groups are served so many at a time.
     options = {"memory_budget": 4000 if "groups" in case.options else 0, **case.options}
-    selection = fc.facility_location(case.x, case.k, backend="triton", **options)
+    selection = select_on_device(Case(case.name, case.x, case.k, options), "triton")
     worst_error(case, selection)
     reference = fc.facility_location(case.x, case.k, backend="torch", **options)
     assert torch.equal(selection.indices, reference.indices)
@@ -48,6 +61,11 @@ def assert_same(a: fc.Selection, b: fc.Selection) -> None:
     assert a.objective == b.objective
 
 
+# Of the interpreter, or of the messages that a machine without a GPU gives.
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="about the interpreter on the CPU")
+
+
+@interpreted
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_order_of_the_work_cannot_be_seen(
@@ -71,18 +89,18 @@ def test_pairwise(metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     for n, m, d in ((1, 1, 1), (7, 97, 3), (5, 4, 257)):
         x, y = points(n, d, 1, dtype), points(m, d, 2, dtype)
         y[0] = x[0]
-        values = kernels.pairwise(x, y, metric=metric)
+        values = kernels.pairwise(on_device(x), on_device(y), metric=metric).cpu()
         exact = fc.kernels.torch.pairwise(x.double(), y.double(), metric=metric)
         # 256 roundings in a row, whose random walk is 16 steps long; the worst seen is 7.
         tolerance = 16 * torch.finfo(dtype).eps * float(exact.abs().max())
         torch.testing.assert_close(values.double(), exact, rtol=0, atol=tolerance)
         if d < 257:
-            assert torch.equal(kernels.pairwise(y, x, metric=metric), values.T)
+            assert torch.equal(kernels.pairwise(on_device(y), on_device(x), metric=metric).cpu(), values.T)
         if metric not in ("cosine", "dot"):
             assert values[0, 0] == 0
-    x = points(40, 3, 3, dtype)
+    x = on_device(points(40, 3, 3, dtype))
     values = kernels.pairwise(x, metric=metric)
-    out = torch.full((40, 41), 9, dtype=dtype)
+    out = torch.full((40, 41), 9, dtype=dtype, device=DEVICE)
     monkeypatch.setattr(Tile, "of", lambda dtype, d: Tile(8, 32, 1, True))
     assert (
         kernels.pairwise(x.T.contiguous().T, x, metric=metric, out=out[:, :40]).data_ptr() == out.data_ptr()
@@ -94,12 +112,12 @@ def test_pairwise(metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pairwise_of_half_types_is_that_of_float32(dtype: torch.dtype) -> None:
-    x = points(9, 3, 4, dtype)
+    x = on_device(points(9, 3, 4, dtype))
     assert torch.equal(kernels.pairwise(x, metric="l1"), kernels.pairwise(x.float(), metric="l1"))
 
 
 def test_stochastic_groups_and_progress() -> None:
-    x, groups = points(30, 3, 5), torch.arange(30) % 2
+    x, groups = on_device(points(30, 3, 5)), on_device(torch.arange(30) % 2)
     exact = fc.facility_location(x, 4, backend="triton")
     everything = fc.facility_location(x, 4, method="stochastic", epsilon=1e-300, backend="triton")
     assert_same(exact, everything)
@@ -113,7 +131,7 @@ def test_stochastic_groups_and_progress() -> None:
 
 def test_ties_go_to_the_lowest_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_BATCH", 3)
-    x = torch.tensor([[0.0, 4.0], [4.0, 0.0]]).repeat(20, 1)
+    x = on_device(torch.tensor([[0.0, 4.0], [4.0, 0.0]]).repeat(20, 1))
     selection = fc.facility_location(x, 5, metric="l1", backend="triton")
     assert selection.indices.tolist() == [0, 1, 2, 3, 4]
     assert selection.gains[2:].tolist() == [0, 0, 0]
@@ -122,7 +140,7 @@ def test_ties_go_to_the_lowest_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_and_infinity_are_refused_by_name(bad: float) -> None:
-    x = torch.ones(4, 2)
+    x = on_device(torch.ones(4, 2))
     y = x.clone()
     y[2, 1] = bad
     with pytest.raises(ValueError, match=r"x must be finite, got .* at row 2, column 1"):
@@ -137,7 +155,7 @@ def test_nan_and_infinity_are_refused_by_name(bad: float) -> None:
 
 def test_overflow_is_refused() -> None:
     with pytest.raises(ValueError, match=r"metric 'dot' overflow torch.float32; scale"):
-        fc.facility_location(torch.full((3, 2), 1e30), 1, metric="dot", backend="triton")
+        fc.facility_location(torch.full((3, 2), 1e30, device=DEVICE), 1, metric="dot", backend="triton")
 
 
 def test_sparse_matrices_are_for_other_backends() -> None:
@@ -169,6 +187,7 @@ def test_without_triton_the_message_says_how_to_get_it() -> None:
     assert "pip install triton" in run(REFUSED.format(blocked=True))
 
 
+@interpreted
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     message = run(REFUSED.format(blocked=False), TRITON_INTERPRET="0")
     assert message.startswith("backend 'triton': ")
