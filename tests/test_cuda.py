@@ -83,6 +83,10 @@ def test_pairwise(metric: str) -> None:
         ((4, float("inf")), {"metric": "l1", "offset": 9.0}, "x must be finite, got inf at row 4, column 1"),
         ((0, 1e30), {"metric": "dot"}, "overflow"),
         (1e-38, {"metric": "precomputed"}, "scale x or the weights up"),
+        ((4, float("nan")), {"method": "stochastic"}, "x must be finite, got NaN at row 4, column 1"),
+        (1.0, {"weights": [1, 1, -2, 1, 1, 1]}, "weights must be finite and >= 0, got -2.0 at position 2"),
+        (1.0, {"preselected": [3, 1, 1]}, r"preselected must be distinct and in \[0, 6\), got 1 at position"),
+        (1.0, {"preselected": [6]}, r"preselected must be distinct and in \[0, 6\), got 6 at position 0"),
     ],
 )
 def test_bad_data(spoil: tuple[int, float] | float, options: dict[str, Any], words: str) -> None:

@@ -1,6 +1,9 @@
 // Python's view of the CUDA kernels: the module _cuda, or, compiled against the emulator, _cuda_emulated,
 // which takes CPU memory for device memory.
+#include <pybind11/stl.h>
+
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -41,12 +44,13 @@ cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>
 class PyCudaFacilityLocation {
  public:
   PyCudaFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric,
-                         py::object weights_array, py::object preselected_array, double offset,
+                         py::object weights_array, py::object preselected_array, std::optional<double> offset,
                          uintptr_t stream) {
     ArrayArgument& x = keep(x_array, "x");
     device_ = x.device_id();
     cuda::GreedyArguments arguments;
-    arguments.offset = offset;
+    arguments.offset = offset.value_or(0);
+    arguments.find_offset = !offset.has_value();
     arguments.stream = stream_of(stream);
     dispatch_floating(x, [&](auto zero) {
       using T = decltype(zero);
@@ -100,7 +104,7 @@ class PyCudaFacilityLocation {
     return without_gil([&] { return run_->step_among(view.data, view.size()); });
   }
 
-  // (f(S), what is wrong or None, "x" or "clients", row, column)
+  // (f(S), offset)
   py::tuple finish(py::object indices_array, py::object gains_array, py::object weights_array,
                    py::object assignment_array) {
     const ArrayArgument indices(indices_array, "indices", kDevice), gains(gains_array, "gains", kDevice),
@@ -115,15 +119,20 @@ class PyCudaFacilityLocation {
     if (!i.is_compact() || !g.is_compact() || !w.is_compact() || !a.is_compact()) {
       throw py::value_error("indices, gains, weights, assignment: expected contiguous arrays");
     }
-    double objective = 0;
+    double objective = 0, offset = 0;
     const DeviceGuard guard(device_);
-    const cuda::Verdict verdict =
-        without_gil([&] { return run_->finish(i.data, g.data, w.data, a.data, &objective); });
+    without_gil([&] { run_->finish(i.data, g.data, w.data, a.data, &objective, &offset); });
+    return py::make_tuple(objective, offset);
+  }
+
+  // What is wrong, or None; "x" or "clients", row.
+  py::tuple verdict() const {
     static constexpr const char* kKinds[] = {nullptr,     "not finite", "overflow",
                                              "vanishing", "weights",    "preselected"};
+    const cuda::Verdict verdict = run_->verdict();
     const char* kind = kKinds[verdict.kind];
-    return py::make_tuple(objective, kind == nullptr ? py::object(py::none()) : py::str(kind),
-                          verdict.in_clients ? "clients" : "x", verdict.row, verdict.column);
+    return py::make_tuple(kind == nullptr ? py::object(py::none()) : py::str(kind),
+                          verdict.in_clients ? "clients" : "x", verdict.row);
   }
 
  private:
@@ -184,18 +193,19 @@ void define_cuda_module(py::module_& m) {
         "out [n, m] = similarities or distances of the rows of x [n, d] and y [m, d], on the device.");
   py::class_<PyCudaFacilityLocation>(m, "FacilityLocation", py::module_local(),
                                      "A greedy run that stays on the GPU.")
-      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, double, uintptr_t>(),
+      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, std::optional<double>,
+                    uintptr_t>(),
            py::arg("x"), py::arg("clients"), py::arg("metric"), py::arg("weights"), py::arg("preselected"),
            py::arg("offset"), py::arg("stream"))
       .def("step", &PyCudaFacilityLocation::step, py::arg("count"), py::arg("naive"),
            "Starts up to `count` picks; returns how many there will be in all.")
       .def("step_among", &PyCudaFacilityLocation::step_among, py::arg("candidates"),
            "One pick among candidates [r] int64; waits and returns it.")
-      .def(
-          "finish", &PyCudaFacilityLocation::finish, py::arg("indices"), py::arg("gains"), py::arg("weights"),
-          py::arg("assignment"),
-          "Writes indices, gains and weights [picks], assignment [m]; waits; returns (f(S), what is wrong or "
-          "None, argument, row, column).");
+      .def("finish", &PyCudaFacilityLocation::finish, py::arg("indices"), py::arg("gains"),
+           py::arg("weights"), py::arg("assignment"),
+           "Writes indices, gains and weights [picks], assignment [m]; waits; returns (f(S), offset).")
+      .def("verdict", &PyCudaFacilityLocation::verdict,
+           "After finish() or step_among(): (what is wrong or None, argument, row).");
 }
 
 }  // namespace

@@ -54,6 +54,9 @@ struct Control {
   int changed;  // length of `changed_clients`
   int last_pick;
   double objective;
+  double offset;  // distances: what they are subtracted from
+  unsigned long long
+      farthest[2];  // bits of the largest distance of candidates, of clients to the first client
 };
 
 struct Best {
@@ -77,7 +80,6 @@ struct State {
   int64_t matrix_stride = 0;
   int n = 0, m = 0;
   bool root = false, negate = false, self_clients = false;
-  T floor = 0;
 
   Control* control = nullptr;
   Partial* partial = nullptr;       // [blocks]
@@ -88,7 +90,7 @@ struct State {
   int* open = nullptr;              // [n] neither picked nor preselected
   int* list = nullptr;              // [n]
   long long* swept_gain = nullptr;  // [n] the gain at `swept_best`
-  T* best = nullptr;                // [m] similarity to the nearest of S, at least `floor`
+  T* best = nullptr;                // [m] similarity to the nearest of S; at least 0, or -offset
   T* swept_best = nullptr;          // [m]
   T* before = nullptr;              // [m] similarity to the nearest of the preselected
   T* weight = nullptr;              // [m] times the scale
@@ -369,22 +371,6 @@ __device__ void report(Control* control, Verdict::Kind kind, bool in_clients, lo
   control->in_clients = in_clients;
 }
 
-// upper[i] = the largest of max(0, s(j, i) - floor) over the candidates j.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    column_bounds(const T* s, int64_t stride, int n, int m, double* upper, unsigned long long* bad_at) {
-  for (int i = grid_thread(); i < m; i += grid_threads()) {
-    T most = 0;
-    for (int j = 0; j < n; ++j) {
-      const T value = s[j * stride + i];
-      if (!is_finite(value))
-        atomicMin(bad_at, static_cast<unsigned long long>(static_cast<int64_t>(j) * m + i));
-      most = max(most, value);
-    }
-    upper[i] = most;
-  }
-}
-
 __device__ double block_sum(double own) {
   FC_SHARED(double, sums, [kThreads]);
   __syncthreads();
@@ -410,11 +396,59 @@ __device__ double block_max(double own) {
   return values[0];
 }
 
+// *most = the bits of the largest distance of the points to the first of `origin`; distances are not
+// negative, so their order is that of their bits.
+template <class T, Form form, bool kChained>
+__global__ void __launch_bounds__(kThreads)
+    farthest(State<T> state, RowSet<T> points, RowSet<T> origin, unsigned long long* most) {
+  state.root = form == Form::kSquare;
+  state.negate = false;
+  origin.count = 1;
+  double own = 0;
+  const int tiles = (points.count + kCols<T> - 1) / kCols<T>;
+  for (int tile = static_cast<int>(blockIdx.x); tile < tiles; tile += static_cast<int>(gridDim.x)) {
+    for_tile<T, form, kFlatRows, kChained, false>(
+        state, origin, 0, points, tile * kCols<T>,
+        [&](int, int, int, T distance) { own = fmax(own, static_cast<double>(distance)); });
+  }
+  own = block_max(own);
+  if (threadIdx.x == 0) atomicMax(most, static_cast<unsigned long long>(__double_as_longlong(own)));
+}
+
+// upper[i] = the largest of max(0, s(j, i)) over the candidates j.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    column_bounds(const T* s, int64_t stride, int n, int m, double* upper, unsigned long long* bad_at) {
+  for (int i = grid_thread(); i < m; i += grid_threads()) {
+    T most = 0;
+    for (int j = 0; j < n; ++j) {
+      const T value = s[j * stride + i];
+      if (!is_finite(value))
+        atomicMin(bad_at, static_cast<unsigned long long>(static_cast<int64_t>(j) * m + i));
+      most = max(most, value);
+    }
+    upper[i] = most;
+  }
+}
+
+// An upper bound of all distances by the triangle inequality, and never 0; as the type T has it.
+template <class T>
+__device__ double offset_of(const Control& control, bool self, bool squared) {
+  double most[2];
+  for (int side = 0; side < 2; ++side) {
+    most[side] = __longlong_as_double(static_cast<long long>(control.farthest[side]));
+  }
+  double offset = (self ? 2 * most[0] : most[0] + most[1]) * 1.0001;
+  if (squared) offset *= offset;
+  return static_cast<double>(static_cast<T>(offset > 0 ? offset : 1.0));
+}
+
 struct PrepareArguments {
   const double* weights;
   const double *candidate_norms, *client_norms;  // of dot products, else null
   const double* upper;                           // of a matrix, else null
-  double constant_upper;                         // of the rest
+  double constant_upper;                         // of the rest; of distances it is the offset
+  bool distances, find_offset, self, squared;    // the offset is the caller's, or an upper bound
   double largest;                                // that a similarity may reach
   const BadAt* bad_at;
 };
@@ -423,6 +457,7 @@ struct PrepareArguments {
 template <class T>
 __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArguments a) {
   const int thread = static_cast<int>(threadIdx.x);
+  if (a.find_offset) a.constant_upper = offset_of<T>(*state.control, a.self, a.squared);
   double most_norm = 0;
   if (a.candidate_norms != nullptr) {
     for (int j = thread; j < state.n; j += kThreads) most_norm = fmax(most_norm, a.candidate_norms[j]);
@@ -447,6 +482,7 @@ __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArgum
   if (thread != 0) return;
 
   Control* control = state.control;
+  if (a.distances) control->offset = a.constant_upper;
   const unsigned long long none = ~0ull;
   const BadAt& bad = *a.bad_at;
   if (bad.candidate != none) {
@@ -499,9 +535,10 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads) start(State<T> state, const double* weights) {
   if (state.control->verdict != Verdict::kFine) return;
+  const T floor = -static_cast<T>(state.control->offset);
   for (int i = grid_thread(); i < state.m; i += grid_threads()) {
-    state.best[i] = state.floor;
-    state.swept_best[i] = state.floor;
+    state.best[i] = floor;
+    state.swept_best[i] = floor;
     state.before[i] = std::numeric_limits<T>::lowest();
     state.weight[i] = static_cast<T>((weights == nullptr ? 1.0 : weights[i]) * state.control->scale);
     state.owner[i] = -1;
@@ -546,7 +583,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = static_cast<int>(threadIdx.x); i < state.m; i += kThreads) {
     const double w = weights == nullptr ? 1.0 : weights[i];
     if (p == picks) {
-      own += w * (static_cast<double>(state.best[i]) - static_cast<double>(state.floor));
+      own += w * (static_cast<double>(state.best[i]) + state.control->offset);
     } else if (assignment[i] == p) {
       own += w;
     }
@@ -587,7 +624,6 @@ class Greedy final : public FacilityLocation {
     state_.self_clients = arguments.self_clients;
     state_.negate = points && is_distance(metric_);
     state_.root = points && metric_ == Metric::kEuclidean;
-    state_.floor = state_.negate ? static_cast<T>(-arguments.offset) : T(0);
     form_ = form_of(metric_);
     chained_ = points && x.cols() > kChain;
     open_ = n - arguments.preselected_count;
@@ -607,11 +643,12 @@ class Greedy final : public FacilityLocation {
 
   int64_t step_among(const int64_t* candidates, int64_t count) override {
     make_picks(Domain{candidates, static_cast<int>(count)}, 1, false);
-    return read_control().last_pick;
+    const Control control = read_control();
+    return control.verdict == Verdict::kFine ? control.last_pick : -1;
   }
 
-  Verdict finish(int64_t* indices, double* gains, double* weights, int64_t* assignment,
-                 double* objective) override {
+  void finish(int64_t* indices, double* gains, double* weights, int64_t* assignment, double* objective,
+              double* offset) override {
     const int picks = static_cast<int>(picks_);
     launch(write<T>, over(std::max(state_.m, picks)), state_, picks, indices, gains, assignment);
     if (state_.self_clients) launch(serve_themselves<T>, over(picks), state_, picks, assignment);
@@ -619,14 +656,10 @@ class Greedy final : public FacilityLocation {
            assignment, weights);
     const Control control = read_control();
     *objective = control.objective;
-    Verdict verdict;
-    verdict.kind = static_cast<Verdict::Kind>(control.verdict);
-    verdict.in_clients = control.in_clients != 0;
-    const int64_t columns = verdict.kind == Verdict::kNotFinite ? x_.cols() : 1;
-    verdict.row = control.error_at / columns;
-    verdict.column = control.error_at % columns;
-    return verdict;
+    *offset = control.offset;
   }
+
+  Verdict verdict() const override { return verdict_; }
 
  private:
   Launch over(int64_t threads) const { return {dim3(blocks_for(threads)), dim3(kThreads), 0, stream_}; }
@@ -636,6 +669,11 @@ class Greedy final : public FacilityLocation {
     check(cudaMemcpyAsync(&control, state_.control, sizeof(Control), cudaMemcpyDeviceToHost, stream_),
           "reading the result");
     check(cudaStreamSynchronize(stream_), "facility location on the GPU");
+    verdict_.kind = static_cast<Verdict::Kind>(control.verdict);
+    verdict_.in_clients = control.in_clients != 0;
+    const int64_t columns = verdict_.kind == Verdict::kNotFinite ? x_.cols() : 1;
+    verdict_.row = control.error_at / columns;
+    verdict_.column = control.error_at % columns;
     return control;
   }
 
@@ -707,8 +745,11 @@ class Greedy final : public FacilityLocation {
         prepare_arguments.candidate_norms = candidate_norms.data();
         prepare_arguments.client_norms = separate_clients_ ? client_norms.data() : candidate_norms.data();
       } else if (metric_ != Metric::kCosine) {
-        prepare_arguments.largest =
-            std::numeric_limits<double>::infinity();  // the caller's offset is in range
+        prepare_arguments.distances = true;
+        prepare_arguments.find_offset = arguments_.find_offset;
+        prepare_arguments.self = !separate_clients_;
+        prepare_arguments.squared = metric_ == Metric::kSqeuclidean;
+        prepare_arguments.largest = std::numeric_limits<T>::max();
       }
       launch_pack(x_, normalise, packed_candidates_.data(), candidate_norms.data(), &bad_at->candidate,
                   stream_);
@@ -716,6 +757,7 @@ class Greedy final : public FacilityLocation {
         launch_pack(clients_, normalise, packed_clients_.data(), client_norms.data(), &bad_at->client,
                     stream_);
       }
+      if (prepare_arguments.find_offset) find_farthest();
     } else {
       upper = DeviceBuffer<double>(state_.m, stream_);
       prepare_arguments.upper = upper.data();
@@ -727,6 +769,18 @@ class Greedy final : public FacilityLocation {
     launch(start<T>, over(state_.m), state_, arguments_.weights);
     if (preselected > 0)
       launch_greedy(Domain{nullptr, state_.n}, 0, preselected, false, preselected_list_.data());
+  }
+
+  void find_farthest() {
+    with_kernels([&](auto form, auto chained, auto matrix) {
+      if constexpr (form() != Form::kProduct && !matrix()) {
+        unsigned long long* most = state_.control->farthest;
+        const auto kernel = farthest<T, form(), chained()>;
+        launch(kernel, over(state_.n), state_, state_.candidates, state_.clients, most);
+        if (separate_clients_)
+          launch(kernel, over(state_.m), state_, state_.clients, state_.clients, most + 1);
+      }
+    });
   }
 
   void make_picks(Domain domain, int count, bool naive) {
@@ -780,6 +834,7 @@ class Greedy final : public FacilityLocation {
   Form form_ = Form::kProduct;
   bool points_ = false, separate_clients_ = false, chained_ = false;
   int64_t open_ = 0, picks_ = 0;
+  Verdict verdict_;
   int partials_ = 0;
 
   State<T> state_;

@@ -14,7 +14,8 @@ struct GreedyArguments {
   const double* weights = nullptr;       // [m] on the device; null for all 1
   const int64_t* preselected = nullptr;  // [preselected_count] on the device
   int64_t preselected_count = 0;
-  double offset = 0;  // distances: s = offset - distance
+  double offset = 0;         // distances: s = offset - distance
+  bool find_offset = false;  // an upper bound of all distances instead, which finish() tells
   bool self_clients = false;
   cudaStream_t stream = nullptr;
 };
@@ -44,13 +45,18 @@ class FacilityLocation {
   // of picks there will then be.
   virtual int64_t step(int64_t count, bool naive) = 0;
 
-  // One pick among candidates [count], which must be open; waits, and returns it.
+  // One pick among candidates [count], which must be open; waits, and returns it, or -1 where verdict() says
+  // that something is wrong.
   virtual int64_t step_among(const int64_t* candidates, int64_t count) = 0;
 
   // Writes the picks so far to arrays on the device: candidate, gain and client weight won, [picks], and the
-  // pick that serves each client, [m], or -1. Waits; `objective` is f(S), the preselected included.
-  virtual Verdict finish(int64_t* indices, double* gains, double* weights, int64_t* assignment,
-                         double* objective) = 0;
+  // pick that serves each client, [m], or -1. Waits; `objective` is f(S), the preselected included, `offset`
+  // what distances were subtracted from. Nothing is written where verdict() says that something is wrong.
+  virtual void finish(int64_t* indices, double* gains, double* weights, int64_t* assignment,
+                      double* objective, double* offset) = 0;
+
+  // What step_among() or finish() found.
+  virtual Verdict verdict() const = 0;
 
   virtual int64_t candidates() const = 0;
   virtual int64_t clients() const = 0;

@@ -85,10 +85,9 @@ Row finish_on_device(fc::cuda::FacilityLocation& run) {
   const int64_t k = run.picks(), m = run.clients();
   DeviceArray<int64_t> indices(k), assignment(m);
   DeviceArray<double> gains(k), weights(k);
-  double objective = 0;
-  const Verdict verdict =
-      run.finish(indices.data(), gains.data(), weights.data(), assignment.data(), &objective);
-  CHECK_EQUAL(static_cast<int>(verdict.kind), static_cast<int>(Verdict::kFine));
+  double objective = 0, offset = 0;
+  run.finish(indices.data(), gains.data(), weights.data(), assignment.data(), &objective, &offset);
+  CHECK_EQUAL(static_cast<int>(run.verdict().kind), static_cast<int>(Verdict::kFine));
   return row_of(indices.values(), gains.values(), weights.values(), assignment.values(), objective);
 }
 
@@ -237,8 +236,9 @@ Verdict verdict_of(const Matrix<T>& x, Metric metric, const Case& c) {
   run->step(c.k, false);
   DeviceArray<int64_t> indices(run->picks()), assignment(run->clients());
   DeviceArray<double> gains(run->picks()), won(run->picks());
-  double objective;
-  return run->finish(indices.data(), gains.data(), won.data(), assignment.data(), &objective);
+  double objective, offset;
+  run->finish(indices.data(), gains.data(), won.data(), assignment.data(), &objective, &offset);
+  return run->verdict();
 }
 
 template <class T>

@@ -12,7 +12,10 @@ from flashcoreset._errors import BackendUnavailableError
 from flashcoreset._tensor import Csr, check_finite
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 
-__all__ = ["FacilityLocation", "pairwise"]
+__all__ = ["CHECKS_VALUES", "FacilityLocation", "pairwise"]
+
+# The kernels look at weights and preselected candidates, and find an offset, on the device: a look from here would wait for it.
+CHECKS_VALUES = True
 
 # Where the kernels' tensors are. The tests run the same kernels on the CPU, by an emulator.
 DEVICE_TYPE = "cuda"
@@ -23,8 +26,8 @@ _MESSAGES = {
     "overflow": "x: similarities, or their weighted sum, overflow {dtype}; scale the data down or use float64",
     "vanishing": "x: similarities times weights are so close to the smallest numbers of the type that gains would be "
     "lost; scale x or the weights up",
-    "weights": "weights must be finite and >= 0, got another at position {row}",
-    "preselected": "preselected must be distinct indices of candidates, got another at position {row}",
+    "weights": "weights must be finite and >= 0, got {got} at position {row}",
+    "preselected": "preselected must be distinct and in [0, {n}), got {got} at position {row}",
 }
 
 
@@ -70,7 +73,8 @@ class FacilityLocation:
         metric: "cosine", "dot", "euclidean", "sqeuclidean", "l1" or "precomputed".
         weights: [m] float64, not negative; None for 1.
         preselected: [p] int64, candidates already in S.
-        offset: what distances are subtracted from.
+        offset: what distances are subtracted from; None for an upper bound of all distances, found on the device
+            and told by `offset` after `finish`.
         memory_budget: not used: memory is proportional to the points.
         expected_picks: not used.
 
@@ -86,7 +90,7 @@ class FacilityLocation:
         metric: str = "cosine",
         weights: Tensor | None = None,
         preselected: Tensor | None = None,
-        offset: float = 0.0,
+        offset: float | None = 0.0,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         expected_picks: int | None = None,
     ) -> None:
@@ -97,7 +101,8 @@ class FacilityLocation:
             )
         if metric == "precomputed" and x.stride(1) != 1:
             x = x.contiguous()
-        self._x, self._clients, self._metric = x, clients, metric
+        self._x, self._clients, self._weights, self._preselected = x, clients, weights, preselected
+        self.offset = offset
         self._run = _native.cuda_module().FacilityLocation(
             _capsule(x),
             None if clients is None else _capsule(clients),
@@ -116,7 +121,10 @@ class FacilityLocation:
     def step_among(self, candidates: Tensor) -> int:
         """One pick among `candidates` [r] int64, which are neither picked nor preselected. Waits and returns
         the pick."""
-        return self._run.step_among(_capsule(candidates))
+        pick = self._run.step_among(_capsule(candidates))
+        if pick < 0:
+            self._raise(*self._run.verdict())
+        return pick
 
     def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float:
         """Writes the picks so far into `indices` [k] int64, `gains` and `weights` [k] float64 or float32,
@@ -126,14 +134,23 @@ class FacilityLocation:
             ValueError: for data that turned out to be NaN, infinite, or too large or small for its type.
         """
         exact_gains, exact_weights = gains.double(), weights.double()
-        objective, wrong, argument, row, _ = self._run.finish(
+        objective, self.offset = self._run.finish(
             _capsule(indices), _capsule(exact_gains), _capsule(exact_weights), _capsule(assignment)
         )
-        if wrong == "not finite":
-            culprit = self._x if argument == "x" or self._clients is None else self._clients
-            check_finite(culprit, argument)
-        if wrong is not None:
-            raise ValueError(_MESSAGES[wrong].format(dtype=self._x.dtype, row=row))
+        self._raise(*self._run.verdict())
         gains.copy_(exact_gains)
         weights.copy_(exact_weights)
         return objective
+
+    def _raise(self, wrong: str | None, argument: str, row: int) -> None:
+        if wrong is None:
+            return
+        if wrong == "not finite":
+            culprit = self._x if argument == "x" or self._clients is None else self._clients
+            check_finite(culprit, argument)
+        got: Any = None
+        if wrong == "weights" and self._weights is not None:
+            got = float(self._weights[row])
+        if wrong == "preselected" and self._preselected is not None:
+            got = int(self._preselected[row])
+        raise ValueError(_MESSAGES[wrong].format(dtype=self._x.dtype, row=row, got=got, n=self._x.shape[0]))

@@ -164,6 +164,7 @@ class _Problem:
     # What is above all distances of an offset that is far above them: the kernels do without it, because the first gains would be
     # rounded to the spacing of numbers near it.
     excess: float = 0.0
+    found_offset: float | None = None  # by the kernels, where they were left to find one
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -305,20 +306,27 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
     if x.dtype != out_dtype:
         x = Csr(x.crow, x.col, x.values.to(out_dtype), x.shape) if isinstance(x, Csr) else x.to(out_dtype)
         clients = None if clients is None else clients.to(out_dtype)
-    if p.weights is not None:
+    # Groups are taken apart here, so their values are looked at here.
+    on_device = p.groups is None and getattr(kernels, "CHECKS_VALUES", False)
+    if p.weights is not None and not on_device:
         _check_weights(p.weights, out_dtype)
-    if p.preselected is not None:
+    if p.preselected is not None and not on_device:
         _check_preselected(p.preselected, x.shape[0])
     members = None if p.groups is None else _members(p)
 
     offset = p.offset
     if p.metric in DISTANCES:
         assert isinstance(x, Tensor)
-        if offset is None:
+        if offset is None and not on_device:
             offset = _default_offset(kernels, x, clients, p.metric)
-        # The number that the kernel subtracts from, in its own precision.
-        offset = float(torch.tensor(offset, dtype=out_dtype))
-        if p.offset is not None and _is_far_above(kernels, x, clients, p.metric, offset):
+        if offset is not None:
+            # The number that the kernel subtracts from, in its own precision.
+            offset = float(torch.tensor(offset, dtype=out_dtype))
+        if (
+            p.offset is not None
+            and offset is not None
+            and _is_far_above(kernels, x, clients, p.metric, offset)
+        ):
             p.excess = max(0.0, offset - _default_offset(kernels, x, clients, p.metric))
 
     if progress is None:
@@ -331,7 +339,7 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
             f"weights: the objective, {result[-1]:.3g}, overflows {out_dtype}; scale the weights down, "
             "or use float64"
         )
-    return *result, offset
+    return *result, p.found_offset if offset is None else offset
 
 
 def _solve_checked(
@@ -398,7 +406,7 @@ def _solve_one(
         metric=p.metric,
         weights=weights,
         preselected=preselected,
-        offset=0.0 if offset is None else offset - p.excess,
+        offset=_kernel_offset(p, offset),
         memory_budget=p.memory_budget,
         expected_picks=k,
     )
@@ -417,12 +425,20 @@ def _solve_one(
             made = run.step(min(chunk, k - made), p.method == "naive")
             bar.update(done + made)
     objective = run.finish(indices, gains, won, assignment)
+    if p.metric in DISTANCES and offset is None:
+        p.found_offset = run.offset
     if p.excess:
         constant = p.excess * (float(m) if weights is None else float(weights.sum()))
         objective += constant
         if preselected is None and k > 0:
             gains[0] += constant
     return indices, gains, won, assignment, objective
+
+
+def _kernel_offset(p: _Problem, offset: float | None) -> float | None:
+    if p.metric not in DISTANCES:
+        return 0.0
+    return None if offset is None else offset - p.excess
 
 
 def _step_stochastic(
