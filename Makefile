@@ -42,7 +42,7 @@ test-cpp: $(VENV)/.tools compiler ## the C++ tests alone, plain and under the sa
 	$(call ctest,cpp-tsan,-DFLASHCORESET_SANITIZE=thread)
 
 test-python: $(VENV)/.with-test emulated ## the Python tests alone; PYTEST_ARGS="-k simcore" narrows them
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # The CUDA kernels as a module that the emulator runs: the Python tests take it for the GPU.
 emulated: $(VENV)/.tools compiler
@@ -91,7 +91,7 @@ comma := ,
 define ctest
 PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cpp -B build/$(1) $(2)
 $(BIN)/cmake --build build/$(1) -j$(JOBS)
-$(BIN)/ctest --test-dir build/$(1) --output-on-failure
+$(BIN)/ctest --test-dir build/$(1) --output-on-failure -j$(JOBS)
 endef
 
 $(VENV)/.made:
