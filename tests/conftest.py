@@ -3,10 +3,12 @@ processor can run."""
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.machinery
 import importlib.util
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -58,3 +60,22 @@ def _emulated_module() -> ModuleType | None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cases of the facility-location table each backend passed."""
+    where = "" if DEVICE == "cpu" else f" on {DEVICE}"
+    names = {
+        "test_cuda.py": f"cuda{where or ' emulated'}",
+        "test_triton.py": f"triton{where or ' interpreted'}",
+    }
+    counts: collections.Counter[str] = collections.Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        found = re.search(r"(\w+\.py)::test_follows_the_definition\[(.+)\]", report.nodeid)
+        if found is None or report.when != "call":
+            continue
+        name = names.get(found[1]) or next((b for b in BACKENDS if found[2].startswith(f"{b}-")), "other")
+        counts[name] += 1
+    if counts:
+        told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        terminalreporter.write_line(f"facility location, cases by backend: {told}")
