@@ -18,8 +18,6 @@ import pytest
 import flashcoreset as fc
 from flashcoreset import _native
 
-pytestmark = pytest.mark.xdist_group("packaging")  # they share one wheel
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
