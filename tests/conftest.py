@@ -41,7 +41,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     module = _emulated_module()
     if module is None:
-        pytest.skip("the emulated CUDA module is not built: make emulated")
+        pytest.fail("the emulated CUDA module is not built: make emulated")
     monkeypatch.setattr(_native, "cuda_failure", lambda device=0: None)
     monkeypatch.setattr(_native, "cuda_module", lambda: module)
     monkeypatch.setattr(kernels.cuda, "DEVICE_TYPE", "cpu")

@@ -138,8 +138,8 @@ class Greedy final : public FacilityLocation {
 
  private:
   static constexpr int64_t kNever = -1;
-  static constexpr double kLeastUnits =
-      0x1p30;  // of the fixed-point sums, that all similarities together are worth
+  // Units of the fixed-point sums that all similarities together are worth at the least.
+  static constexpr double kLeastUnits = 0x1p30;
 
   int64_t left() const { return candidates() - static_cast<int64_t>(preselected_.size()) - picks(); }
 
@@ -162,9 +162,8 @@ class Greedy final : public FacilityLocation {
       scale_ = std::ldexp(1.0, std::min({room, most, 1000}));
       if (bound * scale_ < kLeastUnits) {
         throw std::invalid_argument(
-            "x: similarities times weights are so close to the smallest numbers of the type that gains would "
-            "be "
-            "lost; scale x or the weights up");
+            "x: similarities times weights are so close to the smallest numbers of the type that gains "
+            "would be lost; scale x or the weights up");
       }
     }
     cover_ = Cover<T>(m, floor_);

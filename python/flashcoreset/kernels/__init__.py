@@ -2,7 +2,8 @@
 by pick.
 
 `kernels.cpu` is compiled, `kernels.torch` is the plain PyTorch reference; both have the same names, of which
-`flashcoreset.kernels.triton` (to be imported by itself, since it imports triton) has the first two:
+`kernels.cuda` and `flashcoreset.kernels.triton` (to be imported by itself, since it imports triton) have the
+first two:
 
     pairwise(x, y=None, *, metric, out=None)
     FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)

@@ -85,8 +85,8 @@ def facility_location(
         seed: in [0, 2^64), for "stochastic".
         offset: for distances, a number >= 0; default an upper bound of all distances, on which the picks do
             not depend.
-        backend: "cpu" (compiled), "triton" (on CUDA tensors; no sparse matrices), "torch" (the slow reference) or
-            None: the fastest that takes `x`.
+        backend: "cpu" (compiled), "cuda" or "triton" (on CUDA tensors; no sparse matrices), "torch" (the slow
+            reference) or None: the first that takes `x` (docs/backends.md).
         progress: True shows a bar on stderr; a callable gets (picks made, picks wanted). Not called inside
             torch.compile.
         memory_budget: bytes that may be spent on similarities and lists larger than n + m, >= 0; default 256
