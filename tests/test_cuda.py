@@ -70,6 +70,10 @@ def test_pairwise(metric: str) -> None:
     for n, m, d in ((1, 1, 1), (7, 97, 3), (5, 4, 257)):
         x, y = points(n, d, 1, torch.float64), points(m, d, 2, torch.float64)
         values = fc.kernels.cuda.pairwise(on_device(x), on_device(y), metric=metric).cpu()
+        assert torch.equal(
+            fc.kernels.cuda.pairwise(on_device(x), metric=metric),
+            fc.kernels.cuda.pairwise(on_device(x), on_device(x.clone()), metric=metric),
+        )
         torch.testing.assert_close(
             values, fc.kernels.torch.pairwise(x, y, metric=metric), rtol=1e-12, atol=1e-12
         )

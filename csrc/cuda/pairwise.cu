@@ -35,11 +35,12 @@ void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric,
               cudaStream_t stream) {
   const int64_t n = x.rows(), m = y.rows(), d = x.cols();
   const bool normalise = metric == Metric::kCosine;
-  const DeviceBuffer<T> packed_x(n * d, stream), packed_y(m * d, stream);
+  const bool same = x.data == y.data && n == m && x.stride[0] == y.stride[0] && x.stride[1] == y.stride[1];
+  const DeviceBuffer<T> packed_x(n * d, stream), packed_y(same ? 0 : m * d, stream);
   launch_pack(x, normalise, packed_x.data(), nullptr, nullptr, stream);
-  launch_pack(y, normalise, packed_y.data(), nullptr, nullptr, stream);
+  if (!same) launch_pack(y, normalise, packed_y.data(), nullptr, nullptr, stream);
   const RowSet<T> rows{packed_x.data(), d, nullptr, static_cast<int>(n)};
-  const RowSet<T> columns{packed_y.data(), d, nullptr, static_cast<int>(m)};
+  const RowSet<T> columns{same ? packed_x.data() : packed_y.data(), d, nullptr, static_cast<int>(m)};
   constexpr int kRows = kTallRows<T, true>;
   const dim3 grid(static_cast<unsigned>((n + kRows - 1) / kRows),
                   static_cast<unsigned>((m + kCols<T> - 1) / kCols<T>));
