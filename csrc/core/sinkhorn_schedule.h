@@ -1,5 +1,5 @@
-// The course of one Sinkhorn problem's iterations: when eps falls, by how much iterations are over-relaxed, and
-// when to stop. python/flashcoreset/reference/sinkhorn.py has the definition; every backend follows it.
+// The course of one Sinkhorn problem's iterations: when eps falls, by how much iterations are over-relaxed,
+// and when to stop. python/flashcoreset/reference/sinkhorn.py has the definition; every backend follows it.
 #pragma once
 
 #include <cmath>
