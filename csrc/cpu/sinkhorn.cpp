@@ -45,7 +45,7 @@ constexpr int kTogether = 8;        // rows of K that are in the first-level cac
 constexpr int64_t kChunkRows = 72;  // at least; a multiple of kTogether and of kCostRows
 constexpr int64_t kChunks = 64;     // about, at most
 constexpr int64_t kFlush = 512;     // columns whose sum is taken in the type's own precision
-constexpr double kDrift = 1e8;
+constexpr double kLeastScaling = 1e-8, kMostScaling = 1e8;
 
 template <class T>
 constexpr int kLanes = simd::kWidth<T> < kTogether ? kTogether : simd::kWidth<T>;
@@ -289,6 +289,10 @@ class Range {
     for (int i = 1; i < simd::kWidth<T>; ++i) result = std::max<T>(result, most_[i]);
     return result;
   }
+  void add(const Range& other) {
+    add(other.least_);
+    add(other.most_);
+  }
   bool within(T least, T most) const { return this->least() >= least && this->most() <= most; }
 
  private:
@@ -316,7 +320,8 @@ class Problem {
         costs_(batch, p, team),
         exponents_(costs_),
         chunks_(n_, width_),
-        schedule_(options.reg, costs_.spread(), options.tol, options.max_iter, balanced_, options.warm),
+        schedule_(options.reg, costs_.spread(), options.tol, options.max_iter, balanced_, options.warm,
+                  mass_of(batch.a, p, n_)),
         matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
         blocks_(workspace.blocks(team.size() * kCostRows * width_)),
         a_(n_),
@@ -333,9 +338,10 @@ class Problem {
         next_v_(width_, T(1)),
         weighted_v_(width_),
         potentials_(width_) {
-    double mass_b = 0;
-    for (int64_t i = 0; i < n_; ++i) mass_a_ += a_[i] = batch.a(p, i);
-    for (int64_t j = 0; j < m_; ++j) mass_b += b_[j] = batch.b(p, j);
+    const double mass_b = mass_of(batch.b, p, m_);
+    mass_a_ = mass_of(batch.a, p, n_);
+    for (int64_t i = 0; i < n_; ++i) a_[i] = batch.a(p, i);
+    for (int64_t j = 0; j < m_; ++j) b_[j] = batch.b(p, j);
     log_mass_b_ = std::log(mass_b);
     ratio_ = mass_a_ / mass_b;
     for (int64_t i = 0; i < n_; ++i) row_weight_[i] = static_cast<T>(a_[i] / mass_a_);
@@ -380,6 +386,12 @@ class Problem {
   int64_t iterations() const { return schedule_.iterations(); }
 
  private:
+  static double mass_of(const TensorView<const double, 2>& weights, int64_t p, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += weights(p, i);
+    return sum;
+  }
+
   // How far marginals were off: the rows' of the plan that an iteration began with, the columns' of the one
   // that it made.
   struct Off {
@@ -435,11 +447,11 @@ class Problem {
   // type.
   bool plain(Off& off) {
     for (int64_t j = 0; j < width_; ++j) weighted_v_[j] = column_weight_[j] * v_[j];
-    std::atomic<bool> in_range{true};
+    std::atomic<bool> in_range{true}, drifted{false};
     team_.parallel_for(chunks_.count(), 1, [&](int, int64_t c, int64_t) {
       T* const sums = chunks_.sums(c);
       std::fill(sums, sums + width_, T(0));
-      Range<T> range;
+      Range<T> range, scalings;
       double error = 0;
       const int64_t first = chunks_.first(c);
       for_rows_together(chunks_.last(c) - first, [&](int64_t r, auto together) {
@@ -448,26 +460,26 @@ class Problem {
         double product[kR] = {};
         add_products<kR>(rows, width_, weighted_v_.data(), width_, product);
         T weighted[kLanes<T>];
-        error += scale_rows<kR>(first + r, product, weighted, range);
+        error += scale_rows<kR>(first + r, product, weighted, range, scalings);
         add_rows<kR>(rows, width_, weighted, width_, sums);
       });
       chunk_error_[c] = error;
       if (!range.within(kLeast<T>, kMost<T>)) in_range.store(false, std::memory_order_relaxed);
+      if (!scalings.within(kLeastScaling, kMostScaling)) drifted.store(true, std::memory_order_relaxed);
     });
-    if (!in_range.load() || !scale_columns(off)) return false;
+    Range<T> scalings;
+    if (!in_range.load() || !scale_columns(off, scalings)) return false;
     off.rows = sum_of_chunk_errors();
     u_.swap(next_u_);
     v_.swap(next_v_);
-    const auto [least_u, most_u] = std::minmax_element(u_.data(), u_.data() + n_);
-    const auto [least_v, most_v] = std::minmax_element(v_.data(), v_.data() + m_);
-    if (!(std::min(*least_u, *least_v) > 1 / kDrift && std::max(*most_u, *most_v) < kDrift)) absorb();
+    if (drifted.load() || !scalings.within(kLeastScaling, kMostScaling)) absorb();
     return true;
   }
 
   // The next scalings of kR rows from their `product` with the columns' scalings, `weighted` with the rows'
   // weights; returns by how much the rows of the plan are off.
   template <int kR>
-  double scale_rows(int64_t i, const double* product, T* weighted, Range<T>& range) {
+  double scale_rows(int64_t i, const double* product, T* weighted, Range<T>& range, Range<T>& scalings) {
     constexpr int kL = kLanes<T>;
     T sum[kL], old[kL], weight[kL], pull[kL] = {}, next[kL], seen[kL];
     for (int r = 0; r < kL; ++r) {
@@ -488,6 +500,7 @@ class Problem {
       } else {
         scaling = simd::exp<T>(simd::load(pull + l) + damp * (simd::log<T>(u) - omega * simd::log<T>(s)));
       }
+      scalings.add(scaling);
       off += w * simd::abs<T>(s - one);
       simd::store(seen + l, s);
       simd::store(next + l, scaling);
@@ -508,17 +521,16 @@ class Problem {
 
   // The next scalings of the columns from the chunks' sums; false if one of these leaves the range of the
   // type.
-  bool scale_columns(Off& off) {
+  bool scale_columns(Off& off, Range<T>& scalings) {
     chunks_.combine(column_sums_.data(), m_);
+    for (int64_t j = 0; j < m_; ++j) next_v_[j] = static_cast<T>(ratio_ * column_sums_[j]);
     const V damp = simd::broadcast(static_cast<T>(damp_columns(made_at_))),
             omega = simd::broadcast(static_cast<T>(schedule_.omega())), one = simd::broadcast(T(1)), zero{};
     Range<T> range;
     off.columns = 0;
     for (int64_t j = 0; j < width_; j += kW) {
-      V x = one;
-      for (int l = 0; l < kW && j + l < m_; ++l) x[l] = static_cast<T>(ratio_ * column_sums_[j + l]);
       const V w = simd::load(column_weight_.data() + j), v = simd::load(v_.data() + j);
-      x = w > zero ? x : one / v;
+      const V x = w > zero ? simd::load(next_v_.data() + j) : one / v;
       const V s = v * x;
       range.add(s);
       V next;
@@ -532,6 +544,7 @@ class Problem {
         for (int l = 0; l < kW && j + l < m_; ++l)
           off.columns += after_column(j + l, static_cast<double>(after[l]));
       }
+      scalings.add(next);
       simd::store(next_v_.data() + j, next);
     }
     return range.within(kLeast<T>, kMost<T>);
@@ -657,7 +670,7 @@ class Problem {
       const double next = damp * (g_[j] - omega * eps * column_sums_[j]);
       const double moved = (next - g_[j]) / eps;
       if (!is_simple()) off.columns += after_column(j, std::exp(column_sums_[j] + moved));
-      near = near && std::abs(moved) < std::log(kDrift);
+      near = near && std::abs(moved) < std::log(kMostScaling);
       column_sums_[j] = moved;
     }
     if (!resident_ || !near) {

@@ -75,12 +75,25 @@ class CostTiles {
   // A bound of the range of the costs.
   double spread() const {
     if (matrix_.data == nullptr) return spread_;
+    using V = simd::Vec<T>;
+    constexpr int kW = simd::kWidth<T>;
     T least = matrix_(0, 0), most = least;
+    V low = simd::broadcast(least), high = low;
     for (int64_t i = 0; i < n_; ++i) {
-      for (int64_t j = 0; j < m_; ++j) {
+      int64_t j = 0;
+      for (; matrix_.has_contiguous_rows() && j + kW <= m_; j += kW) {
+        const V v = simd::load(matrix_.row(i) + j);
+        low = v < low ? v : low;
+        high = v > high ? v : high;
+      }
+      for (; j < m_; ++j) {
         least = std::min(least, matrix_(i, j));
         most = std::max(most, matrix_(i, j));
       }
+    }
+    for (int l = 0; l < kW; ++l) {
+      least = std::min<T>(least, low[l]);
+      most = std::max<T>(most, high[l]);
     }
     return static_cast<double>(most) - static_cast<double>(least);
   }

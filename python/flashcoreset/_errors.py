@@ -28,6 +28,16 @@ class SlowPathWarning(UserWarning):
     """
 
 
+class ConvergenceWarning(UserWarning):
+    """An iterative solver stopped at its last iteration before it came to the tolerance asked for; what it returns is
+    the last iterate, and says how far it is off.
+
+    Example:
+        >>> import warnings, flashcoreset as fc
+        >>> warnings.simplefilter("ignore", fc.ConvergenceWarning)
+    """
+
+
 _reported: set[str] = set()
 
 
