@@ -171,11 +171,12 @@ def test_a_cuda_compiler_that_does_not_work_is_left_out(variable: str, tmp_path:
     """It is found, and says that it is new enough, but compiles nothing (no host compiler for it, say)."""
     broken = tmp_path / "bin" / "nvcc"
     broken.parent.mkdir()
-    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo release 12.8 && exit 0\nexit 1\n")
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo release 12.8 && exit 0\nexit 1\n')
     broken.chmod(0o755)
     environment = {"CUDACXX": str(broken)}
     if variable == "PATH":
-        environment = {"PATH": f"{broken.parent}{os.pathsep}{tools_environment()['PATH']}", "CUDACXX": ""}
+        path = f"{broken.parent}{os.pathsep}{tools_environment()['PATH']}"
+        environment = {"PATH": path, "CUDACXX": "", "CUDA_HOME": ""}
     done = configure(tmp_path / "build", **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(rf"CUDA kernels are left out: {re.escape(str(broken))} does not work", done.stdout)
