@@ -23,7 +23,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,37 +143,29 @@ def limits() -> dict[str, float]:
 
 Row = dict[str, Any]
 LARGEST = 1_000_000
-_scratch: dict[str, float] = {}  # what one row tells the next: seconds by points
 
 
 def facility_location_row(n: int, d: int, k: int, backend: str, rounds: int, found: dict[str, float]) -> Row:
-    """A row of facility location: time, memory, and the shares of the device's limits."""
+    """A row of facility location: time, memory, and the shares of the device's limits. One round is timed while the memory
+    is watched; more have the caches cold and nobody watching."""
     import flashcoreset as fc
 
     x = torch.from_numpy(data.clustered(n, d)).cuda()
-    times: list[dict[str, float]] = []
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def select() -> fc.Selection:
-        return fc.facility_location(x, k, backend=backend)
+        start.record()
+        selection = fc.facility_location(x, k, backend=backend)
+        end.record()
+        return selection
 
-    if n == LARGEST:  # once, with the memory watched meanwhile
-        select_few = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-        def once() -> None:
-            select_few[0].record()
-            select()
-            select_few[1].record()
-            select_few[1].synchronize()
-
-        memory = peak_memory(once)
-        seconds = select_few[0].elapsed_time(select_few[1]) / 1e3
-        times.append({"q20": seconds, "median": seconds, "q80": seconds})
+    memory = peak_memory(select)
+    if rounds == 1:
+        times = dict.fromkeys(("q20", "median", "q80"), start.elapsed_time(end) / 1e3)
     else:
-        memory = peak_memory(select)
-        times.append(event_times(select, rounds))
-    _scratch[f"{n}-{backend}"] = times[0]["median"]
+        times = event_times(select, rounds)
     # The points are packed, and read for each pick at least.
-    row = shares(times[0], 2.0 * n * n * d, 4.0 * n * d * (2 + k), found)
+    row = shares(times, 2.0 * n * n * d, 4.0 * n * d * (2 + k), found)
     row["memory"] = memory
     if n <= 10_000:
         row["same_picks_as_cpu"] = torch.equal(
@@ -204,28 +197,42 @@ def pairwise_row(metric: str, backend: str, found: dict[str, float]) -> Row:
     return row
 
 
-def plan() -> Iterator[tuple[str, str, Callable[[], float], Callable[[dict[str, float]], Row]]]:
-    """Name, backend, expected seconds and measurement of each row, the one that takes longest last."""
-    for n, d, k, backend, rounds, expected in (
-        (10_000, 128, 1_000, "cuda", 5, 10.0),
-        (10_000, 128, 100, "triton", 3, 20.0),
-        (100_000, 128, 1_000, "cuda", 3, 15.0),
-    ):
-        yield (
-            f"facility-location-{n}-{d}-{k}-{backend}", backend, lambda expected=expected: expected,
-            lambda found, size=(n, d, k, backend, rounds): facility_location_row(*size, found),
-        )  # fmt: skip
-    for metric in ("cosine", "l1"):
-        for backend in ("cuda", "triton"):
-            yield (
-                f"pairwise-{metric}-8192-512-{backend}", backend, lambda: 10.0,
-                lambda found, metric=metric, backend=backend: pairwise_row(metric, backend, found),
-            )  # fmt: skip
-    # Ten times the points: a hundred times the products.
-    yield (
-        f"facility-location-{LARGEST}-128-1000-cuda", "cuda", lambda: 100 * _scratch.get("100000-cuda", math.inf) + 10,
-        lambda found: facility_location_row(LARGEST, 128, 1_000, "cuda", 1, found),
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Planned:
+    """A row to be measured."""
+
+    name: str
+    backend: str
+    expected: Callable[[list[Row]], float]  # seconds, given the rows before it
+    measure: Callable[[dict[str, float]], Row]
+
+
+def plan() -> list[Planned]:
+    """The rows, the one that takes longest last."""
+
+    def greedy(n: int, k: int, backend: str, rounds: int, expected: Callable[[list[Row]], float]) -> Planned:
+        name = f"facility-location-{n}-128-{k}-{backend}"
+        return Planned(
+            name, backend, expected, lambda found: facility_location_row(n, 128, k, backend, rounds, found)
+        )
+
+    def pairs(metric: str, backend: str) -> Planned:
+        name = f"pairwise-{metric}-8192-512-{backend}"
+        return Planned(name, backend, lambda rows: 10, lambda found: pairwise_row(metric, backend, found))
+
+    def from_a_tenth(rows: list[Row]) -> float:
+        """Ten times the points are a hundred times the products."""
+        seconds = (row["seconds"]["median"] for row in rows if row["name"] == tenth.name and "seconds" in row)
+        return 100 * next(seconds, math.inf) + 10
+
+    tenth = greedy(LARGEST // 10, 1_000, "cuda", 3, lambda rows: 15)
+    return [
+        greedy(10_000, 1_000, "cuda", 5, lambda rows: 10),
+        greedy(10_000, 100, "triton", 3, lambda rows: 20),
+        tenth,
+        *(pairs(metric, backend) for metric in ("cosine", "l1") for backend in ("cuda", "triton")),
+        greedy(LARGEST, 1_000, "cuda", 1, from_a_tenth),
+    ]
 
 
 def measure(out: Path, deadline: float) -> bool:
@@ -233,17 +240,17 @@ def measure(out: Path, deadline: float) -> bool:
     Whether none failed."""
     found = limits()
     rows: list[Row] = []
-    for name, backend, expected, call in plan():
-        row: Row = {"name": name, "backend": backend}
-        rows.append(row)
-        if time.time() + expected() > deadline:
+    for planned in plan():
+        row: Row = {"name": planned.name, "backend": planned.backend}
+        if time.time() + planned.expected(rows) > deadline:
             row["left_out"] = "no time left"
         else:
             try:
-                row |= call(found)
+                row |= planned.measure(found)
             except Exception as error:
                 traceback.print_exc()
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        rows.append(row)
         (out / "measured.json").write_text(json.dumps({"limits": found, "rows": rows}, indent=1))
     return not any("failed" in row for row in rows)
 
