@@ -22,6 +22,7 @@
 
 namespace {
 
+using fc::cuda::cooperative_blocks;
 using fc::cuda::launch;
 using fc::cuda::Launch;
 using fc::emulator::allocated_bytes;
@@ -652,6 +653,16 @@ void test_other_devices() {
   set_device({});
 }
 
+void test_fewer_blocks() {
+  const char* const variable = "FLASHCORESET_CUDA_BLOCKS";
+  CHECK_EQUAL(cooperative_blocks(nothing, 64, 0), 3);
+  for (const auto& [value, expected] : {std::pair<const char*, int>{"2", 2}, {"100", 3}, {"0", 1}}) {
+    setenv(variable, value, 1);
+    CHECK_EQUAL(cooperative_blocks(nothing, 64, 0), expected);
+  }
+  unsetenv(variable);
+}
+
 // Arguments become what the parameters are.
 __global__ void converted(double* out, double a, long long b, const int c) {
   *out = a + static_cast<double>(b) + c;
@@ -970,6 +981,7 @@ TEST_PROGRAM {
   test_host();
   test_events();
   test_other_devices();
+  test_fewer_blocks();
   test_launches();
   test_host_threads();
   test_exceptions();
