@@ -432,7 +432,7 @@ def test_out_of_memory_is_tried_again_without_what_torch_keeps(
         ([(3000, 64)], torch.float64, {"metric": "dot"}),
         ([(200, 3), (9000, 3)], torch.float32, {"metric": "l1"}),
         ([(2000, 3)], torch.float32, {"method": "stochastic"}),
-        ([(300, 300)], torch.float64, {"metric": "precomputed"}),
+        ([(20, 9000)], torch.float64, {"metric": "precomputed"}),
     ],
 )
 def test_memory_estimate_is_an_upper_bound_within_a_factor_of_three(
