@@ -1,0 +1,693 @@
+"""Batches of Sinkhorn iterations, from points or from costs; see python/flashcoreset/reference/sinkhorn.py for the
+definition.
+
+For each row i of a problem (a column, in the transposed problem: the same kernel with the sides swapped)
+
+    t_ij = (f_i + (g_j + eps log b_j) - C_ij) / eps        S_i = log sum_j exp(t_ij)
+
+by online log-sum-exp over tiles of columns: the largest exponent so far, and the sum under it in float64, scaled when the
+largest grows. Costs are computed tile by tile and never stored, or read from a matrix.
+
+In float32 the exponents are formed from potentials that are float64 and enter as two float32 parts each, (high, low), with
+the rounding error of f_high - c added back, so that they are off by the rounding of the cost and of the result alone. A
+weight is part of its column's potential, which costs no operation a pair, and weights of any size keep their exponents.
+
+A problem whose `state` is not RUNNING is left alone by the kernels of an iteration, so the host launches several
+iterations at a time; schedule_kernel decides what comes after each. Errors are summed block by block and the blocks in
+order: no atomics, and the same bits each time.
+
+Cost: an iteration is 2 n m (d multiply-adds, about 12 more operations and an exponential); memory (n + m) (d + 6) numbers.
+
+Rejected: exponents shifted by the row's sum of the iteration before, which saves the search for the largest: it holds
+after f moved but not at a start, and not where eps has just fallen. Atomics for column sums in the row pass, which would
+save half of the costs: Gauss-Seidel order needs f of all rows first. tl.dot for the costs: see pairwise.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashcoreset.reference.sinkhorn import Schedule
+from flashcoreset.triton_kernels.pairwise import Tile, pair_values
+
+# What a problem is at: to be iterated; to be evaluated, as it may have converged or as it ends; solved.
+RUNNING, CHECKED, STOPPED, DONE = (tl.constexpr(value) for value in range(4))
+
+_FACTOR = tl.constexpr(Schedule.FACTOR)
+_STAGE_ERROR = tl.constexpr(Schedule.STAGE_ERROR)
+_PERIOD = tl.constexpr(Schedule.PERIOD)
+_MOST_OMEGA = tl.constexpr(Schedule.MOST_OMEGA)
+_INF = tl.constexpr(math.inf)
+
+# Numbers that a program sums at a time.
+_SUMMED = tl.constexpr(256)
+
+# Columns of v that a program of apply_kernel multiplies its part of the plan by: the plan is made anew for each so many.
+_FEATURES = 16
+
+
+@triton.jit
+def exponents(
+    ours,  # points: the first of ROWS rows in a panel, `our_stride` from feature to feature; precomputed: C_00, rows so far apart
+    our_stride,
+    others,  # points: the first row of a panel; precomputed: not read
+    other_stride,
+    high,  # [ROWS] f in two parts
+    low,
+    other_potential,  # [m] float64
+    other_log_weight,  # [m] float64
+    first_row,
+    first_col,
+    n,
+    m,
+    d,
+    eps,
+    METRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ONE_CHAIN: tl.constexpr,
+):
+    """t_ij and C_ij [ROWS, COLS]; t is -inf for columns without weight and from m on."""
+    if METRIC == "precomputed":
+        cols = first_col + tl.arange(0, COLS)
+        rows = first_row + tl.arange(0, ROWS)
+        places = ours + rows[:, None] * our_stride + cols[None, :] * other_stride
+        c = tl.load(places, mask=(rows < n)[:, None] & (cols < m)[None, :], other=0)
+    else:
+        cols = first_col + tl.max_contiguous(tl.arange(0, COLS), 1)
+        c = pair_values(
+            ours + first_row, our_stride, others + first_col, other_stride, d, METRIC, ROWS, COLS, ONE_CHAIN
+        )
+        if METRIC == "cosine":
+            c = 1.0 - c
+    g = tl.load(other_potential + cols, mask=cols < m, other=-_INF)
+    g += eps * tl.load(other_log_weight + cols, mask=cols < m, other=0.0)
+    s = high[:, None] - c
+    if c.dtype == tl.float32:
+        g_high = g.to(tl.float32)
+        g_low = tl.where(g == -_INF, 0.0, g - g_high.to(tl.float64)).to(tl.float32)
+        back = s - high[:, None]
+        rounding = (high[:, None] - (s - back)) - (c + back)
+        t = (s + g_high[None, :]) + (rounding + (low[:, None] + g_low[None, :]))
+    else:
+        t = s + g[None, :]
+    return t * (1.0 / eps).to(c.dtype), c
+
+
+@triton.jit
+def two_parts(value, like):
+    """float64 numbers as the nearest of the type of `like`, and what is left."""
+    high = value.to(like.dtype.element_ty)
+    return high, (value - high.to(tl.float64)).to(like.dtype.element_ty)
+
+
+@triton.jit
+def row_sums(
+    ours,
+    our_stride,
+    others,
+    other_stride,
+    own,  # [ROWS] float64, the rows' potentials
+    other_potential,
+    other_log_weight,
+    first_row,
+    n,
+    m,
+    d,
+    eps,
+    METRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ONE_CHAIN: tl.constexpr,
+    COSTS: tl.constexpr,
+):
+    """most_i = max_j t_ij, sum_j exp(t_ij - most_i) and, with COSTS, sum_j exp(t_ij - most_i) C_ij: [ROWS] float64 each."""
+    high, low = two_parts(own, ours)
+    most = tl.full((ROWS,), -_INF, ours.dtype.element_ty)
+    total = tl.full((ROWS,), 0, tl.float64)
+    cost = tl.full((ROWS,), 0, tl.float64)
+    first_col = first_row - first_row
+    while first_col < m:
+        t, c = exponents(
+            ours, our_stride, others, other_stride, high, low, other_potential, other_log_weight, first_row, first_col,
+            n, m, d, eps, METRIC, ROWS, COLS, ONE_CHAIN,
+        )  # fmt: skip
+        largest = tl.maximum(most, tl.max(t, axis=1))
+        # Where no column so far has weight there is nothing to shift by.
+        shift = tl.where(largest == -_INF, 0.0, largest)
+        e = tl.exp(t - shift[:, None])
+        kept = tl.exp(most - shift).to(tl.float64)
+        total = total * kept + tl.sum(e, axis=1).to(tl.float64)
+        if COSTS:
+            cost = cost * kept + tl.sum(e * c, axis=1).to(tl.float64)
+        most = largest
+        first_col += COLS
+    return most.to(tl.float64), total, cost
+
+
+@triton.jit
+def damping_of(rho, eps):
+    """rho / (rho + eps); 1 for a balanced marginal."""
+    return tl.where(rho == _INF, 1.0, rho / (rho + eps))
+
+
+@triton.jit(do_not_specialize=["size", "other_size", "tiles", "d"])
+def half_iteration_kernel(
+    ours,  # points: [B, d, our_stride], panels; precomputed: [B, size, other_size] with these strides
+    our_batch_stride,
+    our_stride,
+    others,  # points: such panels; precomputed: not read
+    other_batch_stride,
+    other_stride,
+    our_count,  # [B] int64 rows of each problem
+    other_count,  # [B] int64
+    potential,  # [B, size] float64, updated
+    other_potential,  # [B, other_size] float64
+    weight,  # [B, size] float64
+    other_log_weight,  # [B, other_size] float64
+    last,  # [B, size] float64 the marginal when last seen, updated; balanced: not touched
+    before,  # [B, size] float64, becomes what `last` was
+    off,  # [B, tiles] float64, becomes the error of the marginal, summed up by block
+    eps_of,  # [B] float64
+    omega_of,  # [B] float64
+    rho_of,  # float64
+    known,  # [B] int32 whether `last` holds anything
+    state,  # [B] int32
+    size,
+    other_size,
+    tiles,
+    d,
+    METRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ONE_CHAIN: tl.constexpr,
+    BALANCED: tl.constexpr,
+    AFTER: tl.constexpr,
+):
+    """f_i <- lambda (f_i - omega eps S_i). The marginal is a_i exp(S_i), that of the plan before; AFTER: of the plan after,
+    a_i exp(S_i + (new f_i - f_i) / eps). Its error is what it differs from a_i by, or from what it was when last seen."""
+    p = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    if tl.load(state + p) != RUNNING:
+        return
+    n, m = tl.load(our_count + p), tl.load(other_count + p)
+    first_row = tile.to(tl.int64) * ROWS
+    if first_row >= n:
+        return
+    eps, omega, rho = tl.load(eps_of + p), tl.load(omega_of + p), tl.load(rho_of)
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < n
+    own = tl.load(potential + p * size + rows, mask=inside, other=0.0)
+    most, total, _ = row_sums(
+        ours + p * our_batch_stride, our_stride, others + p * other_batch_stride, other_stride, own,
+        other_potential + p * other_size, other_log_weight + p * other_size, first_row, n, m, d, eps,
+        METRIC, ROWS, COLS, ONE_CHAIN, False,
+    )  # fmt: skip
+    log_sum = most + tl.log(total)
+    new = damping_of(rho, eps) * (own - omega * eps * log_sum)
+    if AFTER:
+        log_sum += (new - own) / eps
+    mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
+    # Of nothing there is nothing, however large the sum.
+    now = tl.where(mass > 0, mass * tl.exp(log_sum), 0.0)
+    if BALANCED:
+        error = tl.abs(now - mass)
+    else:
+        seen = tl.load(last + p * size + rows, mask=inside, other=0.0)
+        seen = tl.where(tl.load(known + p) != 0, seen, _INF)
+        error = tl.abs(now - seen)
+        tl.store(before + p * size + rows, seen, mask=inside)
+        tl.store(last + p * size + rows, now, mask=inside)
+    tl.store(potential + p * size + rows, new, mask=inside)
+    tl.store(off + p * tiles + tile, tl.sum(tl.where(inside, error, 0.0), axis=0))
+
+
+@triton.jit(do_not_specialize=["size", "other_size", "tiles", "d"])
+def marginal_kernel(
+    ours,  # this and what follows: as in half_iteration_kernel
+    our_batch_stride,
+    our_stride,
+    others,
+    other_batch_stride,
+    other_stride,
+    our_count,
+    other_count,
+    potential,  # [B, size] float64; updated where the weight is 0
+    other_potential,
+    weight,
+    other_log_weight,
+    expected,  # [B, size] float64, what the marginal is compared with
+    off,  # [B, tiles] float64, becomes the error of the marginal, summed up by block
+    masses,  # [B, tiles] float64, becomes the mass of the marginal likewise
+    costs,  # [B, tiles] float64, becomes <P, C> likewise
+    eps_of,  # [B] float64
+    rho_of,
+    state,  # [B] int32
+    size,
+    other_size,
+    tiles,
+    d,
+    METRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ONE_CHAIN: tl.constexpr,
+    COSTS: tl.constexpr,
+):
+    """The marginal a_i exp(S_i) of the plan, sum_j P_ij C_ij with COSTS, and for a_i = 0 the potential that the other side
+    implies, f_i = lambda (f_i - eps S_i); of the problems that are to be evaluated."""
+    p = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    at = tl.load(state + p)
+    if (at != CHECKED) & (at != STOPPED):
+        return
+    n, m = tl.load(our_count + p), tl.load(other_count + p)
+    first_row = tile.to(tl.int64) * ROWS
+    if first_row >= n:
+        return
+    eps, rho = tl.load(eps_of + p), tl.load(rho_of)
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < n
+    own = tl.load(potential + p * size + rows, mask=inside, other=0.0)
+    most, total, cost = row_sums(
+        ours + p * our_batch_stride, our_stride, others + p * other_batch_stride, other_stride, own,
+        other_potential + p * other_size, other_log_weight + p * other_size, first_row, n, m, d, eps,
+        METRIC, ROWS, COLS, ONE_CHAIN, COSTS,
+    )  # fmt: skip
+    log_sum = most + tl.log(total)
+    mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
+    heavy = mass > 0
+    implied = damping_of(rho, eps) * (own - eps * log_sum)
+    tl.store(potential + p * size + rows, implied, mask=inside & (mass == 0))
+    now = tl.where(heavy, mass * tl.exp(log_sum), 0.0)
+    error = tl.abs(now - tl.load(expected + p * size + rows, mask=inside, other=0.0))
+    tl.store(off + p * tiles + tile, tl.sum(error, axis=0))
+    tl.store(masses + p * tiles + tile, tl.sum(now, axis=0))
+    if COSTS:
+        moved = tl.where(heavy, mass * (tl.exp(most) * cost), 0.0)
+        tl.store(costs + p * tiles + tile, tl.sum(moved, axis=0))
+
+
+@triton.jit(do_not_specialize=["size", "other_size", "tiles", "d", "k"])
+def apply_kernel(
+    ours,  # this and what follows: as in half_iteration_kernel
+    our_batch_stride,
+    our_stride,
+    others,
+    other_batch_stride,
+    other_stride,
+    our_count,
+    other_count,
+    potential,
+    other_potential,
+    weight,
+    other_log_weight,
+    factor,  # [B, k, other_size], of the points' type
+    product,  # [B, size, k] float64
+    eps_of,  # [B] float64
+    size,
+    other_size,
+    tiles,
+    d,
+    k,
+    METRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ONE_CHAIN: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """(P v)_ic = a_i sum_j exp(t_ij) v_jc for FEATURES columns c of v, one after the other against each tile of the plan."""
+    p = (tl.program_id(0) // tiles).to(tl.int64)
+    n, m = tl.load(our_count + p), tl.load(other_count + p)
+    first_row = (tl.program_id(0) % tiles).to(tl.int64) * ROWS
+    if first_row >= n:
+        return
+    eps = tl.load(eps_of + p)
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < n
+    high, low = two_parts(tl.load(potential + p * size + rows, mask=inside, other=0.0), ours)
+    first_feature = tl.program_id(1).to(tl.int64) * FEATURES
+    count = tl.minimum(k - first_feature, FEATURES)
+    features = tl.arange(0, FEATURES)[None, :]
+    sums = tl.full((ROWS, FEATURES), 0, tl.float64)
+    first_col = first_row - first_row
+    while first_col < m:
+        t, _ = exponents(
+            ours + p * our_batch_stride, our_stride, others + p * other_batch_stride, other_stride, high, low,
+            other_potential + p * other_size, other_log_weight + p * other_size, first_row, first_col, n, m, d, eps,
+            METRIC, ROWS, COLS, ONE_CHAIN,
+        )  # fmt: skip
+        part = tl.exp(t)
+        cols = first_col + tl.arange(0, COLS)
+        feature = count - count
+        while feature < count:
+            v = tl.load(
+                factor + (p * k + first_feature + feature) * other_size + cols, mask=cols < m, other=0
+            )
+            added = tl.sum(part * v[None, :], axis=1).to(tl.float64)
+            sums += tl.where(features == feature, added[:, None], 0.0)
+            feature += 1
+        first_col += COLS
+    mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)[:, None]
+    places = product + (p * size + rows[:, None]) * k + first_feature + features
+    tl.store(places, tl.where(mass > 0, mass * sums, 0.0), mask=inside[:, None] & (features < count))
+
+
+@triton.jit
+def sum_of(values, count):
+    """The sum of `count` float64 numbers."""
+    places = tl.arange(0, _SUMMED)
+    sums = tl.full((_SUMMED,), 0, tl.float64)
+    while count > 0:
+        sums += tl.load(values + places, mask=places < count, other=0.0)
+        values += _SUMMED
+        count -= _SUMMED
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["row_tiles", "column_tiles", "max_iter"])
+def schedule_kernel(
+    rows_off,  # [B, row_tiles] float64: errors of the marginals by block
+    columns_off,  # [B, column_tiles] float64
+    row_count,  # [B] int64
+    column_count,  # [B] int64
+    row_tiles,
+    column_tiles,
+    reg_of,  # float64
+    tol_of,  # float64
+    max_iter,
+    mass_of,  # [B] float64
+    stage_iterations_of,  # [B] int64
+    relaxed_of,  # [B] int32
+    eps_of,  # [B] float64, this and what follows: updated
+    omega_of,  # [B] float64
+    base_of,  # [B] float64
+    carried,  # [B] float64: the error of the columns that the iteration before left
+    iterations_of,  # [B] int64
+    in_stage_of,  # [B] int64
+    since_of,  # [B] int64
+    known,  # [B] int32
+    state,  # [B] int32
+    ROWS: tl.constexpr,
+    BALANCED: tl.constexpr,
+):
+    """Schedule.after of problem p, whose error is that of the rows with which the iteration began and of the columns then."""
+    p = tl.program_id(0).to(tl.int64)
+    if tl.load(state + p) != RUNNING:
+        return
+    error = sum_of(rows_off + p * row_tiles, (tl.load(row_count + p) + ROWS - 1) // ROWS)
+    error += tl.load(carried + p)
+    after = sum_of(columns_off + p * column_tiles, (tl.load(column_count + p) + ROWS - 1) // ROWS)
+    reg, tol, mass = tl.load(reg_of), tl.load(tol_of), tl.load(mass_of + p)
+    eps, omega, base = tl.load(eps_of + p), tl.load(omega_of + p), tl.load(base_of + p)
+    iterations, in_stage = tl.load(iterations_of + p) + 1, tl.load(in_stage_of + p) + 1
+    since = tl.load(since_of + p)
+
+    annealed = eps > reg
+    stage_over = (error <= _STAGE_ERROR * mass) | (in_stage >= tl.load(stage_iterations_of + p))
+    falls = annealed & stage_over
+    checks = (eps <= reg) & (error <= tol) & (tol > 0)
+    ends = (iterations >= max_iter) | (error != error)
+    adapts = (tl.load(relaxed_of + p) != 0) & (falls == 0) & (checks == 0) & (ends == 0)
+
+    # Constants as float64: bare ones would be float32 to where, minimum and maximum.
+    one = omega / omega
+    early = (since == 0) & (error >= 0.5 * mass)
+    due = since == _PERIOD
+    rate = tl.where(base > 0, tl.exp(tl.log(error / base) * (one / _PERIOD)), 0.0)
+    over = rate + omega - 1
+    plain = tl.minimum(over * over / (rate * omega * omega), one * 0.9999)
+    better = tl.minimum(tl.maximum(omega, 2 / (1 + tl.sqrt(1 - plain))), one * _MOST_OMEGA)
+    changed = tl.where(rate > omega - 1, better, 1 + 0.95 * (omega - 1))
+    changed = tl.where(rate >= 1, 1 + 0.7 * (omega - 1), changed)
+    new_omega = tl.where(due, changed, omega)
+    new_base = tl.where(due | ((since == 0) & (early == 0)), error, base)
+    new_since = tl.where(early, 0, tl.where(due, 1, since + 1))
+
+    tl.store(iterations_of + p, iterations)
+    tl.store(in_stage_of + p, tl.where(falls, 0, in_stage))
+    tl.store(eps_of + p, tl.where(falls, tl.maximum(eps / _FACTOR, reg), eps))
+    tl.store(omega_of + p, tl.where(falls, one, tl.where(adapts, new_omega, omega)))
+    tl.store(since_of + p, tl.where(falls, 0, tl.where(adapts, new_since, since)))
+    tl.store(base_of + p, tl.where(adapts, new_base, base))
+    if BALANCED:
+        tl.store(carried + p, tl.where(falls, 0.0, after))
+    else:
+        # Of another eps, marginals tell nothing.
+        tl.store(carried + p, tl.where(falls, _INF, after))
+        tl.store(known + p, tl.where(falls, 0, 1))
+    ended = tl.where(ends, STOPPED, RUNNING)
+    tl.store(state + p, tl.where(falls, RUNNING, tl.where(checks, CHECKED, ended)))
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows of all problems, or their columns."""
+
+    data: Tensor  # points: panels [B, d, stride]; precomputed: the costs [B, n, m]
+    batch_stride: int
+    stride: int  # from feature to feature; precomputed: from row to row, or from column to column
+    count: Tensor  # [B] int64
+    potential: Tensor  # [B, size] float64
+    weight: Tensor  # [B, size] float64
+    log_weight: Tensor  # [B, size] float64
+
+    @property
+    def size(self) -> int:
+        return self.weight.shape[1]
+
+
+class Problems:
+    """A batch of problems as the kernels take it.
+
+    Args:
+        x: [B, n, d] points with `y` [B, m, d], of unit length for cosine, their padding finite; or costs [B, n, m] with
+            `y` None.
+        metric: "sqeuclidean", "euclidean", "l1", "cosine" or "precomputed".
+        counts: [B] int64, the problems' rows, and their columns.
+        potentials, weights: [B, n] and [B, m] float64, contiguous.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        metric: str,
+        counts: tuple[Tensor, Tensor],
+        potentials: tuple[Tensor, Tensor],
+        weights: tuple[Tensor, Tensor],
+    ) -> None:
+        self.metric = metric
+        self.d = 0 if y is None else x.shape[2]
+        self.tile = Tile.of(x.dtype, self.d)
+        if y is None:
+            places = [(x, x.stride(0), stride) for stride in x.stride()[1:]]
+        else:
+            panels = [_panels(points, self.tile) for points in (x, y)]
+            places = [(panel, panel.stride(0), panel.stride(1)) for panel in panels]
+        self.sides = [
+            Side(*place, count, potential, weight, weight.log())
+            for place, count, potential, weight in zip(places, counts, potentials, weights, strict=True)
+        ]
+
+    def tiles(self, side: int) -> int:
+        """Blocks of rows (side 0) or of columns (side 1) of a problem, the largest that there may be."""
+        return triton.cdiv(self.sides[side].size, self.tile.rows)
+
+    def launch(
+        self,
+        kernel: Any,
+        side: int,
+        tensors: tuple[Tensor, ...],
+        *more: int,
+        groups: int = 1,
+        **constants: Any,
+    ) -> None:
+        """`kernel` for the blocks of one side, over the other; `groups` programs each."""
+        ours, others = self.sides[side], self.sides[1 - side]
+        batch, tiles = ours.weight.shape[0], self.tiles(side)
+        with torch.cuda.device_of(ours.data):
+            kernel[(batch * tiles, groups)](
+                ours.data,
+                ours.batch_stride,
+                ours.stride,
+                others.data,
+                others.batch_stride,
+                others.stride,
+                ours.count,
+                others.count,
+                ours.potential,
+                others.potential,
+                ours.weight,
+                others.log_weight,
+                *tensors,
+                ours.size,
+                others.size,
+                tiles,
+                self.d,
+                *more,
+                METRIC=self.metric,
+                ROWS=self.tile.rows,
+                COLS=self.tile.cols,
+                ONE_CHAIN=self.tile.one_chain,
+                num_warps=self.tile.warps,
+                **constants,
+            )
+
+    def apply(self, v: Tensor, reg: float, transpose: bool) -> Tensor:
+        """P v [B, n, k] float64 for v [B, m, k] of the points' type, P^T v if `transpose`; 0 in the padding."""
+        side = 1 if transpose else 0
+        batch, _, k = v.shape
+        weight = self.sides[side].weight
+        product = weight.new_zeros(batch, weight.shape[1], k)
+        factor = v.mT.contiguous()
+        features = min(_FEATURES, triton.next_power_of_2(k))
+        tensors = (factor, product, weight.new_full((batch,), reg))
+        self.launch(
+            apply_kernel, side, tensors, k, groups=triton.cdiv(k, features), FEATURES=features
+        )  # fmt: skip
+        return product
+
+
+def _panels(points: Tensor, tile: Tile) -> Tensor:
+    """[B, n, d] feature by feature, as [B, d, n rounded up to whole tiles]; zeros fill it up."""
+    batch, n, d = points.shape
+    size = max(tile.rows, tile.cols)
+    packed = points.new_zeros(batch, d, -(-n // size) * size)
+    packed[:, :, :n] = points.mT
+    return packed
+
+
+class Run:
+    """The iterations of a batch: their state, on the device.
+
+    Args:
+        problems: whose potentials are the start, and the result.
+        reg, reg_marginal, tol, max_iter: as in the reference.
+        spread: [B] float64, a bound of the range of each problem's costs.
+        warm: whether the potentials were given.
+    """
+
+    def __init__(
+        self,
+        problems: Problems,
+        reg: float,
+        reg_marginal: tuple[float, float],
+        tol: float,
+        max_iter: int,
+        spread: Tensor,
+        warm: bool,
+    ) -> None:
+        self._problems, self._max_iter, self._tol = problems, max_iter, tol
+        self._balanced = all(map(math.isinf, reg_marginal))
+        weight = problems.sides[0].weight
+        batch, device = weight.shape[0], weight.device
+        self._reg, self._tol_there, *self._rho = torch.tensor(
+            [reg, tol, *reg_marginal], dtype=torch.float64, device=device
+        ).unbind()
+        self._regs = weight.new_full((batch,), reg)
+
+        stages = (torch.log(spread / reg) / math.log(Schedule.FACTOR)).ceil() - 1
+        anneals = (spread > Schedule.ANNEALED_FROM * reg) & torch.isfinite(spread) & (2 * stages <= max_iter)
+        if warm:
+            anneals = torch.zeros_like(anneals)
+        share = max_iter // (2 * torch.where(anneals, stages, 1)).long()
+        self._stage_iterations = share.clamp(max=Schedule.STAGE_ITERATIONS)
+        relaxed = anneals | (tol > 0) if self._balanced else torch.zeros_like(anneals)
+        self._relaxed = relaxed.int()
+        self._mass = weight.sum(1)
+        self._eps = torch.where(anneals, spread / Schedule.FACTOR, reg)
+        self._omega = torch.ones_like(self._eps)
+        self._base = torch.zeros_like(self._eps)
+        self._carried = weight.new_full((batch,), 0.0 if self._balanced else math.inf)
+        self.iterations, self._in_stage, self._since = torch.zeros(
+            3, batch, dtype=torch.int64, device=device
+        ).unbind()
+        self._known, self._state = torch.zeros(2, batch, dtype=torch.int32, device=device).unbind()
+
+        self._last = [weight.new_empty(batch, s.size if not self._balanced else 0) for s in problems.sides]
+        self._before = [torch.empty_like(last) for last in self._last]
+        # By side: errors of the marginal; its mass and <P, C> in the rows of the others. Blocks beyond a problem's size stay 0.
+        self._sums = [weight.new_zeros(3, batch, problems.tiles(side)) for side in (0, 1)]
+        self.error, self.mass, self.cost = weight.new_zeros(3, batch).unbind()
+
+    def look(self) -> tuple[list[int], list[int]]:
+        """The state of each problem, and its iterations. Waits for the device."""
+        state, iterations = torch.stack((self._state.long(), self.iterations)).tolist()
+        return state, iterations
+
+    def iterate(self, count: int) -> None:
+        """Up to `count` iterations of each problem that is running."""
+        problems = self._problems
+        for _ in range(count):
+            for side in (0, 1):
+                tensors = (
+                    self._last[side],
+                    self._before[side],
+                    self._sums[side][0],
+                    self._eps,
+                    self._omega,
+                    self._rho[side],
+                    self._known,
+                    self._state,
+                )
+                problems.launch(
+                    half_iteration_kernel, side, tensors, BALANCED=self._balanced, AFTER=side == 1
+                )
+            rows, columns = problems.sides
+            with torch.cuda.device_of(self._eps):
+                schedule_kernel[(len(self._eps),)](
+                    self._sums[0][0],
+                    self._sums[1][0],
+                    rows.count,
+                    columns.count,
+                    problems.tiles(0),
+                    problems.tiles(1),
+                    self._reg,
+                    self._tol_there,
+                    self._max_iter,
+                    self._mass,
+                    self._stage_iterations,
+                    self._relaxed,
+                    self._eps,
+                    self._omega,
+                    self._base,
+                    self._carried,
+                    self.iterations,
+                    self._in_stage,
+                    self._since,
+                    self._known,
+                    self._state,
+                    ROWS=problems.tile.rows,
+                    BALANCED=self._balanced,
+                    num_warps=1,
+                )
+
+    def evaluate(self) -> None:
+        """The plans of the problems that may have converged or have ended: their errors, masses and costs, and the potentials
+        that zero weights have. Those that did not converge after all go on, with plain iterations."""
+        for side in (0, 1):
+            # The rows' marginal is that with which the last iteration began, the columns' likewise.
+            seen = self._last if side == 0 else self._before
+            expected = self._problems.sides[side].weight if self._balanced else seen[side]
+            self._problems.launch(
+                marginal_kernel,
+                side,
+                (expected, *self._sums[side], self._regs, self._rho[side], self._state),
+                COSTS=side == 0,
+            )
+        checked = self._state == CHECKED.value
+        evaluated = checked | (self._state == STOPPED.value)
+        (rows_off, mass, cost), (columns_off, _, _) = (sums.sum(2) for sums in self._sums)
+        for kept, value in ((self.error, rows_off + columns_off), (self.mass, mass), (self.cost, cost)):
+            torch.where(evaluated, value, kept, out=kept)
+        goes_on = checked & ~(self.error <= self._tol) & (self.iterations < self._max_iter)
+        self._omega.masked_fill_(goes_on, 1)
+        self._since.masked_fill_(goes_on, 0)
+        self._state.masked_fill_(evaluated, DONE.value).masked_fill_(goes_on, RUNNING.value)
