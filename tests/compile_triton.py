@@ -22,9 +22,41 @@ from triton.compiler import ASTSource
 
 from flashcoreset.triton_kernels.facility_location import gains_kernel, update_kernel
 from flashcoreset.triton_kernels.pairwise import Tile, pairwise_kernel
+from flashcoreset.triton_kernels.sinkhorn import (
+    apply_kernel,
+    half_iteration_kernel,
+    marginal_kernel,
+    schedule_kernel,
+)
 
-INDICES = ("index", "owner", "gains")
-NUMBERS = ("a", "b", "out", "candidates", "clients", "best", "weights", "own")
+# Types of what arguments point to: that of the data, or another.
+NUMBERS = ("a", "b", "out", "candidates", "clients", "best", "weights", "own", "ours", "others", "factor")
+POINTERS = {
+    **dict.fromkeys(("index", "owner", "gains"), "i64"),
+    **dict.fromkeys(("our_count", "other_count", "row_count", "column_count"), "i64"),
+    **dict.fromkeys(("stage_iterations_of", "iterations_of", "in_stage_of", "since_of"), "i64"),
+    **dict.fromkeys(("relaxed_of", "known", "state"), "i32"),
+    **dict.fromkeys(("potential", "other_potential", "weight", "other_log_weight"), "fp64"),
+    **dict.fromkeys(("last", "before", "expected", "off", "masses", "costs", "product"), "fp64"),
+    **dict.fromkeys(
+        ("eps_of", "omega_of", "base_of", "carried", "mass_of", "reg_of", "tol_of", "rho_of"), "fp64"
+    ),
+    **dict.fromkeys(("rows_off", "columns_off"), "fp64"),
+}
+# Of the tensors above, those that are elements of others, or rows of them: they may lie anywhere.
+UNALIGNED = (
+    "reg_of",
+    "tol_of",
+    "rho_of",
+    "iterations_of",
+    "in_stage_of",
+    "since_of",
+    "known",
+    "state",
+    "masses",
+    "costs",
+)
+SINKHORN = (half_iteration_kernel, marginal_kernel, apply_kernel)
 FORMS = ("dot", "euclidean", "l1")  # cosine is dot of other rows, sqeuclidean is euclidean without the root
 
 # (kernel, type, metric, whether one chain takes all features)
@@ -37,27 +69,46 @@ VARIANTS = [
     *((kernel, "fp32", "precomputed", True) for kernel in (gains_kernel, update_kernel)),
     *((gains_kernel, "fp32", form, False) for form in FORMS),
     (gains_kernel, "fp64", "euclidean", True),
+    *(
+        (kernel, "fp32", form, True)
+        for kernel in SINKHORN
+        for form in ("euclidean", "precomputed", "transposed")
+    ),
+    *((half_iteration_kernel, "fp32", form, True) for form in ("cosine", "l1")),
+    *((kernel, "fp64", "euclidean", True) for kernel in SINKHORN),
+    *((kernel, dtype, "euclidean", False) for kernel in SINKHORN for dtype in ("fp32", "fp64")),
+    (half_iteration_kernel, "fp64", "transposed", True),
+    (schedule_kernel, "fp64", "any", True),
 ]
 
 
 def compile_kernel(kernel: Any, dtype: str, metric: str, one_chain: bool, architecture: int) -> Any:
-    """The kernel as a launch compiles it: pointers and the strides of panels are multiples of 16."""
+    """The kernel as a launch compiles it: pointers and the strides of panels are multiples of 16, and a stride of 1 is a
+    constant. "transposed" is a precomputed matrix from its columns' side."""
     tile = Tile.of(torch.float32 if dtype == "fp32" else torch.float64, 256 if one_chain else 257)
     constants = {"METRIC": metric, "ROWS": tile.rows, "COLS": tile.cols, "ONE_CHAIN": one_chain}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    if kernel in SINKHORN and metric in ("precomputed", "transposed"):
+        constants |= {
+            "METRIC": "precomputed",
+            ("our_stride" if metric == "transposed" else "other_stride"): 1,
+        }
+    constants |= {"BALANCED": False, "AFTER": True, "COSTS": True, "FEATURES": 16}  # where they take most
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
-        if name in constants:
+        if name in used:
             signature[name] = "constexpr"
-        elif name in INDICES or name in NUMBERS:
-            signature[name] = "*i64" if name in INDICES else f"*{dtype}"
+        elif name in POINTERS or name in NUMBERS:
+            signature[name] = f"*{POINTERS.get(name, dtype)}"
         else:
             signature[name] = "i32"
-        panel_stride = name.endswith("_stride") and name != "out_stride" and metric != "precomputed"
-        if signature[name].startswith("*") or panel_stride:
+        panel_stride = (
+            name.endswith("_stride") and name != "out_stride" and constants["METRIC"] != "precomputed"
+        )
+        if (signature[name].startswith("*") and name not in UNALIGNED) or panel_stride:
             aligned[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+        ASTSource(kernel, signature, constexprs=used, attrs=aligned),
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": tile.warps},
     )

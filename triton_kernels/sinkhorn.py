@@ -54,6 +54,13 @@ _FEATURES = 16
 
 
 @triton.jit
+def two_parts(value, like):
+    """float64 numbers as the nearest of the type of `like`, and what is left."""
+    high = value.to(like.dtype.element_ty)
+    return high, (value - high.to(tl.float64)).to(like.dtype.element_ty)
+
+
+@triton.jit
 def exponents(
     ours,  # points: the first of ROWS rows in a panel, `our_stride` from feature to feature; precomputed: C_00, rows so far apart
     our_stride,
@@ -91,21 +98,15 @@ def exponents(
     g += eps * tl.load(other_log_weight + cols, mask=cols < m, other=0.0)
     s = high[:, None] - c
     if c.dtype == tl.float32:
-        g_high = g.to(tl.float32)
-        g_low = tl.where(g == -_INF, 0.0, g - g_high.to(tl.float64)).to(tl.float32)
+        heavy = g > -_INF
+        g_high, g_low = two_parts(tl.where(heavy, g, 0.0), ours)
+        g_high = tl.where(heavy, g_high, -_INF)
         back = s - high[:, None]
         rounding = (high[:, None] - (s - back)) - (c + back)
         t = (s + g_high[None, :]) + (rounding + (low[:, None] + g_low[None, :]))
     else:
         t = s + g[None, :]
     return t * (1.0 / eps).to(c.dtype), c
-
-
-@triton.jit
-def two_parts(value, like):
-    """float64 numbers as the nearest of the type of `like`, and what is left."""
-    high = value.to(like.dtype.element_ty)
-    return high, (value - high.to(tl.float64)).to(like.dtype.element_ty)
 
 
 @triton.jit
@@ -154,8 +155,8 @@ def row_sums(
 
 @triton.jit
 def damping_of(rho, eps):
-    """rho / (rho + eps); 1 for a balanced marginal."""
-    return tl.where(rho == _INF, 1.0, rho / (rho + eps))
+    """rho / (rho + eps), which is 1 for a balanced marginal, whose rho is infinite."""
+    return 1.0 / (1.0 + eps / rho)
 
 
 @triton.jit(do_not_specialize=["size", "other_size", "tiles", "d"])
@@ -216,7 +217,7 @@ def half_iteration_kernel(
         log_sum += (new - own) / eps
     mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
     # Of nothing there is nothing, however large the sum.
-    now = tl.where(mass > 0, mass * tl.exp(log_sum), 0.0)
+    now = mass * tl.exp(tl.where(mass > 0, log_sum, 0.0))
     if BALANCED:
         error = tl.abs(now - mass)
     else:
@@ -285,12 +286,12 @@ def marginal_kernel(
     heavy = mass > 0
     implied = damping_of(rho, eps) * (own - eps * log_sum)
     tl.store(potential + p * size + rows, implied, mask=inside & (mass == 0))
-    now = tl.where(heavy, mass * tl.exp(log_sum), 0.0)
+    now = mass * tl.exp(tl.where(heavy, log_sum, 0.0))
     error = tl.abs(now - tl.load(expected + p * size + rows, mask=inside, other=0.0))
     tl.store(off + p * tiles + tile, tl.sum(error, axis=0))
     tl.store(masses + p * tiles + tile, tl.sum(now, axis=0))
     if COSTS:
-        moved = tl.where(heavy, mass * (tl.exp(most) * cost), 0.0)
+        moved = mass * (tl.exp(tl.where(heavy, most, 0.0)) * cost)
         tl.store(costs + p * tiles + tile, tl.sum(moved, axis=0))
 
 
@@ -420,9 +421,11 @@ def schedule_kernel(
     one = omega / omega
     early = (since == 0) & (error >= 0.5 * mass)
     due = since == _PERIOD
-    rate = tl.where(base > 0, tl.exp(tl.log(error / base) * (one / _PERIOD)), 0.0)
+    measured = due & (base > 0) & (error > 0)
+    ratio = tl.where(measured, error, one) / tl.where(measured, base, one)
+    rate = tl.where(measured, tl.exp(tl.log(ratio) * (one / _PERIOD)), 0.0)
     over = rate + omega - 1
-    plain = tl.minimum(over * over / (rate * omega * omega), one * 0.9999)
+    plain = tl.minimum(over * over / (tl.where(measured, rate, one) * omega * omega), one * 0.9999)
     better = tl.minimum(tl.maximum(omega, 2 / (1 + tl.sqrt(1 - plain))), one * _MOST_OMEGA)
     changed = tl.where(rate > omega - 1, better, 1 + 0.95 * (omega - 1))
     changed = tl.where(rate >= 1, 1 + 0.7 * (omega - 1), changed)
