@@ -643,34 +643,38 @@ class Run:
                 problems.launch(
                     half_iteration_kernel, side, tensors, BALANCED=self._balanced, AFTER=side == 1
                 )
-            rows, columns = problems.sides
-            with torch.cuda.device_of(self._eps):
-                schedule_kernel[(len(self._eps),)](
-                    self._sums[0][0],
-                    self._sums[1][0],
-                    rows.count,
-                    columns.count,
-                    problems.tiles(0),
-                    problems.tiles(1),
-                    self._reg,
-                    self._tol_there,
-                    self._max_iter,
-                    self._mass,
-                    self._stage_iterations,
-                    self._relaxed,
-                    self._eps,
-                    self._omega,
-                    self._base,
-                    self._carried,
-                    self.iterations,
-                    self._in_stage,
-                    self._since,
-                    self._known,
-                    self._state,
-                    ROWS=problems.tile.rows,
-                    BALANCED=self._balanced,
-                    num_warps=1,
-                )
+            self._after_iteration()
+
+    def _after_iteration(self) -> None:
+        """What comes next for each problem that is running, by the errors in `_sums`."""
+        rows, columns = self._problems.sides
+        with torch.cuda.device_of(self._eps):
+            schedule_kernel[(len(self._eps),)](
+                self._sums[0][0],
+                self._sums[1][0],
+                rows.count,
+                columns.count,
+                self._problems.tiles(0),
+                self._problems.tiles(1),
+                self._reg,
+                self._tol_there,
+                self._max_iter,
+                self._mass,
+                self._stage_iterations,
+                self._relaxed,
+                self._eps,
+                self._omega,
+                self._base,
+                self._carried,
+                self.iterations,
+                self._in_stage,
+                self._since,
+                self._known,
+                self._state,
+                ROWS=self._problems.tile.rows,
+                BALANCED=self._balanced,
+                num_warps=1,
+            )
 
     def evaluate(self) -> None:
         """The plans of the problems that may have converged or have ended: their errors, masses and costs, and the potentials
