@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from flashcoreset.triton_kernels.sinkhorn import (
     half_iteration_kernel,
     marginal_kernel,
     schedule_kernel,
+    tile_of,
 )
 
 # Types of what arguments point to: that of the data, or another.
@@ -85,9 +87,11 @@ VARIANTS = [
 def compile_kernel(kernel: Any, dtype: str, metric: str, one_chain: bool, architecture: int) -> Any:
     """The kernel as a launch compiles it: pointers and the strides of panels are multiples of 16, and a stride of 1 is a
     constant. "transposed" is a precomputed matrix from its columns' side."""
-    tile = Tile.of(torch.float32 if dtype == "fp32" else torch.float64, 256 if one_chain else 257)
+    of_matrix = kernel in SINKHORN and metric in ("precomputed", "transposed")
+    choose = partial(tile_of, metric="precomputed") if of_matrix else Tile.of
+    tile = choose(torch.float32 if dtype == "fp32" else torch.float64, 256 if one_chain else 257)
     constants = {"METRIC": metric, "ROWS": tile.rows, "COLS": tile.cols, "ONE_CHAIN": one_chain}
-    if kernel in SINKHORN and metric in ("precomputed", "transposed"):
+    if of_matrix:
         constants |= {
             "METRIC": "precomputed",
             ("our_stride" if metric == "transposed" else "other_stride"): 1,

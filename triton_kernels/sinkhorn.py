@@ -26,7 +26,7 @@ save half of the costs: Gauss-Seidel order needs f of all rows first. tl.dot for
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -449,6 +449,13 @@ def schedule_kernel(
     tl.store(state + p, tl.where(falls, RUNNING, tl.where(checks, CHECKED, ended)))
 
 
+def tile_of(dtype: torch.dtype, d: int, metric: str) -> Tile:
+    """The tile of points; of a matrix half the rows, since all of a tile's loads are under way at once, each with a register
+    for its address too. (8 rows of float32 are a sector of memory, where the matrix is read from its columns' side.)"""
+    tile = Tile.of(dtype, d)
+    return replace(tile, rows=tile.rows // 2) if metric == "precomputed" else tile
+
+
 @dataclass(frozen=True)
 class Side:
     """The rows of all problems, or their columns."""
@@ -488,7 +495,7 @@ class Problems:
     ) -> None:
         self.metric = metric
         self.d = 0 if y is None else x.shape[2]
-        self.tile = Tile.of(x.dtype, self.d)
+        self.tile = tile_of(x.dtype, self.d, metric)
         if y is None:
             places = [(x, x.stride(0), stride) for stride in x.stride()[1:]]
         else:
