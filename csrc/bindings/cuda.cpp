@@ -10,35 +10,13 @@
 
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
+#include "bindings/cuda_module.h"
 #include "cuda/facility_location.h"
 #include "cuda/launch.h"
 #include "cuda/pairwise.h"
 
 namespace fc {
 namespace {
-
-#if defined(FC_EMULATOR)
-constexpr dlpack::DeviceType kDevice = dlpack::kCpu;
-#else
-constexpr dlpack::DeviceType kDevice = dlpack::kCuda;
-#endif
-
-// Makes the device of an array the current one for as long as the object lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    cuda::check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) cuda::check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-};
-
-cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 // A run, the arrays that it reads, and the device that both are on.
 class PyCudaFacilityLocation {
@@ -206,6 +184,7 @@ void define_cuda_module(py::module_& m) {
            "Writes indices, gains and weights [picks], assignment [m]; waits; returns (f(S), offset).")
       .def("verdict", &PyCudaFacilityLocation::verdict,
            "After finish() or step_among(): (what is wrong or None, argument, row).");
+  bind_cuda_sinkhorn(m);
 }
 
 }  // namespace

@@ -1,0 +1,250 @@
+// What the kernels of Sinkhorn share: the problems as a kernel sees them, tiles of their costs, and exponents
+//   (f_i + g_j - C_ij) / eps
+// formed so that potentials and costs of many times eps lose nothing. Potentials are float64. In float64 the
+// exponent is too; for float32 each potential is split into two floats and the difference of the first from
+// the cost keeps its rounding error (Knuth's two-sum), so what remains is the rounding of a number as small as
+// the result: 13 operations, none of them in float64.
+// Rejected: float64 exponents for float32 costs, whose conversions alone take as long as 8 features' products;
+// potentials over eps as one float, which at costs of 10^4 eps is off by 5e-4.
+#pragma once
+
+#include <cmath>
+#include <new>
+#include <type_traits>
+
+#include "core/sinkhorn_schedule.h"
+#include "cuda/sinkhorn.h"
+#include "cuda/tile.cuh"
+
+namespace fc::cuda {
+
+// Rows of a tile, which has kCols<T> columns. Chains of features may be long.
+template <class T>
+inline constexpr int kTileRows = kTallRows<T, true>;
+
+// Static shared memory of tile_values() and of the functions below, rounded up.
+template <class T>
+inline constexpr size_t kStagingBytes =
+    kDepth * (kTileRows<T> + kCols<T> + 32 / sizeof(T)) * sizeof(T) + 1024;
+
+// A double as an unsigned number of the same order, so that atomicMax finds the largest; 0 is below all.
+__device__ __forceinline__ unsigned long long ordered(double value) {
+  const auto bits = static_cast<unsigned long long>(__double_as_longlong(value));
+  return bits >> 63 != 0 ? ~bits : bits | 1ull << 63;
+}
+__device__ __forceinline__ double of_ordered(unsigned long long bits) {
+  return __longlong_as_double(static_cast<long long>(bits >> 63 != 0 ? bits & ~(1ull << 63) : ~bits));
+}
+
+// What was found in the data of all problems: the least position of each fault, all ones for none.
+struct Faults {
+  static constexpr unsigned long long kNone = ~0ull;
+  unsigned long long values[2];    // in x, y: (problem * rows + row) * columns + column
+  unsigned long long weights[2];   // in a, b: problem * rows + row
+  unsigned long long no_weight[2];  // problem
+  unsigned long long unequal_weight, overflow;
+
+  __host__ __device__ bool any() const {
+    return values[0] != kNone || values[1] != kNone || weights[0] != kNone || weights[1] != kNone ||
+           no_weight[0] != kNone || no_weight[1] != kNone || unequal_weight != kNone || overflow != kNone;
+  }
+};
+
+// What is known of a problem before it is solved.
+struct Facts {
+  unsigned long long most[2];  // ordered(): the farthest of x and of y from the first of y; costs and -costs
+  double spread;               // of the costs, or a bound
+  double mass[2];              // sums of a and b
+};
+
+// A pair of potentials' parts, see above.
+template <class T>
+struct Split;
+template <>
+struct alignas(8) Split<float> {
+  float hi, lo;
+};
+template <>
+struct Split<double> {
+  double hi;
+};
+
+template <class T>
+__device__ __forceinline__ Split<T> split(double value) {
+  if constexpr (sizeof(T) == 4) {
+    const float hi = static_cast<float>(value);
+    // An infinite potential, which a weight of 0 makes of it, has no remainder.
+    return {hi, hi - hi == 0 ? static_cast<float>(value - hi) : 0.0f};
+  } else {
+    return {value};
+  }
+}
+
+// With the precision of its argument, under nvcc and elsewhere.
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+
+// (own + other - cost) * inverse; `other` may be -infinity, `own` may not.
+__device__ __forceinline__ float exponent(Split<float> own, Split<float> other, float cost, float inverse) {
+  const float gap = own.hi - cost, back = gap - own.hi;
+  const float lost = (own.hi - (gap - back)) - (cost + back);
+  return ((gap + other.hi) + ((lost + own.lo) + other.lo)) * inverse;
+}
+__device__ __forceinline__ double exponent(Split<double> own, Split<double> other, double cost,
+                                           double inverse) {
+  return ((own.hi - cost) + other.hi) * inverse;
+}
+
+// The problems as a kernel sees them: cosine's points are of unit length already.
+template <class T>
+struct Batch {
+  const T* x = nullptr;  // [count, n, d], or the costs [count, n, m]
+  const T* y = nullptr;  // [count, m, d]
+  int64_t count = 0, d = 0;
+  int n = 0, m = 0;
+  bool root = false, cosine = false;
+  const double *a = nullptr, *b = nullptr;  // [count, n], [count, m]
+  const int64_t *x_lengths = nullptr, *y_lengths = nullptr;
+
+  __device__ int rows(int64_t p) const { return x_lengths == nullptr ? n : static_cast<int>(x_lengths[p]); }
+  __device__ int columns(int64_t p) const {
+    return y_lengths == nullptr ? m : static_cast<int>(y_lengths[p]);
+  }
+};
+
+// The costs of one problem, seen from its rows or from its columns: C between `lines` and `others`.
+template <class T>
+struct Costs {
+  RowSet<T> lines, others;
+  const T* matrix = nullptr;
+  int64_t line_stride = 0, other_stride = 0;  // of the matrix
+  bool root = false, cosine = false;
+};
+
+template <class T, bool kMatrix>
+__device__ Costs<T> costs_of(const Batch<T>& batch, int64_t p, bool from_columns) {
+  RowSet<T> x{nullptr, batch.d, nullptr, batch.rows(p)}, y{nullptr, batch.d, nullptr, batch.columns(p)};
+  const T* matrix = nullptr;
+  if constexpr (kMatrix) {
+    matrix = batch.x + p * batch.n * batch.m;
+  } else {
+    x.data = batch.x + p * batch.n * batch.d;
+    y.data = batch.y + p * batch.m * batch.d;
+  }
+  if (from_columns) return {y, x, matrix, 1, batch.m, batch.root, batch.cosine};
+  return {x, y, matrix, batch.m, 1, batch.root, batch.cosine};
+}
+
+// cost[r][c] of this thread's pairs of a tile, see tile.cuh; beyond the sets it is any finite number.
+template <class T, Form form, bool kMatrix>
+__device__ void cost_tile(const Costs<T>& costs, int first_line, int first_other,
+                          T (&cost)[kTileRows<T> / kSide][kCols<T> / kSide]) {
+  if constexpr (!kMatrix) {
+    tile_values<T, form, kTileRows<T>, true>(costs.lines, first_line, costs.others, first_other, cost);
+  }
+#pragma unroll
+  for (int r = 0; r < kTileRows<T> / kSide; ++r) {
+    const int line = first_line + tile_row<kTileRows<T>>(r);
+#pragma unroll
+    for (int c = 0; c < kCols<T> / kSide; ++c) {
+      if constexpr (kMatrix) {
+        const int other = first_other + tile_column<T>(c);
+        const bool inside = line < costs.lines.count && other < costs.others.count;
+        cost[r][c] = inside ? costs.matrix[line * costs.line_stride + other * costs.other_stride] : T(0);
+      } else if constexpr (form == Form::kProduct) {
+        cost[r][c] = T(1) - cost[r][c];
+      } else if constexpr (form == Form::kSquare) {
+        cost[r][c] = finish_value(cost[r][c], costs.root, false);
+      }
+    }
+  }
+}
+
+// The sum over the block's threads, in one order.
+__device__ inline double block_sum(double own) {
+  FC_SHARED(double, warps, [kThreads / 32]);
+  for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(0xffffffffu, own, step);
+  __syncthreads();  // of an earlier call, everyone has read the answer
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
+  __syncthreads();
+  double sum = 0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) sum += warps[warp];
+  return sum;
+}
+
+// Shared memory for the schedule of the problem at hand, which has a constructor.
+inline constexpr int kScheduleDoubles = sizeof(SinkhornSchedule) / sizeof(double);
+static_assert(sizeof(SinkhornSchedule) % sizeof(double) == 0 && alignof(SinkhornSchedule) <= alignof(double));
+
+// What a run was asked for, as its kernel gets it.
+struct Task {
+  SinkhornOptions options;
+  SinkhornResult result;
+  const Facts* facts = nullptr;  // [count]
+  const Faults* faults = nullptr;
+
+  __device__ double rho(bool of_columns) const { return of_columns ? options.rho_b : options.rho_a; }
+  __device__ bool balanced() const { return options.rho_a == HUGE_VAL && options.rho_b == HUGE_VAL; }
+};
+
+// lambda = rho / (rho + eps)
+__device__ __forceinline__ double damping(double rho, double eps) {
+  return rho == HUGE_VAL ? 1.0 : rho / (rho + eps);
+}
+
+// What a weight's potential counts in the dual.
+__device__ __forceinline__ double worth(double weight, double potential, double rho) {
+  if (!(weight > 0)) return 0;
+  return weight * (rho == HUGE_VAL ? potential : -rho * expm1(-potential / rho));
+}
+
+// What a kernel holds at the end of a run, and the one thread that writes it.
+struct Outcome {
+  double error, dual, mass, transport_cost;
+  int64_t iterations;
+};
+__device__ inline void write_outcome(const Task& task, int64_t p, const Outcome& found) {
+  const Facts& facts = task.facts[p];
+  task.result.value[p] =
+      found.dual - task.options.reg * (found.mass - facts.mass[0] * facts.mass[1]);
+  task.result.transport_cost[p] = found.transport_cost;
+  task.result.error[p] = found.error;
+  task.result.iterations[p] = found.iterations;
+}
+
+// What a block that solves a problem in shared memory needs of it: see sinkhorn_resident.cu.
+inline constexpr int kMostParts = 512;
+constexpr int64_t fours(int64_t count) { return (count + 3) / 4 * 4; }
+
+template <class T>
+__host__ __device__ int64_t resident_bytes(int64_t rows, int64_t columns) {
+  const int64_t longer = rows > columns ? rows : columns;
+  const int64_t doubles = (longer > kMostParts ? longer : kMostParts) + 3 * rows + 4 * columns;
+  const int64_t values = fours(rows) + fours(columns) + rows * (columns | 1);
+  return (doubles + doubles % 2) * 8 + values * static_cast<int64_t>(sizeof(T));
+}
+
+// Solves the problems that fit into `shared` bytes, a block each; on the task's stream.
+template <class T>
+void launch_resident(const Batch<T>& batch, Metric metric, const Task& task, int64_t shared);
+
+// Solves the others, by all blocks at once.
+template <class T>
+void launch_streaming(const Batch<T>& batch, Metric metric, const Task& task, int64_t shared);
+
+// Calls fn with the form and whether costs are given, as constants.
+template <class T, class Fn>
+void with_costs(const Batch<T>& batch, Metric metric, Fn&& fn) {
+  using No = std::false_type;
+  if (batch.y == nullptr) return fn(std::integral_constant<Form, Form::kProduct>{}, std::true_type{});
+  switch (form_of(metric)) {
+    case Form::kProduct:
+      return fn(std::integral_constant<Form, Form::kProduct>{}, No{});
+    case Form::kSquare:
+      return fn(std::integral_constant<Form, Form::kSquare>{}, No{});
+    case Form::kAbsolute:
+      return fn(std::integral_constant<Form, Form::kAbsolute>{}, No{});
+  }
+}
+
+}  // namespace fc::cuda
