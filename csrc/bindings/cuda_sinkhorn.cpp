@@ -78,18 +78,22 @@ class Problems {
   // One to write to.
   template <class U, int Rank>
   U* output(py::handle array, const char* name, const int64_t (&shape)[Rank]) {
-    const auto view = keep(array, name).template output<U, Rank>();
-    check_layout(view, name, shape);
+    return output<U>(keep(array, name), shape);
+  }
+  template <class U, int Rank>
+  static U* output(const ArrayArgument& array, const int64_t (&shape)[Rank]) {
+    const auto view = array.output<U, Rank>();
+    check_layout(view, array.name(), shape);
     return view.data;
+  }
+
+  const ArrayArgument& keep(py::handle array, const char* name) {
+    arrays_.push_back(std::make_unique<ArrayArgument>(array, name, kDevice));
+    return *arrays_.back();
   }
 
  private:
   static constexpr int64_t kLimit = INT32_MAX;
-
-  ArrayArgument& keep(py::handle array, const char* name) {
-    arrays_.push_back(std::make_unique<ArrayArgument>(array, name, kDevice));
-    return *arrays_.back();
-  }
 
   template <class U, int Rank>
   static const U* compact_view(const ArrayArgument& array, const int64_t (&shape)[Rank]) {
@@ -109,7 +113,7 @@ class Problems {
     if (!same) throw py::value_error(std::string(name) + ": expected a contiguous array [" + expected + "]");
   }
 
-  std::vector<std::unique_ptr<ArrayArgument>> arrays_;
+  std::vector<std::unique_ptr<ArrayArgument>> arrays_;  // before what refers to them
   const ArrayArgument& x_;
   const ArrayArgument* y_ = nullptr;
   const std::string metric_;
@@ -173,9 +177,10 @@ void sinkhorn_apply(py::object x, py::object y, const std::string& metric, py::o
   const int64_t batch = problems.batch(), n = problems.n(), m = problems.m();
   const double* const start_f = problems.compact<double>(f, "f", {batch, n});
   const double* const start_g = problems.compact<double>(g, "g", {batch, m});
-  const int64_t k = ArrayArgument(out, "out", kDevice).size(2);
+  const ArrayArgument& written = problems.keep(out, "out");
+  const int64_t k = written.size(2);
   const double* const factors = problems.compact<double>(v, "v", {batch, transpose ? n : m, k});
-  double* const result = problems.output<double>(out, "out", {batch, transpose ? m : n, k});
+  double* const result = Problems::output<double>(written, {batch, transpose ? m : n, k});
   if (k == 0) return;
   dispatch_floating(problems.x(), [&](auto zero) {
     using T = decltype(zero);

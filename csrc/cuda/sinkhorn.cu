@@ -32,7 +32,7 @@ __device__ void lower(unsigned long long* least, int64_t at) {
 }
 
 // faults.values and facts.most. Rows are shared out to warps: `slices` blocks a problem, blockIdx.x = p *
-// slices + slice. Metric kDot stands for costs that are given.
+// slices + slice.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     inspect(SinkhornProblems<T> problems, int64_t slices, Facts* facts, Faults* faults) {
@@ -133,15 +133,15 @@ struct Plans {
 };
 
 // p[r][c] = P / weight of the line, 0 beyond the problem; this thread's share of a tile.
-template <class T, Form form, bool kMatrix>
+template <class T>
 __device__ void plan_tile(const Plans<T>& plans, int64_t problem, int first_line, int first_other,
                           T (&p)[kTileRows<T> / kSide][kCols<T> / kSide]) {
-  const Costs<T> costs = costs_of<T, kMatrix>(plans.batch, problem, plans.of_columns);
+  const Costs<T> costs = costs_of(plans.batch, problem, plans.of_columns);
   const Split<T>* const plain = plans.plain + problem * (plans.of_columns ? plans.batch.m : plans.batch.n);
   const Split<T>* const weighted =
       plans.weighted + problem * (plans.of_columns ? plans.batch.n : plans.batch.m);
   const T inverse = static_cast<T>(1 / plans.reg);
-  cost_tile<T, form, kMatrix>(costs, first_line, first_other, p);
+  cost_tile(costs, first_line, first_other, p);
 #pragma unroll
   for (int c = 0; c < kCols<T> / kSide; ++c) {
     const int o = first_other + tile_column<T>(c);
@@ -156,7 +156,7 @@ __device__ void plan_tile(const Plans<T>& plans, int64_t problem, int first_line
 }
 
 // out [count, n, m] = P: a block for each tile, blockIdx.x = (problem * line tiles + tile) * other tiles + tile.
-template <class T, Form form, bool kMatrix>
+template <class T>
 __global__ void __launch_bounds__(kThreads) write_plan(Plans<T> plans, double* out) {
   const int n = plans.batch.n, m = plans.batch.m;
   const int other_tiles = (m + kCols<T> - 1) / kCols<T>, tiles = (n + kTileRows<T> - 1) / kTileRows<T>;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) write_plan(Plans<T> plans, double* o
   const int first_line = static_cast<int>(blockIdx.x / other_tiles % tiles) * kTileRows<T>;
   const int first_other = static_cast<int>(blockIdx.x % other_tiles) * kCols<T>;
   T p[kTileRows<T> / kSide][kCols<T> / kSide];
-  plan_tile<T, form, kMatrix>(plans, problem, first_line, first_other, p);
+  plan_tile(plans, problem, first_line, first_other, p);
 #pragma unroll
   for (int r = 0; r < kTileRows<T> / kSide; ++r) {
     const int l = first_line + tile_row<kTileRows<T>>(r);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) write_plan(Plans<T> plans, double* o
 
 // out [count, lines, k]: out_lq = weight_l sum_o (P_lo / weight_l) v_oq. A block for kTileRows lines and kTerms
 // columns of v, along all others; sums of a thread's part of a tile in T, of tiles in float64.
-template <class T, Form form, bool kMatrix>
+template <class T>
 __global__ void __launch_bounds__(kThreads)
     apply_plan(Plans<T> plans, const double* v, int64_t k, int64_t terms, double* out) {
   constexpr int kTerms = 4, kR = kTileRows<T> / kSide, kC = kCols<T> / kSide;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
       v_part[t / kTerms][t % kTerms] = o < others && q < k ? static_cast<T>(v[o * k + q]) : T(0);
     }
     T p[kR][kC];
-    plan_tile<T, form, kMatrix>(plans, problem, first_line, first_other, p);
+    plan_tile(plans, problem, first_line, first_other, p);
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < kTerms; ++q) {
@@ -246,6 +246,7 @@ class Packed {
     batch_.d = problems.d;
     batch_.n = static_cast<int>(problems.n);
     batch_.m = static_cast<int>(problems.m);
+    batch_.form = form_of(problems.metric);
     batch_.root = problems.metric == Metric::kEuclidean;
     batch_.a = problems.a;
     batch_.b = problems.b;
@@ -351,9 +352,9 @@ SinkhornVerdict sinkhorn(const SinkhornProblems<T>& problems, const SinkhornOpti
   const bool ragged = problems.x_lengths != nullptr || problems.y_lengths != nullptr;
   const bool all_fit = resident_bytes<T>(problems.n, problems.m) <= shared;
   if (all_fit || (ragged && resident_bytes<T>(1, 1) <= shared)) {
-    launch_resident(packed.batch(), problems.metric, task, shared);
+    launch_resident(packed.batch(), task, shared);
   }
-  if (!all_fit) launch_streaming(packed.batch(), problems.metric, task, shared);
+  if (!all_fit) launch_streaming(packed.batch(), task, shared);
 
   Faults found;
   check(cudaMemcpyAsync(&found, faults.data(), sizeof found, cudaMemcpyDeviceToHost, stream),
@@ -376,10 +377,8 @@ void sinkhorn_apply(const SinkhornProblems<T>& problems, double reg, const doubl
                        transpose ? rows.weighted() : columns.weighted()};
   const int64_t terms = tiles_of(k, 4);
   const int64_t blocks = problems.batch * tiles_of(transpose ? problems.m : problems.n, kTileRows<T>) * terms;
-  with_costs(packed.batch(), problems.metric, [&](auto form, auto matrix) {
-    launch(apply_plan<T, form(), matrix()>,
-           {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream}, plans, v, k, terms, out);
-  });
+  launch(apply_plan<T>, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream}, plans, v, k, terms,
+         out);
 }
 
 template <class T>
@@ -391,10 +390,7 @@ void sinkhorn_plan(const SinkhornProblems<T>& problems, double reg, const double
   const Plans<T> plans{packed.batch(), false, reg, problems.a, rows.plain(), columns.weighted()};
   const int64_t blocks =
       problems.batch * tiles_of(problems.n, kTileRows<T>) * tiles_of(problems.m, kCols<T>);
-  with_costs(packed.batch(), problems.metric, [&](auto form, auto matrix) {
-    launch(write_plan<T, form(), matrix()>,
-           {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream}, plans, out);
-  });
+  launch(write_plan<T>, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream}, plans, out);
 }
 
 #define FC_INSTANTIATE(T)                                                                                 \

@@ -1,4 +1,6 @@
-// What the kernels of Sinkhorn share: the problems as a kernel sees them, tiles of their costs, and exponents
+// What the kernels of Sinkhorn share: the problems as a kernel sees them, tiles of their costs (the metric is
+// found out at run time, once for kDepth features: a kernel for each would take the compiler four times as
+// long), and exponents
 //   (f_i + g_j - C_ij) / eps
 // formed so that potentials and costs of many times eps lose nothing. Potentials are float64. In float64 the
 // exponent is too; for float32 each potential is split into two floats and the difference of the first from
@@ -21,6 +23,10 @@ namespace fc::cuda {
 // Rows of a tile, which has kCols<T> columns. Chains of features may be long.
 template <class T>
 inline constexpr int kTileRows = kTallRows<T, true>;
+
+// Blocks that a multiprocessor should hold: the registers of a float64 tile leave room for one.
+template <class T>
+inline constexpr int kBlocksWanted = sizeof(T) == 4 ? 2 : 1;
 
 // Static shared memory of tile_values() and of the functions below, rounded up.
 template <class T>
@@ -102,7 +108,8 @@ struct Batch {
   const T* y = nullptr;  // [count, m, d]
   int64_t count = 0, d = 0;
   int n = 0, m = 0;
-  bool root = false, cosine = false;
+  Form form = Form::kSquare;
+  bool root = false;
   const double *a = nullptr, *b = nullptr;  // [count, n], [count, m]
   const int64_t *x_lengths = nullptr, *y_lengths = nullptr;
 
@@ -116,46 +123,60 @@ struct Batch {
 template <class T>
 struct Costs {
   RowSet<T> lines, others;
-  const T* matrix = nullptr;
+  const T* matrix = nullptr;                  // null: of points
   int64_t line_stride = 0, other_stride = 0;  // of the matrix
-  bool root = false, cosine = false;
+  Form form = Form::kSquare;
+  bool root = false;
 };
 
-template <class T, bool kMatrix>
+template <class T>
 __device__ Costs<T> costs_of(const Batch<T>& batch, int64_t p, bool from_columns) {
   RowSet<T> x{nullptr, batch.d, nullptr, batch.rows(p)}, y{nullptr, batch.d, nullptr, batch.columns(p)};
   const T* matrix = nullptr;
-  if constexpr (kMatrix) {
+  if (batch.y == nullptr) {
     matrix = batch.x + p * batch.n * batch.m;
   } else {
     x.data = batch.x + p * batch.n * batch.d;
     y.data = batch.y + p * batch.m * batch.d;
   }
-  if (from_columns) return {y, x, matrix, 1, batch.m, batch.root, batch.cosine};
-  return {x, y, matrix, batch.m, 1, batch.root, batch.cosine};
+  if (from_columns) return {y, x, matrix, 1, batch.m, batch.form, batch.root};
+  return {x, y, matrix, batch.m, 1, batch.form, batch.root};
 }
 
 // cost[r][c] of this thread's pairs of a tile, see tile.cuh; beyond the sets it is any finite number.
-template <class T, Form form, bool kMatrix>
+template <class T>
 __device__ void cost_tile(const Costs<T>& costs, int first_line, int first_other,
                           T (&cost)[kTileRows<T> / kSide][kCols<T> / kSide]) {
-  if constexpr (!kMatrix) {
-    tile_values<T, form, kTileRows<T>, true>(costs.lines, first_line, costs.others, first_other, cost);
-  }
+  constexpr int kR = kTileRows<T> / kSide, kC = kCols<T> / kSide;
+  if (costs.matrix != nullptr) {
 #pragma unroll
-  for (int r = 0; r < kTileRows<T> / kSide; ++r) {
-    const int line = first_line + tile_row<kTileRows<T>>(r);
+    for (int r = 0; r < kR; ++r) {
+      const int line = first_line + tile_row<kTileRows<T>>(r);
 #pragma unroll
-    for (int c = 0; c < kCols<T> / kSide; ++c) {
-      if constexpr (kMatrix) {
+      for (int c = 0; c < kC; ++c) {
         const int other = first_other + tile_column<T>(c);
         const bool inside = line < costs.lines.count && other < costs.others.count;
         cost[r][c] = inside ? costs.matrix[line * costs.line_stride + other * costs.other_stride] : T(0);
-      } else if constexpr (form == Form::kProduct) {
-        cost[r][c] = T(1) - cost[r][c];
-      } else if constexpr (form == Form::kSquare) {
-        cost[r][c] = finish_value(cost[r][c], costs.root, false);
       }
+    }
+    return;
+  }
+  tile_values_of<T, kTileRows<T>, true>(costs.lines, first_line, costs.others, first_other, cost,
+                                        [&](auto fn) {
+                                          if (costs.form == Form::kSquare) {
+                                            fn(std::integral_constant<Form, Form::kSquare>{});
+                                          } else if (costs.form == Form::kProduct) {
+                                            fn(std::integral_constant<Form, Form::kProduct>{});
+                                          } else {
+                                            fn(std::integral_constant<Form, Form::kAbsolute>{});
+                                          }
+                                        });
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      if (costs.form == Form::kProduct) cost[r][c] = T(1) - cost[r][c];
+      if (costs.root) cost[r][c] = static_cast<T>(sqrt(cost[r][c]));
     }
   }
 }
@@ -226,25 +247,10 @@ __host__ __device__ int64_t resident_bytes(int64_t rows, int64_t columns) {
 
 // Solves the problems that fit into `shared` bytes, a block each; on the task's stream.
 template <class T>
-void launch_resident(const Batch<T>& batch, Metric metric, const Task& task, int64_t shared);
+void launch_resident(const Batch<T>& batch, const Task& task, int64_t shared);
 
 // Solves the others, by all blocks at once.
 template <class T>
-void launch_streaming(const Batch<T>& batch, Metric metric, const Task& task, int64_t shared);
-
-// Calls fn with the form and whether costs are given, as constants.
-template <class T, class Fn>
-void with_costs(const Batch<T>& batch, Metric metric, Fn&& fn) {
-  using No = std::false_type;
-  if (batch.y == nullptr) return fn(std::integral_constant<Form, Form::kProduct>{}, std::true_type{});
-  switch (form_of(metric)) {
-    case Form::kProduct:
-      return fn(std::integral_constant<Form, Form::kProduct>{}, No{});
-    case Form::kSquare:
-      return fn(std::integral_constant<Form, Form::kSquare>{}, No{});
-    case Form::kAbsolute:
-      return fn(std::integral_constant<Form, Form::kAbsolute>{}, No{});
-  }
-}
+void launch_streaming(const Batch<T>& batch, const Task& task, int64_t shared);
 
 }  // namespace fc::cuda

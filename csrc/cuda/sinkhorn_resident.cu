@@ -87,7 +87,7 @@ __device__ int best_parts(int lines, int others) {
 }
 
 // One problem, by the block that calls.
-template <class T, Form form, bool kMatrix>
+template <class T>
 class Resident {
  public:
   __device__ Resident(const Batch<T>& batch, const Task& task, int64_t p, SinkhornSchedule& schedule,
@@ -224,11 +224,11 @@ class Resident {
 
   // matrix = C
   __device__ void fill_costs() {
-    const Costs<T> costs = costs_of<T, kMatrix>(batch_, p_, false);
+    const Costs<T> costs = costs_of(batch_, p_, false);
     for (int row = 0; row < rows_.count; row += kTileRows<T>) {
       for (int column = 0; column < columns_.count; column += kCols<T>) {
         T cost[kTileRows<T> / kSide][kCols<T> / kSide];
-        cost_tile<T, form, kMatrix>(costs, row, column, cost);
+        cost_tile(costs, row, column, cost);
 #pragma unroll
         for (int r = 0; r < kTileRows<T> / kSide; ++r) {
           const int i = row + tile_row<kTileRows<T>>(r);
@@ -442,29 +442,27 @@ class Resident {
   Lines<T> rows_, columns_;
 };
 
-template <class T, Form form, bool kMatrix>
-__global__ void __launch_bounds__(kThreads, 2) solve_resident(Batch<T> batch, Task task, int64_t shared) {
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksWanted<T>) solve_resident(Batch<T> batch, Task task, int64_t shared) {
   FC_DYNAMIC_SHARED(double, memory);
   FC_SHARED(double, schedule, [kScheduleDoubles]);
   const int64_t p = blockIdx.x;
   if (task.faults->any() || resident_bytes<T>(batch.rows(p), batch.columns(p)) > shared) return;
-  Resident<T, form, kMatrix>(batch, task, p, *reinterpret_cast<SinkhornSchedule*>(schedule), memory).solve();
+  Resident<T>(batch, task, p, *reinterpret_cast<SinkhornSchedule*>(schedule), memory).solve();
 }
 
 }  // namespace
 
 template <class T>
-void launch_resident(const Batch<T>& batch, Metric metric, const Task& task, int64_t shared) {
+void launch_resident(const Batch<T>& batch, const Task& task, int64_t shared) {
   const int64_t bytes = std::min(shared, resident_bytes<T>(batch.n, batch.m));
-  with_costs(batch, metric, [&](auto form, auto matrix) {
-    launch(solve_resident<T, form(), matrix()>,
-           {dim3(static_cast<unsigned>(batch.count)), dim3(kThreads), static_cast<size_t>(bytes),
-            task.options.stream},
-           batch, task, bytes);
-  });
+  launch(solve_resident<T>,
+         {dim3(static_cast<unsigned>(batch.count)), dim3(kThreads), static_cast<size_t>(bytes),
+          task.options.stream},
+         batch, task, bytes);
 }
 
-template void launch_resident<float>(const Batch<float>&, Metric, const Task&, int64_t);
-template void launch_resident<double>(const Batch<double>&, Metric, const Task&, int64_t);
+template void launch_resident<float>(const Batch<float>&, const Task&, int64_t);
+template void launch_resident<double>(const Batch<double>&, const Task&, int64_t);
 
 }  // namespace fc::cuda

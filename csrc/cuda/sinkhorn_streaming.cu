@@ -97,7 +97,7 @@ int64_t team_bytes(int64_t n, int64_t m, int64_t partials) {
 }
 
 // A block of a team.
-template <class T, Form form, bool kMatrix>
+template <class T>
 class Streaming {
  public:
   __device__ Streaming(const Batch<T>& batch, const Task& task, const Workspace& workspace, int64_t shared,
@@ -212,7 +212,7 @@ class Streaming {
   // partial_ of the team's problem; and costs_, each strip's part of <P, C>, in a column pass that evaluates.
   __device__ void sum_strips(bool of_columns) {
     constexpr int kR = kTileRows<T> / kSide, kC = kCols<T> / kSide;
-    const Costs<T> costs = costs_of<T, kMatrix>(batch_, p_, of_columns);
+    const Costs<T> costs = costs_of(batch_, p_, of_columns);
     const int lines = costs.lines.count, others = costs.others.count;
     const Split<T>* const plain = lines_of(of_columns).plain;
     const Split<T>* const weighted = lines_of(!of_columns).weighted;
@@ -233,7 +233,7 @@ class Streaming {
       }
       for (int tile = strip * tiling.strip; tile < last_tile; ++tile) {
         T value[kR][kC];
-        cost_tile<T, form, kMatrix>(costs, first_line, tile * kCols<T>, value);
+        cost_tile(costs, first_line, tile * kCols<T>, value);
 #pragma unroll
         for (int c = 0; c < kC; ++c) {
           const int o = tile * kCols<T> + tile_column<T>(c);
@@ -402,12 +402,12 @@ class Streaming {
   double columns_off_ = 0;
 };
 
-template <class T, Form form, bool kMatrix>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
     solve_streaming(Batch<T> batch, Task task, Workspace workspace, int64_t shared) {
   FC_SHARED(double, schedule, [kScheduleDoubles]);
   if (task.faults->any()) return;
-  Streaming<T, form, kMatrix>(batch, task, workspace, shared, *reinterpret_cast<SinkhornSchedule*>(schedule))
+  Streaming<T>(batch, task, workspace, shared, *reinterpret_cast<SinkhornSchedule*>(schedule))
       .solve_all();
 }
 
@@ -416,30 +416,26 @@ __global__ void set_active(int* active, int teams) { *active = teams; }
 }  // namespace
 
 template <class T>
-void launch_streaming(const Batch<T>& batch, Metric metric, const Task& task, int64_t shared) {
+void launch_streaming(const Batch<T>& batch, const Task& task, int64_t shared) {
   const cudaStream_t stream = task.options.stream;
-  const int64_t partials =
-      std::max(most_partials<T>(batch.n, batch.m), most_partials<T>(batch.m, batch.n));
+  const int64_t partials = std::max(most_partials<T>(batch.n, batch.m), most_partials<T>(batch.m, batch.n));
   const int64_t bytes = team_bytes<T>(batch.n, batch.m, partials);
-  with_costs(batch, metric, [&](auto form, auto matrix) {
-    const auto kernel = solve_streaming<T, form(), matrix()>;
-    const int blocks = cooperative_blocks(kernel, kThreads, 0);
-    const int64_t room = std::max<int64_t>(kMostWorkspace / bytes, 1);
-    Workspace workspace{nullptr, bytes, partials, nullptr, 0, 0};
-    workspace.teams = static_cast<int>(std::min({batch.count, room, static_cast<int64_t>(blocks)}));
-    workspace.team_blocks =
-        static_cast<int>(std::min<int64_t>(blocks / workspace.teams, partials / kTileRows<T>));
-    const DeviceBuffer<char> memory(workspace.teams * bytes, stream);
-    const DeviceBuffer<int> active(1, stream);
-    workspace.memory = memory.data();
-    workspace.active = active.data();
-    launch(set_active, {dim3(1), dim3(1), 0, stream}, workspace.active, workspace.teams);
-    const dim3 grid(static_cast<unsigned>(workspace.teams * workspace.team_blocks));
-    launch(kernel, {grid, dim3(kThreads), 0, stream, true}, batch, task, workspace, shared);
-  });
+  const int64_t blocks = cooperative_blocks(solve_streaming<T>, kThreads, 0);
+  const int64_t room = std::max<int64_t>(kMostWorkspace / bytes, 1);
+  const int64_t teams = std::min({batch.count, room, blocks});
+  const int64_t team_blocks = std::min(blocks / teams, partials / kTileRows<T>);
+  const DeviceBuffer<char> memory(teams * bytes, stream);
+  const DeviceBuffer<int> active(1, stream);
+  const Workspace workspace{memory.data(),           bytes,
+                            partials,                active.data(),
+                            static_cast<int>(teams), static_cast<int>(team_blocks)};
+  launch(set_active, {dim3(1), dim3(1), 0, stream}, workspace.active, workspace.teams);
+  launch(solve_streaming<T>,
+         {dim3(static_cast<unsigned>(teams * team_blocks)), dim3(kThreads), 0, stream, true}, batch, task,
+         workspace, shared);
 }
 
-template void launch_streaming<float>(const Batch<float>&, Metric, const Task&, int64_t);
-template void launch_streaming<double>(const Batch<double>&, Metric, const Task&, int64_t);
+template void launch_streaming<float>(const Batch<float>&, const Task&, int64_t);
+template void launch_streaming<double>(const Batch<double>&, const Task&, int64_t);
 
 }  // namespace fc::cuda

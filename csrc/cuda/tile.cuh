@@ -14,6 +14,8 @@
 // products.
 #pragma once
 
+#include <type_traits>
+
 #include "core/metric.h"
 #include "cuda/runtime.h"
 
@@ -74,10 +76,11 @@ __device__ __forceinline__ T accumulate(T a, T b, T sum) {
 }
 
 // value[r][c] of this thread: rows first_row + tile_row(r) of `a` against rows first_col + tile_column(c) of
-// `b`. Rows beyond the sets are zeros. All threads of the block take part.
-template <class T, Form form, int kRows, bool kChained>
-__device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
-                            T (&value)[kRows / kSide][kCols<T> / kSide]) {
+// `b`. Rows beyond the sets are zeros. All threads of the block take part. with_form(fn) calls fn with the form
+// as a constant, which it knows or, the same for all threads, finds out for every kDepth features.
+template <class T, int kRows, bool kChained, class WithForm>
+__device__ void tile_values_of(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
+                               T (&value)[kRows / kSide][kCols<T> / kSide], WithForm&& with_form) {
   constexpr int kR = kRows / kSide, kC = kCols<T> / kSide, kPad = 16 / static_cast<int>(sizeof(T));
   constexpr int kLoadsA = kRows * kDepth / kThreads, kLoadsB = kCols<T> * kDepth / kThreads;
   FC_SHARED(T, a_part, [kDepth][kRows + kPad]);
@@ -117,19 +120,21 @@ __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& 
     __syncthreads();
     fetch(begin + kDepth + k_own);
     // Features beyond d are zeros on both sides, which change nothing in any form.
+    with_form([&](auto form) {
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      T av[kR], bv[kC];
+      for (int k = 0; k < kDepth; ++k) {
+        T av[kR], bv[kC];
 #pragma unroll
-      for (int r = 0; r < kR; ++r) av[r] = a_part[k][tile_row<kRows>(r)];
+        for (int r = 0; r < kR; ++r) av[r] = a_part[k][tile_row<kRows>(r)];
 #pragma unroll
-      for (int c = 0; c < kC; ++c) bv[c] = b_part[k][tile_column<T>(c)];
+        for (int c = 0; c < kC; ++c) bv[c] = b_part[k][tile_column<T>(c)];
 #pragma unroll
-      for (int r = 0; r < kR; ++r) {
+        for (int r = 0; r < kR; ++r) {
 #pragma unroll
-        for (int c = 0; c < kC; ++c) sum[r][c] = accumulate<form>(av[r], bv[c], sum[r][c]);
+          for (int c = 0; c < kC; ++c) sum[r][c] = accumulate<form()>(av[r], bv[c], sum[r][c]);
+        }
       }
-    }
+    });
     const bool chain_ends = (begin + kDepth) % kChain == 0 || begin + kDepth >= a.d;
     if (!kChained || !chain_ends) continue;
 #pragma unroll
@@ -148,6 +153,13 @@ __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& 
 #pragma unroll
     for (int c = 0; c < kC; ++c) value[r][c] = sum[r][c];
   }
+}
+
+template <class T, Form form, int kRows, bool kChained>
+__device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
+                            T (&value)[kRows / kSide][kCols<T> / kSide]) {
+  tile_values_of<T, kRows, kChained>(a, first_row, b, first_col, value,
+                                     [](auto fn) { fn(std::integral_constant<Form, form>{}); });
 }
 
 // The metric's value as a similarity: the root where it is one, the sign turned for distances.
