@@ -31,7 +31,7 @@ inline constexpr int kBlocksWanted = sizeof(T) == 4 ? 2 : 1;
 // Static shared memory of tile_values() and of the functions below, rounded up.
 template <class T>
 inline constexpr size_t kStagingBytes =
-    kDepth * (kTileRows<T> + kCols<T> + 32 / sizeof(T)) * sizeof(T) + 1024;
+    (kDepth * (kTileRows<T> + kCols<T> + 32 / sizeof(T)) + kSide * (kTileRows<T> + 1)) * sizeof(T) + 1024;
 
 // A double as an unsigned number of the same order, so that atomicMax finds the largest; 0 is below all.
 __device__ __forceinline__ unsigned long long ordered(double value) {
@@ -143,24 +143,47 @@ __device__ Costs<T> costs_of(const Batch<T>& batch, int64_t p, bool from_columns
   return {x, y, matrix, batch.m, 1, batch.form, batch.root};
 }
 
+// Costs that are given, for cost_tile(). Neighbouring threads have neighbouring others of a line. Where lines are
+// columns these are rows apart in memory: then threads read along the rows, and exchange what they read.
+template <class T>
+__device__ void given_tile(const Costs<T>& costs, int first_line, int first_other,
+                           T (&cost)[kTileRows<T> / kSide][kCols<T> / kSide]) {
+  constexpr int kR = kTileRows<T> / kSide, kC = kCols<T> / kSide;
+  FC_SHARED(T, exchange, [kSide][kTileRows<T> + 1]);
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool along = costs.other_stride == 1;
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+    const int place = r * kThreads + thread;
+    const int line = first_line + (along ? tile_row<kTileRows<T>>(r) : place % kTileRows<T>);
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      const int other = first_other + tile_column<T>(c, along ? thread % kSide : place / kTileRows<T>);
+      const bool inside = line < costs.lines.count && other < costs.others.count;
+      cost[r][c] = inside ? costs.matrix[line * costs.line_stride + other * costs.other_stride] : T(0);
+    }
+  }
+  if (along) return;
+#pragma unroll
+  for (int c = 0; c < kC; ++c) {
+    __syncthreads();  // everyone has taken what is theirs of the column before
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      const int place = r * kThreads + thread;
+      exchange[place / kTileRows<T>][place % kTileRows<T>] = cost[r][c];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kR; ++r) cost[r][c] = exchange[thread % kSide][tile_row<kTileRows<T>>(r)];
+  }
+}
+
 // cost[r][c] of this thread's pairs of a tile, see tile.cuh; beyond the sets it is any finite number.
 template <class T>
 __device__ void cost_tile(const Costs<T>& costs, int first_line, int first_other,
                           T (&cost)[kTileRows<T> / kSide][kCols<T> / kSide]) {
   constexpr int kR = kTileRows<T> / kSide, kC = kCols<T> / kSide;
-  if (costs.matrix != nullptr) {
-#pragma unroll
-    for (int r = 0; r < kR; ++r) {
-      const int line = first_line + tile_row<kTileRows<T>>(r);
-#pragma unroll
-      for (int c = 0; c < kC; ++c) {
-        const int other = first_other + tile_column<T>(c);
-        const bool inside = line < costs.lines.count && other < costs.others.count;
-        cost[r][c] = inside ? costs.matrix[line * costs.line_stride + other * costs.other_stride] : T(0);
-      }
-    }
-    return;
-  }
+  if (costs.matrix != nullptr) return given_tile(costs, first_line, first_other, cost);
   tile_values_of<T, kTileRows<T>, true>(costs.lines, first_line, costs.others, first_other, cost,
                                         [&](auto fn) {
                                           if (costs.form == Form::kSquare) {

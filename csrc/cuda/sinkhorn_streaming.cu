@@ -128,24 +128,21 @@ class Streaming {
   __device__ void solve_all() {
     p_ = team_ - workspace_.teams;
     take_next();
-    for (;;) {
-      if (has_problem() && round_ != Round::kBegin) sum_strips(false);
+    for (int half = 0;; half = 1 - half) {
+      const bool of_columns = half == 1;
+      if (has_problem() && round_ != Round::kBegin) sum_strips(of_columns);
       grid_sync();
+      // The only place where it is sure that no team is just finishing.
       if (*workspace_.active == 0) return;
       if (has_problem()) {
         if (round_ == Round::kBegin) {
-          begin(false);
-          begin(true);
+          begin(of_columns);
         } else {
-          settle(false);
+          settle(of_columns);
         }
       }
       grid_sync();
-      if (has_problem() && round_ != Round::kBegin) sum_strips(true);
-      grid_sync();
-      if (has_problem() && round_ != Round::kBegin) settle(true);
-      grid_sync();
-      if (has_problem()) decide();
+      if (has_problem() && of_columns) decide();
     }
   }
 
@@ -158,7 +155,12 @@ class Streaming {
   __device__ bool leads() const { return member_ == 0 && threadIdx.x == 0; }
 
   __device__ int count_of(bool of_columns) const { return of_columns ? batch_.columns(p_) : batch_.rows(p_); }
-  __device__ const Lines<T>& lines_of(bool of_columns) const { return of_columns ? columns_ : rows_; }
+  // Member by member: a reference chosen at run time would put both sides into memory.
+  __device__ Lines<T> lines_of(bool of_columns) const {
+    return {of_columns ? columns_.plain : rows_.plain, of_columns ? columns_.weighted : rows_.weighted,
+            of_columns ? columns_.last : rows_.last, of_columns ? columns_.before : rows_.before,
+            of_columns ? columns_.sums : rows_.sums};
+  }
   __device__ const double* weights_of(bool of_columns) const {
     return of_columns ? batch_.b + p_ * batch_.m : batch_.a + p_ * batch_.n;
   }
@@ -191,7 +193,7 @@ class Streaming {
 
   // Potentials at the start of a problem or of a new eps.
   __device__ void begin(bool of_columns) {
-    const Lines<T>& lines = lines_of(of_columns);
+    const Lines<T> lines = lines_of(of_columns);
     double* const potentials = potentials_of(of_columns);
     const double* const start = of_columns ? task_.options.g : task_.options.f;
     const int64_t first = p_ * (of_columns ? batch_.m : batch_.n);
@@ -234,16 +236,26 @@ class Streaming {
       for (int tile = strip * tiling.strip; tile < last_tile; ++tile) {
         T value[kR][kC];
         cost_tile(costs, first_line, tile * kCols<T>, value);
+        const auto exponent_of = [&](int r, int c, Split<T> other) {
+          return exponent(own[r], other, value[r][c], inverse);
+        };
+        const auto other_at = [&](int c) {
+          const int o = tile * kCols<T> + tile_column<T>(c);
+          return o < others ? weighted[o] : split<T>(-HUGE_VAL);
+        };
+        if (with_cost) {
+#pragma unroll
+          for (int c = 0; c < kC; ++c) {
+            const Split<T> other = other_at(c);
+#pragma unroll
+            for (int r = 0; r < kR; ++r) paid[r] += exponential(exponent_of(r, c, other)) * value[r][c];
+          }
+        }
 #pragma unroll
         for (int c = 0; c < kC; ++c) {
-          const int o = tile * kCols<T> + tile_column<T>(c);
-          const Split<T> other = o < others ? weighted[o] : split<T>(-HUGE_VAL);
+          const Split<T> other = other_at(c);
 #pragma unroll
-          for (int r = 0; r < kR; ++r) {
-            const T e = exponent(own[r], other, value[r][c], inverse);
-            if (with_cost) paid[r] += exponential(e) * value[r][c];
-            value[r][c] = e;
-          }
+          for (int r = 0; r < kR; ++r) value[r][c] = exponent_of(r, c, other);
         }
 #pragma unroll
         for (int r = 0; r < kR; ++r) {
@@ -292,7 +304,7 @@ class Streaming {
 
   // From the lines' sums: their new potentials, or in an evaluation those of zero weights; and `sums`.
   __device__ void settle(bool of_columns) {
-    const Lines<T>& lines = lines_of(of_columns);
+    const Lines<T> lines = lines_of(of_columns);
     const double* const weights = weights_of(of_columns);
     double* const potentials = potentials_of(of_columns);
     const int count = count_of(of_columns), strips = tiling_of<T>(count, count_of(!of_columns)).strips;

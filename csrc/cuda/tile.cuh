@@ -50,10 +50,13 @@ struct RowSet {
 // The tile's column (0 .. kCols-1) of a thread's c-th accumulator: four neighbours (two in float64) and then
 // a stride, so that a quarter of a warp reads 128 consecutive bytes.
 template <class T>
-__device__ __forceinline__ int tile_column(int c) {
+__device__ __forceinline__ int tile_column(int c, int lane) {
   constexpr int kTogether = 16 / static_cast<int>(sizeof(T));
-  return c / kTogether * (kSide * kTogether) + static_cast<int>(threadIdx.x % kSide) * kTogether +
-         c % kTogether;
+  return c / kTogether * (kSide * kTogether) + lane * kTogether + c % kTogether;
+}
+template <class T>
+__device__ __forceinline__ int tile_column(int c) {
+  return tile_column<T>(c, static_cast<int>(threadIdx.x % kSide));
 }
 
 template <int kRows>
