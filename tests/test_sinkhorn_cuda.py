@@ -23,11 +23,11 @@ BOTH = (math.inf, math.inf)
 PATHS = pytest.mark.parametrize("shared", [None, 0], ids=["resident", "streamed"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
-# Largest errors allowed, in the comment the worst seen in this file's cases. Potentials: relative to the largest cost, or
-# to reg where that is more: costs computed in float32 are off by some 1e-7 of it. Numbers: value and transport cost relative
-# to the largest cost (or reg), error absolute.
-POTENTIALS = {torch.float32: 1e-6, torch.float64: 1e-14}
-NUMBERS = {torch.float32: 1e-6, torch.float64: 1e-13}
+# Largest error of potentials, value, transport cost and error (of the marginals, which sum up to 1) that is allowed,
+# relative to the largest cost, or reg or (cosine, where 1 - cos cancels) 1 where that is more: costs computed in float32 are
+# off by some units of 6e-8, and so is all that follows from them. Worst seen: 1.9e-7
+# and 1.2e-15.
+TOLERANCE = {torch.float32: 5e-7, torch.float64: 5e-15}
 
 
 @dataclass
@@ -41,7 +41,12 @@ class Problems:
     largest: float
 
     def options(self, **more: Any) -> dict[str, Any]:
-        return {"metric": "precomputed" if self.y is None else "sqeuclidean", "max_iter": 8, "tol": 0.0, **more}
+        return {
+            "metric": "precomputed" if self.y is None else "sqeuclidean",
+            "max_iter": 8,
+            "tol": 0.0,
+            **more,
+        }
 
 
 def weights(batch: int, count: int, generator: torch.Generator) -> Tensor:
@@ -50,7 +55,14 @@ def weights(batch: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def problems(
-    batch: int, n: int, m: int, d: int = 3, *, metric: str = "sqeuclidean", dtype: torch.dtype = torch.float32, seed: int = 0
+    batch: int,
+    n: int,
+    m: int,
+    d: int = 3,
+    *,
+    metric: str = "sqeuclidean",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Problems:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, n, d, generator=generator, dtype=torch.float64).to(dtype)
@@ -70,27 +82,31 @@ def host(value: Any) -> Any:
 
 
 def compare(
-    case: Problems, monkeypatch: pytest.MonkeyPatch, shared: int | None, tolerance: float = 1.0, **options: Any
+    case: Problems,
+    monkeypatch: pytest.MonkeyPatch,
+    shared: int | None,
+    tolerance: float = 1.0,
+    **options: Any,
 ) -> tuple[reference.Solution, reference.Solution]:
-    """Both solutions, checked against each other within `tolerance` times the table's."""
+    """Both solutions, checked against each other within `tolerance` times TOLERANCE."""
     monkeypatch.setattr(cuda, "SINKHORN_SHARED_BYTES", shared)
     got = cuda.sinkhorn(case.x, case.y, case.a, case.b, **options)
     want = reference.sinkhorn(
         case.x.cpu(), host(case.y), case.a.cpu(), case.b.cpu(), **{k: host(v) for k, v in options.items()}
     )
     got = reference.Solution(*(t.cpu() for t in got))
-    scale = max(case.largest, options["reg"])
-    potentials, numbers = POTENTIALS[case.x.dtype] * tolerance, NUMBERS[case.x.dtype] * tolerance
+    scale = max(case.largest, options["reg"], 1.0 if options["metric"] == "cosine" else 0.0)
+    within = TOLERANCE[case.x.dtype] * tolerance
     assert [t.dtype for t in got] == [t.dtype for t in want]
     assert torch.equal(got.iterations, want.iterations)
     assert torch.equal(got.converged, got.error <= options["tol"])
     if options["tol"] > 0:  # an error of 0 is an accident of rounding
         assert torch.equal(got.converged, want.converged)
-    torch.testing.assert_close(got.f, want.f, rtol=0, atol=potentials * scale)
-    torch.testing.assert_close(got.g, want.g, rtol=0, atol=potentials * scale)
-    torch.testing.assert_close(got.value, want.value, rtol=0, atol=numbers * scale)
-    torch.testing.assert_close(got.transport_cost, want.transport_cost, rtol=0, atol=numbers * scale)
-    torch.testing.assert_close(got.error, want.error, rtol=0, atol=numbers)
+    torch.testing.assert_close(got.f, want.f, rtol=0, atol=within * scale)
+    torch.testing.assert_close(got.g, want.g, rtol=0, atol=within * scale)
+    torch.testing.assert_close(got.value, want.value, rtol=0, atol=within * scale)
+    torch.testing.assert_close(got.transport_cost, want.transport_cost, rtol=0, atol=within * scale)
+    torch.testing.assert_close(got.error, want.error, rtol=0, atol=within)
     return got, want
 
 
@@ -106,7 +122,16 @@ def test_follows_the_definition(
         strict=True,
     ):
         case = problems(1, n, m, metric=metric, dtype=dtype, seed=n)
-        compare(case, monkeypatch, shared, reg=0.1 * case.largest, reg_marginal=marginals, metric=metric, max_iter=5, tol=0.0)
+        compare(
+            case,
+            monkeypatch,
+            shared,
+            reg=0.1 * case.largest,
+            reg_marginal=marginals,
+            metric=metric,
+            max_iter=5,
+            tol=0.0,
+        )
 
 
 @PATHS
@@ -138,7 +163,12 @@ def test_ragged_batches_never_read_the_padding(
             case.x[p, :, c:] = math.nan
         else:
             case.y[p, c:] = math.nan
-    more = {"reg": 0.1 * case.largest, "metric": metric, "x_lengths": rows.to(DEVICE), "y_lengths": columns.to(DEVICE)}
+    more = {
+        "reg": 0.1 * case.largest,
+        "metric": metric,
+        "x_lengths": rows.to(DEVICE),
+        "y_lengths": columns.to(DEVICE),
+    }
     got, _ = compare(case, monkeypatch, shared, reg_marginal=marginals, max_iter=6, tol=0.0, **more)
     for p, (r, c) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
         assert not got.f[p, r:].any()
@@ -172,7 +202,9 @@ def test_ragged_batches_never_read_the_padding(
 
 @PATHS
 @DTYPES
-def test_warm_start_and_zero_weights(dtype: torch.dtype, shared: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_start_and_zero_weights(
+    dtype: torch.dtype, shared: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = problems(2, 12, 9, dtype=dtype)
     case.a[:, ::4] = 0
     case.b[1, :5] = 0
@@ -197,7 +229,9 @@ def test_masses_other_than_one(masses: float, shared: int | None, monkeypatch: p
     got = cuda.sinkhorn(case.x, case.y, case.a, case.b, **options)
     want = reference.sinkhorn(case.x.cpu(), host(case.y), case.a.cpu(), case.b.cpu(), **options)
     for name in ("f", "g", "value", "transport_cost", "error"):
-        torch.testing.assert_close(getattr(got, name).cpu(), getattr(want, name), rtol=1e-11, atol=1e-13 * masses)
+        torch.testing.assert_close(
+            getattr(got, name).cpu(), getattr(want, name), rtol=1e-11, atol=1e-13 * masses
+        )
 
 
 # What tol can be met in the iterations that the emulator has time for: where it is None max_iter ends the run.
@@ -207,17 +241,22 @@ def test_masses_other_than_one(masses: float, shared: int | None, monkeypatch: p
     ("part", "iterations", "tol"), [(0.05, 100, 1e-5), (0.01, 100, 1e-5), (1e-3, 150, 0.0), (1e-4, 150, 0.0)]
 )
 def test_small_regularisation(
-    part: float, iterations: int, tol: float, dtype: torch.dtype, shared: int | None, monkeypatch: pytest.MonkeyPatch
+    part: float,
+    iterations: int,
+    tol: float,
+    dtype: torch.dtype,
+    shared: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = problems(1, 24, 19, dtype=dtype)
     reg = part * case.largest
-    # Float32: an iteration's rounding, 1e-7 of the costs, is 1e-3 of the smallest reg here. Float64: annealed and
-    # over-relaxed iterations carry a difference of 1e-16 on, and make 1e-13 of it.
+    # Over-relaxation is steered by the errors seen, so differences in rounding are carried on; relative to reg, in which
+    # marginals feel them, they are up to 10^4 times what they are to the costs.
     got, want = compare(
         case,
         monkeypatch,
         shared,
-        tolerance=3.0 if dtype == torch.float32 else 100.0,
+        tolerance=1.0 if dtype == torch.float32 else 50.0,
         **case.options(reg=reg, max_iter=iterations, tol=tol),
     )
     plan = cuda.sinkhorn_plan(
@@ -226,10 +265,10 @@ def test_small_regularisation(
     a, b = case.a.cpu(), case.b.cpu()
     shown = (plan.sum(2) - a).abs().sum() + (plan.sum(1) - b).abs().sum()
     single = dtype == torch.float32
-    assert abs(float(shown - got.error)) <= (1e-6 if single else 1e-12)
+    assert abs(float(shown - got.error)) <= (2e-7 if single else 1e-13)  # seen: 3e-8, 9e-15
     assert bool(got.converged) == (tol > 0)
     exact = reference.plan(case.x.cpu(), host(case.y), a, b, want.f, want.g, reg=reg, metric="sqeuclidean")
-    assert float((plan - exact).abs().sum()) <= (5e-6 if single else 1e-11)
+    assert float((plan - exact).abs().sum()) <= (5e-6 if single else 2e-12)  # seen: 1.4e-6, 4e-13
 
 
 @PATHS
@@ -241,7 +280,12 @@ def test_exactly_the_iterations_asked_for(shared: int | None, monkeypatch: pytes
     monkeypatch.setattr(cuda, "SINKHORN_SHARED_BYTES", shared)
     done: list[tuple[int, int]] = []
     cuda.sinkhorn(
-        case.x, case.y, case.a, case.b, report=lambda *at: done.append(at), **case.options(reg=1.0, max_iter=3)
+        case.x,
+        case.y,
+        case.a,
+        case.b,
+        report=lambda *at: done.append(at),
+        **case.options(reg=1.0, max_iter=3),
     )
     assert done == [(6, 6)]
 
@@ -251,7 +295,8 @@ def test_each_problem_stops_for_itself(shared: int | None, monkeypatch: pytest.M
     case = problems(3, 8, 6)
     case.x[0] *= 3
     case.x[1] *= 0.1
-    got, _ = compare(case, monkeypatch, shared, tolerance=3.0, **case.options(reg=0.3, max_iter=60, tol=1e-3))
+    case.largest *= 9
+    got, _ = compare(case, monkeypatch, shared, **case.options(reg=0.3, max_iter=60, tol=1e-3))
     assert len(set(got.iterations.tolist())) > 1
     assert got.iterations[1] < 60
     assert got.converged[1]
@@ -305,7 +350,10 @@ def spoiled(name: str, at: tuple[int, ...], value: float, metric: str = "sqeucli
     [
         (("x", (2, 3, 1), math.nan), "x must be finite, got NaN at row 3, column 1 of problem 2"),
         (("y", (1, 4, 0), -math.inf), "y must be finite, got -inf at row 4, column 0 of problem 1"),
-        (("x", (0, 5, 4), math.inf, "precomputed"), "x must be finite, got inf at row 5, column 4 of problem 0"),
+        (
+            ("x", (0, 5, 4), math.inf, "precomputed"),
+            "x must be finite, got inf at row 5, column 4 of problem 0",
+        ),
         (("a", (1, 2), -0.5), "a must be finite and >= 0, got -0.5 at position 2 of problem 1"),
         (("b", (2, 0), math.nan), "b must be finite and >= 0, got NaN at position 0 of problem 2"),
         (("a", (1, slice(None)), 0.0), "a must have a finite sum > 0; its sum is not in problem 1"),

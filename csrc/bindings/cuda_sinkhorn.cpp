@@ -56,7 +56,8 @@ class Problems {
     if (y_ != nullptr) {
       problems.y = compact_view<T, 3>(*y_, {batch_, m_, d_});
       problems.metric = metric_from_name(metric_);
-      if (problems.metric == Metric::kDot) throw py::value_error("metric: expected a distance or cosine, got 'dot'");
+      if (problems.metric == Metric::kDot)
+        throw py::value_error("metric: expected a distance or cosine, got 'dot'");
     }
     problems.batch = batch_;
     problems.n = n_;

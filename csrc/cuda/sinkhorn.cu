@@ -1,18 +1,17 @@
 // Batched Sinkhorn on the GPU: what goes before and after the iterations.
 //
-//   inspect, weigh   is the data fine? and a bound of each problem's costs, by the triangle inequality through
+//   inspect, weigh   is the data fine? and a bound of each problem's costs, by the triangle inequality
+//   through
 //                    the first column's point: one reading of points and weights
 //   solve            problems whose matrix fits into a block's shared memory: a block each
 //                    (sinkhorn_resident.cu); the rest: all blocks together (sinkhorn_streaming.cu)
 //   read the faults  the only time that the host waits
 //   apply, plan      P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg) from tiles, applied on the spot or written
 //
-// Which kernel takes a problem is told by its lengths, on the device: both are started where sizes differ, and
-// each passes over the other's.
+// Which kernel takes a problem is told by its lengths, on the device: both are started where sizes differ,
+// and each passes over the other's.
 //
 // Rejected: a launch for each problem; float32 potentials (docs/numerics.md has what they cost).
-#include "cuda/sinkhorn.h"
-
 #include <algorithm>
 #include <limits>
 
@@ -20,6 +19,7 @@
 #include "cuda/launch.h"
 #include "cuda/pack.cuh"
 #include "cuda/sinkhorn.cuh"
+#include "cuda/sinkhorn.h"
 
 namespace fc::cuda {
 namespace {
@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // plain [count, lines] = potentials, weighted = potentials + reg log weight
 template <class T>
-__global__ void __launch_bounds__(kThreads) split_potentials(const double* potentials, const double* weights,
-                                                             int64_t count, double reg, Split<T>* plain,
-                                                             Split<T>* weighted) {
+__global__ void __launch_bounds__(kThreads)
+    split_potentials(const double* potentials, const double* weights, int64_t count, double reg,
+                     Split<T>* plain, Split<T>* weighted) {
   const int64_t l = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (l >= count) return;
   plain[l] = split<T>(potentials[l]);
@@ -155,7 +155,8 @@ __device__ void plan_tile(const Plans<T>& plans, int64_t problem, int first_line
   }
 }
 
-// out [count, n, m] = P: a block for each tile, blockIdx.x = (problem * line tiles + tile) * other tiles + tile.
+// out [count, n, m] = P: a block for each tile, blockIdx.x = (problem * line tiles + tile) * other tiles +
+// tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads) write_plan(Plans<T> plans, double* out) {
   const int n = plans.batch.n, m = plans.batch.m;
@@ -180,8 +181,8 @@ __global__ void __launch_bounds__(kThreads) write_plan(Plans<T> plans, double* o
   }
 }
 
-// out [count, lines, k]: out_lq = weight_l sum_o (P_lo / weight_l) v_oq. A block for kTileRows lines and kTerms
-// columns of v, along all others; sums of a thread's part of a tile in T, of tiles in float64.
+// out [count, lines, k]: out_lq = weight_l sum_o (P_lo / weight_l) v_oq. A block for kTileRows lines and
+// kTerms columns of v, along all others; sums of a thread's part of a tile in T, of tiles in float64.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     apply_plan(Plans<T> plans, const double* v, int64_t k, int64_t terms, double* out) {
@@ -339,9 +340,8 @@ SinkhornVerdict sinkhorn(const SinkhornProblems<T>& problems, const SinkhornOpti
   const int64_t values =
       problems.y == nullptr ? problems.n * problems.m : (problems.n + problems.m) * problems.d;
   const int64_t slices = std::clamp<int64_t>(values / 16384, 1, std::max<int64_t>(4096 / problems.batch, 1));
-  launch(inspect<T>,
-         {dim3(static_cast<unsigned>(problems.batch * slices)), dim3(kThreads), 0, stream}, problems, slices,
-         facts.data(), faults.data());
+  launch(inspect<T>, {dim3(static_cast<unsigned>(problems.batch * slices)), dim3(kThreads), 0, stream},
+         problems, slices, facts.data(), faults.data());
   const bool balanced = std::isinf(options.rho_a) && std::isinf(options.rho_b);
   launch(weigh<T>, {dim3(static_cast<unsigned>(problems.batch)), dim3(kThreads), 0, stream}, problems,
          balanced, facts.data(), faults.data());
@@ -388,16 +388,15 @@ void sinkhorn_plan(const SinkhornProblems<T>& problems, double reg, const double
   const SplitPotentials<T> rows(f, problems.a, problems.batch * problems.n, reg, stream);
   const SplitPotentials<T> columns(g, problems.b, problems.batch * problems.m, reg, stream);
   const Plans<T> plans{packed.batch(), false, reg, problems.a, rows.plain(), columns.weighted()};
-  const int64_t blocks =
-      problems.batch * tiles_of(problems.n, kTileRows<T>) * tiles_of(problems.m, kCols<T>);
+  const int64_t blocks = problems.batch * tiles_of(problems.n, kTileRows<T>) * tiles_of(problems.m, kCols<T>);
   launch(write_plan<T>, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream}, plans, out);
 }
 
-#define FC_INSTANTIATE(T)                                                                                 \
-  template SinkhornVerdict sinkhorn<T>(const SinkhornProblems<T>&, const SinkhornOptions&,                \
-                                       const SinkhornResult&);                                            \
-  template void sinkhorn_apply<T>(const SinkhornProblems<T>&, double, const double*, const double*,       \
-                                  const double*, int64_t, bool, double*, cudaStream_t);                   \
+#define FC_INSTANTIATE(T)                                                                                   \
+  template SinkhornVerdict sinkhorn<T>(const SinkhornProblems<T>&, const SinkhornOptions&,                  \
+                                       const SinkhornResult&);                                              \
+  template void sinkhorn_apply<T>(const SinkhornProblems<T>&, double, const double*, const double*,         \
+                                  const double*, int64_t, bool, double*, cudaStream_t);                     \
   template void sinkhorn_plan<T>(const SinkhornProblems<T>&, double, const double*, const double*, double*, \
                                  cudaStream_t);
 FC_INSTANTIATE(float)

@@ -4,10 +4,10 @@
 //   (f_i + g_j - C_ij) / eps
 // formed so that potentials and costs of many times eps lose nothing. Potentials are float64. In float64 the
 // exponent is too; for float32 each potential is split into two floats and the difference of the first from
-// the cost keeps its rounding error (Knuth's two-sum), so what remains is the rounding of a number as small as
-// the result: 13 operations, none of them in float64.
-// Rejected: float64 exponents for float32 costs, whose conversions alone take as long as 8 features' products;
-// potentials over eps as one float, which at costs of 10^4 eps is off by 5e-4.
+// the cost keeps its rounding error (Knuth's two-sum), so what remains is the rounding of a number as small
+// as the result: 13 operations, none of them in float64. Rejected: float64 exponents for float32 costs, whose
+// conversions alone take as long as 8 features' products; potentials over eps as one float, which at costs of
+// 10^4 eps is off by 5e-4.
 #pragma once
 
 #include <cmath>
@@ -45,8 +45,8 @@ __device__ __forceinline__ double of_ordered(unsigned long long bits) {
 // What was found in the data of all problems: the least position of each fault, all ones for none.
 struct Faults {
   static constexpr unsigned long long kNone = ~0ull;
-  unsigned long long values[2];    // in x, y: (problem * rows + row) * columns + column
-  unsigned long long weights[2];   // in a, b: problem * rows + row
+  unsigned long long values[2];     // in x, y: (problem * rows + row) * columns + column
+  unsigned long long weights[2];    // in a, b: problem * rows + row
   unsigned long long no_weight[2];  // problem
   unsigned long long unequal_weight, overflow;
 
@@ -143,8 +143,8 @@ __device__ Costs<T> costs_of(const Batch<T>& batch, int64_t p, bool from_columns
   return {x, y, matrix, batch.m, 1, batch.form, batch.root};
 }
 
-// Costs that are given, for cost_tile(). Neighbouring threads have neighbouring others of a line. Where lines are
-// columns these are rows apart in memory: then threads read along the rows, and exchange what they read.
+// Costs that are given, for cost_tile(). Neighbouring threads have neighbouring others of a line. Where lines
+// are columns these are rows apart in memory: then threads read along the rows, and exchange what they read.
 template <class T>
 __device__ void given_tile(const Costs<T>& costs, int first_line, int first_other,
                            T (&cost)[kTileRows<T> / kSide][kCols<T> / kSide]) {
@@ -249,8 +249,7 @@ struct Outcome {
 };
 __device__ inline void write_outcome(const Task& task, int64_t p, const Outcome& found) {
   const Facts& facts = task.facts[p];
-  task.result.value[p] =
-      found.dual - task.options.reg * (found.mass - facts.mass[0] * facts.mass[1]);
+  task.result.value[p] = found.dual - task.options.reg * (found.mass - facts.mass[0] * facts.mass[1]);
   task.result.transport_cost[p] = found.transport_cost;
   task.result.error[p] = found.error;
   task.result.iterations[p] = found.iterations;

@@ -1,5 +1,5 @@
-// Batched entropic optimal transport on the GPU. python/flashcoreset/reference/sinkhorn.py has the definition,
-// sinkhorn.cu says how the work is shared out.
+// Batched entropic optimal transport on the GPU. python/flashcoreset/reference/sinkhorn.py has the
+// definition, sinkhorn.cu says how the work is shared out.
 #pragma once
 
 #include <cstddef>

@@ -11,8 +11,8 @@
 // The range is the log domain's. The first iteration, and one that follows a new eps, holds the costs
 // themselves in the matrix and takes logarithms of sums (float64 exponents), which makes u = v = 1 a good
 // start. Where u or v then leaves 10^-8 .. 10^8 they are absorbed and K is made anew; where a sum leaves
-// 10^-18 .. 10^18, which entries below the smallest float would be missing from, that half of the iteration is
-// made again from the costs.
+// 10^-18 .. 10^18, which entries below the smallest float would be missing from, that half of the iteration
+// is made again from the costs.
 //
 // A thread sums a part of a row (or of a column), neighbours of a warp those of neighbouring rows: with rows
 // an odd number of entries apart no two are in one bank.
@@ -35,8 +35,8 @@ constexpr double kDrift = 1e8, kRange = 1e18;
 template <class T>
 struct Lines {
   int count;
-  int parts;          // in which a line is summed up
-  int stride, step;   // between lines, and between the entries of a line
+  int parts;         // in which a line is summed up
+  int stride, step;  // between lines, and between the entries of a line
   bool of_columns;
   const double* weight;  // [count] in global memory
   double* potential;     // [count] absorbed
@@ -102,8 +102,16 @@ class Resident {
     T* const values = reinterpret_cast<T*>(end);
     width_ = m | 1;
     matrix_ = values + fours(n) + fours(m);
-    rows_ = {n,           best_parts(n, m),    width_,          1,      false, batch.a + p * batch.n,
-             row_doubles, row_doubles + n, row_doubles + 2 * n, values};
+    rows_ = {n,
+             best_parts(n, m),
+             width_,
+             1,
+             false,
+             batch.a + p * batch.n,
+             row_doubles,
+             row_doubles + n,
+             row_doubles + 2 * n,
+             values};
     columns_ = {m,
                 best_parts(m, n),
                 1,
@@ -139,8 +147,8 @@ class Resident {
       }
       if (next == Next::kEvaluation) {
         const Outcome found = evaluate();
-        const bool goes_on = order == SinkhornOrder::kCheck && !(found.error <= task_.options.tol) &&
-                             disappointed();
+        const bool goes_on =
+            order == SinkhornOrder::kCheck && !(found.error <= task_.options.tol) && disappointed();
         if (!goes_on) return finish(found);
         next = Next::kRows;
         continue;
@@ -312,8 +320,8 @@ class Resident {
       double moved = 1 / sum;
       if (omega != 1 || damp != 1) {
         const double log_scale = log(scale);
-        moved = exp(damp * (log_scale - omega * (log_scale + log(sum))) +
-                    (damp - 1) * lines.potential[l] / eps);
+        moved =
+            exp(damp * (log_scale - omega * (log_scale + log(sum))) + (damp - 1) * lines.potential[l] / eps);
       }
       lines.scale[l] = moved;
       lines.weighted[l] = static_cast<T>(lines.weight[l] * moved);
@@ -377,8 +385,8 @@ class Resident {
     return block_sum(off);
   }
 
-  // The marginals of the plan at reg and how far they are off, <P, C> and the dual; and the potentials of zero
-  // weights become those that the other side implies. From the costs.
+  // The marginals of the plan at reg and how far they are off, <P, C> and the dual; and the potentials of
+  // zero weights become those that the other side implies. From the costs.
   __device__ Outcome evaluate() {
     Outcome found{0, 0, 0, 0, schedule_.iterations()};
     for (const bool of_columns : {false, true}) {
@@ -443,7 +451,8 @@ class Resident {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksWanted<T>) solve_resident(Batch<T> batch, Task task, int64_t shared) {
+__global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
+    solve_resident(Batch<T> batch, Task task, int64_t shared) {
   FC_DYNAMIC_SHARED(double, memory);
   FC_SHARED(double, schedule, [kScheduleDoubles]);
   const int64_t p = blockIdx.x;

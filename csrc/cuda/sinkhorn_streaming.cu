@@ -3,9 +3,10 @@
 //
 // A pass takes the logarithm of each line's sum,
 //   S_i = log sum_j b_j exp((f_i + g_j - C_ij) / eps)      rows; columns likewise, with x and y exchanged,
-// tile by tile with a running maximum. A strip of at most kMostStrip tiles leaves each line's maximum and sum;
-// the strips of a line are put together in float64, in order, by the thread that then moves its potential.
-// Between the four parts of an iteration (rows' tiles, rows, columns' tiles, columns) the grid meets.
+// tile by tile with a running maximum. A strip of at most kMostStrip tiles leaves each line's maximum and
+// sum; the strips of a line are put together in float64, in order, by the thread that then moves its
+// potential. Between the four parts of an iteration (rows' tiles, rows, columns' tiles, columns) the grid
+// meets.
 //
 // The blocks form as many teams as there are problems, or as there are blocks; a team's blocks share one
 // problem's tiles, and it solves every so many-th problem. Teams meet the others at each barrier, whatever
@@ -26,7 +27,7 @@
 namespace fc::cuda {
 namespace {
 
-constexpr int kMostStrip = 16;   // tiles, so that no chain of float32 sums is long
+constexpr int kMostStrip = 16;      // tiles, so that no chain of float32 sums is long
 constexpr int kEnoughTiles = 1024;  // for all blocks to have work
 constexpr int64_t kMostWorkspace = 256 << 20;
 
@@ -74,13 +75,13 @@ __host__ __device__ Tiling tiling_of(int64_t lines, int64_t others) {
 template <class T>
 int64_t most_partials(int64_t lines, int64_t others) {
   const int64_t line_tiles = ceiling(lines, kTileRows<T>), other_tiles = ceiling(others, kCols<T>);
-  const int64_t blocks = std::max<int64_t>(2 * kEnoughTiles + line_tiles,
-                                           line_tiles * ceiling(other_tiles, kMostStrip));
+  const int64_t blocks =
+      std::max<int64_t>(2 * kEnoughTiles + line_tiles, line_tiles * ceiling(other_tiles, kMostStrip));
   return std::min(line_tiles * other_tiles, blocks) * kTileRows<T>;
 }
 
 struct Workspace {
-  char* memory;      // `bytes` for each team
+  char* memory;  // `bytes` for each team
   int64_t bytes;
   int64_t partials;  // for which there is room
   int* active;       // number of teams with a problem
@@ -90,9 +91,9 @@ struct Workspace {
 template <class T>
 int64_t team_bytes(int64_t n, int64_t m, int64_t partials) {
   const int64_t chunks = ceiling(n, kThreads) + ceiling(m, kThreads);
-  const auto bytes = static_cast<int64_t>((n + 2 * m + partials / kTileRows<T>) * sizeof(double) +
-                                          chunks * sizeof(Sums) + 2 * (n + m) * sizeof(Split<T>) +
-                                          partials * sizeof(Partial<T>));
+  const auto bytes =
+      static_cast<int64_t>((n + 2 * m + partials / kTileRows<T>)*sizeof(double) + chunks * sizeof(Sums) +
+                           2 * (n + m) * sizeof(Split<T>) + partials * sizeof(Partial<T>));
   return ceiling(bytes, 256) * 256;
 }
 
@@ -275,7 +276,8 @@ class Streaming {
       for (int r = 0; r < kR; ++r) {
         // The sixteen threads of a line are half a warp.
         T top = most[r];
-        for (int step = kSide / 2; step > 0; step /= 2) top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
+        for (int step = kSide / 2; step > 0; step /= 2)
+          top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
         T total = top == none ? T(0) : sum[r] * exponential(most[r] - top);
         for (int step = kSide / 2; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
         const int line = first_line + tile_row<kTileRows<T>>(r);
@@ -391,7 +393,8 @@ class Streaming {
     }
     const Tiling tiling = tiling_of<T>(m, n);
     double cost = 0;
-    for (int work = thread(); work < tiling.line_tiles * tiling.strips; work += kThreads) cost += costs_[work];
+    for (int work = thread(); work < tiling.line_tiles * tiling.strips; work += kThreads)
+      cost += costs_[work];
     found.transport_cost = block_sum(cost);
     if (leads()) write_outcome(task_, p_, found);
     take_next();
@@ -419,8 +422,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
     solve_streaming(Batch<T> batch, Task task, Workspace workspace, int64_t shared) {
   FC_SHARED(double, schedule, [kScheduleDoubles]);
   if (task.faults->any()) return;
-  Streaming<T>(batch, task, workspace, shared, *reinterpret_cast<SinkhornSchedule*>(schedule))
-      .solve_all();
+  Streaming<T>(batch, task, workspace, shared, *reinterpret_cast<SinkhornSchedule*>(schedule)).solve_all();
 }
 
 __global__ void set_active(int* active, int teams) { *active = teams; }
@@ -438,9 +440,8 @@ void launch_streaming(const Batch<T>& batch, const Task& task, int64_t shared) {
   const int64_t team_blocks = std::min(blocks / teams, partials / kTileRows<T>);
   const DeviceBuffer<char> memory(teams * bytes, stream);
   const DeviceBuffer<int> active(1, stream);
-  const Workspace workspace{memory.data(),           bytes,
-                            partials,                active.data(),
-                            static_cast<int>(teams), static_cast<int>(team_blocks)};
+  const Workspace workspace{
+      memory.data(), bytes, partials, active.data(), static_cast<int>(teams), static_cast<int>(team_blocks)};
   launch(set_active, {dim3(1), dim3(1), 0, stream}, workspace.active, workspace.teams);
   launch(solve_streaming<T>,
          {dim3(static_cast<unsigned>(teams * team_blocks)), dim3(kThreads), 0, stream, true}, batch, task,

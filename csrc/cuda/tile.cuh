@@ -79,8 +79,8 @@ __device__ __forceinline__ T accumulate(T a, T b, T sum) {
 }
 
 // value[r][c] of this thread: rows first_row + tile_row(r) of `a` against rows first_col + tile_column(c) of
-// `b`. Rows beyond the sets are zeros. All threads of the block take part. with_form(fn) calls fn with the form
-// as a constant, which it knows or, the same for all threads, finds out for every kDepth features.
+// `b`. Rows beyond the sets are zeros. All threads of the block take part. with_form(fn) calls fn with the
+// form as a constant, which it knows or, the same for all threads, finds out for every kDepth features.
 template <class T, int kRows, bool kChained, class WithForm>
 __device__ void tile_values_of(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
                                T (&value)[kRows / kSide][kCols<T> / kSide], WithForm&& with_form) {

@@ -41,7 +41,8 @@ struct Data {
   std::vector<int64_t> x_lengths, y_lengths;
 
   explicit Data(const Case& c) {
-    const auto points = samples::normal<T>(c.batch * c.n, c.d, 1), others = samples::normal<T>(c.batch * c.m, c.d, 2);
+    const auto points = samples::normal<T>(c.batch * c.n, c.d, 1),
+               others = samples::normal<T>(c.batch * c.m, c.d, 2);
     x = points.values();
     y = others.values();
     if (c.precomputed) {
@@ -90,8 +91,8 @@ struct Data {
   }
 
  private:
-  static void fill(std::vector<double>& weights, std::vector<double>& potentials, int64_t first, int64_t count,
-                   bool zeros, samples::Random& random) {
+  static void fill(std::vector<double>& weights, std::vector<double>& potentials, int64_t first,
+                   int64_t count, bool zeros, samples::Random& random) {
     double sum = 0;
     for (int64_t l = first; l < first + count; ++l) {
       weights[l] = zeros && (l - first) % 3 == 1 ? 0 : 0.1 + random.uniform();
@@ -153,12 +154,14 @@ Row expected(const Case& c, const Data<T>& data) {
     const double damp_b = std::isinf(c.rho_b) ? 1 : c.rho_b / (c.rho_b + c.reg);
     const auto row_sum = [&](int64_t i) {
       std::vector<double> terms(m);
-      for (int64_t j = 0; j < m; ++j) terms[j] = (f[i] + g[j] - cost_of(c, data, p, i, j)) / c.reg + std::log(b[j]);
+      for (int64_t j = 0; j < m; ++j)
+        terms[j] = (f[i] + g[j] - cost_of(c, data, p, i, j)) / c.reg + std::log(b[j]);
       return log_sum_exp(terms);
     };
     const auto column_sum = [&](int64_t j) {
       std::vector<double> terms(n);
-      for (int64_t i = 0; i < n; ++i) terms[i] = (f[i] + g[j] - cost_of(c, data, p, i, j)) / c.reg + std::log(a[i]);
+      for (int64_t i = 0; i < n; ++i)
+        terms[i] = (f[i] + g[j] - cost_of(c, data, p, i, j)) / c.reg + std::log(a[i]);
       return log_sum_exp(terms);
     };
     for (int64_t iteration = 0; iteration < c.max_iter; ++iteration) {
@@ -222,7 +225,13 @@ struct OnDevice {
   fc::cuda::SinkhornProblems<T> problems;
 
   OnDevice(const Case& c, const Data<T>& data)
-      : x(data.x), y(data.y), a(data.a), b(data.b), f(data.f), g(data.g), x_lengths(data.x_lengths),
+      : x(data.x),
+        y(data.y),
+        a(data.a),
+        b(data.b),
+        f(data.f),
+        g(data.g),
+        x_lengths(data.x_lengths),
         y_lengths(data.y_lengths) {
     problems.x = x.data();
     problems.y = c.precomputed ? nullptr : y.data();
@@ -259,9 +268,9 @@ Row run(const Case& c, const Data<T>& data, int64_t shared_bytes, SinkhornVerdic
     options.f = device.f.data();
     options.g = device.g.data();
   }
-  const SinkhornVerdict found = fc::cuda::sinkhorn<T>(
-      device.problems, options,
-      {f.data(), g.data(), value.data(), cost.data(), error.data(), iterations.data()});
+  const SinkhornVerdict found =
+      fc::cuda::sinkhorn<T>(device.problems, options,
+                            {f.data(), g.data(), value.data(), cost.data(), error.data(), iterations.data()});
   if (verdict != nullptr) {
     *verdict = found;
     return {};
@@ -340,9 +349,9 @@ void test_variants() {
   check_case<T>(c, {512 * 8 + 9 * 8 * 8 + 600, 0});
 }
 
-// Groups of points, `barrier` apart from the next, and but for weights of `light` all mass in the first row group
-// and the last column group: in a dozen iterations potentials move by hundreds of reg, while the matrix is
-// resident.
+// Groups of points, `barrier` apart from the next, and but for weights of `light` all mass in the first row
+// group and the last column group: in a dozen iterations potentials move by hundreds of reg, while the matrix
+// is resident.
 template <class T>
 void check_barriers(int64_t groups, double barrier, double light) {
   Case c{1, 12, 10, 1};
@@ -495,8 +504,9 @@ void test_verdicts() {
                 {SinkhornVerdict::kOverflow, false, 0, 0, 0});
   Case costs = c;
   costs.precomputed = true;
-  check_verdict(verdict_of<T>(costs, [&](Data<T>& data) { data.x[(1 * 6 + 3) * 8 + 5] = static_cast<T>(kNaN); }),
-                {SinkhornVerdict::kNotFinite, false, 1, 3, 5});
+  check_verdict(
+      verdict_of<T>(costs, [&](Data<T>& data) { data.x[(1 * 6 + 3) * 8 + 5] = static_cast<T>(kNaN); }),
+      {SinkhornVerdict::kNotFinite, false, 1, 3, 5});
 }
 
 template <class T>

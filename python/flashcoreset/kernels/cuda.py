@@ -168,7 +168,13 @@ def _compact(tensor: Tensor) -> Any:
 
 
 def _problems(
-    x: Tensor, y: Tensor | None, metric: str, a: Tensor, b: Tensor, x_lengths: Tensor | None, y_lengths: Tensor | None
+    x: Tensor,
+    y: Tensor | None,
+    metric: str,
+    a: Tensor,
+    b: Tensor,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
 ) -> tuple[Any, ...]:
     """What each of the compiled functions gets first. Capsules keep the memory that they show alive."""
     return (
@@ -219,14 +225,15 @@ def sinkhorn(
         ValueError: for data that turned out to be NaN, infinite or too large, and for weights that are negative, all
             zero or of unequal sums.
     """
-    batch, n = a.shape
-    m = b.shape[1]
-    solution = Solution(
+    batch = len(a)
+    value, transport_cost, error = a.new_empty(3, batch).unbind()
+    outputs = (
         torch.zeros_like(a, memory_format=torch.contiguous_format),
         torch.zeros_like(b, memory_format=torch.contiguous_format),
-        *a.new_empty(3, batch).unbind(),
+        value,
+        transport_cost,
+        error,
         torch.empty(batch, dtype=torch.int64, device=a.device),
-        torch.empty(batch, dtype=torch.bool, device=a.device),
     )
     wrong, argument, problem, row, column = _native.cuda_module().sinkhorn(
         *_problems(x, y, metric, a, b, x_lengths, y_lengths),
@@ -236,7 +243,7 @@ def sinkhorn(
         tol,
         None if f is None else _compact(f),
         None if g is None else _compact(g),
-        *map(_capsule, solution[:-1]),
+        *map(_capsule, outputs),
         -1 if SINKHORN_SHARED_BYTES is None else SINKHORN_SHARED_BYTES,
         _stream(x.device),
     )
@@ -245,7 +252,7 @@ def sinkhorn(
         raise ValueError(_sinkhorn_fault(wrong, argument, tensors, problem, row, column))
     if report is not None:
         report(batch * max_iter, batch * max_iter)
-    return solution._replace(converged=solution.error <= tol)
+    return Solution(*outputs, converged=error <= tol)
 
 
 def _sinkhorn_fault(
