@@ -25,8 +25,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 
 # Largest error of potentials, value, transport cost and error (of the marginals, which sum up to 1) that is allowed,
 # relative to the largest cost, or reg or (cosine, where 1 - cos cancels) 1 where that is more: costs computed in float32 are
-# off by some units of 6e-8, and so is all that follows from them. Worst seen: 1.9e-7
-# and 1.2e-15.
+# off by some units of 6e-8, and so is all that follows from them. Worst seen: 1.9e-7 and 1.2e-15.
 TOLERANCE = {torch.float32: 5e-7, torch.float64: 5e-15}
 
 
@@ -113,7 +112,7 @@ def compare(
 @PATHS
 @DTYPES
 @pytest.mark.parametrize("metric", METRICS)
-def test_follows_the_definition(
+def test_agrees_with_the_definition(
     metric: str, dtype: torch.dtype, shared: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for (n, m), marginals in zip(

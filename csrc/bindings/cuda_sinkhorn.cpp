@@ -1,6 +1,7 @@
 // Sinkhorn of the module _cuda.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -32,10 +33,11 @@ class Problems {
       y_ = &keep(y, "y");
       m_ = y_->size(1);
     }
-    if (batch_ < 1 || n_ < 1 || m_ < 1 || batch_ >= kLimit || n_ >= kLimit || m_ >= kLimit) {
-      throw py::value_error("x: expected 1 to 2^31 - 1 problems, rows and columns, got " +
-                            std::to_string(batch_) + ", " + std::to_string(n_) + " and " +
-                            std::to_string(m_));
+    if (batch_ < 1 || n_ < 1 || m_ < 1 || batch_ >= kLimit || n_ >= kLimit || m_ >= kLimit ||
+        batch_ * std::max(n_, m_) >= kLimit) {
+      throw py::value_error(
+          "x: expected less than 2^30 rows and columns in all problems together, and at least one, got " +
+          std::to_string(batch_) + " problems of " + std::to_string(n_) + " by " + std::to_string(m_));
     }
     a_ = compact<double>(a, "a", {batch_, n_});
     b_ = compact<double>(b, "b", {batch_, m_});
@@ -94,7 +96,8 @@ class Problems {
   }
 
  private:
-  static constexpr int64_t kLimit = INT32_MAX;
+  // Tiles and lines are counted in ints.
+  static constexpr int64_t kLimit = 1 << 30;
 
   template <class U, int Rank>
   static const U* compact_view(const ArrayArgument& array, const int64_t (&shape)[Rank]) {

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "core/sinkhorn_schedule.h"
+#include "cuda/sinkhorn.cuh"
 #include "cuda/sinkhorn.h"
 #include "emulator/device_array.h"
 #include "emulator/schedules.h"
@@ -346,7 +347,7 @@ void test_variants() {
   c = {5, 9, 11, 2};
   c.ragged = true;
   c.max_iter = 2;
-  check_case<T>(c, {512 * 8 + 9 * 8 * 8 + 600, 0});
+  check_case<T>(c, {fc::cuda::resident_bytes<T>(7, 7), 0});
 }
 
 // Groups of points, `barrier` apart from the next, and but for weights of `light` all mass in the first row
