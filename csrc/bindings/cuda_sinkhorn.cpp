@@ -92,6 +92,7 @@ class Problems {
 
   const ArrayArgument& keep(py::handle array, const char* name) {
     arrays_.push_back(std::make_unique<ArrayArgument>(array, name, kDevice));
+    require_device(*arrays_.back(), arrays_.front()->device_id());
     return *arrays_.back();
   }
 

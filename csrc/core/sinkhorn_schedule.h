@@ -1,5 +1,5 @@
-// The course of one Sinkhorn problem's iterations: when eps falls, by how much iterations are over-relaxed, and
-// when to stop. python/flashcoreset/reference/sinkhorn.py has the definition; every backend follows it.
+// The course of one Sinkhorn problem's iterations: when eps falls, by how much iterations are over-relaxed,
+// and when to stop. python/flashcoreset/reference/sinkhorn.py has the definition; every backend follows it.
 #pragma once
 
 #include <cmath>
@@ -22,8 +22,8 @@ class SinkhornSchedule {
 
   SinkhornSchedule() = default;
   FC_HOST_DEVICE SinkhornSchedule(double reg, double spread, double tol, int64_t max_iter, bool balanced,
-                                  bool warm)
-      : reg_(reg), tol_(tol), max_iter_(max_iter) {
+                                  bool warm, double mass = 1)
+      : reg_(reg), tol_(tol), mass_(mass), max_iter_(max_iter) {
     int64_t stages = 0;
     if (!warm && spread > kAnnealedFrom * reg && spread < HUGE_VAL) {
       stages = static_cast<int64_t>(ceil(log(spread / reg) / log(kFactor))) - 1;
@@ -47,7 +47,7 @@ class SinkhornSchedule {
     ++iterations_;
     ++in_stage_;
     if (eps_ > reg_) {
-      if (error <= kStageError || in_stage_ >= stage_iterations_) {
+      if (error <= kStageError * mass_ || in_stage_ >= stage_iterations_) {
         eps_ = eps_ / kFactor > reg_ ? eps_ / kFactor : reg_;
         in_stage_ = 0;
         restart();
@@ -75,7 +75,7 @@ class SinkhornSchedule {
 
   FC_HOST_DEVICE void adapt(double error) {
     if (since_ == 0) {
-      if (error >= 0.5) return;
+      if (error >= 0.5 * mass_) return;
       base_ = error;
     } else if (since_ == kPeriod) {
       const double rate = base_ > 0 ? pow(error / base_, 1.0 / kPeriod) : 0.0;
@@ -96,7 +96,7 @@ class SinkhornSchedule {
     ++since_;
   }
 
-  double reg_ = 1, tol_ = 0, eps_ = 1, omega_ = 1, base_ = 0;
+  double reg_ = 1, tol_ = 0, mass_ = 1, eps_ = 1, omega_ = 1, base_ = 0;
   int64_t max_iter_ = 0, stage_iterations_ = 0, iterations_ = 0, in_stage_ = 0, since_ = 0;
   bool relaxed_ = false;
 };

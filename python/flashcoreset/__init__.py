@@ -9,20 +9,23 @@ Example:
 from importlib.metadata import version as _version
 
 from flashcoreset import kernels
-from flashcoreset._errors import BackendUnavailableError, SlowPathWarning
+from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
+from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
 
 __version__ = _version("flashcoreset")
 
 __all__ = [
     "BackendUnavailableError",
+    "ConvergenceWarning",
     "Coreset",
     "Selection",
     "SlowPathWarning",
+    "Transport",
     "__version__",
     "allocate_budgets",
     "facility_location",
@@ -30,4 +33,6 @@ __all__ = [
     "memory_estimate",
     "select",
     "simcore",
+    "sinkhorn",
+    "sinkhorn_divergence",
 ]

@@ -54,7 +54,7 @@ class Schedule:
     """The course of one problem's iterations, the same on every backend (csrc/core/sinkhorn_schedule.h).
 
     Annealing: where the costs range over more than ANNEALED_FROM times reg, the iterations start at a quarter of the
-    range and eps falls by FACTOR whenever the marginals are STAGE_ERROR off or after a stage's share of iterations.
+    range and eps falls by FACTOR whenever the marginals are off by STAGE_ERROR of the mass or after a stage's share of iterations.
     Over-relaxation, in balanced problems: every PERIOD iterations the rate of convergence that was seen gives a better
     omega; where the error grew, omega goes back towards 1. With tol = 0 the plain iterations are made, unless they are
     annealed.
@@ -66,6 +66,7 @@ class Schedule:
     max_iter: int
     balanced: bool
     warm: bool  # potentials are given
+    mass: float = 1.0  # of the rows: what errors are compared with
 
     ANNEALED_FROM = 500.0
     FACTOR = 4.0
@@ -95,7 +96,7 @@ class Schedule:
         self.iterations += 1
         self._in_stage += 1
         if self.eps > self.reg:
-            if error <= self.STAGE_ERROR or self._in_stage >= self.stage_iterations:
+            if error <= self.STAGE_ERROR * self.mass or self._in_stage >= self.stage_iterations:
                 self.eps = max(self.eps / self.FACTOR, self.reg)
                 self._in_stage = 0
                 self._restart()
@@ -119,7 +120,7 @@ class Schedule:
 
     def _adapt(self, error: float) -> None:
         if self._since == 0:
-            if error >= 0.5:
+            if error >= 0.5 * self.mass:
                 return
             self._base = error
         elif self._since == self.PERIOD:
@@ -178,6 +179,25 @@ class _Costs:
         return far * far if self.metric == "sqeuclidean" else far
 
 
+def _problems(
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    metric: str,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    memory_budget: int,
+) -> Iterator[tuple[int, slice, slice, _Costs]]:
+    """The number of each problem, its rows and its columns, and its costs."""
+    batch = a.shape[0]
+    rows = [a.shape[1]] * batch if x_lengths is None else x_lengths.tolist()
+    columns = [b.shape[1]] * batch if y_lengths is None else y_lengths.tolist()
+    for p, (r, c) in enumerate(zip(rows, columns, strict=True)):
+        own = x[p, :r, :c] if y is None else x[p, :r]
+        yield p, slice(0, r), slice(0, c), _Costs(own, None if y is None else y[p, :c], metric, memory_budget)
+
+
 def damping(rho: float, eps: float) -> float:
     """lambda = rho / (rho + eps); 1 for a balanced marginal."""
     return 1.0 if math.isinf(rho) else rho / (rho + eps)
@@ -225,25 +245,20 @@ def sinkhorn(
         memory_budget: bytes that the costs of a problem may take.
         report: called with the number of iterations done and their largest possible number.
     """
-    batch, n = a.shape
-    m = b.shape[1]
+    batch = a.shape[0]
     out_f, out_g = torch.zeros_like(a), torch.zeros_like(b)
     scalars = torch.zeros(4, batch, dtype=torch.float64)
-    rows = [n] * batch if x_lengths is None else x_lengths.tolist()
-    columns = [m] * batch if y_lengths is None else y_lengths.tolist()
-    for p, (r, c) in enumerate(zip(rows, columns, strict=True)):
-        if y is None:
-            costs = _Costs(x[p, :r, :c], None, metric, memory_budget)
-        else:
-            costs = _Costs(x[p, :r], y[p, :c], metric, memory_budget)
-        start = None if f is None or g is None else (f[p, :r], g[p, :c])
+    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
+        start = None if f is None or g is None else (f[p, r], g[p, c])
         balanced = all(map(math.isinf, reg_marginal))
-        schedule = Schedule(reg, costs.spread, tol, max_iter, balanced, warm=start is not None)
+        schedule = Schedule(
+            reg, costs.spread, tol, max_iter, balanced, start is not None, float(a[p, r].sum())
+        )
         own_report = None
         if report is not None:
             own_report = _of_problem(report, p, batch, max_iter)
-        out_f[p, :r], out_g[p, :c], *found = _solve(
-            costs, a[p, :r], b[p, :c], reg, reg_marginal, schedule, start, own_report
+        out_f[p, r], out_g[p, c], *found = _solve(
+            costs, a[p, r], b[p, c], reg, reg_marginal, schedule, start, own_report
         )
         scalars[:, p] = torch.tensor(found, dtype=torch.float64)
     scalars = scalars.to(a.device)
@@ -301,12 +316,12 @@ def _solve(
             if not schedule.balanced:
                 last_rows, last_columns = unknown_rows, unknown_columns
         elif order != "go on":
-            f, g, rows_now, columns_now, cost = _evaluate(costs, f, g, a, b, reg, reg_marginal)
+            f, g, rows_now, columns_now, total = _evaluate(costs, f, g, a, b, reg, reg_marginal)
             error = float((rows_now - last_rows).abs().sum() + (columns_now - columns_before).abs().sum())
             if order == "check" and not error <= schedule.tol and schedule.disappointed():
                 continue
             value = dual_value(f[None], g[None], a[None], b[None], rows_now.sum(), reg, reg_marginal)
-            return f, g, float(value), cost, error, schedule.iterations
+            return f, g, float(value), total, error, schedule.iterations
 
 
 def _evaluate(
@@ -347,21 +362,14 @@ def apply(
 ) -> Tensor:
     """P v [B, n, k] of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
     [B, n, k]. Rows beyond a problem's size are 0."""
-    batch, n = a.shape
-    m = b.shape[1]
-    out = torch.zeros(batch, m if transpose else n, v.shape[2], dtype=torch.float64, device=v.device)
-    rows = [n] * batch if x_lengths is None else x_lengths.tolist()
-    columns = [m] * batch if y_lengths is None else y_lengths.tolist()
-    for p, (r, c) in enumerate(zip(rows, columns, strict=True)):
-        if y is None:
-            costs = _Costs(x[p, :r, :c], None, metric, memory_budget)
-        else:
-            costs = _Costs(x[p, :r], y[p, :c], metric, memory_budget)
-        for some, plan in _plan_blocks(costs, f[p, :r], g[p, :c], a[p, :r], b[p, :c], reg):
+    size = (b if transpose else a).shape[1]
+    out = torch.zeros(a.shape[0], size, v.shape[2], dtype=torch.float64, device=v.device)
+    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
+        for some, plan in _plan_blocks(costs, f[p, r], g[p, c], a[p, r], b[p, c], reg):
             if transpose:
-                out[p, :c] += plan.mT @ v[p, some].double()
+                out[p, c] += plan.mT @ v[p, some].double()
             else:
-                out[p, some] = plan @ v[p, :c].double()
+                out[p, some] = plan @ v[p, c].double()
     return out
 
 
@@ -379,18 +387,10 @@ def plan(
     y_lengths: Tensor | None = None,
 ) -> Tensor:
     """P [B, n, m] float64 of the plans with potentials f, g; 0 beyond a problem's size."""
-    batch, n = a.shape
-    m = b.shape[1]
-    out = torch.zeros(batch, n, m, dtype=torch.float64, device=a.device)
-    rows = [n] * batch if x_lengths is None else x_lengths.tolist()
-    columns = [m] * batch if y_lengths is None else y_lengths.tolist()
-    for p, (r, c) in enumerate(zip(rows, columns, strict=True)):
-        if y is None:
-            costs = _Costs(x[p, :r, :c], None, metric, 0)
-        else:
-            costs = _Costs(x[p, :r], y[p, :c], metric, 0)
-        for some, part in _plan_blocks(costs, f[p, :r], g[p, :c], a[p, :r], b[p, :c], reg):
-            out[p, some, :c] = part
+    out = torch.zeros(*a.shape, b.shape[1], dtype=torch.float64, device=a.device)
+    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, 0):
+        for some, part in _plan_blocks(costs, f[p, r], g[p, c], a[p, r], b[p, c], reg):
+            out[p, some, c] = part
     return out
 
 
