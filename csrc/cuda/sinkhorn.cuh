@@ -184,16 +184,17 @@ __device__ void cost_tile(const Costs<T>& costs, int first_line, int first_other
                           T (&cost)[kTileRows<T> / kSide][kCols<T> / kSide]) {
   constexpr int kR = kTileRows<T> / kSide, kC = kCols<T> / kSide;
   if (costs.matrix != nullptr) return given_tile(costs, first_line, first_other, cost);
-  tile_values_of<T, kTileRows<T>, true>(costs.lines, first_line, costs.others, first_other, cost,
-                                        [&](auto fn) {
-                                          if (costs.form == Form::kSquare) {
-                                            fn(std::integral_constant<Form, Form::kSquare>{});
-                                          } else if (costs.form == Form::kProduct) {
-                                            fn(std::integral_constant<Form, Form::kProduct>{});
-                                          } else {
-                                            fn(std::integral_constant<Form, Form::kAbsolute>{});
-                                          }
-                                        });
+  // Shared memory is for matrices: sums of chains stay in registers.
+  tile_values_of<T, kTileRows<T>, true, false>(costs.lines, first_line, costs.others, first_other, cost,
+                                               [&](auto fn) {
+                                                 if (costs.form == Form::kSquare) {
+                                                   fn(std::integral_constant<Form, Form::kSquare>{});
+                                                 } else if (costs.form == Form::kProduct) {
+                                                   fn(std::integral_constant<Form, Form::kProduct>{});
+                                                 } else {
+                                                   fn(std::integral_constant<Form, Form::kAbsolute>{});
+                                                 }
+                                               });
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
 #pragma unroll

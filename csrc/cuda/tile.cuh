@@ -90,16 +90,15 @@ __device__ __forceinline__ Staged<T>& staged_columns() {
 // value[r][c] of this thread: rows first_row + tile_row(r) of `a` against rows first_col + tile_column(c) of
 // `b`. Rows beyond the sets are zeros. All threads of the block take part. with_form(fn) calls fn with the
 // form as a constant, which it knows or, the same for all threads, finds out for every kDepth features.
-template <class T, int kRows, bool kChained, class WithForm>
+// kStored: where the sums of the chains before the running one are kept, in shared memory or in registers.
+template <class T, int kRows, bool kChained, bool kStored, class WithForm>
 __device__ void tile_values_of(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
                                T (&value)[kRows / kSide][kCols<T> / kSide], WithForm&& with_form) {
   constexpr int kR = kRows / kSide, kC = kCols<T> / kSide, kPad = 16 / static_cast<int>(sizeof(T));
   constexpr int kLoadsA = kRows * kDepth / kThreads, kLoadsB = kCols<T> * kDepth / kThreads;
   FC_SHARED(T, a_part, [kDepth][kRows + kPad]);
   auto& b_part = staged_columns<T>();
-  // The sums of the chains before the running one, where a thread would lack the registers: read and written
-  // by itself alone, once in kChain features.
-  constexpr bool kStored = kChained && kR > 1;
+  // Read and written by one thread each, once in kChain features.
   FC_SHARED(T, chains, [kStored ? kR * kC : 1][kStored ? kThreads : 1]);
   const int k_own = static_cast<int>(threadIdx.x) % kDepth, row_own = static_cast<int>(threadIdx.x) / kDepth;
   constexpr int kRowsAtOnce = kThreads / kDepth;
@@ -179,8 +178,10 @@ __device__ void tile_values_of(const RowSet<T>& a, int first_row, const RowSet<T
 template <class T, Form form, int kRows, bool kChained>
 __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
                             T (&value)[kRows / kSide][kCols<T> / kSide]) {
-  tile_values_of<T, kRows, kChained>(a, first_row, b, first_col, value,
-                                     [](auto fn) { fn(std::integral_constant<Form, form>{}); });
+  // A thread with several rows would lack the registers.
+  constexpr bool kStored = kChained && kRows > kSide;
+  tile_values_of<T, kRows, kChained, kStored>(a, first_row, b, first_col, value,
+                                              [](auto fn) { fn(std::integral_constant<Form, form>{}); });
 }
 
 // The metric's value as a similarity: the root where it is one, the sign turned for distances.
