@@ -12,7 +12,7 @@ from flashcoreset import kernels
 from flashcoreset._errors import BackendUnavailableError, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
-from flashcoreset.methods import select, simcore
+from flashcoreset.methods import goracs, select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
 
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "allocate_budgets",
     "facility_location",
+    "goracs",
     "kernels",
     "memory_estimate",
     "select",

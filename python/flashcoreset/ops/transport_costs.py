@@ -72,7 +72,7 @@ class TransportCosts:
             rows = slice(begin, begin + self.step)
             d = self._distances(rows, None if held is None else held[rows])
             nearest[rows], farthest[rows] = d.amin(1).double(), d.amax(1).double()
-            total[rows] = d.sum(1, dtype=torch.float64)
+            total[rows] = d.sum(1).double()
         largest = float(farthest.max())
         if not largest <= torch.finfo(train.dtype).max:
             raise ValueError(
@@ -85,7 +85,8 @@ class TransportCosts:
         base = 1 + (penalty + low) * unit if spread > 0 else torch.ones_like(penalty)
         self._slope = per_distance * unit
         self._base = base.to(train.dtype)
-        # Bounds of the sums of a row's similarities: each of these is rounded to a few units of its last place.
+        # Bounds of the sums of a row's similarities: each of these, and the sum of distances (which torch takes in
+        # a cascade), is off by a few units of its last place.
         slack = 64 * torch.finfo(train.dtype).eps * clients
         self._sums = (clients * base - self._slope * total).clamp_min_(0) + slack
         if held is not None:
