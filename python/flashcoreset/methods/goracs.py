@@ -28,13 +28,15 @@ from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.entropic_transport import solve_entropic
 from flashcoreset.ops.exact_transport import Transport, load_pot, solve
 from flashcoreset.ops.exchanges import Exchanges
-from flashcoreset.ops.transport_costs import TransportCosts, block_rows, cover_picks, list_capacity
+from flashcoreset.ops.transport_costs import TransportCosts, cover_picks, cover_bytes
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 from flashcoreset.reference.goracs import IMPROVEMENT
 
 SOLVERS = ("exact", "sinkhorn")
-_POOL = 32  # additions whose costs are kept, as a multiple of n_candidates
+_KEPT_BYTES = 2**24
+_POOL = 16  # additions whose costs are kept, as a multiple of n_candidates
 _FAILURES = 3  # exchanges that may fail one after the other before all additions are looked at anew
+_SHARE = 0.5  # of the decrease that its bounds allow, what a step of several exchanges has to reach
 _ROUNDING = 1e-5  # how far float32 bounds may be off
 
 
@@ -310,6 +312,11 @@ def _select(
     return descent.subset, info
 
 
+def pool_rows(sinks: int, n_candidates: int) -> int:
+    """Additions whose costs are kept. Not of the budget, on which the exchanges must not depend."""
+    return max(n_candidates, min(_POOL * n_candidates, _KEPT_BYTES // (8 * sinks)))
+
+
 class _Members:
     """The costs of a subset's members, [k, V]: held if they take at most a quarter of the budget, in float64 if
     that fits too."""
@@ -319,7 +326,8 @@ class _Members:
         self.sinks = costs.shape[1]
         size = costs.costs(subset[:1]).element_size()
         entries = len(subset) * self.sinks
-        self._step = block_rows(self.sinks, 8, costs.memory_budget // 4)
+        # Not of the budget, on which the dual variables, and so the exchanges, must not depend.
+        self._step = max(1, min(128, _KEPT_BYTES // (8 * self.sinks)))
         self._held: Tensor | None = None
         for width, dtype in ((8, torch.float64), (size, None)):
             if self._held is None and entries * width <= costs.memory_budget // 4:
@@ -347,6 +355,9 @@ class _Pool:
     complete: bool = True
 
 
+_Pair = tuple[int, int, float]  # place of the removal, row of the addition in the pool, bound
+
+
 class _Descent:
     """Stage 2 from the picks of stage 1."""
 
@@ -360,8 +371,7 @@ class _Descent:
         self.stopped = "max_exchanges"
         self._width = options.n_candidates
         self._tried: set[tuple[int, int]] = set()
-        room = options.memory_budget // 8 // (sinks * picks.element_size())
-        self._pool_size = max(1, min(_POOL * options.n_candidates, room))
+        self._pool_size = pool_rows(sinks, options.n_candidates)
 
     @property
     def subset(self) -> Tensor:
@@ -413,13 +423,14 @@ class _Descent:
         failures = 0
         while pairs and (pool.complete or failures < _FAILURES):
             batch = self._apart(bounds, pool, pairs, y)
-            places = torch.tensor([place for place, _ in batch], device=self.subset.device)
-            rows = torch.tensor([row for _, row in batch], device=self.subset.device)
+            places = torch.tensor([place for place, _, _ in batch], device=self.subset.device)
+            rows = torch.tensor([row for _, row, _ in batch], device=self.subset.device)
             before = self.subset[places]
             self._members.exchange(places, pool.items[rows])
             u = self.transport.u.index_copy(0, places, y[rows].double())
             trial = self._solve(u, self.transport.cells)
-            if trial.value < self.scores[-1] - IMPROVEMENT:
+            promised = sum(self.scores[-1] - bound for _, _, bound in batch) if len(batch) > 1 else 0.0
+            if trial.value < self.scores[-1] - max(IMPROVEMENT, _SHARE * promised):
                 self.transport = trial
                 self.scores.append(trial.value)
                 self.exchanges.append(self.exchanges[-1] + len(batch))
@@ -430,11 +441,11 @@ class _Descent:
                 self._width = len(batch) // 2
             else:
                 failures += 1
-                place, row = pairs.pop(0)
+                place, row, _ = pairs.pop(0)
                 self._tried.add((place, int(pool.items[row])))
         return False
 
-    def _candidates(self, bounds: Exchanges, pool: _Pool) -> tuple[list[tuple[int, int]], Tensor]:
+    def _candidates(self, bounds: Exchanges, pool: _Pool) -> tuple[list[_Pair], Tensor]:
         """Pairs (place of the removal, row of the pool) of the most promising removals and additions, lowest bound
         first; and y [p] of the pool."""
         values, y = bounds.bounds(pool.costs)
@@ -450,19 +461,19 @@ class _Descent:
         chosen = values[rows[:, None], places]
         order = torch.argsort(chosen.flatten(), stable=True)
         order = order[chosen.flatten()[order] < self.scores[-1] - IMPROVEMENT]
-        pairs = zip(places[order % len(places)].tolist(), rows[order // len(places)].tolist(), strict=True)
+        pairs = zip(places[order % len(places)].tolist(), rows[order // len(places)].tolist(), chosen.flatten()[order].tolist(), strict=True)
         return list(pairs), y
 
     def _apart(
-        self, bounds: Exchanges, pool: _Pool, pairs: list[tuple[int, int]], y: Tensor
-    ) -> list[tuple[int, int]]:
+        self, bounds: Exchanges, pool: _Pool, pairs: list[_Pair], y: Tensor
+    ) -> list[_Pair]:
         """The first of `pairs`, and further ones that share no item and no validation item with those before."""
         room = min(self._width, self._options.max_exchanges - self.exchanges[-1])
-        batch: list[tuple[int, int]] = []
+        batch: list[_Pair] = []
         taken: Tensor | None = None
         used_places: set[int] = set()
         used_rows: set[int] = set()
-        for place, row in pairs:
+        for place, row, bound in pairs:
             if len(batch) == room:
                 break
             if place in used_places or row in used_rows:
@@ -471,7 +482,7 @@ class _Descent:
             if taken is not None and (touched & taken).any():
                 continue
             taken = touched if taken is None else touched | taken
-            batch.append((place, row))
+            batch.append((place, row, bound))
             used_places.add(place)
             used_rows.add(row)
         return batch

@@ -23,9 +23,11 @@ from torch import Tensor
 
 CostBlocks = Callable[[], Iterator[tuple[slice, Tensor]]]
 
-_CELLS = 4  # cells for each source and sink in the first run
+_CELLS = 4  # cells for each source and sink that a run adds at most
+_GROUP = 16
 _GAP = 1e-10  # enclosure of the exact cost at which the plan counts as optimal; costs are in [0, 1]
 _RUNS = 100
+_DENSE = 2**16  # cells of a problem that POT gets whole
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def solve(
     """The optimal transport of the costs [k, V] that `blocks()` yields as row blocks.
 
     Args:
-        blocks: called for each pass over the costs.
+        blocks: called for each pass over the costs; which of several optimal dual variables are found may depend
+            on the blocks.
         u: [k] float64, dual variables to begin with; any will do, near ones are fast.
         sinks: V.
         cells: (sources, sinks) in which some feasible plan lies; None takes `feasible_cells`.
@@ -94,14 +97,14 @@ def solve(
     """
     ot = load_pot()
     k, device = len(u), u.device
+    if k * sinks <= _DENSE:
+        return _solve_dense(ot, blocks, u, sinks)
     source, sink = (part.to(device) for part in (feasible_cells(k, sinks) if cells is None else cells))
     keys = source * sinks + sink
-    common = math.gcd(k, sinks)
-    masses = np.full(k, float(sinks // common)), np.full(sinks, float(k // common))
-    total = float(k * (sinks // common))
+    masses, total = _masses(k, sinks)
     limit = _CELLS * (k + sinks)
     v = sink_duals(blocks, u, sinks)
-    _, low = _scan(blocks, u, v, _threshold(blocks, u, v, limit), limit)
+    _, low = _scan(blocks, u, v, math.inf, limit)
     for _ in range(_RUNS):
         keys = torch.cat([keys, low]).sort().values.unique_consecutive()
         costs = _costs_of(blocks, keys, sinks)
@@ -128,31 +131,47 @@ def solve(
     raise RuntimeError(f"POT left a gap of {gap:.2g} on a {k} x {sinks} problem after {_RUNS} runs")
 
 
-def _threshold(blocks: CostBlocks, u: Tensor, v: Tensor, count: int) -> float:
-    """The reduced cost that about `count` cells do not exceed, judged from a sample."""
-    sample = [(c[::3, ::7].double() - u[rows][::3, None] - v[::7]).flatten() for rows, c in blocks()]
-    values = torch.cat(sample)
-    place = count * len(values) // (len(u) * len(v))
-    return float(values.kthvalue(max(1, place)).values) if place < len(values) else math.inf
+def _masses(sources: int, sinks: int) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+    """Whole masses of the sources and the sinks, and their sum."""
+    common = math.gcd(sources, sinks)
+    masses = np.full(sources, float(sinks // common)), np.full(sinks, float(sources // common))
+    return masses, float(sources * (sinks // common))
+
+
+def _solve_dense(ot: ModuleType, blocks: CostBlocks, u: Tensor, sinks: int) -> Transport:
+    """One run on all cells, which for few of them costs less than choosing some."""
+    masses, total = _masses(len(u), sinks)
+    costs = torch.cat([c.double() for _, c in blocks()]).cpu().numpy()
+    plan, log = ot.emd(*masses, costs, numItermax=10_000_000, log=True, center_dual=False)
+    if log["warning"] is not None:
+        raise RuntimeError(f"POT's network simplex failed on a {len(u)} x {sinks} problem: {log['warning']}")
+    source, sink = plan.nonzero()
+    value = math.fsum((plan[source, sink] * costs[source, sink]).tolist()) / total
+    u = torch.from_numpy(np.asarray(log["u"], np.float64)).to(u.device)
+    gap = value - dual_value(u, sink_duals(blocks, u, sinks))
+    return Transport(value, max(0.0, gap), u, (torch.from_numpy(source), torch.from_numpy(sink)))
 
 
 def _scan(
     blocks: CostBlocks, u: Tensor, v: Tensor, threshold: float, count: int
 ) -> tuple[Tensor, Tensor]:
-    """f_v = min_s (C_sv - u_s), and of the cells with C_sv - u_s - v_v <= threshold the `count` lowest, as
-    source * V + sink."""
+    """f_v = min_s (C_sv - u_s), and cells with C_sv - u_s - v_v below `threshold`, as source * V + sink: about `count`
+    of the lowest, of every sink at most one among `_GROUP` neighbouring sources."""
     f = torch.full_like(v, math.inf)
-    keys, values = u.new_empty(0, dtype=torch.int64), u.new_empty(0)
+    keys, values = [], []
     for rows, c in blocks():
         reduced = c.double() - u[rows, None]
-        f = torch.minimum(f, reduced.amin(0))
-        row, column = (reduced.sub_(v) <= threshold).nonzero(as_tuple=True)
-        keys = torch.cat([keys, (row + rows.start) * len(v) + column])
-        values = torch.cat([values, reduced[row, column]])
-        if len(keys) > count:
-            lowest = torch.argsort(values, stable=True)[:count]
-            keys, values = keys[lowest], values[lowest]
-    return f, keys
+        for begin in range(0, len(c), _GROUP):
+            low, row = reduced[begin : begin + _GROUP].min(0)
+            f = torch.minimum(f, low)
+            low = low - v
+            column = (low < threshold).nonzero()[:, 0]
+            keys.append((row[column] + (rows.start + begin)) * len(v) + column)
+            values.append(low[column])
+    key, value = torch.cat(keys), torch.cat(values)
+    if len(key) > count:
+        key = key[value <= value.kthvalue(count).values]
+    return f, key
 
 
 def _costs_of(blocks: CostBlocks, keys: Tensor, sinks: int) -> Tensor:

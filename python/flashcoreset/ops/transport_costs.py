@@ -43,6 +43,16 @@ def list_capacity(rows: int, columns: int, size: int, memory_budget: int) -> int
     return max(rows + columns, memory_budget // 2 // (2 * (8 + size)))
 
 
+def cover_bytes(n: int, clients: int, d: int, size: int, memory_budget: int) -> int:
+    """Bytes that TransportCosts and Cover take at their peak."""
+    pairs = n * clients * size
+    held = pairs if pairs <= memory_budget // 2 else 0
+    lists = 0 if held else 2 * (8 + size) * min(list_capacity(n, clients, size, memory_budget), n * clients)
+    sample = 0 if held else min(n, _SAMPLE) * clients * size
+    block = 4 * min(n, block_rows(clients, size, memory_budget)) * clients * 8
+    return held + lists + sample + memory_budget // 4 + block + 150 * n + 64 * clients + 2**22
+
+
 class TransportCosts:
     """Similarities 1 - C [n, V] and costs C of training and validation items.
 
