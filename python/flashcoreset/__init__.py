@@ -8,7 +8,7 @@ Example:
 
 from importlib.metadata import version as _version
 
-from flashcoreset import kernels
+from flashcoreset import kernels, plot
 from flashcoreset._errors import BackendUnavailableError, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
@@ -29,6 +29,7 @@ __all__ = [
     "goracs",
     "kernels",
     "memory_estimate",
+    "plot",
     "select",
     "simcore",
 ]

@@ -28,7 +28,7 @@ from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.entropic_transport import solve_entropic
 from flashcoreset.ops.exact_transport import Transport, load_pot, solve
 from flashcoreset.ops.exchanges import Exchanges
-from flashcoreset.ops.transport_costs import TransportCosts, cover_picks, cover_bytes
+from flashcoreset.ops.transport_costs import TransportCosts, cover_bytes, cover_picks
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 from flashcoreset.reference.goracs import IMPROVEMENT
 
@@ -71,8 +71,9 @@ def goracs(
     2. Members are exchanged for other items. The dual variables of the transport bound from below what each
        exchange would lead to. Of the `n_candidates` most promising removals and additions the pairs are taken in
        the order of their bounds; those that do not touch the same validation items are taken together, and
-       kept if a new transport problem shows a lower score, else halved. It ends after `max_exchanges`, when no
-       candidate helps, or when no bound of any exchange is below the score: then no single exchange helps.
+       kept if a new transport problem shows a lower score, else halved. Where none of these pairs helps, as many
+       others follow. It ends after `max_exchanges`, when no candidate helps, or when no bound of any
+       exchange is below the score: then no single exchange helps.
 
     Args:
         train: [n, d] features of the training items, float16, bfloat16, float32 or float64 (half types compute
@@ -348,11 +349,10 @@ class _Members:
 
 @dataclass
 class _Pool:
-    """Additions whose costs [p, V] are kept; `complete` while they come from the present subset's bounds."""
+    """Additions whose costs are kept."""
 
-    items: Tensor
-    costs: Tensor
-    complete: bool = True
+    items: Tensor  # [p]
+    costs: Tensor  # [p, V]
 
 
 _Pair = tuple[int, int, float]  # place of the removal, row of the addition in the pool, bound
@@ -389,13 +389,13 @@ class _Descent:
         pool: _Pool | None = None
         while self.exchanges[-1] < self._options.max_exchanges:
             bounds = Exchanges(self._members.blocks, self.transport.u, self._members.sinks)
+            fresh = pool is None
             if pool is None:
                 pool = self._best_additions(bounds)
-            if len(pool.items) and self._step(bounds, pool):
+            if pool is not None and self._step(bounds, pool, patient=fresh):
                 report(self.exchanges[-1])
-                pool.complete = False
                 self._tried.clear()
-            elif pool.complete:
+            elif fresh:
                 self.stopped = "certificate" if self._is_certain(bounds) else "candidates"
                 return
             else:
@@ -407,21 +407,31 @@ class _Descent:
         free[self.subset] = False
         return free.nonzero()[:, 0]
 
-    def _best_additions(self, bounds: Exchanges) -> _Pool:
-        """Of all additions those with the lowest bounds, if these are below the score."""
+    def _best_additions(self, bounds: Exchanges) -> _Pool | None:
+        """Of all additions those with the lowest bounds, or None if none of these is below the score."""
         others = self._others()
-        lowest = torch.cat(
-            [torch.empty(0), *(bounds.bounds(self._costs.costs(items))[0].amin(1) for items in others.split(self._costs.step))]
-        )
+        if len(others) == 0:
+            return None
+        parts = others.split(self._costs.step)
+        lowest = torch.cat([bounds.bounds(self._costs.costs(items))[0].amin(1) for items in parts])
         order = torch.argsort(lowest, stable=True)[: self._pool_size]
         items = others[order[lowest[order] < self.scores[-1] - IMPROVEMENT]]
+        if len(items) == 0:
+            return None
         return _Pool(items, torch.cat([self._costs.costs(part) for part in items.split(self._costs.step)]))
 
-    def _step(self, bounds: Exchanges, pool: _Pool) -> bool:
-        """Makes exchanges that lower the score; False if no candidate does."""
-        pairs, y = self._candidates(bounds, pool)
-        failures = 0
-        while pairs and (pool.complete or failures < _FAILURES):
+    def _step(self, bounds: Exchanges, pool: _Pool, patient: bool) -> bool:
+        """Makes exchanges that lower the score; False if no candidate does, or unless `patient` the first few."""
+        values, y = self._screen(bounds, pool)
+        pairs = self._candidates(values)
+        failures, beyond = 0, False
+        while patient or failures < _FAILURES:
+            if not pairs:
+                if not patient or beyond:
+                    break
+                # No pair of candidates helps: as many others, whatever they consist of.
+                pairs, beyond = self._lowest(self._screen(bounds, pool)[0]), True
+                continue
             batch = self._apart(bounds, pool, pairs, y)
             places = torch.tensor([place for place, _, _ in batch], device=self.subset.device)
             rows = torch.tensor([row for _, row, _ in batch], device=self.subset.device)
@@ -445,9 +455,9 @@ class _Descent:
                 self._tried.add((place, int(pool.items[row])))
         return False
 
-    def _candidates(self, bounds: Exchanges, pool: _Pool) -> tuple[list[_Pair], Tensor]:
-        """Pairs (place of the removal, row of the pool) of the most promising removals and additions, lowest bound
-        first; and y [p] of the pool."""
+    def _screen(self, bounds: Exchanges, pool: _Pool) -> tuple[Tensor, Tensor]:
+        """Bounds [p, k] of the pool's exchanges, infinite where they were tried or the item is a member by now; y
+        [p]."""
         values, y = bounds.bounds(pool.costs)
         row_of = {item: row for row, item in enumerate(pool.items.tolist())}
         for place, item in self._tried:
@@ -455,18 +465,25 @@ class _Descent:
                 values[row_of[item], place] = float("inf")
         members = set(self.subset.tolist())
         values[[row for item, row in row_of.items() if item in members]] = float("inf")
+        return values, y
+
+    def _candidates(self, values: Tensor) -> list[_Pair]:
+        """Pairs of the removals and the additions of the lowest bounds."""
         count = self._options.n_candidates
         rows = torch.argsort(values.amin(1), stable=True)[:count]
         places = torch.argsort(values.amin(0), stable=True)[:count]
-        chosen = values[rows[:, None], places]
-        order = torch.argsort(chosen.flatten(), stable=True)
-        order = order[chosen.flatten()[order] < self.scores[-1] - IMPROVEMENT]
-        pairs = zip(places[order % len(places)].tolist(), rows[order // len(places)].tolist(), chosen.flatten()[order].tolist(), strict=True)
-        return list(pairs), y
+        chosen = torch.full_like(values, float("inf"))
+        chosen[rows[:, None], places] = values[rows[:, None], places]
+        return self._lowest(chosen)
 
-    def _apart(
-        self, bounds: Exchanges, pool: _Pool, pairs: list[_Pair], y: Tensor
-    ) -> list[_Pair]:
+    def _lowest(self, values: Tensor) -> list[_Pair]:
+        """n_candidates^2 pairs of the lowest bounds that are below the score, lowest first."""
+        row, place = (values < self.scores[-1] - IMPROVEMENT).nonzero(as_tuple=True)
+        below = values[row, place]
+        order = torch.argsort(below, stable=True)[: self._options.n_candidates**2]
+        return list(zip(place[order].tolist(), row[order].tolist(), below[order].tolist(), strict=True))
+
+    def _apart(self, bounds: Exchanges, pool: _Pool, pairs: list[_Pair], y: Tensor) -> list[_Pair]:
         """The first of `pairs`, and further ones that share no item and no validation item with those before."""
         room = min(self._width, self._options.max_exchanges - self.exchanges[-1])
         batch: list[_Pair] = []
@@ -508,3 +525,52 @@ def _at_least(value: Any, name: str, least: int) -> int:
     if number < least:
         raise ValueError(f"{name} must be >= {least}, got {number}")
     return number
+
+
+@register_estimate("goracs")
+def _estimate(
+    train: Any,
+    valid: Any,
+    grad_norms: Any = None,
+    k: int = 1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    lam: float = 0.5,
+    max_exchanges: int = 100,
+    n_candidates: int = 30,
+    train_labels: Any = None,
+    valid_labels: Any = None,
+    solver: str = "exact",
+    seed: int = 0,
+    reg: float = 1e-3,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    backend: str | None = None,
+    progress: Any = None,
+) -> int:
+    """Bytes of one call; see `memory_estimate`. With labels as if all items were of one class, which is the most."""
+    check_backend(backend)
+    one_of(solver, "solver", SOLVERS)
+    k = _at_least(k, "k", 1)
+    n_candidates = _at_least(n_candidates, "n_candidates", 1)
+    memory_budget = _at_least(memory_budget, "memory_budget", 1)
+    dtype = as_dtype(dtype)
+    n, d = as_shape(train, "train")
+    clients, width = as_shape(valid, "valid")
+    if width != d:
+        raise ValueError(f"valid must have {d} columns as train has, got shape {(clients, width)}")
+    if k > n:
+        raise ValueError(f"k must be <= the {n} rows of train, got {k}")
+    size = compute_dtype(dtype).itemsize
+    copies = (n + clients) * d * size if dtype.itemsize < size or train_labels is not None else 0
+    # The kernel packs what it takes in.
+    packed = (clients + 2 * 128) * d * size
+    members = min(memory_budget // 4, 8 * k * clients)
+    pool = min(n, pool_rows(clients, n_candidates))
+    # Of the pool, when bounds of all its pairs are taken: costs, reduced costs, and those of the removals.
+    screening = pool * (6 * clients * size + 3 * k * size)
+    problem = 500 * (k + clients) * 8 + 8 * _KEPT_BYTES
+    if solver == "sinkhorn":
+        problem += 6 * 8 * k * clients
+    cover = cover_bytes(n, clients, d, size, memory_budget)
+    held = n * clients * size if n * clients * size <= memory_budget // 2 else 0
+    return copies + packed + max(cover, held + members + screening + problem) + 200 * (n + clients)

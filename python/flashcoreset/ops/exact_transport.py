@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -50,7 +49,9 @@ class Transport:
 def load_pot() -> ModuleType:
     """POT, or an ImportError that says how to get it."""
     try:
-        import ot
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of docstrings, when POT is compiled at its first import
+            import ot
     except ImportError as error:
         raise ImportError(
             f"solver='exact' needs POT ({error}); install it with pip install 'flashcoreset[goracs]', or pass "
@@ -79,9 +80,7 @@ def feasible_cells(sources: int, sinks: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(source), torch.from_numpy(sink)
 
 
-def solve(
-    blocks: CostBlocks, u: Tensor, sinks: int, cells: tuple[Tensor, Tensor] | None = None
-) -> Transport:
+def solve(blocks: CostBlocks, u: Tensor, sinks: int, cells: tuple[Tensor, Tensor] | None = None) -> Transport:
     """The optimal transport of the costs [k, V] that `blocks()` yields as row blocks.
 
     Args:
@@ -95,6 +94,8 @@ def solve(
         ImportError: without POT.
         RuntimeError: if POT's solver fails.
     """
+    from scipy.sparse import coo_array
+
     ot = load_pot()
     k, device = len(u), u.device
     if k * sinks <= _DENSE:
@@ -111,7 +112,7 @@ def solve(
         # With reduced costs the same plan is optimal, and the simplex method begins near it.
         reduced = (costs - u[keys // sinks] - v[keys % sinks]).cpu().numpy()
         cell = (keys // sinks).cpu().numpy(), (keys % sinks).cpu().numpy()
-        graph = scipy.sparse.coo_array((reduced, cell), shape=(k, sinks))
+        graph = coo_array((reduced, cell), shape=(k, sinks))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is in the log
             plan, log = ot.emd(*masses, graph, numItermax=10_000_000, log=True, center_dual=False)
@@ -152,9 +153,7 @@ def _solve_dense(ot: ModuleType, blocks: CostBlocks, u: Tensor, sinks: int) -> T
     return Transport(value, max(0.0, gap), u, (torch.from_numpy(source), torch.from_numpy(sink)))
 
 
-def _scan(
-    blocks: CostBlocks, u: Tensor, v: Tensor, threshold: float, count: int
-) -> tuple[Tensor, Tensor]:
+def _scan(blocks: CostBlocks, u: Tensor, v: Tensor, threshold: float, count: int) -> tuple[Tensor, Tensor]:
     """f_v = min_s (C_sv - u_s), and cells with C_sv - u_s - v_v below `threshold`, as source * V + sink: about `count`
     of the lowest, of every sink at most one among `_GROUP` neighbouring sources."""
     f = torch.full_like(v, math.inf)
@@ -178,6 +177,8 @@ def _costs_of(blocks: CostBlocks, keys: Tensor, sinks: int) -> Tensor:
     """The costs of cells [cells] that are given as ascending source * V + sink, float64."""
     parts = []
     for rows, c in blocks():
-        begin, end = torch.searchsorted(keys, torch.tensor([rows.start, rows.stop], device=keys.device) * sinks)
+        begin, end = torch.searchsorted(
+            keys, torch.tensor([rows.start, rows.stop], device=keys.device) * sinks
+        )
         parts.append(c.flatten()[keys[begin:end] - rows.start * sinks])
     return torch.cat(parts).double()

@@ -235,7 +235,9 @@ class Cover:
         most = torch.full_like(self._best, -1)
         nearest = torch.zeros_like(self.owner)
         counts = torch.zeros(n + 2, dtype=torch.int64, device=device)
-        columns, values, total = [], [], 0
+        columns: list[Tensor] = []
+        values: list[Tensor] = []
+        total = 0
         for rows, s in self._costs.blocks():
             top = s.amax(0)
             numbers = torch.arange(rows.start, rows.stop, device=device)[:, None]
