@@ -11,9 +11,9 @@ import pytest
 from benchmarks import results
 
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("facility_location", "pairwise", "simcore", "scale")
+FAMILIES = ("facility_location", "pairwise", "simcore", "sinkhorn", "scale")
 # Rows of "scale" take minutes each: they run when asked for by name.
-DEFAULT = FAMILIES[:3]
+DEFAULT = FAMILIES[:4]
 
 
 def parser() -> argparse.ArgumentParser:

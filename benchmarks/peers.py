@@ -109,3 +109,60 @@ def full_order(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def full_order_of_features(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same from features [n, d] and unit centroids [K, d]."""
     return full_order(torch.mm(torch.nn.functional.normalize(x, dim=1), centroids.T))
+
+
+_ITERATIONS = 100
+_REG = 0.05
+
+
+def pot_plain_float32(inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """POT's plain solver on float32 arrays: exactly 100 iterations of one problem of given costs."""
+    return _pot(inputs["a32"], inputs["b32"], inputs["single"])
+
+
+def pot_plain(inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """The same in float64, its default."""
+    return _pot(inputs["a"], inputs["b"], inputs["double"])
+
+
+def _pot(a: np.ndarray, b: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    import ot
+
+    with _quiet():
+        return ot.sinkhorn(a, b, cost, _REG, numItermax=_ITERATIONS, stopThr=0, warn=False)
+
+
+def pot_log_float32(inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    """POT's log-domain solver on torch float32 tensors."""
+    import ot
+
+    weights = torch.full((inputs["one"].shape[0],), 1 / inputs["one"].shape[0])
+    with _quiet():
+        plan = ot.bregman.sinkhorn_log(
+            weights, weights, inputs["one"], _REG, numItermax=_ITERATIONS, stopThr=0, warn=False
+        )
+    return plan.numpy()
+
+
+def pot_loop(inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    """POT's plain solver for one problem after the other, float32."""
+    return np.stack([_pot(inputs["a32"], inputs["b32"], cost) for cost in inputs["cost"].numpy()])
+
+
+def pot_batch(inputs: dict[str, torch.Tensor]) -> np.ndarray:
+    """POT's batched solver on torch float32 tensors."""
+    from ot.batch import solve_batch
+
+    with _quiet():
+        return solve_batch(inputs["cost"], reg=_REG, max_iter=_ITERATIONS, tol=0).plan.numpy()
+
+
+def geomloss_value(inputs: dict[str, torch.Tensor]) -> float:
+    """geomloss' entropic cost, not debiased, at its default scaling; its cost is half the squared distance."""
+    with _quiet():
+        from geomloss import SamplesLoss
+
+        loss = SamplesLoss(
+            "sinkhorn", p=2, blur=(inputs["reg"] / 2) ** 0.5, debias=False, backend="tensorized"
+        )
+        return 2 * float(loss(inputs["x"], inputs["y"]))

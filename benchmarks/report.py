@@ -15,6 +15,7 @@ TITLES = {
     "facility_location": "Facility location",
     "pairwise": "Pairwise distances and similarities",
     "simcore": "SimCore's order",
+    "sinkhorn": "Sinkhorn",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }
 

@@ -43,7 +43,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     if module is None:
         pytest.fail("the emulated CUDA module is not built: make emulated")
     monkeypatch.setattr(_native, "cuda_failure", lambda device=0: None)
-    monkeypatch.setattr(_native, "cuda_module", lambda: module)
+    monkeypatch.setattr(_native, "cuda_module", lambda device=0: module)
     monkeypatch.setattr(kernels.cuda, "DEVICE_TYPE", "cpu")
 
 

@@ -180,7 +180,8 @@ def test_unknown_backend_lists_the_names() -> None:
 
 def test_missing_backend_gives_reason_and_remedy() -> None:
     with pytest.raises(
-        fc.BackendUnavailableError, match=r"'cuda'.*(without CUDA kernels|no CUDA device).*backend"
+        fc.BackendUnavailableError,
+        match=r"'cuda'.*(without CUDA kernels|CUDA device 0 cannot be used).*backend",
     ):
         fc.facility_location(X, 1, backend="cuda")
 

@@ -106,6 +106,7 @@ class Handmade:
         bits: int = 32,
         lanes: int = 1,
         device: int = 1,
+        device_id: int = 0,
         offset: int = 0,
         ndim: int | None = None,
         versioned: bool = True,
@@ -118,7 +119,7 @@ class Handmade:
         self._strides = (ctypes.c_int64 * len(strides))(*strides) if strides is not None else None
         tensor = Tensor(
             memory.ctypes.data if memory is not None else None,
-            Device(device, 0),
+            Device(device, device_id),
             len(shape or ()) if ndim is None else ndim,
             DataType(code, bits, lanes),
             ctypes.cast(self._shape, ctypes.POINTER(ctypes.c_int64)) if self._shape is not None else None,

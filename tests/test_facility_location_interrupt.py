@@ -10,12 +10,13 @@ import time
 
 import pytest
 import torch
+from cases import DEVICE
 
 import flashcoreset as fc
 
 LONG_CALL = """
 import time, torch, flashcoreset as fc
-x = torch.randn({n}, 64, generator=torch.Generator().manual_seed(0))
+x = torch.randn({n}, 64, generator=torch.Generator().manual_seed(0)).to("{device}")
 fc.facility_location(x[:50], 5, backend="{backend}")
 print("ready", flush=True)
 try:
@@ -26,17 +27,21 @@ print(fc.facility_location(x[:50], 5, backend="{backend}").indices.shape[0], flu
 """
 
 
-@pytest.mark.parametrize(
-    ("backend", "method", "n"),
-    [
+LONG = {
+    "cpu": [
         ("cpu", "lazy", 60_000),
         ("cpu", "naive", 60_000),
         ("cpu", "stochastic", 60_000),
         ("torch", "lazy", 20_000),
     ],
-)
+    # The first takes seconds for its first pick, the second half a minute for many short ones.
+    "cuda": [("cuda", "lazy", 2_000_000), ("cuda", "naive", 60_000)],
+}
+
+
+@pytest.mark.parametrize(("backend", "method", "n"), LONG[DEVICE])
 def test_ctrl_c_ends_the_call_within_a_second(backend: str, method: str, n: int) -> None:
-    code = LONG_CALL.format(backend=backend, method=method, n=n, k=n // 2)
+    code = LONG_CALL.format(backend=backend, method=method, n=n, k=n // 2, device=DEVICE)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"

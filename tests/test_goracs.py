@@ -68,7 +68,7 @@ def blocks_of(c: np.ndarray, rows: int = 7) -> Any:
 def test_stage_1_makes_the_picks_of_the_definition(
     backend: str, n: int, clients: int, k: int, lam: float
 ) -> None:
-    for seed in range(4):
+    for seed in range(2):
         train, valid, norms = data(n, clients, seed=seed)
         c = reference.costs(train, valid, norms, lam)
         expected = reference.cover(c, k)
@@ -106,12 +106,11 @@ def test_cover_that_is_complete_before_k_picks_serve_keeps_the_first_k() -> None
 
 
 def test_picks_that_serve_nothing_are_dropped() -> None:
-    train, valid, norms = data(400, 300, seed=3)
-    coreset = fc.goracs(train, valid, norms, 60, lam=0, max_exchanges=0)
-    assert coreset.info["picks"] > 60
-    c = reference.costs(train, valid, norms, 0.0)
-    chosen = c[coreset.indices.numpy()]
-    assert len(set(chosen.argmin(axis=0).tolist())) == 60
+    train, valid, norms = data(400, 300, d=2, seed=3)
+    coreset = fc.goracs(train, valid, norms, 120, lam=0, max_exchanges=0)
+    assert coreset.info["picks"] > 120
+    chosen = reference.costs(train, valid, norms, 0.0)[coreset.indices.numpy()]
+    assert len(np.unique(chosen.argmin(axis=0))) == 120
 
 
 def test_items_that_are_all_alike() -> None:
@@ -127,9 +126,9 @@ def test_items_that_are_all_alike() -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_transport_on_few_cells_is_that_on_all(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact_transport, "_DENSE", 10**9 if whole else 0)
-    for seed in range(60):
+    for seed in range(24):
         rng = np.random.default_rng(seed)
-        k, clients = int(rng.integers(1, 40)), int(rng.integers(1, 60))
+        k, clients = int(rng.integers(1, 30)), int(rng.integers(1, 40))
         c = rng.random((k, clients))
         c = np.round(c, 1) if seed % 2 else c  # ties
         monkeypatch.setattr(exact_transport, "_CELLS", 1 + seed % 4)
@@ -206,10 +205,10 @@ def test_bound_of_the_only_member_is_the_new_score() -> None:
 # --- the descent ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "clients", "k"), [(60, 40, 8), (120, 40, 10), (80, 30, 30), (50, 1, 3)])
+@pytest.mark.parametrize(("n", "clients", "k"), [(60, 40, 8), (120, 40, 10), (60, 20, 15), (50, 1, 3)])
 def test_score_is_that_of_the_definition_or_lower(n: int, clients: int, k: int) -> None:
     ours, straightforward = [], []
-    for seed in range(5):
+    for seed in range(4):
         train, valid, norms = data(n, clients, seed=seed)
         coreset = fc.goracs(train, valid, norms, k)
         c = reference.costs(train, valid, norms, 0.5)
@@ -223,9 +222,7 @@ def test_score_is_that_of_the_definition_or_lower(n: int, clients: int, k: int) 
         assert len(set(coreset.indices.tolist())) == k
         ours.append(info["score"])
         straightforward.append(reference.exchange(c, reference.cover(c, k), 100, 30)[1][-1])
-    # Both end where no candidate helps, by ways that differ.
-    assert np.mean(ours) <= np.mean(straightforward) * 1.005
-    assert all(score <= other * 1.03 for score, other in zip(ours, straightforward, strict=True))
+    assert all(score <= other + 1e-9 for score, other in zip(ours, straightforward, strict=True))
 
 
 def test_certificate_is_true() -> None:
@@ -273,24 +270,26 @@ def test_one_item_is_the_one_of_least_mean_cost() -> None:
     assert coreset.weights.tolist() == [40.0]
 
 
-def test_large_problem_streams_to_the_same_result() -> None:
-    train, valid, norms = data(3000, 900, d=16, seed=4)
+def test_streamed_costs_give_the_same_result() -> None:
+    train, valid, norms = data(1200, 300, d=16, seed=4)
+    train, valid = train.astype(np.float32), valid.astype(np.float32)
+    # Neither the n x V costs nor those of the members are held at 2^16 bytes.
     results = [
-        fc.goracs(train.astype(np.float32), valid.astype(np.float32), norms, 90, memory_budget=budget)
-        for budget in (2**19, 2**28)
+        fc.goracs(train, valid, norms, 30, max_exchanges=8, memory_budget=budget) for budget in (2**16, 2**28)
     ]
     assert torch.equal(results[0].indices, results[1].indices)
     assert results[0].info["scores"] == results[1].info["scores"]
+    assert results[0].info["exchanges"][-1] == 8
 
 
 def test_result_does_not_depend_on_threads_or_seed() -> None:
-    train, valid, norms = data(1500, 400, d=16, seed=1)
+    train, valid, norms = data(1000, 300, d=16, seed=1)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(fc.goracs(train, valid, norms, 60, max_exchanges=20, seed=threads))
+            results.append(fc.goracs(train, valid, norms, 30, max_exchanges=8, seed=threads))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0].indices, results[1].indices)
@@ -521,11 +520,6 @@ def test_failure_of_the_solver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(exact_transport, "_DENSE", dense)
         with pytest.raises(RuntimeError, match="POT's network simplex failed on a 2 x 6 problem: numItermax"):
             fc.goracs(GOOD, GOOD, np.ones(6), 2)
-
-
-def test_backend_that_cannot_run_is_named() -> None:
-    with pytest.raises(fc.BackendUnavailableError, match="triton"):
-        fc.goracs(GOOD, GOOD, np.ones(6), 2, backend="triton")
 
 
 # --- around it ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -127,6 +128,59 @@ def test_a_wrong_build_switch_names_the_values(variable: str, tmp_path: Path) ->
     )
     assert done.returncode != 0
     assert re.search(rf'{variable} must be \w+ or \w+, got\s+"maybe"', done.stderr)
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler that a build here takes, if it is new enough."""
+    folders = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])
+    found = os.environ.get("CUDACXX") or shutil.which("nvcc", path=folders)
+    if found is None:
+        return None
+    told = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    return found if release is not None and (int(release[1]), int(release[2])) >= (12, 4) else None
+
+
+def configure(build: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    pybind11 = subprocess.run(
+        [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    command = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-Dpybind11_DIR={pybind11}"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Debug"]
+    every = tools_environment(FLASHCORESET_BUILD_ISAS="native", FLASHCORESET_CUDA="auto", **environment)
+    if "FLASHCORESET_CUDA_ARCHITECTURES" not in environment:
+        every.pop("FLASHCORESET_CUDA_ARCHITECTURES", None)
+    return subprocess.run(command, env=every, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(nvcc() is None, reason="there is no nvcc 12.4 or newer")
+def test_the_default_architectures_reach_the_compiler(tmp_path: Path) -> None:
+    """All other builds of the test suite name one architecture. Of a list, the module's own sources must compile."""
+    done = configure(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    target = "CMakeFiles/_cuda.dir/csrc/bindings/bindings.cpp.o"
+    built = subprocess.run(
+        ["ninja", "-C", str(tmp_path), target], env=tools_environment(), capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout
+    assert "80-real 86-real 89-real 90" in (tmp_path / "build.ninja").read_text()
+
+
+@pytest.mark.parametrize("variable", ["PATH", "CUDACXX"])
+def test_a_cuda_compiler_that_does_not_work_is_left_out(variable: str, tmp_path: Path) -> None:
+    """It is found, and says that it is new enough, but compiles nothing (no host compiler for it, say)."""
+    broken = tmp_path / "bin" / "nvcc"
+    broken.parent.mkdir()
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo release 12.8 && exit 0\nexit 1\n')
+    broken.chmod(0o755)
+    environment = {"CUDACXX": str(broken)}
+    if variable == "PATH":
+        path = f"{broken.parent}{os.pathsep}{tools_environment()['PATH']}"
+        environment = {"PATH": path, "CUDACXX": "", "CUDA_HOME": ""}
+    done = configure(tmp_path / "build", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(rf"CUDA kernels are left out: {re.escape(str(broken))} does not work", done.stdout)
+    assert "_cuda.dir" not in (tmp_path / "build" / "build.ninja").read_text()
 
 
 def test_the_wheel_runs_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:

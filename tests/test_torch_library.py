@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import METRICS, data, points
+from cases import DEVICE, METRICS, data, on_device, points
 
 import flashcoreset as fc
 
@@ -19,7 +19,7 @@ def arguments(**changes: Any) -> tuple[Any, ...]:
         "metric": "cosine", "weights": None, "groups": None, "labels": None, "budgets": None, "preselected": None,
         "method": "lazy", "epsilon": 0.1, "seed": "0", "offset": None, "memory_budget": 2**28, "backend": None,
     }  # fmt: skip
-    return tuple((plain | changes).values())
+    return tuple(on_device(value) for value in (plain | changes).values())
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,16 @@ def test_opcheck(changes: dict[str, Any]) -> None:
     torch.library.opcheck(OP, arguments(**changes))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", ["cpu" if DEVICE == "cpu" else "cuda", "torch"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_compile_without_a_graph_break(metric: str, backend: str) -> None:
-    x = data(metric, 20, 1, torch.float32)
-    weights = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    x = on_device(data(metric, 20, 1, torch.float32))
+    weights = on_device(torch.rand(20, generator=torch.Generator().manual_seed(0)))
+    preselected = on_device(torch.tensor([2]))
 
     def choose(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, fc.Selection]:
         selection = fc.facility_location(
-            x * 2, 5, metric=metric, weights=weights, preselected=torch.tensor([2]), backend=backend
+            x * 2, 5, metric=metric, weights=weights, preselected=preselected, backend=backend
         )
         return x[selection.indices] * selection.weights[:, None] + selection.objective, selection
 
@@ -69,7 +70,7 @@ def test_compile_without_a_graph_break(metric: str, backend: str) -> None:
 
 
 def test_compile_groups_and_dict_of_budgets() -> None:
-    x, groups = points(20, 3, 2), torch.arange(20) % 3
+    x, groups = on_device(points(20, 3, 2)), on_device(torch.arange(20) % 3)
 
     def choose(x: torch.Tensor, groups: torch.Tensor) -> fc.Selection:
         return fc.facility_location(x, None, groups=groups, budgets={0: 2, 1: 1, 2: 3}, clients=x[:7])

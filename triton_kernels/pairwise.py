@@ -10,6 +10,9 @@ restarted every 256 features, the partial results added in order: the sums of cs
 tile has an accumulator of its own, so a pair's value does not depend on the tile, and is the same bits for (a, b)
 and (b, a).
 
+A device rounds an fma once, as the CPU kernels do where the processor has it. Triton's interpreter multiplies, rounds and
+adds, as the CPU build without fused multiply-adds does: its last bits are not those of a device.
+
 Loops are written with while: the interpreter makes int() of the bounds of a range, which NumPy 2.4 refuses for the
 arrays of one element that it holds them in.
 

@@ -2,8 +2,10 @@
 // which takes CPU memory for device memory.
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,12 +25,24 @@ constexpr dlpack::DeviceType kDevice = dlpack::kCpu;
 constexpr dlpack::DeviceType kDevice = dlpack::kCuda;
 #endif
 
+// All of a call's arrays have to be where its kernels run.
+void require_device(const ArrayArgument& array, int device) {
+  if (array.device_id() == device) return;
+  const std::string here = std::to_string(device), there = std::to_string(array.device_id());
+  throw py::value_error(std::string(array.name()) + ": expected an array on device " + here +
+                        ", where x is, got one on device " + there + "; move it there");
+}
+
 // Makes the device of an array the current one for as long as the object lives.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
-    cuda::check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) cuda::check(cudaSetDevice(device), "cudaSetDevice");
+  explicit DeviceGuard(int device) : DeviceGuard(device, nullptr) {
+    cuda::check(status_, "making the arrays' device the current one");
+  }
+  // For destructors: what goes wrong is left to the calls under the guard.
+  DeviceGuard(int device, std::nullptr_t) {
+    status_ = cudaGetDevice(&before_);
+    if (status_ == cudaSuccess && device != before_) status_ = cudaSetDevice(device);
   }
   ~DeviceGuard() { cudaSetDevice(before_); }
   DeviceGuard(const DeviceGuard&) = delete;
@@ -36,12 +50,26 @@ class DeviceGuard {
 
  private:
   int before_ = 0;
+  cudaError_t status_ = cudaSuccess;
 };
 
 cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 // A run, the arrays that it reads, and the device that both are on.
 class PyCudaFacilityLocation {
+  // One call at a time: another thread that calls meanwhile gets an error instead of a race.
+  template <class Fn>
+  auto locked(Fn&& fn) {
+    if (busy_) throw std::runtime_error("this run is in use by another thread");
+    busy_ = true;
+    struct Release {
+      bool& busy;
+      ~Release() { busy = false; }
+    } release{busy_};
+    const DeviceGuard guard(device_);
+    return without_gil(std::forward<Fn>(fn));
+  }
+
  public:
   PyCudaFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric,
                          py::object weights_array, py::object preselected_array, std::optional<double> offset,
@@ -51,6 +79,8 @@ class PyCudaFacilityLocation {
     cuda::GreedyArguments arguments;
     arguments.offset = offset.value_or(0);
     arguments.find_offset = !offset.has_value();
+    arguments.trim_offset = offset.has_value();
+    arguments.poll = signal_poll();
     arguments.stream = stream_of(stream);
     dispatch_floating(x, [&](auto zero) {
       using T = decltype(zero);
@@ -89,19 +119,28 @@ class PyCudaFacilityLocation {
     });
   }
 
-  int64_t step(int64_t count, bool naive) {
-    const DeviceGuard guard(device_);
-    return without_gil([&] { return run_->step(count, naive); });
+  // Memory goes back to the device that it is from.
+  ~PyCudaFacilityLocation() {
+    const DeviceGuard guard(device_, nullptr);
+    run_.reset();
   }
+  PyCudaFacilityLocation(const PyCudaFacilityLocation&) = delete;
+  PyCudaFacilityLocation& operator=(const PyCudaFacilityLocation&) = delete;
+
+  int64_t step(int64_t count, bool naive) {
+    return locked([&] { return run_->step(count, naive); });
+  }
+
+  int64_t completed() const { return run_->completed(); }
 
   int64_t step_among(py::object candidates_array) {
     const ArrayArgument candidates(candidates_array, "candidates", kDevice);
+    require_device(candidates, device_);
     const auto view = candidates.input<int64_t, 1>();
     if (view.size() == 0 || !view.is_compact()) {
       throw py::value_error("candidates: expected a contiguous array of at least one");
     }
-    const DeviceGuard guard(device_);
-    return without_gil([&] { return run_->step_among(view.data, view.size()); });
+    return locked([&] { return run_->step_among(view.data, view.size()); });
   }
 
   // (f(S), offset)
@@ -109,6 +148,9 @@ class PyCudaFacilityLocation {
                    py::object assignment_array) {
     const ArrayArgument indices(indices_array, "indices", kDevice), gains(gains_array, "gains", kDevice),
         weights(weights_array, "weights", kDevice), assignment(assignment_array, "assignment", kDevice);
+    for (const ArrayArgument* array : {&indices, &gains, &weights, &assignment}) {
+      require_device(*array, device_);
+    }
     const auto i = indices.output<int64_t, 1>(), a = assignment.output<int64_t, 1>();
     const auto g = gains.output<double, 1>(), w = weights.output<double, 1>();
     if (i.size() != run_->picks() || g.size() != i.size() || w.size() != i.size() ||
@@ -120,15 +162,14 @@ class PyCudaFacilityLocation {
       throw py::value_error("indices, gains, weights, assignment: expected contiguous arrays");
     }
     double objective = 0, offset = 0;
-    const DeviceGuard guard(device_);
-    without_gil([&] { run_->finish(i.data, g.data, w.data, a.data, &objective, &offset); });
+    locked([&] { run_->finish(i.data, g.data, w.data, a.data, &objective, &offset); });
     return py::make_tuple(objective, offset);
   }
 
   // What is wrong, or None; "x" or "clients", row.
   py::tuple verdict() const {
-    static constexpr const char* kKinds[] = {nullptr,     "not finite", "overflow",
-                                             "vanishing", "weights",    "preselected"};
+    static constexpr const char* kKinds[] = {nullptr,   "not finite",  "overflow",   "vanishing",
+                                             "weights", "weights sum", "preselected"};
     const cuda::Verdict verdict = run_->verdict();
     const char* kind = kKinds[verdict.kind];
     return py::make_tuple(kind == nullptr ? py::object(py::none()) : py::str(kind),
@@ -138,6 +179,7 @@ class PyCudaFacilityLocation {
  private:
   ArrayArgument& keep(py::handle array, const char* name) {
     arrays_.push_back(std::make_unique<ArrayArgument>(array, name, kDevice));
+    if (arrays_.size() > 1) require_device(*arrays_.back(), device_);
     return *arrays_.back();
   }
 
@@ -154,12 +196,15 @@ class PyCudaFacilityLocation {
   std::vector<std::unique_ptr<ArrayArgument>> arrays_;
   int device_ = 0;
   std::unique_ptr<cuda::FacilityLocation> run_;
+  bool busy_ = false;  // read and written with the GIL held
 };
 
 void pairwise(py::object x_array, py::object y_array, py::object out_array, const std::string& metric,
               uintptr_t stream) {
   const Metric kind = metric_from_name(metric);
   const ArrayArgument x(x_array, "x", kDevice), y(y_array, "y", kDevice), out(out_array, "out", kDevice);
+  require_device(y, x.device_id());
+  require_device(out, x.device_id());
   dispatch_floating(x, [&](auto zero) {
     using T = decltype(zero);
     const auto xs = x.input<T, 2>(), ys = y.input<T, 2>();
@@ -174,15 +219,31 @@ void pairwise(py::object x_array, py::object y_array, py::object out_array, cons
   });
 }
 
+#if defined(FC_EMULATOR)
+constexpr const char* kBuiltFor = "the emulator";
+#else
+constexpr const char* kBuiltFor = FC_CUDA_ARCHITECTURES;
+#endif
+
 // Why no device, or not this one, can be used; None if it can.
 py::object unusable(int device) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) return py::str(cudaGetErrorString(status));
   if (device >= count) return py::str("there are " + std::to_string(count) + " CUDA devices");
-  int cooperative = 0;
-  cuda::check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device), "device attribute");
-  if (cooperative == 0) return py::str("the device has no cooperative launch");
+  const auto has = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    cuda::check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
+    return value != 0;
+  };
+  if (!has(cudaDevAttrCooperativeLaunch)) return py::str("the device has no cooperative launch");
+  if (!has(cudaDevAttrMemoryPoolsSupported)) return py::str("the device has no memory pools");
+  const DeviceGuard guard(device);
+  if (const cudaError_t found = cuda::find_kernel(); found != cudaSuccess) {
+    cudaGetLastError();  // told here, not by the next launch
+    return py::str(std::string("the kernels were compiled for ") + kBuiltFor + ", not for this device (" +
+                   cudaGetErrorString(found) + "); reinstall with FLASHCORESET_CUDA_ARCHITECTURES unset");
+  }
   return py::none();
 }
 
@@ -199,6 +260,8 @@ void define_cuda_module(py::module_& m) {
            py::arg("offset"), py::arg("stream"))
       .def("step", &PyCudaFacilityLocation::step, py::arg("count"), py::arg("naive"),
            "Starts up to `count` picks; returns how many there will be in all.")
+      .def_property_readonly("completed", &PyCudaFacilityLocation::completed,
+                             "Of the picks started, how many are known to be made.")
       .def("step_among", &PyCudaFacilityLocation::step_among, py::arg("candidates"),
            "One pick among candidates [r] int64; waits and returns it.")
       .def("finish", &PyCudaFacilityLocation::finish, py::arg("indices"), py::arg("gains"),
@@ -215,12 +278,30 @@ void define_cuda_module(py::module_& m) {
 PYBIND11_MODULE(_cuda_emulated, m) {
   m.doc() = "flashcoreset's CUDA kernels, run on the CPU by tests/emulator.";
   m.def("set_schedule", &fc::emulator::set_schedule, pybind11::arg("name"));
+  m.def(
+      "set_device",
+      [](int count, bool cooperative_launch, bool memory_pools, bool has_code, size_t bytes,
+         int event_delay) {
+        fc::emulator::Device device;
+        device.count = count;
+        device.cooperative_launch = cooperative_launch;
+        device.memory_pools = memory_pools;
+        device.has_code = has_code;
+        device.bytes = bytes;
+        device.event_delay = event_delay;
+        fc::emulator::set_device(device);
+      },
+      pybind11::arg("count") = 1, pybind11::arg("cooperative_launch") = true,
+      pybind11::arg("memory_pools") = true, pybind11::arg("has_code") = true,
+      pybind11::arg("bytes") = SIZE_MAX, pybind11::arg("event_delay") = 0);
+  m.def("set_current_device", [](int device) { fc::cuda::check(cudaSetDevice(device), "cudaSetDevice"); });
+  m.def("allocated_bytes", &fc::emulator::allocated_bytes);
   fc::define_cuda_module(m);
 }
 #else
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "flashcoreset's CUDA kernels.";
-  m.attr("ARCHITECTURES") = FC_CUDA_ARCHITECTURES;
+  m.attr("ARCHITECTURES") = fc::kBuiltFor;
   fc::define_cuda_module(m);
 }
 #endif

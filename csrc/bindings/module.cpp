@@ -14,6 +14,7 @@ void define_module(py::module_& m) {
   bind_pairwise(m);
   bind_facility_location(m);
   bind_nearest_order(m);
+  bind_sinkhorn(m);
 }
 
 }  // namespace

@@ -121,6 +121,33 @@ inline Vec<T> difference(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// out[r] = the sum of the lanes of v[r], in one order.
+template <int kRows, class T>
+inline void lane_sums(const Vec<T> (&v)[kRows], T* out) {
+#if defined(__AVX2__)
+  if constexpr (kRows == 8 && sizeof(T) == 4) {
+    __m256 half[8];
+    for (int r = 0; r < 8; ++r) {
+#if defined(__AVX512F__)
+      half[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[r]), _mm512_extractf32x8_ps((__m512)v[r], 1));
+#else
+      half[r] = (__m256)v[r];
+#endif
+    }
+    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
+    _mm256_storeu_ps(
+        out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+    return;
+  }
+#endif
+  for (int r = 0; r < kRows; ++r) {
+    T sum = v[r][0];
+    for (int i = 1; i < kWidth<T>; ++i) sum += v[r][i];
+    out[r] = sum;
+  }
+}
+
 // The positive part; NaN does not occur (inputs are checked to be finite).
 template <class T>
 inline Vec<T> positive_part(Vec<T> v) {

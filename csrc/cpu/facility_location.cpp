@@ -72,6 +72,12 @@ class Heap {
   std::vector<Entry> entries_;
 };
 
+// The least e with value <= 2^e; std::log2 rounds what is just above a power of two down to it.
+int ceil_log2(double value) {
+  int exponent = 0;
+  return std::frexp(value, &exponent) > 0.5 ? exponent : exponent - 1;
+}
+
 template <class T>
 class Greedy final : public FacilityLocation {
  public:
@@ -156,9 +162,9 @@ class Greedy final : public FacilityLocation {
     scale_ = 1;
     if (bound > 0) {
       const double heaviest = weights_.empty() ? 1.0 : *std::max_element(weights_.begin(), weights_.end());
-      const int room = 61 - static_cast<int>(std::ceil(std::log2(bound)));
+      const int room = 61 - ceil_log2(bound);
       // Scaled weights have to stay in the range of T, and the scale itself in that of double.
-      const int most = (sizeof(T) == 4 ? 126 : 1000) - static_cast<int>(std::ceil(std::log2(heaviest)));
+      const int most = (sizeof(T) == 4 ? 126 : 1000) - ceil_log2(heaviest);
       scale_ = std::ldexp(1.0, std::min({room, most, 1000}));
       if (bound * scale_ < kLeastUnits) {
         throw std::invalid_argument(

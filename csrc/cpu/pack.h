@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -52,6 +53,10 @@ class Buffer {
   T& operator[](int64_t i) { return data_[i]; }
   const T& operator[](int64_t i) const { return data_[i]; }
   int64_t size() const { return size_; }
+  void swap(Buffer& other) {
+    data_.swap(other.data_);
+    std::swap(size_, other.size_);
+  }
 
  private:
   struct Free {

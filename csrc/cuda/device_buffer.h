@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
+#include <string>
 #include <utility>
 
 #include "cuda/launch.h"
@@ -9,15 +11,30 @@
 
 namespace fc::cuda {
 
+// Raised in Python as MemoryError.
+class OutOfDeviceMemory : public std::bad_alloc {
+ public:
+  explicit OutOfDeviceMemory(size_t bytes)
+      : message_("out of device memory: " + std::to_string(bytes) + " bytes more were asked for") {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
+
 template <class T>
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
   DeviceBuffer(int64_t size, cudaStream_t stream) : stream_(stream) {
-    if (size > 0) {
-      check(cudaMallocAsync(reinterpret_cast<void**>(&data_), sizeof(T) * static_cast<size_t>(size), stream),
-            "allocating device memory");
+    if (size <= 0) return;
+    const size_t bytes = sizeof(T) * static_cast<size_t>(size);
+    const cudaError_t status = cudaMallocAsync(reinterpret_cast<void**>(&data_), bytes, stream);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // told here, not by the next launch
+      throw OutOfDeviceMemory(bytes);
     }
+    check(status, "allocating device memory");
   }
   DeviceBuffer(DeviceBuffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), stream_(other.stream_) {}

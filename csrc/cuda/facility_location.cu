@@ -22,11 +22,11 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 
 #include "cuda/device_buffer.h"
 #include "cuda/facility_location.h"
 #include "cuda/launch.h"
+#include "cuda/pace.h"
 #include "cuda/pack.cuh"
 #include "cuda/tile.cuh"
 
@@ -36,11 +36,25 @@ namespace {
 constexpr long long kNoBound = INT64_MAX;
 constexpr int kNever = -1;
 constexpr int kNobody = INT32_MAX;
+// An offset so many times above distances could lose these beside it: gains are computed from a lower one.
+constexpr double kFarAbove = 1000;
+// What is left below 2^31 lets loops step by a whole grid without overflow.
+constexpr int64_t kMostPoints = INT32_MAX - (1 << 21);
 
 // The first bad entry of each argument, all ones for none.
 struct BadAt {
   unsigned long long candidate, client;  // row * columns + column of a value that is not finite
   unsigned long long preselected;        // position of an index out of range or given twice
+};
+
+// Largest values found before the first pick, as bits of doubles: none is negative, so their order is that of
+// the bits.
+enum Largest : int {
+  kOfCandidates,  // distance of a candidate to the first client
+  kOfClients,     // distance of a client to the first client
+  kOfNear,        // distance of one of the first clients to the first candidate
+  kOfMatrix,      // similarity
+  kLargestCount
 };
 
 // What the blocks tell each other, and what is left for the host.
@@ -54,9 +68,10 @@ struct Control {
   int changed;  // length of `changed_clients`
   int last_pick;
   double objective;
-  double offset;  // distances: what they are subtracted from
-  unsigned long long
-      farthest[2];  // bits of the largest distance of candidates, of clients to the first client
+  double offset;         // distances: what they are subtracted from
+  int refused;           // whether step_among() got a candidate that is not open,
+  long long refused_as;  // and which
+  unsigned long long largest[kLargestCount];
 };
 
 struct Best {
@@ -204,11 +219,18 @@ __device__ Best block_best(Best own) {
 
 enum class Fold { kNothing, kList, kSweep, kAll };
 
-// The candidates that a pick chooses from: all, or a sample.
+// The candidates that a pick chooses from: all, or a sample, in which -1 stands for nobody.
 struct Domain {
-  const int64_t* sample;
+  const int* sample;
   int count;
-  __device__ int operator[](int t) const { return sample == nullptr ? t : static_cast<int>(sample[t]); }
+  __device__ int operator[](int t) const { return sample == nullptr ? t : sample[t]; }
+};
+
+// Part of the sweep that precedes a pick, in a launch of its own: so many candidates, of which the gains are
+// summed; or (`all_summed`) none, since launches before this one have summed all.
+struct Sweep {
+  int first = 0, count = 0;
+  bool all_summed = false;
 };
 
 // Folds in the sums of the round before, and finds the best up-to-date gain and the best bound that is none.
@@ -218,6 +240,7 @@ __device__ Partial reduce(const State<T>& state, const Domain& domain, Fold fold
   Partial own{{-1, kNobody}, {-1, kNobody}};
   for (int t = grid_thread(); t < domain.count; t += grid_threads()) {
     const int j = domain[t];
+    if (j < 0) continue;
     if (fold == Fold::kAll || fold == Fold::kSweep || (fold == Fold::kList && state.pending[j])) {
       long long gain = state.sum[j];
       if (fold == Fold::kSweep) gain += state.swept_gain[j];
@@ -268,7 +291,7 @@ template <class T>
 __device__ int list_above(const State<T>& state, const Domain& domain, const Best& threshold, int picks) {
   for (int t = grid_thread(); t < domain.count; t += grid_threads()) {
     const int j = domain[t];
-    if (!state.open[j] || state.stamp[j] == picks || state.bound[j] == 0) continue;
+    if (j < 0 || !state.open[j] || state.stamp[j] == picks || state.bound[j] == 0) continue;
     if (!better(Best{state.bound[j], j}, threshold)) continue;
     state.list[atomicAdd(&state.control->listed, 1)] = j;
     state.pending[j] = 1;
@@ -277,16 +300,25 @@ __device__ int list_above(const State<T>& state, const Domain& domain, const Bes
   return state.control->listed;
 }
 
-// The candidate of the largest gain, when `picks` picks have been made. A sample is only evaluated, all
-// candidates may be swept.
+// The candidate of the largest gain, when `picks` picks have been made; nobody after a part of a sweep. A
+// sample is only evaluated, all candidates may be swept.
 template <class T, Form form, bool kChained, bool kMatrix>
-__device__ Best choose(const State<T>& state, const Domain& domain, int picks, bool naive, bool whole) {
+__device__ Best choose(const State<T>& state, const Domain& domain, const Sweep& sweep, int picks, bool naive,
+                       bool whole) {
   const int changed = state.control->changed;
   RowSet<T> rows = state.candidates, columns = state.clients;
   Fold fold = whole && (naive || !state.control->swept) ? Fold::kAll : Fold::kNothing;
-  for (bool may_sweep = whole && fold == Fold::kNothing;;) {
+  bool summed = sweep.all_summed;
+  if (sweep.count > 0) {
+    for (int t = grid_thread(); t < sweep.count; t += grid_threads()) state.list[t] = sweep.first + t;
+    grid_sync();
+    rows.list = state.list;
+    rows.count = sweep.count;
+  }
+  for (bool may_sweep = whole && fold == Fold::kNothing;; summed = false) {
     if (fold != Fold::kNothing) {
-      add_over_any<T, form, kChained, kMatrix>(state, rows, columns, fold == Fold::kSweep);
+      if (!summed) add_over_any<T, form, kChained, kMatrix>(state, rows, columns, fold == Fold::kSweep);
+      if (sweep.count > 0) return {-1, kNobody};
       grid_sync();
     }
     const Partial found = reduce(state, domain, fold, picks, changed);
@@ -338,17 +370,27 @@ __device__ void take(const State<T>& state, const int* chosen, int picks) {
   grid_sync();
 }
 
-// Makes picks number `done`, ..., `done` + `count` - 1; or, with `preselected`, takes these `count`
-// candidates. One kernel for both, since most of it is the tiles, which take their time to compile.
+// What one launch does: picks number `done`, ..., `done` + `count` - 1; or, with `preselected`, takes those
+// of these candidates; or a part of the sweep before pick `done`.
+struct Task {
+  Domain domain;
+  int done = 0, count = 0;
+  bool naive = false;
+  const int* preselected = nullptr;
+  Sweep sweep = {};
+};
+
+// One kernel for all of this, since most of it is the tiles, which take their time to compile.
 template <class T, Form form, bool kChained, bool kMatrix>
-__global__ void __launch_bounds__(kThreads)
-    greedy(State<T> state, Domain domain, int done, int count, bool naive, const int* preselected) {
-  if (state.control->verdict != Verdict::kFine) return;
-  const bool whole = domain.sample == nullptr;
-  for (int picks = done; picks < done + count; ++picks) {
-    const int* chosen = preselected + picks;
-    if (preselected == nullptr) {
-      const Best best = choose<T, form, kChained, kMatrix>(state, domain, picks, naive, whole);
+__global__ void __launch_bounds__(kThreads, 1) greedy(State<T> state, Task task) {
+  if (state.control->verdict != Verdict::kFine || state.control->refused) return;
+  const bool whole = task.domain.sample == nullptr;
+  for (int picks = task.done; picks < task.done + task.count; ++picks) {
+    const int* chosen = task.preselected + picks;
+    if (task.preselected == nullptr) {
+      const Best best =
+          choose<T, form, kChained, kMatrix>(state, task.domain, task.sweep, picks, task.naive, whole);
+      if (task.sweep.count > 0) return;
       if (grid_thread() == 0) {
         state.picked[picks] = best.candidate;
         state.gain[picks] = best.bound;
@@ -359,7 +401,7 @@ __global__ void __launch_bounds__(kThreads)
       grid_sync();
       chosen = state.picked + picks;
     }
-    take<T, form, kChained, kMatrix>(state, chosen, preselected == nullptr ? picks : -1);
+    take<T, form, kChained, kMatrix>(state, chosen, task.preselected == nullptr ? picks : -1);
   }
 }
 
@@ -415,30 +457,36 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) atomicMax(most, static_cast<unsigned long long>(__double_as_longlong(own)));
 }
 
-// upper[i] = the largest of max(0, s(j, i)) over the candidates j.
+// *most = the bits of the largest similarity, or 0. Strips of the rows, a block for each.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    column_bounds(const T* s, int64_t stride, int n, int m, double* upper, unsigned long long* bad_at) {
-  for (int i = grid_thread(); i < m; i += grid_threads()) {
-    T most = 0;
-    for (int j = 0; j < n; ++j) {
+    largest_of_matrix(const T* s, int64_t stride, int n, int m, unsigned long long* most,
+                      unsigned long long* bad_at) {
+  constexpr int kStrip = 16 * kThreads;
+  const int strips = (m + kStrip - 1) / kStrip;
+  double own = 0;
+  for (int64_t work = blockIdx.x; work < static_cast<int64_t>(n) * strips; work += gridDim.x) {
+    const int64_t j = work / strips;
+    const int begin = static_cast<int>(work % strips) * kStrip;
+    for (int i = begin + static_cast<int>(threadIdx.x); i < min(begin + kStrip, m); i += kThreads) {
       const T value = s[j * stride + i];
-      if (!is_finite(value))
-        atomicMin(bad_at, static_cast<unsigned long long>(static_cast<int64_t>(j) * m + i));
-      most = max(most, value);
+      if (!is_finite(value)) atomicMin(bad_at, static_cast<unsigned long long>(j * m + i));
+      own = fmax(own, static_cast<double>(value));
     }
-    upper[i] = most;
   }
+  own = block_max(own);
+  if (threadIdx.x == 0) atomicMax(most, static_cast<unsigned long long>(__double_as_longlong(own)));
+}
+
+__device__ double largest_of(const Control& control, Largest which) {
+  return __longlong_as_double(static_cast<long long>(control.largest[which]));
 }
 
 // An upper bound of all distances by the triangle inequality, and never 0; as the type T has it.
 template <class T>
 __device__ double offset_of(const Control& control, bool self, bool squared) {
-  double most[2];
-  for (int side = 0; side < 2; ++side) {
-    most[side] = __longlong_as_double(static_cast<long long>(control.farthest[side]));
-  }
-  double offset = (self ? 2 * most[0] : most[0] + most[1]) * 1.0001;
+  const double of_candidates = largest_of(control, kOfCandidates);
+  double offset = (self ? 2 * of_candidates : of_candidates + largest_of(control, kOfClients)) * 1.0001;
   if (squared) offset *= offset;
   return static_cast<double>(static_cast<T>(offset > 0 ? offset : 1.0));
 }
@@ -446,10 +494,10 @@ __device__ double offset_of(const Control& control, bool self, bool squared) {
 struct PrepareArguments {
   const double* weights;
   const double *candidate_norms, *client_norms;  // of dot products, else null
-  const double* upper;                           // of a matrix, else null
-  double constant_upper;                         // of the rest; of distances it is the offset
-  bool distances, find_offset, self, squared;    // the offset is the caller's, or an upper bound
-  double largest;                                // that a similarity may reach
+  bool matrix;
+  double upper;  // of similarities, above the floor, where neither tells: of distances it is the offset
+  bool distances, find_offset, trim_offset, self, squared;
+  double largest;  // that a similarity may reach
   const BadAt* bad_at;
 };
 
@@ -457,42 +505,55 @@ struct PrepareArguments {
 template <class T>
 __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArguments a) {
   const int thread = static_cast<int>(threadIdx.x);
-  if (a.find_offset) a.constant_upper = offset_of<T>(*state.control, a.self, a.squared);
+  Control* control = state.control;
+  if (a.matrix) a.upper = largest_of(*control, kOfMatrix);
+  if (a.find_offset || a.trim_offset) {
+    const double found = offset_of<T>(*control, a.self, a.squared);
+    double near = largest_of(*control, kOfNear);
+    if (a.squared) near *= near;
+    if (a.find_offset || (a.upper > kFarAbove * near && a.upper > found)) a.upper = found;
+  }
   double most_norm = 0;
   if (a.candidate_norms != nullptr) {
     for (int j = thread; j < state.n; j += kThreads) most_norm = fmax(most_norm, a.candidate_norms[j]);
   }
   most_norm = block_max(most_norm);
-  double bound = 0, heaviest = 0, most_upper = 0;
+  double bound = 0, total = 0, heaviest = 0, most_upper = 0;
   int bad_weight = kNobody;
   for (int i = thread; i < state.m; i += kThreads) {
     const double w = a.weights == nullptr ? 1.0 : a.weights[i];
     if (!(w >= 0) || !is_finite(w)) bad_weight = min(bad_weight, i);
-    double upper = a.constant_upper;
-    if (a.client_norms != nullptr) upper = a.client_norms[i] * most_norm * 1.001;
-    if (a.upper != nullptr) upper = a.upper[i];
+    total += w;
+    heaviest = fmax(heaviest, w);
+    if (a.client_norms == nullptr) continue;
+    const double upper = a.client_norms[i] * most_norm * 1.001;
     most_upper = fmax(most_upper, upper);
     bound += w * upper;
-    heaviest = fmax(heaviest, w);
   }
   bound = block_sum(bound);
+  total = block_sum(total);
   heaviest = block_max(heaviest);
   most_upper = block_max(most_upper);
   bad_weight = -static_cast<int>(block_max(-static_cast<double>(bad_weight)));
   if (thread != 0) return;
 
-  Control* control = state.control;
-  if (a.distances) control->offset = a.constant_upper;
+  if (a.client_norms == nullptr) {
+    most_upper = a.upper;
+    bound = total * a.upper;
+  }
+  if (a.distances) control->offset = static_cast<double>(static_cast<T>(a.upper));
   const unsigned long long none = ~0ull;
   const BadAt& bad = *a.bad_at;
-  if (bad.candidate != none) {
+  if (bad_weight != kNobody) {
+    report(control, Verdict::kBadWeight, false, bad_weight);
+  } else if (!(total <= std::numeric_limits<T>::max())) {
+    report(control, Verdict::kHeavyWeights, false, 0);
+  } else if (bad.preselected != none) {
+    report(control, Verdict::kBadPreselected, false, static_cast<long long>(bad.preselected));
+  } else if (bad.candidate != none) {
     report(control, Verdict::kNotFinite, false, static_cast<long long>(bad.candidate));
   } else if (bad.client != none) {
     report(control, Verdict::kNotFinite, true, static_cast<long long>(bad.client));
-  } else if (bad_weight != kNobody) {
-    report(control, Verdict::kBadWeight, false, bad_weight);
-  } else if (bad.preselected != none) {
-    report(control, Verdict::kBadPreselected, false, static_cast<long long>(bad.preselected));
   } else if (!(bound <= std::numeric_limits<double>::max() / 4) || !(most_upper <= a.largest)) {
     report(control, Verdict::kOverflow, false, 0);
   } else if (bound > 0) {
@@ -531,11 +592,33 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// One block: the sample of step_among(), each candidate once; or which of them is not open.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    check_sample(State<T> state, const int64_t* candidates, int count, int* sample) {
+  int first_bad = kNobody;
+  for (int t = static_cast<int>(threadIdx.x); t < count; t += kThreads) {
+    const int64_t j = candidates[t];
+    if (j < 0 || j >= state.n || !state.open[j]) first_bad = min(first_bad, t);
+  }
+  first_bad = -static_cast<int>(block_max(-static_cast<double>(first_bad)));
+  if (threadIdx.x == 0) {
+    state.control->refused = first_bad != kNobody;
+    if (first_bad != kNobody) state.control->refused_as = candidates[first_bad];
+  }
+  if (first_bad != kNobody) return;
+  // The pick that follows starts by clearing the marks.
+  for (int t = static_cast<int>(threadIdx.x); t < count; t += kThreads) {
+    const int j = static_cast<int>(candidates[t]);
+    sample[t] = atomicExch(state.pending + j, 1) == 0 ? j : -1;
+  }
+}
+
 // The state of the clients before the first pick.
 template <class T>
 __global__ void __launch_bounds__(kThreads) start(State<T> state, const double* weights) {
   if (state.control->verdict != Verdict::kFine) return;
-  const T floor = -static_cast<T>(state.control->offset);
+  const T floor = static_cast<T>(-state.control->offset);
   for (int i = grid_thread(); i < state.m; i += grid_threads()) {
     state.best[i] = floor;
     state.swept_best[i] = floor;
@@ -608,12 +691,13 @@ class Greedy final : public FacilityLocation {
  public:
   Greedy(TensorView<const T, 2> x, const TensorView<const T, 2>* clients, const Metric* metric,
          const GreedyArguments& arguments)
-      : x_(x), arguments_(arguments), stream_(arguments.stream) {
+      : x_(x), arguments_(arguments), stream_(arguments.stream), pace_(arguments.stream, arguments.poll) {
     const bool points = metric != nullptr;
     const int64_t n = x.rows(), m = !points ? x.cols() : clients != nullptr ? clients->rows() : n;
-    if (n >= kNobody || m >= kNobody) {
-      throw std::invalid_argument("x: the GPU kernel takes fewer than 2^31 candidates and clients, got " +
-                                  std::to_string(n) + " and " + std::to_string(m));
+    if (n > kMostPoints || m > kMostPoints) {
+      throw std::invalid_argument("x: the GPU kernel takes at most " + std::to_string(kMostPoints) +
+                                  " candidates and clients, got " + std::to_string(n) + " and " +
+                                  std::to_string(m));
     }
     if (points) clients_ = clients != nullptr ? *clients : x;
     separate_clients_ = points && clients != nullptr;
@@ -627,6 +711,11 @@ class Greedy final : public FacilityLocation {
     form_ = form_of(metric_);
     chained_ = points && x.cols() > kChain;
     open_ = n - arguments.preselected_count;
+    take_work_ = static_cast<double>(m) * static_cast<double>(points ? std::max<int64_t>(x.cols(), 1) : 1);
+    sweep_work_ = static_cast<double>(n) * take_work_;
+    at_once_ = arguments.work_at_once > 0 ? static_cast<double>(arguments.work_at_once)
+                                          : (sizeof(T) == 4 ? 0x1p38 : 0x1p36);
+    picks_at_once_ = at_once(sweep_work_);
     allocate();
     begin();
   }
@@ -635,25 +724,59 @@ class Greedy final : public FacilityLocation {
   int64_t clients() const override { return state_.m; }
   int64_t picks() const override { return picks_; }
 
+  int64_t completed() const override { return std::min(pace_.completed(), picks_); }
+
   int64_t step(int64_t count, bool naive) override {
-    const int made = static_cast<int>(std::min(count, open_ - picks_));
-    if (made > 0) make_picks(Domain{nullptr, state_.n}, made, naive);
+    pace_.check_running();
+    for (int64_t left = std::min(count, open_ - picks_); left > 0;) {
+      const bool sweeps = naive || !swept_;
+      const bool in_parts = sweeps && sweep_work_ > at_once_ && state_.n > kPartRows;
+      if (in_parts) sweep_in_parts();
+      const int made = static_cast<int>(std::min(left, in_parts ? 1 : picks_at_once_));
+      Task task{Domain{nullptr, state_.n}, static_cast<int>(picks_), made, naive};
+      task.sweep.all_summed = in_parts;
+      launch_greedy(task);
+      swept_ = true;
+      picks_ += made;
+      left -= made;
+      picks_at_once_ = pace_.next_count(picks_, made);
+    }
     return picks_;
   }
 
   int64_t step_among(const int64_t* candidates, int64_t count) override {
-    make_picks(Domain{candidates, static_cast<int>(count)}, 1, false);
+    pace_.check_running();
+    if (count < 1 || count > kMostPoints) {
+      throw std::invalid_argument("candidates: expected 1 to " + std::to_string(kMostPoints) +
+                                  " of them, got " + std::to_string(count));
+    }
+    if (count > sample_size_) {
+      sample_ = DeviceBuffer<int>(count, stream_);
+      sample_size_ = count;
+    }
+    const int size = static_cast<int>(count);
+    launch(check_sample<T>, {dim3(1), dim3(kThreads), 0, stream_}, state_, candidates, size, sample_.data());
+    launch_greedy({Domain{sample_.data(), size}, static_cast<int>(picks_), 1});
+    pace_.launched(picks_ + 1);
     const Control control = read_control();
-    return control.verdict == Verdict::kFine ? control.last_pick : -1;
+    if (control.refused) {
+      throw std::invalid_argument("candidates: expected indices in [0, " + std::to_string(state_.n) +
+                                  ") that are not chosen yet, got " + std::to_string(control.refused_as));
+    }
+    if (control.verdict != Verdict::kFine) return -1;
+    ++picks_;
+    return control.last_pick;
   }
 
   void finish(int64_t* indices, double* gains, double* weights, int64_t* assignment, double* objective,
               double* offset) override {
+    pace_.check_running();
     const int picks = static_cast<int>(picks_);
     launch(write<T>, over(std::max(state_.m, picks)), state_, picks, indices, gains, assignment);
     if (state_.self_clients) launch(serve_themselves<T>, over(picks), state_, picks, assignment);
     launch(sum_up<T>, {dim3(picks + 1), dim3(kThreads), 0, stream_}, state_, picks, arguments_.weights,
            assignment, weights);
+    pace_.launched(picks_);
     const Control control = read_control();
     *objective = control.objective;
     *offset = control.offset;
@@ -664,7 +787,30 @@ class Greedy final : public FacilityLocation {
  private:
   Launch over(int64_t threads) const { return {dim3(blocks_for(threads)), dim3(kThreads), 0, stream_}; }
 
+  // Candidates whose gains one part of a sweep sums, at least: a row of tiles.
+  static constexpr int kPartRows = 128;
+  static constexpr int64_t kMostPicksAtOnce = 1024;
+
+  // How many pieces of so much work each go into one launch.
+  int64_t at_once(double work) const {
+    const auto most = static_cast<double>(kMostPicksAtOnce);
+    return static_cast<int64_t>(std::max(1.0, std::min(most, at_once_ / std::max(work, 1.0))));
+  }
+
+  void sweep_in_parts() {
+    const double rows = at_once_ / std::max(take_work_, 1.0) / kPartRows;
+    const int64_t length = kPartRows * std::max<int64_t>(static_cast<int64_t>(std::min(rows, 0x1p30)), 1);
+    for (int64_t first = 0; first < state_.n; first += length) {
+      Task task{Domain{nullptr, state_.n}, static_cast<int>(picks_), 1, true};
+      task.sweep.first = static_cast<int>(first);
+      task.sweep.count = static_cast<int>(std::min(length, state_.n - first));
+      launch_greedy(task);
+      pace_.launched(picks_);
+    }
+  }
+
   Control read_control() {
+    pace_.wait();
     Control control;
     check(cudaMemcpyAsync(&control, state_.control, sizeof(Control), cudaMemcpyDeviceToHost, stream_),
           "reading the result");
@@ -731,14 +877,15 @@ class Greedy final : public FacilityLocation {
       launch(close_preselected<T>, over(preselected), state_, arguments_.preselected, preselected,
              preselected_list_.data(), bad_at);
     }
+    unsigned long long* const largest = state_.control->largest;
     PrepareArguments prepare_arguments{};
     prepare_arguments.weights = arguments_.weights;
     prepare_arguments.largest = std::numeric_limits<T>::max() / 4;
     prepare_arguments.bad_at = bad_at;
-    DeviceBuffer<double> candidate_norms, client_norms, upper;
+    DeviceBuffer<double> candidate_norms, client_norms;
     const bool normalise = points_ && metric_ == Metric::kCosine;
     if (points_) {
-      prepare_arguments.constant_upper = metric_ == Metric::kCosine ? 1.001 : arguments_.offset;
+      prepare_arguments.upper = metric_ == Metric::kCosine ? 1.001 : arguments_.offset;
       if (metric_ == Metric::kDot) {
         candidate_norms = DeviceBuffer<double>(state_.n, stream_);
         client_norms = DeviceBuffer<double>(state_.m, stream_);
@@ -747,6 +894,7 @@ class Greedy final : public FacilityLocation {
       } else if (metric_ != Metric::kCosine) {
         prepare_arguments.distances = true;
         prepare_arguments.find_offset = arguments_.find_offset;
+        prepare_arguments.trim_offset = arguments_.trim_offset;
         prepare_arguments.self = !separate_clients_;
         prepare_arguments.squared = metric_ == Metric::kSqeuclidean;
         prepare_arguments.largest = std::numeric_limits<T>::max();
@@ -757,41 +905,42 @@ class Greedy final : public FacilityLocation {
         launch_pack(clients_, normalise, packed_clients_.data(), client_norms.data(), &bad_at->client,
                     stream_);
       }
-      if (prepare_arguments.find_offset) find_farthest();
+      if (prepare_arguments.find_offset || prepare_arguments.trim_offset) find_farthest(largest);
     } else {
-      upper = DeviceBuffer<double>(state_.m, stream_);
-      prepare_arguments.upper = upper.data();
+      prepare_arguments.matrix = true;
       prepare_arguments.largest = std::numeric_limits<T>::max();
-      launch(column_bounds<T>, over(state_.m), state_.matrix, state_.matrix_stride, state_.n, state_.m,
-             upper.data(), &bad_at->candidate);
+      launch(largest_of_matrix<T>, over(static_cast<int64_t>(state_.n) * state_.m), state_.matrix,
+             state_.matrix_stride, state_.n, state_.m, largest + kOfMatrix, &bad_at->candidate);
     }
     launch(prepare<T>, {dim3(1), dim3(kThreads), 0, stream_}, state_, prepare_arguments);
     launch(start<T>, over(state_.m), state_, arguments_.weights);
-    if (preselected > 0)
-      launch_greedy(Domain{nullptr, state_.n}, 0, preselected, false, preselected_list_.data());
+    const auto taken_at_once = static_cast<int>(at_once(take_work_));
+    for (int first = 0; first < preselected; first += taken_at_once) {
+      Task task{Domain{nullptr, state_.n}, first, std::min(taken_at_once, preselected - first)};
+      task.preselected = preselected_list_.data();
+      launch_greedy(task);
+      pace_.launched(0);
+    }
   }
 
-  void find_farthest() {
+  void find_farthest(unsigned long long* largest) {
+    if (state_.n == 0 || state_.m == 0) return;
     with_kernels([&](auto form, auto chained, auto matrix) {
       if constexpr (form() != Form::kProduct && !matrix()) {
-        unsigned long long* most = state_.control->farthest;
         const auto kernel = farthest<T, form(), chained()>;
-        launch(kernel, over(state_.n), state_, state_.candidates, state_.clients, most);
+        launch(kernel, over(state_.n), state_, state_.candidates, state_.clients, largest + kOfCandidates);
         if (separate_clients_)
-          launch(kernel, over(state_.m), state_, state_.clients, state_.clients, most + 1);
+          launch(kernel, over(state_.m), state_, state_.clients, state_.clients, largest + kOfClients);
+        RowSet<T> near = state_.clients;
+        near.count = std::min(state_.m, 8);
+        launch(kernel, over(1), state_, near, state_.candidates, largest + kOfNear);
       }
     });
   }
 
-  void make_picks(Domain domain, int count, bool naive) {
-    launch_greedy(domain, static_cast<int>(picks_), count, naive, nullptr);
-    picks_ += count;
-  }
-
-  void launch_greedy(Domain domain, int done, int count, bool naive, const int* preselected) {
+  void launch_greedy(const Task& task) {
     with_kernels([&](auto form, auto chained, auto matrix) {
-      const auto kernel = greedy<T, form(), chained(), matrix()>;
-      launch_cooperative(kernel, domain, done, count, naive, preselected);
+      launch_cooperative(greedy<T, form(), chained(), matrix()>, task);
     });
   }
 
@@ -817,14 +966,14 @@ class Greedy final : public FacilityLocation {
     }
   }
 
-  template <class Kernel, class... A>
-  void launch_cooperative(Kernel kernel, A&&... arguments) {
+  template <class Kernel>
+  void launch_cooperative(Kernel kernel, const Task& task) {
     const int blocks = cooperative_blocks(kernel, kThreads, 0);
     if (blocks > partials_) {
       state_.partial = buffer(partial_, blocks);
       partials_ = blocks;
     }
-    launch(kernel, {dim3(blocks), dim3(kThreads), 0, stream_, true}, state_, std::forward<A>(arguments)...);
+    launch(kernel, {dim3(blocks), dim3(kThreads), 0, stream_, true}, state_, task);
   }
 
   TensorView<const T, 2> x_, clients_{};
@@ -833,7 +982,10 @@ class Greedy final : public FacilityLocation {
   Metric metric_ = Metric::kDot;
   Form form_ = Form::kProduct;
   bool points_ = false, separate_clients_ = false, chained_ = false;
-  int64_t open_ = 0, picks_ = 0;
+  int64_t open_ = 0, picks_ = 0, picks_at_once_ = 1, sample_size_ = 0;
+  bool swept_ = false;
+  // Multiply-adds of a pick's update, of a sweep, and of one launch.
+  double take_work_ = 0, sweep_work_ = 0, at_once_ = 0;
   Verdict verdict_;
   int partials_ = 0;
 
@@ -842,8 +994,9 @@ class Greedy final : public FacilityLocation {
   DeviceBuffer<Partial> partial_;
   DeviceBuffer<BadAt> bad_at_;
   DeviceBuffer<long long> candidate_longs_;
-  DeviceBuffer<int> candidate_ints_, client_ints_, preselected_list_;
+  DeviceBuffer<int> candidate_ints_, client_ints_, preselected_list_, sample_;
   DeviceBuffer<T> client_values_, packed_candidates_, packed_clients_;
+  Pace pace_;
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "core/metric.h"
@@ -16,8 +17,12 @@ struct GreedyArguments {
   int64_t preselected_count = 0;
   double offset = 0;         // distances: s = offset - distance
   bool find_offset = false;  // an upper bound of all distances instead, which finish() tells
+  bool trim_offset =
+      false;  // that bound in place of an offset far above it, beside which distances would be lost
   bool self_clients = false;
   cudaStream_t stream = nullptr;
+  std::function<bool()> poll = nullptr;  // asked while the GPU works; true stops the run: Cancelled is thrown
+  int64_t work_at_once = 0;  // multiply-adds of one launch, about; 0: what a GPU does in some 100 ms at most
 };
 
 // What was wrong with the data, found on the way and known once finish() has waited.
@@ -28,6 +33,7 @@ struct Verdict {
     kOverflow,       // similarities or their sum leave the range of the type
     kVanishing,      // their sum is too close to its smallest number
     kBadWeight,      // row: negative, NaN or infinite
+    kHeavyWeights,   // their sum leaves the range of the type
     kBadPreselected  // row: out of range or twice
   };
   Kind kind = kFine;
@@ -35,8 +41,10 @@ struct Verdict {
   int64_t row = 0, column = 0;
 };
 
-// A run that advances pick by pick. Nothing but finish() and step_among() waits for the GPU; all work goes to
-// the stream of the arguments. Arrays must outlive the object.
+// A run that advances pick by pick. Long work goes to the stream of the arguments in several launches, of
+// which at most two are under way; so the GPU never idles, and `poll` is heard. Other than for that, nothing
+// but finish() and step_among() waits for the GPU. Arrays must outlive the object. After Cancelled the run is
+// over.
 class FacilityLocation {
  public:
   virtual ~FacilityLocation() = default;
@@ -45,8 +53,8 @@ class FacilityLocation {
   // of picks there will then be.
   virtual int64_t step(int64_t count, bool naive) = 0;
 
-  // One pick among candidates [count], which must be open; waits, and returns it, or -1 where verdict() says
-  // that something is wrong.
+  // One pick among candidates [count] on the device, at least one; waits, and returns it, or -1 where
+  // verdict() says that something is wrong. Throws std::invalid_argument if one of them is not open.
   virtual int64_t step_among(const int64_t* candidates, int64_t count) = 0;
 
   // Writes the picks so far to arrays on the device: candidate, gain and client weight won, [picks], and the
@@ -61,6 +69,7 @@ class FacilityLocation {
   virtual int64_t candidates() const = 0;
   virtual int64_t clients() const = 0;
   virtual int64_t picks() const = 0;
+  virtual int64_t completed() const = 0;  // of these picks, how many the GPU is known to have made
 };
 
 // x [n, d], clients [m, d] (null: the candidates themselves), on the device.

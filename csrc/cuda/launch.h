@@ -1,7 +1,9 @@
 // How the host starts a kernel: the one place that knows whether a GPU or the emulator runs it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -64,6 +66,8 @@ void launch(void (*kernel)(P...), const Launch& how, A&&... arguments) {
 }
 
 // How many blocks of the kernel the current device holds at once: the largest grid of a cooperative launch.
+// The environment variable FLASHCORESET_CUDA_BLOCKS lowers that to so many a multiprocessor, for tools whose
+// instrumented kernels take more of it than the occupancy calculation knows.
 template <class... P>
 int cooperative_blocks(void (*kernel)(P...), int threads, size_t shared) {
   detail::allow_shared(kernel, shared);
@@ -72,6 +76,9 @@ int cooperative_blocks(void (*kernel)(P...), int threads, size_t shared) {
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "number of multiprocessors");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "occupancy");
+  if (const char* most = std::getenv("FLASHCORESET_CUDA_BLOCKS")) {
+    blocks = std::min(blocks, std::max(std::atoi(most), 1));
+  }
   return blocks * multiprocessors;
 }
 

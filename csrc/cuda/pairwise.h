@@ -14,4 +14,7 @@ template <class T>
 void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric, TensorView<T, 2> out,
               cudaStream_t stream);
 
+// Success if the kernels were compiled for the current device, or can be from their PTX.
+cudaError_t find_kernel();
+
 }  // namespace fc::cuda

@@ -73,6 +73,15 @@ __device__ __forceinline__ T accumulate(T a, T b, T sum) {
   }
 }
 
+// What the tall tile and the flat one of a kernel have in common.
+template <class T>
+using Staged = T[kDepth][kCols<T> + 16 / static_cast<int>(sizeof(T))];
+template <class T>
+__device__ __forceinline__ Staged<T>& staged_columns() {
+  FC_SHARED(T, columns, [kDepth][kCols<T> + 16 / static_cast<int>(sizeof(T))]);
+  return columns;
+}
+
 // value[r][c] of this thread: rows first_row + tile_row(r) of `a` against rows first_col + tile_column(c) of
 // `b`. Rows beyond the sets are zeros. All threads of the block take part.
 template <class T, Form form, int kRows, bool kChained>
@@ -81,7 +90,11 @@ __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& 
   constexpr int kR = kRows / kSide, kC = kCols<T> / kSide, kPad = 16 / static_cast<int>(sizeof(T));
   constexpr int kLoadsA = kRows * kDepth / kThreads, kLoadsB = kCols<T> * kDepth / kThreads;
   FC_SHARED(T, a_part, [kDepth][kRows + kPad]);
-  FC_SHARED(T, b_part, [kDepth][kCols<T> + kPad]);
+  auto& b_part = staged_columns<T>();
+  // The sums of the chains before the running one, where a thread would lack the registers: read and written
+  // by itself alone, once in kChain features.
+  constexpr bool kStored = kChained && kR > 1;
+  FC_SHARED(T, chains, [kStored ? kR * kC : 1][kStored ? kThreads : 1]);
   const int k_own = static_cast<int>(threadIdx.x) % kDepth, row_own = static_cast<int>(threadIdx.x) / kDepth;
   constexpr int kRowsAtOnce = kThreads / kDepth;
 
@@ -130,19 +143,24 @@ __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& 
         for (int c = 0; c < kC; ++c) sum[r][c] = accumulate<form>(av[r], bv[c], sum[r][c]);
       }
     }
-    const bool chain_ends = (begin + kDepth) % kChain == 0 || begin + kDepth >= a.d;
+    const bool last = begin + kDepth >= a.d, chain_ends = (begin + kDepth) % kChain == 0 || last;
     if (!kChained || !chain_ends) continue;
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
-        value[r][c] = first_chain ? sum[r][c] : value[r][c] + sum[r][c];
-        sum[r][c] = T(0);
+        T& before = kStored ? chains[kStored ? r * kC + c : 0][kStored ? threadIdx.x : 0] : value[r][c];
+        const T total = first_chain ? sum[r][c] : before + sum[r][c];
+        if (last) {
+          sum[r][c] = total;
+        } else {
+          before = total;
+          sum[r][c] = T(0);
+        }
       }
     }
     first_chain = false;
   }
-  if (kChained) return;
 #pragma unroll
   for (int r = 0; r < kR; ++r) {
 #pragma unroll

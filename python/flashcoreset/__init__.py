@@ -9,20 +9,23 @@ Example:
 from importlib.metadata import version as _version
 
 from flashcoreset import kernels, plot
-from flashcoreset._errors import BackendUnavailableError, SlowPathWarning
+from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import goracs, select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
+from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
 
 __version__ = _version("flashcoreset")
 
 __all__ = [
     "BackendUnavailableError",
+    "ConvergenceWarning",
     "Coreset",
     "Selection",
     "SlowPathWarning",
+    "Transport",
     "__version__",
     "allocate_budgets",
     "facility_location",
@@ -32,4 +35,6 @@ __all__ = [
     "plot",
     "select",
     "simcore",
+    "sinkhorn",
+    "sinkhorn_divergence",
 ]

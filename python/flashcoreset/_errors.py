@@ -18,6 +18,14 @@ class BackendUnavailableError(RuntimeError):
     """
 
 
+def no_sparse_kernel(backend: str) -> str:
+    """Why a backend without kernels for sparse matrices cannot take one, and what to do."""
+    return (
+        f"there is no {backend} kernel for sparse matrices; pass backend='torch', or backend='cpu' with the matrix on "
+        "the CPU"
+    )
+
+
 class SlowPathWarning(UserWarning):
     """No compiled kernel could take a call with `backend=None`, so the plain PyTorch reference did. Given
     once per reason.
@@ -25,6 +33,16 @@ class SlowPathWarning(UserWarning):
     Example:
         >>> import warnings, flashcoreset as fc
         >>> warnings.simplefilter("ignore", fc.SlowPathWarning)
+    """
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solver stopped at its last iteration before it came to the tolerance asked for; what it returns is
+    the last iterate, and says how far it is off.
+
+    Example:
+        >>> import warnings, flashcoreset as fc
+        >>> warnings.simplefilter("ignore", fc.ConvergenceWarning)
     """
 
 

@@ -117,9 +117,17 @@ def cuda_failure(device: int = 0) -> str | None:
             "flashcoreset was built without CUDA kernels; reinstall it where nvcc 12.4 or newer is found "
             f"(pip install . with FLASHCORESET_CUDA unset or auto), or pass another backend ({module})"
         )
-    if (reason := module.unusable(device)) is not None:
-        return f"no CUDA device can be used: {reason}; pass backend='cpu' or backend='torch'"
+    if (reason := _unusable(device)) is not None:
+        return f"CUDA device {device} cannot be used: {reason}; pass backend='cpu' or backend='torch'"
     return None
+
+
+@functools.cache
+def _unusable(device: int) -> str | None:
+    """What `_cuda` says of a device. Asked once, since it loads a kernel there."""
+    module = _import("_cuda")
+    assert isinstance(module, ModuleType)
+    return module.unusable(device)
 
 
 def cuda_architectures() -> str | None:
@@ -128,13 +136,13 @@ def cuda_architectures() -> str | None:
     return None if isinstance(module, str) else module.ARCHITECTURES
 
 
-def cuda_module() -> ModuleType:
-    """The CUDA kernels.
+def cuda_module(device: int = 0) -> ModuleType:
+    """The CUDA kernels, for arrays on that device.
 
     Raises:
-        BackendUnavailableError: if they were not built or no device can run them; the message says which.
+        BackendUnavailableError: if they were not built or the device cannot run them; the message says which.
     """
-    if (reason := cuda_failure()) is not None:
+    if (reason := cuda_failure(device)) is not None:
         raise BackendUnavailableError(f"backend 'cuda': {reason}")
     module = _import("_cuda")
     assert isinstance(module, ModuleType)

@@ -220,6 +220,29 @@ def check_finite(tensor: Tensor, name: str) -> None:
             raise ValueError(f"{name} must be finite, got {got} at {where}")
 
 
+def check_weights(weights: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError unless client weights [m] are finite and >= 0, and their sum is in the range of `dtype`."""
+    bad = ~((weights >= 0) & torch.isfinite(weights))
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"weights must be finite and >= 0, got {float(weights[i])} at position {i}")
+    if not float(weights.sum()) <= torch.finfo(dtype).max:
+        raise ValueError(
+            f"weights: their sum, {float(weights.sum()):.3g}, overflows {dtype}; scale them down"
+        )
+
+
+def check_preselected(preselected: Tensor, n: int) -> None:
+    """Raises ValueError unless candidates [p] are distinct and in [0, n)."""
+    bad = (preselected < 0) | (preselected >= n)
+    if bad.any():
+        raise ValueError(f"preselected must be in [0, {n}), got {int(preselected[bad][0])}")
+    ordered = preselected.sort().values
+    twice = ordered[1:][ordered.diff() == 0]
+    if twice.shape[0]:
+        raise ValueError(f"preselected must be distinct, got {int(twice[0])} more than once")
+
+
 @dataclass(frozen=True, eq=False)
 class Csr:
     """A sparse matrix: row i has values[crow[i] : crow[i+1]] in columns col[crow[i] : crow[i+1]], ascending,

@@ -296,11 +296,13 @@ cudaError_t Runtime::run(const Configuration& configuration, const std::function
   const dim3 grid = configuration.grid, block = configuration.block;
   const uint64_t grid_blocks = uint64_t{grid.x} * grid.y * grid.z;
   const uint64_t block_threads = uint64_t{block.x} * block.y * block.z;
-  if (grid.x - 1 >= 0x7FFFFFFFu || grid.y - 1 >= 65535u || grid.z - 1 >= 65535u ||
+  const unsigned largest = device().largest_grid_y;
+  if (grid.x - 1 >= 0x7FFFFFFFu || grid.y - 1 >= largest || grid.z - 1 >= largest ||
       block.x - 1 >= kMaxThreads || block.y - 1 >= kMaxThreads || block.z - 1 >= 64u ||
       block_threads > kMaxThreads)
     return remember(cudaErrorInvalidConfiguration);
   if (configuration.shared > kSharedBytes) return remember(cudaErrorInvalidValue);
+  if (!device().has_code) return find_code();
   if (configuration.cooperative && grid_blocks > static_cast<uint64_t>(resident_blocks()))
     return remember(cudaErrorCooperativeLaunchTooLarge);
 

@@ -1,5 +1,6 @@
 #include "emulator/host.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -9,7 +10,12 @@
 
 #include "emulator/emulator.h"
 
-struct EmulatedStream {};
+struct EmulatedStream {
+  int device;
+};
+struct EmulatedEvent {
+  int left = 0;  // queries that it will still deny
+};
 
 namespace fc::emulator {
 
@@ -19,8 +25,16 @@ thread_local cudaError_t last_error = cudaSuccess;
 
 std::mutex mutex;
 // Never destroyed: whatever a program keeps in static objects may be freed after them.
-auto& allocations = *new std::map<const char*, size_t, std::less<>>;
+struct Block {
+  size_t bytes;
+  int device;
+};
+auto& allocations = *new std::map<const char*, Block, std::less<>>;
 auto& streams = *new std::set<cudaStream_t>;
+auto& events = *new std::set<cudaEvent_t>;
+size_t allocated = 0;
+Device emulated;
+thread_local int current_device = 0;
 
 // Whether all of [memory, memory + bytes) is in one allocation.
 bool on_device(const void* memory, size_t bytes) {
@@ -36,6 +50,14 @@ bool is_stream(cudaStream_t stream) {
   return stream == nullptr || streams.count(stream) > 0;
 }
 
+// The null stream is that of the current device.
+int device_of(cudaStream_t stream) { return stream == nullptr ? current_device : stream->device; }
+
+bool is_event(cudaEvent_t event) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return events.count(event) > 0;
+}
+
 }  // namespace
 
 Allocation allocation_of(const void* address) {
@@ -43,9 +65,24 @@ Allocation allocation_of(const void* address) {
   const std::lock_guard<std::mutex> lock(mutex);
   auto after = allocations.upper_bound(at);
   if (after == allocations.begin()) return {nullptr, 0};
-  const auto& [start, bytes] = *--after;
-  if (static_cast<size_t>(at - start) >= bytes) return {nullptr, 0};
-  return {start, bytes};
+  const auto& [start, block] = *--after;
+  if (static_cast<size_t>(at - start) >= block.bytes) return {nullptr, 0};
+  return {start, block.bytes};
+}
+
+void set_device(const Device& device) {
+  emulated = device;
+  current_device = 0;
+}
+const Device& device() { return emulated; }
+
+size_t allocated_bytes() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return allocated;
+}
+
+cudaError_t find_code() {
+  return remember(emulated.has_code ? cudaSuccess : cudaErrorNoKernelImageForDevice);
 }
 
 cudaError_t remember(cudaError_t error) {
@@ -68,6 +105,7 @@ cudaError_t set_attribute(cudaFuncAttribute attribute, int value) {
 
 }  // namespace fc::emulator
 
+using fc::emulator::allocated_bytes;
 using fc::emulator::remember;
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -84,8 +122,12 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid copy direction for memcpy";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
     case cudaErrorInvalidResourceHandle:
       return "invalid resource handle";
+    case cudaErrorNotReady:
+      return "device not ready";
     case cudaErrorCooperativeLaunchTooLarge:
       return "too many blocks in cooperative launch";
   }
@@ -100,17 +142,21 @@ cudaError_t cudaGetLastError() {
 cudaError_t cudaPeekAtLastError() { return fc::emulator::last_error; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = fc::emulator::emulated.count;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = fc::emulator::current_device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= fc::emulator::emulated.count) return remember(cudaErrorInvalidDevice);
+  fc::emulator::current_device = device;
+  return cudaSuccess;
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return remember(cudaErrorInvalidDevice);
+  if (device < 0 || device >= fc::emulator::emulated.count) return remember(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = 1;
@@ -122,7 +168,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = 0;
       return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
-      *value = 1;
+      *value = fc::emulator::emulated.cooperative_launch;
+      return cudaSuccess;
+    case cudaDevAttrMemoryPoolsSupported:
+      *value = fc::emulator::emulated.memory_pools;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(fc::emulator::kSharedBytes);
@@ -136,11 +185,15 @@ cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   *memory = nullptr;
   if (bytes == 0) return cudaSuccess;
+  if (bytes > fc::emulator::emulated.bytes - std::min(fc::emulator::emulated.bytes, allocated_bytes()))
+    return remember(cudaErrorMemoryAllocation);
   void* allocated = std::malloc(bytes);
   if (allocated == nullptr) return remember(cudaErrorMemoryAllocation);
   fc::emulator::poison(allocated, bytes);
   const std::lock_guard<std::mutex> lock(fc::emulator::mutex);
-  fc::emulator::allocations.emplace(static_cast<const char*>(allocated), bytes);
+  const fc::emulator::Block block{bytes, fc::emulator::current_device};
+  fc::emulator::allocations.emplace(static_cast<const char*>(allocated), block);
+  fc::emulator::allocated += bytes;
   *memory = allocated;
   return cudaSuccess;
 }
@@ -153,14 +206,23 @@ cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return cudaSuccess;
   {
     const std::lock_guard<std::mutex> lock(fc::emulator::mutex);
-    if (fc::emulator::allocations.erase(static_cast<const char*>(memory)) == 0)
-      return remember(cudaErrorInvalidValue);
+    const auto found = fc::emulator::allocations.find(static_cast<const char*>(memory));
+    if (found == fc::emulator::allocations.end()) return remember(cudaErrorInvalidValue);
+    fc::emulator::allocated -= found->second.bytes;
+    fc::emulator::allocations.erase(found);
   }
   std::free(memory);
   return cudaSuccess;
 }
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
   if (!fc::emulator::is_stream(stream)) return remember(cudaErrorInvalidResourceHandle);
+  {
+    // CUDA itself takes the stream of another device, whose order says nothing of the memory's use.
+    const std::lock_guard<std::mutex> lock(fc::emulator::mutex);
+    const auto found = fc::emulator::allocations.find(static_cast<const char*>(memory));
+    if (found != fc::emulator::allocations.end() && found->second.device != fc::emulator::device_of(stream))
+      return remember(cudaErrorInvalidValue);
+  }
   return cudaFree(memory);
 }
 
@@ -199,7 +261,7 @@ cudaError_t cudaStreamCreate(cudaStream_t* stream) {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   if (flags != cudaStreamDefault && flags != cudaStreamNonBlocking) return remember(cudaErrorInvalidValue);
   const std::lock_guard<std::mutex> lock(fc::emulator::mutex);
-  *stream = *fc::emulator::streams.insert(new EmulatedStream).first;
+  *stream = *fc::emulator::streams.insert(new EmulatedStream{fc::emulator::current_device}).first;
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
@@ -212,4 +274,31 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return remember(fc::emulator::is_stream(stream) ? cudaSuccess : cudaErrorInvalidResourceHandle);
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  if (flags != cudaEventDefault && flags != cudaEventDisableTiming) return remember(cudaErrorInvalidValue);
+  const std::lock_guard<std::mutex> lock(fc::emulator::mutex);
+  *event = *fc::emulator::events.insert(new EmulatedEvent).first;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (!fc::emulator::is_event(event) || !fc::emulator::is_stream(stream))
+    return remember(cudaErrorInvalidResourceHandle);
+  event->left = fc::emulator::emulated.event_delay;
+  return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (!fc::emulator::is_event(event)) return remember(cudaErrorInvalidResourceHandle);
+  if (event->left == 0) return cudaSuccess;
+  --event->left;
+  return remember(cudaErrorNotReady);
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  {
+    const std::lock_guard<std::mutex> lock(fc::emulator::mutex);
+    if (fc::emulator::events.erase(event) == 0) return remember(cudaErrorInvalidResourceHandle);
+  }
+  delete event;
+  return cudaSuccess;
 }

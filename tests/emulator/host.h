@@ -1,8 +1,9 @@
-// CUDA's host interface on the CPU: one device, whose memory is the heap, and streams that do everything at
+// CUDA's host interface on the CPU: a device, whose memory is the heap, and streams that do everything at
 // once and in order.
 #pragma once
 
 #include <cstddef>
+#include <limits>
 
 struct uint3 {
   unsigned x, y, z;
@@ -20,7 +21,9 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidMemcpyDirection = 21,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidResourceHandle = 400,
+  cudaErrorNotReady = 600,
   cudaErrorCooperativeLaunchTooLarge = 720,
 };
 
@@ -38,6 +41,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrCooperativeLaunch = 95,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrMemoryPoolsSupported = 115,
 };
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
@@ -45,6 +49,12 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct EmulatedStream;
 using cudaStream_t = EmulatedStream*;
 constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
+
+struct EmulatedEvent;
+using cudaEvent_t = EmulatedEvent*;
+constexpr unsigned cudaEventDefault = 0, cudaEventDisableTiming = 2;
+
+struct cudaFuncAttributes {};
 
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
@@ -82,12 +92,34 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 
+// Reached when it is recorded, though cudaEventQuery may be told to deny that for a while:
+// Device::event_delay.
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventQuery(cudaEvent_t event);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+
 namespace fc::emulator {
 
 // The device: an sm_80's limits, one multiprocessor.
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStaticSharedBytes = 48 * 1024;
 constexpr size_t kSharedBytes = 163 * 1024;
+
+// What a test may have otherwise than it is: less than the device's limits, or more devices of its kind.
+struct Device {
+  int count = 1;
+  bool cooperative_launch = true, memory_pools = true;
+  bool has_code = true;                               // whether the kernels were compiled for it
+  unsigned largest_grid_y = 65535;                    // and z
+  size_t bytes = std::numeric_limits<size_t>::max();  // of memory
+  int event_delay = 0;                                // how often an event says that it is not reached yet
+};
+void set_device(const Device& device);
+const Device& device();
+
+// Of all devices together.
+size_t allocated_bytes();
 
 // The device memory that the address is in, or a null pointer.
 struct Allocation {
@@ -99,6 +131,7 @@ Allocation allocation_of(const void* address);
 cudaError_t remember(cudaError_t error);  // for cudaGetLastError
 cudaError_t occupancy(int* blocks, int threads, size_t shared);
 cudaError_t set_attribute(cudaFuncAttribute attribute, int value);
+cudaError_t find_code();
 
 }  // namespace fc::emulator
 
@@ -110,4 +143,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute attribute, int value) {
   return fc::emulator::set_attribute(attribute, value);
+}
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(P...)) {
+  return fc::emulator::find_code();
 }

@@ -22,13 +22,17 @@
 
 namespace {
 
+using fc::cuda::cooperative_blocks;
 using fc::cuda::launch;
 using fc::cuda::Launch;
+using fc::emulator::allocated_bytes;
 using fc::emulator::check_schedules;
 using fc::emulator::compare_schedules;
+using fc::emulator::Device;
 using fc::emulator::DeviceArray;
 using fc::emulator::Fault;
 using fc::emulator::kSchedules;
+using fc::emulator::set_device;
 using fc::emulator::UnderSchedule;
 
 Launch one_block(unsigned threads, size_t shared = 0) { return {1, threads, shared}; }
@@ -540,11 +544,9 @@ void test_host() {
   CHECK_EQUAL(cudaGetLastError(), cudaSuccess);
   CHECK_EQUAL(std::string(cudaGetErrorString(cudaErrorInvalidDevice)), "invalid device ordinal");
   const std::vector<std::pair<cudaDeviceAttr, int>> attributes = {
-      {cudaDevAttrMultiProcessorCount, 1},
-      {cudaDevAttrCooperativeLaunch, 1},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, 166912},
-      {cudaDevAttrComputeCapabilityMajor, 8},
-      {cudaDevAttrComputeCapabilityMinor, 0}};
+      {cudaDevAttrMultiProcessorCount, 1},    {cudaDevAttrCooperativeLaunch, 1},
+      {cudaDevAttrMemoryPoolsSupported, 1},   {cudaDevAttrMaxSharedMemoryPerBlockOptin, 166912},
+      {cudaDevAttrComputeCapabilityMajor, 8}, {cudaDevAttrComputeCapabilityMinor, 0}};
   for (const auto& [attribute, expected] : attributes) {
     CHECK_EQUAL(cudaDeviceGetAttribute(&value, attribute, 0), cudaSuccess);
     CHECK_EQUAL(value, expected);
@@ -580,6 +582,85 @@ void test_host() {
   CHECK_EQUAL(cudaStreamDestroy(stream), cudaSuccess);
   CHECK_EQUAL(cudaFree(nullptr), cudaSuccess);
   CHECK_EQUAL(cudaGetLastError(), cudaErrorInvalidResourceHandle);
+}
+
+// A stream is done with what precedes an event, but says so as late as it is told to.
+void test_events() {
+  cudaEvent_t event = nullptr;
+  CHECK_EQUAL(cudaEventCreateWithFlags(&event, 4), cudaErrorInvalidValue);
+  CHECK_EQUAL(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), cudaSuccess);
+  CHECK_EQUAL(cudaEventQuery(event), cudaSuccess);
+  CHECK_EQUAL(cudaEventRecord(event, nullptr), cudaSuccess);
+  CHECK_EQUAL(cudaEventQuery(event), cudaSuccess);
+  Device slow;
+  slow.event_delay = 2;
+  set_device(slow);
+  CHECK_EQUAL(cudaEventRecord(event, nullptr), cudaSuccess);
+  cudaGetLastError();
+  CHECK_EQUAL(cudaEventQuery(event), cudaErrorNotReady);
+  CHECK_EQUAL(cudaEventQuery(event), cudaErrorNotReady);
+  CHECK_EQUAL(cudaEventQuery(event), cudaSuccess);
+  CHECK_EQUAL(cudaGetLastError(), cudaErrorNotReady);  // which CUDA keeps as an error, too
+  set_device({});
+  cudaStream_t gone = nullptr;
+  CHECK_EQUAL(cudaStreamCreate(&gone), cudaSuccess);
+  CHECK_EQUAL(cudaStreamDestroy(gone), cudaSuccess);
+  CHECK_EQUAL(cudaEventRecord(event, gone), cudaErrorInvalidResourceHandle);
+  CHECK_EQUAL(cudaEventDestroy(event), cudaSuccess);
+  CHECK_EQUAL(cudaEventDestroy(event), cudaErrorInvalidResourceHandle);
+  CHECK_EQUAL(cudaEventQuery(event), cudaErrorInvalidResourceHandle);
+  cudaGetLastError();
+}
+
+__global__ void nothing() {}
+
+// A poorer device refuses what one like it refuses, and memory is freed by streams of its own device alone.
+void test_other_devices() {
+  Device device;
+  device.count = 2;
+  device.cooperative_launch = device.memory_pools = device.has_code = false;
+  device.largest_grid_y = 3;
+  device.bytes = allocated_bytes() + 100;
+  set_device(device);
+  int value = -1;
+  CHECK_EQUAL(cudaGetDeviceCount(&value), cudaSuccess);
+  CHECK_EQUAL(value, 2);
+  for (const cudaDeviceAttr lacking : {cudaDevAttrCooperativeLaunch, cudaDevAttrMemoryPoolsSupported}) {
+    CHECK_EQUAL(cudaDeviceGetAttribute(&value, lacking, 1), cudaSuccess);
+    CHECK_EQUAL(value, 0);
+  }
+  cudaFuncAttributes attributes;
+  CHECK_EQUAL(cudaFuncGetAttributes(&attributes, nothing), cudaErrorNoKernelImageForDevice);
+  CHECK_THROWS(launch(nothing, one_block(1)), std::runtime_error);
+  CHECK_EQUAL(cudaGetLastError(), cudaErrorNoKernelImageForDevice);
+  void *first = nullptr, *second = nullptr;
+  CHECK_EQUAL(cudaMallocAsync(&first, 60, nullptr), cudaSuccess);
+  CHECK_EQUAL(cudaMallocAsync(&second, 60, nullptr), cudaErrorMemoryAllocation);
+  CHECK_EQUAL(allocated_bytes(), device.bytes - 40);
+  CHECK_EQUAL(cudaSetDevice(2), cudaErrorInvalidDevice);
+  CHECK_EQUAL(cudaSetDevice(1), cudaSuccess);
+  CHECK_EQUAL(cudaGetDevice(&value), cudaSuccess);
+  CHECK_EQUAL(value, 1);
+  CHECK_EQUAL(cudaFreeAsync(first, nullptr), cudaErrorInvalidValue);
+  CHECK_EQUAL(cudaSetDevice(0), cudaSuccess);
+  CHECK_EQUAL(cudaFreeAsync(first, nullptr), cudaSuccess);
+  device.has_code = true;
+  set_device(device);
+  CHECK_EQUAL(cudaFuncGetAttributes(&attributes, nothing), cudaSuccess);
+  launch(nothing, {{1, 3}, 1});
+  CHECK_THROWS(launch(nothing, {{1, 4}, 1}), std::runtime_error);
+  CHECK_EQUAL(cudaGetLastError(), cudaErrorInvalidConfiguration);
+  set_device({});
+}
+
+void test_fewer_blocks() {
+  const char* const variable = "FLASHCORESET_CUDA_BLOCKS";
+  CHECK_EQUAL(cooperative_blocks(nothing, 64, 0), 3);
+  for (const auto& [value, expected] : {std::pair<const char*, int>{"2", 2}, {"100", 3}, {"0", 1}}) {
+    setenv(variable, value, 1);
+    CHECK_EQUAL(cooperative_blocks(nothing, 64, 0), expected);
+  }
+  unsetenv(variable);
 }
 
 // Arguments become what the parameters are.
@@ -858,8 +939,6 @@ void test_out_of_bounds() {
 __global__ void many_barriers(int count) {
   for (int i = 0; i < count; ++i) __syncthreads();
 }
-__global__ void nothing() {}
-
 template <class Run>
 double nanoseconds(double count, Run run) {
   const auto start = std::chrono::steady_clock::now();
@@ -900,6 +979,9 @@ TEST_PROGRAM {
   test_conversions();
   test_intrinsics();
   test_host();
+  test_events();
+  test_other_devices();
+  test_fewer_blocks();
   test_launches();
   test_host_threads();
   test_exceptions();

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from flashcoreset import _native
-from flashcoreset._errors import BackendUnavailableError
-from flashcoreset._tensor import Csr, check_finite
-from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
+from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel
+from flashcoreset._tensor import Csr, check_finite, check_preselected, check_weights
+from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
 
 __all__ = ["CHECKS_VALUES", "FacilityLocation", "pairwise"]
 
@@ -22,13 +23,19 @@ DEVICE_TYPE = "cuda"
 
 _capsule = torch.utils.dlpack.to_dlpack
 
-_MESSAGES = {
-    "overflow": "x: similarities, or their weighted sum, overflow {dtype}; scale the data down or use float64",
-    "vanishing": "x: similarities times weights are so close to the smallest numbers of the type that gains would be "
-    "lost; scale x or the weights up",
-    "weights": "weights must be finite and >= 0, got {got} at position {row}",
-    "preselected": "preselected must be distinct and in [0, {n}), got {got} at position {row}",
-}
+_T = TypeVar("_T")
+
+
+def _with_memory(call: Callable[[], _T]) -> _T:
+    """`call()`, and where it is out of memory, once more without the memory that torch keeps for later."""
+    try:
+        return call()
+    except MemoryError:
+        torch.cuda.empty_cache()
+    try:
+        return call()
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from None
 
 
 def _stream(device: torch.device) -> int:
@@ -54,12 +61,14 @@ def pairwise(x: Tensor, y: Tensor | None = None, *, metric: str, out: Tensor | N
     Raises:
         BackendUnavailableError: if there are no CUDA kernels or no device.
         TypeError, ValueError: for arrays that do not fit each other.
+        torch.OutOfMemoryError: if the device has no room for the packed points.
     """
     x = x.detach()
     other = x if y is None else y.detach()
     if out is None:
         out = x.new_empty(x.shape[0], other.shape[0])
-    _native.cuda_module().pairwise(_capsule(x), _capsule(other), _capsule(out), metric, _stream(x.device))
+    native, stream = _native.cuda_module(x.device.index or 0), _stream(x.device)
+    _with_memory(lambda: native.pairwise(_capsule(x), _capsule(other), _capsule(out), metric, stream))
     return out
 
 
@@ -80,6 +89,8 @@ class FacilityLocation:
 
     Raises:
         BackendUnavailableError: if there are no CUDA kernels or no device, and for a sparse matrix.
+        TypeError, ValueError: for arrays that do not fit each other.
+        torch.OutOfMemoryError: if the device has no room for the run.
     """
 
     def __init__(
@@ -95,33 +106,38 @@ class FacilityLocation:
         expected_picks: int | None = None,
     ) -> None:
         if isinstance(x, Csr):
-            raise BackendUnavailableError(
-                "backend 'cuda': there is no CUDA kernel for sparse matrices; pass backend='torch', or "
-                "backend='cpu' with the matrix on the CPU"
-            )
+            raise BackendUnavailableError(f"backend 'cuda': {no_sparse_kernel('cuda')}")
         if metric == "precomputed" and x.stride(1) != 1:
             x = x.contiguous()
         self._x, self._clients, self._weights, self._preselected = x, clients, weights, preselected
-        self.offset = offset
-        self._run = _native.cuda_module().FacilityLocation(
-            _capsule(x),
-            None if clients is None else _capsule(clients),
-            metric,
-            _optional(weights),
-            _optional(preselected),
-            offset,
-            _stream(x.device),
+        self._metric, self.offset = metric, offset
+        native, stream = _native.cuda_module(x.device.index or 0), _stream(x.device)
+        self._run = _with_memory(
+            lambda: native.FacilityLocation(
+                _capsule(x),
+                None if clients is None else _capsule(clients),
+                metric,
+                _optional(weights),
+                _optional(preselected),
+                offset,
+                stream,
+            )
         )
+
+    @property
+    def completed(self) -> int:
+        """Of the picks that `step` started, how many are known to be made."""
+        return self._run.completed
 
     def step(self, count: int, naive: bool = False) -> int:
         """Starts up to `count` further picks; `naive` evaluates every candidate for each. Returns the number
-        of picks that there will be; does not wait for them."""
-        return self._run.step(count, naive)
+        of picks that there will be; waits for those of them only that would take long, so that Ctrl-C is heard."""
+        return _with_memory(lambda: self._run.step(count, naive))
 
     def step_among(self, candidates: Tensor) -> int:
         """One pick among `candidates` [r] int64, which are neither picked nor preselected. Waits and returns
         the pick."""
-        pick = self._run.step_among(_capsule(candidates))
+        pick = _with_memory(lambda: self._run.step_among(_capsule(candidates)))
         if pick < 0:
             self._raise(*self._run.verdict())
         return pick
@@ -134,10 +150,19 @@ class FacilityLocation:
             ValueError: for data that turned out to be NaN, infinite, or too large or small for its type.
         """
         exact_gains, exact_weights = gains.double(), weights.double()
-        objective, self.offset = self._run.finish(
+        objective, offset = self._run.finish(
             _capsule(indices), _capsule(exact_gains), _capsule(exact_weights), _capsule(assignment)
         )
         self._raise(*self._run.verdict())
+        if self._metric in DISTANCES and self.offset is None:
+            self.offset = offset
+        elif self._metric in DISTANCES and self.offset > offset:
+            # The kernels do without what is far above all distances, beside which the first gains would be rounded.
+            total = float(assignment.shape[0]) if self._weights is None else float(self._weights.sum())
+            excess = (self.offset - offset) * total
+            objective += excess
+            if self._preselected is None and exact_gains.shape[0] > 0:
+                exact_gains[0] += excess
         gains.copy_(exact_gains)
         weights.copy_(exact_weights)
         return objective
@@ -145,12 +170,27 @@ class FacilityLocation:
     def _raise(self, wrong: str | None, argument: str, row: int) -> None:
         if wrong is None:
             return
+        dtype, is_points = self._x.dtype, self._metric != "precomputed"
         if wrong == "not finite":
             culprit = self._x if argument == "x" or self._clients is None else self._clients
             check_finite(culprit, argument)
-        got: Any = None
-        if wrong == "weights" and self._weights is not None:
-            got = float(self._weights[row])
+        if wrong in ("weights", "weights sum") and self._weights is not None:
+            check_weights(self._weights, dtype)
         if wrong == "preselected" and self._preselected is not None:
-            got = int(self._preselected[row])
-        raise ValueError(_MESSAGES[wrong].format(dtype=self._x.dtype, row=row, got=got, n=self._x.shape[0]))
+            check_preselected(self._preselected, self._x.shape[0])
+        if wrong == "vanishing":
+            raise ValueError(
+                "x: similarities times weights are so close to the smallest numbers of the type that gains would be "
+                "lost; scale x or the weights up"
+            )
+        if wrong == "overflow" and is_points:
+            values = "distances" if self._metric in DISTANCES else "similarities"
+            raise ValueError(
+                f"x: {values} of metric {self._metric!r} overflow {dtype}; scale the data down or use float64"
+            )
+        if wrong == "overflow":
+            raise ValueError(
+                "x: the sum of a candidate's similarities overflows the range of a double; scale x or the weights down"
+            )
+        # Looked at again, the values are fine.
+        raise RuntimeError(f"{argument}: {wrong} at row {row} on the device; was it written to meanwhile?")

@@ -2,5 +2,8 @@
 
 from flashcoreset.reference.facility_location import FacilityLocation, pairwise
 from flashcoreset.reference.simcore import NearestOrder
+from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
+from flashcoreset.reference.sinkhorn import plan as sinkhorn_plan
+from flashcoreset.reference.sinkhorn import sinkhorn
 
-__all__ = ["FacilityLocation", "NearestOrder", "pairwise"]
+__all__ = ["FacilityLocation", "NearestOrder", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from flashcoreset._errors import BackendUnavailableError
+from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._tensor import Csr, check_finite
 from flashcoreset.reference.facility_location import (
     DEFAULT_MEMORY_BUDGET,
@@ -95,10 +95,7 @@ class FacilityLocation:
         expected_picks: int | None = None,
     ) -> None:
         if isinstance(x, Csr):
-            raise BackendUnavailableError(
-                "backend 'triton': there is no Triton kernel for sparse matrices; pass backend='torch', or "
-                "backend='cpu' with the matrix on the CPU"
-            )
+            raise BackendUnavailableError(f"backend 'triton': {no_sparse_kernel('triton')}")
         check_finite(x, "x")
         n, m = x.shape[0], x.shape[1] if metric == "precomputed" else x.shape[0]
         if clients is not None:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from flashcoreset import _native, kernels
-from flashcoreset._errors import BackendUnavailableError, warn_slow_path
+from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel, warn_slow_path
 from flashcoreset._tensor import one_of
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
@@ -17,7 +17,9 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 FAMILIES = {
     "facility_location": ("cpu", "cuda", "triton", "torch"),
     "nearest_order": ("cpu", "torch"),
+    "sinkhorn": ("cpu", "torch"),
 }
+NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
@@ -27,15 +29,18 @@ def check_backend(backend: object) -> None:
         one_of(backend, "backend", BACKENDS)
 
 
-def choose_kernels(backend: str | None, device: torch.device, family: str) -> ModuleType:
-    """The kernels of `backend` for tensors on `device`; for None the fastest that can take them.
+def choose_kernels(
+    backend: str | None, device: torch.device, family: str, *, sparse: bool = False
+) -> ModuleType:
+    """The kernels of `backend` for tensors on `device`, or (`sparse`) a sparse matrix there; for None the fastest that
+    can take them.
 
     Raises:
         BackendUnavailableError: if `backend` was named and cannot run here, or has no kernel of `family`.
         ValueError: if FLASHCORESET_ISA is not a known name.
     """
     if backend is not None:
-        reason = _failure(backend, device, family)
+        reason = _failure(backend, device, family, sparse)
         if reason is not None:
             raise BackendUnavailableError(f"backend {backend!r}: {reason}")
         return _module(backend)
@@ -43,7 +48,7 @@ def choose_kernels(backend: str | None, device: torch.device, family: str) -> Mo
     for name in DEFAULTS.get(device.type, ("torch",)):
         if name == "torch":
             break
-        reason = _failure(name, device, family)
+        reason = _failure(name, device, family, sparse)
         if reason is None:
             return _module(name)
         reasons.append(reason)
@@ -51,7 +56,7 @@ def choose_kernels(backend: str | None, device: torch.device, family: str) -> Mo
     return kernels.torch
 
 
-def _failure(backend: str, device: torch.device, family: str) -> str | None:
+def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> str | None:
     """Why `backend` cannot serve a call, and what to do; None if it can."""
     if backend not in FAMILIES[family]:
         return (
@@ -60,6 +65,8 @@ def _failure(backend: str, device: torch.device, family: str) -> str | None:
         )
     if backend == "torch":
         return None
+    if sparse and backend in NO_SPARSE:
+        return no_sparse_kernel(backend)
     if backend == "triton":
         return triton_failure(device)
     if backend == "cuda":

@@ -25,13 +25,15 @@ from flashcoreset._tensor import (
     as_vector,
     canonical_csr,
     check_finite,
+    check_preselected,
+    check_weights,
     compute_dtype,
     is_sparse,
     one_of,
     same_device,
 )
 from flashcoreset._types import Selection
-from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.ops.backends import DEFAULTS, check_backend, choose_kernels
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.sampling import CandidateSampler
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
@@ -301,7 +303,7 @@ _Result = tuple[Tensor, Tensor, Tensor, Tensor, float, float | None]
 
 def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
     x, clients = p.x, p.clients
-    kernels = choose_kernels(backend, x.device, "facility_location")
+    kernels = choose_kernels(backend, x.device, "facility_location", sparse=isinstance(x, Csr))
     out_dtype = p.out_dtype
     if x.dtype != out_dtype:
         x = Csr(x.crow, x.col, x.values.to(out_dtype), x.shape) if isinstance(x, Csr) else x.to(out_dtype)
@@ -309,9 +311,9 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
     # Groups are taken apart here, so their values are looked at here.
     on_device = p.groups is None and getattr(kernels, "CHECKS_VALUES", False)
     if p.weights is not None and not on_device:
-        _check_weights(p.weights, out_dtype)
+        check_weights(p.weights, out_dtype)
     if p.preselected is not None and not on_device:
-        _check_preselected(p.preselected, x.shape[0])
+        check_preselected(p.preselected, x.shape[0])
     members = None if p.groups is None else _members(p)
 
     offset = p.offset
@@ -322,12 +324,13 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
         if offset is not None:
             # The number that the kernel subtracts from, in its own precision.
             offset = float(torch.tensor(offset, dtype=out_dtype))
-        if (
-            p.offset is not None
-            and offset is not None
-            and _is_far_above(kernels, x, clients, p.metric, offset)
-        ):
-            p.excess = max(0.0, offset - _default_offset(kernels, x, clients, p.metric))
+            if (
+                p.offset is not None
+                and not on_device
+                and _is_far_above(kernels, x, clients, p.metric, offset)
+            ):
+                near = torch.tensor(_default_offset(kernels, x, clients, p.metric), dtype=out_dtype)
+                p.excess = max(0.0, offset - float(near))
 
     if progress is None:
         result = _solve_checked(kernels, p, x, clients, members, offset, None)
@@ -415,16 +418,23 @@ def _solve_one(
     gains = torch.empty(k, dtype=p.out_dtype, device=device)
     won = torch.empty(k, dtype=p.out_dtype, device=device)
     assignment = torch.empty(m, dtype=torch.int64, device=device)
+    unseen = False  # picks that the progress does not tell of yet
     if p.method == "stochastic" and k > 0:
         _step_stochastic(run, p, n, preselected, k, bar, done, device)
     elif bar is None or not bar.active:
         run.step(k, p.method == "naive")
     else:
-        made, chunk = 0, max(1, k // 100)
+        made, completed, chunk = 0, 0, max(1, k // 100)
         while made < k:
             made = run.step(min(chunk, k - made), p.method == "naive")
-            bar.update(done + made)
+            # Kernels on a device start picks that are made later.
+            completed = getattr(run, "completed", made)
+            bar.update(done + completed)
+        if completed < k:
+            unseen = True
     objective = run.finish(indices, gains, won, assignment)
+    if unseen and bar is not None:
+        bar.update(done + k)
     if p.metric in DISTANCES and offset is None:
         p.found_offset = run.offset
     if p.excess:
@@ -532,27 +542,6 @@ def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, met
     if not math.isfinite(farthest):
         check_finite(points, name)  # passes if only the distance overflows, which the caller reports
     return farthest
-
-
-def _check_weights(weights: Tensor, dtype: torch.dtype) -> None:
-    bad = ~((weights >= 0) & torch.isfinite(weights))
-    if bad.any():
-        i = int(bad.nonzero()[0])
-        raise ValueError(f"weights must be finite and >= 0, got {float(weights[i])} at position {i}")
-    if not float(weights.sum()) <= torch.finfo(dtype).max:
-        raise ValueError(
-            f"weights: their sum, {float(weights.sum()):.3g}, overflows {dtype}; scale them down"
-        )
-
-
-def _check_preselected(preselected: Tensor, n: int) -> None:
-    bad = (preselected < 0) | (preselected >= n)
-    if bad.any():
-        raise ValueError(f"preselected must be in [0, {n}), got {int(preselected[bad][0])}")
-    ordered = preselected.sort().values
-    twice = ordered[1:][ordered.diff() == 0]
-    if twice.shape[0]:
-        raise ValueError(f"preselected must be distinct, got {int(twice[0])} more than once")
 
 
 def _members(p: _Problem) -> list[tuple[Tensor, int]]:
@@ -756,6 +745,16 @@ def _estimate(
     strided = metric == "precomputed" and isinstance(x, (Tensor, np.ndarray)) and not _has_contiguous_rows(x)
     of_group += n * d * size if strided else 0
     pairs = n * m * size
+    if backend is None and isinstance(x, Tensor):
+        backend = DEFAULTS.get(x.device.type, ("torch",))[0]
+    if backend == "cuda":
+        packed = (n * d + (0 if self_clients else m * d)) * size if is_points else 0
+        norms = 8 * (n + (0 if self_clients else m)) if metric == "dot" else 0
+        # Bounds, sums and picks of candidates; best similarities, weights and owners of clients; a sample.
+        state = (4 * 8 + 6 * 4) * n + (4 * size + 2 * 4) * m + (4 * n if method == "stochastic" else 0)
+        named = 12 * n if preselected is not None else 0
+        exact = 16 * k  # gains and weights are written in float64
+        return outputs + exact + converted + of_group + packed + norms + state + named + 8 * m + 2**16
     if backend == "triton":
         points = (n * d + (0 if self_clients else m * d)) * size if is_points else 0
         panels = points + 256 * d * size

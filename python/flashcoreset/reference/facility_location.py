@@ -333,6 +333,12 @@ class FacilityLocation:
         return math.fsum((client_weights * (self._best.double() - self._floor.double()).cpu()).tolist())
 
 
+def _ceil_log2(value: float) -> int:
+    """The least e with value <= 2^e; math.log2 rounds what is just above a power of two down to it."""
+    mantissa, exponent = math.frexp(value)
+    return exponent if mantissa > 0.5 else exponent - 1
+
+
 def gain_scale(upper: Tensor, weights: Tensor, metric: str, dtype: torch.dtype) -> float:
     """The power of two by which gains are made integers.
 
@@ -356,8 +362,8 @@ def gain_scale(upper: Tensor, weights: Tensor, metric: str, dtype: torch.dtype) 
     if bound <= 0:
         return 0.0
     largest = 126 if dtype == torch.float32 else 1000
-    exponent = 61 - math.ceil(math.log2(bound))
-    scale = math.ldexp(1.0, min(exponent, largest - math.ceil(math.log2(largest_weight)), 1000))
+    exponent = 61 - _ceil_log2(bound)
+    scale = math.ldexp(1.0, min(exponent, largest - _ceil_log2(largest_weight), 1000))
     if bound * scale < 2**30:
         raise ValueError(
             "x: similarities times weights are so close to the smallest numbers of the type that gains would be "

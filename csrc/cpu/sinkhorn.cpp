@@ -1,0 +1,1021 @@
+// Batched Sinkhorn iterations in the plain domain, at the log domain's range.
+//
+// Potentials f, g are double. The kernel matrix K_ij = exp((f_i + g_j - C_ij) / eps) is made at the
+// potentials of the moment, so that its rows sum to 1 under the weights b, and is then scaled, P_ij = a_i u_i
+// K_ij v_j b_j. A scaling beyond 1e+-8 is absorbed into the potentials and K made anew. An iteration reads K
+// once: eight rows give their K v, from which their u follows, and while they are still in the first-level
+// cache their part of K^T u.
+//   sweep        K (or, where it does not fit the memory budget, a block of 24 rows of it) from the costs,
+//   and an
+//                iteration on the way: n m costs (d multiply-adds each from points) and exponentials
+//   plain        an iteration from K: 2 n m multiply-adds, 4 n m bytes read
+//   evaluate     the plan of the final potentials: marginals, cost, as a sweep
+// Where the sum of a row or column leaves the range of the type (costs far above eps before the potentials
+// have settled, or a bad start), it is taken in the log domain: again, with its largest exponent subtracted.
+//
+// Exponents are formed as ((f - C) + g) / eps from f, g in two parts and with the rounding error of f - C
+// added back, because f, g and C may be 10^4 times eps while their sum is of its size.
+//
+// Columns are summed over chunks of rows whose number depends on n alone, the chunks in order, so the result
+// does not depend on the number of threads. Small problems run one a thread, large ones on all threads.
+//
+// Rejected: two products, K v and K^T u, which read K twice; the log domain throughout (an exponential for
+// every entry in every half iteration); K in half the bytes (its rounding is the marginal error's floor).
+#include "cpu/sinkhorn.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "core/sinkhorn_schedule.h"
+#include "core/threads.h"
+#include "core/vmath.h"
+#include "cpu/pairwise_panels.h"
+#include "cpu/sinkhorn_costs.h"
+
+namespace fc {
+namespace {
+
+constexpr int kTogether = 8;        // rows of K that are in the first-level cache together
+constexpr int64_t kChunkRows = 72;  // at least; a multiple of kTogether and of kCostRows
+constexpr int64_t kChunks = 64;     // about, at most
+constexpr int64_t kFlush = 512;     // columns whose sum is taken in the type's own precision
+constexpr double kLeastScaling = 1e-8, kMostScaling = 1e8;
+
+template <class T>
+constexpr int kLanes = simd::kWidth<T> < kTogether ? kTogether : simd::kWidth<T>;
+
+// Sums outside these are taken in the log domain.
+template <class T>
+constexpr T kLeast = static_cast<T>(sizeof(T) == 4 ? 1e-20 : 1e-200);
+template <class T>
+constexpr T kMost = 1 / kLeast<T>;
+
+// out[r] += sum over columns of k[r][j] x[j], for kR rows `stride` apart; columns is a multiple of the width.
+template <int kR, class T>
+void add_products(const T* k, int64_t stride, const T* x, int64_t columns, double* out) {
+  using V = simd::Vec<T>;
+  constexpr int kW = simd::kWidth<T>;
+  for (int64_t begin = 0; begin < columns; begin += kFlush) {
+    const int64_t end = std::min(columns, begin + kFlush);
+    V sum[kR] = {};
+    for (int64_t j = begin; j < end; j += kW) {
+      const V xj = simd::load(x + j);
+#pragma GCC unroll 8
+      for (int r = 0; r < kR; ++r) sum[r] = simd::fma<T>(simd::load(k + r * stride + j), xj, sum[r]);
+    }
+    T total[kR];
+    simd::lane_sums<kR>(sum, total);
+    for (int r = 0; r < kR; ++r) out[r] += static_cast<double>(total[r]);
+  }
+}
+
+// sum[j] += w[r] k[r][j] over kR rows.
+template <int kR, class T>
+void add_rows(const T* k, int64_t stride, const T* w, int64_t columns, T* sum) {
+  using V = simd::Vec<T>;
+  V weight[kR];
+  for (int r = 0; r < kR; ++r) weight[r] = simd::broadcast(w[r]);
+  for (int64_t j = 0; j < columns; j += simd::kWidth<T>) {
+    V s = simd::load(sum + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) s = simd::fma<T>(simd::load(k + r * stride + j), weight[r], s);
+    simd::store(sum + j, s);
+  }
+}
+
+// fn(first, rows) with rows = kTogether as a constant while so many are left, then 1.
+template <class Fn>
+void for_rows_together(int64_t count, Fn&& fn) {
+  int64_t r = 0;
+  for (; r + kTogether <= count; r += kTogether) fn(r, std::integral_constant<int, kTogether>{});
+  for (; r < count; ++r) fn(r, std::integral_constant<int, 1>{});
+}
+
+// A number in two of type T: the nearest, and the nearest to what is left.
+template <class T>
+struct TwoParts {
+  T high, low;
+  explicit TwoParts(double value)
+      : high(static_cast<T>(value)),
+        low(sizeof(T) == 4 && std::isfinite(value) ? static_cast<T>(value - static_cast<double>(high))
+                                                   : T(0)) {}
+};
+
+// Columns' potentials in two parts, as the exponents need them.
+template <class T>
+struct ColumnPotentials {
+  Buffer<T> high, low;
+  explicit ColumnPotentials(int64_t size) : high(size), low(size) {}
+  void set(int64_t j, double value) {
+    const TwoParts<T> parts(value);
+    high[j] = parts.high;
+    low[j] = parts.low;
+  }
+};
+
+// The exponents of one problem and what is summed over them. Column arrays have `width` entries, those beyond
+// m padding.
+template <class T>
+class Exponents {
+  using V = simd::Vec<T>;
+  static constexpr int kW = simd::kWidth<T>;
+
+ public:
+  explicit Exponents(const CostTiles<T>& costs) : costs_(costs) {}
+
+  // E[r][j] = exp((f_r + g_j - C_rj) / eps - shift_r) for the rows [first, first + count), `stride` apart,
+  // and sum[r] = sum_j weight_j E[r][j]; with `cost_sum` also cost_sum[r] = sum_j weight_j E[r][j] C_rj.
+  void make(int64_t first, int64_t count, const double* f, const ColumnPotentials<T>& g, double eps,
+            const double* shift, const T* weight, int64_t width, T* e, int64_t stride, double* sum,
+            double* cost_sum) const {
+    alignas(64) T room[kCostRows * kCostColumns<T>];
+    std::fill(sum, sum + count, 0.0);
+    if (cost_sum != nullptr) std::fill(cost_sum, cost_sum + count, 0.0);
+    const V inverse = simd::broadcast(static_cast<T>(1 / eps));
+    for (int64_t begin = 0; begin < width; begin += kCostColumns<T>) {
+      const int64_t here = std::min(kCostColumns<T>, width - begin);
+      int64_t apart;
+      const T* c = costs_.tile(first, count, begin, here, room, apart);
+      for (int64_t r = 0; r < count; ++r) {
+        const TwoParts<T> fr(f[r]);
+        const V high = simd::broadcast(fr.high), low = simd::broadcast(fr.low);
+        const V minus = simd::broadcast(static_cast<T>(shift[r]));
+        V total{}, cost_total{};
+        for (int64_t j = 0; j < here; j += kW) {
+          const V cost = simd::load(c + r * apart + j);
+          const V t = exponent(high, low, cost, g, begin + j) * inverse - minus;
+          const V value = simd::exp<T>(t);
+          simd::store(e + r * stride + begin + j, value);
+          const V part = value * simd::load(weight + begin + j);
+          total += part;
+          if (cost_sum != nullptr) cost_total = simd::fma<T>(part, cost, cost_total);
+        }
+        sum[r] += lanes(total);
+        if (cost_sum != nullptr) cost_sum[r] += lanes(cost_total);
+      }
+    }
+  }
+
+  // most[r] = the largest exponent (f_r + g_j - C_rj) / eps of each row.
+  void largest(int64_t first, int64_t count, const double* f, const ColumnPotentials<T>& g, double eps,
+               int64_t width, double* most) const {
+    std::fill(most, most + count, -HUGE_VAL);
+    for_exponents(first, count, width, [&](int64_t r, int64_t begin, const T* c, int64_t here) {
+      const TwoParts<T> fr(f[r]);
+      const V high = simd::broadcast(fr.high), low = simd::broadcast(fr.low);
+      V largest = simd::broadcast(-std::numeric_limits<T>::infinity());
+      for (int64_t j = 0; j < here; j += kW) {
+        const V t = exponent(high, low, simd::load(c + j), g, begin + j);
+        largest = t > largest ? t : largest;
+      }
+      for (int i = 0; i < kW; ++i) most[r] = std::max(most[r], static_cast<double>(largest[i]) / eps);
+    });
+  }
+
+  // most[j] = the larger of itself and f_i - C_ij over the rows with weight.
+  void raise(int64_t first, int64_t count, const double* f, const T* row_weight, int64_t width,
+             T* most) const {
+    for_exponents(first, count, width, [&](int64_t r, int64_t begin, const T* c, int64_t here) {
+      if (row_weight[r] == 0) return;
+      const V high = simd::broadcast(static_cast<T>(f[r]));
+      for (int64_t j = 0; j < here; j += kW) {
+        const V t = high - simd::load(c + j), old = simd::load(most + begin + j);
+        simd::store(most + begin + j, t > old ? t : old);
+      }
+    });
+  }
+
+ private:
+  static double lanes(V v) {
+    double sum = 0;
+    for (int i = 0; i < kW; ++i) sum += static_cast<double>(v[i]);
+    return sum;
+  }
+
+  static V exponent(V f_high, V f_low, V cost, const ColumnPotentials<T>& g, int64_t j) {
+    const V s = f_high - cost;
+    if constexpr (sizeof(T) == 8) return s + simd::load(g.high.data() + j);
+    const V back = s - f_high;
+    const V error = (f_high - (s - back)) - (cost + back);
+    return (s + simd::load(g.high.data() + j)) + (error + (f_low + simd::load(g.low.data() + j)));
+  }
+
+  // fn(r, begin, costs, columns) for every row and tile.
+  template <class Fn>
+  void for_exponents(int64_t first, int64_t count, int64_t width, Fn&& fn) const {
+    alignas(64) T room[kCostRows * kCostColumns<T>];
+    for (int64_t begin = 0; begin < width; begin += kCostColumns<T>) {
+      const int64_t here = std::min(kCostColumns<T>, width - begin);
+      int64_t apart;
+      const T* c = costs_.tile(first, count, begin, here, room, apart);
+      for (int64_t r = 0; r < count; ++r) fn(r, begin, c + r * apart, here);
+    }
+  }
+
+  const CostTiles<T>& costs_;
+};
+
+// The rows of one problem cut into chunks, and for each the sums over its rows of every column.
+template <class T>
+class Chunks {
+ public:
+  Chunks(int64_t rows, int64_t width)
+      : rows_(rows),
+        size_(std::max(kChunkRows, round_up((rows + kChunks - 1) / kChunks, kChunkRows))),
+        width_(width),
+        sums_(count() * width) {}
+
+  int64_t count() const { return (rows_ + size_ - 1) / size_; }
+  int64_t first(int64_t c) const { return c * size_; }
+  int64_t last(int64_t c) const { return std::min(rows_, (c + 1) * size_); }
+  T* sums(int64_t c) { return sums_.data() + c * width_; }
+
+  // out[j] = the sum over the chunks, in order.
+  void combine(double* out, int64_t columns) const {
+    for (int64_t j = 0; j < columns; ++j) out[j] = static_cast<double>(sums_[j]);
+    for (int64_t c = 1; c < count(); ++c) {
+      const T* part = sums_.data() + c * width_;
+      for (int64_t j = 0; j < columns; ++j) out[j] += static_cast<double>(part[j]);
+    }
+  }
+
+ private:
+  int64_t rows_, size_, width_;
+  Buffer<T> sums_;
+};
+
+double damping(double rho, double eps) { return std::isinf(rho) ? 1.0 : rho / (rho + eps); }
+
+// What a run of one problem needs, kept from problem to problem.
+template <class T>
+class Workspace {
+ public:
+  T* matrix(int64_t size) { return room(matrix_, size); }
+  T* blocks(int64_t size) { return room(blocks_, size); }
+
+ private:
+  static T* room(Buffer<T>& buffer, int64_t size) {
+    if (buffer.size() < size) buffer = Buffer<T>(size);
+    return buffer.data();
+  }
+  Buffer<T> matrix_, blocks_;
+};
+
+// The least and the largest of some numbers.
+template <class T>
+class Range {
+  using V = simd::Vec<T>;
+
+ public:
+  void add(V v) {
+    least_ = v < least_ ? v : least_;
+    most_ = v > most_ ? v : most_;
+    // NaN is in no range, and compares as false.
+    least_ = v == v ? least_ : V{};
+  }
+  T least() const {
+    T result = least_[0];
+    for (int i = 1; i < simd::kWidth<T>; ++i) result = std::min<T>(result, least_[i]);
+    return result;
+  }
+  T most() const {
+    T result = most_[0];
+    for (int i = 1; i < simd::kWidth<T>; ++i) result = std::max<T>(result, most_[i]);
+    return result;
+  }
+  void add(const Range& other) {
+    add(other.least_);
+    add(other.most_);
+  }
+  bool within(T least, T most) const { return this->least() >= least && this->most() <= most; }
+
+ private:
+  V least_ = simd::broadcast(std::numeric_limits<T>::max()),
+    most_ = simd::broadcast(std::numeric_limits<T>::lowest());
+};
+
+template <class T>
+class Problem {
+  using V = simd::Vec<T>;
+  static constexpr int kW = simd::kWidth<T>;
+
+ public:
+  Problem(const SinkhornBatch<T>& batch, int64_t p, const SinkhornResult& result,
+          const SinkhornOptions& options, ThreadTeam& team, Workspace<T>& workspace)
+      : p_(p),
+        n_(batch.rows(p)),
+        m_(batch.columns(p)),
+        width_(round_up(m_, kW)),
+        balanced_(std::isinf(options.reg_marginal[0]) && std::isinf(options.reg_marginal[1])),
+        resident_(width_ <= options.memory_budget / static_cast<int64_t>(sizeof(T)) / n_),
+        options_(options),
+        result_(result),
+        team_(team),
+        costs_(batch, p, team),
+        exponents_(costs_),
+        chunks_(n_, width_),
+        schedule_(options.reg, costs_.spread(), options.tol, options.max_iter, balanced_, options.warm,
+                  mass_of(batch.a, p, n_)),
+        matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
+        blocks_(workspace.blocks(team.size() * kCostRows * width_)),
+        a_(n_),
+        b_(m_),
+        f_(n_, 0.0),
+        g_(m_, 0.0),
+        column_sums_(m_),
+        chunk_error_(chunks_.count()),
+        row_weight_(n_),
+        column_weight_(width_, T(0)),
+        u_(n_, T(1)),
+        next_u_(n_, T(1)),
+        v_(width_, T(1)),
+        next_v_(width_, T(1)),
+        weighted_v_(width_),
+        potentials_(width_) {
+    const double mass_b = mass_of(batch.b, p, m_);
+    mass_a_ = mass_of(batch.a, p, n_);
+    for (int64_t i = 0; i < n_; ++i) a_[i] = batch.a(p, i);
+    for (int64_t j = 0; j < m_; ++j) b_[j] = batch.b(p, j);
+    log_mass_b_ = std::log(mass_b);
+    ratio_ = mass_a_ / mass_b;
+    for (int64_t i = 0; i < n_; ++i) row_weight_[i] = static_cast<T>(a_[i] / mass_a_);
+    for (int64_t j = 0; j < m_; ++j) column_weight_[j] = static_cast<T>(b_[j] / mass_b);
+    if (options.warm) {
+      for (int64_t i = 0; i < n_; ++i) f_[i] = result.f(p, i);
+      for (int64_t j = 0; j < m_; ++j) g_[j] = result.g(p, j);
+    }
+    if (!balanced_) {
+      for (Buffer<double>* rows : {&last_rows_, &now_rows_}) *rows = Buffer<double>(n_);
+      for (Buffer<double>* columns : {&last_columns_, &now_columns_}) *columns = Buffer<double>(m_);
+      row_pull_ = Buffer<T>(n_);
+      column_pull_ = Buffer<T>(width_, T(0));
+    }
+    forget_marginals();
+  }
+
+  // Goes on for up to `iterations`; returns whether the problem is solved. `stop`: another thread asks to
+  // stop.
+  bool step(int64_t iterations, const std::atomic<bool>& stop) {
+    for (int64_t i = 0; i < iterations; ++i) {
+      if (stop.load(std::memory_order_relaxed)) throw Cancelled();
+      team_.check();
+      switch (schedule_.after(iterate())) {
+        case SinkhornOrder::kGoOn:
+          break;
+        case SinkhornOrder::kNewEps:
+          absorb();
+          forget_marginals();
+          break;
+        case SinkhornOrder::kCheck:
+          if (evaluate() <= schedule_.tol() || !schedule_.disappointed()) return true;
+          break;
+        case SinkhornOrder::kStop:
+          evaluate();
+          return true;
+      }
+    }
+    return false;
+  }
+
+  int64_t iterations() const { return schedule_.iterations(); }
+
+ private:
+  static double mass_of(const TensorView<const double, 2>& weights, int64_t p, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += weights(p, i);
+    return sum;
+  }
+
+  // How far marginals were off: the rows' of the plan that an iteration began with, the columns' of the one
+  // that it made.
+  struct Off {
+    double rows = 0, columns = 0;
+  };
+
+  // One iteration; returns the error of the plan that it began with.
+  double iterate() {
+    Off off;
+    bool done = false;
+    if (scaled_) {
+      done = plain(off);
+      if (!done) absorb();
+    }
+    if (!done) off = sweep();
+    const double error = off.rows + columns_off_;
+    columns_off_ = off.columns;
+    if (!balanced_) {
+      last_rows_.swap(now_rows_);
+      last_columns_.swap(now_columns_);  // now_columns_: of the plan that the iteration began with
+    }
+    return error;
+  }
+
+  void forget_marginals() {
+    columns_off_ = balanced_ ? 0.0 : HUGE_VAL;
+    if (balanced_) return;
+    std::fill(last_rows_.data(), last_rows_.data() + n_, HUGE_VAL);
+    std::fill(last_columns_.data(), last_columns_.data() + m_, HUGE_VAL);
+  }
+
+  // Puts the scalings into the potentials; the kernel matrix then has to be made anew.
+  void absorb() {
+    if (!scaled_) return;
+    for (int64_t i = 0; i < n_; ++i) f_[i] += made_at_ * std::log(static_cast<double>(u_[i]));
+    for (int64_t j = 0; j < m_; ++j) g_[j] += made_at_ * std::log(static_cast<double>(v_[j]));
+    scaled_ = false;
+  }
+
+  double damp_rows(double eps) const { return damping(options_.reg_marginal[0], eps); }
+  double damp_columns(double eps) const { return damping(options_.reg_marginal[1], eps); }
+  bool is_simple() const { return balanced_ && schedule_.omega() == 1; }
+
+  double sum_of_chunk_errors() const {
+    double sum = 0;
+    for (int64_t c = 0; c < chunks_.count(); ++c) sum += chunk_error_[c];
+    return sum;
+  }
+
+  // ---- the plain domain
+
+  // An iteration from the kernel matrix; false, and the state as before, if a sum leaves the range of the
+  // type.
+  bool plain(Off& off) {
+    for (int64_t j = 0; j < width_; ++j) weighted_v_[j] = column_weight_[j] * v_[j];
+    std::atomic<bool> in_range{true}, drifted{false};
+    team_.parallel_for(chunks_.count(), 1, [&](int, int64_t c, int64_t) {
+      T* const sums = chunks_.sums(c);
+      std::fill(sums, sums + width_, T(0));
+      Range<T> range, scalings;
+      double error = 0;
+      const int64_t first = chunks_.first(c);
+      for_rows_together(chunks_.last(c) - first, [&](int64_t r, auto together) {
+        constexpr int kR = decltype(together)::value;
+        const T* const rows = matrix_ + (first + r) * width_;
+        double product[kR] = {};
+        add_products<kR>(rows, width_, weighted_v_.data(), width_, product);
+        T weighted[kLanes<T>];
+        error += scale_rows<kR>(first + r, product, weighted, range, scalings);
+        add_rows<kR>(rows, width_, weighted, width_, sums);
+      });
+      chunk_error_[c] = error;
+      if (!range.within(kLeast<T>, kMost<T>)) in_range.store(false, std::memory_order_relaxed);
+      if (!scalings.within(kLeastScaling, kMostScaling)) drifted.store(true, std::memory_order_relaxed);
+    });
+    Range<T> scalings;
+    if (!in_range.load() || !scale_columns(off, scalings)) return false;
+    off.rows = sum_of_chunk_errors();
+    u_.swap(next_u_);
+    v_.swap(next_v_);
+    if (drifted.load() || !scalings.within(kLeastScaling, kMostScaling)) absorb();
+    return true;
+  }
+
+  // The next scalings of kR rows from their `product` with the columns' scalings, `weighted` with the rows'
+  // weights; returns by how much the rows of the plan are off.
+  template <int kR>
+  double scale_rows(int64_t i, const double* product, T* weighted, Range<T>& range, Range<T>& scalings) {
+    constexpr int kL = kLanes<T>;
+    T sum[kL], old[kL], weight[kL], pull[kL] = {}, next[kL], seen[kL];
+    for (int r = 0; r < kL; ++r) {
+      sum[r] = r < kR ? static_cast<T>(product[r]) : T(1);
+      old[r] = r < kR ? u_[i + r] : T(1);
+      weight[r] = r < kR ? row_weight_[i + r] : T(0);
+      if (!balanced_ && r < kR) pull[r] = row_pull_[i + r];
+    }
+    const V damp = simd::broadcast(static_cast<T>(damp_rows(made_at_))),
+            omega = simd::broadcast(static_cast<T>(schedule_.omega())), one = simd::broadcast(T(1));
+    V off{};
+    for (int l = 0; l < kL; l += kW) {
+      const V x = simd::load(sum + l), u = simd::load(old + l), w = simd::load(weight + l), s = u * x;
+      range.add(s);
+      V scaling;
+      if (is_simple()) {
+        scaling = one / x;
+      } else {
+        scaling = simd::exp<T>(simd::load(pull + l) + damp * (simd::log<T>(u) - omega * simd::log<T>(s)));
+      }
+      scalings.add(scaling);
+      off += w * simd::abs<T>(s - one);
+      simd::store(seen + l, s);
+      simd::store(next + l, scaling);
+      simd::store(weighted + l, w * scaling);
+    }
+    std::copy(next, next + kR, next_u_.data() + i);
+    double error = 0;
+    if (balanced_) {
+      for (int l = 0; l < kW; ++l) error += static_cast<double>(off[l]);
+      return error * mass_a_;
+    }
+    for (int r = 0; r < kR; ++r) {
+      now_rows_[i + r] = a_[i + r] * static_cast<double>(seen[r]);
+      error += std::abs(now_rows_[i + r] - last_rows_[i + r]);
+    }
+    return error;
+  }
+
+  // The next scalings of the columns from the chunks' sums; false if one of these leaves the range of the
+  // type.
+  bool scale_columns(Off& off, Range<T>& scalings) {
+    chunks_.combine(column_sums_.data(), m_);
+    for (int64_t j = 0; j < m_; ++j) next_v_[j] = static_cast<T>(ratio_ * column_sums_[j]);
+    const V damp = simd::broadcast(static_cast<T>(damp_columns(made_at_))),
+            omega = simd::broadcast(static_cast<T>(schedule_.omega())), one = simd::broadcast(T(1)), zero{};
+    Range<T> range;
+    off.columns = 0;
+    for (int64_t j = 0; j < width_; j += kW) {
+      const V w = simd::load(column_weight_.data() + j), v = simd::load(v_.data() + j);
+      const V x = w > zero ? simd::load(next_v_.data() + j) : one / v;
+      const V s = v * x;
+      range.add(s);
+      V next;
+      if (is_simple()) {
+        next = one / x;
+      } else {
+        const V pull = balanced_ ? zero : simd::load(column_pull_.data() + j);
+        next = simd::exp<T>(pull + damp * (simd::log<T>(v) - omega * simd::log<T>(s)));
+        next = w > zero ? next : v;
+        const V after = x * next;
+        for (int l = 0; l < kW && j + l < m_; ++l)
+          off.columns += after_column(j + l, static_cast<double>(after[l]));
+      }
+      scalings.add(next);
+      simd::store(next_v_.data() + j, next);
+    }
+    return range.within(kLeast<T>, kMost<T>);
+  }
+
+  // Notes that column j of the plan now sums up to b_j times `ratio`; returns by how much it is off.
+  double after_column(int64_t j, double ratio) {
+    if (balanced_) return b_[j] * std::abs(ratio - 1);
+    now_columns_[j] = b_[j] * ratio;
+    return std::abs(now_columns_[j] - last_columns_[j]);
+  }
+
+  // ---- from the costs
+
+  // An iteration that makes the kernel matrix, or only a block of its rows at a time.
+  Off sweep() {
+    const double eps = schedule_.eps(), omega = schedule_.omega(), damp = damp_rows(eps);
+    set_potentials();
+    team_.parallel_for(chunks_.count(), 1, [&](int thread, int64_t c, int64_t) {
+      T* const sums = chunks_.sums(c);
+      std::fill(sums, sums + width_, T(0));
+      double error = 0;
+      for (int64_t i = chunks_.first(c); i < chunks_.last(c); i += kCostRows) {
+        const int64_t count = std::min(kCostRows, chunks_.last(c) - i);
+        T* const e = resident_ ? matrix_ + i * width_ : block(thread);
+        double logs[kCostRows], next[kCostRows];
+        T factor[kCostRows];
+        bool tame = make_block(i, count, eps, e, logs);
+        for (int64_t r = 0; r < count; ++r) {
+          next[r] = damp * (f_[i + r] - omega * eps * logs[r]);
+          const double exponent = (next[r] - f_[i + r]) / eps;
+          tame = tame && std::abs(exponent) < 40;
+          factor[r] = static_cast<T>(std::exp(exponent));
+          error += after_row(i + r, logs[r]);
+          f_[i + r] = next[r];
+        }
+        if (!tame) {
+          make_again(i, count, eps, e);
+          std::fill(factor, factor + count, T(1));
+        }
+        if (resident_) {
+          for (int64_t r = 0; r < count; ++r) {
+            for (int64_t j = 0; j < width_; ++j) e[r * width_ + j] *= factor[r];
+          }
+          std::fill(factor, factor + count, T(1));
+        }
+        add_block(i, count, e, factor, sums);
+      }
+      chunk_error_[c] = error;
+    });
+    Off off{sum_of_chunk_errors(), 0};
+    move_columns(eps, off);
+    return off;
+  }
+
+  // E of a block of rows at the potentials, and the logarithms of the rows' sums S_i. Returns whether these
+  // could be taken as they are; otherwise E is not that.
+  bool make_block(int64_t i, int64_t count, double eps, T* e, double* logs, double* cost = nullptr) const {
+    double f[kCostRows], shift[kCostRows] = {}, sum[kCostRows];
+    for (int64_t r = 0; r < count; ++r) f[r] = f_[i + r] + eps * log_mass_b_;
+    exponents_.make(i, count, f, potentials_, eps, shift, column_weight_.data(), width_, e, width_, sum,
+                    cost);
+    bool tame = true;
+    for (int64_t r = 0; r < count; ++r) tame = tame && sum[r] > kLeast<T> && sum[r] < kMost<T>;
+    if (!tame) {
+      exponents_.largest(i, count, f, potentials_, eps, width_, shift);
+      exponents_.make(i, count, f, potentials_, eps, shift, column_weight_.data(), width_, e, width_, sum,
+                      cost);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      logs[r] = std::log(sum[r]) + shift[r];
+      if (cost != nullptr) cost[r] *= std::exp(shift[r]);
+    }
+    return tame;
+  }
+
+  // E of a block of rows at the potentials.
+  void make_again(int64_t i, int64_t count, double eps, T* e) const {
+    double f[kCostRows], shift[kCostRows] = {}, sum[kCostRows];
+    for (int64_t r = 0; r < count; ++r) f[r] = f_[i + r] + eps * log_mass_b_;
+    exponents_.make(i, count, f, potentials_, eps, shift, column_weight_.data(), width_, e, width_, sum,
+                    nullptr);
+  }
+
+  // sums[j] += sum over a block of rows of weight_i factor_r E[r][j].
+  void add_block(int64_t i, int64_t count, T* e, const T* factor, T* sums) const {
+    T weight[kCostRows];
+    for (int64_t r = 0; r < count; ++r) {
+      weight[r] = row_weight_[i + r] * factor[r];
+      // A row without weight may be infinite.
+      if (row_weight_[i + r] == 0) std::fill(e + r * width_, e + (r + 1) * width_, T(0)), weight[r] = 0;
+    }
+    for_rows_together(count, [&](int64_t r, auto together) {
+      add_rows<decltype(together)::value>(e + r * width_, width_, weight + r, width_, sums);
+    });
+  }
+
+  // Notes that row i of the plan sums up to a_i exp(log_sum); returns by how much it is off.
+  double after_row(int64_t i, double log_sum) {
+    if (balanced_) return a_[i] * std::abs(std::expm1(log_sum));
+    now_rows_[i] = a_[i] * std::exp(log_sum);
+    return std::abs(now_rows_[i] - last_rows_[i]);
+  }
+
+  // The columns' half of a sweep.
+  void move_columns(double eps, Off& off) {
+    chunks_.combine(column_sums_.data(), m_);
+    bool tame = true;
+    for (int64_t j = 0; j < m_; ++j) {
+      const double sum = ratio_ * column_sums_[j];
+      if (b_[j] > 0 && !(sum > kLeast<T> && sum < kMost<T>)) tame = false;
+      column_sums_[j] = std::log(sum);
+    }
+    if (!tame) soft_columns(eps, column_sums_.data());
+    const double damp = damp_columns(eps), omega = schedule_.omega();
+    bool near = true;
+    for (int64_t j = 0; j < m_; ++j) {
+      if (!(b_[j] > 0)) {
+        column_sums_[j] = 0;
+        if (!balanced_) now_columns_[j] = 0;
+        continue;
+      }
+      const double next = damp * (g_[j] - omega * eps * column_sums_[j]);
+      const double moved = (next - g_[j]) / eps;
+      if (!is_simple()) off.columns += after_column(j, std::exp(column_sums_[j] + moved));
+      near = near && std::abs(moved) < std::log(kMostScaling);
+      column_sums_[j] = moved;
+    }
+    if (!resident_ || !near) {
+      for (int64_t j = 0; j < m_; ++j) g_[j] += eps * column_sums_[j];
+      return;
+    }
+    scaled_ = true;
+    made_at_ = eps;
+    std::fill(u_.data(), u_.data() + n_, T(1));
+    for (int64_t j = 0; j < m_; ++j) v_[j] = static_cast<T>(std::exp(column_sums_[j]));
+    if (balanced_) return;
+    for (int64_t i = 0; i < n_; ++i) row_pull_[i] = static_cast<T>((damp_rows(eps) - 1) * f_[i] / eps);
+    for (int64_t j = 0; j < m_; ++j) column_pull_[j] = static_cast<T>((damp - 1) * g_[j] / eps);
+  }
+
+  // log_sums[j] = T_j, taken in the log domain, for all columns, with and without weight.
+  void soft_columns(double eps, double* log_sums) {
+    Buffer<T> most(width_, -std::numeric_limits<T>::infinity());
+    Buffer<double> f(n_);
+    for (int64_t i = 0; i < n_; ++i) f[i] = f_[i] + eps * log_mass_b_;
+    team_.parallel_for(chunks_.count(), 1, [&](int, int64_t c, int64_t) {
+      T* const largest = chunks_.sums(c);
+      std::fill(largest, largest + width_, -std::numeric_limits<T>::infinity());
+      for_blocks(c, [&](int64_t i, int64_t count) {
+        exponents_.raise(i, count, f.data() + i, row_weight_.data() + i, width_, largest);
+      });
+    });
+    for (int64_t c = 0; c < chunks_.count(); ++c) {
+      for (int64_t j = 0; j < m_; ++j) most[j] = std::max(most[j], chunks_.sums(c)[j]);
+    }
+    ColumnPotentials<T> below(width_);
+    for (int64_t j = 0; j < width_; ++j) below.set(j, j < m_ ? -static_cast<double>(most[j]) : -HUGE_VAL);
+    team_.parallel_for(chunks_.count(), 1, [&](int thread, int64_t c, int64_t) {
+      T* const sums = chunks_.sums(c);
+      std::fill(sums, sums + width_, T(0));
+      for_blocks(c, [&](int64_t i, int64_t count) {
+        const double shift[kCostRows] = {};
+        double sum[kCostRows];
+        T factor[kCostRows];
+        std::fill(factor, factor + count, T(1));
+        exponents_.make(i, count, f.data() + i, below, eps, shift, column_weight_.data(), width_,
+                        block(thread), width_, sum, nullptr);
+        add_block(i, count, block(thread), factor, sums);
+      });
+    });
+    chunks_.combine(log_sums, m_);
+    for (int64_t j = 0; j < m_; ++j) {
+      log_sums[j] = std::log(ratio_ * log_sums[j]) + (g_[j] + static_cast<double>(most[j])) / eps;
+    }
+  }
+
+  // ---- the result
+
+  // Writes the result of the potentials as they are now and returns the plan's error.
+  double evaluate() {
+    absorb();
+    const double reg = options_.reg;
+    set_potentials();
+    Buffer<double> rows(n_), costs(n_);
+    team_.parallel_for(chunks_.count(), 1, [&](int thread, int64_t c, int64_t) {
+      T* const sums = chunks_.sums(c);
+      std::fill(sums, sums + width_, T(0));
+      for_blocks(c, [&](int64_t i, int64_t count) {
+        T* const e = block(thread);
+        T factor[kCostRows];
+        std::fill(factor, factor + count, T(1));
+        if (!make_block(i, count, reg, e, rows.data() + i, costs.data() + i)) make_again(i, count, reg, e);
+        add_block(i, count, e, factor, sums);
+      });
+    });
+    chunks_.combine(column_sums_.data(), m_);
+    double error = 0, mass = 0, cost = 0, worth_a = 0, worth_b = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      const double row = a_[i] > 0 ? a_[i] * std::exp(rows[i]) : 0;
+      error += std::abs(row - (balanced_ ? a_[i] : last_rows_[i]));
+      mass += row;
+      cost += a_[i] > 0 ? a_[i] * costs[i] : 0;
+      double& f = result_.f(p_, i);
+      f = a_[i] > 0 ? f_[i] : damp_rows(reg) * (f_[i] - reg * rows[i]);
+      worth_a += a_[i] > 0 ? a_[i] * worth(f, options_.reg_marginal[0]) : 0;
+    }
+    bool some_weightless = false;
+    for (int64_t j = 0; j < m_; ++j) {
+      some_weightless = some_weightless || !(b_[j] > 0);
+      const double column = b_[j] > 0 ? b_[j] * ratio_ * column_sums_[j] : 0;
+      error += std::abs(column - (balanced_ ? b_[j] : now_columns_[j]));
+      result_.g(p_, j) = g_[j];
+      worth_b += b_[j] > 0 ? b_[j] * worth(g_[j], options_.reg_marginal[1]) : 0;
+    }
+    if (some_weightless) {
+      soft_columns(reg, column_sums_.data());
+      for (int64_t j = 0; j < m_; ++j) {
+        if (!(b_[j] > 0)) result_.g(p_, j) = damp_columns(reg) * (g_[j] - reg * column_sums_[j]);
+      }
+    }
+    const double mass_b = mass_a_ / ratio_;
+    result_.value[p_] = worth_a + worth_b - reg * (mass - mass_a_ * mass_b);
+    result_.transport_cost[p_] = cost;
+    result_.error[p_] = error;
+    result_.iterations[p_] = schedule_.iterations();
+    return error;
+  }
+
+  // What a unit of weight adds to the dual objective.
+  static double worth(double potential, double rho) {
+    return std::isinf(rho) ? potential : -rho * std::expm1(-potential / rho);
+  }
+
+  void set_potentials() {
+    for (int64_t j = 0; j < width_; ++j) potentials_.set(j, column_weight_[j] > 0 ? g_[j] : -HUGE_VAL);
+  }
+
+  template <class Fn>
+  void for_blocks(int64_t c, Fn&& fn) const {
+    for (int64_t i = chunks_.first(c); i < chunks_.last(c); i += kCostRows) {
+      fn(i, std::min(kCostRows, chunks_.last(c) - i));
+    }
+  }
+
+  T* block(int thread) const { return blocks_ + thread * kCostRows * width_; }
+
+  const int64_t p_, n_, m_, width_;
+  const bool balanced_, resident_;
+  const SinkhornOptions& options_;
+  const SinkhornResult& result_;
+  ThreadTeam& team_;
+  const CostTiles<T> costs_;
+  const Exponents<T> exponents_;
+  Chunks<T> chunks_;
+  SinkhornSchedule schedule_;
+  T* const matrix_;  // K [n, width], where it is kept
+  T* const blocks_;  // for each thread kCostRows rows of it
+  Buffer<double> a_, b_, f_, g_;
+  Buffer<double> column_sums_;  // [m]
+  Buffer<double> chunk_error_;
+  Buffer<T> row_weight_, column_weight_;  // of sum 1
+  Buffer<T> u_, next_u_, v_, next_v_, weighted_v_;
+  ColumnPotentials<T> potentials_;
+  double mass_a_ = 0, log_mass_b_ = 0, ratio_ = 1;
+  bool scaled_ = false;  // whether the plan is that of K, u and v, rather than of the potentials alone
+  double made_at_ = 1;   // the eps of K
+  double columns_off_ = 0;
+  // Unbalanced: the plan's marginals, of the last iteration and the one before, and the logarithms of what
+  // draws the scalings back towards potentials of 0.
+  Buffer<double> last_rows_, now_rows_, last_columns_, now_columns_;
+  Buffer<T> row_pull_, column_pull_;
+};
+
+template <class T>
+class SinkhornRun final : public Sinkhorn {
+ public:
+  SinkhornRun(const SinkhornBatch<T>& batch, const SinkhornResult& result, const SinkhornOptions& options)
+      : batch_(batch),
+        result_(result),
+        options_(options),
+        team_(options.threads, options.poll),
+        order_(batch.count()) {
+    int64_t largest = 0, all = 0;
+    std::vector<int64_t> size(batch.count());
+    for (int64_t p = 0; p < batch.count(); ++p) {
+      size[p] = batch.rows(p) * batch.columns(p);
+      largest = std::max(largest, size[p]);
+      all += size[p];
+    }
+    team_.parallel_for(batch.count(), 1, [&](int, int64_t p, int64_t) { CostTiles<T>::check(batch_, p); });
+    // One problem a thread where that keeps all of them busy and their matrices fit; what comes out is the
+    // same.
+    one_a_thread_ = batch.count() > 1 && largest <= all / options.threads &&
+                    largest <= options.memory_budget / static_cast<int64_t>(sizeof(T)) / options.threads;
+    // The largest first, so that the threads end together.
+    std::iota(order_.begin(), order_.end(), int64_t{0});
+    if (one_a_thread_) {
+      std::stable_sort(order_.begin(), order_.end(), [&](int64_t p, int64_t q) { return size[p] > size[q]; });
+    }
+    workspaces_.resize(one_a_thread_ ? options.threads : 1);
+  }
+
+  int64_t total() const override { return batch_.count() * options_.max_iter; }
+
+  int64_t step(int64_t iterations) override {
+    iterations = std::max<int64_t>(iterations, 1);
+    if (one_a_thread_) {
+      several(std::max<int64_t>(iterations / std::max<int64_t>(options_.max_iter, 1), 8 * options_.threads));
+    } else {
+      one(iterations);
+    }
+    return done_ * options_.max_iter + (problem_ ? problem_->iterations() : 0);
+  }
+
+ private:
+  // The next `count` problems, one a thread.
+  void several(int64_t count) {
+    const int64_t begin = done_, end = std::min(batch_.count(), begin + std::min(count, batch_.count()));
+    std::atomic<bool> stop{false};
+    team_.parallel_for(end - begin, 1, [&](int thread, int64_t which, int64_t) {
+      // The calling thread alone may ask the caller whether to go on.
+      ThreadTeam alone(1, thread == 0 ? options_.poll : nullptr);
+      try {
+        Problem<T> problem(batch_, order_[begin + which], result_, options_, alone, workspaces_[thread]);
+        while (!problem.step(options_.max_iter, stop)) {
+        }
+      } catch (...) {
+        stop.store(true);
+        throw;
+      }
+    });
+    done_ = end;
+  }
+
+  // The next iterations of one problem, on all threads.
+  void one(int64_t iterations) {
+    const std::atomic<bool> stop{false};
+    if (done_ == batch_.count()) return;
+    if (!problem_) {
+      problem_ = std::make_unique<Problem<T>>(batch_, done_, result_, options_, team_, workspaces_[0]);
+    }
+    if (problem_->step(iterations, stop)) {
+      problem_.reset();
+      ++done_;
+    }
+  }
+
+  const SinkhornBatch<T> batch_;
+  const SinkhornResult result_;
+  const SinkhornOptions options_;
+  ThreadTeam team_;
+  std::vector<int64_t> order_;
+  std::vector<Workspace<T>> workspaces_;
+  bool one_a_thread_ = false;
+  int64_t done_ = 0;  // problems, in `order_`
+  std::unique_ptr<Problem<T>> problem_;
+};
+
+// fn(first, count, E) for blocks of rows of problem p, E[r][j] = exp((f_i + g_j - C_ij) / reg), 0 where b_j
+// is.
+template <class T, class Fn>
+void for_kernel_blocks(const SinkhornBatch<T>& batch, int64_t p, const TensorView<const double, 2>& f,
+                       const TensorView<const double, 2>& g, double reg, ThreadTeam& team, Fn&& fn) {
+  const int64_t n = batch.rows(p), m = batch.columns(p), width = round_up(m, simd::kWidth<T>);
+  CostTiles<T>::check(batch, p);
+  const CostTiles<T> costs(batch, p, team);
+  const Exponents<T> exponents(costs);
+  ColumnPotentials<T> potentials(width);
+  for (int64_t j = 0; j < width; ++j) potentials.set(j, j < m && batch.b(p, j) > 0 ? g(p, j) : -HUGE_VAL);
+  const Buffer<T> weight(width, T(0));
+  auto blocks = per_thread<T>(team.size(), kCostRows * width);
+  team.parallel_for((n + kCostRows - 1) / kCostRows, 1, [&](int thread, int64_t block, int64_t) {
+    const int64_t first = block * kCostRows, count = std::min(kCostRows, n - first);
+    double row[kCostRows], sum[kCostRows];
+    const double shift[kCostRows] = {};
+    for (int64_t r = 0; r < count; ++r) row[r] = f(p, first + r);
+    T* const e = blocks[thread].data();
+    exponents.make(first, count, row, potentials, reg, shift, weight.data(), width, e, width, sum, nullptr);
+    for (int64_t r = 0; r < count; ++r) {
+      if (!(batch.a(p, first + r) > 0)) std::fill(e + r * width, e + (r + 1) * width, T(0));
+    }
+    fn(first, count, e);
+  });
+}
+
+template <class T, int kRank>
+TensorView<T, kRank> swapped(TensorView<T, kRank> view, int first, int second) {
+  std::swap(view.shape[first], view.shape[second]);
+  std::swap(view.stride[first], view.stride[second]);
+  return view;
+}
+
+}  // namespace
+
+template <class T>
+std::unique_ptr<Sinkhorn> make_sinkhorn(const SinkhornBatch<T>& batch, const SinkhornResult& result,
+                                        const SinkhornOptions& options) {
+  return std::make_unique<SinkhornRun<T>>(batch, result, options);
+}
+
+template <class T>
+void sinkhorn_apply(const SinkhornBatch<T>& batch, TensorView<const double, 2> f,
+                    TensorView<const double, 2> g, double reg, TensorView<const T, 3> v, bool transpose,
+                    TensorView<T, 3> out, int threads, std::function<bool()> poll) {
+  if (transpose) {
+    // The transposed plan is the plan of the transposed problem; a cost is the same bits either way.
+    SinkhornBatch<T> other = batch;
+    if (batch.is_cost) {
+      other.x = swapped(batch.x, 1, 2);
+    } else {
+      std::swap(other.x, other.y);
+    }
+    std::swap(other.a, other.b);
+    std::swap(other.x_lengths, other.y_lengths);
+    return sinkhorn_apply<T>(other, g, f, reg, v, false, out, threads, std::move(poll));
+  }
+  ThreadTeam team(threads, std::move(poll));
+  for (int64_t p = 0; p < batch.count(); ++p) {
+    const int64_t m = batch.columns(p), width = round_up(m, simd::kWidth<T>), k = v.shape[2];
+    Buffer<T> values(k * width, T(0));  // b_j v_jk, by k
+    for (int64_t j = 0; j < m; ++j) {
+      const double b = batch.b(p, j);
+      for (int64_t c = 0; c < k; ++c)
+        values[c * width + j] = b > 0 ? static_cast<T>(b * static_cast<double>(v(p, j, c))) : T(0);
+    }
+    for_kernel_blocks(batch, p, f, g, reg, team, [&](int64_t first, int64_t count, const T* e) {
+      for_rows_together(count, [&](int64_t r, auto together) {
+        constexpr int kR = decltype(together)::value;
+        for (int64_t c = 0; c < k; ++c) {
+          double sum[kR] = {};
+          add_products<kR>(e + r * width, width, values.data() + c * width, width, sum);
+          for (int t = 0; t < kR; ++t) {
+            const int64_t i = first + r + t;
+            out(p, i, c) = static_cast<T>(batch.a(p, i) * sum[t]);
+          }
+        }
+      });
+    });
+  }
+}
+
+template <class T>
+void sinkhorn_plan(const SinkhornBatch<T>& batch, TensorView<const double, 2> f,
+                   TensorView<const double, 2> g, double reg, TensorView<T, 3> out, int threads,
+                   std::function<bool()> poll) {
+  ThreadTeam team(threads, std::move(poll));
+  for (int64_t p = 0; p < batch.count(); ++p) {
+    const int64_t m = batch.columns(p), width = round_up(m, simd::kWidth<T>);
+    for_kernel_blocks(batch, p, f, g, reg, team, [&](int64_t first, int64_t count, const T* e) {
+      for (int64_t r = 0; r < count; ++r) {
+        const double a = batch.a(p, first + r);
+        T* const row = &out(p, first + r, 0);
+        for (int64_t j = 0; j < m; ++j)
+          row[j] = static_cast<T>(a * batch.b(p, j) * static_cast<double>(e[r * width + j]));
+      }
+    });
+  }
+}
+
+#define FC_INSTANTIATE(T)                                                                             \
+  template std::unique_ptr<Sinkhorn> make_sinkhorn<T>(const SinkhornBatch<T>&, const SinkhornResult&, \
+                                                      const SinkhornOptions&);                        \
+  template void sinkhorn_apply<T>(const SinkhornBatch<T>&, TensorView<const double, 2>,               \
+                                  TensorView<const double, 2>, double, TensorView<const T, 3>, bool,  \
+                                  TensorView<T, 3>, int, std::function<bool()>);                      \
+  template void sinkhorn_plan<T>(const SinkhornBatch<T>&, TensorView<const double, 2>,                \
+                                 TensorView<const double, 2>, double, TensorView<T, 3>, int,          \
+                                 std::function<bool()>);
+FC_INSTANTIATE(float)
+FC_INSTANTIATE(double)
+#undef FC_INSTANTIATE
+
+}  // namespace fc

@@ -1,0 +1,131 @@
+"""Gradients of the value of entropic optimal transport, by the envelope theorem: at the optimal potentials the value
+changes with its arguments as the dual objective does, the potentials held.
+
+    d value / d C_ij = P_ij
+    d value / d a_i  = f_i - reg (1 - sum b),    rho (1 - exp(-f_i / rho)) - reg (exp(-f_i / rho) - sum b) if relaxed
+
+Those of the points follow through the costs, without P where the metric allows it:
+
+    sqeuclidean   2 (r_i x_i - (P y)_i), with r = P 1
+    euclidean     the same with P_ij / (2 |x_i - y_j|) in the place of P_ij, 0 where points coincide
+    l1            sum_j P_ij sign(x_i - y_j), feature by feature
+    cosine        -(P yn)_i less its part along xn_i, over |x_i|, with rows xn, yn of unit length; 0 for a zero row
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Blocks of rows of a plan take about so many bytes.
+_BLOCK_BYTES = 2**24
+
+
+def weight_gradients(
+    potential: Tensor, rho: float, reg: float, other_weights: Tensor, of_value: Tensor
+) -> Tensor:
+    """[B, n]: of_value [B] times d value / d a, from f [B, n] and b [B, m]."""
+    other_mass = other_weights.sum(1, keepdim=True)
+    if math.isinf(rho):
+        slope = potential - reg * (1 - other_mass)
+    else:
+        kept = torch.exp(-potential / rho)
+        slope = rho * (1 - kept) - reg * (kept - other_mass)
+    return of_value[:, None] * slope
+
+
+def cost_gradients(
+    kernels: ModuleType,
+    problem: Any,
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    of_value: Tensor,
+    needs_y: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """of_value [B] times the gradients with respect to the costs, or to both sets of points."""
+    common = {"reg": problem.reg, "metric": problem.metric}
+    lengths = {"x_lengths": problem.x_lengths, "y_lengths": problem.y_lengths}
+    scale = of_value.to(x.dtype)[:, None, None]
+    if y is None:
+        plan = kernels.sinkhorn_plan(x, y, a, b, f, g, **common, **lengths).to(x.dtype)
+        return plan.mul_(scale), None
+
+    def apply(v: Tensor, transpose: bool) -> Tensor:
+        return kernels.sinkhorn_apply(
+            x, y, a, b, f, g, v, **common, **lengths, transpose=transpose, memory_budget=problem.memory_budget
+        ).to(x.dtype)
+
+    x, y = (_without_padding(points, size) for points, size in zip((x, y), lengths.values(), strict=True))
+    if problem.metric == "sqeuclidean":
+        of_x = _pull(x, apply(_with_ones(y), False))
+        of_y = _pull(y, apply(_with_ones(x), True)) if needs_y else None
+        return 2 * scale * of_x, None if of_y is None else 2 * scale * of_y
+    if problem.metric == "cosine":
+        x_unit, x_norm = _unit(x)
+        y_unit, y_norm = _unit(y)
+        of_x = _across(-apply(y_unit, False), x_unit, x_norm)
+        of_y = _across(-apply(x_unit, True), y_unit, y_norm) if needs_y else None
+        return scale * of_x, None if of_y is None else scale * of_y
+
+    of_x, of_y = torch.zeros_like(x), torch.zeros_like(y)
+    for p in range(x.shape[0]):
+        n = x.shape[1] if problem.x_lengths is None else int(problem.x_lengths[p])
+        m = y.shape[1] if problem.y_lengths is None else int(problem.y_lengths[p])
+        step = max(1, _BLOCK_BYTES // (m * x.element_size()))
+        one, columns = slice(p, p + 1), slice(0, m)
+        for begin in range(0, n, step):
+            rows = slice(begin, min(begin + step, n))
+            plan = kernels.sinkhorn_plan(
+                x[one, rows],
+                y[one, columns],
+                a[one, rows],
+                b[one, columns],
+                f[one, rows],
+                g[one, columns],
+                **common,
+            ).to(x.dtype)[0]
+            if problem.metric == "euclidean":
+                distance = kernels.pairwise(x[p, rows], y[p, columns], metric="euclidean")
+                pull = torch.where(distance > 0, plan / distance, 0)
+                of_x[p, rows] = x[p, rows] * pull.sum(1, keepdim=True) - pull @ y[p, columns]
+                of_y[p, columns] += y[p, columns] * pull.sum(0)[:, None] - pull.mT @ x[p, rows]
+                continue
+            for k in range(x.shape[2]):
+                pull = plan * torch.sign(x[p, rows, k, None] - y[p, columns, k])
+                of_x[p, rows, k] = pull.sum(1)
+                of_y[p, columns, k] -= pull.sum(0)
+    return scale * of_x, scale * of_y
+
+
+def _without_padding(points: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return points
+    mask = torch.arange(points.shape[1], device=points.device) < lengths[:, None]
+    return torch.where(mask[:, :, None], points, 0)
+
+
+def _with_ones(points: Tensor) -> Tensor:
+    return torch.cat([points, torch.ones_like(points[:, :, :1])], dim=2)
+
+
+def _pull(points: Tensor, sums: Tensor) -> Tensor:
+    """r_i x_i - (P y)_i from P [y, 1]."""
+    return points * sums[:, :, -1:] - sums[:, :, :-1]
+
+
+def _unit(points: Tensor) -> tuple[Tensor, Tensor]:
+    norm = points.norm(dim=2, keepdim=True)
+    return torch.where(norm > 0, points / norm, 0), norm
+
+
+def _across(gradient: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    along = (gradient * unit).sum(2, keepdim=True)
+    return torch.where(norm > 0, (gradient - along * unit) / norm, 0)

@@ -1,0 +1,401 @@
+"""Entropic optimal transport in plain torch: the definition that the other backends are tested against.
+
+For costs C [n, m], weights a [n], b [m] and reg = eps > 0,
+
+    min over P >= 0 of <P, C> + eps KL(P | a x b) + rho_a KL(P 1 | a) + rho_b KL(P^T 1 | b)
+
+with KL(p | q) = sum p log(p / q) - p + q; rho = inf asks for the marginal exactly (balanced). With potentials
+f [n] and g [m], P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps). One iteration is
+
+    S_i = log sum_j b_j exp((f_i + g_j - C_ij) / eps)    f_i <- lambda_a (f_i - omega eps S_i)
+    T_j = log sum_i a_i exp((f_i + g_j - C_ij) / eps)    g_j <- lambda_b (g_j - omega eps T_j)
+
+where lambda = rho / (rho + eps), 1 if balanced, and omega = 1 unless the iterations are over-relaxed.
+`Schedule` says when they are, when eps is annealed and when to stop. Everything is computed in float64.
+
+Sources: Cuturi, "Sinkhorn distances", 2013; Chizat, Peyre, Schmitzer and Vialard, "Scaling algorithms for
+unbalanced optimal transport problems", 2018, and Schmitzer, "Stabilized sparse scaling algorithms for entropy
+regularized transport problems", 2019 (absorption, annealing); Thibault, Chizat, Dossal and Papadakis,
+"Overrelaxed Sinkhorn-Knopp algorithm for regularized optimal transport", 2021, and Lehmann, von Renesse, Sambale
+and Uschmajew, "A note on overrelaxation in the Sinkhorn algorithm", 2022 (over-relaxation; the optimal omega from
+the rate of convergence is Young's formula for successive over-relaxation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashcoreset.reference.facility_location import normalize_rows, values_of_rows
+
+# Temporaries of a block of rows of costs: as many bytes as this, or as one row takes.
+_BLOCK_BYTES = 2**20
+
+
+class Solution(NamedTuple):
+    """What every backend's `sinkhorn` returns: potentials in float64, 0 in the padding, and one entry a problem."""
+
+    f: Tensor  # [B, n] float64
+    g: Tensor  # [B, m] float64
+    value: Tensor  # [B] float64
+    transport_cost: Tensor  # [B] float64
+    error: Tensor  # [B] float64
+    iterations: Tensor  # [B] int64
+    converged: Tensor  # [B] bool
+
+
+@dataclass
+class Schedule:
+    """The course of one problem's iterations, the same on every backend (csrc/core/sinkhorn_schedule.h).
+
+    Annealing: where the costs range over more than ANNEALED_FROM times reg, the iterations start at a quarter of the
+    range and eps falls by FACTOR whenever the marginals are off by STAGE_ERROR of the mass or after a stage's share of iterations.
+    Over-relaxation, in balanced problems: every PERIOD iterations the rate of convergence that was seen gives a better
+    omega; where the error grew, omega goes back towards 1. With tol = 0 the plain iterations are made, unless they are
+    annealed.
+    """
+
+    reg: float
+    spread: float  # of the costs; a bound will do
+    tol: float
+    max_iter: int
+    balanced: bool
+    warm: bool  # potentials are given
+    mass: float = 1.0  # of the rows: what errors are compared with
+
+    ANNEALED_FROM = 500.0
+    FACTOR = 4.0
+    STAGE_ERROR = 0.02
+    STAGE_ITERATIONS = 200
+    PERIOD = 10
+    MOST_OMEGA = 1.95
+
+    def __post_init__(self) -> None:
+        stages = 0
+        if not self.warm and self.spread > self.ANNEALED_FROM * self.reg and math.isfinite(self.spread):
+            stages = math.ceil(math.log(self.spread / self.reg) / math.log(self.FACTOR)) - 1
+        if 2 * stages > self.max_iter:
+            stages = 0
+        self.eps = self.spread / self.FACTOR if stages else self.reg
+        self.stage_iterations = min(self.STAGE_ITERATIONS, self.max_iter // (2 * stages)) if stages else 0
+        self.relaxed = self.balanced and (self.tol > 0 or stages > 0)
+        self.omega = 1.0
+        self.iterations = 0
+        self._in_stage = 0
+        self._since = 0
+        self._base = 0.0
+
+    def after(self, error: float) -> str:
+        """What to do after an iteration that began with this error: "go on", "new eps", "check" (whether it has converged)
+        or "stop"."""
+        self.iterations += 1
+        self._in_stage += 1
+        if self.eps > self.reg:
+            if error <= self.STAGE_ERROR * self.mass or self._in_stage >= self.stage_iterations:
+                self.eps = max(self.eps / self.FACTOR, self.reg)
+                self._in_stage = 0
+                self._restart()
+                return "new eps"
+        elif error <= self.tol and self.tol > 0:
+            return "check"
+        if self.iterations >= self.max_iter or math.isnan(error):
+            return "stop"
+        if self.relaxed:
+            self._adapt(error)
+        return "go on"
+
+    def disappointed(self) -> bool:
+        """After a check that failed: go on with plain iterations. Returns whether any are left."""
+        self._restart()
+        return self.iterations < self.max_iter
+
+    def _restart(self) -> None:
+        self.omega = 1.0
+        self._since = 0
+
+    def _adapt(self, error: float) -> None:
+        if self._since == 0:
+            if error >= 0.5 * self.mass:
+                return
+            self._base = error
+        elif self._since == self.PERIOD:
+            rate = (error / self._base) ** (1 / self.PERIOD) if self._base > 0 else 0.0
+            if rate >= 1:
+                self.omega = 1 + 0.7 * (self.omega - 1)
+            elif rate > self.omega - 1:
+                # Of plain iterations, by Young's relation between their rate and that at omega.
+                plain = min((rate + self.omega - 1) ** 2 / (rate * self.omega**2), 0.9999)
+                self.omega = min(max(self.omega, 2 / (1 + math.sqrt(1 - plain))), self.MOST_OMEGA)
+            else:
+                self.omega = 1 + 0.95 * (self.omega - 1)
+            self._base = error
+            self._since = 0
+        self._since += 1
+
+
+class _Costs:
+    """C [n, m] of one problem in float64, some rows at a time; kept where it fits `memory_budget` bytes."""
+
+    def __init__(self, x: Tensor, y: Tensor | None, metric: str, memory_budget: int) -> None:
+        self.x = x.double()
+        self.metric = metric
+        self.matrix: Tensor | None = None
+        if y is None:
+            self.matrix = self.x
+            self.shape = (x.shape[0], x.shape[1])
+            self.spread = float(self.x.max() - self.x.min())
+            return
+        self.y = y.double()
+        if metric == "cosine":
+            self.x, self.y = normalize_rows(self.x), normalize_rows(self.y)
+        self.shape = (x.shape[0], y.shape[0])
+        self.spread = self._bound()
+        if 8 * self.shape[0] * self.shape[1] <= memory_budget:
+            self.matrix = torch.cat([c for _, c in self.blocks()])
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of rows and their costs."""
+        n, m = self.shape
+        step = max(1, _BLOCK_BYTES // (8 * m))
+        for begin in range(0, n, step):
+            rows = slice(begin, min(begin + step, n))
+            if self.matrix is not None:
+                yield rows, self.matrix[rows]
+                continue
+            values = values_of_rows(self.x[rows], self.y, self.metric)
+            yield rows, 1 - values if self.metric == "cosine" else values
+
+    def _bound(self) -> float:
+        """At least the largest cost, by the triangle inequality through the first column's point."""
+        if self.metric == "cosine":
+            return 2.0
+        plain = "l1" if self.metric == "l1" else "euclidean"
+        far = sum(float(values_of_rows(self.y[:1], z, plain).max()) for z in (self.x, self.y))
+        return far * far if self.metric == "sqeuclidean" else far
+
+
+def _problems(
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    metric: str,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    memory_budget: int,
+) -> Iterator[tuple[int, slice, slice, _Costs]]:
+    """The number of each problem, its rows and its columns, and its costs."""
+    batch = a.shape[0]
+    rows = [a.shape[1]] * batch if x_lengths is None else x_lengths.tolist()
+    columns = [b.shape[1]] * batch if y_lengths is None else y_lengths.tolist()
+    for p, (r, c) in enumerate(zip(rows, columns, strict=True)):
+        own = x[p, :r, :c] if y is None else x[p, :r]
+        yield p, slice(0, r), slice(0, c), _Costs(own, None if y is None else y[p, :c], metric, memory_budget)
+
+
+def damping(rho: float, eps: float) -> float:
+    """lambda = rho / (rho + eps); 1 for a balanced marginal."""
+    return 1.0 if math.isinf(rho) else rho / (rho + eps)
+
+
+def dual_value(
+    f: Tensor, g: Tensor, a: Tensor, b: Tensor, mass: Tensor, reg: float, reg_marginal: tuple[float, float]
+) -> Tensor:
+    """The dual objective [B] at potentials f [B, n], g [B, m] of plans of total `mass` [B]."""
+    sides = []
+    for potential, weight, rho in zip((f, g), (a, b), reg_marginal, strict=True):
+        worth = potential if math.isinf(rho) else -rho * torch.expm1(-potential / rho)
+        sides.append((weight * worth).sum(1))
+    return sides[0] + sides[1] - reg * (mass - a.sum(1) * b.sum(1))
+
+
+def sinkhorn(
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    reg: float,
+    metric: str,
+    reg_marginal: tuple[float, float] = (math.inf, math.inf),
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    f: Tensor | None = None,
+    g: Tensor | None = None,
+    memory_budget: int = 0,
+    report: Callable[[int, int], None] | None = None,
+) -> Solution:
+    """Solves a batch of problems, one after the other.
+
+    Args:
+        x: [B, n, d] points with `y` [B, m, d], or the costs [B, n, m] with `y` None and metric "precomputed".
+        a: [B, n] float64, and b [B, m]: weights >= 0, of equal sums where both marginals are balanced.
+        reg, reg_marginal: eps and (rho_a, rho_b); inf for a balanced marginal.
+        metric: "sqeuclidean", "euclidean", "l1", "cosine" or "precomputed".
+        x_lengths, y_lengths: [B] int64, the sizes of the problems; None for n and m. What lies beyond is not read.
+        max_iter, tol: see `Schedule`.
+        f, g: [B, n] and [B, m] float64 to start from; None starts from 0.
+        memory_budget: bytes that the costs of a problem may take.
+        report: called with the number of iterations done and their largest possible number.
+    """
+    batch = a.shape[0]
+    out_f, out_g = torch.zeros_like(a), torch.zeros_like(b)
+    scalars = torch.zeros(4, batch, dtype=torch.float64)
+    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
+        start = None if f is None or g is None else (f[p, r], g[p, c])
+        balanced = all(map(math.isinf, reg_marginal))
+        schedule = Schedule(
+            reg, costs.spread, tol, max_iter, balanced, start is not None, float(a[p, r].sum())
+        )
+        own_report = None
+        if report is not None:
+            own_report = _of_problem(report, p, batch, max_iter)
+        out_f[p, r], out_g[p, c], *found = _solve(
+            costs, a[p, r], b[p, c], reg, reg_marginal, schedule, start, own_report
+        )
+        scalars[:, p] = torch.tensor(found, dtype=torch.float64)
+    scalars = scalars.to(a.device)
+    value, transport_cost, error, iterations = scalars
+    return Solution(out_f, out_g, value, transport_cost, error, iterations.long(), error <= tol)
+
+
+def _of_problem(report: Callable[[int, int], None], p: int, batch: int, most: int) -> Callable[[int], None]:
+    return lambda done: report(p * most + done, batch * most)
+
+
+def _solve(
+    costs: _Costs,
+    a: Tensor,
+    b: Tensor,
+    reg: float,
+    reg_marginal: tuple[float, float],
+    schedule: Schedule,
+    start: tuple[Tensor, Tensor] | None,
+    report: Callable[[int], None] | None,
+) -> tuple[Tensor, Tensor, float, float, float, int]:
+    n, m = costs.shape
+    f, g = start if start is not None else (a.new_zeros(n), b.new_zeros(m))
+    f, g = f.clone(), g.clone()
+    # What the marginals are compared with: the weights, or those of an iteration before.
+    unknown_rows, unknown_columns = a.new_full((n,), math.inf), b.new_full((m,), math.inf)
+    last_rows, last_columns, columns_off = unknown_rows, unknown_columns, math.inf
+    if schedule.balanced:
+        last_rows, last_columns, columns_off = a, b, 0.0
+    while True:
+        eps, omega = schedule.eps, schedule.omega
+        damp_a, damp_b = (damping(rho, eps) for rho in reg_marginal)
+        row_sums, column_sums = a.new_empty(n), b.new_full((m,), -math.inf)
+        for rows, cost in costs.blocks():
+            exponent = (f[rows, None] + g - cost) / eps
+            row_sums[rows] = torch.logsumexp(exponent + b.log(), 1)
+            new = damp_a * (f[rows] - omega * eps * row_sums[rows])
+            exponent += ((new - f[rows]) / eps + a[rows].log())[:, None]
+            f[rows] = new
+            column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent, 0))
+        new = damp_b * (g - omega * eps * column_sums)
+        rows_before = a * row_sums.exp()  # of the plan that this iteration began with
+        columns_after = b * (column_sums + (new - g) / eps).exp()  # of the one that it made
+        g = new
+        error = float((rows_before - last_rows).abs().sum()) + columns_off
+        columns_off = float((columns_after - last_columns).abs().sum())
+        columns_before = last_columns
+        if not schedule.balanced:
+            last_rows, last_columns = rows_before, columns_after
+        order = schedule.after(error)
+        if report is not None:
+            report(schedule.iterations)
+        if order == "new eps":
+            columns_off = 0.0 if schedule.balanced else math.inf
+            if not schedule.balanced:
+                last_rows, last_columns = unknown_rows, unknown_columns
+        elif order != "go on":
+            f, g, rows_now, columns_now, total = _evaluate(costs, f, g, a, b, reg, reg_marginal)
+            error = float((rows_now - last_rows).abs().sum() + (columns_now - columns_before).abs().sum())
+            if order == "check" and not error <= schedule.tol and schedule.disappointed():
+                continue
+            value = dual_value(f[None], g[None], a[None], b[None], rows_now.sum(), reg, reg_marginal)
+            return f, g, float(value), total, error, schedule.iterations
+
+
+def _evaluate(
+    costs: _Costs, f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg: float, reg_marginal: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """The potentials, those of zero weights made what the other side's imply; the marginals of the plan, and <P, C>."""
+    row_sums, column_sums = torch.empty_like(f), g.new_full(g.shape, -math.inf)
+    total = 0.0
+    for rows, cost in costs.blocks():
+        exponent = (f[rows, None] + g - cost) / reg
+        row_sums[rows] = torch.logsumexp(exponent + b.log(), 1)
+        column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent + a[rows, None].log(), 0))
+        total += float(((exponent + a[rows, None].log() + b.log()).exp() * cost).sum())
+    damp_a, damp_b = (damping(rho, reg) for rho in reg_marginal)
+    f = torch.where(a > 0, f, damp_a * (f - reg * row_sums))
+    g = torch.where(b > 0, g, damp_b * (g - reg * column_sums))
+    # Of nothing there is nothing, however large the sums.
+    rows_now = torch.where(a > 0, a * row_sums.exp(), 0)
+    columns_now = torch.where(b > 0, b * column_sums.exp(), 0)
+    return f, g, rows_now, columns_now, total
+
+
+def apply(
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    v: Tensor,
+    *,
+    reg: float,
+    metric: str,
+    transpose: bool = False,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+    memory_budget: int = 0,
+) -> Tensor:
+    """P v [B, n, k] of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
+    [B, n, k]. Rows beyond a problem's size are 0."""
+    size = (b if transpose else a).shape[1]
+    out = torch.zeros(a.shape[0], size, v.shape[2], dtype=torch.float64, device=v.device)
+    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
+        for some, plan in _plan_blocks(costs, f[p, r], g[p, c], a[p, r], b[p, c], reg):
+            if transpose:
+                out[p, c] += plan.mT @ v[p, some].double()
+            else:
+                out[p, some] = plan @ v[p, c].double()
+    return out
+
+
+def plan(
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    *,
+    reg: float,
+    metric: str,
+    x_lengths: Tensor | None = None,
+    y_lengths: Tensor | None = None,
+) -> Tensor:
+    """P [B, n, m] float64 of the plans with potentials f, g; 0 beyond a problem's size."""
+    out = torch.zeros(*a.shape, b.shape[1], dtype=torch.float64, device=a.device)
+    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, 0):
+        for some, part in _plan_blocks(costs, f[p, r], g[p, c], a[p, r], b[p, c], reg):
+            out[p, some, c] = part
+    return out
+
+
+def _plan_blocks(
+    costs: _Costs, f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg: float
+) -> Iterator[tuple[slice, Tensor]]:
+    for rows, cost in costs.blocks():
+        yield rows, ((f[rows, None] + g - cost) / reg + a[rows, None].log() + b.log()).exp()
