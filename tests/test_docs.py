@@ -31,6 +31,7 @@ def test_pages_with_examples() -> None:
         "README.md",
         "facility_location.md",
         "simcore.md",
+        "goracs.md",
     }
 
 
