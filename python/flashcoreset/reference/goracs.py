@@ -46,23 +46,27 @@ def costs(train: np.ndarray, valid: np.ndarray, grad_norms: np.ndarray, lam: flo
     return c / (c.max() or 1.0)
 
 
-def cover(c: np.ndarray, k: int) -> list[int]:
-    """Stage 1: the `k` picks that are kept, in the order in which they were made."""
-    n, clients = c.shape
-    stops_at_k = len(np.unique(c.argmin(axis=0))) <= k
-    best = np.ones(clients)  # no cost is larger: the first pick has the least sum of costs
-    owner = np.full(clients, -1)
+def greedy(c: np.ndarray, steps: int) -> list[int]:
+    """The first `steps` picks of the greedy k-medoid."""
+    best = np.ones(c.shape[1])  # no cost is larger: the first pick has the least sum of costs
     picks: list[int] = []
-    while len(picks) < n:
+    while len(picks) < steps:
         gains = np.maximum(best - c, 0).sum(axis=1)
         gains[picks] = -1
-        pick = int(gains.argmax())
-        if len(picks) >= k and (stops_at_k or gains[pick] == 0):
-            break
-        owner[(c[pick] < best) | (owner < 0)] = len(picks)
-        best = np.minimum(best, c[pick])
-        picks.append(pick)
-        serving = np.unique(owner)
+        picks.append(int(gains.argmax()))
+        best = np.minimum(best, c[picks[-1]])
+    return picks
+
+
+def cover(c: np.ndarray, k: int) -> list[int]:
+    """Stage 1: the `k` picks that are kept, in the order in which they were made."""
+    n = len(c)
+    picks = greedy(c, n)
+    if len(np.unique(c.argmin(axis=0))) <= k:
+        return picks[:k]
+    for made in range(k, n + 1):
+        # Of equal costs the earlier pick's counts.
+        serving = np.unique(c[picks[:made]].argmin(axis=0))
         if len(serving) == k:
             return [picks[place] for place in serving]
     return picks[:k]
