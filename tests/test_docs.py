@@ -32,6 +32,7 @@ def test_pages_with_examples() -> None:
         "facility_location.md",
         "simcore.md",
         "sinkhorn.md",
+        "goracs.md",
     }
 
 
