@@ -11,7 +11,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # What the build itself runs. Installed in .venv, so that a rebuild is incremental and fetches nothing. setuptools builds
-# apricot-select, which the tests compare with and which is published as source only.
+# apricot-select and geomloss, which the tests compare with and which are published as source only.
 BUILD_TOOLS := 'scikit-build-core>=0.10' 'pybind11>=2.13' 'cmake>=3.18' ninja 'setuptools>=70.1'
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python triton_kernels -name '*.py' -o -name '*.cpp' \
              -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.typed')

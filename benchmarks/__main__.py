@@ -11,8 +11,8 @@ import pytest
 from benchmarks import results
 
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("facility_location", "pairwise", "simcore", "sinkhorn", "scale")
-# Rows of "scale" take minutes each: they run when asked for by name.
+FAMILIES = ("facility_location", "pairwise", "simcore", "sinkhorn", "goracs", "scale")
+# Rows of "goracs" and "scale" take minutes each: they run when asked for by name.
 DEFAULT = FAMILIES[:4]
 
 

@@ -21,7 +21,16 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("flashcoreset", "torch", "numpy", "scikit-learn", "submodlib-py", "apricot-select", "numba")
+PACKAGES = (
+    "flashcoreset",
+    "torch",
+    "numpy",
+    "scikit-learn",
+    "submodlib-py",
+    "apricot-select",
+    "numba",
+    "POT",
+)
 
 
 @dataclass(frozen=True)

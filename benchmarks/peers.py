@@ -158,11 +158,12 @@ def pot_batch(inputs: dict[str, torch.Tensor]) -> np.ndarray:
 
 
 def geomloss_value(inputs: dict[str, torch.Tensor]) -> float:
-    """geomloss' entropic cost, not debiased, at its default scaling; its cost is half the squared distance."""
+    """geomloss' entropic cost, not debiased; its cost is half the squared distance. At its default scaling of 0.5 it is 5 % off, at
+    0.9 by a thousandth."""
     with _quiet():
         from geomloss import SamplesLoss
 
         loss = SamplesLoss(
-            "sinkhorn", p=2, blur=(inputs["reg"] / 2) ** 0.5, debias=False, backend="tensorized"
+            "sinkhorn", p=2, blur=(inputs["reg"] / 2) ** 0.5, debias=False, scaling=0.9, backend="tensorized"
         )
         return 2 * float(loss(inputs["x"], inputs["y"]))

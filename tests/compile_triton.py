@@ -96,7 +96,8 @@ def compile_kernel(kernel: Any, dtype: str, metric: str, one_chain: bool, archit
             "METRIC": "precomputed",
             ("our_stride" if metric == "transposed" else "other_stride"): 1,
         }
-    constants |= {"BALANCED": False, "AFTER": True, "COSTS": True, "FEATURES": 16}  # where they take most
+    constants |= {"BALANCED": False, "AFTER": True, "FEATURES": 16}  # where they take most
+    constants["COSTS"] = metric != "transposed"  # <P, C> is summed from the rows' side alone
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):

@@ -70,7 +70,9 @@ def record() -> Any:
     )
 
 
-@pytest.mark.parametrize("family", ["facility_location", "pairwise", "simcore", "sinkhorn", "scale"])
+@pytest.mark.parametrize(
+    "family", ["facility_location", "pairwise", "simcore", "sinkhorn", "goracs", "scale"]
+)
 def test_answers_agree_at_small_sizes(family: str, tmp_path: Path) -> None:
     # apricot's own call is left out here: it compiles for seconds, and the row that keeps its kernels makes the same picks.
     rows = [row.name for row in benchmark_module(family).ROWS if row.name != "matrix-apricot"]

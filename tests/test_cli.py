@@ -164,6 +164,31 @@ def test_simcore(features: Path, tmp_path: Path) -> None:
     assert info["values"] == list(expected.info["values"])
 
 
+def test_goracs(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.load(features)
+    files = {"valid": x[:11] + np.float32(0.1), "norms": np.linspace(0, 1, len(x))}
+    files |= {"labels": np.arange(len(x)) % 2, "own": np.arange(11) % 2}
+    for name, array in files.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    out = tmp_path / "out.npz"
+    options = ("select", "goracs", "--train", features, "--valid", tmp_path / "valid.npy", "-o", out)
+    norms = ("--grad-norms", tmp_path / "norms.npy")
+    assert run(*options, *norms, "-k", 5, "--lam", "0.2", "--max-exchanges", 3, "--n-candidates", 4) == 0
+    expected = fc.goracs(x, files["valid"], files["norms"], 5, lam=0.2, max_exchanges=3, n_candidates=4)
+    arrays, info = read(out)
+    np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+    np.testing.assert_array_equal(arrays["weights"], expected.weights.numpy())
+    assert info["scores"] == expected.info["scores"]
+    labels = ("--train-labels", tmp_path / "labels.npy", "--valid-labels", tmp_path / "own.npy")
+    assert run(*options, *norms, *labels, "-k", 5) == 0
+    assert read(out)[1]["budgets"] == {"0": 3, "1": 2}
+    capsys.readouterr()
+    assert run(*options, "--grad-norms", features, "-k", 5) == 2
+    assert "--grad-norms: expected a real array [train rows]" in capsys.readouterr().err
+    assert run(*options, *norms) == 2
+    assert "-k" in capsys.readouterr().err
+
+
 def test_no_stop_takes_all(features: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     options = ("select", "simcore", "--features", features, "--target", features, "-o", out, "-k", 60)

@@ -31,6 +31,8 @@ def test_pages_with_examples() -> None:
         "README.md",
         "facility_location.md",
         "simcore.md",
+        "sinkhorn.md",
+        "goracs.md",
     }
 
 

@@ -115,3 +115,44 @@ def test_scale_promised_for_a_hundred_thousand_points() -> None:
 def test_bad_input(arguments: tuple, kw: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         fc.memory_estimate(*arguments, **kw)
+
+
+MEASURE_SINKHORN = (
+    MEASURE.split("torch.set_num_threads")[0]
+    + """
+torch.set_num_threads(2)
+g = torch.Generator().manual_seed(0)
+fc.sinkhorn(torch.rand(64, 8, generator=g), torch.rand(64, 8, generator=g), reg=1.0, tol=0, max_iter=2)
+tensors = [torch.rand(*shape, generator=g, dtype={dtype}) for shape in {shapes}]
+done, peak = threading.Event(), 0
+watcher = threading.Thread(target=watch)
+before = anonymous()
+watcher.start()
+fc.sinkhorn(*tensors, reg=2.0, tol=0, max_iter=2, **{options})
+done.set()
+watcher.join()
+print(peak - before)
+print(fc.memory_estimate("sinkhorn", *tensors, reg=2.0, tol=0, max_iter=2, dtype={dtype}, **{options}))
+"""
+)
+
+SINKHORN = {
+    "points, matrix kept": ([(4_000, 16), (5_000, 16)], "torch.float32", {}),
+    "points, float64, matrix kept": ([(4_000, 16), (3_000, 16)], "torch.float64", {}),
+    "points, streamed": ([(30_000, 256), (20_000, 256)], "torch.float32", {"memory_budget": 0}),
+    "costs": ([(5_000, 6_000)], "torch.float32", {"metric": "precomputed"}),
+    "batch": ([(40, 1_500, 8), (40, 1_500, 8)], "torch.float32", {}),
+    "reference": ([(2_000, 8), (2_000, 8)], "torch.float32", {"backend": "torch"}),
+}
+
+
+@pytest.mark.parametrize("name", SINKHORN)
+def test_of_sinkhorn_is_an_upper_bound_within_a_factor_of_two(name: str) -> None:
+    shapes, dtype, options = SINKHORN[name]
+    code = MEASURE_SINKHORN.format(shapes=shapes, dtype=dtype, options=options)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
+    )
+    measured, estimate = map(int, result.stdout.split())
+    assert measured <= estimate + 2**20  # the allocator's own pages
+    assert estimate <= 2 * measured, (measured, estimate)

@@ -30,8 +30,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 
 # Largest error of potentials, value, transport cost and error (of marginals that sum up to 1) that is allowed, relative to
 # the largest cost: costs computed in float32 are off by some units of 6e-8 of it, and so is all that follows from them.
-# Worst seen: 0.0 and 0.0.
-TOLERANCE = {torch.float32: 5e-7, torch.float64: 1e-14}
+# Worst seen: 1.0e-7 and 8e-16.
+TOLERANCE = {torch.float32: 5e-7, torch.float64: 5e-15}
 
 
 def weights(batch: int, count: int, seed: int) -> Tensor:
@@ -70,12 +70,11 @@ class Case:
     def solve(self, backend: Any, **options: Any) -> reference.Solution:
         arguments = [None if t is None else on_device(t) for t in (self.x, self.y, self.a, self.b)]
         options = {name: on_device(value) for name, value in options.items()}
-        found = backend.sinkhorn(*arguments, metric=self.metric, **{"tol": 0.0, "max_iter": 4, **options})
+        found = backend.sinkhorn(*arguments, metric=self.metric, **{"tol": 0.0, "max_iter": 3, **options})
         return reference.Solution(*(t.cpu() for t in found))
 
-    def compare(self, share: float, tolerance: float = 1.0, **options: Any) -> reference.Solution:
-        """The kernels' solution at reg = `share` of the largest cost, checked against the definition's within `tolerance`
-        times TOLERANCE."""
+    def compare(self, share: float, **options: Any) -> reference.Solution:
+        """The kernels' solution at reg = `share` of the largest cost, checked against the definition's."""
         options = {"reg": share * self.largest, **options}
         got, want = self.solve(kernels, **options), self.solve(reference, **options)
         assert [t.dtype for t in got] == [t.dtype for t in want]
@@ -83,7 +82,7 @@ class Case:
         assert torch.equal(got.converged, got.error <= options.get("tol", 0.0))
         if options.get("tol", 0.0) > 0:  # an error of 0 is an accident of rounding
             assert torch.equal(got.converged, want.converged)
-        within = tolerance * TOLERANCE[self.dtype]
+        within = TOLERANCE[self.dtype]
         for name in ("f", "g", "value", "transport_cost"):
             torch.testing.assert_close(
                 getattr(got, name), getattr(want, name), rtol=0, atol=within * self.largest
@@ -104,18 +103,17 @@ def test_agrees_with_the_definition(metric: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("metric", ["euclidean", "precomputed"])
 def test_several_tiles_and_chains(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if metric == "euclidean":  # features in two chains
-        Case(1, 9, 5, 258, metric=metric).compare(0.05, max_iter=2)
+        Case(1, 9, 5, 258, metric=metric).compare(0.05, max_iter=1)
     # More than one block of rows and tile of columns on either side.
-    monkeypatch.setattr(Tile, "of", lambda dtype, d: Tile(128, 64, 1, True))
+    monkeypatch.setattr(Tile, "of", lambda dtype, d: Tile(128, 64, 1 if DEVICE == "cpu" else 8, True))
     Case(1, 150, 130, metric=metric).compare(0.05, max_iter=2)
 
 
 @DTYPES
 def test_small_regularisation_is_annealed(dtype: torch.dtype) -> None:
-    # The rounding of a cost is up to a thousandth of reg here, and moves where the marginals are by as much.
     case = Case(1, 30, 20, metric="precomputed", dtype=dtype)
-    found = case.compare(1e-3, 200.0 if dtype == torch.float32 else 1000.0, max_iter=17)
-    assert torch.isfinite(found.f).all()
+    assert reference.Schedule(1.0, 1e3, 0.0, 13, True, False).eps > 1
+    assert torch.isfinite(case.compare(1e-3, max_iter=13).f).all()
 
 
 def test_comes_to_its_tolerance() -> None:
@@ -173,7 +171,7 @@ def ragged(metric: str) -> tuple[Case, dict[str, Tensor]]:
 @pytest.mark.parametrize("metric", ["cosine", "precomputed"])
 def test_ragged_batches_are_their_problems(metric: str) -> None:
     case, lengths = ragged(metric)
-    options: dict[str, Any] = {"reg": 0.1 * case.largest, "tol": 1e-3, "max_iter": 12}
+    options: dict[str, Any] = {"reg": 0.1 * case.largest, "tol": 1e-2, "max_iter": 8}
     batch, want = (case.solve(backend, **lengths, **options) for backend in (kernels, reference))
     # One that is solved keeps what it has, while others go on.
     assert len(set(batch.iterations.tolist())) > 1
@@ -351,3 +349,11 @@ def test_nan_and_infinity_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
     case.x[0, 3, 2] = math.nan
     with pytest.raises(ValueError, match=r"x must be finite, got NaN at row 3, column 2$"):
         case.solve(kernels, reg=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_costs_that_overflow_are_named() -> None:
+    case = Case(2, 3, 4)
+    case.x[1] *= 1e25
+    with pytest.raises(ValueError, match=r"x: costs overflow torch.float32 in problem 1; scale"):
+        case.solve(kernels, reg=1.0, max_iter=1)

@@ -12,48 +12,13 @@
 
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
+#include "bindings/cuda_module.h"
 #include "cuda/facility_location.h"
 #include "cuda/launch.h"
 #include "cuda/pairwise.h"
 
 namespace fc {
 namespace {
-
-#if defined(FC_EMULATOR)
-constexpr dlpack::DeviceType kDevice = dlpack::kCpu;
-#else
-constexpr dlpack::DeviceType kDevice = dlpack::kCuda;
-#endif
-
-// All of a call's arrays have to be where its kernels run.
-void require_device(const ArrayArgument& array, int device) {
-  if (array.device_id() == device) return;
-  const std::string here = std::to_string(device), there = std::to_string(array.device_id());
-  throw py::value_error(std::string(array.name()) + ": expected an array on device " + here +
-                        ", where x is, got one on device " + there + "; move it there");
-}
-
-// Makes the device of an array the current one for as long as the object lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : DeviceGuard(device, nullptr) {
-    cuda::check(status_, "making the arrays' device the current one");
-  }
-  // For destructors: what goes wrong is left to the calls under the guard.
-  DeviceGuard(int device, std::nullptr_t) {
-    status_ = cudaGetDevice(&before_);
-    if (status_ == cudaSuccess && device != before_) status_ = cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-  cudaError_t status_ = cudaSuccess;
-};
-
-cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 // A run, the arrays that it reads, and the device that both are on.
 class PyCudaFacilityLocation {
@@ -269,6 +234,7 @@ void define_cuda_module(py::module_& m) {
            "Writes indices, gains and weights [picks], assignment [m]; waits; returns (f(S), offset).")
       .def("verdict", &PyCudaFacilityLocation::verdict,
            "After finish() or step_among(): (what is wrong or None, argument, row).");
+  bind_cuda_sinkhorn(m);
 }
 
 }  // namespace

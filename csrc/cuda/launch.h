@@ -27,12 +27,11 @@ struct Launch {
 
 namespace detail {
 
-// What a block may have without asking; more is an attribute of the kernel.
-constexpr size_t kSharedByDefault = 48 * 1024;
-
+// Without asking, a block has 48 KiB less what the kernel itself declares, which is not known here: so it is
+// asked for in any case.
 template <class... P>
 void allow_shared(void (*kernel)(P...), size_t bytes) {
-  if (bytes > kSharedByDefault)
+  if (bytes > 0)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
           "dynamic shared memory");
 }

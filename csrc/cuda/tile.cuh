@@ -14,6 +14,8 @@
 // products.
 #pragma once
 
+#include <type_traits>
+
 #include "core/metric.h"
 #include "cuda/runtime.h"
 
@@ -48,10 +50,13 @@ struct RowSet {
 // The tile's column (0 .. kCols-1) of a thread's c-th accumulator: four neighbours (two in float64) and then
 // a stride, so that a quarter of a warp reads 128 consecutive bytes.
 template <class T>
-__device__ __forceinline__ int tile_column(int c) {
+__device__ __forceinline__ int tile_column(int c, int lane) {
   constexpr int kTogether = 16 / static_cast<int>(sizeof(T));
-  return c / kTogether * (kSide * kTogether) + static_cast<int>(threadIdx.x % kSide) * kTogether +
-         c % kTogether;
+  return c / kTogether * (kSide * kTogether) + lane * kTogether + c % kTogether;
+}
+template <class T>
+__device__ __forceinline__ int tile_column(int c) {
+  return tile_column<T>(c, static_cast<int>(threadIdx.x % kSide));
 }
 
 template <int kRows>
@@ -83,17 +88,17 @@ __device__ __forceinline__ Staged<T>& staged_columns() {
 }
 
 // value[r][c] of this thread: rows first_row + tile_row(r) of `a` against rows first_col + tile_column(c) of
-// `b`. Rows beyond the sets are zeros. All threads of the block take part.
-template <class T, Form form, int kRows, bool kChained>
-__device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
-                            T (&value)[kRows / kSide][kCols<T> / kSide]) {
+// `b`. Rows beyond the sets are zeros. All threads of the block take part. with_form(fn) calls fn with the
+// form as a constant, which it knows or, the same for all threads, finds out for every kDepth features.
+// kStored: where the sums of the chains before the running one are kept, in shared memory or in registers.
+template <class T, int kRows, bool kChained, bool kStored, class WithForm>
+__device__ void tile_values_of(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
+                               T (&value)[kRows / kSide][kCols<T> / kSide], WithForm&& with_form) {
   constexpr int kR = kRows / kSide, kC = kCols<T> / kSide, kPad = 16 / static_cast<int>(sizeof(T));
   constexpr int kLoadsA = kRows * kDepth / kThreads, kLoadsB = kCols<T> * kDepth / kThreads;
   FC_SHARED(T, a_part, [kDepth][kRows + kPad]);
   auto& b_part = staged_columns<T>();
-  // The sums of the chains before the running one, where a thread would lack the registers: read and written
-  // by itself alone, once in kChain features.
-  constexpr bool kStored = kChained && kR > 1;
+  // Read and written by one thread each, once in kChain features.
   FC_SHARED(T, chains, [kStored ? kR * kC : 1][kStored ? kThreads : 1]);
   const int k_own = static_cast<int>(threadIdx.x) % kDepth, row_own = static_cast<int>(threadIdx.x) / kDepth;
   constexpr int kRowsAtOnce = kThreads / kDepth;
@@ -130,19 +135,21 @@ __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& 
     __syncthreads();
     fetch(begin + kDepth + k_own);
     // Features beyond d are zeros on both sides, which change nothing in any form.
+    with_form([&](auto form) {
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
-      T av[kR], bv[kC];
+      for (int k = 0; k < kDepth; ++k) {
+        T av[kR], bv[kC];
 #pragma unroll
-      for (int r = 0; r < kR; ++r) av[r] = a_part[k][tile_row<kRows>(r)];
+        for (int r = 0; r < kR; ++r) av[r] = a_part[k][tile_row<kRows>(r)];
 #pragma unroll
-      for (int c = 0; c < kC; ++c) bv[c] = b_part[k][tile_column<T>(c)];
+        for (int c = 0; c < kC; ++c) bv[c] = b_part[k][tile_column<T>(c)];
 #pragma unroll
-      for (int r = 0; r < kR; ++r) {
+        for (int r = 0; r < kR; ++r) {
 #pragma unroll
-        for (int c = 0; c < kC; ++c) sum[r][c] = accumulate<form>(av[r], bv[c], sum[r][c]);
+          for (int c = 0; c < kC; ++c) sum[r][c] = accumulate<form()>(av[r], bv[c], sum[r][c]);
+        }
       }
-    }
+    });
     const bool last = begin + kDepth >= a.d, chain_ends = (begin + kDepth) % kChain == 0 || last;
     if (!kChained || !chain_ends) continue;
 #pragma unroll
@@ -166,6 +173,15 @@ __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& 
 #pragma unroll
     for (int c = 0; c < kC; ++c) value[r][c] = sum[r][c];
   }
+}
+
+template <class T, Form form, int kRows, bool kChained>
+__device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
+                            T (&value)[kRows / kSide][kCols<T> / kSide]) {
+  // A thread with several rows would lack the registers.
+  constexpr bool kStored = kChained && kRows > kSide;
+  tile_values_of<T, kRows, kChained, kStored>(a, first_row, b, first_col, value,
+                                              [](auto fn) { fn(std::integral_constant<Form, form>{}); });
 }
 
 // The metric's value as a similarity: the root where it is one, the sign turned for distances.

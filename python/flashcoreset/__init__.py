@@ -8,11 +8,11 @@ Example:
 
 from importlib.metadata import version as _version
 
-from flashcoreset import kernels
+from flashcoreset import kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
-from flashcoreset.methods import select, simcore
+from flashcoreset.methods import goracs, select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
@@ -29,8 +29,10 @@ __all__ = [
     "__version__",
     "allocate_budgets",
     "facility_location",
+    "goracs",
     "kernels",
     "memory_estimate",
+    "plot",
     "select",
     "simcore",
     "sinkhorn",

@@ -273,17 +273,37 @@ def _simcore(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict
     return arrays, {"rows": openset.shape[0], **info}
 
 
+def _goracs(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    options = _options(arguments, "lam", "max_exchanges", "n_candidates", "solver", "reg", "seed")
+    options |= _options(arguments, "backend", "progress", "memory_budget", "train_labels", "valid_labels")
+    for name, rows in (("train_labels", "train rows"), ("valid_labels", "validation rows")):
+        if name in options:
+            option = f"--{name.replace('_', '-')}"
+            wanted = f"an integer array [{rows}]"
+            options[name] = load_array(options[name], option, kinds="iu", ndim=1, wanted=wanted)
+    train = _load_features(arguments.train, "--train")
+    valid = _load_features(arguments.valid, "--valid")
+    norms = load_array(
+        arguments.grad_norms, "--grad-norms", kinds="fiu", ndim=1, wanted="a real array [train rows]"
+    )
+    coreset = fc.goracs(train, valid, norms, arguments.k, **options)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return arrays, {"rows": train.shape[0], **coreset.info}
+
+
+# Options that name files.
+_INPUTS = (
+    *("features", "target", "clients", "weights", "groups", "budgets", "preselected"),
+    *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
+)
+_ALGORITHMS = {"facility-location": _facility_location, "simcore": _simcore, "goracs": _goracs}
+
+
 def _select(arguments: argparse.Namespace) -> int:
-    given = [
-        getattr(arguments, name)
-        for name in ("features", "target", "clients", "weights", "groups", "budgets", "preselected")
-        if hasattr(arguments, name)
-    ]
+    given = [getattr(arguments, name) for name in _INPUTS if hasattr(arguments, name)]
     out = check_output(arguments.out, "--out", ".npz", given)
     start = time.perf_counter()
-    arrays, info = {"facility-location": _facility_location, "simcore": _simcore}[arguments.algorithm](
-        arguments
-    )
+    arrays, info = _ALGORITHMS[arguments.algorithm](arguments)
     seconds = time.perf_counter() - start
     info = {"algorithm": arguments.algorithm, "version": fc.__version__, "seconds": seconds, **info}
     contents: dict[str, Any] = {"info": np.array(json.dumps(_jsonable(info))), **arrays}
@@ -381,7 +401,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="flashcoreset", description="Choose training data: facility location and SimCore.")
+    parser = _Parser(
+        prog="flashcoreset", description="Choose training data: facility location, SimCore and GORACS."
+    )
     parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
 
@@ -402,10 +424,17 @@ def _parser() -> argparse.ArgumentParser:
 
     select = commands.add_parser("select", help="choose rows of a feature file")
     select.set_defaults(run=_select)
-    algorithms = select.add_subparsers(dest="algorithm", required=True, metavar="simcore | facility-location")
+    algorithms = select.add_subparsers(
+        dest="algorithm", required=True, metavar=" | ".join(reversed(_ALGORITHMS))
+    )
     _add_simcore(
         algorithms.add_parser(
             "simcore", argument_default=argparse.SUPPRESS, help="open-set rows close to a target"
+        )
+    )
+    _add_goracs(
+        algorithms.add_parser(
+            "goracs", argument_default=argparse.SUPPRESS, help="training rows that stand for validation rows"
         )
     )
     _add_facility_location(
@@ -416,8 +445,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-k", type=int, metavar="K", help="how many rows to select")
+def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False) -> None:
+    parser.add_argument("-k", type=int, required=needs_k, metavar="K", help="how many rows to select")
     parser.add_argument(
         "-o",
         "--out",
@@ -443,6 +472,22 @@ def _add_simcore(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--patience", type=int, metavar="N", help="the round whose value is the first value")
     parser.add_argument("--no-stop", dest="stop", action="store_false", help="take K rows however dissimilar")
+
+
+def _add_goracs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--train", required=True, metavar="F", help="training features [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    parser.add_argument("--valid", required=True, metavar="V", help="validation features [m, d]")
+    parser.add_argument("--grad-norms", required=True, metavar="G", help="gradient norms [n]")
+    _add_common(parser, needs_k=True)
+    parser.add_argument("--lam", type=float, help="weight of the gradient norms")
+    parser.add_argument("--max-exchanges", type=int, metavar="N", help="exchanges to make at most")
+    parser.add_argument("--n-candidates", type=int, metavar="N", help="removals and additions to pair")
+    parser.add_argument("--train-labels", metavar="L", help="integer class labels [n]")
+    parser.add_argument("--valid-labels", metavar="L", help="integer class labels [m]")
+    parser.add_argument("--solver", choices=("exact", "sinkhorn"))
+    parser.add_argument("--reg", type=float, help="regularisation of --solver sinkhorn")
 
 
 def _add_facility_location(parser: argparse.ArgumentParser) -> None:
@@ -502,7 +547,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, say) has left; Python flushes stdout once more at exit, and must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (CommandError, TypeError, ValueError, MemoryError, fc.BackendUnavailableError) as error:
+    except (
+        CommandError,
+        TypeError,
+        ValueError,
+        MemoryError,
+        ImportError,
+        fc.BackendUnavailableError,
+    ) as error:
         text = " ".join(str(error).split()) or "out of memory"
         print(f"flashcoreset: {text}", file=sys.stderr)
         return 2

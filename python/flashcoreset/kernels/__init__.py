@@ -3,11 +3,12 @@ by pick.
 
 `kernels.cpu` is compiled, `kernels.torch` is the plain PyTorch reference; both have the same names, of which
 `kernels.cuda` and `flashcoreset.kernels.triton` (to be imported by itself, since it imports triton) have the
-first two:
+first three:
 
     pairwise(x, y=None, *, metric, out=None)
     FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
         .step(count, naive=False), .step_among(candidates), .finish(indices, gains, weights, assignment)
+    sinkhorn(x, y, a, b, *, reg, metric, ...), sinkhorn_apply(...), sinkhorn_plan(...)
     NearestOrder(centroids) or NearestOrder.of_similarities(lists, dtype)
         .begin(length), .update(x) or .update_similarities(s), .finish(), .rounds(count, k), .order(i), .taken
 

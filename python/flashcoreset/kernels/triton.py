@@ -255,15 +255,16 @@ def sinkhorn(
         report: called with the number of iterations done and their largest possible number, every few iterations.
 
     Raises:
-        ValueError: for NaN or infinity in `x` or `y`.
+        ValueError: for NaN or infinity in `x` or `y`, and costs that overflow.
     """
     counts = _counts(x, y, x_lengths, y_lengths)
     _check_problems(x, y, counts)
     start = None if f is None or g is None else (f, g)
     problems = _problems(x, y, metric, counts, start, (a, b))
-    run = Run(problems, reg, reg_marginal, tol, max_iter, _spread(x, y, metric, counts), start is not None)
+    spread = _spread(x, y, metric, counts)
+    run = Run(problems, reg, reg_marginal, tol, max_iter, spread, start is not None)
     batch = a.shape[0]
-    state, iterations = run.look()
+    state, iterations = [RUNNING.value] * batch, [0] * batch
     while RUNNING.value in state:
         least = min(i for i, s in zip(iterations, state, strict=True) if s == RUNNING.value)
         run.iterate(min(_ITERATIONS, max_iter - least))
@@ -274,6 +275,10 @@ def sinkhorn(
         if report is not None:
             done = sum(i if s == RUNNING.value else max_iter for i, s in zip(iterations, state, strict=True))
             report(done, batch * max_iter)
+    too_large = torch.isnan(run.error) & (spread > torch.finfo(x.dtype).max)
+    if bool(too_large.any()):
+        within = f" in problem {int(too_large.nonzero()[0])}" if batch > 1 else ""
+        raise ValueError(f"x: costs overflow {x.dtype}{within}; scale the data down or use float64")
     f, g = (side.potential for side in problems.sides)
     value = dual_value(f, g, a, b, run.mass, reg, reg_marginal)
     return Solution(f, g, value, run.cost, run.error, run.iterations, run.error <= tol)

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from flashcoreset._types import Coreset
+from flashcoreset.methods.goracs import goracs
 from flashcoreset.methods.simcore import simcore
 
-_METHODS: dict[str, Callable[..., Coreset]] = {"simcore": simcore}
+_METHODS: dict[str, Callable[..., Coreset]] = {"simcore": simcore, "goracs": goracs}
 
 
 def select(name: str, **arguments: Any) -> Coreset:
     """Calls a coreset method by its name.
 
     Args:
-        name: "simcore".
+        name: "simcore" or "goracs".
         arguments: those of the function of that name.
 
     Returns:
@@ -38,4 +39,4 @@ def select(name: str, **arguments: Any) -> Coreset:
     return _METHODS[name](**arguments)
 
 
-__all__ = ["select", "simcore"]
+__all__ = ["goracs", "select", "simcore"]

@@ -17,7 +17,7 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 FAMILIES = {
     "facility_location": ("cpu", "cuda", "triton", "torch"),
     "nearest_order": ("cpu", "torch"),
-    "sinkhorn": ("cpu", "triton", "torch"),
+    "sinkhorn": ("cpu", "cuda", "triton", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}

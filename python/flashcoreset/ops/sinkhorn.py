@@ -514,13 +514,16 @@ def _weights(
 # ---- values
 
 
-def _check_values(p: _Problem) -> None:
-    """Weights, lengths and potentials; the kernels look at the data themselves."""
+def _check_values(p: _Problem, weights_too: bool) -> None:
+    """Lengths, potentials and, where the kernels do not look at them, weights; at the data the kernels look themselves."""
     n, m = p.sizes
     for lengths, name, size in ((p.x_lengths, "x_lengths", n), (p.y_lengths, "y_lengths", m)):
         if lengths is not None and bool(((lengths < 1) | (lengths > size)).any()):
             worst = int(((lengths < 1) | (lengths > size)).nonzero()[0])
             raise ValueError(f"{name} must be in [1, {size}], got {int(lengths[worst])} for problem {worst}")
+    _check_potentials(p)
+    if not weights_too:
+        return
     for given, lengths, name, size in ((p.a, p.x_lengths, "a", n), (p.b, p.y_lengths, "b", m)):
         if given is None:
             continue
@@ -552,6 +555,10 @@ def _check_values(p: _Problem) -> None:
                 f"{float(masses[1][problem]):.6g}{_of(p, problem)}; scale one of them, or relax the marginals with "
                 "reg_marginal"
             )
+
+
+def _check_potentials(p: _Problem) -> None:
+    n, m = p.sizes
     for potential, lengths, name, size in ((p.f, p.x_lengths, "f", n), (p.g, p.y_lengths, "g", m)):
         if potential is None:
             continue
@@ -567,7 +574,7 @@ def _of(p: _Problem, problem: int) -> str:
 
 def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) -> Solution:
     kernels = choose_kernels(p.backend, p.x.device, "sinkhorn")
-    _check_values(p)
+    _check_values(p, weights_too=not getattr(kernels, "CHECKS_VALUES", False))
     x, y, a, b = p.arrays()
     with torch.no_grad(), Progress(progress, p.max_iter * x.shape[0], "sinkhorn") as bar:
         report = (lambda done, total: bar.update(done)) if bar.active else None

@@ -156,7 +156,10 @@ class _Costs:
         self.shape = (x.shape[0], y.shape[0])
         self.spread = self._bound()
         if 8 * self.shape[0] * self.shape[1] <= memory_budget:
-            self.matrix = torch.cat([c for _, c in self.blocks()])
+            kept = self.x.new_empty(self.shape)
+            for rows, cost in self.blocks():
+                kept[rows] = cost
+            self.matrix = kept
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of rows and their costs."""

@@ -1,0 +1,52 @@
+// What the sources of the module _cuda share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "bindings/bindings.h"
+#include "bindings/boundary.h"
+#include "cuda/launch.h"
+
+namespace fc {
+
+#if defined(FC_EMULATOR)
+inline constexpr dlpack::DeviceType kDevice = dlpack::kCpu;
+#else
+inline constexpr dlpack::DeviceType kDevice = dlpack::kCuda;
+#endif
+
+// All of a call's arrays have to be where its kernels run.
+inline void require_device(const ArrayArgument& array, int device) {
+  if (array.device_id() == device) return;
+  const std::string here = std::to_string(device), there = std::to_string(array.device_id());
+  throw py::value_error(std::string(array.name()) + ": expected an array on device " + here +
+                        ", where x is, got one on device " + there + "; move it there");
+}
+
+// Makes the device of an array the current one for as long as the object lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : DeviceGuard(device, nullptr) {
+    cuda::check(status_, "making the arrays' device the current one");
+  }
+  // For destructors: what goes wrong is left to the calls under the guard.
+  DeviceGuard(int device, std::nullptr_t) {
+    status_ = cudaGetDevice(&before_);
+    if (status_ == cudaSuccess && device != before_) status_ = cudaSetDevice(device);
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  cudaError_t status_ = cudaSuccess;
+};
+
+inline cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+
+void bind_cuda_sinkhorn(py::module_& m);
+
+}  // namespace fc

@@ -1,0 +1,77 @@
+// Batched entropic optimal transport on the GPU. python/flashcoreset/reference/sinkhorn.py has the
+// definition, sinkhorn.cu says how the work is shared out.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/metric.h"
+#include "cuda/runtime.h"
+
+namespace fc::cuda {
+
+// Problems of up to n x m, all arrays compact and on the device. What lies beyond a problem's lengths is not
+// read.
+template <class T>
+struct SinkhornProblems {
+  const T* x = nullptr;  // [batch, n, d] points, or the costs [batch, n, m]
+  const T* y = nullptr;  // [batch, m, d]; null: x are the costs
+  int64_t batch = 0, n = 0, m = 0, d = 0;
+  Metric metric = Metric::kSqeuclidean;  // of points; a cosine's cost is 1 - cos
+  const double* a = nullptr;             // [batch, n] weights
+  const double* b = nullptr;             // [batch, m]
+  const int64_t* x_lengths = nullptr;    // [batch], in 1 .. n; null for n
+  const int64_t* y_lengths = nullptr;    // [batch], in 1 .. m
+};
+
+struct SinkhornOptions {
+  double reg = 1;
+  double rho_a = 0, rho_b = 0;  // infinity for a balanced marginal
+  double tol = 0;
+  int64_t max_iter = 0;
+  const double* f = nullptr;  // [batch, n] to start from; null for 0
+  const double* g = nullptr;  // [batch, m]
+  int64_t shared_bytes = -1;  // what a block may take of shared memory; -1 for what there is
+  cudaStream_t stream = nullptr;
+};
+
+// Of [batch] problems; beyond a problem's lengths f and g are left as they are.
+struct SinkhornResult {
+  double* f = nullptr;  // [batch, n]
+  double* g = nullptr;  // [batch, m]
+  double *value = nullptr, *transport_cost = nullptr, *error = nullptr;
+  int64_t* iterations = nullptr;
+};
+
+// What is wrong with the data: nothing, or the first problem and, where there are such, its row and column.
+struct SinkhornVerdict {
+  enum Kind : int {
+    kFine,
+    kNotFinite,      // in x or (second) y
+    kBadWeight,      // in a or b: negative, NaN or infinite
+    kNoWeight,       // the sum of a or b is 0, or too large for a number
+    kUnequalWeight,  // of balanced problems, by more than one part in 10^4
+    kOverflow        // the costs leave the range of the type
+  };
+  Kind kind = kFine;
+  bool second = false;
+  int64_t problem = 0, row = 0, column = 0;
+};
+
+// Solves all problems; waits once, at the end. Where something is wrong with any of them nothing is written.
+template <class T>
+SinkhornVerdict sinkhorn(const SinkhornProblems<T>& problems, const SinkhornOptions& options,
+                         const SinkhornResult& result);
+
+// out [batch, n, k] = P v of the plans with potentials f, g, for v [batch, m, k]; with `transpose` out
+// [batch, m, k] = P^T v for v [batch, n, k]. Rows beyond a problem's size become 0. Does not wait.
+template <class T>
+void sinkhorn_apply(const SinkhornProblems<T>& problems, double reg, const double* f, const double* g,
+                    const double* v, int64_t k, bool transpose, double* out, cudaStream_t stream);
+
+// out [batch, n, m] = P, 0 beyond a problem's size. Does not wait.
+template <class T>
+void sinkhorn_plan(const SinkhornProblems<T>& problems, double reg, const double* f, const double* g,
+                   double* out, cudaStream_t stream);
+
+}  // namespace fc::cuda

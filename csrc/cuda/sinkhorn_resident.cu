@@ -1,0 +1,477 @@
+// Small Sinkhorn problems: one block solves one problem from its first iteration to its last, its matrix in
+// shared memory.
+//
+// With absorbed potentials F, G the matrix holds K_ij = exp((F_i + G_j - C_ij) / eps), and the iteration is
+//   r_i = sum_j K_ij b_j v_j     u_i <- 1 / r_i         f_i = F_i + eps log u_i
+//   c_j = sum_i K_ij a_i u_i     v_j <- 1 / c_j         g_j = G_j + eps log v_j
+// (with a power and a factor where it is over-relaxed or a marginal is not kept): two reads of shared memory
+// and a multiply-add for each entry, and no exponential. u, v are float64, the products float32 in chains of
+// 8 whose sums are added up in float64.
+//
+// The range is the log domain's. The first iteration, and one that follows a new eps, holds the costs
+// themselves in the matrix and takes logarithms of sums (float64 exponents), which makes u = v = 1 a good
+// start. Where u or v then leaves 10^-8 .. 10^8 they are absorbed and K is made anew; where a sum leaves
+// 10^-18 .. 10^18, which entries below the smallest float would be missing from, that half of the iteration
+// is made again from the costs.
+//
+// A thread sums a part of a row (or of a column), neighbours of a warp those of neighbouring rows: with rows
+// an odd number of entries apart no two are in one bank.
+//
+// Cost: rows * columns costs for each time that K is made; 2 * rows * columns multiply-adds an iteration.
+// Rejected: a warp for each row, whose sum takes five shuffles; K in registers, which leaves no room for more
+// than 128 x 128; log-sum-exp in every iteration, 30 times the operations.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/launch.h"
+#include "cuda/sinkhorn.cuh"
+
+namespace fc::cuda {
+namespace {
+
+constexpr double kDrift = 1e8, kRange = 1e18;
+
+// Rows or columns of the matrix in shared memory, and what belongs to each.
+template <class T>
+struct Lines {
+  int count;
+  int parts;         // in which a line is summed up
+  int stride, step;  // between lines, and between the entries of a line
+  bool of_columns;
+  const double* weight;  // [count] in global memory
+  double* potential;     // [count] absorbed
+  double* scale;         // [count] u or v; while the matrix holds costs: potential + eps log weight
+  double* last;          // [count] the marginal that the next is compared with, unless that is the weight
+  T* weighted;           // [count] weight * scale
+};
+
+template <class T>
+struct alignas(16) Four {
+  T value[4];
+};
+
+// sum of k[o * step] * w[o] over begin <= o < end; begin is a multiple of 4.
+template <class T>
+__device__ double weighted_sum(const T* k, int step, const T* w, int begin, int end) {
+  constexpr int kGroups = 8;
+  double total = 0;
+  int o = begin;
+  const auto add_groups = [&](int groups) {
+    T sum[4] = {};
+#pragma unroll
+    for (int t = 0; t < groups; ++t, o += 4) {
+      const Four<T> four = *reinterpret_cast<const Four<T>*>(w + o);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) sum[q] = fused(k[(o + q) * step], four.value[q], sum[q]);
+    }
+    total += static_cast<double>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  };
+  while (o + 4 * kGroups <= end) add_groups(kGroups);
+  if (o + 4 <= end) add_groups((end - o) / 4);
+  T sum = 0;
+  for (; o < end; ++o) sum = fused(k[o * step], w[o], sum);
+  return total + static_cast<double>(sum);
+}
+
+// The number of parts that takes the block's threads the least time.
+__device__ int best_parts(int lines, int others) {
+  int best = 1, least = INT32_MAX;
+  for (int parts = 1; parts <= 16 && (parts == 1 || parts * lines <= kMostParts); ++parts) {
+    const int rounds = (parts * lines + kThreads - 1) / kThreads;
+    const int time = rounds * ((others + 4 * parts - 1) / (4 * parts) * 4 + 16);
+    if (time >= least) continue;
+    least = time;
+    best = parts;
+  }
+  return best;
+}
+
+// One problem, by the block that calls.
+template <class T>
+class Resident {
+ public:
+  __device__ Resident(const Batch<T>& batch, const Task& task, int64_t p, SinkhornSchedule& schedule,
+                      double* shared)
+      : batch_(batch), task_(task), p_(p), schedule_(schedule), scratch_(shared) {
+    const int n = batch.rows(p), m = batch.columns(p);
+    double* const row_doubles = scratch_ + max(max(n, m), kMostParts);
+    double* const column_doubles = row_doubles + 3 * n;
+    before_ = column_doubles + 3 * m;
+    double* end = before_ + m;
+    if ((end - shared) % 2 != 0) ++end;
+    T* const values = reinterpret_cast<T*>(end);
+    width_ = m | 1;
+    matrix_ = values + fours(n) + fours(m);
+    rows_ = {n,
+             best_parts(n, m),
+             width_,
+             1,
+             false,
+             batch.a + p * batch.n,
+             row_doubles,
+             row_doubles + n,
+             row_doubles + 2 * n,
+             values};
+    columns_ = {m,
+                best_parts(m, n),
+                1,
+                width_,
+                true,
+                batch.b + p * batch.m,
+                column_doubles,
+                column_doubles + m,
+                column_doubles + 2 * m,
+                values + fours(n)};
+  }
+
+  __device__ void solve() {
+    begin(rows_, task_.options.f == nullptr ? nullptr : task_.options.f + p_ * batch_.n);
+    begin(columns_, task_.options.g == nullptr ? nullptr : task_.options.g + p_ * batch_.m);
+    if (threadIdx.x == 0) {
+      new (&schedule_) SinkhornSchedule(task_.options.reg, task_.facts[p_].spread, task_.options.tol,
+                                        task_.options.max_iter, task_.balanced(), task_.options.f != nullptr);
+    }
+    __syncthreads();
+    enum class Holds { kNothing, kCosts, kKernel };
+    enum class Next { kRows, kColumns, kEvaluation };
+    Holds holds = Holds::kNothing, wanted = Holds::kCosts;
+    Next next = Next::kRows;
+    SinkhornOrder order = SinkhornOrder::kGoOn;
+    double eps = schedule_.eps(), error = 0, columns_off = 0;
+    if (!task_.balanced()) forget(columns_off);
+    for (;;) {
+      if (holds != wanted) {
+        if (holds != Holds::kCosts) fill_costs();
+        if (wanted == Holds::kKernel) exponentiate(1 / eps);
+        holds = wanted;
+      }
+      if (next == Next::kEvaluation) {
+        const Outcome found = evaluate();
+        const bool goes_on =
+            order == SinkhornOrder::kCheck && !(found.error <= task_.options.tol) && disappointed();
+        if (!goes_on) return finish(found);
+        next = Next::kRows;
+        continue;
+      }
+      const bool of_columns = next == Next::kColumns;
+      const Lines<T> lines = of_columns ? columns_ : rows_, others = of_columns ? rows_ : columns_;
+      double off = 0;
+      bool drifted = false;
+      if (holds == Holds::kCosts) {
+        off = advance_from_costs(lines, others, eps);
+      } else if (!advance(lines, others, eps, off, drifted)) {
+        absorb(eps);
+        holds = Holds::kNothing;
+        wanted = Holds::kCosts;
+        continue;
+      }
+      if (drifted) {
+        absorb(eps);
+        holds = Holds::kNothing;
+      }
+      if (!of_columns) {
+        // What is left of the iteration is made of what is there.
+        wanted = holds == Holds::kNothing ? Holds::kKernel : holds;
+        error = off + columns_off;
+        next = Next::kColumns;
+        continue;
+      }
+      columns_off = off;
+      next = Next::kRows;
+      order = after(error);
+      if (order == SinkhornOrder::kGoOn) {
+        wanted = Holds::kKernel;
+        continue;
+      }
+      wanted = Holds::kCosts;
+      if (holds == Holds::kKernel) absorb(eps);
+      if (order == SinkhornOrder::kNewEps) {
+        eps = schedule_.eps();
+        columns_off = 0;
+        if (!task_.balanced()) forget(columns_off);
+      } else {
+        next = Next::kEvaluation;
+      }
+    }
+  }
+
+ private:
+  __device__ static int thread() { return static_cast<int>(threadIdx.x); }
+
+  __device__ void begin(const Lines<T>& lines, const double* start) {
+    for (int l = thread(); l < lines.count; l += kThreads) {
+      lines.potential[l] = start == nullptr ? 0.0 : start[l];
+    }
+  }
+
+  // Unbalanced: there is no plan yet to compare with.
+  __device__ void forget(double& columns_off) {
+    for (int l = thread(); l < rows_.count; l += kThreads) rows_.last[l] = HUGE_VAL;
+    for (int l = thread(); l < columns_.count; l += kThreads) {
+      columns_.last[l] = HUGE_VAL;
+      before_[l] = HUGE_VAL;
+    }
+    columns_off = HUGE_VAL;
+  }
+
+  // The one thread's answer for all.
+  __device__ SinkhornOrder after(double error) {
+    FC_SHARED(SinkhornOrder, order, );
+    __syncthreads();  // everyone has read the schedule
+    if (threadIdx.x == 0) order = schedule_.after(error);
+    __syncthreads();
+    return order;
+  }
+  __device__ bool disappointed() {
+    FC_SHARED(int, go_on, );
+    __syncthreads();
+    if (threadIdx.x == 0) go_on = schedule_.disappointed();
+    __syncthreads();
+    return go_on != 0;
+  }
+
+  // matrix = C
+  __device__ void fill_costs() {
+    const Costs<T> costs = costs_of(batch_, p_, false);
+    for (int row = 0; row < rows_.count; row += kTileRows<T>) {
+      for (int column = 0; column < columns_.count; column += kCols<T>) {
+        T cost[kTileRows<T> / kSide][kCols<T> / kSide];
+        cost_tile(costs, row, column, cost);
+#pragma unroll
+        for (int r = 0; r < kTileRows<T> / kSide; ++r) {
+          const int i = row + tile_row<kTileRows<T>>(r);
+#pragma unroll
+          for (int c = 0; c < kCols<T> / kSide; ++c) {
+            const int j = column + tile_column<T>(c);
+            if (i < rows_.count && j < columns_.count) matrix_[i * width_ + j] = cost[r][c];
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // C becomes K, u and v become 1.
+  __device__ void exponentiate(double inverse) {
+    for (int i = thread() / 32; i < rows_.count; i += kThreads / 32) {
+      for (int j = thread() % 32; j < columns_.count; j += 32) {
+        T& entry = matrix_[i * width_ + j];
+        entry = exponential(static_cast<T>(
+            ((rows_.potential[i] - static_cast<double>(entry)) + columns_.potential[j]) * inverse));
+      }
+    }
+    set_to_one(rows_);
+    set_to_one(columns_);
+    __syncthreads();
+  }
+
+  __device__ void set_to_one(const Lines<T>& lines) {
+    for (int l = thread(); l < lines.count; l += kThreads) {
+      lines.scale[l] = 1;
+      lines.weighted[l] = static_cast<T>(lines.weight[l]);
+    }
+  }
+
+  // Of both sides, when the matrix holds K no longer.
+  __device__ void absorb(double eps) {
+    for (int l = thread(); l < rows_.count; l += kThreads) rows_.potential[l] += eps * log(rows_.scale[l]);
+    for (int l = thread(); l < columns_.count; l += kThreads) {
+      columns_.potential[l] += eps * log(columns_.scale[l]);
+    }
+    __syncthreads();
+  }
+
+  __device__ int part_length(const Lines<T>& lines, const Lines<T>& others) const {
+    return static_cast<int>(fours((others.count + lines.parts - 1) / lines.parts));
+  }
+
+  // Notes the marginal of a line, and returns by how much it is off.
+  __device__ double note_marginal(const Lines<T>& lines, int l, double marginal) {
+    if (task_.balanced()) return fabs(marginal - lines.weight[l]);
+    const double off = fabs(marginal - lines.last[l]);
+    if (lines.of_columns) before_[l] = lines.last[l];
+    lines.last[l] = marginal;
+    return off;
+  }
+
+  // Half an iteration from K. False: a sum is out of range, and nothing has changed.
+  __device__ bool advance(const Lines<T>& lines, const Lines<T>& others, double eps, double& off,
+                          bool& drifted) {
+    const int length = part_length(lines, others);
+    for (int item = thread(); item < lines.parts * lines.count; item += kThreads) {
+      const int part = item / lines.count, l = item - part * lines.count;
+      scratch_[item] = weighted_sum(matrix_ + l * lines.stride, lines.step, others.weighted, part * length,
+                                    min((part + 1) * length, others.count));
+    }
+    __syncthreads();
+    bool in_range = true;
+    for (int l = thread(); l < lines.count; l += kThreads) {
+      double sum = scratch_[l];
+      for (int part = 1; part < lines.parts; ++part) sum += scratch_[part * lines.count + l];
+      in_range = in_range && sum >= 1 / kRange && sum <= kRange;
+      scratch_[l] = sum;
+    }
+    if (!__syncthreads_and(in_range)) return false;
+    const double omega = schedule_.omega(), damp = damping(task_.rho(lines.of_columns), eps);
+    double own_off = 0;
+    bool own_drifted = false;
+    for (int l = thread(); l < lines.count; l += kThreads) {
+      const double sum = scratch_[l], scale = lines.scale[l];
+      double moved = 1 / sum;
+      if (omega != 1 || damp != 1) {
+        const double log_scale = log(scale);
+        moved =
+            exp(damp * (log_scale - omega * (log_scale + log(sum))) + (damp - 1) * lines.potential[l] / eps);
+      }
+      lines.scale[l] = moved;
+      lines.weighted[l] = static_cast<T>(lines.weight[l] * moved);
+      // Of the plan that a row pass began with, and of the one that a column pass made.
+      own_off += note_marginal(lines, l, lines.weight[l] * sum * (lines.of_columns ? moved : scale));
+      own_drifted = own_drifted || !(moved >= 1 / kDrift && moved <= kDrift);
+    }
+    drifted = __syncthreads_or(own_drifted) != 0;
+    off = block_sum(own_off);
+    return true;
+  }
+
+  // scratch[l] = log sum_o weight_o exp((f_l + g_o - C_lo) / eps), from the costs.
+  __device__ void log_sums(const Lines<T>& lines, const Lines<T>& others, double eps) {
+    const double inverse = 1 / eps;
+    for (int o = thread(); o < others.count; o += kThreads) {
+      others.scale[o] = others.potential[o] + eps * log(others.weight[o]);
+    }
+    __syncthreads();
+    const int length = part_length(lines, others);
+    for (int item = thread(); item < lines.parts * lines.count; item += kThreads) {
+      const int part = item / lines.count, l = item - part * lines.count;
+      const int begin = part * length, end = min(begin + length, others.count);
+      const T* const cost = matrix_ + l * lines.stride;
+      const auto exponent_of = [&](int o) {
+        return ((lines.potential[l] - static_cast<double>(cost[o * lines.step])) + others.scale[o]) * inverse;
+      };
+      double top = -HUGE_VAL, sum = 0;
+      for (int o = begin; o < end; ++o) {
+        const double e = exponent_of(o);
+        if (!(e <= top)) top = e;
+      }
+      for (int o = begin; o < end && !(top == -HUGE_VAL); ++o) {
+        sum += static_cast<double>(exponential(static_cast<T>(exponent_of(o) - top)));
+      }
+      scratch_[item] = top + log(sum);
+    }
+    __syncthreads();
+    for (int l = thread(); l < lines.count; l += kThreads) {
+      double top = scratch_[l], sum = 0;
+      for (int part = 1; part < lines.parts; ++part) top = fmax(top, scratch_[part * lines.count + l]);
+      for (int part = 0; part < lines.parts && top > -HUGE_VAL; ++part) {
+        sum += exp(scratch_[part * lines.count + l] - top);
+      }
+      scratch_[l] = top + log(sum);
+    }
+  }
+
+  // Half an iteration from the costs; returns by how much the marginals are off.
+  __device__ double advance_from_costs(const Lines<T>& lines, const Lines<T>& others, double eps) {
+    log_sums(lines, others, eps);
+    const double omega = schedule_.omega(), damp = damping(task_.rho(lines.of_columns), eps);
+    double off = 0;
+    for (int l = thread(); l < lines.count; l += kThreads) {
+      const double log_sum = scratch_[l], potential = lines.potential[l];
+      const double moved = damp * (potential - omega * eps * log_sum);
+      lines.potential[l] = moved;
+      off += note_marginal(
+          lines, l, lines.weight[l] * exp(log_sum + (lines.of_columns ? (moved - potential) / eps : 0)));
+    }
+    return block_sum(off);
+  }
+
+  // The marginals of the plan at reg and how far they are off, <P, C> and the dual; and the potentials of
+  // zero weights become those that the other side implies. From the costs.
+  __device__ Outcome evaluate() {
+    Outcome found{0, 0, 0, 0, schedule_.iterations()};
+    for (const bool of_columns : {false, true}) {
+      const Lines<T> lines = of_columns ? columns_ : rows_, others = of_columns ? rows_ : columns_;
+      const double* const compared = task_.balanced() ? lines.weight : of_columns ? before_ : lines.last;
+      log_sums(lines, others, task_.options.reg);
+      if (!of_columns) found.transport_cost = block_sum(transport_cost());
+      const double rho = task_.rho(of_columns), damp = damping(rho, task_.options.reg);
+      double off = 0, dual = 0, mass = 0;
+      for (int l = thread(); l < lines.count; l += kThreads) {
+        const double weight = lines.weight[l], potential = lines.potential[l];
+        const double marginal = weight > 0 ? weight * exp(scratch_[l]) : 0;
+        off += fabs(marginal - compared[l]);
+        dual += worth(weight, potential, rho);
+        mass += marginal;
+        // Nothing that is still to be read: a weight of 0 counts in no sum.
+        if (!(weight > 0)) lines.potential[l] = damp * (potential - task_.options.reg * scratch_[l]);
+      }
+      found.error += block_sum(off);
+      found.dual += block_sum(dual);
+      if (!of_columns) found.mass = block_sum(mass);
+    }
+    return found;
+  }
+
+  // This thread's share of <P, C>, when the columns' scales are potentials with weights.
+  __device__ double transport_cost() {
+    const double inverse = 1 / task_.options.reg;
+    double cost = 0;
+    for (int i = thread() / 32; i < rows_.count; i += kThreads / 32) {
+      if (!(rows_.weight[i] > 0)) continue;
+      double line = 0;
+      for (int j = thread() % 32; j < columns_.count; j += 32) {
+        const double c = matrix_[i * width_ + j];
+        const double e = ((rows_.potential[i] - c) + columns_.scale[j]) * inverse;
+        line += static_cast<double>(exponential(static_cast<T>(e))) * c;
+      }
+      cost += rows_.weight[i] * line;
+    }
+    return cost;
+  }
+
+  __device__ void finish(const Outcome& found) {
+    for (int l = thread(); l < rows_.count; l += kThreads) {
+      task_.result.f[p_ * batch_.n + l] = rows_.potential[l];
+    }
+    for (int l = thread(); l < columns_.count; l += kThreads) {
+      task_.result.g[p_ * batch_.m + l] = columns_.potential[l];
+    }
+    if (threadIdx.x == 0) write_outcome(task_, p_, found);
+  }
+
+  const Batch<T>& batch_;
+  const Task& task_;
+  const int64_t p_;
+  SinkhornSchedule& schedule_;
+  double* const scratch_;  // [max(kMostParts, rows, columns)]
+  double* before_;         // [columns] unbalanced: the columns' marginals of one iteration earlier
+  T* matrix_;              // [rows, width] costs or K
+  int width_;
+  Lines<T> rows_, columns_;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
+    solve_resident(Batch<T> batch, Task task, int64_t shared) {
+  FC_DYNAMIC_SHARED(double, memory);
+  FC_SHARED(double, schedule, [kScheduleDoubles]);
+  const int64_t p = blockIdx.x;
+  if (task.faults->any() || resident_bytes<T>(batch.rows(p), batch.columns(p)) > shared) return;
+  Resident<T>(batch, task, p, *reinterpret_cast<SinkhornSchedule*>(schedule), memory).solve();
+}
+
+}  // namespace
+
+template <class T>
+void launch_resident(const Batch<T>& batch, const Task& task, int64_t shared) {
+  const int64_t bytes = std::min(shared, resident_bytes<T>(batch.n, batch.m));
+  launch(solve_resident<T>,
+         {dim3(static_cast<unsigned>(batch.count)), dim3(kThreads), static_cast<size_t>(bytes),
+          task.options.stream},
+         batch, task, bytes);
+}
+
+template void launch_resident<float>(const Batch<float>&, const Task&, int64_t);
+template void launch_resident<double>(const Batch<double>&, const Task&, int64_t);
+
+}  // namespace fc::cuda

@@ -1,0 +1,454 @@
+// Large Sinkhorn problems: one cooperative kernel makes all iterations, tiles of costs made anew (or read) in
+// every pass, never n x m.
+//
+// A pass takes the logarithm of each line's sum,
+//   S_i = log sum_j b_j exp((f_i + g_j - C_ij) / eps)      rows; columns likewise, with x and y exchanged,
+// tile by tile with a running maximum. A strip of at most kMostStrip tiles leaves each line's maximum and
+// sum; the strips of a line are put together in float64, in order, by the thread that then moves its
+// potential. Between the four parts of an iteration (rows' tiles, rows, columns' tiles, columns) the grid
+// meets.
+//
+// The blocks form as many teams as there are problems, or as there are blocks; a team's blocks share one
+// problem's tiles, and it solves every so many-th problem. Teams meet the others at each barrier, whatever
+// each is at. Strips, and the order of all sums, hang on the shape of the problem alone, not on the GPU.
+//
+// Cost: an iteration makes every cost twice, n m d multiply-adds each, and 2 n m exponentials; 30 bytes for
+// each line, and 2 for a strip of it. Four barriers, some microseconds.
+// Rejected: both directions from one tile, since a column's sum needs the new potentials of all rows; one
+// launch for each pass, whose end the host would have to wait for to know whether another follows; the sum
+// without a maximum, which overflows where potentials are far from their end.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/device_buffer.h"
+#include "cuda/launch.h"
+#include "cuda/sinkhorn.cuh"
+
+namespace fc::cuda {
+namespace {
+
+constexpr int kMostStrip = 16;      // tiles, so that no chain of float32 sums is long
+constexpr int kEnoughTiles = 1024;  // for all blocks to have work
+constexpr int64_t kMostWorkspace = 256 << 20;
+
+constexpr __host__ __device__ int64_t ceiling(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+
+// What a strip leaves of a line: sum exp(exponent) = sum * exp(most).
+template <class T>
+struct Partial {
+  T most, sum;
+};
+
+// Sums over kThreads lines.
+struct Sums {
+  double off, dual, mass;
+};
+
+// Rows or columns of a team's problem, in global memory. Capacities are those of the longest problem.
+template <class T>
+struct Lines {
+  Split<T>* plain;     // potentials
+  Split<T>* weighted;  // potentials + eps log weight
+  double* last;        // the marginals that the next are compared with, unless these are the weights
+  double* before;      // columns: those of one iteration earlier
+  Sums* sums;          // [ceil(lines / kThreads)]
+};
+
+struct Tiling {
+  int line_tiles, other_tiles, strip, strips;
+};
+
+template <class T>
+__host__ __device__ Tiling tiling_of(int64_t lines, int64_t others) {
+  const int64_t line_tiles = ceiling(lines, kTileRows<T>), other_tiles = ceiling(others, kCols<T>);
+  int64_t strip = line_tiles * other_tiles / kEnoughTiles;
+  strip = strip < 1 ? 1 : strip > kMostStrip ? kMostStrip : strip;
+  return {static_cast<int>(line_tiles), static_cast<int>(other_tiles), static_cast<int>(strip),
+          static_cast<int>(ceiling(other_tiles, strip))};
+}
+
+// At least as many as tiling_of() makes of any problem of up to so many lines and others: a strip of one tile
+// while there are less than 2 * kEnoughTiles, and for more tiles never over two strips for kEnoughTiles of a
+// line's, nor more than the longest strips make of all.
+template <class T>
+int64_t most_partials(int64_t lines, int64_t others) {
+  const int64_t line_tiles = ceiling(lines, kTileRows<T>), other_tiles = ceiling(others, kCols<T>);
+  const int64_t blocks =
+      std::max<int64_t>(2 * kEnoughTiles + line_tiles, line_tiles * ceiling(other_tiles, kMostStrip));
+  return std::min(line_tiles * other_tiles, blocks) * kTileRows<T>;
+}
+
+struct Workspace {
+  char* memory;  // `bytes` for each team
+  int64_t bytes;
+  int64_t partials;  // for which there is room
+  int* active;       // number of teams with a problem
+  int teams, team_blocks;
+};
+
+template <class T>
+int64_t team_bytes(int64_t n, int64_t m, int64_t partials) {
+  const int64_t chunks = ceiling(n, kThreads) + ceiling(m, kThreads);
+  const auto bytes =
+      static_cast<int64_t>((n + 2 * m + partials / kTileRows<T>)*sizeof(double) + chunks * sizeof(Sums) +
+                           2 * (n + m) * sizeof(Split<T>) + partials * sizeof(Partial<T>));
+  return ceiling(bytes, 256) * 256;
+}
+
+// A block of a team.
+template <class T>
+class Streaming {
+ public:
+  __device__ Streaming(const Batch<T>& batch, const Task& task, const Workspace& workspace, int64_t shared,
+                       SinkhornSchedule& schedule)
+      : batch_(batch),
+        task_(task),
+        workspace_(workspace),
+        shared_(shared),
+        schedule_(schedule),
+        team_(static_cast<int>(blockIdx.x) / workspace.team_blocks),
+        member_(static_cast<int>(blockIdx.x) % workspace.team_blocks) {
+    const int64_t n = batch.n, m = batch.m;
+    auto* doubles = reinterpret_cast<double*>(workspace.memory + team_ * workspace.bytes);
+    rows_.last = doubles;
+    rows_.before = nullptr;
+    columns_.last = doubles + n;
+    columns_.before = doubles + n + m;
+    costs_ = doubles + n + 2 * m;
+    rows_.sums = reinterpret_cast<Sums*>(costs_ + workspace.partials / kTileRows<T>);
+    columns_.sums = rows_.sums + ceiling(n, kThreads);
+    rows_.plain = reinterpret_cast<Split<T>*>(columns_.sums + ceiling(m, kThreads));
+    rows_.weighted = rows_.plain + n;
+    columns_.plain = rows_.weighted + n;
+    columns_.weighted = columns_.plain + m;
+    partial_ = reinterpret_cast<Partial<T>*>(columns_.weighted + m);
+  }
+
+  __device__ void solve_all() {
+    p_ = team_ - workspace_.teams;
+    take_next();
+    for (int half = 0;; half = 1 - half) {
+      const bool of_columns = half == 1;
+      if (has_problem() && round_ != Round::kBegin) sum_strips(of_columns);
+      grid_sync();
+      // The only place where it is sure that no team is just finishing.
+      if (*workspace_.active == 0) return;
+      if (has_problem()) {
+        if (round_ == Round::kBegin) {
+          begin(of_columns);
+        } else {
+          settle(of_columns);
+        }
+      }
+      grid_sync();
+      if (has_problem() && of_columns) decide();
+    }
+  }
+
+ private:
+  // What the next four parts are for: setting potentials up, an iteration, or the final evaluation.
+  enum class Round { kBegin, kIteration, kEvaluation };
+
+  __device__ static int thread() { return static_cast<int>(threadIdx.x); }
+  __device__ bool has_problem() const { return p_ < batch_.count; }
+  __device__ bool leads() const { return member_ == 0 && threadIdx.x == 0; }
+
+  __device__ int count_of(bool of_columns) const { return of_columns ? batch_.columns(p_) : batch_.rows(p_); }
+  // Member by member: a reference chosen at run time would put both sides into memory.
+  __device__ Lines<T> lines_of(bool of_columns) const {
+    return {of_columns ? columns_.plain : rows_.plain, of_columns ? columns_.weighted : rows_.weighted,
+            of_columns ? columns_.last : rows_.last, of_columns ? columns_.before : rows_.before,
+            of_columns ? columns_.sums : rows_.sums};
+  }
+  __device__ const double* weights_of(bool of_columns) const {
+    return of_columns ? batch_.b + p_ * batch_.m : batch_.a + p_ * batch_.n;
+  }
+  __device__ double* potentials_of(bool of_columns) const {
+    return of_columns ? task_.result.g + p_ * batch_.m : task_.result.f + p_ * batch_.n;
+  }
+
+  // The team's next problem that is not solved in shared memory.
+  __device__ void take_next() {
+    do {
+      p_ += workspace_.teams;
+    } while (has_problem() && resident_bytes<T>(batch_.rows(p_), batch_.columns(p_)) <= shared_);
+    if (!has_problem()) {
+      if (leads()) atomicAdd(workspace_.active, -1);
+      return;
+    }
+    round_ = Round::kBegin;
+    fresh_ = true;
+    forget();
+    __syncthreads();  // everyone is done with the schedule of the problem before
+    if (threadIdx.x == 0) {
+      new (&schedule_) SinkhornSchedule(task_.options.reg, task_.facts[p_].spread, task_.options.tol,
+                                        task_.options.max_iter, task_.balanced(), task_.options.f != nullptr);
+    }
+    __syncthreads();
+  }
+
+  // Unbalanced: there is no plan yet to compare with.
+  __device__ void forget() { columns_off_ = task_.balanced() ? 0 : HUGE_VAL; }
+
+  // Potentials at the start of a problem or of a new eps.
+  __device__ void begin(bool of_columns) {
+    const Lines<T> lines = lines_of(of_columns);
+    double* const potentials = potentials_of(of_columns);
+    const double* const start = of_columns ? task_.options.g : task_.options.f;
+    const int64_t first = p_ * (of_columns ? batch_.m : batch_.n);
+    const int step = workspace_.team_blocks * kThreads, count = count_of(of_columns);
+    for (int l = member_ * kThreads + thread(); l < count; l += step) {
+      if (fresh_) potentials[l] = start == nullptr ? 0.0 : start[first + l];
+      note_potential(lines, l, potentials[l], weights_of(of_columns)[l]);
+      lines.last[l] = HUGE_VAL;
+      if (of_columns) lines.before[l] = HUGE_VAL;
+    }
+  }
+
+  __device__ void note_potential(const Lines<T>& lines, int l, double potential, double weight) {
+    lines.plain[l] = split<T>(potential);
+    lines.weighted[l] = split<T>(potential + schedule_.eps() * log(weight));
+  }
+
+  // partial_ of the team's problem; and costs_, each strip's part of <P, C>, in a column pass that evaluates.
+  __device__ void sum_strips(bool of_columns) {
+    constexpr int kR = kTileRows<T> / kSide, kC = kCols<T> / kSide;
+    const Costs<T> costs = costs_of(batch_, p_, of_columns);
+    const int lines = costs.lines.count, others = costs.others.count;
+    const Split<T>* const plain = lines_of(of_columns).plain;
+    const Split<T>* const weighted = lines_of(!of_columns).weighted;
+    const double* const weights = weights_of(of_columns);
+    const bool with_cost = of_columns && round_ == Round::kEvaluation;
+    const T inverse = static_cast<T>(1 / schedule_.eps()), none = -static_cast<T>(HUGE_VAL);
+    const Tiling tiling = tiling_of<T>(lines, others);
+    for (int work = member_; work < tiling.line_tiles * tiling.strips; work += workspace_.team_blocks) {
+      const int first_line = work % tiling.line_tiles * kTileRows<T>, strip = work / tiling.line_tiles;
+      const int last_tile = min((strip + 1) * tiling.strip, tiling.other_tiles);
+      Split<T> own[kR];
+      T most[kR], sum[kR], paid[kR];
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        own[r] = plain[min(first_line + tile_row<kTileRows<T>>(r), lines - 1)];
+        most[r] = none;
+        sum[r] = paid[r] = 0;
+      }
+      for (int tile = strip * tiling.strip; tile < last_tile; ++tile) {
+        T value[kR][kC];
+        cost_tile(costs, first_line, tile * kCols<T>, value);
+        const auto exponent_of = [&](int r, int c, Split<T> other) {
+          return exponent(own[r], other, value[r][c], inverse);
+        };
+        const auto other_at = [&](int c) {
+          const int o = tile * kCols<T> + tile_column<T>(c);
+          return o < others ? weighted[o] : split<T>(-HUGE_VAL);
+        };
+        if (with_cost) {
+#pragma unroll
+          for (int c = 0; c < kC; ++c) {
+            const Split<T> other = other_at(c);
+#pragma unroll
+            for (int r = 0; r < kR; ++r) paid[r] += exponential(exponent_of(r, c, other)) * value[r][c];
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < kC; ++c) {
+          const Split<T> other = other_at(c);
+#pragma unroll
+          for (int r = 0; r < kR; ++r) value[r][c] = exponent_of(r, c, other);
+        }
+#pragma unroll
+        for (int r = 0; r < kR; ++r) {
+          T top = most[r];
+#pragma unroll
+          for (int c = 0; c < kC; ++c) top = max(top, value[r][c]);
+          if (top == none) continue;
+          T part = 0;
+#pragma unroll
+          for (int c = 0; c < kC; ++c) part += exponential(value[r][c] - top);
+          sum[r] = sum[r] * exponential(most[r] - top) + part;
+          most[r] = top;
+        }
+      }
+      double cost = 0;
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        // The sixteen threads of a line are half a warp.
+        T top = most[r];
+        for (int step = kSide / 2; step > 0; step /= 2)
+          top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
+        T total = top == none ? T(0) : sum[r] * exponential(most[r] - top);
+        for (int step = kSide / 2; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+        const int line = first_line + tile_row<kTileRows<T>>(r);
+        if (line >= lines) continue;
+        if (threadIdx.x % kSide == 0) partial_[static_cast<int64_t>(strip) * lines + line] = {top, total};
+        if (with_cost && weights[line] > 0) cost += weights[line] * static_cast<double>(paid[r]);
+      }
+      if (!with_cost) continue;
+      cost = block_sum(cost);
+      if (threadIdx.x == 0) costs_[work] = cost;
+    }
+  }
+
+  // log sum over all strips of a line.
+  __device__ double log_sum(int l, int count, int strips) const {
+    double most = -HUGE_VAL, sum = 0;
+    for (int s = 0; s < strips; ++s) {
+      most = fmax(most, static_cast<double>(partial_[static_cast<int64_t>(s) * count + l].most));
+    }
+    for (int s = 0; s < strips && most > -HUGE_VAL; ++s) {
+      const Partial<T> part = partial_[static_cast<int64_t>(s) * count + l];
+      sum += static_cast<double>(part.sum) * exp(static_cast<double>(part.most) - most);
+    }
+    return most + log(sum);
+  }
+
+  // From the lines' sums: their new potentials, or in an evaluation those of zero weights; and `sums`.
+  __device__ void settle(bool of_columns) {
+    const Lines<T> lines = lines_of(of_columns);
+    const double* const weights = weights_of(of_columns);
+    double* const potentials = potentials_of(of_columns);
+    const int count = count_of(of_columns), strips = tiling_of<T>(count, count_of(!of_columns)).strips;
+    const bool iterates = round_ == Round::kIteration, balanced = task_.balanced();
+    const double eps = schedule_.eps(), omega = iterates ? schedule_.omega() : 1;
+    const double rho = task_.rho(of_columns), damp = damping(rho, eps);
+    for (int chunk = member_; chunk * kThreads < count; chunk += workspace_.team_blocks) {
+      const int l = chunk * kThreads + thread();
+      Sums own{};
+      if (l < count) {
+        const double log_of = log_sum(l, count, strips);
+        const double weight = weights[l], potential = potentials[l];
+        const double moved = damp * (potential - omega * eps * log_of);
+        double marginal = 0;
+        if (weight > 0) {
+          // Columns: of the plan that the iteration makes.
+          const double shift = iterates && of_columns ? (moved - potential) / eps : 0;
+          marginal = weight * exp(log_of + shift);
+        }
+        double compared = weight;
+        if (!balanced) compared = of_columns && !iterates ? lines.before[l] : lines.last[l];
+        own.off = fabs(marginal - compared);
+        if (iterates && !balanced) {
+          if (of_columns) lines.before[l] = compared;
+          lines.last[l] = marginal;
+        }
+        own.mass = marginal;
+        own.dual = iterates ? 0 : worth(weight, potential, rho);
+        if (iterates || !(weight > 0)) {
+          potentials[l] = moved;
+          note_potential(lines, l, moved, weight);
+        }
+      }
+      own.off = block_sum(own.off);
+      if (!iterates) {
+        own.dual = block_sum(own.dual);
+        own.mass = block_sum(own.mass);
+      }
+      if (threadIdx.x == 0) lines.sums[chunk] = own;
+    }
+  }
+
+  __device__ double total(const Sums* sums, int count, double Sums::* member) const {
+    double own = 0;
+    for (int chunk = thread(); chunk * kThreads < count; chunk += kThreads) own += sums[chunk].*member;
+    return block_sum(own);
+  }
+
+  // What the round has come to, and what the next is for.
+  __device__ void decide() {
+    FC_SHARED(SinkhornOrder, order, );
+    FC_SHARED(int, go_on, );
+    if (round_ == Round::kBegin) {
+      round_ = Round::kIteration;
+      return;
+    }
+    const int n = count_of(false), m = count_of(true);
+    const double rows_off = total(rows_.sums, n, &Sums::off), off = total(columns_.sums, m, &Sums::off);
+    if (round_ == Round::kIteration) {
+      if (threadIdx.x == 0) order = schedule_.after(rows_off + columns_off_);
+      __syncthreads();
+      order_ = order;
+      columns_off_ = off;
+      if (order_ == SinkhornOrder::kNewEps) {
+        round_ = Round::kBegin;
+        fresh_ = false;
+        forget();
+      } else if (order_ != SinkhornOrder::kGoOn) {
+        round_ = Round::kEvaluation;
+      }
+      return;
+    }
+    Outcome found{rows_off + off, 0, 0, 0, schedule_.iterations()};
+    found.dual = total(rows_.sums, n, &Sums::dual) + total(columns_.sums, m, &Sums::dual);
+    found.mass = total(rows_.sums, n, &Sums::mass);
+    if (order_ == SinkhornOrder::kCheck && !(found.error <= task_.options.tol)) {
+      __syncthreads();
+      if (threadIdx.x == 0) go_on = schedule_.disappointed();
+      __syncthreads();
+      if (go_on) {
+        round_ = Round::kIteration;
+        return;
+      }
+    }
+    const Tiling tiling = tiling_of<T>(m, n);
+    double cost = 0;
+    for (int work = thread(); work < tiling.line_tiles * tiling.strips; work += kThreads)
+      cost += costs_[work];
+    found.transport_cost = block_sum(cost);
+    if (leads()) write_outcome(task_, p_, found);
+    take_next();
+  }
+
+  const Batch<T>& batch_;
+  const Task& task_;
+  const Workspace& workspace_;
+  const int64_t shared_;
+  SinkhornSchedule& schedule_;
+  const int team_, member_;
+  Lines<T> rows_, columns_;
+  double* costs_;        // [works of a column pass]
+  Partial<T>* partial_;  // [strips, lines]
+
+  int64_t p_ = 0;
+  Round round_ = Round::kBegin;
+  bool fresh_ = true;
+  SinkhornOrder order_ = SinkhornOrder::kGoOn;
+  double columns_off_ = 0;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
+    solve_streaming(Batch<T> batch, Task task, Workspace workspace, int64_t shared) {
+  FC_SHARED(double, schedule, [kScheduleDoubles]);
+  if (task.faults->any()) return;
+  Streaming<T>(batch, task, workspace, shared, *reinterpret_cast<SinkhornSchedule*>(schedule)).solve_all();
+}
+
+__global__ void set_active(int* active, int teams) { *active = teams; }
+
+}  // namespace
+
+template <class T>
+void launch_streaming(const Batch<T>& batch, const Task& task, int64_t shared) {
+  const cudaStream_t stream = task.options.stream;
+  const int64_t partials = std::max(most_partials<T>(batch.n, batch.m), most_partials<T>(batch.m, batch.n));
+  const int64_t bytes = team_bytes<T>(batch.n, batch.m, partials);
+  const int64_t blocks = cooperative_blocks(solve_streaming<T>, kThreads, 0);
+  const int64_t room = std::max<int64_t>(kMostWorkspace / bytes, 1);
+  const int64_t teams = std::min({batch.count, room, blocks});
+  const int64_t team_blocks = std::min(blocks / teams, partials / kTileRows<T>);
+  const DeviceBuffer<char> memory(teams * bytes, stream);
+  const DeviceBuffer<int> active(1, stream);
+  const Workspace workspace{
+      memory.data(), bytes, partials, active.data(), static_cast<int>(teams), static_cast<int>(team_blocks)};
+  launch(set_active, {dim3(1), dim3(1), 0, stream}, workspace.active, workspace.teams);
+  launch(solve_streaming<T>,
+         {dim3(static_cast<unsigned>(teams * team_blocks)), dim3(kThreads), 0, stream, true}, batch, task,
+         workspace, shared);
+}
+
+template void launch_streaming<float>(const Batch<float>&, const Task&, int64_t);
+template void launch_streaming<double>(const Batch<double>&, const Task&, int64_t);
+
+}  // namespace fc::cuda

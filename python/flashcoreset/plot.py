@@ -1,0 +1,63 @@
+"""Pictures of results; matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashcoreset._types import Coreset
+
+
+def descent(coreset: Coreset, ax: Any = None) -> Any:
+    """Draws the score of a `goracs` coreset against the number of exchanges; with labels one curve a class.
+
+    Args:
+        coreset: what `goracs` returned.
+        ax: a matplotlib Axes to draw on; None makes a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        TypeError: if `coreset` is no Coreset.
+        ValueError: if its `info` holds no scores of exchanges.
+        ImportError: without matplotlib.
+
+    Example:
+        >>> import torch, matplotlib, flashcoreset as fc
+        >>> matplotlib.use("Agg")
+        >>> train = torch.tensor([[0.0], [1.0], [2.0], [9.0], [10.0]])
+        >>> coreset = fc.goracs(train, torch.tensor([[0.5], [1.5], [9.5], [10.5]]), torch.ones(5), 2)
+        >>> fc.plot.descent(coreset).get_xlabel()
+        'exchanges'
+    """
+    if not isinstance(coreset, Coreset):
+        raise TypeError(f"coreset must be a Coreset, got {type(coreset).__name__}")
+    classes = coreset.info.get("classes", {None: coreset.info})
+    if not all({"scores", "exchanges"} <= info.keys() for info in classes.values()):
+        raise ValueError(
+            f"coreset must be one that goracs returned, whose info has scores and exchanges, got info with "
+            f"{', '.join(coreset.info) or 'nothing'}"
+        )
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            f"plot.descent needs matplotlib ({error}); install it with pip install 'flashcoreset[demo]'"
+        ) from error
+    if ax is None:
+        _, ax = plt.subplots(layout="constrained")
+    for label, info in classes.items():
+        ax.plot(
+            info["exchanges"],
+            info["scores"],
+            drawstyle="steps-post",
+            marker="o",
+            markersize=3,
+            label=None if label is None else f"class {label}",
+        )
+    ax.set_xlabel("exchanges")
+    ax.set_ylabel("transport cost")
+    ax.grid(visible=True, alpha=0.3)
+    if "classes" in coreset.info:
+        ax.legend(frameon=False)
+    return ax
