@@ -76,10 +76,10 @@ VARIANTS = [
         for kernel in SINKHORN
         for form in ("euclidean", "precomputed", "transposed")
     ),
-    *((half_iteration_kernel, "fp32", form, True) for form in ("cosine", "l1")),
+    (half_iteration_kernel, "fp32", "l1", True),
     *((kernel, "fp64", "euclidean", True) for kernel in SINKHORN),
-    *((kernel, dtype, "euclidean", False) for kernel in SINKHORN for dtype in ("fp32", "fp64")),
-    (half_iteration_kernel, "fp64", "transposed", True),
+    *((half_iteration_kernel, dtype, "euclidean", False) for dtype in ("fp32", "fp64")),
+    (apply_kernel, "fp64", "euclidean", False),
     (schedule_kernel, "fp64", "any", True),
 ]
 

@@ -58,10 +58,10 @@ def test_no_accumulator_is_spilled(
 ) -> None:
     report = reports[architecture]
     with capsys.disabled():
-        print(f"\nsm_{architecture:<35} registers  spilled  shared")
+        print(f"\nsm_{architecture:<42} registers  spilled  shared")
         for kernel in report:
             print(
-                f"{kernel['name']:<38} {kernel['registers']:>9}  {kernel['spilled']:>7}  {kernel['shared']:>6}"
+                f"{kernel['name']:<45} {kernel['registers']:>9}  {kernel['spilled']:>7}  {kernel['shared']:>6}"
             )
     assert [kernel["name"] for kernel in report if kernel["spilled"] > SPILLED] == []
 
