@@ -201,7 +201,7 @@ def goracs(
             infos[label] = info
             done += count + options.max_exchanges
             bar.update(done)
-    info = infos[0] if labels is None else _together(infos, classes, len(y))
+    info = infos[0] if labels is None else _together(infos, classes)
     return Coreset(torch.cat(indices), torch.cat(weights), info)
 
 
@@ -256,7 +256,7 @@ def class_budgets(shares: list[int], sizes: list[int], k: int) -> list[int]:
         free = [group for group in free if group not in full]
 
 
-def _together(infos: dict[int, dict[str, Any]], classes: list[_Class], valid: int) -> dict[str, Any]:
+def _together(infos: dict[int, dict[str, Any]], classes: list[_Class]) -> dict[str, Any]:
     served = sum(len(own) for _, _, own, _ in classes)
     parts = [(infos[label], len(own) / served) for label, _, own, _ in classes]
     return {

@@ -160,13 +160,18 @@ def _scan(blocks: CostBlocks, u: Tensor, v: Tensor, threshold: float, count: int
     keys, values = [], []
     for rows, c in blocks():
         reduced = c.double() - u[rows, None]
-        for begin in range(0, len(c), _GROUP):
-            low, row = reduced[begin : begin + _GROUP].min(0)
-            f = torch.minimum(f, low)
-            low = low - v
-            column = (low < threshold).nonzero()[:, 0]
-            keys.append((row[column] + (rows.start + begin)) * len(v) + column)
-            values.append(low[column])
+        whole = len(c) // _GROUP * _GROUP
+        for begin, end in ((0, whole), (whole, len(c))):
+            if begin == end:
+                continue
+            groups = reduced[begin:end].view(-1, min(_GROUP, end - begin), len(v))
+            low, row = groups.min(1)
+            f = torch.minimum(f, low.amin(0))
+            low -= v
+            group, column = (low < threshold).nonzero(as_tuple=True)
+            source = rows.start + begin + group * groups.shape[1] + row[group, column]
+            keys.append(source * len(v) + column)
+            values.append(low[group, column])
     key, value = torch.cat(keys), torch.cat(values)
     if len(key) > count:
         key = key[value <= value.kthvalue(count).values]
