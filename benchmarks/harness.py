@@ -224,8 +224,8 @@ def run(row: Row, family: str, benchmark: Any, options: Options, records: list[R
 
         def setup() -> None:
             peer_seconds.append(_timed(peer, inputs, row.calls) / row.peer_share)
-            # Threads of the peer's pool spin for a moment before they sleep; they are not to take our cores.
-            time.sleep(0.005)
+            # Threads of the peer's pool spin before they sleep, OpenBLAS' for 2^26 cycles; they are not to take our cores.
+            time.sleep(0.05)
 
         def target() -> None:
             for _ in range(row.calls):
