@@ -36,7 +36,7 @@ SOLVERS = ("exact", "sinkhorn")
 _KEPT_BYTES = 2**24
 _POOL = 16  # additions whose costs are kept, as a multiple of n_candidates
 _FAILURES = 3  # exchanges that may fail one after the other before all additions are looked at anew
-_SHARE = 0.5  # of the decrease that its bounds allow, what a step of several exchanges has to reach
+_SHARE = 0.7  # of the decrease that its bounds allow, what a step of several exchanges has to reach
 _ROUNDING = 1e-5  # how far float32 bounds may be off
 
 
