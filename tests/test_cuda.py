@@ -320,6 +320,9 @@ def cuobjdump() -> str | None:
 
 # Bytes a thread: what the grid's barrier, which is a call, keeps there on sm_90, and a variable of frexp's.
 STACK = 40
+# Sinkhorn's runs hold tiles of costs, the loops over them and the schedule in one kernel of 128 registers, so that two blocks
+# fit; what they spill is used outside of the feature loops and of those over the matrix, a few values a tile.
+SINKHORN_STACK = 256
 
 
 def test_no_kernel_spills() -> None:
@@ -333,7 +336,8 @@ def test_no_kernel_spills() -> None:
     kernels = re.findall(r"arch = (\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+)", told.stdout)
     found = [(name, int(stack)) for _, name, _, stack in kernels if name]
     assert len([name for name, _ in found if "greedy" in name]) >= 11
-    assert [(name, stack) for name, stack in found if stack > STACK] == []
+    bounds = [(name, stack, SINKHORN_STACK if "sinkhorn" in name else STACK) for name, stack in found]
+    assert [(name, stack) for name, stack, most in bounds if stack > most] == []
 
 
 @pytest.fixture

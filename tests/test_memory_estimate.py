@@ -122,7 +122,7 @@ MEASURE_SINKHORN = (
     + """
 torch.set_num_threads(2)
 g = torch.Generator().manual_seed(0)
-fc.sinkhorn(torch.rand(64, 8, generator=g), torch.rand(64, 8, generator=g), reg=1.0, tol=0, max_iter=2)
+fc.sinkhorn(torch.rand(64, 8, generator=g), torch.rand(64, 8, generator=g), reg=1.0, tol=0, max_iter=2, backend={backend})
 tensors = [torch.rand(*shape, generator=g, dtype={dtype}) for shape in {shapes}]
 done, peak = threading.Event(), 0
 watcher = threading.Thread(target=watch)
@@ -149,7 +149,9 @@ SINKHORN = {
 @pytest.mark.parametrize("name", SINKHORN)
 def test_of_sinkhorn_is_an_upper_bound_within_a_factor_of_two(name: str) -> None:
     shapes, dtype, options = SINKHORN[name]
-    code = MEASURE_SINKHORN.format(shapes=shapes, dtype=dtype, options=options)
+    code = MEASURE_SINKHORN.format(
+        shapes=shapes, dtype=dtype, options=options, backend=repr(options.get("backend"))
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
     )

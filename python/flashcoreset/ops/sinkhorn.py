@@ -823,7 +823,7 @@ def _estimate(
     matrix = n * m * size
     resident = matrix <= memory_budget
     if backend == "torch":
-        blocks = 8 * max(2**20, 8 * m)
+        blocks = 16 * max(2**20, 8 * m)  # temporaries of a block of rows, and the allocator's share of them
         return (
             outputs + converted + (n * m * 8 if resident else 0) + 2 * points * 8 + 16 * (n + m) * 8 + blocks
         )

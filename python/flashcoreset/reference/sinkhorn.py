@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashcoreset._tensor import check_finite
 from flashcoreset.reference.facility_location import normalize_rows, values_of_rows
 
 # Temporaries of a block of rows of costs: as many bytes as this, or as one row takes.
@@ -197,8 +198,14 @@ def _problems(
     rows = [a.shape[1]] * batch if x_lengths is None else x_lengths.tolist()
     columns = [b.shape[1]] * batch if y_lengths is None else y_lengths.tolist()
     for p, (r, c) in enumerate(zip(rows, columns, strict=True)):
-        own = x[p, :r, :c] if y is None else x[p, :r]
-        yield p, slice(0, r), slice(0, c), _Costs(own, None if y is None else y[p, :c], metric, memory_budget)
+        own, other = (x[p, :r, :c], None) if y is None else (x[p, :r], y[p, :c])
+        try:
+            check_finite(own, "x")
+            if other is not None:
+                check_finite(other, "y")
+        except ValueError as error:
+            raise ValueError(f"{error} of problem {p}" if batch > 1 else str(error)) from None
+        yield p, slice(0, r), slice(0, c), _Costs(own, other, metric, memory_budget)
 
 
 def damping(rho: float, eps: float) -> float:
