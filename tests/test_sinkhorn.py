@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 import flashcoreset as fc
 from flashcoreset import kernels
 
-ot = pytest.importorskip("ot", reason="POT is the peer that results are compared with: pip install POT")
+# Compiling POT's sources warns of their escape sequences.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import ot
 
 INF = math.inf
 METRICS = ["sqeuclidean", "euclidean", "l1", "cosine"]

@@ -154,6 +154,21 @@ class FacilityLocation:
         return self._run.stats()
 
 
+def _batch(
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    metric: str,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+) -> tuple[Any, ...]:
+    """What every call of the compiled module takes first."""
+    points = None if y is None else y.detach()
+    lengths = (_optional(x_lengths), _optional(y_lengths))
+    return _capsule(x.detach()), _optional(points), _capsule(a), _capsule(b), metric, *lengths
+
+
 def sinkhorn(
     x: Tensor,
     y: Tensor | None,
@@ -209,13 +224,7 @@ def sinkhorn(
     scalars = torch.empty(3, batch, dtype=torch.float64)
     iterations = torch.empty(batch, dtype=torch.int64)
     run = _native.module().Sinkhorn(
-        _capsule(x.detach()),
-        None if y is None else _capsule(y.detach()),
-        _capsule(a),
-        _capsule(b),
-        metric,
-        _optional(x_lengths),
-        _optional(y_lengths),
+        *_batch(x, y, a, b, metric, x_lengths, y_lengths),
         reg,
         *reg_marginal,
         max_iter,
@@ -262,13 +271,7 @@ def sinkhorn_apply(
     """
     out = x.new_zeros(a.shape[0], (b if transpose else a).shape[1], v.shape[2])
     _native.module().sinkhorn_apply(
-        _capsule(x.detach()),
-        None if y is None else _capsule(y.detach()),
-        _capsule(a),
-        _capsule(b),
-        metric,
-        _optional(x_lengths),
-        _optional(y_lengths),
+        *_batch(x, y, a, b, metric, x_lengths, y_lengths),
         _capsule(f),
         _capsule(g),
         reg,
@@ -297,13 +300,7 @@ def sinkhorn_plan(
     errors are those of `sinkhorn`."""
     out = x.new_zeros(a.shape[0], a.shape[1], b.shape[1])
     _native.module().sinkhorn_plan(
-        _capsule(x.detach()),
-        None if y is None else _capsule(y.detach()),
-        _capsule(a),
-        _capsule(b),
-        metric,
-        _optional(x_lengths),
-        _optional(y_lengths),
+        *_batch(x, y, a, b, metric, x_lengths, y_lengths),
         _capsule(f),
         _capsule(g),
         reg,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -624,7 +624,7 @@ def _transport(p: _Problem, progress: Callable[[int, int], object] | bool | None
     return Transport(
         p.shaped(f.to(dtype)), p.shaped(g.to(dtype)), p.shaped(solution.value.to(dtype)), p.shaped(cost.to(dtype)),
         p.shaped(error.to(dtype)), p.shaped(solution.iterations), p.shaped(solution.converged),
-        _Problem(**{**vars(p), "f": None, "g": None}), (f, g),
+        replace(p, f=None, g=None), (f, g),
     )  # fmt: skip
 
 
