@@ -140,6 +140,18 @@ def _timed(call: Callable[[Inputs], Any], inputs: Inputs, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def _wait_for_other_threads() -> None:
+    """Until this process uses no processor while it sleeps, a second at most.
+
+    Threads of a peer's pool spin before they sleep, OpenBLAS' for 2^26 cycles and more; they are not to take our cores.
+    """
+    for _ in range(50):
+        before = time.process_time()
+        time.sleep(0.02)
+        if time.process_time() - before < 0.002:
+            return
+
+
 def quantiles(seconds: list[float]) -> dict[str, float]:
     """{"q20", "median", "q80"} of the rounds' times."""
     low, middle, high = np.quantile(seconds, QUANTILES)
@@ -224,8 +236,7 @@ def run(row: Row, family: str, benchmark: Any, options: Options, records: list[R
 
         def setup() -> None:
             peer_seconds.append(_timed(peer, inputs, row.calls) / row.peer_share)
-            # Threads of the peer's pool spin before they sleep, OpenBLAS' for 2^26 cycles; they are not to take our cores.
-            time.sleep(0.05)
+            _wait_for_other_threads()
 
         def target() -> None:
             for _ in range(row.calls):

@@ -125,9 +125,9 @@ inline Vec<T> difference(Vec<T> a, Vec<T> b) {
 template <int kRows, class T>
 inline void lane_sums(const Vec<T> (&v)[kRows], T* out) {
 #if defined(__AVX2__)
-  if constexpr (kRows == 8 && sizeof(T) == 4) {
-    __m256 half[8];
-    for (int r = 0; r < 8; ++r) {
+  if constexpr ((kRows == 8 || kRows == 4) && sizeof(T) == 4) {
+    __m256 half[kRows];
+    for (int r = 0; r < kRows; ++r) {
 #if defined(__AVX512F__)
       half[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[r]), _mm512_extractf32x8_ps((__m512)v[r], 1));
 #else
@@ -135,9 +135,13 @@ inline void lane_sums(const Vec<T> (&v)[kRows], T* out) {
 #endif
     }
     const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
-    _mm256_storeu_ps(
-        out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+    if constexpr (kRows == 4) {
+      _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1)));
+    } else {
+      const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
+      _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                                          _mm256_permute2f128_ps(low, high, 0x31)));
+    }
     return;
   }
 #endif

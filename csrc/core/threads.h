@@ -15,6 +15,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -38,8 +42,7 @@ class ThreadTeam {
   ~ThreadTeam() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      quit_ = true;
-      generation_.fetch_add(1, std::memory_order_release);
+      quit_.store(true, std::memory_order_release);
     }
     wake_.notify_all();
     for (auto& worker : workers_) worker.join();
@@ -94,47 +97,78 @@ class ThreadTeam {
   }
 
  private:
+  // A region, open from run() until its calling thread has found no work left. A worker takes part only if it
+  // arrives in that time, so nobody waits for a thread that the system has not woken yet.
   void run(const std::function<void(int)>& body) {
     start();
+    body_.store(&body, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      body_ = &body;
-      running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-      generation_.fetch_add(1, std::memory_order_release);
+      state_.store(++region_ * kRegion + kOpen, std::memory_order_release);
     }
     wake_.notify_all();
     body(0);
-    spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
+    state_.fetch_sub(kOpen, std::memory_order_acq_rel);
+    const auto all_left = [&] { return state_.load(std::memory_order_acquire) % kRegion == 0; };
+    spin_until(all_left);
+    if (all_left()) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return running_.load(std::memory_order_acquire) == 0; });
-    body_ = nullptr;
+    done_.wait(lock, all_left);
   }
 
   void start() {
     if (!workers_.empty()) return;
     workers_.reserve(size_ - 1);
-    for (int i = 1; i < size_; ++i) workers_.emplace_back([this, i] { work(i); });
+    for (int i = 1; i < size_; ++i) {
+      workers_.emplace_back([this, i] { work(i); });
+      leave_this_processor(workers_.back());
+    }
   }
 
   void work(int thread) {
-    uint64_t seen = 0;
+    int64_t seen = 0;  // the last region that this worker looked at
     while (true) {
-      spin_until([&] { return generation_.load(std::memory_order_acquire) != seen; });
-      const std::function<void(int)>* body;
-      {
+      const auto news = [&] { return quit_.load(std::memory_order_acquire) || region() != seen; };
+      spin_until(news);
+      if (!news()) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-        if (quit_) return;
-        seen = generation_.load(std::memory_order_acquire);
-        body = body_;
+        wake_.wait(lock, news);
       }
-      (*body)(thread);
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        running_.fetch_sub(1, std::memory_order_release);
+      if (quit_.load(std::memory_order_acquire)) return;
+      int64_t state = state_.load(std::memory_order_acquire);
+      seen = state / kRegion;
+      while (state / kRegion == seen && state & kOpen) {
+        if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
+        (*body_.load(std::memory_order_relaxed))(thread);
+        state = state_.fetch_sub(1, std::memory_order_acq_rel) - 1;
+        if (state % kRegion == 0) {
+          // Under the lock, lest the caller looks before and sleeps after.
+          {
+            std::lock_guard<std::mutex> lock(mutex_);
+          }
+          done_.notify_one();
+        }
+        break;
       }
-      done_.notify_one();
     }
+  }
+
+  int64_t region() const { return state_.load(std::memory_order_acquire) / kRegion; }
+
+  // Some kernels start a thread on its creator's processor, where it waits for milliseconds beside another
+  // that is idle. Forbidding that processor for a moment moves it.
+  static void leave_this_processor([[maybe_unused]] std::thread& worker) {
+#if defined(__linux__)
+    cpu_set_t allowed, others;
+    if (pthread_getaffinity_np(worker.native_handle(), sizeof allowed, &allowed) != 0) return;
+    others = allowed;
+    const int here = sched_getcpu();
+    if (here < 0 || here >= CPU_SETSIZE) return;
+    CPU_CLR(here, &others);
+    if (CPU_COUNT(&others) == 0) return;
+    pthread_setaffinity_np(worker.native_handle(), sizeof others, &others);
+    pthread_setaffinity_np(worker.native_handle(), sizeof allowed, &allowed);
+#endif
   }
 
   // A short spin before sleeping: regions follow each other within microseconds inside a greedy loop.
@@ -149,18 +183,21 @@ class ThreadTeam {
     }
   }
 
+  // state_ is region number * kRegion + kOpen while it is open + the workers inside.
+  static constexpr int64_t kOpen = int64_t{1} << 20, kRegion = kOpen * 2;
+
   const int size_;
   std::function<bool()> poll_;
   std::chrono::steady_clock::time_point last_poll_ = std::chrono::steady_clock::now();
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> running_{0};
+  std::atomic<int64_t> state_{0};
+  int64_t region_ = 0;
   std::atomic<int64_t> next_{0};
   std::atomic<bool> stop_{false};
-  const std::function<void(int)>* body_ = nullptr;
-  bool quit_ = false;
+  std::atomic<const std::function<void(int)>*> body_{nullptr};
+  std::atomic<bool> quit_{false};
 };
 
 }  // namespace fc

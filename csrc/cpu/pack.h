@@ -37,12 +37,16 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t size) : size_(size) {
     if (size <= 0) return;
-    const size_t bytes = sizeof(T) * static_cast<size_t>(size);
-    const std::align_val_t alignment{bytes >= 2 * kHugePage ? kHugePage : 64};
+    size_t bytes = sizeof(T) * static_cast<size_t>(size);
+    // Filled up to whole huge pages where that adds an eighth at most.
+    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    if (whole - bytes <= bytes / 8) bytes = whole;
+    const bool huge = bytes >= 2 * kHugePage;
+    const std::align_val_t alignment{huge ? kHugePage : 64};
     data_ = {static_cast<T*>(::operator new[](bytes, alignment)), Free{alignment}};
 #if defined(__linux__)
     // Only a hint: without huge pages everything works the same.
-    if (bytes >= 2 * kHugePage) madvise(data_.get(), bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+    if (huge) madvise(data_.get(), bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
   }
   Buffer(int64_t size, T value) : Buffer(size) {

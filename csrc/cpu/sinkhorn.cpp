@@ -3,8 +3,8 @@
 // Potentials f, g are double. The kernel matrix K_ij = exp((f_i + g_j - C_ij) / eps) is made at the
 // potentials of the moment, so that its rows sum to 1 under the weights b, and is then scaled, P_ij = a_i u_i
 // K_ij v_j b_j. A scaling beyond 1e+-8 is absorbed into the potentials and K made anew. An iteration reads K
-// once: eight rows give their K v, from which their u follows, and while they are still in the first-level
-// cache their part of K^T u.
+// once: four rows give their K v, from which their u follows, and while the next rows come from
+// memory their part of K^T u is taken from the first-level cache.
 //   sweep        K (or, where it does not fit the memory budget, a block of 24 rows of it) from the costs,
 //   and an
 //                iteration on the way: n m costs (d multiply-adds each from points) and exponentials
@@ -41,14 +41,17 @@
 namespace fc {
 namespace {
 
-constexpr int kTogether = 8;        // rows of K that are in the first-level cache together
-constexpr int64_t kChunkRows = 72;  // at least; a multiple of kTogether and of kCostRows
-constexpr int64_t kChunks = 64;     // about, at most
-constexpr int64_t kFlush = 512;     // columns whose sum is taken in the type's own precision
+// Rows of K that are read together; twice as many of short ones, since a group has a fixed cost.
+constexpr int kTogether = 4;
+constexpr int64_t kShort = 256;            // columns
+constexpr int64_t kFirstCache = 32 << 10;  // bytes of rows that a first-level cache keeps beside others
+constexpr int64_t kChunkRows = 72;         // at least; a multiple of kTogether and of kCostRows
+constexpr int64_t kChunks = 64;            // about, at most
+constexpr int64_t kFlush = 512;            // columns whose sum is taken in the type's own precision
 constexpr double kLeastScaling = 1e-8, kMostScaling = 1e8;
 
 template <class T>
-constexpr int kLanes = simd::kWidth<T> < kTogether ? kTogether : simd::kWidth<T>;
+constexpr int kLanes = simd::kWidth<T> < 2 * kTogether ? 2 * kTogether : simd::kWidth<T>;
 
 // Sums outside these are taken in the log domain.
 template <class T>
@@ -56,44 +59,55 @@ constexpr T kLeast = static_cast<T>(sizeof(T) == 4 ? 1e-20 : 1e-200);
 template <class T>
 constexpr T kMost = 1 / kLeast<T>;
 
-// out[r] += sum over columns of k[r][j] x[j], for kR rows `stride` apart; columns is a multiple of the width.
-template <int kR, class T>
-void add_products(const T* k, int64_t stride, const T* x, int64_t columns, double* out) {
+// out[r] += sum over columns of k[r][j] x[j] for kNew rows `stride` apart and, on the way, sum[j] += w[r]
+// old[r][j] for kOld rows.
+template <int kNew, int kOld, class T>
+void pass(const T* k, const T* old, int64_t stride, const T* x, const T* w, int64_t columns, double* out,
+          T* sum) {
   using V = simd::Vec<T>;
   constexpr int kW = simd::kWidth<T>;
+  V weight[kOld > 0 ? kOld : 1];
+  for (int r = 0; r < kOld; ++r) weight[r] = simd::broadcast(w[r]);
   for (int64_t begin = 0; begin < columns; begin += kFlush) {
     const int64_t end = std::min(columns, begin + kFlush);
-    V sum[kR] = {};
+    V product[kNew > 0 ? kNew : 1] = {};
     for (int64_t j = begin; j < end; j += kW) {
-      const V xj = simd::load(x + j);
+      if constexpr (kNew > 0) {
+        const V xj = simd::load(x + j);
 #pragma GCC unroll 8
-      for (int r = 0; r < kR; ++r) sum[r] = simd::fma<T>(simd::load(k + r * stride + j), xj, sum[r]);
+        for (int r = 0; r < kNew; ++r)
+          product[r] = simd::fma<T>(simd::load(k + r * stride + j), xj, product[r]);
+      }
+      if constexpr (kOld > 0) {
+        V s = simd::load(sum + j);
+#pragma GCC unroll 8
+        for (int r = 0; r < kOld; ++r) s = simd::fma<T>(simd::load(old + r * stride + j), weight[r], s);
+        simd::store(sum + j, s);
+      }
     }
-    T total[kR];
-    simd::lane_sums<kR>(sum, total);
-    for (int r = 0; r < kR; ++r) out[r] += static_cast<double>(total[r]);
+    if constexpr (kNew > 0) {
+      T total[kNew];
+      simd::lane_sums<kNew>(product, total);
+      for (int r = 0; r < kNew; ++r) out[r] += static_cast<double>(total[r]);
+    }
   }
 }
 
-// sum[j] += w[r] k[r][j] over kR rows.
+template <int kR, class T>
+void add_products(const T* k, int64_t stride, const T* x, int64_t columns, double* out) {
+  pass<kR, 0, T>(k, nullptr, stride, x, nullptr, columns, out, nullptr);
+}
+
 template <int kR, class T>
 void add_rows(const T* k, int64_t stride, const T* w, int64_t columns, T* sum) {
-  using V = simd::Vec<T>;
-  V weight[kR];
-  for (int r = 0; r < kR; ++r) weight[r] = simd::broadcast(w[r]);
-  for (int64_t j = 0; j < columns; j += simd::kWidth<T>) {
-    V s = simd::load(sum + j);
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r) s = simd::fma<T>(simd::load(k + r * stride + j), weight[r], s);
-    simd::store(sum + j, s);
-  }
+  pass<0, kR, T>(nullptr, k, stride, nullptr, w, columns, nullptr, sum);
 }
 
-// fn(first, rows) with rows = kTogether as a constant while so many are left, then 1.
-template <class Fn>
+// fn(first, rows) with rows = kR as a constant while so many are left, then 1.
+template <int kR = kTogether, class Fn>
 void for_rows_together(int64_t count, Fn&& fn) {
   int64_t r = 0;
-  for (; r + kTogether <= count; r += kTogether) fn(r, std::integral_constant<int, kTogether>{});
+  for (; r + kR <= count; r += kR) fn(r, std::integral_constant<int, kR>{});
   for (; r < count; ++r) fn(r, std::integral_constant<int, 1>{});
 }
 
@@ -451,21 +465,15 @@ class Problem {
     team_.parallel_for(chunks_.count(), 1, [&](int, int64_t c, int64_t) {
       T* const sums = chunks_.sums(c);
       std::fill(sums, sums + width_, T(0));
-      Range<T> range, scalings;
-      double error = 0;
-      const int64_t first = chunks_.first(c);
-      for_rows_together(chunks_.last(c) - first, [&](int64_t r, auto together) {
-        constexpr int kR = decltype(together)::value;
-        const T* const rows = matrix_ + (first + r) * width_;
-        double product[kR] = {};
-        add_products<kR>(rows, width_, weighted_v_.data(), width_, product);
-        T weighted[kLanes<T>];
-        error += scale_rows<kR>(first + r, product, weighted, range, scalings);
-        add_rows<kR>(rows, width_, weighted, width_, sums);
-      });
-      chunk_error_[c] = error;
-      if (!range.within(kLeast<T>, kMost<T>)) in_range.store(false, std::memory_order_relaxed);
-      if (!scalings.within(kLeastScaling, kMostScaling)) drifted.store(true, std::memory_order_relaxed);
+      RowsSeen seen;
+      if (width_ <= kShort) {
+        plain_chunk<2 * kTogether>(c, sums, seen);
+      } else {
+        plain_chunk<kTogether>(c, sums, seen);
+      }
+      chunk_error_[c] = seen.error();
+      if (!seen.sums.within(kLeast<T>, kMost<T>)) in_range.store(false, std::memory_order_relaxed);
+      if (!seen.scalings.within(kLeastScaling, kMostScaling)) drifted.store(true, std::memory_order_relaxed);
     });
     Range<T> scalings;
     if (!in_range.load() || !scale_columns(off, scalings)) return false;
@@ -476,10 +484,52 @@ class Problem {
     return true;
   }
 
+  // What an iteration learns from the rows of a chunk.
+  struct RowsSeen {
+    Range<T> sums, scalings;
+    V off{};            // balanced: by how much the rows' sums are off, as shares of the mass
+    double change = 0;  // unbalanced: by how much they changed
+    double mass = 1;
+    double error() const {
+      double total = 0;
+      for (int l = 0; l < kW; ++l) total += static_cast<double>(off[l]);
+      return total * mass + change;
+    }
+  };
+
+  // The rows of a chunk, some together. Where two groups of them fit the first-level cache, the columns' sums
+  // of one are taken while the next comes from memory.
+  template <int kGroup>
+  void plain_chunk(int64_t c, T* sums, RowsSeen& seen) {
+    const bool overlap = 2 * kGroup * width_ * static_cast<int64_t>(sizeof(T)) <= kFirstCache;
+    const T *x = weighted_v_.data(), *before = nullptr;
+    T weighted[kLanes<T>];
+    seen.mass = mass_a_;
+    const int64_t first = chunks_.first(c);
+    for_rows_together<kGroup>(chunks_.last(c) - first, [&](int64_t r, auto together) {
+      constexpr int kR = decltype(together)::value;
+      const T* const rows = matrix_ + (first + r) * width_;
+      double product[kR] = {};
+      if (before == nullptr) {
+        add_products<kR>(rows, width_, x, width_, product);
+      } else {
+        pass<kR, kGroup>(rows, before, width_, x, weighted, width_, product, sums);
+      }
+      scale_rows<kR>(first + r, product, weighted, seen);
+      if (overlap && kR == kGroup) {
+        before = rows;
+      } else {
+        add_rows<kR>(rows, width_, weighted, width_, sums);
+        before = nullptr;
+      }
+    });
+    if (before != nullptr) add_rows<kGroup>(before, width_, weighted, width_, sums);
+  }
+
   // The next scalings of kR rows from their `product` with the columns' scalings, `weighted` with the rows'
-  // weights; returns by how much the rows of the plan are off.
+  // weights.
   template <int kR>
-  double scale_rows(int64_t i, const double* product, T* weighted, Range<T>& range, Range<T>& scalings) {
+  void scale_rows(int64_t i, const double* product, T* weighted, RowsSeen& rows) {
     constexpr int kL = kLanes<T>;
     T sum[kL], old[kL], weight[kL], pull[kL] = {}, next[kL], seen[kL];
     for (int r = 0; r < kL; ++r) {
@@ -490,33 +540,27 @@ class Problem {
     }
     const V damp = simd::broadcast(static_cast<T>(damp_rows(made_at_))),
             omega = simd::broadcast(static_cast<T>(schedule_.omega())), one = simd::broadcast(T(1));
-    V off{};
     for (int l = 0; l < kL; l += kW) {
       const V x = simd::load(sum + l), u = simd::load(old + l), w = simd::load(weight + l), s = u * x;
-      range.add(s);
+      rows.sums.add(s);
       V scaling;
       if (is_simple()) {
         scaling = one / x;
       } else {
         scaling = simd::exp<T>(simd::load(pull + l) + damp * (simd::log<T>(u) - omega * simd::log<T>(s)));
       }
-      scalings.add(scaling);
-      off += w * simd::abs<T>(s - one);
+      rows.scalings.add(scaling);
+      if (balanced_) rows.off += w * simd::abs<T>(s - one);
       simd::store(seen + l, s);
       simd::store(next + l, scaling);
       simd::store(weighted + l, w * scaling);
     }
     std::copy(next, next + kR, next_u_.data() + i);
-    double error = 0;
-    if (balanced_) {
-      for (int l = 0; l < kW; ++l) error += static_cast<double>(off[l]);
-      return error * mass_a_;
-    }
+    if (balanced_) return;
     for (int r = 0; r < kR; ++r) {
       now_rows_[i + r] = a_[i + r] * static_cast<double>(seen[r]);
-      error += std::abs(now_rows_[i + r] - last_rows_[i + r]);
+      rows.change += std::abs(now_rows_[i + r] - last_rows_[i + r]);
     }
-    return error;
   }
 
   // The next scalings of the columns from the chunks' sums; false if one of these leaves the range of the
@@ -993,15 +1037,19 @@ void sinkhorn_plan(const SinkhornBatch<T>& batch, TensorView<const double, 2> f,
                    std::function<bool()> poll) {
   ThreadTeam team(threads, std::move(poll));
   for (int64_t p = 0; p < batch.count(); ++p) {
-    const int64_t m = batch.columns(p), width = round_up(m, simd::kWidth<T>);
+    const int64_t n = batch.rows(p), m = batch.columns(p), width = round_up(m, simd::kWidth<T>);
+    Buffer<double> b(m);
+    for (int64_t j = 0; j < m; ++j) b[j] = batch.b(p, j);
     for_kernel_blocks(batch, p, f, g, reg, team, [&](int64_t first, int64_t count, const T* e) {
       for (int64_t r = 0; r < count; ++r) {
         const double a = batch.a(p, first + r);
         T* const row = &out(p, first + r, 0);
         for (int64_t j = 0; j < m; ++j)
-          row[j] = static_cast<T>(a * batch.b(p, j) * static_cast<double>(e[r * width + j]));
+          row[j] = static_cast<T>(a * b[j] * static_cast<double>(e[r * width + j]));
+        std::fill(row + m, row + out.shape[2], T(0));
       }
     });
+    for (int64_t i = n; i < out.shape[1]; ++i) std::fill_n(&out(p, i, 0), out.shape[2], T(0));
   }
 }
 

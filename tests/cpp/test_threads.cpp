@@ -41,6 +41,20 @@ void test_regions_follow_each_other() {
   CHECK_EQUAL(std::accumulate(values.begin(), values.end(), int64_t{0}), int64_t{999 * 500 + 199 * 1000});
 }
 
+// More threads than processors and less work than threads: most workers arrive when a region is over, and
+// then must touch neither it nor the next one's work twice.
+void test_late_workers() {
+  fc::ThreadTeam team(8);
+  int64_t total = 0;
+  for (int64_t round = 0; round < 5000; ++round) {
+    std::vector<int64_t> values(2);
+    team.parallel_for(2, 1, [&values, round](int, int64_t i, int64_t) { values[i] += round; });
+    total += values[0] + values[1];
+    if (round % 1000 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  CHECK_EQUAL(total, int64_t{5000} * 4999);
+}
+
 // Per-thread partial sums indexed by the thread number never collide.
 void test_thread_numbers_are_exclusive() {
   fc::ThreadTeam team(4);
@@ -124,6 +138,7 @@ void test_lifetimes() {
 TEST_PROGRAM {
   test_every_index_once();
   test_regions_follow_each_other();
+  test_late_workers();
   test_thread_numbers_are_exclusive();
   test_exceptions();
   test_cancellation();

@@ -298,7 +298,7 @@ def sinkhorn_plan(
 ) -> Tensor:
     """P [B, n, m], of the dtype of `x`, of the plans with potentials f, g; 0 beyond a problem's size. Arguments and
     errors are those of `sinkhorn`."""
-    out = x.new_zeros(a.shape[0], a.shape[1], b.shape[1])
+    out = x.new_empty(a.shape[0], a.shape[1], b.shape[1])
     _native.module().sinkhorn_plan(
         *_batch(x, y, a, b, metric, x_lengths, y_lengths),
         _capsule(f),
