@@ -16,6 +16,7 @@ from flashcoreset.methods import goracs, select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
+from flashcoreset.ops.sketch import projection_matrix, sketch
 
 __version__ = _version("flashcoreset")
 
@@ -33,8 +34,10 @@ __all__ = [
     "kernels",
     "memory_estimate",
     "plot",
+    "projection_matrix",
     "select",
     "simcore",
     "sinkhorn",
     "sinkhorn_divergence",
+    "sketch",
 ]

@@ -308,3 +308,31 @@ def sinkhorn_plan(
         torch.get_num_threads(),
     )
     return out
+
+
+def sketch(
+    x: Tensor, dim: int, *, kind: str, seed: int, offset: int = 0, nnz: int = 1, out: Tensor | None = None
+) -> Tensor:
+    """x [B, D] times the projection's matrix [D, dim], into `out` [B, dim] of the same dtype, float32 or float64. NaN and
+    infinities go where the product takes them."""
+    if out is None:
+        out = x.new_empty(x.shape[0], dim)
+    _native.module().sketch(_capsule(x), _capsule(out), kind, seed, offset, nnz, torch.get_num_threads())
+    return out
+
+
+def projection_matrix(
+    rows: int,
+    dim: int,
+    *,
+    kind: str,
+    seed: int,
+    offset: int = 0,
+    nnz: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The matrix [rows, dim] itself, float32 or float64."""
+    out = torch.empty(rows, dim, dtype=dtype, device=device)
+    _native.module().projection_matrix(_capsule(out), kind, seed, offset, nnz, torch.get_num_threads())
+    return out

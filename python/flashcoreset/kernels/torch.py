@@ -5,5 +5,15 @@ from flashcoreset.reference.simcore import NearestOrder
 from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
 from flashcoreset.reference.sinkhorn import plan as sinkhorn_plan
 from flashcoreset.reference.sinkhorn import sinkhorn
+from flashcoreset.reference.sketch import projection_matrix, sketch
 
-__all__ = ["FacilityLocation", "NearestOrder", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = [
+    "FacilityLocation",
+    "NearestOrder",
+    "pairwise",
+    "projection_matrix",
+    "sinkhorn",
+    "sinkhorn_apply",
+    "sinkhorn_plan",
+    "sketch",
+]
