@@ -9,6 +9,7 @@ first three:
     FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
         .step(count, naive=False), .step_among(candidates), .finish(indices, gains, weights, assignment)
     sinkhorn(x, y, a, b, *, reg, metric, ...), sinkhorn_apply(...), sinkhorn_plan(...)
+    sketch(x, dim, *, kind, seed, offset, nnz, out=None), projection_matrix(rows, dim, *, kind, seed, ...)
     NearestOrder(centroids) or NearestOrder.of_similarities(lists, dtype)
         .begin(length), .update(x) or .update_similarities(s), .finish(), .rounds(count, k), .order(i), .taken
 

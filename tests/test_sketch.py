@@ -1,0 +1,289 @@
+"""Random projections against their definition, across backends, builds, chunkings and releases."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashcoreset as fc
+from flashcoreset.reference.philox import philox4x32
+from flashcoreset.reference.sketch import hadamard_block
+
+KINDS = ["rademacher", "gaussian", "sjlt", "srht"]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# (rows of x, D, dim, nnz, offset): odd sizes, dim above and below a vector, a random block, a Hadamard block and D.
+SIZES = [
+    (1, 1, 1, 1, 0),
+    (2, 7, 5, 1, 3),
+    (5, 97, 130, 3, 11),
+    (9, 3001, 64, 4, 1000),
+    (17, 1025, 513, 513, 4097),
+    (3, 600, 5000, 2, 2**40),
+    (33, 9000, 3, 2, 5),
+]
+# |sketch(x) - x P| as a share of the largest entry of the product. Worst seen: float32 2e-6 (sjlt with dim = 1), float64 7e-15;
+# half types are converted to float32, exactly.
+ERROR = {torch.float64: 1e-12}
+
+
+def rows(batch: int, d: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def check_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert (found.double() - expected).abs().max() <= ERROR.get(dtype, 1e-5) * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_is_the_product(backend: str, kind: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    batch, d, dim, nnz, offset = size
+    x = rows(batch, d, dtype)
+    options: dict[str, Any] = {"kind": kind, "seed": 2**40 + 3, "nnz": nnz, "offset": offset}
+    out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    matrix = fc.projection_matrix(d, dim, dtype=torch.float64, backend="torch", **options)
+    found = fc.sketch(x, dim, backend=backend, **options)
+    assert found.dtype == out_dtype
+    assert found.shape == (batch, dim)
+    check_close(found, x.double() @ matrix, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_matrices_are_the_same_bits(
+    backend: str, kind: str, dtype: torch.dtype, size: tuple[int, ...]
+) -> None:
+    _, d, dim, nnz, offset = size
+    options: dict[str, Any] = {
+        "kind": kind,
+        "seed": -(2**50) - 7,
+        "nnz": nnz,
+        "offset": offset,
+        "dtype": dtype,
+    }
+    expected = fc.projection_matrix(d, dim, backend="torch", **options)
+    found = fc.projection_matrix(d, dim, backend=backend, **options)
+    assert found.dtype == dtype
+    if kind == "gaussian":
+        # Numbers are float32's, whatever the dtype they are given in.
+        slack = 2 * torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+        assert ((found.double() - expected.double()).abs() <= slack * expected.double().abs()).all()
+    else:
+        assert torch.equal(found, expected)
+
+
+GOLDEN = Path(__file__).with_name("golden_sketches.json")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", range(3))
+def test_stays_what_it_was(backend: str, kind: str, case: int) -> None:
+    """Stored sketches have to mean the same in later releases."""
+    golden = json.loads(GOLDEN.read_text())[kind][case]
+    options = {name: golden[name] for name in ("seed", "offset", "nnz")}
+    matrix = fc.projection_matrix(
+        golden["D"], golden["dim"], kind=kind, backend=backend, dtype=torch.float64, **options
+    )
+    scale = math.sqrt(golden["nnz"] if kind == "sjlt" else golden["dim"])
+    expected = torch.tensor(golden["matrix"], dtype=torch.float64)
+    slack = 3e-7 if kind == "gaussian" else 1e-15
+    assert torch.allclose(matrix * scale, expected, rtol=slack, atol=0)
+
+
+def test_the_generator_behind_it() -> None:
+    """Signs, entry by entry, from the words of the documented counters."""
+    row, column, seed = 2**33 + 5, 300, 2**35 + 9
+    counter = np.array([row & 0xFFFFFFFF, row >> 32, column // 128, 0], dtype=np.uint32)
+    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    bit = int(words[column % 128 // 32]) >> column % 32 & 1
+    matrix = fc.projection_matrix(1, 400, seed=seed, offset=row, backend="torch")
+    assert matrix[0, column] == (-1 if bit else 1) / math.sqrt(torch.tensor(400.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entries_are_what_the_kind_says(kind: str) -> None:
+    d, dim, nnz = 5000, 48, 6
+    matrix = fc.projection_matrix(d, dim, kind=kind, nnz=nnz, seed=4, dtype=torch.float64, backend="torch")
+    if kind == "gaussian":
+        z = matrix.flatten() * math.sqrt(dim)
+        n = z.numel()
+        # Mean, variance and fourth moment of a standard normal, five standard errors; and tails.
+        assert abs(z.mean()) < 5 / math.sqrt(n)
+        assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / n)
+        assert abs(z.pow(4).mean() - 3) < 5 * math.sqrt(96 / n)
+        assert 3.5 < z.abs().max() < 6.7
+    elif kind == "sjlt":
+        assert ((matrix != 0).sum(1) == nnz).all()
+        blocks = (matrix != 0).reshape(d, nnz, dim // nnz).sum(2)
+        assert (blocks == 1).all()
+        assert torch.allclose(
+            matrix.abs().max(1).values, torch.tensor(1 / math.sqrt(nnz), dtype=torch.float64)
+        )
+    else:
+        assert torch.allclose(matrix.abs(), torch.tensor(1 / math.sqrt(dim), dtype=torch.float64))
+        assert abs(matrix.sign().mean()) < 5 / math.sqrt(d * dim)
+
+
+def test_srht_is_a_signed_part_of_hadamard_matrices() -> None:
+    dim, size = 40, hadamard_block(40)
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < size:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)], 0)
+    matrix = fc.projection_matrix(
+        2 * size, dim, kind="srht", dtype=torch.float64, backend="torch"
+    ) * math.sqrt(dim)
+    for block in matrix.split(size):
+        # Signs cancel in the product of two columns, which is a column of the Hadamard matrix again.
+        spectrum = (block[:, :1] * block).T @ hadamard / size
+        assert ((spectrum == 1).sum(1) == 1).all()
+        assert ((spectrum == 0).sum(1) == size - 1).all()
+        # The columns come from equal parts of the matrix, so all of them differ.
+        assert len(spectrum.argmax(1).unique()) == dim
+    assert not torch.equal(matrix[:size], matrix[size:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keeps_inner_products_on_average(kind: str) -> None:
+    """Over 2,000 seeds, within three standard errors."""
+    d, dim, seeds = 60, 16, 2000
+    x = rows(2, d, torch.float64)
+    x[1] += x[0]
+    products = torch.stack(
+        [(s := fc.sketch(x, dim, kind=kind, seed=seed, nnz=2, backend=None)) @ s.T for seed in range(seeds)]
+    )
+    off = (products.mean(0) - x @ x.T).abs()
+    assert (off <= 3 * products.std(0) / math.sqrt(seeds)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_may_come_in_pieces(backend: str, kind: str) -> None:
+    x = rows(4, 5000, torch.float64)
+    whole = fc.sketch(x, 70, kind=kind, nnz=2, backend=backend)
+    for cut in (1, 999, 2048, 4999):
+        pieces = fc.sketch(x[:, :cut], 70, kind=kind, nnz=2, backend=backend) + fc.sketch(
+            x[:, cut:], 70, kind=kind, nnz=2, offset=cut, backend=backend
+        )
+        check_close(pieces, whole, torch.float64)
+
+
+# The reference multiplies by torch.mm, whose bits depend on the number of rows.
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_do_not_see_each_other(backend: str, kind: str, dtype: torch.dtype) -> None:
+    """Bit for bit, with any number of threads and in any memory layout."""
+    x = rows(37, 4500, dtype)
+    whole = fc.sketch(x, 150, kind=kind, nnz=3, backend=backend)
+    for part in (slice(0, 1), slice(5, 9), slice(20, 37)):
+        assert torch.equal(fc.sketch(x[part], 150, kind=kind, nnz=3, backend=backend), whole[part])
+    for view in (x.T.contiguous().T, torch.stack([x, x], 2)[:, :, 0], x.flip(0).flip(0)):
+        assert torch.equal(fc.sketch(view, 150, kind=kind, nnz=3, backend=backend), whole)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 8):
+            torch.set_num_threads(count)
+            assert torch.equal(fc.sketch(x, 150, kind=kind, nnz=3, backend=backend), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(KINDS),
+    batch=st.integers(1, 20),
+    d=st.integers(1, 700),
+    dim=st.integers(1, 300),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    offset=st.integers(0, 2**62),
+    data=st.data(),
+)
+def test_any_size(
+    kind: str, batch: int, d: int, dim: int, seed: int, offset: int, data: st.DataObject
+) -> None:
+    nnz = data.draw(st.integers(1, min(dim, 5)))
+    options: dict[str, Any] = {"kind": kind, "seed": seed, "offset": offset, "nnz": nnz}
+    x = rows(batch, d, torch.float64, seed=d)
+    matrix = fc.projection_matrix(d, dim, dtype=torch.float64, **options)
+    check_close(fc.sketch(x, dim, **options), x @ matrix, torch.float64)
+
+
+def test_takes_numpy_and_integers_like_it() -> None:
+    x = np.ones((2, 5), dtype=np.float32)
+    assert torch.equal(fc.sketch(x, np.int64(3)), fc.sketch(torch.from_numpy(x), 3))
+    x.flags.writeable = False
+    assert torch.equal(fc.sketch(x, 3), fc.sketch(x.copy(), 3))
+
+
+def test_is_an_op() -> None:
+    x = rows(3, 50, torch.float32)
+    torch.library.opcheck(torch.ops.flashcoreset.sketch, (x, 8, "sjlt", 1, 2, 3, None))
+    compiled = torch.compile(lambda t: fc.sketch(t, 8, kind="srht"), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), fc.sketch(x, 8, kind="srht"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dim": 0}, ValueError, r"dim must be in \[1, 2\^31\], got 0"),
+        ({"dim": 2**31 + 1}, ValueError, r"dim must be in \[1, 2\^31\], got 2147483649"),
+        ({"dim": 2.0}, TypeError, "dim must be an int"),
+        (
+            {"kind": "hadamard"},
+            ValueError,
+            "unknown kind 'hadamard'; valid names: rademacher, gaussian, sjlt, srht",
+        ),
+        ({"kind": 3}, TypeError, "kind must be a str"),
+        ({"nnz": 9}, ValueError, r"nnz must be in \[1, dim\] = \[1, 8\], got 9"),
+        ({"nnz": 0}, ValueError, "nnz must be in"),
+        ({"offset": -1}, ValueError, "offset must be >= 0"),
+        ({"offset": 2**63 - 3}, ValueError, "offset must be >= 0, and its sum with the 6 columns below 2"),
+        ({"seed": 2**63}, ValueError, "seed must be in the range of 64-bit integers"),
+        ({"seed": 0.5}, TypeError, "seed must be an int"),
+        ({"backend": "gpu"}, ValueError, "unknown backend 'gpu'"),
+        ({"x": torch.zeros(6)}, ValueError, "x must have 2 dimensions"),
+        ({"x": torch.zeros(2, 0)}, ValueError, "x must have at least 1 row and 1 column"),
+        ({"x": torch.zeros(2, 6, dtype=torch.int64)}, TypeError, "x must have dtype"),
+        ({"x": [[1.0, 2.0]]}, TypeError, "x must be a torch.Tensor"),
+        (
+            {"x": torch.tensor([[0, 1, 2, 3, 4, math.nan]])},
+            ValueError,
+            "x must be finite, got NaN at row 0, column 5",
+        ),
+        (
+            {"x": torch.tensor([[0, math.inf, 2, 3, 4, 5]])},
+            ValueError,
+            "x must be finite, got inf at row 0, column 1",
+        ),
+        (
+            {"x": torch.full((1, 6), 3e38), "dim": 1, "seed": 9},
+            ValueError,
+            "beyond the range of torch.float32",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {"x": torch.ones(2, 6), "dim": 8} | change
+    x, dim = arguments.pop("x"), arguments.pop("dim")
+    with pytest.raises(error, match=message):
+        fc.sketch(x, dim, **arguments)
+
+
+def test_bad_input_of_the_matrix() -> None:
+    with pytest.raises(ValueError, match="D must be at least 1, got 0"):
+        fc.projection_matrix(0, 3)
+    with pytest.raises(TypeError, match="dtype must be float16"):
+        fc.projection_matrix(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="nnz must be in"):
+        fc.projection_matrix(2, 3, nnz=4)
