@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcoreset as fc
+from flashcoreset import kernels
 from flashcoreset.reference.philox import philox4x32
 from flashcoreset.reference.sketch import hadamard_block
 
@@ -287,3 +288,26 @@ def test_bad_input_of_the_matrix() -> None:
         fc.projection_matrix(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="nnz must be in"):
         fc.projection_matrix(2, 3, nnz=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_parts_of_long_rows(kind: str, dtype: torch.dtype) -> None:
+    """The low-level call for embeddings' gradients: rows that are zero but for some parts, which may repeat."""
+    g = rows(4 * 6, 33, dtype).reshape(4, 6, 33)
+    indices = torch.randint(0, 5, (4, 6), generator=torch.Generator().manual_seed(0))
+    full = torch.zeros(4, 9, 33, dtype=torch.float64)
+    full.scatter_add_(1, indices[:, :, None].expand(4, 6, 33), g.double())
+    options: dict[str, Any] = {"kind": kind, "seed": 5, "offset": 77, "nnz": 2}
+    expected = fc.sketch(full.flatten(1), 40, **options)
+    found = torch.ones(4, 40, dtype=dtype)
+    kernels.cpu.sketch_rows(indices, g, found, **options)
+    check_close(found - 1, expected, dtype)
+    with pytest.raises(ValueError, match="indices: expected numbers >= 0, got -1"):
+        kernels.cpu.sketch_rows(indices - 5 * (indices == 4) - (indices == 0).long(), g, found, **options)
+    with pytest.raises(
+        ValueError, match="indices: expected numbers whose product with the width fits in 64 bits"
+    ):
+        kernels.cpu.sketch_rows(torch.full((4, 6), 2**62), g, found, **options)
+    with pytest.raises(ValueError, match=r"indices: expected shape \(4, 6\)"):
+        kernels.cpu.sketch_rows(indices[:3], g, found, **options)

@@ -1,6 +1,7 @@
 // Python's view of random projections.
 #include "cpu/sketch.h"
 
+#include <algorithm>
 #include <string>
 
 #include "bindings/bindings.h"
@@ -55,6 +56,45 @@ void bind_sketch(py::module_& m) {
       },
       py::arg("x"), py::arg("out"), py::arg("kind"), py::arg("seed"), py::arg("offset"), py::arg("nnz"),
       py::arg("threads") = 1, "out [B, dim] = x [B, D] times a random matrix [D, dim].");
+  m.def(
+      "sketch_rows",
+      [](py::object indices_array, py::object g_array, py::object out_array, const std::string& kind,
+         int64_t seed, int64_t offset, int64_t nnz, int threads) {
+        ArrayArgument indices(indices_array, "indices"), g(g_array, "g"), out(out_array, "out");
+        dispatch_floating(g, [&](auto zero) {
+          using T = decltype(zero);
+          const auto parts = g.input<T, 3>();
+          const auto numbers = indices.input<int64_t, 2>();
+          const auto result = out.output<T, 2>();
+          const int64_t batch = parts.shape[0], count = parts.shape[1], width = parts.shape[2];
+          indices.require_shape({batch, count});
+          out.require_shape({batch, result.shape[1]});
+          if (!result.has_contiguous_rows())
+            throw py::value_error("out: expected rows that are contiguous in memory");
+          int64_t most = 0;
+          for (int64_t b = 0; b < batch; ++b) {
+            for (int64_t t = 0; t < count; ++t) {
+              if (numbers(b, t) < 0)
+                throw py::value_error("indices: expected numbers >= 0, got " + std::to_string(numbers(b, t)));
+              most = std::max(most, numbers(b, t));
+            }
+          }
+          int64_t rows = 0;
+          if (__builtin_add_overflow(most, int64_t{1}, &rows) || __builtin_mul_overflow(rows, width, &rows))
+            throw py::value_error(
+                "indices: expected numbers whose product with the width fits in 64 bits, got " +
+                std::to_string(most));
+          const Projection projection = projection_from(kind, seed, offset, nnz, rows, result.shape[1]);
+          without_gil([&] {
+            ThreadTeam team(threads, signal_poll());
+            sketch_rows<T>(numbers, parts, projection, result, team);
+          });
+        });
+      },
+      py::arg("indices"), py::arg("g"), py::arg("out"), py::arg("kind"), py::arg("seed"), py::arg("offset"),
+      py::arg("nnz"), py::arg("threads") = 1,
+      "out [B, dim] += sketches of rows that are zero but for the parts g [B, T, width] numbered indices [B, "
+      "T].");
   m.def(
       "projection_matrix",
       [](py::object out_array, const std::string& kind, int64_t seed, int64_t offset, int64_t nnz,

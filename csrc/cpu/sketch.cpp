@@ -561,6 +561,19 @@ class Sketcher {
     }
   }
 
+  // sum [dim] of one row, not scaled.
+  void row(int64_t number, double* sum) {
+    const bool dense = p_.kind == SketchKind::kRademacher || p_.kind == SketchKind::kGaussian;
+    const int64_t width = dense ? std::min(dim_, kPieceColumns) : dim_;
+    piece_ = x_.shape[1];
+    for (int64_t column = 0; column < dim_; column += width)
+      work(number, 1, 0, column, std::min(width, dim_ - column), sum + column);
+  }
+
+  double scale() const {
+    return static_cast<double>(scale_of<T>(p_.kind == SketchKind::kSjlt ? p_.nnz : dim_));
+  }
+
  private:
   // sum [rows, columns of the output], rows dim_ apart, of one piece of the columns of x.
   void work(int64_t row, int64_t rows, int64_t piece, int64_t column, int64_t columns, double* sum) {
@@ -579,7 +592,7 @@ class Sketcher {
   }
 
   void combine(int64_t first, int64_t rows) {
-    const double scale = static_cast<double>(scale_of<T>(p_.kind == SketchKind::kSjlt ? p_.nnz : dim_));
+    const double factor = scale();
     team_.parallel_for(rows, 8, [&](int, int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         double* const sum = partial_.data() + r * dim_;
@@ -588,7 +601,7 @@ class Sketcher {
           for (int64_t c = 0; c < dim_; ++c) sum[c] += more[c];
         }
         T* const out = out_.row(first + r);
-        for (int64_t c = 0; c < dim_; ++c) out[c] = static_cast<T>(sum[c] * scale);
+        for (int64_t c = 0; c < dim_; ++c) out[c] = static_cast<T>(sum[c] * factor);
       }
     });
   }
@@ -807,6 +820,29 @@ void sketch(TensorView<const T, 2> x, const Projection& projection, TensorView<T
 }
 
 template <class T>
+void sketch_rows(TensorView<const int64_t, 2> indices, TensorView<const T, 3> g, const Projection& projection,
+                 TensorView<T, 2> out, ThreadTeam& team) {
+  const int64_t width = g.shape[2], dim = out.shape[1];
+  team.parallel_for(g.shape[0], 1, [&](int, int64_t b, int64_t) {
+    const TensorView<const T, 2> rows{
+        g.data + b * g.stride[0], {g.shape[1], width}, {g.stride[1], g.stride[2]}};
+    ThreadTeam alone(1);
+    Buffer<double> total(dim, 0.0), one(dim);
+    double scale = 0;
+    for (int64_t t = 0; t < rows.shape[0]; ++t) {
+      Projection own = projection;
+      own.offset += indices(b, t) * width;
+      Sketcher<T> sketcher(rows, own, out, alone);
+      sketcher.row(t, one.data());
+      scale = sketcher.scale();
+      for (int64_t c = 0; c < dim; ++c) total[c] += one[c];
+    }
+    T* const to = out.row(b);
+    for (int64_t c = 0; c < dim; ++c) to[c] += static_cast<T>(total[c] * scale);
+  });
+}
+
+template <class T>
 void projection_matrix(const Projection& p, TensorView<T, 2> out, ThreadTeam& team) {
   const int64_t dim = out.shape[1];
   const T scale = scale_of<T>(p.kind == SketchKind::kSjlt ? p.nnz : dim);
@@ -866,8 +902,10 @@ void projection_matrix(const Projection& p, TensorView<T, 2> out, ThreadTeam& te
   });
 }
 
-#define FC_INSTANTIATE(T)                                                                            \
-  template void sketch<T>(TensorView<const T, 2>, const Projection&, TensorView<T, 2>, ThreadTeam&); \
+#define FC_INSTANTIATE(T)                                                                               \
+  template void sketch<T>(TensorView<const T, 2>, const Projection&, TensorView<T, 2>, ThreadTeam&);    \
+  template void sketch_rows<T>(TensorView<const int64_t, 2>, TensorView<const T, 3>, const Projection&, \
+                               TensorView<T, 2>, ThreadTeam&);                                          \
   template void projection_matrix<T>(const Projection&, TensorView<T, 2>, ThreadTeam&);
 FC_INSTANTIATE(float)
 FC_INSTANTIATE(double)

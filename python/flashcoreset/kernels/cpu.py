@@ -321,6 +321,17 @@ def sketch(
     return out
 
 
+def sketch_rows(
+    indices: Tensor, g: Tensor, out: Tensor, *, kind: str, seed: int, offset: int = 0, nnz: int = 1
+) -> None:
+    """Adds to `out` [B, dim] the sketches of B long rows that are zero but for some of their parts: `g` [B, T, width] are the
+    parts, `indices` [B, T] (int64, >= 0) their numbers, row offset + indices[b, t] * width of the projection being a part's
+    first. Parts of the same number add up. `g` and `out` are of one dtype, float32 or float64."""
+    _native.module().sketch_rows(
+        _capsule(indices), _capsule(g), _capsule(out), kind, seed, offset, nnz, torch.get_num_threads()
+    )
+
+
 def projection_matrix(
     rows: int,
     dim: int,
