@@ -167,3 +167,38 @@ def geomloss_value(inputs: dict[str, torch.Tensor]) -> float:
             "sinkhorn", p=2, blur=(inputs["reg"] / 2) ** 0.5, debias=False, scaling=0.9, backend="tensorized"
         )
         return 2 * float(loss(inputs["x"], inputs["y"]))
+
+
+def trak_rademacher(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """trak's projector without CUDA: random signs made in blocks of 100 columns. Its output is not scaled."""
+    from trak.projectors import BasicProjector
+
+    d, dim = inputs["x"].shape[1], inputs["dim"]
+    projector = BasicProjector(d, dim, seed=0, proj_type="rademacher", device=torch.device("cpu"))
+    return projector.project(inputs["x"], model_id=0) / dim**0.5
+
+
+def dattri_rademacher(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """dattri's projector without CUDA, made the same way."""
+    with _quiet():
+        from dattri.func.projection import BasicProjector, ProjectionType
+
+    projector = BasicProjector(
+        inputs["x"].shape[1],
+        inputs["dim"],
+        seed=0,
+        proj_type=ProjectionType.rademacher,
+        device=torch.device("cpu"),
+    )
+    return projector.project(inputs["x"], ensemble_id=0)
+
+
+def mm_stored(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One library product with the matrix [D, dim] already in memory."""
+    return torch.mm(inputs["x"], inputs["matrix"])
+
+
+def index_add(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A sparse projection by torch.index_add, columns and signs [D] already in memory."""
+    out = torch.zeros(inputs["x"].shape[0], inputs["dim"])
+    return out.index_add_(1, inputs["columns"], inputs["x"] * inputs["signs"])
