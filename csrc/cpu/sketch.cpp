@@ -38,8 +38,10 @@ constexpr int64_t kBits = 128;          // columns that one random block gives s
 constexpr int64_t kPieceColumns = 512;  // of the output, that a piece of work makes
 constexpr int64_t kBlock = 192;  // columns of x between two flushes to double; whole tables for every width
 constexpr int64_t kLeastBlock = 1 << 10, kMostBlock = 1 << 12;  // N of srht
-constexpr int64_t kMostPieces = 32, kPieceRows = 2048;          // of the columns of x
-constexpr int64_t kSlabBytes = int64_t{8} << 20;  // sums of the rows of x that are worked on together
+constexpr int64_t kWorthThreads =
+    1 << 16;  // entries of x, of sparse kinds: a thread starts in a tenth of a millisecond
+constexpr int64_t kMostPieces = 32, kPieceRows = 2048;  // of the columns of x
+constexpr int64_t kSlabBytes = int64_t{8} << 20;        // sums of the rows of x that are worked on together
 
 template <class T>
 T scale_of(int64_t count) {
@@ -547,7 +549,7 @@ class Sketcher {
       const int64_t rows = std::min(slab, x_.shape[0] - first);
       // Rows are given to several threads only where there are not pieces enough, since each makes the random
       // numbers anew.
-      const bool split = !dense && pieces_ < 4 * team_.size();
+      const bool split = !dense && pieces_ < 4 * team_.size() && rows * columns * p_.nnz >= kWorthThreads;
       const int64_t part =
           split ? std::min(each, (rows + team_.size() - 1) / team_.size()) : std::min(each, rows);
       const int64_t parts = (rows + part - 1) / part;
