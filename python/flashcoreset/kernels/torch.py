@@ -5,7 +5,7 @@ from flashcoreset.reference.simcore import NearestOrder
 from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
 from flashcoreset.reference.sinkhorn import plan as sinkhorn_plan
 from flashcoreset.reference.sinkhorn import sinkhorn
-from flashcoreset.reference.sketch import projection_matrix, sketch
+from flashcoreset.reference.sketch import projection_matrix, sketch, sketch_outer, sketch_rows
 
 __all__ = [
     "FacilityLocation",
@@ -16,4 +16,6 @@ __all__ = [
     "sinkhorn_apply",
     "sinkhorn_plan",
     "sketch",
+    "sketch_outer",
+    "sketch_rows",
 ]
