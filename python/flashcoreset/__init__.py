@@ -15,6 +15,7 @@ from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import goracs, select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
+from flashcoreset.ops.gradient_sketcher import GradientSketcher
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
 from flashcoreset.ops.sketch import projection_matrix, sketch
 
@@ -24,6 +25,7 @@ __all__ = [
     "BackendUnavailableError",
     "ConvergenceWarning",
     "Coreset",
+    "GradientSketcher",
     "Selection",
     "SlowPathWarning",
     "Transport",
