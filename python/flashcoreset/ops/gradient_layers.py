@@ -255,31 +255,12 @@ def _any_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: to
         def call(own: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(module, own, (sample[None],))
 
-        (found,) = torch.func.vjp(call, parameters)[1](out[None])
-        return found
+        (own,) = torch.func.vjp(call, parameters)[1](out[None])
+        return own
 
-    with _without_hooks(module):
-        found = torch.func.vmap(gradient)(x.to(dtype), g.to(dtype))
+    found = torch.func.vmap(gradient)(x.to(dtype), g.to(dtype))
     for name in wanted:
         yield name, Vector(found[name].flatten(1))
-
-
-class _without_hooks:
-    """The module's forward hooks, put away for the time of a call that is not the user's."""
-
-    _NAMES = ("_forward_hooks", "_forward_pre_hooks")
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __enter__(self) -> None:
-        self._hooks = {name: getattr(self._module, name) for name in self._NAMES}
-        for name, hooks in self._hooks.items():
-            setattr(self._module, name, type(hooks)())
-
-    def __exit__(self, *_: object) -> None:
-        for name, hooks in self._hooks.items():
-            setattr(self._module, name, hooks)
 
 
 _TRANSPOSED_LINEAR = Layer(_transposed_linear, lambda module: 2)

@@ -285,7 +285,7 @@ class GradientSketcher:
             self._pass.likely_batch = likely_batch
 
     def _before_model(self, _: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        for value in (*args, *keywords.values()):
+        for value in () if _in_transform() else (*args, *keywords.values()):
             if isinstance(value, Tensor) and value.dim():
                 return self._new_forward(value.shape[0])
 
@@ -299,6 +299,8 @@ class GradientSketcher:
             _: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
         ) -> Tensor | None:
             self._inside = None
+            if _in_transform():
+                return None
             self._new_forward()
             x = args[0] if args else next(iter(keywords.values()))
             taken = torch.is_grad_enabled()
@@ -607,6 +609,11 @@ def _kernel(name: str, backend: str | None, device: torch.device) -> Callable[..
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _in_transform() -> bool:
+    """Whether a transform of torch.func calls: its gradients are its own affair."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
