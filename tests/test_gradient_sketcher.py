@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -77,8 +78,6 @@ def check(
 ) -> fc.GradientSketcher:
     """Both results for the mean over the batch of `loss`."""
     g = explicit(model, loss, *batch)
-    before = {name: p.grad for name, p in model.named_parameters()}
-    assert all(value is None for value in before.values())
     sketcher = fc.GradientSketcher(model, DIM, seed=3, backend="torch", **options)
     with sketcher:
         value = (run or loss)(model, *batch)
@@ -180,7 +179,7 @@ def test_cnn() -> None:
         (lambda: nn.Linear(7, 5), (3, 2, 4, 7)),
         (lambda: nn.Linear(70, 50, bias=False), (300, 70)),  # norms by the product
     ],
-    ids=str,
+    ids=lambda value: str(value() if callable(value) else value).replace(" ", ""),
 )  # fmt: skip
 def test_layers(layer: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     model = seeded(layer)
@@ -349,23 +348,42 @@ def test_checkpoints_of_transformers(name: str, reentrant: bool) -> None:
         assert_close(sketcher.norms, g.norm(dim=1), NORMS)
 
 
+class Traced(torch.autograd.Function):
+    """Copies to memory whose end can be seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory: list[Any]) -> Tensor:
+        copied = x.numpy().copy()
+        memory.append(weakref.ref(copied))
+        return torch.from_numpy(copied)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
 def test_a_checkpoint_keeps_no_activations() -> None:
-    model = seeded(lambda: nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)]))
-    x = points(256, 16, 64).requires_grad_()
+    layers = seeded(lambda: nn.Sequential(*[nn.Linear(6, 6) for _ in range(4)]))
+    memory: list[Any] = []
 
-    def saved() -> int:
-        sizes: list[int] = []
+    def forward(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(Traced.apply(x, memory))
+        return x
 
-        def pack(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.untyped_storage().data_ptr())
-            return tensor
+    def alive() -> int:
+        return sum(reference() is not None for reference in memory)
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with fc.GradientSketcher(model, DIM, backend="torch"), hooks:
-            checkpoint(model, x, use_reentrant=False)
-        return len(set(sizes))
-
-    assert saved() <= 1  # its input
+    x = points(5, 6).requires_grad_()
+    with fc.GradientSketcher(layers, DIM, backend="torch"):
+        out = forward(x)
+        assert alive() == 4
+        out.sum().backward()
+        del out
+        assert alive() == 0  # released as it was consumed
+        out = checkpoint(forward, x, use_reentrant=False)
+        assert alive() == 0
+        out.sum().backward()
 
 
 class Shared(nn.Module):
@@ -512,3 +530,267 @@ def test_norms_or_sketches_alone() -> None:
         _ = without.norms
     with pytest.raises(ValueError, match="dim must be a number"):
         fc.GradientSketcher(model, None, norms=False)
+
+
+# ---- errors
+
+
+class Unsupported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(7, 5, batch_first=True)
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[0] * self.scale
+
+
+def test_arguments_are_checked() -> None:
+    model = mlp()
+    sketcher = fc.GradientSketcher
+    for arguments, options, error, message in (
+        ((nn.Linear, 4), {}, TypeError, "model must be a torch.nn.Module, got type"),
+        ((model, 0), {}, ValueError, r"dim must be in \[1, 2\^31\], got 0"),
+        ((model, 2**31 + 1), {}, ValueError, "dim must be in"),
+        ((model, 4.0), {}, TypeError, "dim must be an int"),
+        ((model, 4), {"kind": "dense"}, ValueError, "unknown kind 'dense'"),
+        ((model, 4), {"nnz": 5}, ValueError, r"nnz must be in \[1, dim\] = \[1, 4\], got 5"),
+        ((model, 4), {"seed": 0.5}, TypeError, "seed must be an int"),
+        ((model, 4), {"reduction": "none"}, ValueError, "unknown reduction 'none'; valid names: mean, sum"),
+        ((model, 4), {"reduction": None}, TypeError, "reduction must be a str"),
+        ((model, 4), {"norms": 1}, TypeError, "norms must be a bool, got 1"),
+        ((model, 4), {"backend": "gpu"}, ValueError, "unknown backend 'gpu'"),
+        ((model, 4), {"backend": "cuda"}, fc.BackendUnavailableError, "cuda"),
+        ((model, 4), {"parameters": 3}, TypeError, "parameters must be names, glob patterns or a function"),
+        ((model, 4), {"parameters": [3]}, TypeError, "parameters must hold names or glob patterns, got 3"),
+        ((model, 4), {"parameters": ["5.*"]}, ValueError, r"'5\.\*' matches no parameter of the model.*0\.weight"),
+        ((model, 4), {"parameters": []}, ValueError, "none of the model's parameters is wanted"),
+        ((model, 4), {"parameters": lambda name, p: False}, ValueError, "none of the model's parameters"),
+        ((mlp().requires_grad_(False), 4), {}, ValueError, "requires gradients"),
+        ((mlp().requires_grad_(False), 4), {"parameters": "0.*"}, ValueError, r"'0\.\*' matches does not require"),
+        ((nn.Linear(2, 2, dtype=torch.complex64), 4), {}, TypeError, "'weight' must hold real floating numbers"),
+        ((nn.DataParallel(model), 4), {}, ValueError, "DistributedDataParallel"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            sketcher(*arguments, **{"backend": "torch", **options})
+
+
+def test_unsupported_layers_are_named() -> None:
+    model = Unsupported()
+    for parameters, message in (
+        (
+            "inner.*",
+            "parameter 'inner.weight_ih_l0' belongs to LSTM 'inner': its layer type is not supported",
+        ),
+        ("scale", "parameter 'scale' belongs to Unsupported '': its layer type is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fc.GradientSketcher(model, 4, parameters=parameters, backend="torch")
+    with pytest.raises(ValueError, match="Embedding 'tokens': scale_grad_by_freq"):
+        fc.GradientSketcher(
+            nn.ModuleDict({"tokens": nn.Embedding(5, 3, scale_grad_by_freq=True)}), 4, backend="torch"
+        )
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' belongs to Doubled '0'"):
+        fc.GradientSketcher(nn.Sequential(Doubled(3, 3)), 4, backend="torch")
+
+
+def test_batch_statistics() -> None:
+    model = network().train()
+    sketcher = fc.GradientSketcher(model, 4, backend="torch")
+    with pytest.raises(ValueError, match=r"BatchNorm2d 'norm' normalises by the batch.*eval"), sketcher:
+        pass
+    model.eval()
+    with sketcher, pytest.raises(ValueError, match="BatchNorm2d 'norm' normalises by the batch"):
+        model.train()(points(5, 3, 11, 10))
+    never = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    with pytest.raises(ValueError, match="BatchNorm1d '0' normalises by the batch"):
+        fc.GradientSketcher(never, 4, backend="torch").__enter__()
+
+
+def test_results_before_a_backward_pass() -> None:
+    model = mlp()
+    sketcher = fc.GradientSketcher(model, 4, backend="torch")
+    with pytest.raises(RuntimeError, match="no backward pass yet"):
+        _ = sketcher.sketches
+    with sketcher:
+        classify(model, points(6, 7), labels(6, 5)).backward()
+        assert sketcher.norms.shape == (6,)
+    with sketcher:
+        model(points(6, 7))
+        with pytest.raises(RuntimeError, match="no backward pass yet"):
+            _ = sketcher.norms
+    with sketcher, pytest.raises(RuntimeError, match="already active"):
+        sketcher.__enter__()
+
+
+def test_a_backward_pass_without_a_forward_pass() -> None:
+    model = mlp()
+    sketcher = fc.GradientSketcher(model, 4, backend="torch")
+    loss = classify(model, points(6, 7), labels(6, 5))
+    with (
+        pytest.raises(RuntimeError, match=r"parameter '.*' came from no call.*inside `with sketcher:`"),
+        sketcher,
+    ):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="came from no call"):
+        _ = sketcher.sketches
+
+
+def test_layers_that_are_not_called_as_modules() -> None:
+    model = mlp()
+    sketcher = fc.GradientSketcher(model, 4, backend="torch")
+    x, y = points(6, 7), labels(6, 5)
+    with (
+        pytest.raises(RuntimeError, match=r"'0\.weight' is used outside of a call of its module, by linear"),
+        sketcher,
+    ):
+        F.cross_entropy(model[1:](model[0].forward(x)), y).backward()
+    with (
+        pytest.raises(RuntimeError, match=r"'4\.weight' is used outside of a call of its module, by linear"),
+        sketcher,
+    ):
+        F.cross_entropy(model(x) + F.linear(points(6, 23), model[4].weight), y).backward()
+    with (
+        pytest.raises(RuntimeError, match=r"'0\.weight' is used outside of a call of its module, by stack"),
+        sketcher,
+    ):
+        (classify(model, x, y) + torch.stack([model[0].weight, model[0].weight]).square().sum()).backward()
+    attention = seeded(lambda: nn.MultiheadAttention(8, 2, batch_first=True))
+    sketcher = fc.GradientSketcher(attention, 4, parameters="out_proj.*", backend="torch")
+    with pytest.raises(RuntimeError, match="out_proj"), sketcher:
+        attention(*[points(3, 5, 8)] * 3)[0].sum().backward()
+
+
+def test_uses_that_carry_no_gradient_are_no_matter() -> None:
+    model, batch = mlp(), (points(6, 7), labels(6, 5))
+    sketcher = fc.GradientSketcher(model, DIM, backend="torch")
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with sketcher:
+        length = sum(p.square().sum() for p in model.parameters())
+        loss = classify(model, *batch) + length.detach() * 0
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    g = explicit(model, classify, *batch)
+    assert_close(sketcher.sketches, fc.sketch(g, DIM, kind="sjlt", backend="torch"), SKETCHES)
+
+
+def test_batch_dimensions() -> None:
+    model = nn.Sequential(nn.Linear(7, 6), nn.Flatten(0, 1), nn.Linear(6, 5))
+    sketcher = fc.GradientSketcher(model, 4, backend="torch")
+    with (
+        pytest.raises(ValueError, match=r"Linear '2'.*batch of 3 in dimension 0.*got shape \(12, 5\)"),
+        sketcher,
+    ):
+        model(points(3, 4, 7))
+    with (
+        pytest.raises(ValueError, match=r"Linear '0' must have an input with the batch.*got shape \(7,\)"),
+        sketcher,
+    ):
+        model[0](points(7))
+    convolution = nn.Conv2d(3, 4, 3)
+    sketcher = fc.GradientSketcher(convolution, 4, backend="torch")
+    with pytest.raises(ValueError, match=r"4 dimensions or more, got shape \(3, 5, 5\)"), sketcher:
+        convolution(points(3, 5, 5))
+
+
+class Positions(nn.Module):
+    """Positions are looked up once for all samples, before or after another layer has seen the batch."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.position, self.first, self.out = nn.Embedding(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.early = early
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.early:
+            position = self.position(torch.arange(4)[None])
+            return self.out((self.first(x) + position).tanh()).mean(1)
+        return self.out((self.first(x) + self.position(torch.arange(4)[None])).tanh()).mean(1)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_broadcasts_over_the_batch_is_expanded(early: bool) -> None:
+    model = seeded(lambda: Positions(early))
+    check(model, classify, points(5, 4, 6), labels(5, 3))
+    assert tuple(model.position(torch.arange(4)[None]).shape) == (1, 4, 6)  # not outside
+    # Called by its parts, a model does not say how large the batch is.
+    sketcher = fc.GradientSketcher(model, DIM, backend="torch")
+    with sketcher:
+        hidden = model.position(torch.arange(4)[None])
+        loss = F.cross_entropy(model.out((points(5, 4, 6) + hidden).tanh()).mean(1), labels(5, 3))
+        with pytest.raises(
+            ValueError, match=r"Embedding 'position'.*size 1 in dimension 0.*expand its input"
+        ):
+            loss.backward()
+
+
+def test_a_batch_of_one() -> None:
+    check(seeded(lambda: Positions(True)), classify, points(1, 4, 6), labels(1, 3))
+
+
+def test_gradients_that_are_not_finite() -> None:
+    model, x = mlp(), points(6, 7)
+    x[3, 1] = float("nan")
+    sketcher = fc.GradientSketcher(model, 4, backend="torch")
+    with sketcher:
+        classify(model, x, labels(6, 5)).backward()
+    for name in ("sketches", "norms"):
+        with pytest.raises(ValueError, match=f"{name}: the gradient of sample 3 is not finite"):
+            getattr(sketcher, name)
+
+
+def test_inputs_changed_in_place_are_noticed() -> None:
+    model, x = seeded(lambda: nn.Linear(7, 5)), points(6, 7)
+    with fc.GradientSketcher(model, 4, backend="torch"):
+        with torch.autocast("cpu", torch.bfloat16):  # autograd itself keeps a copy
+            out = model(x)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+def test_frozen_after_construction() -> None:
+    model = mlp()
+    sketcher = fc.GradientSketcher(model, 4, backend="torch")
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'0\.weight' no longer requires gradients"):
+        sketcher.__enter__()
+
+
+# torch.compile looks at the .grad of tensors that are no leaves, with or without a sketcher.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("early", [False, True], ids=["compiled-inside", "compiled-before"])
+@pytest.mark.parametrize("how", ["whole", "in-place", "a-layer", "a-function", "the-loss"])
+def test_compiled(how: str, early: bool) -> None:
+    torch.compiler.reset()
+    model, batch = mlp(), (points(6, 7), labels(6, 5))
+    g = explicit(model, classify, *batch)
+    step: Callable[..., Tensor] = classify
+    if how == "whole":
+        model = torch.compile(model, backend="aot_eager")
+    elif how == "in-place":
+        model.compile(backend="aot_eager")
+    elif how == "a-layer":
+        model[2] = torch.compile(model[2], backend="aot_eager")
+    else:
+        loss = torch.compile(F.cross_entropy, backend="eager")
+        step = (
+            torch.compile(classify, backend="aot_eager")
+            if how == "a-function"
+            else lambda model, x, y: loss(model(x), y)
+        )
+    if early:
+        step(model, *batch)
+    sketcher = fc.GradientSketcher(model, DIM, backend="torch")
+    with sketcher:
+        step(model, *batch).backward()
+    kept = sketcher.sketches
+    assert_close(kept, fc.sketch(g, DIM, kind="sjlt", backend="torch"), SKETCHES)
+    step(model, 2 * batch[0], batch[1]).backward()  # outside it sees nothing
+    assert torch.equal(sketcher.sketches, kept)

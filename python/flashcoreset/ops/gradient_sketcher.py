@@ -79,7 +79,7 @@ class GradientSketcher:
     last such pass.
 
     Args:
-        model: the module; not one that torch.compile made (compile what surrounds the layers, or nothing).
+        model: the module. Compiled by torch.compile, its layers run one by one inside the block (the hooks break the graph).
         dim: columns of the sketches, 1 to 2^31; None for norms alone.
         kind, seed, nnz: of the projection, as for `sketch`.
         parameters: which parameters' gradients: a name or glob pattern of `model.named_parameters()` or several of them, or a
@@ -137,7 +137,6 @@ class GradientSketcher:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        _refuse_compiled(model)
         if isinstance(model, nn.DataParallel):
             raise ValueError(
                 "model must not be a DataParallel, whose replicas live for one call; use DistributedDataParallel"
@@ -217,14 +216,14 @@ class GradientSketcher:
         if self._direct:
             name, function = next(iter(self._direct.items()))
             raise RuntimeError(
-                f"parameter {name!r} is also used outside of its module, by {function}: its per-sample gradients are not "
-                "known; use it through its module alone, or leave it out with parameters="
+                f"parameter {name!r} is used outside of a call of its module, by {function}: its per-sample gradients are "
+                "not known; use it through its module alone, or leave it out with parameters="
             )
         if self._missed:
             raise RuntimeError(
                 f"the gradient of parameter {next(iter(self._missed))!r} came from no call of its module that was seen: "
-                "run the forward pass inside `with sketcher:`, call modules rather than their forward(), and do not compile "
-                "them with torch.compile before (or leave the parameter out with parameters=)"
+                "run the forward pass inside `with sketcher:`, and call modules rather than their forward() (where torch.compile "
+                "has left the hooks out, call the model uncompiled), or leave the parameter out with parameters="
             )
 
     # ---- hooks
@@ -232,7 +231,6 @@ class GradientSketcher:
     def __enter__(self) -> GradientSketcher:
         if self._handles:
             raise RuntimeError("this GradientSketcher is already active; leave its `with` block first")
-        _refuse_compiled(self._model)
         for name, module in self._model.named_modules():
             if batch_statistics(module):
                 raise ValueError(
@@ -299,7 +297,8 @@ class GradientSketcher:
             _: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor
         ) -> Tensor | None:
             self._inside = None
-            if _in_transform():
+            # Functions that torch.compile compiled inside `with` go on calling hooks that have been removed.
+            if _in_transform() or not self._handles:
                 return None
             self._new_forward()
             x = args[0] if args else next(iter(keywords.values()))
@@ -586,17 +585,6 @@ def _same_device(wanted: dict[str, nn.Parameter]) -> list[torch.device]:
             f"parameters must be on one device, got {devices[0]} and {devices[1]}; make a GradientSketcher for each"
         )
     return devices
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or "_orig_mod" in module._modules:
-            where = f"its module {name!r}" if name else "it"
-            raise ValueError(
-                f"model must not be compiled, but {where} is: compiled layers run without hooks; make the GradientSketcher "
-                "of the original module, and call that"
-            )
 
 
 def _kernel(name: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
