@@ -18,6 +18,7 @@ from flashcoreset.ops.facility_location import facility_location
 from flashcoreset.ops.gradient_sketcher import GradientSketcher
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
 from flashcoreset.ops.sketch import projection_matrix, sketch
+from flashcoreset.ops.zeroth_order import LowRankGradients, zeroth_order_gradients
 
 __version__ = _version("flashcoreset")
 
@@ -26,6 +27,7 @@ __all__ = [
     "ConvergenceWarning",
     "Coreset",
     "GradientSketcher",
+    "LowRankGradients",
     "Selection",
     "SlowPathWarning",
     "Transport",
@@ -42,4 +44,5 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_divergence",
     "sketch",
+    "zeroth_order_gradients",
 ]

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from flashcoreset import kernels
 from flashcoreset._tensor import FLOATING, compute_dtype, one_of
-from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.ops.backends import check_backend, kernel_of
 from flashcoreset.ops.gradient_layers import Gradient, Layer, Outer, Rows, batch_statistics, layer_of
 from flashcoreset.ops.gradient_norms import TiedEmbedding, add_explicit, squares
 from flashcoreset.ops.sketch import check_projection
@@ -165,7 +164,7 @@ class GradientSketcher:
         found = {compute_dtype(parameter.dtype) for parameter in wanted.values()}
         self._dtype = torch.float64 if torch.float64 in found else torch.float32
         self._sketch, self._outer, self._rows = (
-            _kernel(name, backend, device) for name in ("sketch", "sketch_outer", "sketch_rows")
+            kernel_of(name, backend, device, "sketch") for name in ("sketch", "sketch_outer", "sketch_rows")
         )
         self._watch = _Watch(self)
         self._handles: list[RemovableHandle] = []
@@ -585,14 +584,6 @@ def _same_device(wanted: dict[str, nn.Parameter]) -> list[torch.device]:
             f"parameters must be on one device, got {devices[0]} and {devices[1]}; make a GradientSketcher for each"
         )
     return devices
-
-
-def _kernel(name: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
-    """The backend's kernel, or the reference where it has none of this name."""
-    found: Callable[..., Any] = getattr(choose_kernels(backend, device, "sketch"), name, None) or getattr(
-        kernels.torch, name
-    )
-    return found
 
 
 def _in_backward() -> bool:

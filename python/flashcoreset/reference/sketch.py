@@ -57,7 +57,7 @@ def _bits(words: np.ndarray) -> np.ndarray:
     return (words[:, :, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).reshape(rows, 32 * count)
 
 
-def _normals(words: np.ndarray) -> np.ndarray:
+def box_muller(words: np.ndarray) -> np.ndarray:
     """Box and Muller's pairs of normal numbers from pairs of words [..., 2], as float32.
 
     Angles are cut into quadrants exactly, so that numbers near 0 have all their digits.
@@ -125,7 +125,7 @@ def _matrix(number: np.ndarray, dim: int, kind: str, seed: int, nnz: int, dtype:
     rows = len(number)
     if kind == "gaussian":
         words = _words(kind, seed, number, np.arange((dim + 3) // 4))
-        normal = _normals(words.reshape(rows, -1, 2)).reshape(rows, -1)[:, :dim]
+        normal = box_muller(words.reshape(rows, -1, 2)).reshape(rows, -1)[:, :dim]
         return torch.from_numpy(normal).to(dtype) * _scale(dim, dtype)
     if kind == "sjlt":
         columns, signs = sjlt_entries(seed, dim, nnz, number)
