@@ -15,8 +15,10 @@ from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import goracs, select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
+from flashcoreset.ops.gradient_sketcher import GradientSketcher
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
 from flashcoreset.ops.sketch import projection_matrix, sketch
+from flashcoreset.ops.zeroth_order import LowRankGradients, zeroth_order_gradients
 
 __version__ = _version("flashcoreset")
 
@@ -24,6 +26,8 @@ __all__ = [
     "BackendUnavailableError",
     "ConvergenceWarning",
     "Coreset",
+    "GradientSketcher",
+    "LowRankGradients",
     "Selection",
     "SlowPathWarning",
     "Transport",
@@ -40,4 +44,5 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_divergence",
     "sketch",
+    "zeroth_order_gradients",
 ]

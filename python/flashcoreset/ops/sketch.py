@@ -61,7 +61,7 @@ def sketch(
         True
     """
     matrix = as_matrix(x, "x")
-    dim, seed, offset, nnz = _check_projection(matrix.shape[1], dim, kind, seed, offset, nnz)
+    dim, seed, offset, nnz = check_projection(matrix.shape[1], dim, kind, seed, offset, nnz)
     check_backend(backend)
     return torch.ops.flashcoreset.sketch(matrix, dim, kind, seed, offset, nnz, backend)
 
@@ -102,7 +102,7 @@ def projection_matrix(
     rows = as_integer(D, "D")
     if rows < 1:
         raise ValueError(f"D must be at least 1, got {rows}")
-    dim, seed, offset, nnz = _check_projection(rows, dim, kind, seed, offset, nnz)
+    dim, seed, offset, nnz = check_projection(rows, dim, kind, seed, offset, nnz)
     check_backend(backend)
     dtype, place = as_dtype(dtype), torch.device("cpu" if device is None else device)
     kernels = choose_kernels(backend, place, "sketch")
@@ -112,7 +112,7 @@ def projection_matrix(
     return found.to(dtype)
 
 
-def _check_projection(
+def check_projection(
     rows: int, dim: Any, kind: Any, seed: Any, offset: Any, nnz: Any
 ) -> tuple[int, int, int, int]:
     """`dim`, `seed`, `offset` and `nnz` as integers in their ranges."""
@@ -135,7 +135,7 @@ torch.library.define(
 
 @torch.library.impl(_NAME, "default")
 def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backend: str | None) -> Tensor:
-    dim, seed, offset, nnz = _check_projection(x.shape[1], dim, kind, seed, offset, nnz)
+    dim, seed, offset, nnz = check_projection(x.shape[1], dim, kind, seed, offset, nnz)
     kernels = choose_kernels(backend, x.device, "sketch")
     dtype = compute_dtype(x.dtype)
     with torch.no_grad():

@@ -33,6 +33,7 @@ from flashcoreset.reference.philox import philox4x32
 KINDS = ("rademacher", "gaussian", "sjlt", "srht")
 _LEAST_BLOCK, _MOST_BLOCK = 1 << 10, 1 << 12
 _ROWS_AT_ONCE = 1 << 22  # entries of the matrix
+_TILE = 1 << 22  # entries of gradients that are formed at a time
 
 
 def hadamard_block(dim: int) -> int:
@@ -56,7 +57,7 @@ def _bits(words: np.ndarray) -> np.ndarray:
     return (words[:, :, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).reshape(rows, 32 * count)
 
 
-def _normals(words: np.ndarray) -> np.ndarray:
+def box_muller(words: np.ndarray) -> np.ndarray:
     """Box and Muller's pairs of normal numbers from pairs of words [..., 2], as float32.
 
     Angles are cut into quadrants exactly, so that numbers near 0 have all their digits.
@@ -112,14 +113,19 @@ def projection_matrix(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """The matrix [rows, dim] on `device`, its first row being row `offset` of the projection."""
-    return _matrix(rows, dim, kind, seed, offset, nnz, dtype).to(device)
+    return _matrix(_consecutive(offset, rows), dim, kind, seed, nnz, dtype).to(device)
 
 
-def _matrix(rows: int, dim: int, kind: str, seed: int, offset: int, nnz: int, dtype: torch.dtype) -> Tensor:
-    number = offset + np.arange(rows, dtype=np.int64)
+def _consecutive(begin: int, count: int) -> np.ndarray:
+    return begin + np.arange(count, dtype=np.int64)
+
+
+def _matrix(number: np.ndarray, dim: int, kind: str, seed: int, nnz: int, dtype: torch.dtype) -> Tensor:
+    """The rows with the numbers `number` [rows] int64."""
+    rows = len(number)
     if kind == "gaussian":
         words = _words(kind, seed, number, np.arange((dim + 3) // 4))
-        normal = _normals(words.reshape(rows, -1, 2)).reshape(rows, -1)[:, :dim]
+        normal = box_muller(words.reshape(rows, -1, 2)).reshape(rows, -1)[:, :dim]
         return torch.from_numpy(normal).to(dtype) * _scale(dim, dtype)
     if kind == "sjlt":
         columns, signs = sjlt_entries(seed, dim, nnz, number)
@@ -145,5 +151,43 @@ def sketch(x: Tensor, dim: int, *, kind: str, seed: int, offset: int, nnz: int) 
     step = max(1, _ROWS_AT_ONCE // dim)
     for begin in range(0, x.shape[1], step):
         part = x[:, begin : begin + step]
-        out += part @ _matrix(part.shape[1], dim, kind, seed, offset + begin, nnz, x.dtype).to(x.device)
+        number = _consecutive(offset + begin, part.shape[1])
+        out += part @ _matrix(number, dim, kind, seed, nnz, x.dtype).to(x.device)
     return out
+
+
+def sketch_outer(
+    a: Tensor, g: Tensor, out: Tensor, *, kind: str, seed: int, offset: int, nnz: int = 1
+) -> None:
+    """out[b] += the sketch of sum_t g[b, t] a[b, t]^T, a matrix [rows, columns] flattened row by row, which begins at row
+    `offset` of the projection; a tile of its rows at a time.
+
+    a [B, T, columns], g [B, T, rows] and out [B, dim] have one dtype, float32 or float64.
+    """
+    batch, _, columns = a.shape
+    step = max(1, _TILE // (batch * columns))
+    for begin in range(0, g.shape[2], step):
+        tile = g[:, :, begin : begin + step].transpose(1, 2) @ a
+        out += sketch(
+            tile.flatten(1), out.shape[1], kind=kind, seed=seed, offset=offset + begin * columns, nnz=nnz
+        )
+
+
+def sketch_rows(
+    indices: Tensor, g: Tensor, out: Tensor, *, width: int, kind: str, seed: int, offset: int, nnz: int = 1
+) -> None:
+    """out[b] += the sum over t of the sketch of g[b, t], row indices[b, t] of a matrix with `width` columns that is
+    flattened row by row and begins at row `offset` of the projection. Rows that no index names cost nothing.
+
+    indices [B, T] int64, g [B, T, width] and out [B, dim] of one dtype, float32 or float64.
+    """
+    batch, dim = out.shape
+    named, place = torch.unique(indices, return_inverse=True)
+    step = max(1, min(_ROWS_AT_ONCE // dim, _TILE // batch) // width)
+    for begin in range(0, len(named), step):
+        number = offset + named[begin : begin + step].cpu().numpy()[:, None] * width + np.arange(width)
+        sums = g.new_zeros(batch, len(number), width)
+        here = (place >= begin) & (place < begin + step)
+        sample = here.nonzero()[:, 0]
+        sums.index_put_((sample, place[here] - begin), g[here], accumulate=True)
+        out += sums.flatten(1) @ _matrix(number.reshape(-1), dim, kind, seed, nnz, g.dtype).to(g.device)
