@@ -33,6 +33,7 @@ def test_pages_with_examples() -> None:
         "simcore.md",
         "sinkhorn.md",
         "goracs.md",
+        "gradient_sketching.md",
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -284,6 +286,25 @@ def test_transformers(name: str) -> None:
     check(model, next_token, token_ids())
 
 
+@pytest.mark.parametrize(
+    ("home", "name", "options"),
+    [
+        ("llama", "LlamaRMSNorm", {"hidden_size": 6}),
+        ("t5", "T5LayerNorm", {"hidden_size": 6}),
+        ("gemma", "GemmaRMSNorm", {"dim": 6}),
+        ("cohere", "CohereLayerNorm", {"hidden_size": 6}),
+        ("convnext", "ConvNextLayerNorm", {"normalized_shape": 6, "data_format": "channels_last"}),
+    ],
+)
+def test_norms_of_transformers(home: str, name: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    module = importlib.import_module(f"transformers.models.{home}.modeling_{home}")
+    model = nn.Sequential(nn.Linear(6, 6), getattr(module, name)(**options), nn.Flatten(), nn.Linear(18, 4))
+    for i, p in enumerate(model.parameters()):
+        p.data += 0.3 * points(*p.shape, seed=i)
+    check(model, classify, points(5, 3, 6), labels(5, 4))
+
+
 def test_lora() -> None:
     sketcher = check(with_lora(mlp(), ["0", "2"]), classify, points(6, 7), labels(6, 5))
     assert len(sketcher.offsets) == 4
@@ -384,6 +405,23 @@ def test_a_checkpoint_keeps_no_activations() -> None:
         out = checkpoint(forward, x, use_reentrant=False)
         assert alive() == 0
         out.sum().backward()
+
+
+def test_data_parallel_training(tmp_path: Path) -> None:
+    """One process of it; others only change what happens to the gradients of parameters."""
+    model, batch = mlp(), (points(6, 7), labels(6, 5))
+    g = explicit(model, classify, *batch)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for seen in (parallel, model):
+            sketcher = fc.GradientSketcher(seen, DIM, backend="torch")
+            with sketcher:
+                classify(parallel, *batch).backward()
+            assert_close(sketcher.sketches, fc.sketch(g, DIM, kind="sjlt", backend="torch"), SKETCHES)
+            assert_close(sketcher.norms, g.norm(dim=1), NORMS)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Shared(nn.Module):
