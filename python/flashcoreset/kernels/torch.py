@@ -5,7 +5,7 @@ from flashcoreset.reference.simcore import NearestOrder
 from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
 from flashcoreset.reference.sinkhorn import plan as sinkhorn_plan
 from flashcoreset.reference.sinkhorn import sinkhorn
-from flashcoreset.reference.sketch import projection_matrix, sketch, sketch_outer, sketch_rows
+from flashcoreset.reference.sketch import projection_matrix, sketch
 from flashcoreset.reference.zeroth_order import directions
 
 __all__ = [
@@ -18,6 +18,4 @@ __all__ = [
     "sinkhorn_apply",
     "sinkhorn_plan",
     "sketch",
-    "sketch_outer",
-    "sketch_rows",
 ]

@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from flashcoreset._tensor import FLOATING, compute_dtype, one_of
-from flashcoreset.ops.backends import check_backend, kernel_of
+from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.ops.gradient_layers import Gradient, Layer, Outer, Rows, batch_statistics, layer_of
 from flashcoreset.ops.gradient_norms import TiedEmbedding, add_explicit, squares
+from flashcoreset.ops.gradient_products import add_products, add_rows
 from flashcoreset.ops.sketch import check_projection
 
 REDUCTIONS = ("mean", "sum")
@@ -163,9 +164,7 @@ class GradientSketcher:
         self._places = _places(model, targets)
         found = {compute_dtype(parameter.dtype) for parameter in wanted.values()}
         self._dtype = torch.float64 if torch.float64 in found else torch.float32
-        self._sketch, self._outer, self._rows = (
-            kernel_of(name, backend, device, "sketch") for name in ("sketch", "sketch_outer", "sketch_rows")
-        )
+        self._kernels = choose_kernels(backend, device, "sketch")
         self._watch = _Watch(self)
         self._handles: list[RemovableHandle] = []
         self._begin(None)
@@ -395,15 +394,13 @@ class GradientSketcher:
         out = current.out
         assert out is not None
         if isinstance(gradient, Rows):
-            self._rows(
-                gradient.indices, gradient.g, out, width=gradient.width, offset=offset, **self._options
-            )
+            add_rows(self._kernels, gradient.indices, gradient.g, out, offset=offset, **self._options)
         elif isinstance(gradient, Outer):
             here = out[gradient.first : gradient.first + len(gradient.a)]
-            self._outer(gradient.a, gradient.g, here, offset=offset, **self._options)
+            add_products(self._kernels, gradient.a, gradient.g, here, offset=offset, **self._options)
         else:
             here = out[gradient.first : gradient.first + len(gradient.values)]
-            here += self._sketch(gradient.values, self._dim, offset=offset, **self._options)
+            here += self._kernels.sketch(gradient.values, self._dim, offset=offset, **self._options)
 
     def _tied(self, current: _Pass, target: _Target) -> TiedEmbedding | None:
         """Of a parameter that embeddings and exactly one other layer use."""

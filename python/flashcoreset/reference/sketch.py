@@ -33,7 +33,6 @@ from flashcoreset.reference.philox import philox4x32
 KINDS = ("rademacher", "gaussian", "sjlt", "srht")
 _LEAST_BLOCK, _MOST_BLOCK = 1 << 10, 1 << 12
 _ROWS_AT_ONCE = 1 << 22  # entries of the matrix
-_TILE = 1 << 22  # entries of gradients that are formed at a time
 
 
 def hadamard_block(dim: int) -> int:
@@ -154,40 +153,3 @@ def sketch(x: Tensor, dim: int, *, kind: str, seed: int, offset: int, nnz: int) 
         number = _consecutive(offset + begin, part.shape[1])
         out += part @ _matrix(number, dim, kind, seed, nnz, x.dtype).to(x.device)
     return out
-
-
-def sketch_outer(
-    a: Tensor, g: Tensor, out: Tensor, *, kind: str, seed: int, offset: int, nnz: int = 1
-) -> None:
-    """out[b] += the sketch of sum_t g[b, t] a[b, t]^T, a matrix [rows, columns] flattened row by row, which begins at row
-    `offset` of the projection; a tile of its rows at a time.
-
-    a [B, T, columns], g [B, T, rows] and out [B, dim] have one dtype, float32 or float64.
-    """
-    batch, _, columns = a.shape
-    step = max(1, _TILE // (batch * columns))
-    for begin in range(0, g.shape[2], step):
-        tile = g[:, :, begin : begin + step].transpose(1, 2) @ a
-        out += sketch(
-            tile.flatten(1), out.shape[1], kind=kind, seed=seed, offset=offset + begin * columns, nnz=nnz
-        )
-
-
-def sketch_rows(
-    indices: Tensor, g: Tensor, out: Tensor, *, width: int, kind: str, seed: int, offset: int, nnz: int = 1
-) -> None:
-    """out[b] += the sum over t of the sketch of g[b, t], row indices[b, t] of a matrix with `width` columns that is
-    flattened row by row and begins at row `offset` of the projection. Rows that no index names cost nothing.
-
-    indices [B, T] int64, g [B, T, width] and out [B, dim] of one dtype, float32 or float64.
-    """
-    batch, dim = out.shape
-    named, place = torch.unique(indices, return_inverse=True)
-    step = max(1, min(_ROWS_AT_ONCE // dim, _TILE // batch) // width)
-    for begin in range(0, len(named), step):
-        number = offset + named[begin : begin + step].cpu().numpy()[:, None] * width + np.arange(width)
-        sums = g.new_zeros(batch, len(number), width)
-        here = (place >= begin) & (place < begin + step)
-        sample = here.nonzero()[:, 0]
-        sums.index_put_((sample, place[here] - begin), g[here], accumulate=True)
-        out += sums.flatten(1) @ _matrix(number.reshape(-1), dim, kind, seed, nnz, g.dtype).to(g.device)
