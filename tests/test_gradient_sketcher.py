@@ -74,13 +74,14 @@ def check(
     loss: Callable[..., Tensor],
     *batch: Tensor,
     run: Callable[..., Tensor] | None = None,
+    backend: str = "torch",
     sketches: float = SKETCHES,
     norms: float = NORMS,
     **options: Any,
 ) -> fc.GradientSketcher:
     """Both results for the mean over the batch of `loss`."""
     g = explicit(model, loss, *batch)
-    sketcher = fc.GradientSketcher(model, DIM, seed=3, backend="torch", **options)
+    sketcher = fc.GradientSketcher(model, DIM, seed=3, backend=backend, **options)
     with sketcher:
         value = (run or loss)(model, *batch)
         value.backward()
@@ -154,12 +155,12 @@ def network() -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "nnz"), [("sjlt", 1), ("sjlt", 3), ("rademacher", 1), ("gaussian", 1), ("srht", 1)]
 )
-def test_mlp(kind: str, nnz: int) -> None:
-    check(mlp(), classify, points(6, 7), labels(6, 5), kind=kind, nnz=nnz)
+def test_mlp(backend: str, kind: str, nnz: int) -> None:
+    check(mlp(), classify, points(6, 7), labels(6, 5), backend=backend, kind=kind, nnz=nnz)
 
 
-def test_cnn() -> None:
-    check(network(), classify, points(5, 3, 11, 10), labels(5, 4))
+def test_cnn(backend: str) -> None:
+    check(network(), classify, points(5, 3, 11, 10), labels(5, 4), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -279,11 +280,12 @@ MODELS = {"gpt2": gpt2, "llama": llama}
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher", "srht"])
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers(name: str) -> None:
+def test_transformers(backend: str, name: str, kind: str) -> None:
     model = MODELS[name]()
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    check(model, next_token, token_ids())
+    check(model, next_token, token_ids(), backend=backend, kind=kind)
 
 
 @pytest.mark.parametrize(
@@ -464,14 +466,14 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_tied_embeddings(twice: bool) -> None:
+def test_tied_embeddings(backend: str, twice: bool) -> None:
     model = seeded(lambda: Tied(twice))
     x = torch.randint(0, 9, (5, 7), generator=torch.Generator().manual_seed(0))
 
     def loss(call: Any, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(call(x).mean(1), y)
 
-    sketcher = check(model, loss, x, labels(5, 9))
+    sketcher = check(model, loss, x, labels(5, 9), backend=backend)
     assert list(sketcher.offsets) == ["tokens.weight", "head.bias"]
 
 
