@@ -236,7 +236,7 @@ def test_float64_and_half_models() -> None:
     assert_no_further(sketcher, theirs, exact)
 
 
-# ---- transformers and peft
+# ---- transformers and peft (imported where they are used: they take seconds)
 
 TOKENS, LENGTH, BATCH = 40, 9, 4
 
@@ -250,7 +250,8 @@ def next_token(model: Any, ids: Tensor) -> Tensor:
 
 
 def gpt2(**options: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.GPT2Config(
         vocab_size=TOKENS, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         bos_token_id=0, eos_token_id=0, attn_implementation="eager", **options,
@@ -259,7 +260,8 @@ def gpt2(**options: Any) -> nn.Module:
 
 
 def llama(**options: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=TOKENS, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=16, bos_token_id=0, eos_token_id=0, attn_implementation="eager",
@@ -269,7 +271,8 @@ def llama(**options: Any) -> nn.Module:
 
 
 def with_lora(model: nn.Module, targets: list[str], **options: Any) -> nn.Module:
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **options)
     model.requires_grad_(True)
     return seeded(lambda: peft.get_peft_model(model, config))
@@ -299,7 +302,6 @@ def test_transformers(backend: str, name: str, kind: str) -> None:
     ],
 )
 def test_norms_of_transformers(home: str, name: str, options: dict[str, Any]) -> None:
-    pytest.importorskip("transformers")
     module = importlib.import_module(f"transformers.models.{home}.modeling_{home}")
     model = nn.Sequential(nn.Linear(6, 6), getattr(module, name)(**options), nn.Flatten(), nn.Linear(18, 4))
     for i, p in enumerate(model.parameters()):
