@@ -316,6 +316,16 @@ def test_lora() -> None:
     targets = ["c_attn", "c_fc", "c_proj"]
     check(with_lora(gpt2(), targets, fan_in_fan_out=True), next_token, token_ids())
     check(with_lora(llama(), ["q_proj", "v_proj", "down_proj"]), next_token, token_ids())
+    for options in (
+        {"target_modules": ["wte"]},
+        {"target_modules": ["c_attn"], "use_dora": True, "fan_in_fan_out": True},
+    ):
+        targets = options.pop("target_modules")
+        model = with_lora(gpt2(tie_word_embeddings=False), targets, **options)
+        with pytest.raises(
+            ValueError, match=r"parameter '.*lora_.*its layer type is not supported; leave it out"
+        ):
+            fc.GradientSketcher(model, DIM, backend="torch")
     # Whole modules beside the adapters.
     model = with_lora(llama(tie_word_embeddings=False), ["q_proj"], modules_to_save=["lm_head", "norm"])
     sketcher = check(model, next_token, token_ids())
@@ -505,6 +515,36 @@ def test_several_calls_and_backward_passes_add_up() -> None:
     assert_close(sketcher.sketches, fc.sketch(twice, DIM, kind="sjlt", backend="torch"), SKETCHES)
     with pytest.raises(RuntimeError, match="several backward passes through one graph"):
         _ = sketcher.norms
+
+
+def test_norms_of_shared_parameters_between_backward_passes() -> None:
+    model, x, z, y = seeded(Shared), points(5, 6), points(5, 6, seed=8), labels(5, 6)
+    one = explicit(model, classify, x, y).norm(dim=1)
+    both = explicit(model, classify, x, y) + explicit(model, classify, z, y)
+    sketcher = fc.GradientSketcher(model, DIM, backend="torch")
+    with sketcher:
+        first, second = classify(model, x, y), classify(model, z, y)
+        first.backward()
+        assert_close(sketcher.norms, one, NORMS)
+        second.backward()
+        assert_close(sketcher.norms, both.norm(dim=1), NORMS)
+    assert_close(sketcher.norms, both.norm(dim=1), NORMS)
+
+
+def test_backward_passes_after_the_block_are_not_counted() -> None:
+    model, batch = mlp(), (points(6, 7), labels(6, 5))
+    sketcher = fc.GradientSketcher(model, DIM, backend="torch")
+    with sketcher:
+        loss = classify(model, *batch)
+        loss.backward(retain_graph=True)
+    kept = sketcher.sketches
+    loss.backward()
+    assert torch.equal(sketcher.sketches, kept)
+    with sketcher:
+        loss = classify(model, *batch)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="no backward pass yet"):
+        _ = sketcher.sketches
 
 
 def test_a_loop_inside_one_block() -> None:
@@ -706,6 +746,23 @@ def test_layers_that_are_not_called_as_modules() -> None:
     sketcher = fc.GradientSketcher(attention, 4, parameters="out_proj.*", backend="torch")
     with pytest.raises(RuntimeError, match="out_proj"), sketcher:
         attention(*[points(3, 5, 8)] * 3)[0].sum().backward()
+
+
+def test_a_checkpoint_that_stops_inside_a_layer() -> None:
+    model, x, y = mlp(), points(6, 7).requires_grad_(), labels(6, 5)
+    last = model[4]
+    last.weight.requires_grad_(False)
+    sketcher = fc.GradientSketcher(model, 4, parameters="4.bias", backend="torch")
+
+    def step(penalty: Tensor | float) -> None:
+        (F.cross_entropy(checkpoint(model, x, use_reentrant=False), y) + penalty).backward()
+
+    def train() -> None:
+        step(0.0)
+        step(last.bias.square().sum())
+
+    with pytest.raises(RuntimeError, match=r"'4\.bias' is used outside of a call"), sketcher:
+        train()
 
 
 def test_uses_that_carry_no_gradient_are_no_matter() -> None:

@@ -195,10 +195,9 @@ class GradientSketcher:
                 "norms are not known after several backward passes through one graph (sketches are); add the losses "
                 "and call backward() once"
             )
-        self._finish(done)
         assert done.squares is not None
         assert done.batch is not None
-        out = done.squares.sqrt()
+        out = (done.squares + self._shared(done)).sqrt()
         return _finite((out * done.batch if self._mean else out).to(self._dtype), "norms")
 
     def _result(self) -> _Pass:
@@ -258,8 +257,10 @@ class GradientSketcher:
         self._handles.clear()
         if kind is None:
             self._check()
-            if self._done is not None:
-                self._finish(self._done)
+            if self._done is not None and self._done.squares is not None:
+                self._done.squares += self._shared(self._done)
+                self._done.tied.clear()
+                self._done.kept.clear()
 
     def _begin(self, likely_batch: int | None) -> None:
         """A new pass; at first, and after a backward pass."""
@@ -343,6 +344,8 @@ class GradientSketcher:
 
     def _parameter_hook(self, target: _Target) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
+            # A checkpoint that was computed again for this gradient may have stopped inside a layer.
+            self._inside = None
             if target.name in self._arrived:
                 self._arrived.remove(target.name)
             else:
@@ -354,6 +357,8 @@ class GradientSketcher:
 
     def _consume(self, use: _Use, x: Tensor | None, g: Tensor) -> None:
         """Takes in the gradient of a layer's output, [B, ...]."""
+        if not self._handles:
+            return  # a later backward pass through a graph from inside the block
         current, place = use.into, use.place
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             if current.batch is None:
@@ -413,18 +418,17 @@ class GradientSketcher:
             current.tied[target.name] = TiedEmbedding(torch.cat(indices, 1).to(torch.int64))
         return current.tied[target.name]
 
-    def _finish(self, done: _Pass) -> None:
-        """Norms of the parameters that were used several times, which need all their gradients."""
-        if done.squares is None:
-            return
-        for tied in done.tied.values():
-            done.squares += tied.total()
-        done.tied.clear()
-        for target in self._targets.values():
-            uses = done.kept.pop(target.name, None)
-            if uses is not None:
-                with torch.no_grad():
-                    done.squares += self._together(target, uses, len(done.squares))
+    def _shared(self, done: _Pass) -> Tensor:
+        """[B] float64: squared norms of the gradients of parameters that were used several times, which take all uses."""
+        assert done.squares is not None
+        found = torch.zeros_like(done.squares)
+        with torch.no_grad():
+            for tied in done.tied.values():
+                found += tied.total()
+            for target in self._targets.values():
+                if target.name in done.kept:
+                    found += self._together(target, done.kept[target.name], len(found))
+        return found
 
     def _together(
         self, target: _Target, uses: list[tuple[_Place, Tensor | None, Tensor]], batch: int
