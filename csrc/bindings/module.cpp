@@ -15,6 +15,7 @@ void define_module(py::module_& m) {
   bind_facility_location(m);
   bind_nearest_order(m);
   bind_sinkhorn(m);
+  bind_scores(m);
 }
 
 }  // namespace

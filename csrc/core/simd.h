@@ -7,6 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/half.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -150,6 +152,42 @@ inline void lane_sums(const Vec<T> (&v)[kRows], T* out) {
     for (int i = 1; i < kWidth<T>; ++i) sum += v[r][i];
     out[r] = sum;
   }
+}
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float widen(BFloat16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
+
+// A subnormal or 0 is its significand times 2^-24. Otherwise the exponent's bias changes from 15 to 127;
+// infinity and NaN have the largest exponent in both.
+inline float widen(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7FFF;
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  uint32_t bits = (magnitude << 13) + (112u << 23);
+  if (magnitude < 0x0400) std::memcpy(&bits, &subnormal, sizeof(bits));
+  if (magnitude >= 0x7C00) bits += 112u << 23;
+  return float_of_bits(bits | sign);
+}
+
+// out[i] = in[i].
+inline void widen(const BFloat16* in, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
+}
+
+inline void widen(const Half* in, float* out, int64_t count) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+#elif defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+#endif
+  for (; i < count; ++i) out[i] = widen(in[i]);
 }
 
 // The positive part; NaN does not occur (inputs are checked to be finite).

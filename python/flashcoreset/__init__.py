@@ -15,6 +15,7 @@ from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import goracs, select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.facility_location import facility_location
+from flashcoreset.ops.scores import SampleScores, sample_scores
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
 
 __version__ = _version("flashcoreset")
@@ -23,6 +24,7 @@ __all__ = [
     "BackendUnavailableError",
     "ConvergenceWarning",
     "Coreset",
+    "SampleScores",
     "Selection",
     "SlowPathWarning",
     "Transport",
@@ -33,6 +35,7 @@ __all__ = [
     "kernels",
     "memory_estimate",
     "plot",
+    "sample_scores",
     "select",
     "simcore",
     "sinkhorn",

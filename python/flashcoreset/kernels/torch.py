@@ -1,9 +1,18 @@
 """The reference behind the names of the compiled kernels."""
 
 from flashcoreset.reference.facility_location import FacilityLocation, pairwise
+from flashcoreset.reference.scores import sample_scores
 from flashcoreset.reference.simcore import NearestOrder
 from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
 from flashcoreset.reference.sinkhorn import plan as sinkhorn_plan
 from flashcoreset.reference.sinkhorn import sinkhorn
 
-__all__ = ["FacilityLocation", "NearestOrder", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = [
+    "FacilityLocation",
+    "NearestOrder",
+    "pairwise",
+    "sample_scores",
+    "sinkhorn",
+    "sinkhorn_apply",
+    "sinkhorn_plan",
+]

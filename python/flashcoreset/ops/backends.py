@@ -18,6 +18,7 @@ FAMILIES = {
     "facility_location": ("cpu", "cuda", "triton", "torch"),
     "nearest_order": ("cpu", "torch"),
     "sinkhorn": ("cpu", "cuda", "triton", "torch"),
+    "scores": ("cpu", "triton", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
