@@ -14,6 +14,7 @@ from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import goracs, select, simcore
 from flashcoreset.ops.budgets import allocate_budgets
+from flashcoreset.ops.dynamics import TrainingDynamics
 from flashcoreset.ops.facility_location import facility_location
 from flashcoreset.ops.scores import SampleScores, sample_scores
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
@@ -27,6 +28,7 @@ __all__ = [
     "SampleScores",
     "Selection",
     "SlowPathWarning",
+    "TrainingDynamics",
     "Transport",
     "__version__",
     "allocate_budgets",
