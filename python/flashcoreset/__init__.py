@@ -12,7 +12,7 @@ from flashcoreset import kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
-from flashcoreset.methods import goracs, select, simcore
+from flashcoreset.methods import ccs, goracs, select, simcore, top_scores
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.dynamics import TrainingDynamics
 from flashcoreset.ops.facility_location import facility_location
@@ -32,6 +32,7 @@ __all__ = [
     "Transport",
     "__version__",
     "allocate_budgets",
+    "ccs",
     "facility_location",
     "goracs",
     "kernels",
@@ -42,4 +43,5 @@ __all__ = [
     "simcore",
     "sinkhorn",
     "sinkhorn_divergence",
+    "top_scores",
 ]
