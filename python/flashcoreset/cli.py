@@ -406,14 +406,19 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     out = check_output(arguments.out, "--out", ".png")
+    out_ccs = check_output(str(out.with_name(f"{out.stem}-ccs{out.suffix}")), "--out", ".png")
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError("demo: the picture needs matplotlib: pip install 'flashcoreset[demo]'")
-    from flashcoreset import demo
+    from flashcoreset import demo, demo_pruning
 
     result = demo.run()
     print(demo.table(result))
     write_whole(out, "--out", lambda stream: demo.draw(result, stream))
-    print(f"first picks: {out}")
+    print(f"first picks: {out}\n", flush=True)
+    pruning = demo_pruning.run()
+    print(demo_pruning.table(pruning))
+    write_whole(out_ccs, "--out", lambda stream: demo_pruning.draw(pruning, stream))
+    print(f"strata: {out_ccs}")
     return 0
 
 
@@ -432,8 +437,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="choose training images from real data: a table and a picture")
-    demo.add_argument("--out", default="demo.png", help="the picture (default: %(default)s)")
+    demo = commands.add_parser("demo", help="choose training images from real data: tables and pictures")
+    demo.add_argument(
+        "--out",
+        default="demo.png",
+        help="the picture; that of CCS goes beside it, as NAME-ccs.png (default: %(default)s)",
+    )
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout")
