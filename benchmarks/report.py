@@ -16,6 +16,7 @@ TITLES = {
     "pairwise": "Pairwise distances and similarities",
     "simcore": "SimCore's order",
     "sinkhorn": "Sinkhorn",
+    "scores": "Sample scores and CCS",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

@@ -25,7 +25,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "core/simd.h"
 #include "core/vmath.h"
@@ -63,41 +62,39 @@ const ScoreOf<X>* fetch(const X* x, int64_t stride, int64_t count, ScoreOf<X>* b
   }
 }
 
-// The largest of p [count]; -infinity of none. NaN may get lost: the sums show it.
 template <class T>
-T largest(const T* p, int64_t count) {
-  using V = Vec<T>;
-  constexpr int64_t W = kWidth<T>;
-  T result = -std::numeric_limits<T>::infinity();
-  if (count < W) {
-    for (int64_t j = 0; j < count; ++j) result = std::max(result, p[j]);
-    return result;
-  }
-  // The last vector overlaps what came before it, which does not change a maximum.
-  V most[4];
-  for (V& v : most) v = simd::load(p + count - W);
-  int64_t j = 0;
-  for (; j + 4 * W <= count; j += 4 * W) {
-    for (int lane = 0; lane < 4; ++lane) {
-      const V v = simd::load(p + j + lane * W);
-      most[lane] = most[lane] > v ? most[lane] : v;
-    }
-  }
-  for (; j + W <= count; j += W) {
-    const V v = simd::load(p + j);
-    most[0] = most[0] > v ? most[0] : v;
-  }
-  for (int lane = 1; lane < 4; ++lane) most[0] = most[0] > most[lane] ? most[0] : most[lane];
-  T lanes[W];
-  simd::store(lanes, most[0]);
-  for (int64_t half = W / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) lanes[i] = std::max(lanes[i], lanes[i + half]);
-  return lanes[0];
+Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
 }
 
-// Sums of e, e^2 and e d over lanes.
+// The largest of some numbers, lane by lane. NaN may get lost: the sums show it.
 template <class T>
-struct Lanes {
+struct LaneMax {
+  static constexpr int64_t W = kWidth<T>;
+  Vec<T> most[4];
+
+  explicit LaneMax(T least) {
+    for (Vec<T>& v : most) v = simd::broadcast(least);
+  }
+
+  void add(const T* p, int64_t count) {
+    int64_t j = 0;
+    for (; j + 4 * W <= count; j += 4 * W) {
+      for (int i = 0; i < 4; ++i) most[i] = larger<T>(most[i], simd::load(p + j + i * W));
+    }
+    for (; j + W <= count; j += W) most[0] = larger<T>(most[0], simd::load(p + j));
+    if (j < count) most[1] = larger<T>(most[1], simd::load_or(p + j, count - j, most[1][0]));
+  }
+
+  T largest() const {
+    return simd::lane_max<T>(larger<T>(larger<T>(most[0], most[1]), larger<T>(most[2], most[3])));
+  }
+};
+
+// Sums of e, e^2 and e d, lane by lane.
+template <class T>
+struct LaneSums {
+  static constexpr int64_t W = kWidth<T>;
   Vec<T> sum{}, square{}, weighted{};
 
   void add(Vec<T> d) {
@@ -108,45 +105,37 @@ struct Lanes {
   }
 
   void add(const T* p, int64_t count, T most) {
-    constexpr int64_t W = kWidth<T>;
     const Vec<T> m = simd::broadcast(most);
     int64_t j = 0;
     for (; j + W <= count; j += W) add(simd::load(p + j) - m);
     if (j == count) return;
-    T d[W];
-    for (int64_t i = 0; i < W; ++i) d[i] = j + i < count ? p[j + i] - most : T(-1000);  // e = 0
-    add(simd::load(d));
+    const Vec<T> d = simd::load_or(p + j, count - j, most) - m;
+    add(simd::first_lanes<T>(count - j) ? d : simd::broadcast(T(-1000)));  // of which e is 0
   }
 };
 
-struct Scores {
-  double loss, entropy, margin, el2n;
-  bool correct;
-};
-
-// A row as its target sees it: differences to the largest value, and sums over the other classes.
+// What is known of a row x with target t: sums over the other classes, as if all logits were lower by `most`.
 template <class T>
 struct Row {
-  T target;                                        // x_t
-  T before = -std::numeric_limits<T>::infinity();  // the largest value of a class below t, and of one above
-  T after = -std::numeric_limits<T>::infinity();
-  T most;  // the largest value so far
+  T target;                                       // x_t
+  T other = -std::numeric_limits<T>::infinity();  // the largest of the other classes so far
+  T most;                                         // the larger of the two
   double rest = 0, square = 0, weighted = 0;
 
   explicit Row(T at_target) : target(at_target), most(at_target) {}
 
-  // The next classes: p [count], of which number t - first is the target (or none is).
-  void add(const T* p, int64_t first, int64_t count, int64_t t) {
-    const int64_t below = std::clamp<int64_t>(t - first, 0, count);
-    const int64_t above = std::clamp<int64_t>(t - first + 1, 0, count);
-    before = std::max(before, largest(p, below));
-    after = std::max(after, largest(p + above, count - above));
-    const T now = std::max(before, after);
-    if (now > most) {
-      rescale(static_cast<double>(most) - static_cast<double>(now));
-      most = now;
+  // The next classes: p [count], of which number `own` is the target, if it is in [0, count).
+  void add(const T* p, int64_t count, int64_t own) {
+    const int64_t below = std::clamp<int64_t>(own, 0, count), above = std::clamp<int64_t>(own + 1, 0, count);
+    LaneMax<T> lane_max(other);
+    lane_max.add(p, below);
+    lane_max.add(p + above, count - above);
+    other = lane_max.largest();
+    if (other > most) {
+      rescale(static_cast<double>(most) - static_cast<double>(other));
+      most = other;
     }
-    Lanes<T> lanes;
+    LaneSums<T> lanes;
     lanes.add(p, below, most);
     lanes.add(p + above, count - above, most);
     const Vec<T> all[4] = {lanes.sum, lanes.square, lanes.weighted, Vec<T>{}};
@@ -157,7 +146,6 @@ struct Row {
     weighted += sums[2];
   }
 
-  // As if all had been lower by -shift.
   void rescale(double shift) {
     if (rest == 0) return;
     const double factor = std::exp(shift);
@@ -168,16 +156,6 @@ struct Row {
 
   // Whether no logit was NaN or infinite, and no difference of two left the range of T.
   bool is_finite() const { return std::isfinite(weighted) && std::isfinite(target); }
-
-  Scores scores(bool alone) const {
-    const double other = static_cast<double>(std::max(before, after)) - static_cast<double>(most);
-    const double d = static_cast<double>(target) - static_cast<double>(most);
-    const double e = d == 0 ? 1 : std::exp(d), e_other = alone ? 0 : other == 0 ? 1 : std::exp(other);
-    const double sum = rest + e, log_sum = d == 0 ? std::log1p(rest) : std::log(sum);
-    const double own = e == 0 ? 0 : e * d;
-    return {log_sum - d, log_sum - (weighted + own) / sum, (e - e_other) / sum,
-            std::sqrt(square + rest * rest) / sum, target > before && target >= after};
-  }
 };
 
 // The same for a row that Row could not do: false where a logit is NaN or infinite; else logits are so far
@@ -189,10 +167,9 @@ bool add_far_apart(const X* x, int64_t stride, int64_t classes, int64_t t, Row<T
   for (int64_t j = 0; j < classes; ++j) {
     const T value = value_of(x[j * stride]);
     if (!std::isfinite(value)) return false;
-    T& side = j < t ? row.before : row.after;
-    if (j != t) side = std::max(side, value);
+    if (j != t) row.other = std::max(row.other, value);
   }
-  row.most = std::max({row.target, row.before, row.after});
+  row.most = std::max(row.target, row.other);
   for (int64_t j = 0; j < classes; ++j) {
     const double d = static_cast<double>(value_of(x[j * stride])) - static_cast<double>(row.most);
     if (j == t || d < -1000) continue;
@@ -203,6 +180,74 @@ bool add_far_apart(const X* x, int64_t stride, int64_t classes, int64_t t, Row<T
   }
   return true;
 }
+
+// Whether t is the first class of the largest logit.
+template <class T, class X>
+bool is_correct(const Row<T>& row, const X* x, int64_t stride, int64_t t) {
+  if (row.target != row.other) return row.target > row.other;
+  for (int64_t j = 0; j < t; ++j) {
+    if (value_of(x[j * stride]) == row.target) return false;
+  }
+  return true;
+}
+
+// Rows whose scores are computed together, a row a lane.
+template <class T>
+class Group {
+ public:
+  static constexpr int kSize = 16;
+
+  explicit Group(const TensorView<T, 3>& out) : out_(out) {}
+
+  bool is_full() const { return used_ == kSize; }
+
+  void add(int64_t sample, int64_t token, const Row<T>& row, bool correct) {
+    sample_[used_] = sample;
+    token_[used_] = token;
+    d_[used_] = static_cast<double>(row.target) - static_cast<double>(row.most);
+    other_[used_] = static_cast<double>(row.other) - static_cast<double>(row.most);
+    rest_[used_] = row.rest;
+    square_[used_] = row.square;
+    weighted_[used_] = row.weighted;
+    score_[4][used_] = correct ? 1 : 0;
+    ++used_;
+  }
+
+  // Writes the scores of the rows that were added.
+  void flush() {
+    for (int i = 0; i < used_; i += kWidth<double>) compute(i);
+    for (int i = 0; i < used_; ++i) {
+      for (int s = 0; s < 5; ++s) out_(s, sample_[i], token_[i]) = static_cast<T>(score_[s][i]);
+    }
+    used_ = 0;
+  }
+
+ private:
+  void compute(int i) {
+    using V = Vec<double>;
+    const V zero{}, one = simd::broadcast(1.0);
+    const V d = simd::load(d_ + i), rest = simd::load(rest_ + i), weighted = simd::load(weighted_ + i);
+    const V e = simd::exp<double>(d), sum = rest + e, log_sum = simd::log<double>(sum);
+    // Where e = 1, log(1 + rest) with all digits of rest: the error of 1 + rest is made good (by Kahan).
+    const V above = sum - one;
+    const V log1p = above == zero ? rest : log_sum * (rest / above);
+    const V log_total = d == zero ? log1p : log_sum;
+    const V own = e == zero ? zero : e * d;
+    simd::store(score_[0] + i, log_total - d);
+    simd::store(score_[1] + i, log_total - (weighted + own) / sum);
+    simd::store(score_[2] + i, (e - simd::exp<double>(simd::load(other_ + i))) / sum);
+    double* const el2n = score_[3] + i;
+    simd::store(el2n, simd::load(square_ + i) + rest * rest);
+    for (int lane = 0; lane < kWidth<double>; ++lane) el2n[lane] = std::sqrt(el2n[lane]);
+    simd::store(el2n, simd::load(el2n) / sum);
+  }
+
+  TensorView<T, 3> out_;
+  int used_ = 0;
+  int64_t sample_[kSize], token_[kSize];
+  double d_[kSize] = {}, other_[kSize] = {}, rest_[kSize] = {}, square_[kSize] = {}, weighted_[kSize] = {};
+  double score_[5][kSize];
+};
 
 template <class X>
 [[noreturn]] void refuse(const TensorView<const X, 3>& logits, const TensorView<const int64_t, 2>& targets,
@@ -236,17 +281,11 @@ void sample_scores(TensorView<const X, 3> logits, TensorView<const int64_t, 2> t
   std::atomic<int64_t> refused{rows};  // the first row that is not valid
   team.parallel_for(rows, chunk, [&](int, int64_t begin, int64_t end) {
     T buffer[kBlock];
+    Group<T> group(out);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t i = r / tokens, token = r % tokens, t = targets(i, token);
-      const auto write = [&](const Scores& s) {
-        out(0, i, token) = static_cast<T>(s.loss);
-        out(1, i, token) = static_cast<T>(s.entropy);
-        out(2, i, token) = static_cast<T>(s.margin);
-        out(3, i, token) = static_cast<T>(s.el2n);
-        out(4, i, token) = s.correct ? T(1) : T(0);
-      };
       if (masked && t == -1) {
-        write({0, 0, 0, 0, false});
+        for (int s = 0; s < 5; ++s) out(s, i, token) = 0;
         continue;
       }
       bool valid = t >= 0 && t < classes;
@@ -255,17 +294,19 @@ void sample_scores(TensorView<const X, 3> logits, TensorView<const int64_t, 2> t
         Row<T> row(value_of(x[t * stride]));
         for (int64_t first = 0; first < classes; first += kBlock) {
           const int64_t count = std::min(kBlock, classes - first);
-          row.add(fetch(x + first * stride, stride, count, buffer), first, count, t);
+          row.add(fetch(x + first * stride, stride, count, buffer), count, t - first);
         }
         valid = row.is_finite() || add_far_apart(x, stride, classes, t, row);
-        if (valid) write(row.scores(classes == 1));
+        if (valid) group.add(i, token, row, is_correct(row, x, stride, t));
       }
       if (!valid) {
         int64_t seen = refused.load(std::memory_order_relaxed);
         while (r < seen && !refused.compare_exchange_weak(seen, r, std::memory_order_relaxed)) {
         }
       }
+      if (group.is_full()) group.flush();
     }
+    group.flush();
   });
   if (refused.load() < rows) refuse(logits, targets, refused.load() / tokens, refused.load() % tokens);
 }

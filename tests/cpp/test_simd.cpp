@@ -145,8 +145,26 @@ void widened(int significand_bits, int bias, int largest_exponent) {
   }
 }
 
+// Every number of lanes, of memory that ends where they do.
+template <class T>
+void partial_vectors() {
+  for (int count = 0; count <= kWidth<T>; ++count) {
+    std::vector<T> exact(count);
+    for (int i = 0; i < count; ++i) exact[i] = static_cast<T>(i * i + 1);
+    const auto v = fc::simd::load_or<T>(exact.data(), count, T(-3));
+    const auto mask = fc::simd::first_lanes<T>(count);
+    for (int i = 0; i < kWidth<T>; ++i) {
+      CHECK_EQUAL(v[i], i < count ? exact[i] : T(-3));
+      CHECK_EQUAL(mask[i], i < count ? -1 : 0);
+    }
+    CHECK_EQUAL(fc::simd::lane_max<T>(v), count > 0 ? exact[count - 1] : T(-3));
+    CHECK_EQUAL(fc::simd::lane_max<T>(-v), count == 0 ? T(3) : count < kWidth<T> ? T(3) : T(-1));
+  }
+}
+
 template <class T>
 void all() {
+  partial_vectors<T>();
   single_values<T>();
   many_values<T>();
   comparisons_and_compression<T>();
