@@ -17,6 +17,7 @@ TITLES = {
     "simcore": "SimCore's order",
     "sinkhorn": "Sinkhorn",
     "sketch": "Sketching",
+    "scores": "Sample scores and CCS",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

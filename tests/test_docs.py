@@ -33,6 +33,8 @@ def test_pages_with_examples() -> None:
         "simcore.md",
         "sinkhorn.md",
         "goracs.md",
+        "scores.md",
+        "ccs.md",
     }
 
 
