@@ -65,8 +65,8 @@ def ccs(
     Example:
         >>> import torch, flashcoreset as fc
         >>> scores = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4, 5.0, 9.9, 10.0])
-        >>> fc.ccs(scores, 4, n_strata=3).indices  # one of 5, and the three others
-        tensor([1, 5, 6, 7])
+        >>> fc.ccs(scores, 4, n_strata=3).indices  # two of the five low ones, the middle one, a high one
+        tensor([0, 2, 5, 6])
     """
     k = _at_least_one(k, "k")
     n_strata = _at_least_one(n_strata, "n_strata")
