@@ -10,6 +10,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -110,6 +111,31 @@ def full_order(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def full_order_of_features(x: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same from features [n, d] and unit centroids [K, d]."""
     return full_order(torch.mm(torch.nn.functional.normalize(x, dim=1), centroids.T))
+
+
+def eager_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Loss, entropy, margin, EL2N and correctness of logits [n, C], each as one writes it in torch."""
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    log_p = logits.float().log_softmax(1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1)
+    own = p.gather(1, targets[:, None])
+    margin = own[:, 0] - p.scatter(1, targets[:, None], 0).amax(1)
+    el2n = (p - torch.nn.functional.one_hot(targets, p.shape[1])).norm(dim=1)
+    return loss, entropy, margin, el2n, logits.argmax(1) == targets
+
+
+def masked_strata(scores: torch.Tensor, k: int, n_strata: int) -> torch.Tensor:
+    """Samples of strata of equal width, each found by a mask over all scores and drawn by a permutation."""
+    edges = torch.linspace(float(scores.min()), float(scores.max()), n_strata + 1)
+    edges[-1] = torch.inf
+    members = [((scores >= low) & (scores < high)).nonzero()[:, 0] for low, high in pairwise(edges)]
+    picks = []
+    for place, rows in enumerate(sorted(members, key=len)):
+        count = min(len(rows), k // (n_strata - place))
+        k -= count
+        picks.append(rows[torch.randperm(len(rows))[:count]])
+    return torch.cat(picks)
 
 
 _ITERATIONS = 100

@@ -18,6 +18,7 @@ TITLES = {
     "sinkhorn": "Sinkhorn",
     "sketch": "Sketching",
     "sketcher": "Per-sample gradients",
+    "scores": "Sample scores and CCS",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from flashcoreset.triton_kernels.facility_location import gains_kernel, update_kernel
 from flashcoreset.triton_kernels.pairwise import Tile, pairwise_kernel
+from flashcoreset.triton_kernels.scores import block_of, scores_kernel
 from flashcoreset.triton_kernels.sinkhorn import (
     apply_kernel,
     half_iteration_kernel,
@@ -44,6 +45,7 @@ POINTERS = {
         ("eps_of", "omega_of", "base_of", "carried", "mass_of", "reg_of", "tol_of", "rho_of"), "fp64"
     ),
     **dict.fromkeys(("rows_off", "columns_off"), "fp64"),
+    **dict.fromkeys(("targets", "refused"), "i64"),
 }
 # Of the tensors above, those that are elements of others, or rows of them: they may lie anywhere.
 UNALIGNED = (
@@ -119,6 +121,28 @@ def compile_kernel(kernel: Any, dtype: str, metric: str, one_chain: bool, archit
     )
 
 
+# (type of the logits, type of the scores, classes)
+OF_SCORES = [("fp32", "fp32", 10), ("fp32", "fp32", 1000), ("bf16", "fp32", 128_000), ("fp64", "fp64", 1000)]
+
+
+def compile_scores(logits: str, results: str, classes: int, architecture: int) -> Any:
+    """The kernel of the sample scores as a launch compiles it for logits [N, T, C] in one piece."""
+    block, warps = block_of(classes)
+    constants = {"class_stride": 1, "MASKED": True, "BLOCK": block}
+    types = {"logits": f"*{logits}", "results": f"*{results}"}
+    signature, aligned = {}, {}
+    for place, name in enumerate(scores_kernel.arg_names):
+        of_numbers = types.get(name, f"*{POINTERS[name]}" if name in POINTERS else "i32")
+        signature[name] = "constexpr" if name in constants else of_numbers
+        if signature[name].startswith("*"):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(scores_kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": warps},
+    )
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """What a kernel takes by the word of the dumper that comes with triton. Registers spill to the stack alone, which
     these kernels use for nothing else."""
@@ -133,11 +157,15 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
-    report = []
+    report, kernels = [], []
     for kernel, dtype, metric, one_chain in VARIANTS:
-        compiled = compile_kernel(kernel, dtype, metric, one_chain, int(sys.argv[1]))
-        ptx = compiled.asm["ptx"]
         name = f"{kernel.fn.__name__} {metric} {dtype}" + ("" if one_chain else " d > 256")
+        kernels.append((name, compile_kernel(kernel, dtype, metric, one_chain, int(sys.argv[1]))))
+    for logits, results, classes in OF_SCORES:
+        name = f"{scores_kernel.fn.__name__} {logits} C = {classes}"
+        kernels.append((name, compile_scores(logits, results, classes, int(sys.argv[1]))))
+    for name, compiled in kernels:
+        ptx = compiled.asm["ptx"]
         report.append(
             {"name": name, **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "ptx": ptx}
         )

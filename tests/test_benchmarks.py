@@ -71,7 +71,8 @@ def record() -> Any:
 
 
 @pytest.mark.parametrize(
-    "family", ["facility_location", "pairwise", "simcore", "sinkhorn", "sketcher", "goracs", "scale"]
+    "family",
+    ["facility_location", "pairwise", "simcore", "sinkhorn", "sketcher", "scores", "goracs", "scale"],
 )
 def test_answers_agree_at_small_sizes(family: str, tmp_path: Path) -> None:
     # apricot's own call is left out here: it compiles for seconds, and the row that keeps its kernels makes the same picks.
@@ -166,6 +167,30 @@ def test_same_values_refuses_a_difference() -> None:
     for wrong in (values + 1e-3, torch.tensor([[1.0, float("nan")]])):
         with pytest.raises(checks.Disagreement):
             checks.same_values(wrong, values, 1e-5)
+
+
+def test_same_scores_and_strata_refuse_a_difference() -> None:
+    scores, checks = benchmark_module("scores"), benchmark_module("checks")
+    row = scores.ROWS[0]
+    inputs = row.make(**row.small)
+    ours, peer = row.ours(inputs), list(row.peer(inputs))
+    assert row.check(inputs, ours, tuple(peer)).startswith("scores to ")
+    for place in range(5):
+        wrong = list(peer)
+        wrong[place] = wrong[place].clone()
+        wrong[place][7] = ~wrong[place][7] if place == 4 else wrong[place][7] + 1e-3
+        with pytest.raises(checks.Disagreement):
+            row.check(inputs, ours, tuple(wrong))
+    row = next(row for row in scores.ROWS if row.name == "ccs-10-million")
+    inputs = row.make(**row.small)
+    ours, peer = row.ours(inputs), row.peer(inputs)
+    assert row.check(inputs, ours, peer).startswith("same strata ")
+    highest = inputs["scores"].argsort(descending=True)[: row.small["k"]]
+    with pytest.raises(checks.Disagreement, match="a stratum gives"):
+        row.check(inputs, ours, highest)
+    ours.indices[1] = ours.indices[0]
+    with pytest.raises(checks.Disagreement, match="299 samples, expected 300"):
+        row.check(inputs, ours, peer)
 
 
 def test_same_rounds_refuses_another_item() -> None:

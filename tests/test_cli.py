@@ -189,6 +189,55 @@ def test_goracs(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "-k" in capsys.readouterr().err
 
 
+def test_ccs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    scores, aum, labels = rng.standard_normal(60), rng.standard_normal(60), rng.integers(0, 3, 60)
+    np.savez(tmp_path / "s.npz", el2n=scores, aum=aum, labels=labels)
+    file, out = tmp_path / "s.npz", tmp_path / "out.npz"
+    command = ("select", "ccs", "--scores", f"{file}:el2n", "-o", out)
+    assert run(*command, "-k", 20) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 20 of 60 rows in ")
+    arrays, info = read(out)
+    np.testing.assert_array_equal(arrays["indices"], fc.ccs(scores, 20).indices.numpy())
+    np.testing.assert_array_equal(arrays["weights"], np.ones(20))
+    assert (info["algorithm"], sum(info["counts"]), len(info["edges"])) == ("ccs", 20, 51)
+    options = ("--mislabel-scores", f"{file}:aum", "--mislabel-ratio", 0.2, "--n-strata", 4, "--seed", 5)
+    assert run(*command, "-k", 9, *options, "--groups", f"{file}:labels") == 0
+    arrays, info = read(out)
+    expected = fc.ccs(scores, 9, mislabel_scores=aum, mislabel_ratio=0.2, n_strata=4, seed=5, groups=labels)
+    np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+    assert info["groups"]["2"] == expected.info["groups"][2]
+
+
+def test_bad_input_of_ccs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "s.npy", np.arange(6.0))
+    np.save(tmp_path / "nan.npy", np.array([0.0, np.nan]))
+    np.save(tmp_path / "matrix.npy", np.zeros((6, 2)))
+    out = tmp_path / "out.npz"
+    command = ("select", "ccs", "-o", out, "--scores")
+    file = tmp_path / "s.npy"
+    for words, arguments in (
+        ("k must be <= the 6 samples, got 7", (file, "-k", 7)),
+        (
+            "k must be <= the 3 samples that",
+            (file, "-k", 4, "--mislabel-ratio", 0.5, "--mislabel-scores", file),
+        ),
+        ("mislabel_scores must be given", (file, "-k", 2, "--mislabel-ratio", 0.5)),
+        ("mislabel_ratio must be in [0, 1), got 1.0", (file, "-k", 2, "--mislabel-ratio", 1)),
+        ("n_strata must be >= 1, got 0", (file, "-k", 2, "--n-strata", 0)),
+        ("scores must not be NaN, got NaN at position 1", (tmp_path / "nan.npy", "-k", 1)),
+        ("--scores: expected a real array [samples], got float64 [6, 2]", (tmp_path / "matrix.npy", "-k", 1)),
+        ("--groups: expected an integer array [samples], got float64 [6]", (file, "-k", 1, "--groups", file)),
+        ("--mislabel-scores: no such file", (file, "-k", 1, "--mislabel-scores", tmp_path / "none.npy")),
+        ("--scores: no such file", (tmp_path / "none.npy", "-k", 1)),
+        ("required: -k", (file,)),
+        ("is also an input", (out, "-k", 1)),
+    ):
+        if arguments[0] == out:
+            np.savez(out, s=np.arange(3.0))
+        expect_error(capsys, words, *command, *arguments)
+
+
 def test_no_stop_takes_all(features: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     options = ("select", "simcore", "--features", features, "--target", features, "-o", out, "-k", 60)

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from flashcoreset import cli, demo
+from flashcoreset import cli, demo, demo_pruning
 
 
 @pytest.fixture(scope="module")
 def result() -> demo.Result:
     return demo.run()
+
+
+@pytest.fixture(scope="module")
+def pruning() -> demo_pruning.Pruning:
+    return demo_pruning.run(splits=2)
 
 
 def test_edge_features_of_one_edge() -> None:
@@ -90,13 +95,76 @@ def test_picture_frames_every_pick_by_its_class(result: demo.Result) -> None:
     assert inside / (inside + outside) == pytest.approx(fitting, abs=0.03)  # the legend has one of each
 
 
+def test_ccs_keeps_accuracy_where_labels_are_wrong(pruning: demo_pruning.Pruning) -> None:
+    mean = {key: float(np.mean(values)) for key, values in pruning.accuracy.items()}
+    assert set(mean) == {
+        (method, pruned) for method in demo_pruning.METHODS for pruned in demo_pruning.PRUNED
+    }
+    for pruned in demo_pruning.PRUNED:
+        for method in demo_pruning.METHODS[1:]:
+            assert mean["CCS", pruned] > mean[method, pruned], (method, pruned)
+        assert np.mean(pruning.kept_flipped["CCS", pruned]) < 0.02
+        assert np.mean(pruning.kept_flipped["random", pruned]) == pytest.approx(
+            demo_pruning.FLIPPED, abs=0.06
+        )
+    # Hardest first keeps the wrong labels: at 90 % little else.
+    assert np.mean(pruning.kept_flipped["hardest first", 0.9]) > 0.9
+    assert float(pruning.flipped.double().mean()) == pytest.approx(demo_pruning.FLIPPED, abs=0.001)
+
+
+def test_table_of_pruning_says_what_was_measured(pruning: demo_pruning.Pruning) -> None:
+    lines = demo_pruning.table(pruning).splitlines()
+    assert f"{100 * np.mean(pruning.whole):.1f} ± " in lines[1]
+    for method in demo_pruning.METHODS:
+        accuracies, shares = (line for line in lines if line.startswith(f"{method}  "))
+        for pruned in demo_pruning.PRUNED:
+            values = pruning.accuracy[method, pruned]
+            assert f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f} %" in accuracies
+            assert f"{100 * np.mean(pruning.kept_flipped[method, pruned]):.1f} %" in shares
+
+
+def test_picture_of_the_strata_shows_their_counts(pruning: demo_pruning.Pruning) -> None:
+    from matplotlib.figure import Figure
+
+    import flashcoreset as fc
+
+    axes = fc.plot.strata(pruning.coreset, Figure().add_subplot())
+    sizes, taken = ([bar.get_height() for bar in bars] for bars in axes.containers)
+    assert sizes == pruning.coreset.info["sizes"]
+    assert taken == pruning.coreset.info["counts"]
+    assert [bar.get_x() for bar in axes.containers[0]] == pruning.coreset.info["edges"][:-1]
+    with pytest.raises(
+        ValueError, match=r"one that ccs returned without groups, .* info with dropped, groups"
+    ):
+        fc.plot.strata(fc.ccs(range(6), 2, groups=[0, 1] * 3))
+    with pytest.raises(TypeError, match="coreset must be a Coreset, got int"):
+        fc.plot.strata(3)  # type: ignore[arg-type]
+    stream = BytesIO()
+    demo_pruning.draw(pruning, stream)
+    stream.seek(0)
+    pixels = (imread(stream, format="png")[..., :3] * 255).round().astype(int)
+    for colour in ((0x00, 0x72, 0xB2), (0xBB, 0xBB, 0xBB), (0xE6, 0x9F, 0x00)):
+        assert (pixels == colour).all(axis=-1).sum() > 5000
+
+
 def test_command(
     tmp_path: Path,
     result: demo.Result,
+    pruning: demo_pruning.Pruning,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(demo, "run", lambda: result)
-    assert cli.main(["demo", "--out", str(tmp_path / "picture.png")]) == 0
-    assert capsys.readouterr().out == f"{demo.table(result)}\nfirst picks: {tmp_path / 'picture.png'}\n"
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(demo_pruning, "run", lambda: pruning)
+    first, second = tmp_path / "picture.png", tmp_path / "picture-ccs.png"
+    assert cli.main(["demo", "--out", str(first)]) == 0
+    out = capsys.readouterr().out
+    assert out == (
+        f"{demo.table(result)}\nfirst picks: {first}\n\n{demo_pruning.table(pruning)}\nstrata: {second}\n"
+    )
+    for picture in (first, second):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    second.unlink()
+    second.mkdir()
+    assert cli.main(["demo", "--out", str(first)]) == 2
+    assert capsys.readouterr() == ("", f"flashcoreset: --out: {second} exists and is not a regular file\n")

@@ -34,6 +34,8 @@ def test_pages_with_examples() -> None:
         "sinkhorn.md",
         "goracs.md",
         "gradient_sketching.md",
+        "scores.md",
+        "ccs.md",
     }
 
 

@@ -15,18 +15,21 @@
 #include <utility>
 
 #include "core/dlpack.h"
+#include "core/half.h"
 #include "core/tensor_view.h"
 
 namespace fc {
 
 namespace py = pybind11;
 
-enum class DType { kFloat32, kFloat64, kInt64 };
+enum class DType { kFloat32, kFloat64, kInt64, kFloat16, kBFloat16 };
 
 template <class T>
-inline constexpr DType kDTypeOf = std::is_same_v<T, float>    ? DType::kFloat32
-                                  : std::is_same_v<T, double> ? DType::kFloat64
-                                                              : DType::kInt64;
+inline constexpr DType kDTypeOf = std::is_same_v<T, float>      ? DType::kFloat32
+                                  : std::is_same_v<T, double>   ? DType::kFloat64
+                                  : std::is_same_v<T, Half>     ? DType::kFloat16
+                                  : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                                                                : DType::kInt64;
 
 inline const char* name_of(DType dtype) {
   switch (dtype) {
@@ -34,6 +37,10 @@ inline const char* name_of(DType dtype) {
       return "float32";
     case DType::kFloat64:
       return "float64";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kBFloat16:
+      return "bfloat16";
     case DType::kInt64:
       break;
   }
@@ -235,17 +242,25 @@ class ArrayArgument {
       dtype_ = DType::kFloat64;
     } else if (type.lanes == 1 && type.code == dlpack::kInt && type.bits == 64) {
       dtype_ = DType::kInt64;
+    } else if (type.lanes == 1 && type.code == dlpack::kFloat && type.bits == 16) {
+      dtype_ = DType::kFloat16;
+    } else if (type.lanes == 1 && type.code == dlpack::kBfloat && type.bits == 16) {
+      dtype_ = DType::kBFloat16;
     } else {
       static constexpr const char* kKinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
       std::string text = type.code <= dlpack::kBool ? kKinds[type.code]
                                                     : "type code " + std::to_string(type.code) + ", bits ";
       if (type.code != dlpack::kBool) text += std::to_string(type.bits);
       if (type.lanes != 1) text += " x " + std::to_string(type.lanes) + " lanes";
-      throw py::type_error(prefix() + "expected dtype float32, float64 or int64, got " + text);
+      throw py::type_error(prefix() + "expected dtype float16, bfloat16, float32, float64 or int64, got " +
+                           text);
     }
   }
 
-  int64_t item_size() const { return dtype_ == DType::kFloat32 ? 4 : 8; }
+  int64_t item_size() const {
+    if (dtype_ == DType::kFloat16 || dtype_ == DType::kBFloat16) return 2;
+    return dtype_ == DType::kFloat32 ? 4 : 8;
+  }
 
   // Every offset a kernel can form from the shape and the strides, in bytes, has to fit in 64 bits.
   void check_layout() {
@@ -295,7 +310,8 @@ class ArrayArgument {
   // the compact one.
   template <class T, int Rank>
   TensorView<T, Rank> view() const {
-    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, int64_t>);
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, int64_t> ||
+                  std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>);
     require_dtype(kDTypeOf<T>);
     const dlpack::Tensor& t = tensor();
     if (t.ndim != Rank)
@@ -343,18 +359,21 @@ class ArrayArgument {
 
 inline DType dtype_of(const ArrayArgument& array) { return array.dtype(); }
 
-// fn(float{}) or fn(double{}), whichever the array holds; TypeError for int64.
+// fn(float{}) or fn(double{}), whichever the array holds; TypeError for other types.
 template <class Fn>
 auto dispatch_floating(const ArrayArgument& array, Fn&& fn) {
-  switch (array.dtype()) {
-    case DType::kFloat32:
-      return fn(float{});
-    case DType::kFloat64:
-      return fn(double{});
-    case DType::kInt64:
-      break;
-  }
-  throw py::type_error(std::string(array.name()) + ": expected dtype float32 or float64, got int64");
+  if (array.dtype() == DType::kFloat32) return fn(float{});
+  if (array.dtype() == DType::kFloat64) return fn(double{});
+  throw py::type_error(std::string(array.name()) + ": expected dtype float32 or float64, got " +
+                       name_of(array.dtype()));
+}
+
+// The same with fn(Half{}) and fn(BFloat16{}).
+template <class Fn>
+auto dispatch_real(const ArrayArgument& array, Fn&& fn) {
+  if (array.dtype() == DType::kFloat16) return fn(Half{});
+  if (array.dtype() == DType::kBFloat16) return fn(BFloat16{});
+  return dispatch_floating(array, fn);
 }
 
 }  // namespace fc

@@ -16,6 +16,7 @@ void define_module(py::module_& m) {
   bind_nearest_order(m);
   bind_sinkhorn(m);
   bind_sketch(m);
+  bind_scores(m);
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/half.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -63,6 +65,40 @@ inline Vec<T> load(const T* p) {
 template <class T>
 inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+// All bits are set in the first `count` lanes, none in the others.
+template <class T>
+inline typename Types<T>::I first_lanes(int64_t count) {
+  using I = typename Types<T>::I;
+  using S = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  I lanes;
+  for (int i = 0; i < kWidth<T>; ++i) lanes[i] = i;
+  return lanes < I{} + static_cast<S>(count);
+}
+
+// p[0], ..., p[count - 1] and then `fill`, for 0 <= count <= kWidth<T>; nothing else is read.
+template <class T>
+inline Vec<T> load_or(const T* p, int64_t count, T fill) {
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(mask), p);
+  else
+    return (Vec<T>)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(mask), p);
+#elif defined(__AVX2__)
+  const auto mask = first_lanes<T>(count);
+  Vec<T> v;
+  if constexpr (sizeof(T) == 4)
+    v = (Vec<T>)_mm256_maskload_ps(p, (__m256i)mask);
+  else
+    v = (Vec<T>)_mm256_maskload_pd(p, (__m256i)mask);
+  return mask ? v : fill - Vec<T>{};
+#else
+  T lanes[kWidth<T>];
+  for (int i = 0; i < kWidth<T>; ++i) lanes[i] = i < count ? p[i] : fill;
+  return load(lanes);
+#endif
 }
 
 // x - 0 is x whatever its sign, so this is one broadcast; 0 + x would be an addition first.
@@ -150,6 +186,57 @@ inline void lane_sums(const Vec<T> (&v)[kRows], T* out) {
     for (int i = 1; i < kWidth<T>; ++i) sum += v[r][i];
     out[r] = sum;
   }
+}
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float widen(BFloat16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
+
+// A subnormal or 0 is its significand times 2^-24. Otherwise the exponent's bias changes from 15 to 127;
+// infinity and NaN have the largest exponent in both.
+inline float widen(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7FFF;
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  uint32_t bits = (magnitude << 13) + (112u << 23);
+  if (magnitude < 0x0400) std::memcpy(&bits, &subnormal, sizeof(bits));
+  if (magnitude >= 0x7C00) bits += 112u << 23;
+  return float_of_bits(bits | sign);
+}
+
+// out[i] = in[i].
+inline void widen(const BFloat16* in, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = widen(in[i]);
+}
+
+inline void widen(const Half* in, float* out, int64_t count) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+#elif defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+#endif
+  for (; i < count; ++i) out[i] = widen(in[i]);
+}
+
+// The largest lane.
+template <class T>
+inline T lane_max(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_reduce_max_ps((__m512)v);
+  else
+    return _mm512_reduce_max_pd((__m512d)v);
+#else
+  T most = v[0];
+  for (int i = 1; i < kWidth<T>; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+#endif
 }
 
 // The positive part; NaN does not occur (inputs are checked to be finite).

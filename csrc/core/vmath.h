@@ -39,6 +39,7 @@ struct MathConstants<float> {
       12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
   static constexpr float kToNormal = 8388608.0f, kToNormalExponent = 23.0f;
   static constexpr float kExpMax = 89.0f, kExpMin = -104.0f;  // beyond: inf and 0 for sure
+  static constexpr float kExpFlush = -86.0f;
   static constexpr float kLn2High = 0.693145751953125f,
                          kLn2Low = 1.428606765330187e-06f;  // n * high is exact
   static constexpr float kInvLn2 = 1.4426950216293335f;
@@ -60,7 +61,7 @@ struct MathConstants<double> {
   static constexpr uint64_t kSqrtHalf = 0x3FE6A09E667F3BCD;
   static constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kToNormal = 4503599627370496.0, kToNormalExponent = 52.0;
-  static constexpr double kExpMax = 710.0, kExpMin = -746.0;
+  static constexpr double kExpMax = 710.0, kExpMin = -746.0, kExpFlush = -700.0;
   static constexpr double kLn2High = 0.693147180559663, kLn2Low = 2.8235290563031577e-13;
   static constexpr double kInvLn2 = 1.4426950408889634;
   static constexpr double kExp[] = {0.5,
@@ -111,6 +112,24 @@ inline Vec<T> exp(Vec<T> x) {
   const V first = reinterpret_cast<V>(half << C::kMantissa);
   const V second = reinterpret_cast<V>((biased - half) << C::kMantissa);
   return value * first * second;
+}
+
+// exp(x) for x <= 0, to the accuracy of exp(), and 0 where it is below e^kExpFlush: one multiplication by a
+// power of two is then an addition to the exponent. NaN gives anything.
+template <class T>
+inline Vec<T> exp_or_zero(Vec<T> x) {
+  using C = MathConstants<T>;
+  using V = Vec<T>;
+  using Bits = typename C::Bits;
+  const V shift = broadcast<T>(C::kShift);
+  const V shifted = fma<T>(x, broadcast<T>(C::kInvLn2), shift);
+  const V n = shifted - shift;
+  V r = fma<T>(n, broadcast<T>(-C::kLn2High), x);
+  r = fma<T>(n, broadcast<T>(-C::kLn2Low), r);
+  const V value = fma<T>(r * r, polynomial<T>(C::kExp, r), r) + broadcast<T>(1);
+  // The low bits of `shifted` are those of n; what is above them leaves the number on the left.
+  const Bits scaled = reinterpret_cast<Bits>(value) + (reinterpret_cast<Bits>(shifted) << C::kMantissa);
+  return x < broadcast<T>(C::kExpFlush) ? V{} : reinterpret_cast<V>(scaled);
 }
 
 // log(x) = k ln 2 + log(1 + f) with x = 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2). With s = f / (2 + f),

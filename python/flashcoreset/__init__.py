@@ -12,10 +12,12 @@ from flashcoreset import kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
-from flashcoreset.methods import goracs, select, simcore
+from flashcoreset.methods import ccs, goracs, select, simcore, top_scores
 from flashcoreset.ops.budgets import allocate_budgets
+from flashcoreset.ops.dynamics import TrainingDynamics
 from flashcoreset.ops.facility_location import facility_location
 from flashcoreset.ops.gradient_sketcher import GradientSketcher
+from flashcoreset.ops.scores import SampleScores, sample_scores
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
 from flashcoreset.ops.sketch import projection_matrix, sketch
 from flashcoreset.ops.zeroth_order import LowRankGradients, zeroth_order_gradients
@@ -28,21 +30,26 @@ __all__ = [
     "Coreset",
     "GradientSketcher",
     "LowRankGradients",
+    "SampleScores",
     "Selection",
     "SlowPathWarning",
+    "TrainingDynamics",
     "Transport",
     "__version__",
     "allocate_budgets",
+    "ccs",
     "facility_location",
     "goracs",
     "kernels",
     "memory_estimate",
     "plot",
     "projection_matrix",
+    "sample_scores",
     "select",
     "simcore",
     "sinkhorn",
     "sinkhorn_divergence",
     "sketch",
+    "top_scores",
     "zeroth_order_gradients",
 ]

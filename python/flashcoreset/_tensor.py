@@ -131,6 +131,24 @@ def as_vector(
     return result
 
 
+def as_integers(value: Any, name: str, shape: tuple[int, ...], whose: str, device: torch.device) -> Tensor:
+    """`value` as an int64 tensor of the given shape on `device`, which are those of the argument `whose`. Lists of
+    numbers will do."""
+    if isinstance(value, (list, tuple, range)):
+        tensor = _from_sequence(value, name, True).to(device)
+    else:
+        tensor = as_tensor(value, name)
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must hold integers, got dtype {_dtype(tensor)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape} as {whose} has it, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on device {tensor.device}, but {whose} is on {device}; move one of them")
+    return tensor.to(torch.int64)
+
+
 def _from_sequence(value: Sequence[Any], name: str, integers: bool) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.tensor(list(value), dtype=torch.int64 if integers and not value else None)

@@ -291,12 +291,32 @@ def _goracs(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
     return arrays, {"rows": train.shape[0], **coreset.info}
 
 
+def _ccs(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    options = _options(arguments, "mislabel_ratio", "n_strata", "seed", "groups", "mislabel_scores")
+    wanted = "a real array [samples]"
+    scores = load_array(arguments.scores, "--scores", kinds="fiu", ndim=1, wanted=wanted)
+    if "mislabel_scores" in options:
+        options["mislabel_scores"] = load_array(
+            options["mislabel_scores"], "--mislabel-scores", kinds="fiu", ndim=1, wanted=wanted
+        )
+    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [samples]")
+    coreset = fc.ccs(scores, arguments.k, **options)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return arrays, {"rows": scores.shape[0], **coreset.info}
+
+
 # Options that name files.
 _INPUTS = (
     *("features", "target", "clients", "weights", "groups", "budgets", "preselected"),
     *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
+    *("scores", "mislabel_scores"),
 )
-_ALGORITHMS = {"facility-location": _facility_location, "simcore": _simcore, "goracs": _goracs}
+_ALGORITHMS = {
+    "facility-location": _facility_location,
+    "simcore": _simcore,
+    "ccs": _ccs,
+    "goracs": _goracs,
+}
 
 
 def _select(arguments: argparse.Namespace) -> int:
@@ -386,14 +406,19 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     out = check_output(arguments.out, "--out", ".png")
+    out_ccs = check_output(str(out.with_name(f"{out.stem}-ccs{out.suffix}")), "--out", ".png")
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError("demo: the picture needs matplotlib: pip install 'flashcoreset[demo]'")
-    from flashcoreset import demo
+    from flashcoreset import demo, demo_pruning
 
     result = demo.run()
     print(demo.table(result))
     write_whole(out, "--out", lambda stream: demo.draw(result, stream))
-    print(f"first picks: {out}")
+    print(f"first picks: {out}\n", flush=True)
+    pruning = demo_pruning.run()
+    print(demo_pruning.table(pruning))
+    write_whole(out_ccs, "--out", lambda stream: demo_pruning.draw(pruning, stream))
+    print(f"strata: {out_ccs}")
     return 0
 
 
@@ -402,7 +427,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="flashcoreset", description="Choose training data: facility location, SimCore and GORACS."
+        prog="flashcoreset", description="Choose training data: facility location, SimCore, CCS and GORACS."
     )
     parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
@@ -412,8 +437,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="choose training images from real data: a table and a picture")
-    demo.add_argument("--out", default="demo.png", help="the picture (default: %(default)s)")
+    demo = commands.add_parser("demo", help="choose training images from real data: tables and pictures")
+    demo.add_argument(
+        "--out",
+        default="demo.png",
+        help="the picture; that of CCS goes beside it, as NAME-ccs.png (default: %(default)s)",
+    )
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout")
@@ -422,7 +451,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
 
-    select = commands.add_parser("select", help="choose rows of a feature file")
+    select = commands.add_parser("select", help="choose rows of a file of features or scores")
     select.set_defaults(run=_select)
     algorithms = select.add_subparsers(
         dest="algorithm", required=True, metavar=" | ".join(reversed(_ALGORITHMS))
@@ -430,6 +459,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_simcore(
         algorithms.add_parser(
             "simcore", argument_default=argparse.SUPPRESS, help="open-set rows close to a target"
+        )
+    )
+    _add_ccs(
+        algorithms.add_parser(
+            "ccs", argument_default=argparse.SUPPRESS, help="samples spread over the range of their scores"
         )
     )
     _add_goracs(
@@ -445,7 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False) -> None:
+def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool) -> None:
     parser.add_argument("-k", type=int, required=needs_k, metavar="K", help="how many rows to select")
     parser.add_argument(
         "-o",
@@ -455,6 +489,10 @@ def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False) -> No
         help="indices, weights and info (JSON text) are written here",
     )
     parser.add_argument("--seed", type=int)
+
+
+def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False) -> None:
+    _add_output(parser, needs_k=needs_k)
     parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
     parser.add_argument("--memory-budget", type=int, metavar="BYTES", help="for similarities and orders")
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
@@ -472,6 +510,17 @@ def _add_simcore(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--patience", type=int, metavar="N", help="the round whose value is the first value")
     parser.add_argument("--no-stop", dest="stop", action="store_false", help="take K rows however dissimilar")
+
+
+def _add_ccs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scores", required=True, metavar="S", help="how hard each sample is [n]: S.npy, S.npz or S.npz:key"
+    )
+    _add_output(parser, needs_k=True)
+    parser.add_argument("--mislabel-scores", metavar="M", help="low for labels that are probably wrong [n]")
+    parser.add_argument("--mislabel-ratio", type=float, metavar="R", help="the share to drop of the lowest")
+    parser.add_argument("--n-strata", type=int, metavar="N", help="strata of equal width")
+    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets its share")
 
 
 def _add_goracs(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from flashcoreset._types import Coreset
@@ -38,14 +39,7 @@ def descent(coreset: Coreset, ax: Any = None) -> Any:
             f"coreset must be one that goracs returned, whose info has scores and exchanges, got info with "
             f"{', '.join(coreset.info) or 'nothing'}"
         )
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            f"plot.descent needs matplotlib ({error}); install it with pip install 'flashcoreset[demo]'"
-        ) from error
-    if ax is None:
-        _, ax = plt.subplots(layout="constrained")
+    ax = _axes(ax, "descent")
     for label, info in classes.items():
         ax.plot(
             info["exchanges"],
@@ -61,3 +55,54 @@ def descent(coreset: Coreset, ax: Any = None) -> Any:
     if "classes" in coreset.info:
         ax.legend(frameon=False)
     return ax
+
+
+def strata(coreset: Coreset, ax: Any = None) -> Any:
+    """Draws the histogram of the scores behind a `ccs` coreset, a bar a stratum, and what was taken of each.
+
+    Args:
+        coreset: what `ccs` returned, without `groups`.
+        ax: a matplotlib Axes to draw on; None makes a new figure.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        TypeError: if `coreset` is no Coreset.
+        ValueError: if its `info` holds no strata.
+        ImportError: without matplotlib.
+
+    Example:
+        >>> import torch, matplotlib, flashcoreset as fc
+        >>> matplotlib.use("Agg")
+        >>> coreset = fc.ccs(torch.randn(500, generator=torch.Generator().manual_seed(0)), 100, n_strata=20)
+        >>> fc.plot.strata(coreset).get_ylabel()
+        'samples'
+    """
+    if not isinstance(coreset, Coreset):
+        raise TypeError(f"coreset must be a Coreset, got {type(coreset).__name__}")
+    if not {"edges", "sizes", "counts"} <= coreset.info.keys():
+        raise ValueError(
+            f"coreset must be one that ccs returned without groups, whose info has strata, got info with "
+            f"{', '.join(coreset.info) or 'nothing'}"
+        )
+    ax = _axes(ax, "strata")
+    edges = coreset.info["edges"]
+    widths = [right - left for left, right in pairwise(edges)]
+    for name, colour, label in (("sizes", "#BBBBBB", "left out"), ("counts", "#0072B2", "taken")):
+        ax.bar(edges[:-1], coreset.info[name], width=widths, align="edge", color=colour, label=label)
+    ax.set_xlabel("score")
+    ax.set_ylabel("samples")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _axes(ax: Any, function: str) -> Any:
+    """`ax`, or those of a new figure."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            f"plot.{function} needs matplotlib ({error}); install it with pip install 'flashcoreset[demo]'"
+        ) from error
+    return plt.subplots(layout="constrained")[1] if ax is None else ax

@@ -114,8 +114,57 @@ void comparisons_and_compression() {
   CHECK(value == wanted_value);
 }
 
+// Every 16-bit number as its fields say, alone and in arrays that end within a vector.
+template <class X>
+void widened(int significand_bits, int bias, int largest_exponent) {
+  std::vector<X> in(1 << 16);
+  for (uint32_t bits = 0; bits < in.size(); ++bits) in[bits].bits = static_cast<uint16_t>(bits);
+  std::vector<float> out(in.size());
+  fc::simd::widen(in.data(), out.data(), static_cast<int64_t>(in.size()));
+  for (uint32_t bits = 0; bits < in.size(); ++bits) {
+    const int exponent = static_cast<int>((bits & 0x7FFF) >> significand_bits);
+    const uint32_t significand = bits & ((1u << significand_bits) - 1);
+    const float alone = fc::simd::widen(in[bits]);
+    if (exponent == largest_exponent && significand != 0) {
+      CHECK(std::isnan(out[bits]));
+      CHECK(std::isnan(alone));
+      continue;
+    }
+    double want = std::ldexp(significand + (exponent > 0 ? double(1u << significand_bits) : 0.0),
+                             std::max(exponent, 1) - bias - significand_bits);
+    if (exponent == largest_exponent) want = HUGE_VAL;
+    CHECK_EQUAL(out[bits], static_cast<float>(bits & 0x8000 ? -want : want));
+    CHECK_EQUAL(alone, out[bits]);
+    CHECK_EQUAL(std::signbit(alone), (bits & 0x8000) != 0);
+  }
+  for (int64_t count = 0; count < 70; ++count) {
+    std::vector<float> part(count + 1, -7.0f);
+    fc::simd::widen(in.data() + 0x3C00, part.data(), count);
+    CHECK(std::equal(part.begin(), part.end() - 1, out.begin() + 0x3C00));
+    CHECK_EQUAL(part[count], -7.0f);
+  }
+}
+
+// Every number of lanes, of memory that ends where they do.
+template <class T>
+void partial_vectors() {
+  for (int count = 0; count <= kWidth<T>; ++count) {
+    std::vector<T> exact(count);
+    for (int i = 0; i < count; ++i) exact[i] = static_cast<T>(i * i + 1);
+    const auto v = fc::simd::load_or<T>(exact.data(), count, T(-3));
+    const auto mask = fc::simd::first_lanes<T>(count);
+    for (int i = 0; i < kWidth<T>; ++i) {
+      CHECK_EQUAL(v[i], i < count ? exact[i] : T(-3));
+      CHECK_EQUAL(mask[i], i < count ? -1 : 0);
+    }
+    CHECK_EQUAL(fc::simd::lane_max<T>(v), count > 0 ? exact[count - 1] : T(-3));
+    CHECK_EQUAL(fc::simd::lane_max<T>(-v), count == 0 ? T(3) : count < kWidth<T> ? T(3) : T(-1));
+  }
+}
+
 template <class T>
 void all() {
+  partial_vectors<T>();
   single_values<T>();
   many_values<T>();
   comparisons_and_compression<T>();
@@ -126,5 +175,7 @@ void all() {
 TEST_PROGRAM {
   all<float>();
   all<double>();
+  widened<fc::Half>(10, 15, 31);
+  widened<fc::BFloat16>(7, 127, 255);
   return check::verdict("simd");
 }

@@ -202,6 +202,27 @@ void test_position() {
   }
 }
 
+template <class T>
+fc::simd::Vec<T> our_exp_or_zero(fc::simd::Vec<T> v) {
+  return fc::simd::exp_or_zero<T>(v);
+}
+
+// exp() bit for bit down to where it becomes 0, and 0 from there on.
+template <class T>
+void test_exp_or_zero() {
+  const T flush = fc::simd::MathConstants<T>::kExpFlush;
+  std::vector<T> x = {0, T(-0.0), flush, std::nextafter(flush, T(0)), std::nextafter(T(0), flush)};
+  for (int i = 0; i < 100000; ++i) x.push_back(flush * static_cast<T>(i) / 100000);
+  std::vector<T> got(x.size()), want(x.size());
+  fc::simd::map(x.data(), got.data(), static_cast<int64_t>(x.size()), our_exp_or_zero<T>);
+  fc::simd::map(x.data(), want.data(), static_cast<int64_t>(x.size()), our_exp<T>);
+  CHECK(got == want);
+  CHECK(got[2] > 0);
+  for (const T below : {std::nextafter(flush, 2 * flush), 2 * flush, T(-1e9),
+                        std::numeric_limits<T>::lowest(), -std::numeric_limits<T>::infinity()})
+    CHECK_EQUAL(one<T>(our_exp_or_zero<T>, below), T(0));
+}
+
 }  // namespace
 
 // `test_vmath all` tries every float and 2 * 10^7 doubles (minutes), the plain call a sample of them.
@@ -212,6 +233,8 @@ TEST_PROGRAM {
   test_edges<double>();
   test_special<float>();
   test_special<double>();
+  test_exp_or_zero<float>();
+  test_exp_or_zero<double>();
   test_position<float>();
   test_position<double>();
   return check::verdict("vmath");

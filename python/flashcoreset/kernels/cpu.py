@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from flashcoreset import _native
-from flashcoreset._tensor import Csr
+from flashcoreset._tensor import Csr, compute_dtype
 from flashcoreset.kernels.nearest_order import NearestOrder
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 from flashcoreset.reference.sinkhorn import Solution
 
-__all__ = ["FacilityLocation", "NearestOrder", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = [
+    "FacilityLocation",
+    "NearestOrder",
+    "pairwise",
+    "sample_scores",
+    "sinkhorn",
+    "sinkhorn_apply",
+    "sinkhorn_plan",
+]
 
 # A capsule costs 0.3 us, calling Tensor.__dlpack__ from C++ 2 us.
 _capsule = torch.utils.dlpack.to_dlpack
@@ -346,4 +354,38 @@ def projection_matrix(
     """The matrix [rows, dim] itself, float32 or float64."""
     out = torch.empty(rows, dim, dtype=dtype, device=device)
     _native.module().projection_matrix(_capsule(out), kind, seed, offset, nnz, torch.get_num_threads())
+    return out
+
+
+def sample_scores(
+    logits: Tensor, targets: Tensor, *, masked: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Loss, entropy, margin, EL2N and correctness (1 or 0) of every token; see `flashcoreset.reference.scores` for
+    the definition.
+
+    Args:
+        logits: [N, T, C] float16, bfloat16, float32 or float64, on the CPU, in any strides.
+        targets: [N, T] int64 in [0, C).
+        masked: a target of -1 says that the token does not count; its scores are 0, its logits are not read.
+        out: [5, N, T] float64 for float64, else float32; None allocates it.
+
+    Returns:
+        `out`.
+
+    Raises:
+        BackendUnavailableError: if no compiled module can be loaded.
+        ValueError: for NaN or infinity in `logits`, targets out of range, arrays that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from flashcoreset import kernels
+        >>> kernels.cpu.sample_scores(torch.zeros(1, 1, 4), torch.tensor([[2]]))[:, 0, 0]
+        tensor([1.3863, 1.3863, 0.0000, 0.8660, 0.0000])
+    """
+    if out is None:
+        dtype = compute_dtype(logits.dtype)
+        out = torch.empty(5, *targets.shape, dtype=dtype)
+    _native.module().sample_scores(
+        _capsule(logits.detach()), _capsule(targets), masked, _capsule(out), torch.get_num_threads()
+    )
     return out

@@ -1,6 +1,7 @@
 """The reference behind the names of the compiled kernels."""
 
 from flashcoreset.reference.facility_location import FacilityLocation, pairwise
+from flashcoreset.reference.scores import sample_scores
 from flashcoreset.reference.simcore import NearestOrder
 from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
 from flashcoreset.reference.sinkhorn import plan as sinkhorn_plan
@@ -14,6 +15,7 @@ __all__ = [
     "directions",
     "pairwise",
     "projection_matrix",
+    "sample_scores",
     "sinkhorn",
     "sinkhorn_apply",
     "sinkhorn_plan",

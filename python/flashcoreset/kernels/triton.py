@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel
-from flashcoreset._tensor import Csr, check_finite
+from flashcoreset._tensor import Csr, check_finite, compute_dtype
 from flashcoreset.reference.facility_location import (
     DEFAULT_MEMORY_BUDGET,
     DISTANCES,
@@ -21,12 +21,22 @@ from flashcoreset.reference.facility_location import (
     gain_scale,
     normalize_rows,
 )
+from flashcoreset.reference.scores import check_logits, check_targets
 from flashcoreset.reference.sinkhorn import Solution, dual_value
 from flashcoreset.triton_kernels.facility_location import Similarities
 from flashcoreset.triton_kernels.pairwise import INTERPRETED, launch_pairwise, panel
+from flashcoreset.triton_kernels.scores import launch_scores
 from flashcoreset.triton_kernels.sinkhorn import RUNNING, Problems, Run
 
-__all__ = ["INTERPRETED", "FacilityLocation", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = [
+    "INTERPRETED",
+    "FacilityLocation",
+    "pairwise",
+    "sample_scores",
+    "sinkhorn",
+    "sinkhorn_apply",
+    "sinkhorn_plan",
+]
 
 # Candidates that a lazy pick looks at first, a tile of them at least: fewer would take as long.
 _BATCH = 128
@@ -437,3 +447,34 @@ def _spread(x: Tensor, y: Tensor | None, metric: str, counts: tuple[Tensor, Tens
         )
         far += torch.where(_inside(count, points.shape[1]), distance, 0).amax(1)
     return far * far if metric == "sqeuclidean" else far
+
+
+def sample_scores(
+    logits: Tensor, targets: Tensor, *, masked: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """Loss, entropy, margin, EL2N and correctness (1 or 0) of every token; see `flashcoreset.reference.scores` for
+    the definition.
+
+    Args:
+        logits: [N, T, C] float16, bfloat16, float32 or float64, in any strides.
+        targets: [N, T] int64 in [0, C).
+        masked: a target of -1 says that the token does not count; its scores are 0, its logits are not read.
+        out: [5, N, T] float64 for float64, else float32, contiguous; None allocates it.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: for NaN or infinity in `logits` and targets out of range.
+    """
+    logits, targets = logits.detach(), targets.contiguous()
+    if out is None:
+        out = logits.new_empty(5, *targets.shape, dtype=compute_dtype(logits.dtype))
+    refused = launch_scores(logits, targets, masked, out)
+    if refused < targets.numel():
+        sample = refused // targets.shape[1]
+        named = targets[sample : sample + 1]
+        skipped = (named == -1) & masked
+        check_targets(named, skipped, logits.shape[2], sample)
+        check_logits(logits[sample : sample + 1], skipped, sample)
+    return out

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from flashcoreset._types import Coreset
+from flashcoreset.methods.ccs import ccs, top_scores
 from flashcoreset.methods.goracs import goracs
 from flashcoreset.methods.simcore import simcore
 
-_METHODS: dict[str, Callable[..., Coreset]] = {"simcore": simcore, "goracs": goracs}
+_METHODS: dict[str, Callable[..., Coreset]] = {"simcore": simcore, "ccs": ccs, "goracs": goracs}
 
 
 def select(name: str, **arguments: Any) -> Coreset:
     """Calls a coreset method by its name.
 
     Args:
-        name: "simcore" or "goracs".
+        name: "simcore", "ccs" or "goracs".
         arguments: those of the function of that name.
 
     Returns:
@@ -39,4 +40,4 @@ def select(name: str, **arguments: Any) -> Coreset:
     return _METHODS[name](**arguments)
 
 
-__all__ = ["goracs", "select", "simcore"]
+__all__ = ["ccs", "goracs", "select", "simcore", "top_scores"]

@@ -21,6 +21,7 @@ FAMILIES = {
     "nearest_order": ("cpu", "torch"),
     "sinkhorn": ("cpu", "cuda", "triton", "torch"),
     "sketch": ("cpu", "torch"),
+    "scores": ("cpu", "triton", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
