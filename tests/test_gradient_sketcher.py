@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import flashcoreset as fc
 
 DIM = 64
-SKETCHES, NORMS = 1e-4, 1e-5  # of the issue; the worst seen: 2e-6 and 6e-7
+SKETCHES, NORMS = 1e-4, 1e-5  # of the issue; the worst seen: 8e-7 for both
 
 
 def explicit(
