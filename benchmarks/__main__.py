@@ -11,7 +11,17 @@ import pytest
 from benchmarks import results
 
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("facility_location", "pairwise", "simcore", "sinkhorn", "sketch", "scores", "goracs", "scale")
+FAMILIES = (
+    "facility_location",
+    "pairwise",
+    "simcore",
+    "sinkhorn",
+    "sketch",
+    "scores",
+    "sketcher",
+    "goracs",
+    "scale",
+)
 # Rows of "goracs" and "scale" take minutes each: they run when asked for by name.
 DEFAULT = FAMILIES[:6]
 

@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -228,3 +229,17 @@ def index_add(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """A sparse projection by torch.index_add, columns and signs [D] already in memory."""
     out = torch.zeros(inputs["x"].shape[0], inputs["dim"])
     return out.index_add_(1, inputs["columns"], inputs["x"] * inputs["signs"])
+
+
+def vmap_sketches(inputs: dict[str, Any]) -> torch.Tensor:
+    """Explicit per-sample gradients [B, D] by torch.func, and a sparse projection by torch.index_add."""
+    from torch.func import functional_call, grad, vmap
+
+    model, loss = inputs["model"], inputs["loss"]
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def one(values: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        return loss(functional_call(model, values, (ids[None],)), ids[None])
+
+    found = vmap(grad(one), (None, 0))(parameters, inputs["ids"])
+    return index_add(inputs | {"x": torch.cat([found[name].flatten(1) for name in parameters], 1)})

@@ -18,6 +18,7 @@ TITLES = {
     "sinkhorn": "Sinkhorn",
     "sketch": "Sketching",
     "scores": "Sample scores and CCS",
+    "sketcher": "Per-sample gradients",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

@@ -35,6 +35,7 @@ def test_pages_with_examples() -> None:
         "goracs.md",
         "scores.md",
         "ccs.md",
+        "gradient_sketching.md",
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,13 +74,14 @@ def check(
     loss: Callable[..., Tensor],
     *batch: Tensor,
     run: Callable[..., Tensor] | None = None,
+    backend: str = "torch",
     sketches: float = SKETCHES,
     norms: float = NORMS,
     **options: Any,
 ) -> fc.GradientSketcher:
     """Both results for the mean over the batch of `loss`."""
     g = explicit(model, loss, *batch)
-    sketcher = fc.GradientSketcher(model, DIM, seed=3, backend="torch", **options)
+    sketcher = fc.GradientSketcher(model, DIM, seed=3, backend=backend, **options)
     with sketcher:
         value = (run or loss)(model, *batch)
         value.backward()
@@ -152,12 +155,12 @@ def network() -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "nnz"), [("sjlt", 1), ("sjlt", 3), ("rademacher", 1), ("gaussian", 1), ("srht", 1)]
 )
-def test_mlp(kind: str, nnz: int) -> None:
-    check(mlp(), classify, points(6, 7), labels(6, 5), kind=kind, nnz=nnz)
+def test_mlp(backend: str, kind: str, nnz: int) -> None:
+    check(mlp(), classify, points(6, 7), labels(6, 5), backend=backend, kind=kind, nnz=nnz)
 
 
-def test_cnn() -> None:
-    check(network(), classify, points(5, 3, 11, 10), labels(5, 4))
+def test_cnn(backend: str) -> None:
+    check(network(), classify, points(5, 3, 11, 10), labels(5, 4), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +236,7 @@ def test_float64_and_half_models() -> None:
     assert_no_further(sketcher, theirs, exact)
 
 
-# ---- transformers and peft
+# ---- transformers and peft (imported where they are used: they take seconds)
 
 TOKENS, LENGTH, BATCH = 40, 9, 4
 
@@ -247,7 +250,8 @@ def next_token(model: Any, ids: Tensor) -> Tensor:
 
 
 def gpt2(**options: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.GPT2Config(
         vocab_size=TOKENS, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         bos_token_id=0, eos_token_id=0, attn_implementation="eager", **options,
@@ -256,7 +260,8 @@ def gpt2(**options: Any) -> nn.Module:
 
 
 def llama(**options: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=TOKENS, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=16, bos_token_id=0, eos_token_id=0, attn_implementation="eager",
@@ -266,7 +271,8 @@ def llama(**options: Any) -> nn.Module:
 
 
 def with_lora(model: nn.Module, targets: list[str], **options: Any) -> nn.Module:
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **options)
     model.requires_grad_(True)
     return seeded(lambda: peft.get_peft_model(model, config))
@@ -277,11 +283,30 @@ MODELS = {"gpt2": gpt2, "llama": llama}
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher", "srht"])
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers(name: str) -> None:
+def test_transformers(backend: str, name: str, kind: str) -> None:
     model = MODELS[name]()
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    check(model, next_token, token_ids())
+    check(model, next_token, token_ids(), backend=backend, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("home", "name", "options"),
+    [
+        ("llama", "LlamaRMSNorm", {"hidden_size": 6}),
+        ("t5", "T5LayerNorm", {"hidden_size": 6}),
+        ("gemma", "GemmaRMSNorm", {"dim": 6}),
+        ("cohere", "CohereLayerNorm", {"hidden_size": 6}),
+        ("convnext", "ConvNextLayerNorm", {"normalized_shape": 6, "data_format": "channels_last"}),
+    ],
+)
+def test_norms_of_transformers(home: str, name: str, options: dict[str, Any]) -> None:
+    module = importlib.import_module(f"transformers.models.{home}.modeling_{home}")
+    model = nn.Sequential(nn.Linear(6, 6), getattr(module, name)(**options), nn.Flatten(), nn.Linear(18, 4))
+    for i, p in enumerate(model.parameters()):
+        p.data += 0.3 * points(*p.shape, seed=i)
+    check(model, classify, points(5, 3, 6), labels(5, 4))
 
 
 def test_lora() -> None:
@@ -386,6 +411,23 @@ def test_a_checkpoint_keeps_no_activations() -> None:
         out.sum().backward()
 
 
+def test_data_parallel_training(tmp_path: Path) -> None:
+    """One process of it; others only change what happens to the gradients of parameters."""
+    model, batch = mlp(), (points(6, 7), labels(6, 5))
+    g = explicit(model, classify, *batch)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for seen in (parallel, model):
+            sketcher = fc.GradientSketcher(seen, DIM, backend="torch")
+            with sketcher:
+                classify(parallel, *batch).backward()
+            assert_close(sketcher.sketches, fc.sketch(g, DIM, kind="sjlt", backend="torch"), SKETCHES)
+            assert_close(sketcher.norms, g.norm(dim=1), NORMS)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class Shared(nn.Module):
     """Layers that are called twice, and a matrix that two of them own."""
 
@@ -426,14 +468,14 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_tied_embeddings(twice: bool) -> None:
+def test_tied_embeddings(backend: str, twice: bool) -> None:
     model = seeded(lambda: Tied(twice))
     x = torch.randint(0, 9, (5, 7), generator=torch.Generator().manual_seed(0))
 
     def loss(call: Any, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(call(x).mean(1), y)
 
-    sketcher = check(model, loss, x, labels(5, 9))
+    sketcher = check(model, loss, x, labels(5, 9), backend=backend)
     assert list(sketcher.offsets) == ["tokens.weight", "head.bias"]
 
 
