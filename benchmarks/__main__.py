@@ -17,8 +17,8 @@ FAMILIES = (
     "simcore",
     "sinkhorn",
     "sketch",
-    "sketcher",
     "scores",
+    "sketcher",
     "goracs",
     "scale",
 )

@@ -17,8 +17,8 @@ TITLES = {
     "simcore": "SimCore's order",
     "sinkhorn": "Sinkhorn",
     "sketch": "Sketching",
-    "sketcher": "Per-sample gradients",
     "scores": "Sample scores and CCS",
+    "sketcher": "Per-sample gradients",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

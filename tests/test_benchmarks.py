@@ -72,7 +72,17 @@ def record() -> Any:
 
 @pytest.mark.parametrize(
     "family",
-    ["facility_location", "pairwise", "simcore", "sinkhorn", "sketcher", "scores", "goracs", "scale"],
+    [
+        "facility_location",
+        "pairwise",
+        "simcore",
+        "sinkhorn",
+        "sketch",
+        "scores",
+        "sketcher",
+        "goracs",
+        "scale",
+    ],
 )
 def test_answers_agree_at_small_sizes(family: str, tmp_path: Path) -> None:
     # apricot's own call is left out here: it compiles for seconds, and the row that keeps its kernels makes the same picks.

@@ -33,9 +33,9 @@ def test_pages_with_examples() -> None:
         "simcore.md",
         "sinkhorn.md",
         "goracs.md",
-        "gradient_sketching.md",
         "scores.md",
         "ccs.md",
+        "gradient_sketching.md",
     }
 
 
