@@ -29,7 +29,7 @@ from flashcoreset._tensor import (
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.ops.sinkhorn_gradient import cost_gradients, weight_gradients
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
-from flashcoreset.reference.sinkhorn import Solution
+from flashcoreset.reference.sinkhorn import Solution, settle
 
 METRICS = ("sqeuclidean", "euclidean", "l1", "cosine", "precomputed")
 _INF = math.inf
@@ -374,7 +374,10 @@ def _check(
             raise ValueError(f"y must have shape {wanted} to fit x, got {got}")
         m = y.shape[1]
     reg = as_number(reg, "reg")
-    least = 1e3 * torch.finfo(compute_dtype(x.dtype)).tiny
+    limits = torch.finfo(compute_dtype(x.dtype))
+    least, most = 1e3 * limits.tiny, 1e-3 * limits.max
+    if reg > most:
+        raise ValueError(f"reg must be at most {most:.3g}; scale the data down, got {reg}")
     if not reg >= least:
         expected = "> 0" if reg <= 0 else f"at least {least:.3g}; scale the data up"
         raise ValueError(f"reg must be {expected}, got {reg}")
@@ -433,7 +436,12 @@ def _weight_argument(
     if value is None:
         return None
     if isinstance(value, (list, tuple)):
-        value = torch.tensor(value, dtype=torch.float64, device=device)
+        try:
+            value = torch.tensor(value, dtype=torch.float64, device=device)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must hold numbers, in a list of rows for a batch, got a {type(value).__name__}: {error}"
+            ) from None
     tensor = _keep_graph(value, name)
     if tensor.dtype not in FLOATING:
         raise TypeError(
@@ -582,6 +590,9 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
             x, y, a, b, reg=p.reg, metric=p.metric, reg_marginal=p.reg_marginal, x_lengths=p.x_lengths,
             y_lengths=p.y_lengths, max_iter=p.max_iter, tol=p.tol, f=p.f, g=p.g, memory_budget=p.memory_budget,
             report=report,
+        )  # fmt: skip
+        solution = settle(
+            solution, a, b, reg=p.reg, reg_marginal=p.reg_marginal, x_lengths=p.x_lengths, y_lengths=p.y_lengths
         )  # fmt: skip
     if p.tol > 0 and not bool(solution.converged.all()):
         failed = (~solution.converged).nonzero()[:, 0]
