@@ -770,6 +770,34 @@ def test_opcheck(metric: str, lengths: list[int] | None) -> None:
     )
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "precomputed"])
+def test_opcheck_of_plan_and_apply(metric: str) -> None:
+    x = points(2, 4, 3, 0, torch.float32)
+    y = points(2, 3, 3, 1, torch.float32) if metric != "precomputed" else None
+    sides = weights(2, 4, 2), weights(2, 3, 3), torch.zeros(2, 4).double(), torch.zeros(2, 3).double()
+    lengths = torch.tensor([3, 2]), None
+    ops = torch.ops.flashcoreset
+    torch.library.opcheck(ops.sinkhorn_plan.default, (x, y, *sides, 0.5, metric, *lengths, None))
+    for transpose in (False, True):
+        v = torch.ones(2, 4 if transpose else 3, 2)
+        torch.library.opcheck(
+            ops.sinkhorn_apply.default, (x, y, *sides, v, 0.5, metric, transpose, *lengths, 2**28, None)
+        )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_compile_of_plan_and_apply_without_a_graph_break(backend: str) -> None:
+    def results(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        found = fc.sinkhorn(x, y, reg=0.5, backend=backend)
+        return [found.plan(), found.apply(y), found.apply_transpose(x[..., 0])]
+
+    for batch in (slice(0, 2), 0):
+        x, y = points(2, 12, 3, 0)[batch], points(2, 9, 3, 1)[batch]
+        torch._dynamo.reset()
+        compiled = torch.compile(results, fullgraph=True, backend="aot_eager")(x, y)
+        assert all(torch.equal(one, other) for one, other in zip(compiled, results(x, y), strict=True))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_compile_without_a_graph_break(backend: str) -> None:
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
