@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
+import subprocess
+import sys
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -26,7 +30,12 @@ with warnings.catch_warnings():
 INF = math.inf
 METRICS = ["sqeuclidean", "euclidean", "l1", "cosine"]
 SIZES = [(1, 1), (1, 7), (33, 97), (130, 75)]
-MARGINALS: dict[str, Any] = {"balanced": None, "unbalanced": 0.7, "semi": (None, 0.3)}
+MARGINALS: dict[str, Any] = {
+    "balanced": None,
+    "unbalanced": 0.7,
+    "semi": (None, 0.3),
+    "semi rows": (0.4, None),
+}
 
 # The L1 distance of a plan of mass 1 to the float64 definition's, both stopped at tol. Worst seen: float32 3.1e-6
 # (float32 costs differ from exact ones by 1e-7 of the largest, and reg is down to a hundredth of that), float64 2e-10.
@@ -356,6 +365,63 @@ def test_zero_weights(marginal: str, backend: str) -> None:
     assert torch.allclose(found.g[~columns], implied[~columns], atol=1e-8)
 
 
+def test_rows_without_weight_cost_no_time() -> None:
+    """The kernel matrix is made once, whatever rows count for nothing."""
+    cost, a = costs(600, 600, dtype=torch.float32)[0], weights(1, 600, 1)[0]
+    lighter = a.clone()
+    lighter[5] = 0
+
+    def seconds(weight: torch.Tensor) -> float:
+        begin = time.perf_counter()
+        fc.sinkhorn(
+            cost,
+            None,
+            weight / weight.sum(),
+            reg=0.05,
+            metric="precomputed",
+            tol=0,
+            max_iter=100,
+            backend="cpu",
+        )
+        return time.perf_counter() - begin
+
+    # Exponentials in every iteration took ten times as long.
+    assert min(seconds(lighter) for _ in range(5)) < 3 * min(seconds(a) for _ in range(5))
+
+
+@pytest.mark.parametrize("marginal", ["unbalanced", "semi", "semi rows"])
+@pytest.mark.parametrize("size", [(1, 7), (7, 1), (12, 9)], ids=str)
+def test_value_is_the_objective_of_the_plan(size: tuple[int, int], marginal: str, backend: str) -> None:
+    """Where only the columns hold, iterations do not see a constant that moves between f and g, but the value does."""
+    cost, reg = costs(*size)[0] + 20, 0.1
+    a, b = 0.5 * weights(1, size[0], 1)[0], 2 * weights(1, size[1], 2)[0]
+    rho = MARGINALS[marginal] if isinstance(MARGINALS[marginal], tuple) else (0.7, 0.7)
+    found = fc.sinkhorn(
+        cost,
+        None,
+        a,
+        b,
+        reg=reg,
+        metric="precomputed",
+        reg_marginal=rho,
+        tol=1e-13,
+        max_iter=20_000,
+        backend=backend,
+    )
+    plan = found.plan()
+
+    def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return (torch.special.xlogy(p, p / q) - p + q).sum()
+
+    objective = (plan * cost).sum() + reg * divergence(plan, a[:, None] * b)
+    for sums, weight, penalty in ((plan.sum(1), a, rho[0]), (plan.sum(0), b, rho[1])):
+        if penalty is not None:
+            objective += penalty * divergence(sums, weight)
+    assert found.converged
+    assert torch.allclose(found.value, objective, rtol=1e-8)
+    assert torch.allclose(found.apply(torch.ones(size[1], dtype=torch.float64)), plan.sum(1), rtol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e4, 1e15])
 def test_masses_other_than_1(scale: float, backend: str) -> None:
     cost, a, b = costs(20, 25, dtype=torch.float32)[0], weights(1, 20, 1)[0], weights(1, 25, 2)[0]
@@ -573,6 +639,7 @@ COST: dict[str, Any] = {"metric": "precomputed"}
         ((X, Y), {"reg": 0}, r"reg must be > 0, got 0"),
         ((X, Y), {"reg": -1.0}, r"reg must be > 0, got -1"),
         ((X, Y), {"reg": NAN}, r"reg must be finite, got nan"),
+        ((X, Y), {"reg": 1e36}, r"reg must be at most .*; scale the data down, got 1e\+36"),
         ((X, Y), {"reg": 1e-38}, r"reg must be at least .*; scale the data up, got 1e-38"),
         ((X, Y), {"reg_marginal": 0.0}, r"reg_marginal must be > 0, or None for a marginal that holds, got 0.0"),
         ((X, Y), {"reg_marginal": (1.0, -2.0)}, r"reg_marginal must be > 0, .* got -2.0"),
@@ -602,6 +669,8 @@ def test_bad_values(arguments: tuple[Any, ...], options: dict[str, Any], message
         ((X.long(), Y.long()), {}, r"x must have dtype float16, bfloat16, float32 or float64, got int64"),
         (([[1.0]], Y), {}, r"x must be a torch.Tensor, a NumPy array or an object with __dlpack__, got list"),
         ((X, Y, torch.ones(3, dtype=torch.int64)), {}, r"a must hold floating numbers, got dtype int64"),
+        ((X, Y, ["1", "2", "3"]), {}, r"a must hold numbers, .* got a list: "),
+        ((BX, BY, None, [[1.0], [1.0, 2.0]]), {}, r"b must hold numbers, .* got a list: "),
         ((X, Y), {"reg": "1"}, r"reg must be a number, got '1'"),
         ((X, Y), {"max_iter": 1.5}, r"max_iter must be an int, got 1.5"),
         ((X, Y), {"warm_start": 3}, r"warm_start must be None, a Transport or a pair \(f, g\), got int"),
@@ -629,6 +698,41 @@ def test_bad_arguments_of_the_result_and_of_the_divergence() -> None:
         ValueError, match="warm_start must have potentials of 1 problems of 3 rows and 4 columns"
     ):
         fc.sinkhorn(X, Y, reg=1.0, warm_start=other)
+
+
+LONG_CALL = """
+import torch, flashcoreset as fc
+torch.set_num_threads(2)
+cost = torch.zeros(4, 64, 64)
+cost[{hard}] = 50 * torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) ** 2
+print("ready", flush=True)
+try:
+    fc.sinkhorn(cost, reg=0.001, metric="precomputed", tol=1e-14, max_iter=10**9, backend="cpu")
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+print(fc.sinkhorn(cost[0], reg=50.0, metric="precomputed").converged.item(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("hard", range(4))
+def test_ctrl_c_ends_a_batch_of_which_one_problem_is_left(hard: int) -> None:
+    """Whichever thread has it."""
+    code = LONG_CALL.format(hard=hard)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.7)  # well inside the call
+            assert process.poll() is None
+            begin = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            threading.Timer(20, process.kill).start()
+            assert process.stdout.readline() == "interrupted\n"
+            assert time.monotonic() - begin < 1
+            assert process.stdout.readline() == "True\n"
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 def test_a_run_is_not_shared_by_threads() -> None:
@@ -664,6 +768,34 @@ def test_opcheck(metric: str, lengths: list[int] | None) -> None:
     torch.library.opcheck(
         OP, (x, y, a, None, 0.5, metric, [INF, 2.0], sizes, None, 5000, 1e-9, None, None, 2**28, None)
     )
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "precomputed"])
+def test_opcheck_of_plan_and_apply(metric: str) -> None:
+    x = points(2, 4, 3, 0, torch.float32)
+    y = points(2, 3, 3, 1, torch.float32) if metric != "precomputed" else None
+    sides = weights(2, 4, 2), weights(2, 3, 3), torch.zeros(2, 4).double(), torch.zeros(2, 3).double()
+    lengths = torch.tensor([3, 2]), None
+    ops = torch.ops.flashcoreset
+    torch.library.opcheck(ops.sinkhorn_plan.default, (x, y, *sides, 0.5, metric, *lengths, None))
+    for transpose in (False, True):
+        v = torch.ones(2, 4 if transpose else 3, 2)
+        torch.library.opcheck(
+            ops.sinkhorn_apply.default, (x, y, *sides, v, 0.5, metric, transpose, *lengths, 2**28, None)
+        )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_compile_of_plan_and_apply_without_a_graph_break(backend: str) -> None:
+    def results(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        found = fc.sinkhorn(x, y, reg=0.5, backend=backend)
+        return [found.plan(), found.apply(y), found.apply_transpose(x[..., 0])]
+
+    for batch in (slice(0, 2), 0):
+        x, y = points(2, 12, 3, 0)[batch], points(2, 9, 3, 1)[batch]
+        torch._dynamo.reset()
+        compiled = torch.compile(results, fullgraph=True, backend="aot_eager")(x, y)
+        assert all(torch.equal(one, other) for one, other in zip(compiled, results(x, y), strict=True))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

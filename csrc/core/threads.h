@@ -67,6 +67,7 @@ class ThreadTeam {
     if (n <= 0) return;
     if (chunk < 1) chunk = 1;
     const int64_t chunks = (n + chunk - 1) / chunk;
+    stop_.store(false, std::memory_order_relaxed);
     if (size_ == 1 || chunks == 1) {
       for (int64_t begin = 0; begin < n; begin += chunk) {
         fn(0, begin, begin + chunk < n ? begin + chunk : n);
@@ -75,31 +76,42 @@ class ThreadTeam {
       return;
     }
     next_.store(0, std::memory_order_relaxed);
-    stop_.store(false, std::memory_order_relaxed);
     std::exception_ptr error;
     std::mutex error_mutex;
-    auto body = [&](int thread) {
+    const auto guarded = [&](auto&& part) {
       try {
-        while (!stop_.load(std::memory_order_relaxed)) {
-          const int64_t begin = next_.fetch_add(1, std::memory_order_relaxed) * chunk;
-          if (begin >= n) break;
-          fn(thread, begin, begin + chunk < n ? begin + chunk : n);
-          if (thread == 0) check();
-        }
+        part();
       } catch (...) {
         stop_.store(true, std::memory_order_relaxed);
         std::lock_guard<std::mutex> lock(error_mutex);
         if (!error) error = std::current_exception();
       }
     };
-    run(body);
+    const auto body = [&](int thread) {
+      guarded([&] {
+        while (!stop_.load(std::memory_order_relaxed)) {
+          const int64_t begin = next_.fetch_add(1, std::memory_order_relaxed) * chunk;
+          if (begin >= n) break;
+          fn(thread, begin, begin + chunk < n ? begin + chunk : n);
+          if (thread == 0) check();
+        }
+      });
+    };
+    run(body, [&] {
+      if (!stop_.load(std::memory_order_relaxed)) guarded([&] { check(); });
+    });
     if (error) std::rethrow_exception(error);
   }
 
+  // Whether the region that runs now is to end: no further chunk begins, and a long one may look and end too.
+  const std::atomic<bool>& stopping() const { return stop_; }
+
  private:
   // A region, open from run() until its calling thread has found no work left. A worker takes part only if it
-  // arrives in that time, so nobody waits for a thread that the system has not woken yet.
-  void run(const std::function<void(int)>& body) {
+  // arrives in that time, so nobody waits for a thread that the system has not woken yet. While it waits for
+  // workers that are still at it, the calling thread calls `meanwhile` about every 50 ms.
+  template <class Meanwhile>
+  void run(const std::function<void(int)>& body, Meanwhile&& meanwhile) {
     start();
     body_.store(&body, std::memory_order_relaxed);
     {
@@ -113,7 +125,11 @@ class ThreadTeam {
     spin_until(all_left);
     if (all_left()) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, all_left);
+    while (!done_.wait_for(lock, std::chrono::milliseconds(50), all_left)) {
+      lock.unlock();
+      meanwhile();
+      lock.lock();
+    }
   }
 
   void start() {

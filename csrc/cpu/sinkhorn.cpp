@@ -539,15 +539,18 @@ class Problem {
       if (!balanced_ && r < kR) pull[r] = row_pull_[i + r];
     }
     const V damp = simd::broadcast(static_cast<T>(damp_rows(made_at_))),
-            omega = simd::broadcast(static_cast<T>(schedule_.omega())), one = simd::broadcast(T(1));
+            omega = simd::broadcast(static_cast<T>(schedule_.omega())), one = simd::broadcast(T(1)), zero{};
     for (int l = 0; l < kL; l += kW) {
-      const V x = simd::load(sum + l), u = simd::load(old + l), w = simd::load(weight + l), s = u * x;
+      const V u = simd::load(old + l), w = simd::load(weight + l);
+      // A row without weight is 0 in the matrix, and stays as it is.
+      const V x = w > zero ? simd::load(sum + l) : one / u, s = u * x;
       rows.sums.add(s);
       V scaling;
       if (is_simple()) {
         scaling = one / x;
       } else {
         scaling = simd::exp<T>(simd::load(pull + l) + damp * (simd::log<T>(u) - omega * simd::log<T>(s)));
+        scaling = w > zero ? scaling : u;
       }
       rows.scalings.add(scaling);
       if (balanced_) rows.off += w * simd::abs<T>(s - one);
@@ -793,7 +796,8 @@ class Problem {
       mass += row;
       cost += a_[i] > 0 ? a_[i] * costs[i] : 0;
       double& f = result_.f(p_, i);
-      f = a_[i] > 0 ? f_[i] : damp_rows(reg) * (f_[i] - reg * rows[i]);
+      // A weight may also be 0 in the type of the scalings alone, where f then has not moved.
+      f = row_weight_[i] > 0 ? f_[i] : damp_rows(reg) * (f_[i] - reg * rows[i]);
       worth_a += a_[i] > 0 ? a_[i] * worth(f, options_.reg_marginal[0]) : 0;
     }
     bool some_weightless = false;
@@ -908,17 +912,11 @@ class SinkhornRun final : public Sinkhorn {
   // The next `count` problems, one a thread.
   void several(int64_t count) {
     const int64_t begin = done_, end = std::min(batch_.count(), begin + std::min(count, batch_.count()));
-    std::atomic<bool> stop{false};
     team_.parallel_for(end - begin, 1, [&](int thread, int64_t which, int64_t) {
       // The calling thread alone may ask the caller whether to go on.
       ThreadTeam alone(1, thread == 0 ? options_.poll : nullptr);
-      try {
-        Problem<T> problem(batch_, order_[begin + which], result_, options_, alone, workspaces_[thread]);
-        while (!problem.step(options_.max_iter, stop)) {
-        }
-      } catch (...) {
-        stop.store(true);
-        throw;
+      Problem<T> problem(batch_, order_[begin + which], result_, options_, alone, workspaces_[thread]);
+      while (!problem.step(options_.max_iter, team_.stopping())) {
       }
     });
     done_ = end;

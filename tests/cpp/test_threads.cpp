@@ -122,6 +122,34 @@ void test_cancellation() {
   }
 }
 
+// The calling thread has no work left, and asks on while a worker is inside a chunk, which sees it.
+void test_cancellation_of_the_last_chunk() {
+  std::atomic<int> polls{0};
+  fc::ThreadTeam team(2, [&] { return ++polls >= 3; });
+  const auto begin = std::chrono::steady_clock::now();
+  const auto late = [&] { return std::chrono::steady_clock::now() - begin > std::chrono::seconds(10); };
+  std::atomic<bool> worker_is_in{false};
+  CHECK_THROWS(team.parallel_for(2, 1,
+                                 [&](int thread, int64_t, int64_t) {
+                                   if (thread != 0) worker_is_in = true;
+                                   const auto done = [&] {
+                                     return (thread == 0 ? worker_is_in : team.stopping()).load();
+                                   };
+                                   while (!done() && !late()) std::this_thread::yield();
+                                 }),
+               fc::Cancelled);
+  CHECK(!late());
+  // The next region runs as if nothing had been.
+  team.set_poll(nullptr);
+  for (const int64_t n : {1, 100}) {
+    std::atomic<int64_t> sum{0};
+    team.parallel_for(n, 1, [&](int, int64_t first, int64_t last) {
+      if (!team.stopping()) sum += last - first;
+    });
+    CHECK_EQUAL(sum.load(), n);
+  }
+}
+
 // Teams are made and destroyed at any rate, used or not, several at a time.
 void test_lifetimes() {
   std::atomic<int64_t> sum{0};
@@ -142,6 +170,7 @@ TEST_PROGRAM {
   test_thread_numbers_are_exclusive();
   test_exceptions();
   test_cancellation();
+  test_cancellation_of_the_last_chunk();
   test_lifetimes();
   return check::verdict("threads");
 }

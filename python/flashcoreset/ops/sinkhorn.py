@@ -29,7 +29,7 @@ from flashcoreset._tensor import (
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.ops.sinkhorn_gradient import cost_gradients, weight_gradients
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
-from flashcoreset.reference.sinkhorn import Solution
+from flashcoreset.reference.sinkhorn import Solution, settle
 
 METRICS = ("sqeuclidean", "euclidean", "l1", "cosine", "precomputed")
 _INF = math.inf
@@ -86,12 +86,9 @@ class Transport:
         """
         p = self._problem
         x, y, a, b = p.arrays()
-        kernels = choose_kernels(p.backend, x.device, "sinkhorn")
-        with torch.no_grad():
-            plan = kernels.sinkhorn_plan(
-                x, y, a, b, *self._potentials, reg=p.reg, metric=p.metric, x_lengths=p.x_lengths,
-                y_lengths=p.y_lengths,
-            )  # fmt: skip
+        plan = torch.ops.flashcoreset.sinkhorn_plan(
+            x, y, a, b, *self._potentials, p.reg, p.metric, p.x_lengths, p.y_lengths, p.backend
+        )
         return p.shaped(plan.to(p.out_dtype))
 
     def apply(self, v: Any) -> Tensor:
@@ -136,12 +133,10 @@ class Transport:
         lengths = p.x_lengths if transpose else p.y_lengths
         if lengths is not None:
             batched = torch.where(_mask(lengths, size)[:, :, None], batched, 0)
-        kernels = choose_kernels(p.backend, x.device, "sinkhorn")
-        with torch.no_grad():
-            out = kernels.sinkhorn_apply(
-                x, y, a, b, *self._potentials, batched.to(x.dtype), reg=p.reg, metric=p.metric, transpose=transpose,
-                x_lengths=p.x_lengths, y_lengths=p.y_lengths, memory_budget=p.memory_budget,
-            )  # fmt: skip
+        out = torch.ops.flashcoreset.sinkhorn_apply(
+            x, y, a, b, *self._potentials, batched.detach().to(x.dtype), p.reg, p.metric, transpose, p.x_lengths, p.y_lengths,
+            p.memory_budget, p.backend,
+        )  # fmt: skip
         out = out.to(p.out_dtype)
         return p.shaped(out[:, :, 0] if flat else out)
 
@@ -374,7 +369,10 @@ def _check(
             raise ValueError(f"y must have shape {wanted} to fit x, got {got}")
         m = y.shape[1]
     reg = as_number(reg, "reg")
-    least = 1e3 * torch.finfo(compute_dtype(x.dtype)).tiny
+    limits = torch.finfo(compute_dtype(x.dtype))
+    least, most = 1e3 * limits.tiny, 1e-3 * limits.max
+    if reg > most:
+        raise ValueError(f"reg must be at most {most:.3g}; scale the data down, got {reg}")
     if not reg >= least:
         expected = "> 0" if reg <= 0 else f"at least {least:.3g}; scale the data up"
         raise ValueError(f"reg must be {expected}, got {reg}")
@@ -433,7 +431,12 @@ def _weight_argument(
     if value is None:
         return None
     if isinstance(value, (list, tuple)):
-        value = torch.tensor(value, dtype=torch.float64, device=device)
+        try:
+            value = torch.tensor(value, dtype=torch.float64, device=device)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must hold numbers, in a list of rows for a batch, got a {type(value).__name__}: {error}"
+            ) from None
     tensor = _keep_graph(value, name)
     if tensor.dtype not in FLOATING:
         raise TypeError(
@@ -583,6 +586,9 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
             y_lengths=p.y_lengths, max_iter=p.max_iter, tol=p.tol, f=p.f, g=p.g, memory_budget=p.memory_budget,
             report=report,
         )  # fmt: skip
+        solution = settle(
+            solution, a, b, reg=p.reg, reg_marginal=p.reg_marginal, x_lengths=p.x_lengths, y_lengths=p.y_lengths
+        )  # fmt: skip
     if p.tol > 0 and not bool(solution.converged.all()):
         failed = (~solution.converged).nonzero()[:, 0]
         worst = float(solution.error[failed].max())
@@ -698,7 +704,7 @@ def _gradients(
     return result[0], result[1], result[2], result[3]
 
 
-# ---- the torch op
+# ---- the torch ops
 
 _NAME = "flashcoreset::sinkhorn"
 torch.library.define(
@@ -787,6 +793,80 @@ def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+
+
+_PLAN = "flashcoreset::sinkhorn_plan"
+torch.library.define(
+    _PLAN,
+    "(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor f, Tensor g, float reg, str metric, Tensor? x_lengths, "
+    "Tensor? y_lengths, str? backend) -> Tensor",
+)
+
+
+@torch.library.impl(_PLAN, "default")
+def _plan(
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    reg: float,
+    metric: str,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    kernels = choose_kernels(backend, x.device, "sinkhorn")
+    plan: Tensor = kernels.sinkhorn_plan(
+        x, y, a, b, f, g, reg=reg, metric=metric, x_lengths=x_lengths, y_lengths=y_lengths
+    )
+    return plan.to(x.dtype)
+
+
+@torch.library.register_fake(_PLAN)
+def _fake_plan(*arguments: Any) -> Tensor:
+    x, _, a, b = arguments[:4]
+    return x.new_empty(a.shape[0], a.shape[1], b.shape[1])
+
+
+_APPLY = "flashcoreset::sinkhorn_apply"
+torch.library.define(
+    _APPLY,
+    "(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor f, Tensor g, Tensor v, float reg, str metric, bool transpose, "
+    "Tensor? x_lengths, Tensor? y_lengths, int memory_budget, str? backend) -> Tensor",
+)
+
+
+@torch.library.impl(_APPLY, "default")
+def _product(
+    x: Tensor,
+    y: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    v: Tensor,
+    reg: float,
+    metric: str,
+    transpose: bool,
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+    memory_budget: int,
+    backend: str | None,
+) -> Tensor:
+    kernels = choose_kernels(backend, x.device, "sinkhorn")
+    out: Tensor = kernels.sinkhorn_apply(
+        x, y, a, b, f, g, v, reg=reg, metric=metric, transpose=transpose, x_lengths=x_lengths, y_lengths=y_lengths,
+        memory_budget=memory_budget,
+    )  # fmt: skip
+    return out.to(x.dtype)
+
+
+@torch.library.register_fake(_APPLY)
+def _fake_product(*arguments: Any) -> Tensor:
+    x, _, a, b, _, _, v, _, _, transpose = arguments[:10]
+    return x.new_empty(a.shape[0], (b if transpose else a).shape[1], v.shape[2])
 
 
 @register_estimate("sinkhorn")

@@ -220,8 +220,51 @@ def dual_value(
     sides = []
     for potential, weight, rho in zip((f, g), (a, b), reg_marginal, strict=True):
         worth = potential if math.isinf(rho) else -rho * torch.expm1(-potential / rho)
-        sides.append((weight * worth).sum(1))
+        # Where there is no weight, the potential may be anything.
+        sides.append(torch.where(weight > 0, weight * worth, 0).sum(1))
     return sides[0] + sides[1] - reg * (mass - a.sum(1) * b.sum(1))
+
+
+def settle(
+    found: Solution,
+    a: Tensor,
+    b: Tensor,
+    *,
+    reg: float,
+    reg_marginal: tuple[float, float],
+    x_lengths: Tensor | None,
+    y_lengths: Tensor | None,
+) -> Solution:
+    """`found` with the potentials of the largest dual value among those of its plan, where rows are relaxed and columns hold.
+
+    A constant added to f and taken from g then changes the value but not the plan, by which iterations stop: they leave any
+    constant. At the optimum sum a exp(-f / rho) is the plan's mass, sum b. (In the opposite case the update of f brings the
+    constant into the plan, and with both relaxed either does.)
+    """
+    rho = reg_marginal[0]
+    if math.isinf(rho) or not math.isinf(reg_marginal[1]):
+        return found
+    mass_a, mass_b = _in_order(a), _in_order(b)
+    exponent = a.log() - found.f / rho
+    most = exponent.amax(1, keepdim=True)
+    log_mass = most[:, 0] + _in_order((exponent - most).exp()).log()
+    shift = (rho * (log_mass - mass_b.log()))[:, None]
+    # What the other side implies for a weight of zero moves with that side.
+    f = found.f + torch.where(a > 0, 1.0, damping(rho, reg)) * shift
+    g = found.g - shift
+    f, g = (
+        side
+        if lengths is None
+        else torch.where(torch.arange(side.shape[1], device=side.device) < lengths[:, None], side, 0)
+        for side, lengths in ((f, x_lengths), (g, y_lengths))
+    )
+    value = rho * (mass_a - mass_b) + _in_order(b * g) - reg * mass_b * (1 - mass_a)
+    return found._replace(f=f, g=g, value=value)
+
+
+def _in_order(terms: Tensor) -> Tensor:
+    """The sums of rows [B, n], whose bits depend neither on the number of threads nor on zeros at the end."""
+    return terms.cumsum(1)[:, -1]
 
 
 def sinkhorn(
