@@ -683,6 +683,22 @@ def test_bad_types(arguments: tuple[Any, ...], options: dict[str, Any], message:
         fc.sinkhorn(*arguments, **{"reg": 1.0} | options)
 
 
+def test_costs_that_overflow_are_named() -> None:
+    big = torch.tensor([[3e38, -3e38], [-3e38, 3e38]])
+    with pytest.raises(
+        ValueError, match=r"^x: costs overflow torch.float32; scale the data down or use float64$"
+    ):
+        fc.sinkhorn(big, reg=1.0, metric="precomputed", backend="cpu")
+    batch = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))
+    batch[1] *= 1e25
+    for metric in ("sqeuclidean", "euclidean"):
+        with pytest.raises(
+            ValueError, match=r"^x: costs overflow torch.float32 in problem 1; scale the data down"
+        ):
+            fc.sinkhorn(batch, batch, reg=1.0, metric=metric, backend="cpu")
+    assert fc.sinkhorn(batch.double(), batch.double(), reg=1e45, backend="cpu").converged.all()
+
+
 def test_bad_arguments_of_the_result_and_of_the_divergence() -> None:
     found = fc.sinkhorn(X, Y, reg=1.0)
     with pytest.raises(ValueError, match=r"v must have shape \[4\] or \[4, k\], got \(3,\)"):

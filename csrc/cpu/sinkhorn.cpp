@@ -29,6 +29,8 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -334,8 +336,8 @@ class Problem {
         costs_(batch, p, team),
         exponents_(costs_),
         chunks_(n_, width_),
-        schedule_(options.reg, costs_.spread(), options.tol, options.max_iter, balanced_, options.warm,
-                  mass_of(batch.a, p, n_)),
+        schedule_(options.reg, spread_of(costs_, batch, p), options.tol, options.max_iter, balanced_,
+                  options.warm, mass_of(batch.a, p, n_)),
         matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
         blocks_(workspace.blocks(team.size() * kCostRows * width_)),
         a_(n_),
@@ -400,6 +402,19 @@ class Problem {
   int64_t iterations() const { return schedule_.iterations(); }
 
  private:
+  // A bound of the costs' range; throws std::invalid_argument if that of the type is less.
+  static double spread_of(const CostTiles<T>& costs, const SinkhornBatch<T>& batch, int64_t p) {
+    const double spread = costs.spread();
+    // Euclidean distances are the roots of their squares.
+    const bool squares = !batch.is_cost && !batch.cosine && batch.metric == Metric::kEuclidean;
+    const double most = static_cast<double>(std::numeric_limits<T>::max());
+    if (spread <= (squares ? std::sqrt(most) : most)) return spread;
+    const std::string within = batch.count() > 1 ? " in problem " + std::to_string(p) : "";
+    throw std::invalid_argument(std::string("x: costs overflow torch.float") +
+                                (sizeof(T) == 4 ? "32" : "64") + within + "; scale the data down" +
+                                (sizeof(T) == 4 ? " or use float64" : ""));
+  }
+
   static double mass_of(const TensorView<const double, 2>& weights, int64_t p, int64_t count) {
     double sum = 0;
     for (int64_t i = 0; i < count; ++i) sum += weights(p, i);

@@ -57,7 +57,7 @@ class Sinkhorn {
   virtual int64_t step(int64_t iterations) = 0;
 };
 
-// Throws std::invalid_argument, here, for NaN and infinity in the data.
+// Throws std::invalid_argument, here, for NaN and infinity in the data; its steps do for costs that overflow.
 template <class T>
 std::unique_ptr<Sinkhorn> make_sinkhorn(const SinkhornBatch<T>& batch, const SinkhornResult& result,
                                         const SinkhornOptions& options);
