@@ -735,6 +735,7 @@ def test_ctrl_c_ends_a_batch_of_which_one_problem_is_left(hard: int) -> None:
     """Whichever thread has it."""
     code = LONG_CALL.format(hard=hard)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        watchdog = threading.Timer(20, process.kill)
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
@@ -742,12 +743,13 @@ def test_ctrl_c_ends_a_batch_of_which_one_problem_is_left(hard: int) -> None:
             assert process.poll() is None
             begin = time.monotonic()
             process.send_signal(signal.SIGINT)
-            threading.Timer(20, process.kill).start()
+            watchdog.start()
             assert process.stdout.readline() == "interrupted\n"
             assert time.monotonic() - begin < 1
             assert process.stdout.readline() == "True\n"
             assert process.wait(timeout=30) == 0
         finally:
+            watchdog.cancel()
             process.kill()
 
 
