@@ -828,3 +828,48 @@ def test_compile_without_a_graph_break(backend: str) -> None:
     plain = loss(x, y)
     assert torch.equal(compiled, plain)
     assert torch.allclose(*(torch.autograd.grad(result, x)[0] for result in (compiled, plain)))
+
+
+@pytest.mark.parametrize("reg", [0.05, 0.01])
+def test_agrees_with_ott_and_geomloss(reg: float) -> None:
+    """Plans and values in float32, where each of the others offers them; 1e-4 in L1 is what float32 plans are held to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of jax and geomloss, about themselves
+        import jax.numpy as jnp
+        from geomloss import SamplesLoss
+        from ott.geometry import geometry
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import sinkhorn as ott_sinkhorn
+
+        x, y = (points(1, n, 3, seed, torch.float32)[0] for seed, n in enumerate((60, 45)))
+        cost = torch.cdist(x, y) ** 2
+        scale = float(cost.max())
+        problem = linear_problem.LinearProblem(
+            geometry.Geometry(cost_matrix=jnp.asarray((cost / scale).numpy()), epsilon=reg)
+        )
+        found = ott_sinkhorn.Sinkhorn(threshold=1e-6, max_iterations=20_000, norm_error=1)(problem)
+        # geomloss anneals: at this scaling its value is a thousandth off. Its cost is half the squared distance.
+        loss = SamplesLoss(
+            "sinkhorn", p=2, blur=(reg * scale / 2) ** 0.5, debias=False, scaling=0.95, backend="tensorized"
+        )
+        value = 2 * float(loss(x, y))
+    transport = fc.sinkhorn(cost / scale, reg=reg, metric="precomputed", tol=1e-6, max_iter=20_000)
+    assert (torch.from_numpy(np.array(found.matrix)) - transport.plan()).abs().sum() <= 1e-4
+    assert float(transport.value) == pytest.approx(float(found.reg_ot_cost), rel=1e-5)
+    assert float(transport.value) * scale == pytest.approx(value, rel=3e-3)
+
+
+def test_a_ragged_batch_of_many_sizes_is_the_loop() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows, columns = (torch.randint(1, 501, (64,), generator=generator) for _ in range(2))
+    x, y = (torch.full((64, 500, 3), math.nan) for _ in range(2))
+    for padded, lengths in ((x, rows), (y, columns)):
+        for problem, size in enumerate(lengths.tolist()):
+            padded[problem, :size] = torch.rand(size, 3, generator=generator)
+    options: dict[str, Any] = {"reg": 0.1, "tol": 0, "max_iter": 20}
+    together = fc.sinkhorn(x, y, x_lengths=rows, y_lengths=columns, **options)
+    alone = [
+        float(fc.sinkhorn(a[:n], b[:m], **options).value)
+        for a, b, n, m in zip(x, y, rows.tolist(), columns.tolist(), strict=True)
+    ]
+    assert torch.allclose(together.value, torch.tensor(alone), rtol=0, atol=1e-6)
