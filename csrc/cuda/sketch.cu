@@ -106,6 +106,11 @@ __device__ __forceinline__ PhiloxBlock words_of(const Projection& p, uint64_t ro
       {static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32)});
 }
 
+// words[k], from registers.
+__device__ uint32_t word_at(const PhiloxBlock& words, int k) {
+  return k < 2 ? (k == 0 ? words[0] : words[1]) : (k == 2 ? words[2] : words[3]);
+}
+
 // sin(pi / 2 t), 0 <= t <= 1, by Taylor's series; what is left out is 5 * 10^-14 of it at most.
 __device__ double quarter_sine(double t) {
   constexpr double kSeries[] = {6.0669357311061955e-12, -6.688035109811468e-10, 5.692172921967927e-08,
@@ -139,7 +144,7 @@ __device__ void normals(const PhiloxBlock& words, float (&out)[4]) {
 
 // A block for a tile of 16 kR rows of x by 128 outputs, and a piece.
 template <class T, bool kGaussian, int kR>
-__global__ void __launch_bounds__(kThreads) dense_sums(Work<T> w) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) dense_sums(Work<T> w) {
   constexpr int kRows = kSide * kR, kK = kStage<T>;
   FC_SHARED(Quad<T>, matrix, [kK][kColumns / 4]);
   FC_SHARED(Quad<T>, points, [kK][kRows / 4 + 1]);
@@ -226,9 +231,9 @@ __device__ int64_t entry_of(int64_t column, int64_t dim, int64_t nnz) {
   return ((column + 1) * nnz - 1) / dim;
 }
 
-__device__ int64_t entry_column(uint32_t word, int64_t entry, int64_t dim, int64_t nnz) {
-  const int64_t begin = entry_begin(entry, dim, nnz), width = entry_begin(entry + 1, dim, nnz) - begin;
-  return begin + static_cast<int64_t>(word * static_cast<uint64_t>(width) >> 32);
+// The column of an entry whose block of columns is [begin, end).
+__device__ int64_t entry_column(uint32_t word, int64_t begin, int64_t end) {
+  return begin + static_cast<int64_t>(word * static_cast<uint64_t>(end - begin) >> 32);
 }
 
 // A block for as many rows of x as it has warps, a piece, and `slab` outputs. An entry is packed into a word:
@@ -250,20 +255,25 @@ __global__ void __launch_bounds__(32 * kMostTogether) sparse_sums(Work<T> w, int
   T* const own = all_sums + t / 32 * slab;
   for (int c = lane; c < outputs; c += 32) own[c] = T(0);
   __syncwarp();
+  int64_t known = -1, bound[3] = {};
   const int64_t end = w.end_of(piece), last = min((piece + 1) * w.piece, w.end);
   for (int64_t first = w.begin_of(piece); first < end; first += kChunk) {
     T value[kChunk / 32];
 #pragma unroll
     for (int g = 0; g < kChunk / 32; ++g) value[g] = w.value(row, first + g * 32 + lane);
     for (int64_t pair = first_entry / 2; pair <= last_entry / 2; ++pair) {
+      if (pair != known) {
+        for (int k = 0; k < 3; ++k) bound[k] = entry_begin(2 * pair + k, dim, nnz);
+        known = pair;
+      }
       __syncthreads();
       for (int i = t; i < kChunk; i += threads) {
         const PhiloxBlock words =
             words_of(w.projection, w.row_of_matrix(first + i), static_cast<uint32_t>(pair));
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const int64_t at =
-              2 * pair + k < nnz ? entry_column(words[2 * k], 2 * pair + k, dim, nnz) - lowest : -1;
+          // The second of the last pair may be one too many: it has its place beyond all outputs.
+          const int64_t at = entry_column(words[2 * k], bound[k], bound[k + 1]) - lowest;
           const bool inside = at >= 0 && at < outputs;
           const uint32_t place = inside ? static_cast<uint32_t>(at) : kInside | static_cast<uint32_t>(lane);
           const unsigned same = __match_any_sync(~0u, place);
@@ -437,7 +447,8 @@ __global__ void __launch_bounds__(kThreads)
     T entry[4];
     if (p.kind == SketchKind::kRademacher) {
       const PhiloxBlock words = words_of(p, row, static_cast<uint32_t>(c / 128));
-      for (int k = 0; k < 4; ++k) entry[k] = words[c % 128 / 32] >> (c % 32 + k) & 1 ? T(-1) : T(1);
+      for (int k = 0; k < 4; ++k)
+        entry[k] = word_at(words, static_cast<int>(c % 128 / 32)) >> (c % 32 + k) & 1 ? T(-1) : T(1);
     } else if (p.kind == SketchKind::kGaussian) {
       float four[4];
       normals(words_of(p, row, static_cast<uint32_t>(c / 4)), four);
@@ -447,14 +458,15 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t number = entry_of(c + k, dim, p.nnz);
         const PhiloxBlock words = words_of(p, row, static_cast<uint32_t>(number / 2));
         const int word = static_cast<int>(number % 2 * 2);
-        const bool here = entry_column(words[word], number, dim, p.nnz) == c + k;
-        entry[k] = !here ? T(0) : words[word + 1] & 1 ? T(-1) : T(1);
+        const bool here = entry_column(word_at(words, word), entry_begin(number, dim, p.nnz),
+                                       entry_begin(number + 1, dim, p.nnz)) == c + k;
+        entry[k] = !here ? T(0) : word_at(words, word + 1) & 1 ? T(-1) : T(1);
       }
     } else {
       const uint64_t size = uint64_t{1} << log_size;
       const PhiloxBlock own = words_of(p, row / 128, 0);
       const PhiloxBlock words = words_of(p, row / size, static_cast<uint32_t>(1 + c / 4));
-      const uint32_t negative = own[row % 128 / 32] >> (row % 32) & 1;
+      const uint32_t negative = word_at(own, static_cast<int>(row % 128 / 32)) >> (row % 32) & 1;
       for (int k = 0; k < 4 && c + k < dim; ++k) {
         const int column = chosen_column(words[k], c + k, dim, static_cast<int64_t>(size));
         const int shared = __popc(static_cast<unsigned>(column) & static_cast<unsigned>(row % size));

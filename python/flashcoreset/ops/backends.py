@@ -18,7 +18,7 @@ FAMILIES = {
     "facility_location": ("cpu", "cuda", "triton", "torch"),
     "nearest_order": ("cpu", "torch"),
     "sinkhorn": ("cpu", "cuda", "triton", "torch"),
-    "sketch": ("cpu", "torch"),
+    "sketch": ("cpu", "cuda", "triton", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
