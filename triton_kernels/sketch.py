@@ -37,6 +37,14 @@ from flashcoreset.triton_kernels.pairwise import INTERPRETED
 # Columns of x between two additions in float64.
 CHUNK = tl.constexpr(1024)
 
+# What products are computed in.
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
 _NUMBERS = {name: number for number, name in enumerate(KINDS)}
 _PIECE = 2048  # the least columns of a piece
 _PROGRAMS = 512  # pieces times tiles of outputs, at most, where there are several pieces
@@ -130,7 +138,8 @@ def matrix_tile(
         w0, w1, w2, w3 = random_words(rows[:, None], quads[None, :], seed_low, seed_high, NUMBER)
         n0, n1 = normal_pair(w0, w1)
         n2, n3 = normal_pair(w2, w3)
-        tile = in_turn(n0, n1, n2, n3).to(DTYPE)
+        # Triton 3.6 fails to compile a product with a tile that was only just put in turn for sm_100: hence the choice.
+        tile = tl.where((cols < dim)[None, :], in_turn(n0, n1, n2, n3), 0.0).to(DTYPE)
     elif KIND == "sjlt":
         tile = tl.zeros((STEP, COLS), DTYPE)
         # The entries whose blocks of columns have the tile's first and last one.
@@ -202,6 +211,7 @@ def sketch_kernel(
     COLS: tl.constexpr,
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,  # of products
+    SUMS: tl.constexpr,  # and of their sums within a chunk
     PRECISION: tl.constexpr,
 ):
     # In one dimension: the others have at most 65,535 blocks.
@@ -217,21 +227,35 @@ def sketch_kernel(
     stop = tl.minimum(tl.minimum(column + count, (number + 1) * piece), end)
     place = sums + (number * row_count + rows[:, None]) * width + cols[None, :]
     inside = (rows < row_count)[:, None] & (cols < width)[None, :]
-    total = tl.load(place, mask=inside & (begin > 0), other=0.0)
+    # Sums over chunks are kept in memory: in registers they would take as many as two tiles of float32.
     while column < stop:
+        is_first = column == number * piece
         chunk = tl.minimum(column + CHUNK, stop)
-        acc = tl.zeros((ROWS, COLS), tl.float64 if DTYPE == tl.float64 else tl.float32)
+        acc = tl.zeros((ROWS, COLS), SUMS)
         while column < chunk:
             own = column + tl.arange(0, STEP)
             here = (rows < row_count)[:, None] & ((own >= shift) & (own < end))[None, :]
-            values = tl.load(x + rows[:, None] * x_stride + (own - shift)[None, :] * x_step, mask=here, other=0.0)
-            matrix = matrix_tile(
-                base + column, first_output + col, dim, nnz, seed_low, seed_high, KIND, NUMBER, SIZE, STEP, COLS, DTYPE
+            values = tl.load(
+                x + rows[:, None] * x_stride + (own - shift)[None, :] * x_step, mask=here, other=0.0
             )
-            acc = tl.dot(values.to(DTYPE), matrix, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+            matrix = matrix_tile(
+                base + column,
+                first_output + col,
+                dim,
+                nnz,
+                seed_low,
+                seed_high,
+                KIND,
+                NUMBER,
+                SIZE,
+                STEP,
+                COLS,
+                DTYPE,
+            )
+            acc = tl.dot(values.to(DTYPE), matrix, acc, input_precision=PRECISION, out_dtype=SUMS)
             column += STEP
-        total += acc.to(tl.float64)
-    tl.store(place, total, mask=inside)
+        before = tl.load(place, mask=inside & (is_first == 0), other=0.0)
+        tl.store(place, before + acc.to(tl.float64), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pieces", "size", "width", "scale"])
@@ -294,10 +318,14 @@ class Tile:
     warps: int
 
     @staticmethod
-    def of(dtype: torch.dtype) -> Tile:
+    def of(dtype: torch.dtype, allow_tf32: bool = False) -> Tile:
+        """The tile for products of `dtype`, without spilled registers. Of float32 it has 32 rows: from 64 on Triton 3.6 takes
+        TF32 for what is asked for as "ieee" on sm_100."""
         if INTERPRETED:  # a program costs milliseconds, the numbers in its tile little
             return Tile(32, 128, 128, 1)
-        return Tile(32, 64, 32, 4) if dtype == torch.float64 else Tile(64, 128, 32, 8)
+        if dtype == torch.float64:
+            return Tile(32, 64, 16, 4)
+        return Tile(32, 128, 32, 8) if dtype == torch.float32 and not allow_tf32 else Tile(64, 64, 32, 8)
 
 
 @dataclass(frozen=True)
@@ -334,9 +362,13 @@ def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bo
     dim = projection.dim
     dtype = x.dtype
     # The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
-    if dtype != torch.float64 and (projection.kind == "gaussian" or (INTERPRETED and dtype == torch.bfloat16)):
+    if dtype != torch.float64 and (
+        projection.kind == "gaussian" or (INTERPRETED and dtype == torch.bfloat16)
+    ):
         dtype = torch.float32
-    tile = Tile.of(dtype)
+    # Not of half types, which are widened exactly and would be narrowed again.
+    allow_tf32 = allow_tf32 and x.dtype == torch.float32
+    tile = Tile.of(dtype, allow_tf32)
     shift = projection.offset % tile.step
     end = shift + d
     pieces = max(1, min(d // _PIECE, _PROGRAMS // triton.cdiv(dim, tile.cols)))
@@ -355,7 +387,9 @@ def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bo
                 size = target.shape[0] * target.shape[1]
                 at_once = max(1, _OPERATIONS // (size * pieces * CHUNK.value)) * CHUNK.value
                 for begin in range(0, min(piece, end), at_once):
-                    programs = triton.cdiv(target.shape[1], tile.cols) * pieces * triton.cdiv(len(rows), tile.rows)
+                    programs = (
+                        triton.cdiv(target.shape[1], tile.cols) * pieces * triton.cdiv(len(rows), tile.rows)
+                    )
                     sketch_kernel[(programs,)](
                         rows,
                         rows.stride(0),
@@ -375,7 +409,8 @@ def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bo
                         ROWS=tile.rows,
                         COLS=tile.cols,
                         STEP=tile.step,
-                        DTYPE=_TYPES[dtype],
+                        DTYPE=TYPES[dtype],
+                        SUMS=TYPES[out.dtype],
                         PRECISION="tf32" if allow_tf32 else "ieee",
                         num_warps=tile.warps,
                         **projection.arguments(),
@@ -384,14 +419,6 @@ def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bo
                 add_kernel[(triton.cdiv(size, 1024),)](
                     sums, pieces, size, target.shape[1], scale, target, target.stride(0), COUNT=1024
                 )
-
-
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 def _wait_for_all_but_a_few(waiting: list[torch.cuda.Event], device: torch.device) -> None:
@@ -407,7 +434,7 @@ def _wait_for_all_but_a_few(waiting: list[torch.cuda.Event], device: torch.devic
 
 def launch_matrix(projection: Projection, out: Tensor) -> None:
     """Writes the projection's matrix to `out` [rows, dim], float32 or float64, of which the rows are contiguous."""
-    tile = Tile.of(out.dtype)
+    tile = Tile.of(torch.float64)  # small, since all of it is in registers
     shift = projection.offset % tile.step
     programs = triton.cdiv(shift + len(out), tile.step) * triton.cdiv(projection.dim, tile.cols)
     with torch.cuda.device_of(out):
