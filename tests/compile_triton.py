@@ -21,6 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flashcoreset.reference.sketch import KINDS
+from flashcoreset.triton_kernels import sketch
 from flashcoreset.triton_kernels.facility_location import gains_kernel, update_kernel
 from flashcoreset.triton_kernels.pairwise import Tile, pairwise_kernel
 from flashcoreset.triton_kernels.scores import block_of, scores_kernel
@@ -143,6 +145,62 @@ def compile_scores(logits: str, results: str, classes: int, architecture: int) -
     )
 
 
+# (kernel, type of x or of the matrix, kind, precision)
+SKETCHES = [
+    *(
+        (sketch.sketch_kernel, dtype, kind, "ieee")
+        for kind in KINDS
+        for dtype in ("fp32", "fp64", "fp16", "bf16")
+    ),
+    *((sketch.sketch_kernel, "fp32", kind, "tf32") for kind in KINDS),
+    *((sketch.matrix_kernel, dtype, kind, "ieee") for kind in KINDS for dtype in ("fp32", "fp64")),
+    (sketch.add_kernel, "fp32", "any", "ieee"),
+]
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def compile_sketch(kernel: Any, dtype: str, kind: str, precision: str, architecture: int) -> Any:
+    """The kernel as a launch compiles it, for rows of x that are contiguous."""
+    products = torch.float32 if kind == "gaussian" and dtype != "fp64" else TYPES[dtype]
+    if kernel is sketch.matrix_kernel:
+        products = torch.float64
+    tile = sketch.Tile.of(products, precision == "tf32")
+    constants = {
+        "KIND": kind,
+        "NUMBER": KINDS.index(kind) if kind in KINDS else 0,
+        "SIZE": 4096 if kind == "srht" else 0,  # where it takes most
+        "ROWS": tile.rows,
+        "COLS": tile.cols,
+        "STEP": tile.step,
+        "DTYPE": sketch.TYPES[products],
+        "SUMS": sketch.TYPES[torch.float64 if dtype == "fp64" else torch.float32],
+        "PRECISION": precision,
+        "COUNT": 1024,
+        "x_step": 1,
+    }
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    pointers = {
+        "x": dtype,
+        "out": dtype,
+        "sums": "fp64",
+        "scale": "fp64" if kernel is sketch.add_kernel else dtype,
+    }
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in used:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i64" if name == "base" else "i32"
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=used, attrs=aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": tile.warps},
+    )
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """What a kernel takes by the word of the dumper that comes with triton. Registers spill to the stack alone, which
     these kernels use for nothing else."""
@@ -156,19 +214,22 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
 
 
+def described(name: str, compiled: Any) -> dict[str, Any]:
+    taken = resources(compiled.asm["cubin"])
+    return {"name": name, **taken, "shared": compiled.metadata.shared, "ptx": compiled.asm["ptx"]}
+
+
 def main() -> None:
-    report, kernels = [], []
+    report, architecture = [], int(sys.argv[1])
     for kernel, dtype, metric, one_chain in VARIANTS:
         name = f"{kernel.fn.__name__} {metric} {dtype}" + ("" if one_chain else " d > 256")
-        kernels.append((name, compile_kernel(kernel, dtype, metric, one_chain, int(sys.argv[1]))))
+        report.append(described(name, compile_kernel(kernel, dtype, metric, one_chain, architecture)))
+    for kernel, dtype, kind, precision in SKETCHES:
+        name = f"{kernel.fn.__name__} {kind} {dtype} {precision}"
+        report.append(described(name, compile_sketch(kernel, dtype, kind, precision, architecture)))
     for logits, results, classes in OF_SCORES:
         name = f"{scores_kernel.fn.__name__} {logits} C = {classes}"
-        kernels.append((name, compile_scores(logits, results, classes, int(sys.argv[1]))))
-    for name, compiled in kernels:
-        ptx = compiled.asm["ptx"]
-        report.append(
-            {"name": name, **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "ptx": ptx}
-        )
+        report.append(described(name, compile_scores(logits, results, classes, architecture)))
     json.dump(report, sys.stdout)
 
 

@@ -26,6 +26,10 @@ SPILLED = 8
 # the start of a division's Newton iteration, and a comparison of magnitudes.
 OF_EXPONENTIALS = r"\b(ex2\.approx\.f32|rcp\.approx\.ftz\.f64|abs\.ftz\.f32)\b"
 WITH_EXPONENTIALS = ("half_iteration", "marginal", "apply", "schedule", "scores")
+# Of normal numbers, which have logarithms of float64; and what makes products of sketches that are not of float32.
+WITH_LOGARITHMS = r"(sketch|matrix)_kernel gaussian"
+OF_LOGARITHMS = r"\brcp\.approx\.ftz\.f64\b"
+WITH_MATRIX_UNITS = r"sketch_kernel \w+ (fp16|bf16|fp64|fp32 tf32)\b"
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +78,35 @@ def test_arithmetic_is_exactly_rounded(architecture: int, reports: dict[int, lis
         ptx = kernel["ptx"]
         if kernel["name"].startswith(WITH_EXPONENTIALS):
             ptx = re.sub(OF_EXPONENTIALS, "", ptx)
+        if re.match(WITH_LOGARITHMS, kernel["name"]):
+            ptx = re.sub(OF_LOGARITHMS, "", ptx)
+        if re.match(WITH_MATRIX_UNITS, kernel["name"]):
+            continue
         assert re.findall(r"mma|tf32|\.approx|\.ftz", ptx) == [], kernel["name"]
         # A block of scores ends in reductions over the warps.
-        if re.search("precomputed|transposed|scores", kernel["name"]) is None:
+        if re.search("precomputed|transposed|scores|sketch|matrix|add", kernel["name"]) is None:
             loop = innermost_loop(kernel["ptx"])
             assert "ld.global" in loop, kernel["name"]
             assert "bar.sync" not in loop, kernel["name"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sketches_use_matrix_units_where_they_may(
+    architecture: int, reports: dict[int, list[dict[str, Any]]]
+) -> None:
+    """Those of the half types or, allowed to, TF32's; normal numbers are not exact in half types."""
+    sketches = [kernel for kernel in reports[architecture] if kernel["name"].startswith("sketch_kernel")]
+    assert len(sketches) == 20
+    for kernel in sketches:
+        _, kind, dtype, precision = kernel["name"].split()
+        if dtype in ("fp16", "bf16") and kind != "gaussian":
+            # By the operand's type: of Blackwell's units it is f16 for both.
+            assert re.search(r"mma\S*f16", kernel["ptx"]), kernel["name"]
+        elif precision == "tf32":
+            assert re.search(r"mma\S*tf32", kernel["ptx"]), kernel["name"]
+        else:
+            assert "tf32" not in kernel["ptx"], kernel["name"]
+            assert re.search(r"mma\S*f16", kernel["ptx"]) is None, kernel["name"]
 
 
 def innermost_loop(ptx: str) -> str:

@@ -3,10 +3,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <functional>
 #include <string>
 
 #include "core/metric.h"
+#include "core/projection.h"
 #include "core/threads.h"
 
 namespace fc {
@@ -15,6 +17,10 @@ namespace py = pybind11;
 
 // Raises ValueError for a name that is none of the five metrics.
 Metric metric_from_name(const std::string& name);
+
+// Raises ValueError unless the matrix [rows, dim] is one that there is.
+Projection projection_from(const std::string& kind, int64_t seed, int64_t offset, int64_t nnz, int64_t rows,
+                           int64_t dim);
 
 // For ThreadTeam: whether a signal handler (Ctrl-C) raised. Takes the GIL for the question; the exception
 // stays pending.

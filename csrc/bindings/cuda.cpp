@@ -235,6 +235,7 @@ void define_cuda_module(py::module_& m) {
       .def("verdict", &PyCudaFacilityLocation::verdict,
            "After finish() or step_among(): (what is wrong or None, argument, row).");
   bind_cuda_sinkhorn(m);
+  bind_cuda_sketch(m);
 }
 
 }  // namespace

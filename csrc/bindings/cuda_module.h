@@ -48,5 +48,6 @@ class DeviceGuard {
 inline cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 void bind_cuda_sinkhorn(py::module_& m);
+void bind_cuda_sketch(py::module_& m);
 
 }  // namespace fc

@@ -9,11 +9,13 @@
 #include <array>
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace fc {
 
 using PhiloxBlock = std::array<uint32_t, 4>;
 
-inline PhiloxBlock philox4x32(PhiloxBlock counter, std::array<uint32_t, 2> key) {
+FC_HOST_DEVICE inline PhiloxBlock philox4x32(PhiloxBlock counter, std::array<uint32_t, 2> key) {
   constexpr uint64_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
   constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;  // golden ratio and sqrt(3) - 1
   for (int round = 0; round < 10; ++round) {

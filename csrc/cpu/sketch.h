@@ -1,23 +1,11 @@
 // Products with random matrices that are never stored.
 #pragma once
 
-#include <cstdint>
-
+#include "core/projection.h"
 #include "core/tensor_view.h"
 #include "core/threads.h"
 
 namespace fc {
-
-// The numbers are the last word of the generator's counter; python/flashcoreset/reference/sketch.py defines
-// the matrices.
-enum class SketchKind : uint32_t { kRademacher = 0, kGaussian = 1, kSjlt = 2, kSrht = 3 };
-
-struct Projection {
-  SketchKind kind = SketchKind::kRademacher;
-  uint64_t seed = 0;
-  int64_t offset = 0;  // the projection's row that belongs to the first column of the input
-  int64_t nnz = 1;     // sjlt: entries a row, at most dim
-};
 
 // out [B, dim] = x [B, D] times the projection's matrix.
 template <class T>

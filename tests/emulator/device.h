@@ -318,6 +318,19 @@ inline int __all_sync(unsigned mask, int predicate, fc::emulator::Site site = fc
   return fc::emulator::ballot(mask, predicate == 0, "__all_sync", site) == 0;
 }
 
+// The lanes of the mask that bring the same value.
+template <class T>
+unsigned __match_any_sync(unsigned mask, T value, fc::emulator::Site site = fc::emulator::Site::here()) {
+  unsigned same = 0;
+  for (int other = 0; other < warpSize; ++other) {
+    if ((mask >> other & 1) == 0) continue;
+    const uint64_t theirs =
+        fc::emulator::warp_exchange(mask, fc::emulator::to_word(value), other, "__match_any_sync", site);
+    if (theirs == fc::emulator::to_word(value)) same |= 1u << other;
+  }
+  return same;
+}
+
 #define FC_REDUCE(name, T, combine)                                                             \
   inline T name(unsigned mask, T value, fc::emulator::Site site = fc::emulator::Site::here()) { \
     return fc::emulator::reduce<T, combine>(mask, value, #name, site);                          \

@@ -181,12 +181,13 @@ __global__ void half_warps(int* out) {
 
 __global__ void warp_votes(unsigned* out) {
   const unsigned lane = threadIdx.x % 32;
-  unsigned* mine = out + 5 * threadIdx.x;
+  unsigned* mine = out + 6 * threadIdx.x;
   mine[0] = __ballot_sync(~0u, threadIdx.x % 3 == 0 ? -1 : 0);
   mine[1] = static_cast<unsigned>(__any_sync(~0u, lane == 31 ? 4 : 0));
   mine[2] = static_cast<unsigned>(__any_sync(~0u, 0));
   mine[3] = static_cast<unsigned>(__all_sync(~0u, 8));
   mine[4] = static_cast<unsigned>(__all_sync(~0u, lane != 31));
+  mine[5] = __match_any_sync(~0u, threadIdx.x * threadIdx.x % 5);
 }
 
 __global__ void warp_reductions(int* out) {
@@ -220,7 +221,7 @@ void test_warps() {
   for (int t = 0; t < 32; ++t) CHECK_EQUAL(halves[t], t < 16 ? 120 : 4 * (16 + t % 4) + 24);
 
   const auto votes = check_schedules([] {
-    const DeviceArray<unsigned> results(5 * 64);
+    const DeviceArray<unsigned> results(6 * 64);
     launch(warp_votes, one_block(64), results.data());
     return results.values();
   });
@@ -256,7 +257,11 @@ void test_warps() {
                                       static_cast<int>(all_or),
                                       static_cast<int>(all_xor)};
     for (int t = 32 * warp; t < 32 * warp + 32; ++t) {
-      for (int k = 0; k < 5; ++k) CHECK_EQUAL(votes[5 * t + k], expected_votes[k]);
+      for (int k = 0; k < 5; ++k) CHECK_EQUAL(votes[6 * t + k], expected_votes[k]);
+      for (int lane = 0; lane < 32; ++lane) {
+        const int other = 32 * warp + lane;
+        CHECK_EQUAL(votes[6 * t + 5] >> lane & 1, static_cast<unsigned>(t * t % 5 == other * other % 5));
+      }
       for (int k = 0; k < 9; ++k) CHECK_EQUAL(reductions[9 * t + k], expected[k]);
     }
   }

@@ -15,7 +15,16 @@ from flashcoreset._tensor import Csr, check_finite, check_preselected, check_wei
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
 from flashcoreset.reference.sinkhorn import Solution
 
-__all__ = ["CHECKS_VALUES", "FacilityLocation", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = [
+    "CHECKS_VALUES",
+    "FacilityLocation",
+    "pairwise",
+    "projection_matrix",
+    "sinkhorn",
+    "sinkhorn_apply",
+    "sinkhorn_plan",
+    "sketch",
+]
 
 # The kernels look at weights and preselected candidates, and find an offset, on the device: a look from here would wait for it.
 CHECKS_VALUES = True
@@ -380,4 +389,49 @@ def sinkhorn_plan(
             _stream(x.device),
         )
     )
+    return out
+
+
+def sketch(
+    x: Tensor, dim: int, *, kind: str, seed: int, offset: int = 0, nnz: int = 1, out: Tensor | None = None
+) -> Tensor:
+    """x [B, D] times the projection's matrix [D, dim]; see `flashcoreset.reference.sketch` for the definition.
+
+    Args:
+        x: float32 or float64, on a CUDA device. NaN and infinities go where the product takes them.
+        dim, kind, seed, offset, nnz: as for `fc.sketch`.
+        out: [B, dim], same dtype and device, rows contiguous; None allocates it.
+
+    Returns:
+        `out`; the work is on torch's current stream. Only where it takes several launches of tenths of a second is the last
+        but one of them waited for, so that Ctrl-C is heard.
+
+    Raises:
+        BackendUnavailableError: if there are no CUDA kernels or no device.
+        TypeError, ValueError: for arrays that do not fit each other.
+        torch.OutOfMemoryError: if the device has no room for partial sums (64 MiB at most, or 8 bytes an output).
+    """
+    x = x.detach()
+    if out is None:
+        out = x.new_empty(x.shape[0], dim)
+    native, stream = _native.cuda_module(x.device.index or 0), _stream(x.device)
+    _with_memory(lambda: native.sketch(_capsule(x), _capsule(out), kind, seed, offset, nnz, stream))
+    return out
+
+
+def projection_matrix(
+    rows: int,
+    dim: int,
+    *,
+    kind: str,
+    seed: int,
+    offset: int = 0,
+    nnz: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cuda",
+) -> Tensor:
+    """The matrix [rows, dim] itself, float32 or float64, on torch's current stream."""
+    out = torch.empty(rows, dim, dtype=dtype, device=device)
+    native = _native.cuda_module(out.device.index or 0)
+    native.projection_matrix(_capsule(out), kind, seed, offset, nnz, _stream(out.device))
     return out

@@ -27,16 +27,23 @@ from flashcoreset.triton_kernels.facility_location import Similarities
 from flashcoreset.triton_kernels.pairwise import INTERPRETED, launch_pairwise, panel
 from flashcoreset.triton_kernels.scores import launch_scores
 from flashcoreset.triton_kernels.sinkhorn import RUNNING, Problems, Run
+from flashcoreset.triton_kernels.sketch import Projection, launch_matrix, launch_sketch
 
 __all__ = [
     "INTERPRETED",
+    "SKETCH_TAKES",
     "FacilityLocation",
     "pairwise",
+    "projection_matrix",
     "sample_scores",
     "sinkhorn",
     "sinkhorn_apply",
     "sinkhorn_plan",
+    "sketch",
 ]
+
+# What `sketch` reads as it is, beside float32 and float64.
+SKETCH_TAKES = (torch.float16, torch.bfloat16)
 
 # Candidates that a lazy pick looks at first, a tile of them at least: fewer would take as long.
 _BATCH = 128
@@ -477,4 +484,50 @@ def sample_scores(
         skipped = (named == -1) & masked
         check_targets(named, skipped, logits.shape[2], sample)
         check_logits(logits[sample : sample + 1], skipped, sample)
+    return out
+
+
+def sketch(
+    x: Tensor,
+    dim: int,
+    *,
+    kind: str,
+    seed: int,
+    offset: int = 0,
+    nnz: int = 1,
+    out: Tensor | None = None,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """x [B, D] times the projection's matrix [D, dim]; see `flashcoreset.reference.sketch` for the definition.
+
+    Args:
+        x: float16, bfloat16, float32 or float64. NaN and infinities go where the product takes them.
+        dim, kind, seed, offset, nnz: as for `fc.sketch`.
+        out: [B, dim] float64 for float64, else float32, rows contiguous; None allocates it.
+        allow_tf32: whether products of float32 may be TF32's, with 10 bits of significand.
+
+    Returns:
+        `out`.
+    """
+    x = x.detach()
+    if out is None:
+        out = x.new_empty(x.shape[0], dim, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    launch_sketch(x, Projection(kind, dim, seed, offset, nnz), out, allow_tf32)
+    return out
+
+
+def projection_matrix(
+    rows: int,
+    dim: int,
+    *,
+    kind: str,
+    seed: int,
+    offset: int = 0,
+    nnz: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cuda",
+) -> Tensor:
+    """The matrix [rows, dim] itself, float32 or float64."""
+    out = torch.empty(rows, dim, dtype=dtype, device=device)
+    launch_matrix(Projection(kind, dim, seed, offset, nnz), out)
     return out

@@ -20,7 +20,7 @@ FAMILIES = {
     "facility_location": ("cpu", "cuda", "triton", "torch"),
     "nearest_order": ("cpu", "torch"),
     "sinkhorn": ("cpu", "cuda", "triton", "torch"),
-    "sketch": ("cpu", "torch"),
+    "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")

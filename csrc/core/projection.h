@@ -1,0 +1,18 @@
+// What a random projection is given by; python/flashcoreset/reference/sketch.py defines the matrices.
+#pragma once
+
+#include <cstdint>
+
+namespace fc {
+
+// The numbers are the last word of the generator's counter.
+enum class SketchKind : uint32_t { kRademacher = 0, kGaussian = 1, kSjlt = 2, kSrht = 3 };
+
+struct Projection {
+  SketchKind kind = SketchKind::kRademacher;
+  uint64_t seed = 0;
+  int64_t offset = 0;  // the projection's row that belongs to the first column of the input
+  int64_t nnz = 1;     // sjlt: entries a row, at most dim
+};
+
+}  // namespace fc

@@ -1,0 +1,453 @@
+"""Products of long rows with random matrices that are made on the way.
+
+    out_bc = sum over columns i of x of x_bi P_(offset + i)c
+
+A program has a tile of rows of x and outputs, and a piece of the columns of x. It makes the tile of P that some columns need
+from the generator's words (`flashcoreset.reference.sketch` defines them) and multiplies:
+
+    rademacher   one random block a row of P: the 128 signs of a tile's outputs
+    gaussian     one block for four outputs; Box and Muller's formula in float64, rounded to float32
+    sjlt         the entries whose blocks of columns meet the tile, each compared with the tile's columns
+    srht         the parity of the bits that a row's and an output's numbers share
+
+Cost: B D dim multiply-adds for all kinds, beside D dim ceil(B / ROWS) entries of P; x is read dim / COLS times. sjlt and srht
+cost less in the CUDA kernels, which scatter and transform.
+
+Products of float32 are plain fused multiply-adds unless TF32 is allowed; those of half types go to matrix units that sum in float32
+(+-1 and 0 are exact in them; gaussian numbers are not, so x becomes float32 there); those of float64 are float64's. Sums over
+CHUNK columns are added up in float64, in order, and so are the pieces, by a second kernel: cuts depend on D, dim and the offset
+alone, a row's result on no other row.
+
+Rejected: scatters with atomics (their order is left to chance); float32 as three products of TF32 (not float32's result).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flashcoreset.reference.sketch import KINDS, hadamard_block
+from flashcoreset.triton_kernels.pairwise import INTERPRETED
+
+# Columns of x between two additions in float64.
+CHUNK = tl.constexpr(1024)
+
+# What products are computed in.
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+_NUMBERS = {name: number for number, name in enumerate(KINDS)}
+_PIECE = 2048  # the least columns of a piece
+_PROGRAMS = 512  # pieces times tiles of outputs, at most, where there are several pieces
+_OUTPUTS = 1 << 18  # that are worked on together
+_SUMS = 1 << 23  # of all pieces
+_OPERATIONS = 1 << 40  # a launch: a tenth of a second or two
+_MOST_WAITING = 2  # launches
+
+
+@triton.jit
+def random_words(row, block, seed_low, seed_high, NUMBER: tl.constexpr):
+    """The four words, uint32, of the counters (row, block), whose shapes are broadcast; `row` is int64."""
+    c0, c1 = row.to(tl.uint32), (row >> 32).to(tl.uint32)
+    c2 = block.to(tl.uint32)
+    c3 = tl.full((1,), NUMBER, tl.uint32)
+    k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    for _ in tl.static_range(10):
+        low0, low2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = tl.umulhi(c2, 0xCD9E8D57) ^ c1 ^ k0, tl.umulhi(c0, 0xD2511F53) ^ c3 ^ k1
+        c1, c3 = low2, low0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def in_turn(a, b, c, d):
+    """a0 b0 c0 d0 a1 ... along the last axis."""
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit
+def bit_of(words, place):
+    """Bit `place` < 128 of four words, as 0 or 1."""
+    w0, w1, w2, w3 = words
+    low = tl.where(place < 32, w0, w1)
+    high = tl.where(place < 96, w2, w3)
+    return (tl.where(place < 64, low, high) >> (place % 32).to(tl.uint32)) & 1
+
+
+@triton.jit
+def quarter_sine(t):
+    """sin(pi / 2 t), 0 <= t <= 1, by Taylor's series; what is left out is 5e-14 of it at most."""
+    s = t * t
+    sum = 6.0669357311061955e-12 * s - 6.688035109811468e-10
+    sum = sum * s + 5.692172921967927e-08
+    sum = sum * s - 3.598843235212085e-06
+    sum = sum * s + 0.00016044118478735983
+    sum = sum * s - 0.004681754135318688
+    sum = sum * s + 0.07969262624616705
+    sum = sum * s - 0.6459640975062463
+    return (sum * s + 1.5707963267948966) * t
+
+
+@triton.jit
+def normal_pair(word0, word1):
+    """Box and Muller's pair of normal numbers, float32."""
+    radius = tl.sqrt(-2.0 * tl.log((word0.to(tl.float64) + 1.0) * 2.3283064365386963e-10))  # 2^-32
+    part = ((word1 & 0x3FFFFFFF).to(tl.float64) + 0.5) * 9.313225746154785e-10  # 2^-30
+    quadrant = word1 >> 30
+    sine, cosine = quarter_sine(part) * radius, quarter_sine(1.0 - part) * radius
+    odd = (quadrant & 1) != 0
+    x, y = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    x = tl.where((quadrant == 1) | (quadrant == 2), -x, x)
+    return x.to(tl.float32), tl.where(quadrant >= 2, -y, y).to(tl.float32)
+
+
+@triton.jit
+def matrix_tile(
+    row,  # the tile's first row of the projection, a multiple of STEP
+    first_col,  # a multiple of COLS
+    dim,
+    nnz,
+    seed_low,
+    seed_high,
+    KIND: tl.constexpr,
+    NUMBER: tl.constexpr,
+    SIZE: tl.constexpr,  # N, of srht
+    STEP: tl.constexpr,
+    COLS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """[STEP, COLS] entries of the projection without their scale."""
+    rows = row + tl.arange(0, STEP)
+    cols = first_col + tl.arange(0, COLS)
+    quads = first_col // 4 + tl.arange(0, COLS // 4)
+    if KIND == "rademacher":
+        block = (first_col // 128) + tl.zeros((1, 1), tl.int64)
+        words = random_words(rows[:, None], block, seed_low, seed_high, NUMBER)
+        tile = tl.where(bit_of(words, (cols % 128)[None, :]) != 0, -1.0, 1.0).to(DTYPE)
+    elif KIND == "gaussian":
+        w0, w1, w2, w3 = random_words(rows[:, None], quads[None, :], seed_low, seed_high, NUMBER)
+        n0, n1 = normal_pair(w0, w1)
+        n2, n3 = normal_pair(w2, w3)
+        # Triton 3.6 fails to compile a product with a tile that was only just put in turn for sm_100: hence the choice.
+        tile = tl.where((cols < dim)[None, :], in_turn(n0, n1, n2, n3), 0.0).to(DTYPE)
+    elif KIND == "sjlt":
+        tile = tl.zeros((STEP, COLS), DTYPE)
+        # The entries whose blocks of columns have the tile's first and last one.
+        pair = ((first_col + 1) * nnz - 1) // dim // 2
+        last = (tl.minimum(first_col + COLS, dim) * nnz - 1) // dim
+        while 2 * pair <= last:
+            begin, middle = 2 * pair * dim // nnz, (2 * pair + 1) * dim // nnz
+            end = (2 * pair + 2) * dim // nnz
+            w0, w1, w2, w3 = random_words(rows, pair + tl.zeros((1,), tl.int64), seed_low, seed_high, NUMBER)
+            first = begin + (w0.to(tl.int64) * (middle - begin) >> 32)
+            # Of the last pair the second may be one too many, whose column is beyond all.
+            second = middle + (w2.to(tl.int64) * (end - middle) >> 32)
+            sign = tl.where((w1 & 1) != 0, -1.0, 1.0).to(DTYPE)
+            tile = tl.where(first[:, None] == cols[None, :], sign[:, None], tile)
+            sign = tl.where((w3 & 1) != 0, -1.0, 1.0).to(DTYPE)
+            tile = tl.where(second[:, None] == cols[None, :], sign[:, None], tile)
+            pair += 1
+    else:
+        number = row // SIZE + tl.zeros((1,), tl.int64)
+        w0, w1, w2, w3 = random_words(number, 1 + quads, seed_low, seed_high, NUMBER)
+        drawn = in_turn(w0, w1, w2, w3).to(tl.int64)
+        if SIZE < 4096:  # as many as outputs at least
+            begin = cols * SIZE // dim
+            width = (cols + 1) * SIZE // dim - begin
+        else:
+            begin = tl.where(dim > SIZE, 0, cols * SIZE // dim)
+            width = tl.where(dim > SIZE, SIZE, (cols + 1) * SIZE // dim - begin)
+        picked = (begin + (drawn * width >> 32)).to(tl.int32)
+        shared = picked[None, :] & (rows % SIZE).to(tl.int32)[:, None]
+        shared ^= shared >> 8
+        shared ^= shared >> 4
+        shared ^= shared >> 2
+        shared ^= shared >> 1
+        words = random_words(rows // 128, tl.zeros((1,), tl.int64), seed_low, seed_high, NUMBER)
+        own = bit_of(words, rows % 128).to(tl.int32)
+        tile = tl.where(((shared ^ own[:, None]) & 1) != 0, -1.0, 1.0).to(DTYPE)
+    return tile
+
+
+@triton.jit(
+    do_not_specialize=[
+        "row_count", "dim", "first_output", "width", "base", "shift", "end", "piece", "pieces", "begin",
+        "count", "nnz", "seed_low", "seed_high",
+    ]
+)  # fmt: skip
+def sketch_kernel(
+    x,  # [row_count, end - shift], strides x_stride and x_step
+    x_stride,
+    x_step,
+    sums,  # [pieces, row_count, width] float64
+    row_count,
+    dim,
+    first_output,
+    width,  # of the outputs, worked on now
+    base,  # the projection's row that columns are counted from, a multiple of STEP
+    shift,  # x has the columns [shift, end)
+    end,
+    piece,  # columns of a piece
+    pieces,
+    begin,  # of each piece, `count` columns from here on
+    count,
+    nnz,
+    seed_low,
+    seed_high,
+    KIND: tl.constexpr,
+    NUMBER: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+    DTYPE: tl.constexpr,  # of products
+    SUMS: tl.constexpr,  # and of their sums within a chunk
+    PRECISION: tl.constexpr,
+):
+    # In one dimension: the others have at most 65,535 blocks.
+    tiles = (width + COLS - 1) // COLS
+    program = tl.program_id(0).to(tl.int64)
+    col = program % tiles * COLS
+    number = program // tiles % pieces
+    rows = program // tiles // pieces * ROWS + tl.arange(0, ROWS)
+    cols = col + tl.arange(0, COLS)
+    # Widened, so that no product overflows.
+    dim, nnz, base = dim.to(tl.int64), nnz.to(tl.int64), base.to(tl.int64)
+    column = number * piece + begin
+    stop = tl.minimum(tl.minimum(column + count, (number + 1) * piece), end)
+    place = sums + (number * row_count + rows[:, None]) * width + cols[None, :]
+    inside = (rows < row_count)[:, None] & (cols < width)[None, :]
+    # Sums over chunks are kept in memory: in registers they would take as many as two tiles of float32.
+    while column < stop:
+        is_first = column == number * piece
+        chunk = tl.minimum(column + CHUNK, stop)
+        acc = tl.zeros((ROWS, COLS), SUMS)
+        while column < chunk:
+            own = column + tl.arange(0, STEP)
+            here = (rows < row_count)[:, None] & ((own >= shift) & (own < end))[None, :]
+            values = tl.load(
+                x + rows[:, None] * x_stride + (own - shift)[None, :] * x_step, mask=here, other=0.0
+            )
+            matrix = matrix_tile(
+                base + column,
+                first_output + col,
+                dim,
+                nnz,
+                seed_low,
+                seed_high,
+                KIND,
+                NUMBER,
+                SIZE,
+                STEP,
+                COLS,
+                DTYPE,
+            )
+            acc = tl.dot(values.to(DTYPE), matrix, acc, input_precision=PRECISION, out_dtype=SUMS)
+            column += STEP
+        before = tl.load(place, mask=inside & (is_first == 0), other=0.0)
+        tl.store(place, before + acc.to(tl.float64), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pieces", "size", "width", "scale"])
+def add_kernel(
+    sums,  # [pieces, size] float64, `width` a row
+    pieces,
+    size,
+    width,
+    scale,  # [1] float64
+    out,  # [size / width, width], `out_stride` a row
+    out_stride,
+    COUNT: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    total = tl.zeros((COUNT,), tl.float64)
+    while pieces > 0:
+        total += tl.load(sums + at, mask=at < size, other=0.0)
+        sums += size
+        pieces -= 1
+    tl.store(out + at // width * out_stride + at % width, total * tl.load(scale), mask=at < size)
+
+
+@triton.jit(do_not_specialize=["row_count", "dim", "base", "shift", "nnz", "seed_low", "seed_high"])
+def matrix_kernel(
+    out,  # [row_count, dim]
+    out_stride,
+    row_count,
+    dim,
+    base,
+    shift,
+    nnz,
+    seed_low,
+    seed_high,
+    scale,  # [1]
+    KIND: tl.constexpr,
+    NUMBER: tl.constexpr,
+    SIZE: tl.constexpr,
+    COLS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    dim, nnz, base = dim.to(tl.int64), nnz.to(tl.int64), base.to(tl.int64)
+    tiles = (dim + COLS - 1) // COLS
+    program = tl.program_id(0).to(tl.int64)
+    col, own = program % tiles * COLS, program // tiles * STEP
+    tile = matrix_tile(
+        base + own, col, dim, nnz, seed_low, seed_high, KIND, NUMBER, SIZE, STEP, COLS, out.dtype.element_ty
+    )
+    rows, cols = own - shift + tl.arange(0, STEP), col + tl.arange(0, COLS)
+    inside = ((rows >= 0) & (rows < row_count))[:, None] & (cols < dim)[None, :]
+    tl.store(out + rows[:, None] * out_stride + cols[None, :], tile * tl.load(scale), mask=inside)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program's tile of products is computed; the same for every number of rows."""
+
+    rows: int
+    cols: int
+    step: int
+    warps: int
+
+    @staticmethod
+    def of(dtype: torch.dtype, allow_tf32: bool = False) -> Tile:
+        """The tile for products of `dtype`, without spilled registers. Of float32 it has 32 rows: from 64 on Triton 3.6 takes
+        TF32 for what is asked for as "ieee" on sm_100."""
+        if INTERPRETED:  # a program costs milliseconds, the numbers in its tile little
+            return Tile(32, 128, 128, 1)
+        if dtype == torch.float64:
+            return Tile(32, 64, 16, 4)
+        return Tile(32, 128, 32, 8) if dtype == torch.float32 and not allow_tf32 else Tile(64, 64, 32, 8)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projection to `dim` outputs, as the kernels take it."""
+
+    kind: str
+    dim: int
+    seed: int
+    offset: int
+    nnz: int
+
+    def scale(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[1], rounded to `dtype`."""
+        count = self.nnz if self.kind == "sjlt" else self.dim
+        return torch.full((1,), 1 / math.sqrt(count), dtype=dtype, device=device)
+
+    def arguments(self) -> dict[str, object]:
+        # Always of 32 bits with a sign, so that kernels are compiled for one type.
+        low, high = (((self.seed >> shift) + 2**31) % 2**32 - 2**31 for shift in (0, 32))
+        return {
+            "nnz": self.nnz,
+            "seed_low": low,
+            "seed_high": high,
+            "KIND": self.kind,
+            "NUMBER": _NUMBERS[self.kind],
+            "SIZE": hadamard_block(self.dim) if self.kind == "srht" else 0,
+        }
+
+
+def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bool) -> None:
+    """Writes x [B, D] times the projection to `out` [B, dim], of which the rows are contiguous."""
+    count, d = x.shape
+    dim = projection.dim
+    dtype = x.dtype
+    # The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
+    if dtype != torch.float64 and (
+        projection.kind == "gaussian" or (INTERPRETED and dtype == torch.bfloat16)
+    ):
+        dtype = torch.float32
+    # Not of half types, which are widened exactly and would be narrowed again.
+    allow_tf32 = allow_tf32 and x.dtype == torch.float32
+    tile = Tile.of(dtype, allow_tf32)
+    shift = projection.offset % tile.step
+    end = shift + d
+    pieces = max(1, min(d // _PIECE, _PROGRAMS // triton.cdiv(dim, tile.cols)))
+    piece = triton.cdiv(triton.cdiv(end, pieces), CHUNK.value) * CHUNK.value
+    pieces = triton.cdiv(end, piece)
+    width = min(dim, _OUTPUTS)
+    height = min(count, max(tile.rows, _SUMS // (pieces * width)))
+    sums = x.new_empty(pieces * height * width, dtype=torch.float64)
+    scale = projection.scale(out.dtype, x.device).double()
+    waiting: list[torch.cuda.Event] = []
+    with torch.cuda.device_of(x):
+        for row in range(0, count, height):
+            rows = x[row : row + height]
+            for output in range(0, dim, width):
+                target = out[row : row + height, output : output + width]
+                size = target.shape[0] * target.shape[1]
+                at_once = max(1, _OPERATIONS // (size * pieces * CHUNK.value)) * CHUNK.value
+                for begin in range(0, min(piece, end), at_once):
+                    programs = (
+                        triton.cdiv(target.shape[1], tile.cols) * pieces * triton.cdiv(len(rows), tile.rows)
+                    )
+                    sketch_kernel[(programs,)](
+                        rows,
+                        rows.stride(0),
+                        rows.stride(1),
+                        sums,
+                        len(rows),
+                        dim,
+                        output,
+                        target.shape[1],
+                        projection.offset - shift,
+                        shift,
+                        end,
+                        piece,
+                        pieces,
+                        begin,
+                        at_once,
+                        ROWS=tile.rows,
+                        COLS=tile.cols,
+                        STEP=tile.step,
+                        DTYPE=TYPES[dtype],
+                        SUMS=TYPES[out.dtype],
+                        PRECISION="tf32" if allow_tf32 else "ieee",
+                        num_warps=tile.warps,
+                        **projection.arguments(),
+                    )
+                    _wait_for_all_but_a_few(waiting, x.device)
+                add_kernel[(triton.cdiv(size, 1024),)](
+                    sums, pieces, size, target.shape[1], scale, target, target.stride(0), COUNT=1024
+                )
+
+
+def _wait_for_all_but_a_few(waiting: list[torch.cuda.Event], device: torch.device) -> None:
+    """Keeps the host within reach of Ctrl-C, by not running far ahead of the device."""
+    if device.type != "cuda":
+        return
+    event = torch.cuda.Event()
+    event.record()
+    waiting.append(event)
+    if len(waiting) > _MOST_WAITING:
+        waiting.pop(0).synchronize()
+
+
+def launch_matrix(projection: Projection, out: Tensor) -> None:
+    """Writes the projection's matrix to `out` [rows, dim], float32 or float64, of which the rows are contiguous."""
+    tile = Tile.of(torch.float64)  # small, since all of it is in registers
+    shift = projection.offset % tile.step
+    programs = triton.cdiv(shift + len(out), tile.step) * triton.cdiv(projection.dim, tile.cols)
+    with torch.cuda.device_of(out):
+        matrix_kernel[(programs,)](
+            out,
+            out.stride(0),
+            len(out),
+            projection.dim,
+            projection.offset - shift,
+            shift,
+            scale=projection.scale(out.dtype, out.device),
+            COLS=tile.cols,
+            STEP=tile.step,
+            num_warps=tile.warps,
+            **projection.arguments(),
+        )
