@@ -352,8 +352,9 @@ def main(argv: list[str] | None = None) -> int:
     passed = built
     if built:
         test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        passed &= step("test-cuda", [*test, "tests/test_cuda.py"], 120, **on_gpu)
+        passed &= step("test-cuda", [*test, "tests/test_cuda.py", "tests/test_sketch_cuda.py"], 120, **on_gpu)
         passed &= step("test-triton", [*test, "tests/test_triton.py"], 120, **on_gpu)
+        passed &= step("test-triton-sketch", [*test, "tests/test_sketch_triton.py"], 120, **on_gpu)
         others = ["tests/test_torch_library.py", "tests/test_facility_location_interrupt.py"]
         passed &= step("test-others", [*test, *others, "-k", "opcheck or compile or ctrl_c"], 60, **on_gpu)
         bench = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), f"--measure={deadline - 60}"]

@@ -2,12 +2,11 @@
 //
 //   out_bc = sum over columns i of x of x_bi P_(offset + i)c
 //
-// rademacher, gaussian   A block makes P's entries for 256 threads' tile of 64 (few rows: 16) rows of x by
-// 128
-//                        outputs, some columns of x at a time, in shared memory and multiplies there with
+// rademacher, gaussian   A block has a tile of 64 (of few rows 16) rows of x by 128 outputs. It makes P's
+//                        entries for some columns of x at a time in shared memory and multiplies there with
 //                        fused multiply-adds: B D dim of them, and D dim ceil(B / 64) entries made. One
 //                        random block is 128 signs, a small part of the work of 64 rows; a normal number
-//                        takes about 60 operations in double, which is more than their products. x is read
+//                        takes about 60 operations in double, as much as its products or more. x is read
 //                        once for each 128 outputs.
 // sjlt                   A warp has a row of x and its sums (up to 64 KiB of shared memory; of more outputs
 //                        than that x is read again for each so many). Entries are made for the warps of a
@@ -23,8 +22,8 @@
 // double, in one order; a second kernel adds the pieces up in order. There are no atomics: a row's result
 // depends neither on the other rows nor on the grid.
 //
-// Bytes: x once for each pass named above, and 16 for each output of each piece, which is a quarter of D at
-// most beside dim.
+// Bytes: x once for each pass named above, and 16 for each output of each piece (of sjlt and srht a piece has
+// at least 4 dim columns, if there are as many).
 //
 // Rejected: signs as bits in the inner loop (a shift, an exclusive or and an addition where a product with
 // +-1 in shared memory is one operation); TF32 and tensor cores, which do not compute float32 in float32;
