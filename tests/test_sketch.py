@@ -48,15 +48,19 @@ def check_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_is_the_product(backend: str, kind: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    check_product(backend, "cpu", kind, dtype, size)
+
+
+def check_product(backend: str, device: str, kind: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
     batch, d, dim, nnz, offset = size
     x = rows(batch, d, dtype)
     options: dict[str, Any] = {"kind": kind, "seed": 2**40 + 3, "nnz": nnz, "offset": offset}
-    out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     matrix = fc.projection_matrix(d, dim, dtype=torch.float64, backend="torch", **options)
-    found = fc.sketch(x, dim, backend=backend, **options)
-    assert found.dtype == out_dtype
+    found = fc.sketch(x.to(device), dim, backend=backend, **options)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.device.type == device
     assert found.shape == (batch, dim)
-    check_close(found, x.double() @ matrix, dtype)
+    check_close(found.cpu(), x.double() @ matrix, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, on_device
-from test_sketch import DTYPES, KINDS, SIZES, check_close, check_matrix, check_stays, rows
+from test_sketch import DTYPES, KINDS, SIZES, check_close, check_matrix, check_product, check_stays, rows
 
 import flashcoreset as fc
 from flashcoreset.kernels import cuda
@@ -22,14 +22,7 @@ FEW = [(batch, d, dim, min(nnz, 33), offset) for batch, d, dim, nnz, offset in S
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", FEW, ids=str)
 def test_is_the_product(kind: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
-    batch, d, dim, nnz, offset = size
-    x = rows(batch, d, dtype)
-    options: dict[str, Any] = {"kind": kind, "seed": 2**40 + 3, "nnz": nnz, "offset": offset}
-    matrix = fc.projection_matrix(d, dim, dtype=torch.float64, backend="torch", **options)
-    found = fc.sketch(on_device(x), dim, backend="cuda", **options)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert found.device.type == DEVICE
-    check_close(found.cpu(), x.double() @ matrix, dtype)
+    check_product("cuda", DEVICE, kind, dtype, size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
