@@ -397,18 +397,17 @@ class Srht {
               [&](int64_t row, const uint32_t* words) { std::copy(words, words + 4, bits + 4 * row); });
   }
 
-  // The columns of the Hadamard matrix that make the outputs [begin, end) of a block; begin is a multiple
-  // of 4.
-  void columns(int64_t block, int64_t begin, int64_t end, int32_t* out) const {
-    for (int64_t c = begin; c < end; c += 4) {
+  // The columns [dim] of the Hadamard matrix that make the outputs of a block.
+  void columns(int64_t block, int32_t* out) const {
+    for (int64_t c = 0; c < dim_; c += 4) {
       const auto words =
           philox4x32({static_cast<uint32_t>(block), static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32),
                       static_cast<uint32_t>(1 + c / 4), static_cast<uint32_t>(p_.kind)},
                      {static_cast<uint32_t>(p_.seed), static_cast<uint32_t>(p_.seed >> 32)});
-      for (int64_t k = c; k < std::min(c + 4, end); ++k) {
+      for (int64_t k = c; k < std::min(c + 4, dim_); ++k) {
         const int64_t from = dim_ <= size_ ? k * size_ / dim_ : 0;
         const int64_t to = dim_ <= size_ ? (k + 1) * size_ / dim_ : size_;
-        out[k - begin] = static_cast<int32_t>(
+        out[k] = static_cast<int32_t>(
             from + static_cast<int64_t>(words[k - c] * static_cast<uint64_t>(to - from) >> 32));
       }
     }
@@ -785,7 +784,7 @@ class Sketcher {
       const int64_t number = (p_.offset + first) / size, from = (p_.offset + first) % size;
       const int64_t count = std::min(size - from, end - first);
       srht_.signs(number * size, size, bits.data());
-      srht_.columns(number, 0, dim_, chosen.data());
+      srht_.columns(number, chosen.data());
       for (int64_t r = 0; r < rows; ++r) {
         std::fill(block.data(), block.data() + size, T(0));
         for (int64_t i = from; i < from + count; ++i) {
@@ -887,7 +886,7 @@ void projection_matrix(const Projection& p, TensorView<T, 2> out, ThreadTeam& te
         int64_t drawn = -1;
         for (int64_t i = 0; i < count; ++i) {
           const int64_t number = (first + i) / srht.size(), place = (first + i) % srht.size();
-          if (number != drawn) srht.columns(number, 0, dim, chosen.data());
+          if (number != drawn) srht.columns(number, chosen.data());
           drawn = number;
           uint32_t bits[4];
           srht.signs((first + i) / kBits * kBits, kBits, bits);
