@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import flashcoreset as fc
 from flashcoreset import kernels
+from flashcoreset.reference.sinkhorn import Schedule
 
 # Compiling POT's sources warns of their escape sequences.
 with warnings.catch_warnings():
@@ -596,6 +597,31 @@ def test_one_warning_for_those_that_did_not_converge(backend: str) -> None:
     check_marginals(found, torch.full((3, 30), 1 / 30), torch.full((3, 30), 1 / 30), 1e-7)
     with pytest.warns(fc.ConvergenceWarning, match=r"^sinkhorn did not converge"):
         fc.sinkhorn(cost[0], reg=0.01, metric="precomputed", max_iter=3, backend=backend)
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.ConvergenceWarning")
+@pytest.mark.parametrize("reg", [0.1, 0.01, 1e-3])
+def test_what_did_not_converge_comes_back_at_its_best(
+    backend: str, reg: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[float] = []  # of the iterates of one run
+    definition = Schedule.after
+
+    def watched(self: Schedule, error: float) -> str:
+        if self.eps == self.reg:
+            errors.append(error)
+        return definition(self, error)
+
+    monkeypatch.setattr(Schedule, "after", watched)
+    cost = costs(40, 30).double()
+    for max_iter in (11, 12, 21, 33, 57):
+        errors.clear()
+        options: dict[str, Any] = {"reg": reg, "metric": "precomputed", "max_iter": max_iter, "tol": 1e-14}
+        expected = fc.sinkhorn(cost, backend="torch", **options)
+        # 1e-14: converged but for rounding.
+        assert float(expected.error) <= min(errors) + 1e-14
+        found = fc.sinkhorn(cost, backend=backend, **options)
+        assert float(found.error) == pytest.approx(float(expected.error), rel=1e-6, abs=1e-13)
 
 
 NAN = math.nan

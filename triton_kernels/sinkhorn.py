@@ -436,7 +436,8 @@ def schedule_kernel(
     tl.store(iterations_of + p, iterations)
     tl.store(in_stage_of + p, tl.where(falls, 0, in_stage))
     tl.store(eps_of + p, tl.where(falls, tl.maximum(eps / _FACTOR, reg), eps))
-    tl.store(omega_of + p, tl.where(falls, one, tl.where(adapts, new_omega, omega)))
+    plainly = falls | (iterations + 1 == max_iter)
+    tl.store(omega_of + p, tl.where(plainly, one, tl.where(adapts, new_omega, omega)))
     tl.store(since_of + p, tl.where(falls, 0, tl.where(adapts, new_since, since)))
     tl.store(base_of + p, tl.where(adapts, new_base, base))
     if BALANCED:

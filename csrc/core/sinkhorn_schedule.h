@@ -54,6 +54,7 @@ class SinkhornSchedule {
     }
     if (iterations_ >= max_iter_ || error != error) return SinkhornOrder::kStop;
     if (relaxed_) adapt(error);
+    if (iterations_ + 1 == max_iter_) omega_ = 1;
     return SinkhornOrder::kGoOn;
   }
 

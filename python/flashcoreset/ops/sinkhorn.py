@@ -233,8 +233,8 @@ def sinkhorn(
         A `Transport`.
 
     Warns:
-        ConvergenceWarning: once a call, if a problem did not come to `tol` in `max_iter` iterations; its last iterate is
-            returned.
+        ConvergenceWarning: once a call, if a problem did not come to `tol` in `max_iter` iterations; what is returned
+            is its last iterate, which a plain iteration made and so is the best.
 
     Raises:
         TypeError: for a wrong type or dtype.

@@ -57,7 +57,8 @@ class Schedule:
     Annealing: where the costs range over more than ANNEALED_FROM times reg, the iterations start at a quarter of the
     range and eps falls by FACTOR whenever the marginals are off by STAGE_ERROR of the mass or after a stage's share of iterations.
     Over-relaxation, in balanced problems: every PERIOD iterations the rate of convergence that was seen gives a better
-    omega; where the error grew, omega goes back towards 1. With tol = 0 the plain iterations are made, unless they are
+    omega; where the error grew, omega goes back towards 1. The last of `max_iter` iterations is a plain one: it leaves
+    the columns exact, and so the best iterate, where an over-relaxed one leaves both sides off. With tol = 0 the plain iterations are made, unless they are
     annealed.
     """
 
@@ -108,6 +109,8 @@ class Schedule:
             return "stop"
         if self.relaxed:
             self._adapt(error)
+        if self.iterations + 1 == self.max_iter:
+            self.omega = 1.0
         return "go on"
 
     def disappointed(self) -> bool:
