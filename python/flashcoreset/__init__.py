@@ -14,6 +14,7 @@ from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import ccs, goracs, select, simcore, top_scores
 from flashcoreset.ops.budgets import allocate_budgets
+from flashcoreset.ops.caratheodory import caratheodory
 from flashcoreset.ops.dynamics import TrainingDynamics
 from flashcoreset.ops.facility_location import facility_location
 from flashcoreset.ops.gradient_sketcher import GradientSketcher
@@ -37,6 +38,7 @@ __all__ = [
     "Transport",
     "__version__",
     "allocate_budgets",
+    "caratheodory",
     "ccs",
     "facility_location",
     "goracs",

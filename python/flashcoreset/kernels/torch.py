@@ -1,5 +1,6 @@
 """The reference behind the names of the compiled kernels."""
 
+from flashcoreset.reference.caratheodory import caratheodory
 from flashcoreset.reference.facility_location import FacilityLocation, pairwise
 from flashcoreset.reference.scores import sample_scores
 from flashcoreset.reference.simcore import NearestOrder
@@ -12,6 +13,7 @@ from flashcoreset.reference.zeroth_order import directions
 __all__ = [
     "FacilityLocation",
     "NearestOrder",
+    "caratheodory",
     "directions",
     "pairwise",
     "projection_matrix",
