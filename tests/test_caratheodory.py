@@ -177,8 +177,34 @@ def test_max_size_ends_the_reduction(backend: str, n: int) -> None:
         subset = fc.caratheodory(x, max_size=max_size, backend=backend)
         assert subset.indices.tolist() == list(range(n))
         assert subset.weights.tolist() == [1.0] * n
-    same = fc.caratheodory(x, max_size=7, backend=backend)
-    assert same.indices.tolist() == fc.caratheodory(x, backend=backend).indices.tolist() or backend == "torch"
+
+
+def test_weights_are_even_where_there_is_room(backend: str) -> None:
+    n, d, k = 600, 3, 60
+    x = random(n, d)
+    subset = fc.caratheodory(x, max_size=k, backend=backend)
+    even = n / (k - d - 1)
+    assert float(subset.weights.max()) <= even * (1 + 1e-12)
+    # Beside those at the bound there are at most d + 1 at the end, and those left out when k rows were reached.
+    assert int(((subset.weights - even).abs() > 1e-9 * even).sum()) <= 2 * (d + 1)
+    weights = torch.ones(n, dtype=torch.float64)
+    weights[:5] = 300.0  # above the bound: they stay as they are
+    subset = fc.caratheodory(x, weights, k, backend=backend)
+    assert subset.indices[:5].tolist() == [0, 1, 2, 3, 4]
+    assert subset.weights[:5].tolist() == pytest.approx([300.0] * 5, rel=1e-12)
+
+
+def test_every_row_has_the_same_mean_weight() -> None:
+    """Over many orders of the rows, outliers and inner points weigh the same."""
+    n, k, draws = 40, 12, 600
+    x = torch.exp(2 * random(n, 2))
+    total = np.zeros(n)
+    for draw in range(draws):
+        order = torch.from_numpy(np.random.default_rng(draw).permutation(n))
+        subset = fc.caratheodory(x[order], max_size=k)
+        total[order[subset.indices].numpy()] += subset.weights.numpy()
+    # Weights lie between 0 and 40 / 9 and are 1 in the mean: their variance is below 31 / 9.
+    assert np.abs(total / draws - 1).max() < 4 * math.sqrt(31 / 9 / draws)
 
 
 def check_sums_only(subset: fc.Selection, x: Tensor) -> None:

@@ -17,6 +17,15 @@
 // factorises anew, so errors do not grow with n. At the end one more elimination, with what is missing to the
 // sums as a further column, corrects the factors of a basis.
 //
+// With max_size = k there is room for weights that are nearly even: rho_i w_i is bounded by W / (k - D), W
+// being the total, and null vectors lead to that bound as well as to 0. Single rows go through T, 4 D at a
+// time; those at neither end, at most D, go on with the next ones. Which of the two directions is taken is
+// drawn so that the mean of rho stays 1: a row's chance does not depend on its numbers (the cube method:
+// Deville and Tille, "Efficient balanced sampling", Biometrika 91, 2004; Chauvet and Tille, "A fast algorithm
+// for balanced sampling", Computational Statistics 21, 2006). At most k - D rows reach the bound, and D lie
+// between, so k are enough. The draws are fixed: a result depends on the order of the rows. Cost: n / (3 D)
+// tableaus, about 2 n D^2.
+//
 // Scale: rows are taken less the mean of a few of them before anything is summed (less that of all where this
 // is far off, for a second reading), runs less the mean of all; each coordinate is divided by its largest
 // magnitude among the m vectors. A coordinate whose differences are rounding of its size counts as constant.
@@ -42,6 +51,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/philox.h"
 #include "core/simd.h"
 
 namespace fc {
@@ -151,25 +161,50 @@ class Tableau {
   // Moves rho [vectors] along null vectors, each of which brings one of them to 0, `count` times or until no
   // column is left.
   void reduce(std::vector<double>& rho, int64_t count) {
+    const std::vector<double> bound(rho.size(), std::numeric_limits<double>::infinity());
     for (; count > 0 && columns_ > 0; --count) {
       team_.check();
       take_column(columns_ - 1);
-      double& own = rho[last_vector_];
-      const Leaving down = leaving(rho, -1);
-      if (!(own > down.most)) {
-        move(rho, own);
-        own = 0;
+      const Leaving down = leaving(rho, bound, -1);
+      if (rho[last_vector_] <= down.longest) {
+        move(rho, bound, rho[last_vector_]);
+        rho[last_vector_] = 0;
         continue;
       }
-      const Leaving up = leaving(rho, 1);
-      const Leaving& out = up.pivot > down.pivot ? up : down;
-      const double step = (&out == &up ? -1 : 1) * rho[basis_[out.row]] / out.pivot;
-      move(rho, step);
-      own -= step;
-      rho[basis_[out.row]] = 0;
-      basis_[out.row] = last_vector_;
-      pivot(out.row, rank_);
+      const Leaving up = leaving(rho, bound, 1);
+      if (up.pivot > down.pivot) {
+        exchange(rho, bound, up, -1);
+      } else {
+        exchange(rho, bound, down, 1);
+      }
     }
+  }
+
+  // The same with rho_i <= bound_i: each null vector brings one of them to 0 or to its bound. Which way to go
+  // is drawn such that the mean of rho does not change. Ends also when `count` have come to 0; returns how
+  // many did.
+  int64_t sample(std::vector<double>& rho, const std::vector<double>& bound, int64_t count, uint64_t draw) {
+    int64_t zeros = 0;
+    while (zeros < count && columns_ > 0) {
+      team_.check();
+      take_column(columns_ - 1);
+      double& own = rho[last_vector_];
+      const Leaving down = leaving(rho, bound, -1), up = leaving(rho, bound, 1);
+      const double room_up = bound[last_vector_] - own;
+      const double step_down = std::min(own, down.longest), step_up = std::min(room_up, up.longest);
+      const uint32_t word = philox4x32(draw, static_cast<uint64_t>(last_vector_), 0)[0];
+      const bool goes_up = (word + 0.5) * 0x1p-32 * (step_down + step_up) < step_down;
+      const Leaving& out = goes_up ? up : down;
+      const double room = goes_up ? room_up : own, sign = goes_up ? -1 : 1;
+      if (room <= out.longest) {
+        move(rho, bound, sign * room);
+        own = goes_up ? bound[last_vector_] : 0;
+        zeros += own == 0;
+      } else {
+        zeros += exchange(rho, bound, out, sign) == 0;
+      }
+    }
+    return zeros;
   }
 
   // The further column in terms of the basis: pairs of a vector and its coefficient.
@@ -179,8 +214,8 @@ class Tableau {
 
  private:
   struct Leaving {
-    double most = std::numeric_limits<double>::infinity();  // the longest step, rounding allowed for
-    double pivot = 0;                                       // |factor| of the basic vector that leaves
+    double longest = std::numeric_limits<double>::infinity();  // step, rounding allowed for
+    double pivot = 0;                                          // |factor| of the basic vector that leaves
     int64_t row = -1;
   };
 
@@ -214,16 +249,24 @@ class Tableau {
     }
   }
 
-  // Which basic vector comes to 0 first where rho of column j goes down (sign -1) or up (1).
-  Leaving leaving(const std::vector<double>& rho, double sign) const {
+  // How far basic vector i may go where rho of the column taken out goes down (sign -1) or up (1).
+  double room(const std::vector<double>& rho, const std::vector<double>& bound, int64_t i,
+              double sign) const {
+    return sign * factor_[i] > 0 ? rho[basis_[i]] : bound[basis_[i]] - rho[basis_[i]];
+  }
+
+  // Which basic vector comes to 0 or to its bound first.
+  Leaving leaving(const std::vector<double>& rho, const std::vector<double>& bound, double sign) const {
     Leaving out;
     for (int64_t i = 0; i < rank_; ++i) {
-      const double factor = sign * factor_[i];
-      if (factor > 0) out.most = std::min(out.most, (rho[basis_[i]] + kEps) / factor);
+      const double rounding = kEps * std::max(1.0, rho[basis_[i]]);
+      if (factor_[i] != 0) {
+        out.longest = std::min(out.longest, (room(rho, bound, i, sign) + rounding) / std::fabs(factor_[i]));
+      }
     }
     for (int64_t i = 0; i < rank_; ++i) {
-      const double factor = sign * factor_[i];
-      if (factor > out.pivot && rho[basis_[i]] <= out.most * factor) {
+      const double factor = std::fabs(factor_[i]);
+      if (factor > out.pivot && room(rho, bound, i, sign) <= out.longest * factor) {
         out.pivot = factor;
         out.row = i;
       }
@@ -231,12 +274,27 @@ class Tableau {
     return out;
   }
 
-  // rho of column j is to go down by `step`.
-  void move(std::vector<double>& rho, double step) {
+  // rho of the column taken out is to go down by `step`.
+  void move(std::vector<double>& rho, const std::vector<double>& bound, double step) {
     for (int64_t i = 0; i < rank_; ++i) {
       double& r = rho[basis_[i]];
-      r = std::max(0.0, r + step * factor_[i]);
+      r = std::clamp(r + step * factor_[i], 0.0, bound[basis_[i]]);
     }
+  }
+
+  // Moves until basic vector `out` is at its end, where the column taken out (which goes down if sign is 1,
+  // up if it is -1) takes its place in the basis. Returns rho of the one that left.
+  double exchange(std::vector<double>& rho, const std::vector<double>& bound, const Leaving& out,
+                  double sign) {
+    const int64_t left = basis_[out.row];
+    const bool falls = sign * factor_[out.row] < 0;
+    const double step = sign * room(rho, bound, out.row, -sign) / out.pivot;
+    move(rho, bound, step);
+    rho[last_vector_] = std::clamp(rho[last_vector_] - step, 0.0, bound[last_vector_]);
+    rho[left] = falls ? 0 : bound[left];
+    basis_[out.row] = last_vector_;
+    pivot(out.row, rank_);
+    return rho[left];
   }
 
   ThreadTeam& team_;
@@ -259,13 +317,15 @@ class Rows {
   void shrink(double factor) { shrink_ = factor; }
 
   // The mean of a few of the rows becomes the centre.
-  void centre_on(const std::vector<int64_t>& rows) {
+  void centre_on(const std::vector<int64_t>& rows, const std::vector<double>& w) {
     const int64_t n = static_cast<int64_t>(rows.size()), count = std::min(n, kSampleRows);
+    double total = 0;
+    for (int64_t s = 0; s < count; ++s) total += w[s * n / count];
     std::fill(centre_.begin(), centre_.end(), 0.0);
     for (int64_t s = 0; s < count; ++s) {
-      const int64_t i = rows[s * n / count];
+      const int64_t at = s * n / count;
       for (int64_t j = 0; j < d_; ++j) {
-        centre_[j] += value_of(x_(i, j)) * shrink_ / static_cast<double>(count);
+        centre_[j] += value_of(x_(rows[at], j)) * shrink_ * (w[at] / total);
       }
     }
   }
@@ -341,18 +401,45 @@ class Reduction {
     most_ = (1 + d_ > 64 ? 2 : 4) * (1 + d_);
   }
 
-  // At most `goal` rows, or as few as there can be.
-  void run(int64_t goal) {
-    const int64_t n = left();
+  // As few rows as there can be.
+  void run() {
     start();
-    if (n <= goal) return;
-    bool last = false;
-    while (!last && left() > goal) {
-      const int64_t excess = left() - goal;
-      const int64_t size = std::min((left() + most_ - 1) / most_, goal > 0 ? excess : left());
-      last = round(size, excess);
+    const int64_t n = left();
+    bool last = n == 1;
+    while (!last) last = round((left() + most_ - 1) / most_);
+    for (int i = 0; i < 2 && left() < n; ++i) correct();
+  }
+
+  // At most `goal` rows if there can be so few, of weights as even as that allows.
+  void sample(int64_t goal) {
+    start();
+    if (left() <= goal) return;
+    const double even = goal > 1 + d_ ? target_[0] / static_cast<double>(goal - (1 + d_))
+                                      : std::numeric_limits<double>::infinity();
+    int64_t remaining = left(), next = 0;
+    std::vector<int64_t> block;  // rows that are neither dropped nor at their bound
+    for (uint64_t draw = 0; remaining > goal; ++draw) {
+      for (; static_cast<int64_t>(block.size()) < most_ && next < left(); ++next) {
+        if (weights_[next] < even) block.push_back(next);
+      }
+      Tableau tableau = tableau_of(block);
+      tableau.eliminate();
+      if (next == left() && tableau.rank() == static_cast<int64_t>(block.size())) break;
+      std::vector<double> rho(block.size(), 1.0), bound;
+      for (const int64_t r : block) bound.push_back(even / weights_[r]);
+      tableau.sample(rho, bound, remaining - goal, draw);
+      size_t kept = 0;
+      for (size_t i = 0; i < block.size(); ++i) {
+        const bool full = rho[i] == bound[i];
+        weights_[block[i]] = full ? even : weights_[block[i]] * rho[i];
+        if (weights_[block[i]] == 0) --remaining;
+        if (!full && weights_[block[i]] > 0) block[kept++] = block[i];
+      }
+      block.resize(kept);
     }
-    for (int i = 0; i < 2; ++i) correct();
+    const int64_t n = left();
+    keep_positive();
+    for (int i = 0; i < 2 && left() < n; ++i) correct();
   }
 
   WeightedRows result() && { return {std::move(rows_), std::move(weights_)}; }
@@ -377,12 +464,12 @@ class Reduction {
 
   // The total to keep, and whether all numbers are finite.
   void start() {
-    source_.centre_on(rows_);
+    source_.centre_on(rows_, weights_);
     sum_all();
     if (!std::all_of(target_.begin(), target_.end(), [](double v) { return std::isfinite(v); })) {
       source_.check_finite();
       source_.shrink(0x1p-80);
-      source_.centre_on(rows_);
+      source_.centre_on(rows_, weights_);
       sum_all();
     }
     const std::vector<double> shift = move_centre();
@@ -436,9 +523,9 @@ class Reduction {
     return least;
   }
 
-  // Drops runs of `size` rows, no more than `excess` rows in all; whether nothing further can be dropped.
-  bool round(int64_t size, int64_t excess) {
-    if (!(size * most_ >= left() && fresh_)) sum_runs(size);
+  // Drops runs of `size` rows; whether nothing further can be dropped.
+  bool round(int64_t size) {
+    if (!fresh_) sum_runs(size);
     fresh_ = false;
     Tableau tableau(1 + d_, runs_, false, team_);
     double heaviest = 0;
@@ -451,25 +538,44 @@ class Reduction {
     tableau.scale(rounding(heaviest), together_);
     tableau.eliminate();
     std::vector<double> rho(runs_, 1.0);
-    tableau.reduce(rho, excess / size);
-    int64_t kept = 0;
-    const auto keep = [&](int64_t begin, int64_t end, double factor) {
-      for (int64_t r = begin; r < end; ++r) {
-        const double weight = weights_[r] * factor;
-        if (!(weight > 0)) continue;
-        rows_[kept] = rows_[r];
-        weights_[kept] = weight;
-        ++kept;
-      }
-    };
+    tableau.reduce(rho, runs_);
     for (int64_t c = 0; c < runs_; ++c) {
-      if (rho[c] > 0) keep(c * size, std::min(left(), (c + 1) * size), rho[c]);
+      for (int64_t r = c * size; r < std::min(left(), (c + 1) * size); ++r) weights_[r] *= rho[c];
     }
-    keep(std::min(left(), runs_ * size), left(), 1);
-    const bool whole = size == 1 && runs_ == left();
-    rows_.resize(kept);
-    weights_.resize(kept);
-    return whole;
+    keep_positive();
+    return size == 1;
+  }
+
+  void keep_positive() {
+    int64_t kept = 0;
+    for (int64_t r = 0; r < left(); ++r) {
+      if (!(weights_[r] > 0)) continue;
+      rows_[kept] = rows_[r];
+      weights_[kept] = weights_[r];
+      ++kept;
+    }
+    rows_.resize(static_cast<size_t>(kept));
+    weights_.resize(static_cast<size_t>(kept));
+  }
+
+  // The vectors of single rows, given by their places, and perhaps one further column, scaled.
+  Tableau tableau_of(const std::vector<int64_t>& places, const std::vector<double>* extra = nullptr) {
+    const int64_t count = static_cast<int64_t>(places.size());
+    Tableau tableau(1 + d_, count, extra != nullptr, team_);
+    double heaviest = 0;
+    for (int64_t c = 0; c < count; ++c) {
+      const double weight = weights_[places[c]];
+      heaviest = std::max(heaviest, weight);
+      tableau.row(0)[c] = weight;
+      for (int64_t j = 1; j <= d_; ++j) {
+        tableau.row(j)[c] = weight * (source_.difference(rows_[places[c]], j - 1) - target_[j] / target_[0]);
+      }
+    }
+    if (extra) {
+      for (int64_t j = 0; j <= d_; ++j) tableau.row(j)[count] = (*extra)[j];
+    }
+    tableau.scale(rounding(heaviest), together_);
+    return tableau;
   }
 
   // Adds to the weights what the sums are short of.
@@ -484,24 +590,11 @@ class Reduction {
       chosen.resize(static_cast<size_t>(most_));
       std::sort(chosen.begin(), chosen.end());
     }
-    std::vector<double> sum(1 + d_), mean(1 + d_);
-    source_.sum(rows_, weights_, 0, left(), sum.data());
-    for (int64_t j = 1; j <= d_; ++j) mean[j] = target_[j] / target_[0];
-    const int64_t count = static_cast<int64_t>(chosen.size());
-    Tableau tableau(1 + d_, count, true, team_);
-    double heaviest = 0;
-    for (int64_t c = 0; c < count; ++c) {
-      const double weight = weights_[chosen[c]];
-      heaviest = std::max(heaviest, weight);
-      tableau.row(0)[c] = weight;
-      for (int64_t j = 1; j <= d_; ++j) {
-        tableau.row(j)[c] = weight * (source_.difference(rows_[chosen[c]], j - 1) - mean[j]);
-      }
-    }
-    for (int64_t j = 0; j <= d_; ++j) {
-      tableau.row(j)[count] = (target_[j] - sum[j]) - (j > 0 ? (target_[0] - sum[0]) * mean[j] : 0);
-    }
-    tableau.scale(rounding(heaviest), together_);
+    std::vector<double> missing(1 + d_);
+    source_.sum(rows_, weights_, 0, left(), missing.data());
+    for (int64_t j = 0; j <= d_; ++j) missing[j] = target_[j] - missing[j];
+    for (int64_t j = 1; j <= d_; ++j) missing[j] -= missing[0] * (target_[j] / target_[0]);
+    Tableau tableau = tableau_of(chosen, &missing);
     tableau.eliminate();
     // Weights stay positive.
     double step = 1;
@@ -640,12 +733,12 @@ WeightedRows caratheodory(TensorView<const X, 2> x, const TensorView<const doubl
     std::iota(places.begin(), places.end(), int64_t{0});
     Reduction<double> reduction(TensorView<const double, 2>::compact(points.data(), live, live), places, w,
                                 true, team);
-    reduction.run(max_size);
+    max_size > 0 ? reduction.sample(max_size) : reduction.run();
     found = std::move(reduction).result();
     for (int64_t& place : found.rows) place = rows[place];
   } else {
     Reduction<X> reduction(x, std::move(rows), std::move(w), false, team);
-    reduction.run(max_size);
+    max_size > 0 ? reduction.sample(max_size) : reduction.run();
     found = std::move(reduction).result();
   }
   for (double& weight : found.weights) weight = std::ldexp(weight, exponent);

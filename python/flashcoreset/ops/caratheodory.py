@@ -25,8 +25,10 @@ def caratheodory(
     Args:
         x: [n, d] float16, bfloat16, float32 or float64.
         weights: [n] real numbers >= 0, not all 0; None for 1. Rows of weight 0 are not taken.
-        max_size: end the reduction as soon as at most this many rows are left, >= 1: more rows, of which none has
-            to stand for so many. None goes on to the end. It may be below d + 1 if the rank allows it.
+        max_size: end the reduction as soon as at most this many rows are left, >= 1. Beyond d + 1 the weights are as
+            even as can be: none is above its old value or the total / (max_size - d - 1), whichever is larger, and at most
+            d + 1 are changed to something else than the latter; the rows are a random sample (by fixed numbers) that
+            is balanced on the columns. None goes on to the end. It may be below d + 1 if the rank allows it.
         backend: None, "cpu" or "torch".
 
     Returns:
@@ -39,7 +41,8 @@ def caratheodory(
             the number of rows that are left when no further reduction is possible, which the message names.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
-    Source: Maalouf, Jubran and Feldman, "Fast and accurate least-mean-squares solvers", NeurIPS 2019.
+    Source: Maalouf, Jubran and Feldman, "Fast and accurate least-mean-squares solvers", NeurIPS 2019;
+    for `max_size` Deville and Tillé, "Efficient balanced sampling: the cube method", Biometrika 91, 2004.
 
     Example:
         >>> import torch, flashcoreset as fc

@@ -8,11 +8,17 @@ the smallest t > 0 that brings a factor to 0 drops that row. At most rank(M) row
 Clusters: of n rows, 2 (d + 2) sums of neighbouring rows are reduced in place of the rows, a sum's factor belongs to all
 of its rows, and what is left of them, about half, is clustered anew.
 
+With `max_size` = k the factors are bounded too, rho_i w_i <= sum_i w_i / (k - d - 1), null vectors of d + 2 rows that
+are neither dropped nor at their bound lead to one of these ends, and the reduction stops at k rows: few of them have
+other weights than the bound. Which of the two directions is taken is drawn (by fixed numbers) so that the mean of each
+factor stays 1, which makes a balanced random sample of it.
+
 The subset is not unique: backends agree in its sums, not in its members.
 
 Sources: Caratheodory, "Über den Variabilitätsbereich der Koeffizienten von Potenzreihen, die gegebene Werte nicht
 annehmen", Mathematische Annalen 64, 1907; Maalouf, Jubran and Feldman, "Fast and accurate least-mean-squares solvers",
-NeurIPS 2019, algorithms 1 and 2.
+NeurIPS 2019, algorithms 1 and 2; Deville and Tillé, "Efficient balanced sampling: the cube method", Biometrika 91,
+2004 (the flight phase, for `max_size`).
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._tensor import check_finite
+from flashcoreset.reference.philox import uniforms
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -48,16 +55,15 @@ def caratheodory(
         weights = torch.ones(n, dtype=torch.float64, device=x.device)
     rows = (weights > 0).nonzero()[:, 0]
     w = weights[rows] / weights.max()
-    while len(rows) > max_size:
-        left = len(rows)
-        size = -(-left // (2 * (d + 2)))
-        if max_size > 0:
-            size = min(size, left - max_size)
-        rho = _reduce(_sums(x[rows].to(torch.float64), w, size), (left - max_size) // size)
-        w = w * rho.repeat_interleave(size)[:left]
+    if max_size > 0:
+        w = w * _even(_sums(x[rows].to(torch.float64), w, 1), w, max_size)
         rows, w = rows[w > 0], w[w > 0]
-        if size == 1:
-            break
+    size = 0 if max_size > 0 else 2
+    while size > 1:
+        size = -(-len(rows) // (2 * (d + 2)))
+        rho = _reduce(_sums(x[rows].to(torch.float64), w, size))
+        w = w * rho.repeat_interleave(size)[: len(rows)]
+        rows, w = rows[w > 0], w[w > 0]
     w = w * weights.max()
     if out is None:
         return rows, w
@@ -77,20 +83,44 @@ def _sums(x: Tensor, w: Tensor, size: int) -> Tensor:
     return torch.where(most > size * least, sums / most, 0)
 
 
-def _reduce(vectors: Tensor, count: int) -> Tensor:
-    """[m] factors >= 0 of vectors [m, d + 1] that keep their sum, of which up to `count` more come to 0, one at a time."""
+def _reduce(vectors: Tensor) -> Tensor:
+    """[m] factors >= 0 of vectors [m, d + 1] that keep their sum, as few of them > 0 as there can be."""
     rho = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)
-    for _ in range(count):
+    while True:
         # d + 2 vectors always have a null vector.
         live = rho.nonzero()[:, 0][: vectors.shape[1] + 1]
         v = _null_vector(vectors[live].T)
         if v is None:
-            break
+            return rho
         v = v if v.max() > -v.min() else -v
         steps = torch.where(v > 0, rho[live] / v, torch.inf)
-        least = steps.argmin()
-        rho[live] = (rho[live] - steps[least] * v).clamp(min=0)
-        rho[live[least]] = 0
+        first = steps.argmin()
+        rho[live] = (rho[live] - steps[first] * v).clamp(min=0)
+        rho[live[first]] = 0
+
+
+def _even(vectors: Tensor, w: Tensor, max_size: int) -> Tensor:
+    """The same for the vectors of single rows of weights w [n], but no row's weight grows beyond the bound, and at most
+    `max_size` factors are > 0, if so few will do."""
+    dim = vectors.shape[1]
+    even = float(w.sum()) / (max_size - dim) if max_size > dim else torch.inf
+    bound = torch.where(w < even, even / w, 1)
+    rho = torch.ones_like(w)
+    step = 0
+    while int((rho > 0).sum()) > max_size:
+        live = ((rho > 0) & (rho < bound)).nonzero()[:, 0][: dim + 1]
+        v = None if len(live) == 0 else _null_vector(vectors[live].T)
+        if v is None:
+            break
+        at, most = rho[live], bound[live]
+        rooms = [torch.where(u > 0, (most - at) / u, torch.where(u < 0, -at / u, torch.inf)) for u in (v, -v)]
+        up, down = float(rooms[0].min()), float(rooms[1].min())
+        back = bool(uniforms(0, step, 1)[0] * (up + down) >= down)
+        first = int(rooms[back].argmin())
+        u = -v if back else v
+        rho[live] = torch.minimum((at + (down if back else up) * u).clamp(min=0), most)
+        rho[live[first]] = most[first] if u[first] > 0 else 0
+        step += 1
     return rho
 
 
