@@ -259,14 +259,14 @@ class Tableau {
   Leaving leaving(const std::vector<double>& rho, const std::vector<double>& bound, double sign) const {
     Leaving out;
     for (int64_t i = 0; i < rank_; ++i) {
-      const double rounding = kEps * std::max(1.0, rho[basis_[i]]);
-      if (factor_[i] != 0) {
-        out.longest = std::min(out.longest, (room(rho, bound, i, sign) + rounding) / std::fabs(factor_[i]));
-      }
+      if (factor_[i] == 0) continue;
+      const double way = room(rho, bound, i, sign), rounding = kEps * std::max(1.0, way);
+      out.longest = std::min(out.longest, (way + rounding) / std::fabs(factor_[i]));
     }
     for (int64_t i = 0; i < rank_; ++i) {
       const double factor = std::fabs(factor_[i]);
-      if (factor > out.pivot && room(rho, bound, i, sign) <= out.longest * factor) {
+      // Division is monotone, so the vector that set the longest step is among them.
+      if (factor > out.pivot && room(rho, bound, i, sign) / factor <= out.longest) {
         out.pivot = factor;
         out.row = i;
       }

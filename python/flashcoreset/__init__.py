@@ -12,7 +12,7 @@ from flashcoreset import kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
-from flashcoreset.methods import ccs, goracs, select, simcore, top_scores
+from flashcoreset.methods import autocoreset, ccs, goracs, select, simcore, top_scores
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.caratheodory import caratheodory
 from flashcoreset.ops.dynamics import TrainingDynamics
@@ -38,6 +38,7 @@ __all__ = [
     "Transport",
     "__version__",
     "allocate_budgets",
+    "autocoreset",
     "caratheodory",
     "ccs",
     "facility_location",

@@ -74,6 +74,12 @@ void test_sums() {
   }
 }
 
+void test_long_streams_of_even_weights() {
+  Matrix<double> x = samples::normal<double>(20000, 4, 3);
+  for (double& value : x.values()) value = std::exp(2 * value);
+  for (const int64_t k : {6, 10, 150, 9000}) check_all(x, {}, k, k);
+}
+
 void test_many_columns() {
   // More coordinates than twice the rows, of which the pivots of large tableaus go to several threads.
   check_all(samples::normal<double>(30, 900, 1), {}, 0, 30);
@@ -120,6 +126,7 @@ TEST_PROGRAM {
   test_sums<float>();
   test_sums<double>();
   test_many_columns();
+  test_long_streams_of_even_weights();
   test_refusals<float>();
   test_refusals<double>();
   test_cancel();

@@ -6,18 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 from flashcoreset._types import Coreset
+from flashcoreset.methods.autocoreset import autocoreset
 from flashcoreset.methods.ccs import ccs, top_scores
 from flashcoreset.methods.goracs import goracs
 from flashcoreset.methods.simcore import simcore
 
-_METHODS: dict[str, Callable[..., Coreset]] = {"simcore": simcore, "ccs": ccs, "goracs": goracs}
+_METHODS: dict[str, Callable[..., Coreset]] = {
+    "simcore": simcore,
+    "ccs": ccs,
+    "goracs": goracs,
+    "autocoreset": autocoreset,
+}
 
 
 def select(name: str, **arguments: Any) -> Coreset:
     """Calls a coreset method by its name.
 
     Args:
-        name: "simcore", "ccs" or "goracs".
+        name: "simcore", "ccs", "goracs" or "autocoreset".
         arguments: those of the function of that name.
 
     Returns:
@@ -40,4 +46,4 @@ def select(name: str, **arguments: Any) -> Coreset:
     return _METHODS[name](**arguments)
 
 
-__all__ = ["ccs", "goracs", "select", "simcore", "top_scores"]
+__all__ = ["autocoreset", "ccs", "goracs", "select", "simcore", "top_scores"]
