@@ -81,6 +81,7 @@ def record() -> Any:
         "scores",
         "sketcher",
         "matching",
+        "matching_caratheodory",
         "goracs",
         "scale",
     ],
