@@ -299,6 +299,15 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 def test_bad_input_of_the_matrix() -> None:
     with pytest.raises(ValueError, match="D must be at least 1, got 0"):
         fc.projection_matrix(0, 3)
+    with pytest.raises(ValueError, match=r"device must be one that torch can use here, got 'nowhere': "):
+        fc.projection_matrix(4, 4, device="nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"device must be one that torch can use here, got 'cuda': "):
+            fc.projection_matrix(4, 4, device="cuda")
+    with pytest.raises(TypeError, match=r"device must be a torch\.device or its name, got 3\.5"):
+        fc.projection_matrix(4, 4, device=3.5)
+    with pytest.raises(ValueError, match=r"D times dim must be below 2\^60, got 4611686018427387904 \* 16"):
+        fc.projection_matrix(2**62, 16)
     with pytest.raises(TypeError, match="dtype must be float16"):
         fc.projection_matrix(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="nnz must be in"):
