@@ -169,6 +169,7 @@ class GradientSketcher:
         self._kernels = choose_kernels(backend, device, "sketch")
         self._watch = _Watch(self)
         self._handles: list[RemovableHandle] = []
+        self._nodes: dict[int, Any] = {}  # of the wanted parameters, by their ids
         self._begin(None)
 
     # ---- results
@@ -242,6 +243,7 @@ class GradientSketcher:
                     f"parameter {target.name!r} no longer requires gradients; make a new GradientSketcher"
                 )
         self._begin(None)
+        self._nodes = {key: _node(target.parameter) for key, target in self._targets.items()}
         add = self._handles.append
         add(self._model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         for place in self._places:
@@ -258,6 +260,7 @@ class GradientSketcher:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._nodes.clear()
         if kind is None:
             self._check()
             if self._done is not None and self._done.squares is not None:
@@ -318,10 +321,18 @@ class GradientSketcher:
                 return None
             x, output = self._with_batch(place, x, output)
             saved = (x.detach(),) if keeps_input else ()
-            out: Tensor = _Capture.apply(output, _Use(self, self._pass, place, _nodes(place)), *saved)
+            out: Tensor = _Capture.apply(output, _Use(self, self._pass, place, self._nodes_of(place)), *saved)
             return out
 
         return hook
+
+    def _nodes_of(self, place: _Place) -> dict[str, Any]:
+        """Of the parameters that the module has now: torch.func.functional_call puts others into it for a call."""
+        found = {}
+        for name in place.targets:
+            parameter = getattr(place.module, name)
+            found[name] = self._nodes.get(id(parameter)) or _node(parameter)
+        return found
 
     def _with_batch(self, place: _Place, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output with the batch in dimension 0."""
@@ -623,15 +634,9 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _nodes(place: _Place) -> dict[str, Any]:
-    """Of the parameters that the module has now: torch.func.functional_call puts others into it for a call."""
-    found = {}
-    for name in place.targets:
-        parameter = getattr(place.module, name)
-        found[name] = (
-            torch.autograd.graph.get_gradient_edge(parameter).node if parameter.requires_grad else None
-        )
-    return found
+def _node(parameter: Tensor) -> Any:
+    """Where autograd takes the gradient of `parameter`."""
+    return torch.autograd.graph.get_gradient_edge(parameter).node if parameter.requires_grad else None
 
 
 def _gets_gradient(node: Any) -> bool:
