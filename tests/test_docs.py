@@ -35,6 +35,8 @@ def test_pages_with_examples() -> None:
         "goracs.md",
         "scores.md",
         "ccs.md",
+        "caratheodory.md",
+        "autocoreset.md",
         "gradient_sketching.md",
     }
 
