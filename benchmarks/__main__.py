@@ -21,10 +21,11 @@ FAMILIES = (
     "sketcher",
     "matching",
     "matching_caratheodory",
+    "autocoreset",
     "goracs",
     "scale",
 )
-# Rows of "goracs" and "scale" take minutes each: they run when asked for by name.
+# Rows of "autocoreset", "goracs" and "scale" take minutes each: they run when asked for by name.
 DEFAULT = FAMILIES[:9]
 
 

@@ -162,6 +162,24 @@ def svd_caratheodory(x: np.ndarray, clusters_per_dimension: int) -> tuple[np.nda
     return rows, weights
 
 
+def uniform_fits(
+    x: np.ndarray, y: np.ndarray | None, model: Any, loss: Any, k: int, count: int, seed: int
+) -> list[float]:
+    """Total losses on all data of models fitted on uniform samples of k rows, all of one weight."""
+    from sklearn.base import clone
+
+    rng = np.random.default_rng([seed, 1])
+    classes = 0 if y is None or y.dtype.kind == "f" else len(np.unique(y))
+    totals: list[float] = []
+    while len(totals) < count:
+        rows = rng.choice(len(x), k, replace=False)
+        if classes and len(np.unique(y[rows])) < classes:
+            continue
+        fit = clone(model).fit(x[rows], None if y is None else y[rows], sample_weight=np.full(k, len(x) / k))
+        totals.append(float(loss(fit, x, y).sum()))
+    return totals
+
+
 _ITERATIONS = 100
 _REG = 0.05
 

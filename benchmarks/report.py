@@ -21,6 +21,7 @@ TITLES = {
     "sketcher": "Per-sample gradients",
     "matching": "Gradient matching",
     "matching_caratheodory": "Carathéodory reduction",
+    "autocoreset": "AutoCoreset",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

@@ -291,6 +291,18 @@ def test_compare_names_an_unknown_commit(capsys: pytest.CaptureFixture[str]) -> 
     assert "no-such-commit" in capsys.readouterr().err
 
 
+def test_the_error_curves_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    autocoreset = benchmark_module("autocoreset")
+    path = tmp_path / "docs" / "errors.png"
+    cases = list(autocoreset.CASES)[:2]
+    curves = autocoreset.measure_curves((60, 90), 1, print, cases)
+    assert {len(points) for lines in curves.values() for points in lines.values()} == {2}
+    assert capsys.readouterr().out.count("\n") == 2 * len(cases)
+    autocoreset.plot(path, curves, (60, 90), 1)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_the_cost_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     scale = benchmark_module("scale")

@@ -238,6 +238,53 @@ def test_bad_input_of_ccs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         expect_error(capsys, words, *command, *arguments)
 
 
+def test_autocoreset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    x, labels = rng.standard_normal((120, 3)), rng.integers(0, 2, 120)
+    y = x @ np.arange(3.0) + rng.standard_normal(120)
+    np.savez(tmp_path / "d.npz", x=x, y=y, labels=labels)
+    file, out = tmp_path / "d.npz", tmp_path / "out.npz"
+    command = ("select", "autocoreset", "--features", f"{file}:x", "-o", out, "-k", 25)
+    assert run(*command, "--targets", f"{file}:y", "--model", "linear_regression") == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 25 of 120 rows in ")
+    arrays, info = read(out)
+    expected = fc.autocoreset(x, y, "linear_regression", None, 25)
+    np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+    np.testing.assert_array_equal(arrays["weights"], expected.weights.numpy())
+    assert (info["algorithm"], info["model"]) == ("autocoreset", "linear_regression")
+    assert info["losses"] == expected.info["losses"]
+    options = (
+        "--method",
+        "importance",
+        "--n-initial",
+        2,
+        "--patience",
+        4,
+        "--seed",
+        7,
+        "--groups",
+        f"{file}:labels",
+    )
+    assert run(*command, "--targets", f"{file}:labels", "--model", "linear_svm", *options) == 0
+    expected = fc.autocoreset(
+        x, labels, "linear_svm", None, 25, method="importance", n_initial=2, patience=4, seed=7, groups=labels
+    )
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
+    assert run(*command, "--model", "kmeans") == 0
+    capsys.readouterr()
+    for words, arguments in (
+        ("--targets: linear_svm needs the targets", ("--model", "linear_svm")),
+        (
+            "--targets: expected a real array [rows], got float64 [120, 3]",
+            ("--model", "linear_svm", "--targets", f"{file}:x"),
+        ),
+        ("--groups: expected an integer array", ("--model", "kmeans", "--groups", f"{file}:y")),
+        ("n_initial must be >= 1, got 0", ("--model", "kmeans", "--n-initial", 0)),
+        ("invalid choice: 'svm'", ("--model", "svm")),
+    ):
+        expect_error(capsys, words, *command, *arguments)
+
+
 def test_no_stop_takes_all(features: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     options = ("select", "simcore", "--features", features, "--target", features, "-o", out, "-k", 60)

@@ -36,6 +36,8 @@ def test_pages_with_examples() -> None:
         "sketching.md",
         "scores.md",
         "ccs.md",
+        "caratheodory.md",
+        "autocoreset.md",
         "gradient_sketching.md",
         "matching.md",
         "colm.md",

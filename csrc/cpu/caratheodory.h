@@ -19,7 +19,8 @@ struct WeightedRows {
 
 // Of the rows x [n, d] with weights [n] >= 0, not all 0 (null: all 1): at most rank + 1 rows and new weights
 // for them, sum and weighted sum unchanged; rank is that of the rows less their mean. With max_size > 0 the
-// reduction ends as soon as at most that many rows are left. X is float, double, Half or BFloat16; all
+// reduction ends as soon as at most that many rows are left, if so few are enough, and weights stay as even
+// as that allows: none grows beyond total / (max_size - d - 1). X is float, double, Half or BFloat16; all
 // arithmetic is double, and the result does not depend on the number of threads. Throws std::invalid_argument
 // for NaN and infinity in x, naming the first.
 template <class X>

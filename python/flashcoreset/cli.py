@@ -305,17 +305,32 @@ def _ccs(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str
     return arrays, {"rows": scores.shape[0], **coreset.info}
 
 
+def _autocoreset(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    options = _options(arguments, "method", "n_initial", "patience", "seed", "groups", "progress")
+    x = _load_features(arguments.features, "--features")
+    y = None
+    if hasattr(arguments, "targets"):
+        y = load_array(arguments.targets, "--targets", kinds="fiub", ndim=1, wanted="a real array [rows]")
+    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [rows]")
+    if y is None and arguments.model != "kmeans":
+        raise CommandError(f"--targets: {arguments.model} needs the targets of the rows")
+    coreset = fc.autocoreset(x, y, arguments.model, None, arguments.k, **options)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return arrays, {"rows": x.shape[0], "model": arguments.model, **coreset.info}
+
+
 # Options that name files.
 _INPUTS = (
     *("features", "target", "clients", "weights", "groups", "budgets", "preselected"),
     *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
-    *("scores", "mislabel_scores"),
+    *("scores", "mislabel_scores", "targets"),
 )
 _ALGORITHMS = {
     "facility-location": _facility_location,
     "simcore": _simcore,
     "ccs": _ccs,
     "goracs": _goracs,
+    "autocoreset": _autocoreset,
 }
 
 
@@ -427,7 +442,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="flashcoreset", description="Choose training data: facility location, SimCore, CCS and GORACS."
+        prog="flashcoreset",
+        description="Choose training data: facility location, SimCore, CCS, GORACS and AutoCoreset.",
     )
     parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
@@ -469,6 +485,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_goracs(
         algorithms.add_parser(
             "goracs", argument_default=argparse.SUPPRESS, help="training rows that stand for validation rows"
+        )
+    )
+    _add_autocoreset(
+        algorithms.add_parser(
+            "autocoreset", argument_default=argparse.SUPPRESS, help="rows on which a model fits as on all"
         )
     )
     _add_facility_location(
@@ -537,6 +558,22 @@ def _add_goracs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid-labels", metavar="L", help="integer class labels [m]")
     parser.add_argument("--solver", choices=("exact", "sinkhorn"))
     parser.add_argument("--reg", type=float, help="regularisation of --solver sinkhorn")
+
+
+def _add_autocoreset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", required=True, metavar="F", help="rows [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    parser.add_argument("--targets", metavar="Y", help="labels or numbers [n]; --model kmeans needs none")
+    parser.add_argument(
+        "--model", required=True, choices=("kmeans", "logistic_regression", "linear_svm", "linear_regression")
+    )
+    _add_output(parser, needs_k=True)
+    parser.add_argument("--method", choices=("caratheodory", "importance", "median_of_means", "uniform"))
+    parser.add_argument("--n-initial", type=int, metavar="N", help="models fitted on uniform samples first")
+    parser.add_argument("--patience", type=int, metavar="N", help="rounds without gain to end after")
+    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets an equal share")
+    parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
 
 
 def _add_facility_location(parser: argparse.ArgumentParser) -> None:

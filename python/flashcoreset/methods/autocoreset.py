@@ -196,6 +196,10 @@ def _at(value: Any, rows: np.ndarray) -> Any:
 
 def _model_and_loss(model: Any, loss: Any, seed: int) -> tuple[Any, Loss]:
     names = tuple(LOSSES)
+    if isinstance(model, str):
+        one_of(model, "model", names)
+    else:
+        check_model(model)
     if loss is None:
         if not isinstance(model, str):
             raise TypeError(
@@ -204,10 +208,7 @@ def _model_and_loss(model: Any, loss: Any, seed: int) -> tuple[Any, Loss]:
             )
         loss = model
     if isinstance(model, str):
-        one_of(model, "model", names)
         model = make_model(model, seed)
-    else:
-        check_model(model)
     if callable(loss):
         return model, loss
     one_of(loss, "loss", names)

@@ -71,7 +71,8 @@ def caratheodory(
         indices=indices,
         gains=torch.zeros_like(new_weights),
         weights=new_weights,
-        assignment=torch.full((n,), -1, dtype=torch.int64, device=points.device),
+        # One number n times: filling n would take torch's threads.
+        assignment=torch.full((1,), -1, dtype=torch.int64, device=points.device).expand(n),
         objective=0.0,
         offset=None,
     )

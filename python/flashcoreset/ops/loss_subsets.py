@@ -14,41 +14,53 @@ _GROUPS = 9  # of the median of means
 
 
 def exact(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
-    """At most k rows of losses [n, c] with exactly the column sums: a Carathéodory reduction of the rows in random order that
-    stops at k, which is a balanced random sample. k > c, or k >= n.
+    """At most k rows of losses [n, c] with exactly the column sums, k > c, by a Carathéodory reduction of the rows in random
+    order that stops at k.
+
+    With chances p_i as those of `importance`, the vectors (losses_i, 1) / p_i with weights p_i have the sums that are to be
+    kept. `caratheodory` leaves most of the weights that it keeps equal, so those of rows come out nearly as 1 / p_i: an
+    importance sample balanced on the columns.
     """
+    # The total of the chances is one more sum to keep; where there is no room for it, all are the same.
+    chance = _chances(losses) if k > losses.shape[1] + 1 else np.ones(len(losses))
     order = rng.permutation(len(losses))
-    subset = caratheodory(torch.from_numpy(losses[order]), max_size=k)
-    return order[subset.indices.numpy()], subset.weights.numpy()
+    vectors = np.concatenate([losses, np.ones((len(losses), 1))], 1) / chance[:, None]
+    subset = caratheodory(torch.from_numpy(vectors[order]), torch.from_numpy(chance[order]), k)
+    taken = order[subset.indices.numpy()]
+    return taken, subset.weights.numpy() / chance[taken]
 
 
 def importance(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
     """k rows, the chance of a row being proportional to the largest share that it has of a column (or of the rows), and
     its weight to the inverse: systematic sampling in random order, so none is drawn twice."""
     n = len(losses)
-    totals = losses.sum(0)
-    shares = np.divide(losses, totals, out=np.full(losses.shape, 1 / n), where=totals > 0)
-    chance = shares.max(1, initial=0) + 1 / n
+    chance = _chances(losses)
     # Rows that would have a chance above 1 are taken, and the others share what is left.
     certain = np.zeros(n, dtype=bool)
     while True:
         left = k - np.count_nonzero(certain)
-        scaled = chance * (left / chance[~certain].sum()) if left else np.zeros(n)
-        above = ~certain & (scaled >= 1)
+        inclusion = np.where(certain, 1.0, chance * (left / chance[~certain].sum()))
+        above = ~certain & (inclusion > 1)
         if not above.any():
             break
         certain |= above
-        if certain.all():
-            break
-    inclusion = np.where(certain, 1.0, scaled)
     order = rng.permutation(n)
     ends = np.cumsum(inclusion[order])
     ends *= k / ends[-1]
+    ends[-1] = k
     starts = np.concatenate([[0.0], ends[:-1]])
     offset = rng.random()
     taken = order[np.floor(ends - offset) > np.floor(starts - offset)]
     weights = 1 / inclusion[taken]
     return taken, weights * (n / weights.sum())
+
+
+def _chances(losses: np.ndarray) -> np.ndarray:
+    """[n] the largest share of each row of a column's sum, or its share of the rows."""
+    n = len(losses)
+    totals = losses.sum(0)
+    shares = np.divide(losses, totals, out=np.full(losses.shape, 1 / n), where=totals > 0)
+    return shares.max(1, initial=0) + 1 / n
 
 
 def median_of_means(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:

@@ -1,0 +1,413 @@
+"""autocoreset: subsets with the sums of the losses, the loop around them, and everything a caller can get wrong."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_breast_cancer
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import LinearSVC
+from sklearn.tree import DecisionTreeClassifier
+
+import flashcoreset as fc
+from flashcoreset.ops.loss_subsets import METHODS, equal_budgets, in_groups, uniform_with_classes
+from flashcoreset.ops.weighted_models import LOSSES, make_model
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((400, 4))
+Y = X @ np.array([1.0, -2.0, 0.5, 0.0]) + RNG.standard_normal(400)
+LABELS = (Y > 0).astype(int) + (Y > 2)  # three classes
+NAMES = tuple(LOSSES)
+
+
+def check(coreset: fc.Coreset, n: int, k: int) -> None:
+    assert coreset.indices.dtype == torch.int64
+    assert len(coreset.indices) <= k
+    assert (coreset.indices.diff() > 0).all()
+    assert 0 <= int(coreset.indices[0]) <= int(coreset.indices[-1]) < n
+    assert (coreset.weights > 0).all()
+    assert float(coreset.weights.sum()) == pytest.approx(
+        n, rel=1e-6 if coreset.weights.dtype == torch.float32 else 1e-12
+    )
+    info = coreset.info
+    assert info["fits"] == len(info["losses"])
+    assert info["loss"] == min(info["losses"]) == info["losses"][info["best"]]
+
+
+def targets(name: str) -> Any:
+    return {"kmeans": None, "linear_regression": Y}.get(name, LABELS)
+
+
+# --- subsets --------------------------------------------------------------------------------------
+
+
+@given(
+    n=st.integers(2, 80), c=st.integers(1, 6), share=st.floats(0, 1), seed=st.integers(0, 1000),
+    kind=st.sampled_from(["normal", "heavy", "zeros"]), method=st.sampled_from(list(METHODS)),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_subsets(n: int, c: int, share: float, seed: int, kind: str, method: str) -> None:
+    rng = np.random.default_rng(seed)
+    losses = np.abs(rng.standard_normal((n, c)))
+    if kind == "heavy":
+        losses = np.exp(4 * losses)
+    if kind == "zeros":
+        losses *= rng.random((n, c)) < 0.2
+    k = max(c + 1, math.ceil(share * (n - 1)))
+    if k >= n:
+        return
+    rows, weights = METHODS[method](losses, k, rng)
+    assert len(rows) == len(weights) <= k
+    assert len(set(rows.tolist())) == len(rows)
+    assert (weights > 0).all()
+    assert weights.sum() == pytest.approx(n, rel=1e-12)
+    if method == "caratheodory":
+        np.testing.assert_allclose(weights @ losses[rows], losses.sum(0), rtol=1e-11)
+    else:
+        assert len(rows) == k
+
+
+def test_importance_is_unbiased() -> None:
+    losses = np.exp(2 * np.random.default_rng(1).standard_normal((30, 2)))
+    taken = np.zeros(30)
+    for seed in range(3000):
+        rows, _ = METHODS["importance"](losses, 8, np.random.default_rng(seed))
+        taken[rows] += 1
+    chance = (losses / losses.sum(0)).max(1) + 1 / 30
+    certain = taken == 3000
+    expected = chance[~certain] * (8 - certain.sum()) / chance[~certain].sum()
+    np.testing.assert_allclose(taken[~certain] / 3000, expected, atol=4 * 0.5 / math.sqrt(3000))
+    assert expected.max() < 1
+
+
+def test_median_of_means_takes_a_central_sample() -> None:
+    losses = np.exp(3 * np.random.default_rng(1).standard_normal((500, 1)))
+    spread = {"uniform": [], "median_of_means": []}
+    for name, found in spread.items():
+        for seed in range(60):
+            rows, weights = METHODS[name](losses, 20, np.random.default_rng(seed))
+            found.append(abs(float(weights @ losses[rows, 0]) / losses.sum() - 1))
+    assert np.mean(spread["median_of_means"]) < 0.8 * np.mean(spread["uniform"])
+
+
+def test_groups_get_equal_shares_and_their_own_sums() -> None:
+    assert equal_budgets([10, 30, 20], 20) == [6, 8, 6]
+    assert equal_budgets([2, 30, 30], 20) == [2, 12, 6]
+    assert equal_budgets([2, 3], 9) == [2, 3]
+    assert equal_budgets([1, 1, 5, 5], 11) == [1, 1, 5, 4]
+    losses = np.abs(RNG.standard_normal((400, 3)))
+    members = [np.flatnonzero(label == LABELS) for label in range(3)]
+    sizes = [len(rows) for rows in members]
+    budgets = equal_budgets(sizes, 60)
+    for method in METHODS:
+        rows, weights = in_groups(method, losses, members, budgets, np.random.default_rng(0))
+        assert (np.diff(rows) > 0).all()
+        for own, budget in zip(members, budgets, strict=True):
+            inside = np.isin(rows, own)
+            assert inside.sum() <= budget
+            assert weights[inside].sum() == pytest.approx(len(own), rel=1e-12)
+            if method == "caratheodory":
+                got = weights[inside] @ losses[rows[inside]]
+                np.testing.assert_allclose(got, losses[own].sum(0), rtol=1e-11)
+
+
+def test_first_samples_have_every_class() -> None:
+    codes = np.array([0] * 96 + [1] + [2] * 3)
+    for seed in range(50):
+        rows, weights = uniform_with_classes(codes, 100, 3, np.random.default_rng(seed))
+        assert sorted(codes[rows].tolist()) == [0, 1, 2]
+        assert weights.tolist() == [100 / 3] * 3
+
+
+# --- models and losses ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fit_on_all_data_has_the_least_total(name: str) -> None:
+    """The losses are those that the models minimise, penalties included: no change of the parameters makes less."""
+    for y in (
+        targets(name),
+        (Y > 0).astype(int) if name in ("logistic_regression", "linear_svm") else targets(name),
+    ):
+        model = make_model(name, 0)
+        if hasattr(model, "tol"):
+            model.set_params(tol=1e-8)
+        model.fit(X, y, sample_weight=np.ones(400))
+        losses = LOSSES[name](model, X, y)
+        assert losses.shape == (400,)
+        assert (losses >= 0).all()
+        for attribute in ("coef_", "intercept_", "cluster_centers_"):
+            if not hasattr(model, attribute):
+                continue
+            value = np.atleast_1d(getattr(model, attribute))
+            for place in range(value.size):
+                for step in (1e-3, -1e-3):
+                    changed = value.copy()
+                    changed.flat[place] += step
+                    setattr(model, attribute, changed)
+                    assert LOSSES[name](model, X, y).sum() > losses.sum()
+            setattr(model, attribute, value)
+
+
+def test_losses_by_hand() -> None:
+    svm = LinearSVC().fit(X, LABELS > 0)
+    svm.coef_, svm.intercept_ = np.array([[2.0, 0, 0, 0]]), np.array([0.0])
+    one = np.array([[0.25, 0, 0, 0]])
+    assert LOSSES["linear_svm"](svm, one, np.array([True])).tolist() == [0.25 + 4 / 2]
+    assert LOSSES["linear_svm"](svm, one, np.array([False])).tolist() == [2.25 + 4 / 2]
+    line = LinearRegression().fit(X, Y)
+    line.coef_, line.intercept_ = np.array([1.0, 0, 0, 0]), 1.0
+    assert LOSSES["linear_regression"](line, one, np.array([0.0])).tolist() == [1.5625]
+    logistic = LogisticRegression(C=4.0).fit(X, LABELS)
+    expected = (
+        -np.log(logistic.predict_proba(X)[np.arange(400), LABELS]) + (logistic.coef_**2).sum() / 8 / 400
+    )
+    np.testing.assert_allclose(LOSSES["logistic_regression"](logistic, X, LABELS), expected, rtol=1e-9)
+    with pytest.raises(ValueError, match=r"model knows no class 7, .* pass groups=y"):
+        LOSSES["logistic_regression"](logistic, one, np.array([7]))
+
+
+# --- the method -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_and_method(name: str, method: str) -> None:
+    for groups in (None, LABELS):
+        coreset = fc.autocoreset(X, targets(name), name, None, 45, method=method, groups=groups, seed=3)
+        check(coreset, 400, 45)
+        assert coreset.info["fits"] == coreset.info["rounds"] + 3
+        again = fc.autocoreset(X, targets(name), name, name, 45, method=method, groups=groups, seed=3)
+        assert torch.equal(coreset.indices, again.indices)
+        assert torch.equal(coreset.weights, again.weights)
+        if groups is not None:
+            assert coreset.info["budgets"] == dict(
+                zip([0, 1, 2], equal_budgets(np.bincount(LABELS).tolist(), 45), strict=True)
+            )
+        other = fc.autocoreset(X, targets(name), name, None, 45, method=method, groups=groups, seed=4)
+        assert not torch.equal(coreset.indices, other.indices)
+
+
+def test_beats_as_many_uniform_samples() -> None:
+    x, y = load_breast_cancer(return_X_y=True)
+    x = (x - x.mean(0)) / x.std(0)
+    full = make_model("logistic_regression", 0).fit(x, y)
+    least = LOSSES["logistic_regression"](full, x, y).sum()
+    for seed in range(4):
+        coreset = fc.autocoreset(x, y, "logistic_regression", None, 100, seed=seed)
+        uniform = fc.autocoreset(
+            x,
+            y,
+            "logistic_regression",
+            None,
+            100,
+            method="uniform",
+            n_initial=coreset.info["fits"],
+            seed=seed,
+            patience=1,
+        )
+        error, by_chance = coreset.info["loss"] / least - 1, uniform.info["loss"] / least - 1
+        assert error < by_chance / 3
+        assert error > -1e-5  # the loss is what the fit on all data minimises
+
+
+class Recorder:
+    """A model of the mean, without scikit-learn, that remembers its fits."""
+
+    fits: list[tuple[Any, Any, Any]]
+
+    def __init__(self) -> None:
+        self.fits = []
+
+    def __deepcopy__(self, memo: Any) -> Recorder:
+        fresh = Recorder()
+        fresh.fits = self.fits
+        return fresh
+
+    def fit(self, x: Any, y: Any, sample_weight: Any = None) -> None:
+        self.fits.append((x, y, sample_weight))
+        self.mean = np.average(x, axis=0, weights=sample_weight)
+
+
+def distances(model: Any, x: Any, y: Any) -> Any:
+    return torch.from_numpy(((x - model.mean) ** 2).sum(1))
+
+
+def test_the_course_by_hand() -> None:
+    model = Recorder()
+    coreset = fc.autocoreset(X, None, model, distances, 20, n_initial=2, patience=3, seed=1)
+    check(coreset, 400, 20)
+    assert len(model.fits) == coreset.info["fits"]
+    assert not hasattr(model, "mean")  # copies are fitted
+    for place, (x, y, weights) in enumerate(model.fits):
+        assert y is None
+        assert len(x) == len(weights) <= 20
+        assert weights.sum() == pytest.approx(400)
+        mean = np.average(x, axis=0, weights=weights)
+        assert coreset.info["losses"][place] == pytest.approx(((X - mean) ** 2).sum())
+        if place >= 2:  # the columns before it match
+            columns = np.stack(
+                [((X - np.average(a, axis=0, weights=b)) ** 2).sum(1) for a, _, b in model.fits[:place]], 1
+            )
+            own = np.stack(
+                [((x - np.average(a, axis=0, weights=b)) ** 2).sum(1) for a, _, b in model.fits[:place]], 1
+            )
+            np.testing.assert_allclose(weights @ own, columns.sum(0), rtol=1e-10)
+    x, _, weights = model.fits[coreset.info["best"]]
+    np.testing.assert_array_equal(x, X[coreset.indices.numpy()])
+    np.testing.assert_array_equal(weights, coreset.weights.numpy())
+
+
+def test_it_ends() -> None:
+    losses = iter(np.linspace(9, 1, 100))
+
+    def falling(model: Any, x: Any, y: Any) -> Any:
+        return np.full(400, next(losses))
+
+    by_columns = fc.autocoreset(X, None, Recorder(), falling, 10, n_initial=2, patience=3)
+    assert (by_columns.info["stopped"], by_columns.info["fits"]) == ("columns", 10)
+    constant = fc.autocoreset(X, None, Recorder(), lambda m, x, y: np.ones(400), 50, n_initial=4, patience=3)
+    assert (constant.info["stopped"], constant.info["fits"], constant.info["best"]) == ("patience", 7, 0)
+    many = fc.autocoreset(X, None, Recorder(), lambda m, x, y: np.ones(400), 5, n_initial=8)
+    assert (many.info["stopped"], many.info["fits"], many.info["rounds"]) == ("columns", 8, 0)
+    zero = fc.autocoreset(X, None, Recorder(), lambda m, x, y: np.zeros(400), 30)
+    check(zero, 400, 30)
+
+
+def test_all_samples() -> None:
+    coreset = fc.autocoreset(X, Y, "linear_regression", None, 400)
+    assert coreset.indices.tolist() == list(range(400))
+    assert coreset.weights.tolist() == [1.0] * 400
+    check(coreset, 400, 400)
+
+
+def test_inputs_of_other_libraries() -> None:
+    plain = fc.autocoreset(X, Y, "linear_regression", None, 40)
+    for x, y in (
+        (torch.from_numpy(X), torch.from_numpy(Y)),
+        (X.tolist(), Y.tolist()),
+        (scipy.sparse.csr_matrix(X), Y),
+        (scipy.sparse.coo_matrix(X), Y),
+    ):
+        found = fc.autocoreset(x, y, "linear_regression", None, 40)
+        assert len(found.indices) == len(plain.indices)
+        check(found, 400, 40)
+    narrow = fc.autocoreset(torch.from_numpy(X).float(), torch.from_numpy(Y), "linear_regression", None, 40)
+    assert narrow.weights.dtype == torch.float32
+    check(narrow, 400, 40)
+    half = fc.autocoreset(
+        torch.from_numpy(X).bfloat16(), None, KMeans(3, n_init=1, random_state=0), "kmeans", 40
+    )
+    check(half, 400, 40)
+    names = np.array(["a", "b", "c"])[LABELS]
+    check(fc.autocoreset(X, names, DecisionTreeClassifier(random_state=0), _miss, 40), 400, 40)
+
+
+def _miss(model: Any, x: Any, y: Any) -> Any:
+    return (model.predict(x) != y).astype(float)
+
+
+def test_a_rare_class_is_in_every_subset() -> None:
+    y = np.zeros(400, dtype=int)
+    y[:8] = 1
+    seen = []
+
+    def loss(model: Any, x: Any, y: Any) -> Any:
+        seen.append(len(model.classes_))
+        return LOSSES["logistic_regression"](model, x, y)
+
+    check(fc.autocoreset(X, y, LogisticRegression(), loss, 30, method="uniform"), 400, 30)
+    assert set(seen) == {2}
+
+
+def test_progress_and_select() -> None:
+    calls: list[tuple[int, int]] = []
+    coreset = fc.select(
+        "autocoreset", x=X, y=Y, model="linear_regression", loss=None, k=25,
+        progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert calls == [(fit + 1, 25) for fit in range(coreset.info["fits"])]
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+class Fitless:
+    pass
+
+
+def _bad_loss(value: Any) -> Any:
+    def loss(model: Any, x: Any, y: Any) -> Any:
+        losses = np.ones(len(x))
+        losses[7] = value
+        return losses
+
+    return loss
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no sample_weight": (
+        {"model": KNeighborsClassifier(), "loss": _miss, "y": LABELS}, TypeError,
+        r"model must have fit\(X, y, sample_weight=...\), got KNeighborsClassifier, whose fit takes X, y",
+    ),
+    "no fit": ({"model": Fitless(), "loss": _miss}, TypeError, "model must be one of kmeans, .* got Fitless"),
+    "a class": ({"model": LinearRegression}, TypeError, "got LinearRegression, a class"),
+    "unknown model": ({"model": "svm"}, ValueError, "unknown model 'svm'; valid names: kmeans, logistic_regression"),
+    "unknown loss": ({"loss": "hinge"}, ValueError, "unknown loss 'hinge'; valid names: kmeans"),
+    "loss of a type": ({"loss": 3}, TypeError, "loss must be a str"),
+    "no loss": ({"model": LinearRegression(), "loss": None}, TypeError, "loss must be a callable"),
+    "loss a matrix": (
+        {"loss": lambda m, x, y: np.ones((len(x), 1))}, ValueError, r"loss must return shape \(400,\), .* got \(400, 1\)",
+    ),
+    "loss a sum": ({"loss": lambda m, x, y: 3.0}, ValueError, r"loss must return shape \(400,\), .* got \(\)"),
+    "loss text": ({"loss": lambda m, x, y: ["a"] * 400}, TypeError, "loss must return real numbers"),
+    "loss NaN": ({"loss": _bad_loss(math.nan)}, ValueError, "loss must be finite and >= 0, got nan for sample 7"),
+    "loss inf": ({"loss": _bad_loss(math.inf)}, ValueError, "loss must be finite and >= 0, got inf for sample 7"),
+    "loss < 0": ({"loss": _bad_loss(-1)}, ValueError, "loss must be finite and >= 0, got -1.0 for sample 7"),
+    "k 0": ({"k": 0}, ValueError, "k must be >= 1, got 0"),
+    "k > n": ({"k": 401}, ValueError, "k must be <= the 400 samples, got 401"),
+    "k float": ({"k": 2.0}, TypeError, "k must be an int"),
+    "k < classes": (
+        {"model": "logistic_regression", "loss": None, "y": LABELS, "k": 2}, ValueError, "k must be >= the 3 classes of y, got 2",
+    ),
+    "k < groups": ({"groups": np.arange(400) % 50, "k": 49}, ValueError, "k must be >= the 50 groups, got 49"),
+    "groups short": ({"groups": [0, 1]}, ValueError, r"groups must have shape \[400\], got \(2,\)"),
+    "groups float": ({"groups": Y}, TypeError, "groups must hold integers"),
+    "y short": ({"y": Y[:5]}, ValueError, "y must have 400 entries as x has samples, got 5"),
+    "x a number": ({"x": 3.0}, TypeError, "x must be an array of samples"),
+    "x empty": ({"x": X[:0]}, ValueError, "x must have at least 1 sample"),
+    "x ragged": ({"x": [[1.0], [1.0, 2.0]]}, ValueError, "x must be an array, got a nested list"),
+    "method": ({"method": "random"}, ValueError, "unknown method 'random'; valid names: caratheodory, importance"),
+    "n_initial": ({"n_initial": 0}, ValueError, "n_initial must be >= 1, got 0"),
+    "patience": ({"patience": 0}, ValueError, "patience must be >= 1, got 0"),
+    "seed": ({"seed": -1}, ValueError, "seed must be in"),
+    "progress": ({"progress": "yes"}, TypeError, "progress must be None, True or a callable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    changes, error, words = BAD[name]
+    arguments = {"x": X, "y": Y, "model": "linear_regression", "loss": None, "k": 30} | changes
+    if "model" not in changes and "loss" not in changes:
+        arguments["loss"] = "linear_regression"
+    with pytest.raises(error, match=words):
+        fc.autocoreset(**arguments)
+
+
+def test_a_class_that_no_subset_has() -> None:
+    y = np.zeros(20_000, dtype=int)
+    y[0] = 1
+    x = np.repeat(X, 50, axis=0)
+    with pytest.raises(ValueError, match=r"k must be large enough for every class, got 2, .* pass groups=y"):
+        fc.autocoreset(x, y, LogisticRegression(), "logistic_regression", 2, method="uniform", n_initial=1)
+    check(fc.autocoreset(x, y, LogisticRegression(), "logistic_regression", 4, groups=y), 20_000, 4)
