@@ -198,6 +198,7 @@ def _move(tensors: list[Tensor], originals: list[Tensor], step: float, fill: Cal
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
         begin += flat.numel()
+    torch.clear_autocast_cache()  # of the values before
 
 
 @contextmanager
@@ -214,6 +215,7 @@ def _put_back(tensors: list[Tensor], originals: list[Tensor]) -> None:
     try:
         for tensor, original in zip(tensors, originals, strict=True):
             tensor.copy_(original)
+        torch.clear_autocast_cache()
     except KeyboardInterrupt:  # once more, from the beginning
         _put_back(tensors, originals)
         raise
