@@ -73,7 +73,7 @@ class BatchSelector:
 
     Attributes:
         parameter_name: what is perturbed.
-        parameter: the tensor that is perturbed: the parameter itself or a view of it.
+        parameter: the tensor that is perturbed: the parameter itself, or a view of it.
         layer_name: the layer that is run again.
         method: the argument.
         steps: how many batches have been evaluated.
@@ -133,11 +133,23 @@ class BatchSelector:
         self._model = model
         self.method = method
         self.steps = 0
+        self._view: Callable[[Tensor], Tensor] | None = None
         if parameter is None:
-            self.parameter_name, self.parameter = _value_projection(model)
+            self.parameter_name, self._view = _value_projection(model)
         else:
-            self.parameter_name, self.parameter = parameter, _named(model, parameter)
+            self.parameter_name = _named(model, parameter)
         self.layer_name, self._before = _layer_of(model, self.parameter_name)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The tensor that is perturbed. Looked up each time: models are moved and cast."""
+        tensor = self._model.get_parameter(self.parameter_name)
+        return tensor if self._view is None else self._view(tensor.detach())
+
+    @property
+    def numel(self) -> int:
+        """How many numbers are perturbed."""
+        return self.parameter.numel()
 
     def gradients(self, batch: Mapping[str, Any]) -> LowRankGradients:
         """The gradient of each row's loss with respect to `parameter`, as coefficients of the directions.
@@ -167,7 +179,7 @@ class BatchSelector:
                 }
                 parts.append(self._coefficients(part, seed))
         self.steps += 1
-        return LowRankGradients(torch.cat(parts), seed, self.parameter.numel())
+        return LowRankGradients(torch.cat(parts), seed, self.numel)
 
     def select(self, batch: Mapping[str, Any], groups: Any = None) -> Coreset:
         """The rows of `batch` to train on, by `method`.
@@ -332,8 +344,8 @@ def _repeated(model: nn.Module, before: list[nn.Module]) -> Iterator[Callable[[d
                     module.forward = forward
 
 
-def _value_projection(model: nn.Module) -> tuple[str, Tensor]:
-    """The name and the tensor of the last layer's V-projection."""
+def _value_projection(model: nn.Module) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+    """The name of the last layer's V-projection and, of a fused one, what takes the values' part of it."""
     found: tuple[str, nn.Module] | None = None
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     names = (*_SEPARATE, *_FUSED)
@@ -373,7 +385,7 @@ def _value_projection(model: nn.Module) -> tuple[str, Tensor]:
         )
     kind = _last(name)
     if kind not in _FUSED:
-        return full, tensor
+        return full, None
     config = _config(model, name)
     layouts = _FUSED[kind]
     layout = layouts.get(getattr(config, "model_type", None) or "")
@@ -382,10 +394,11 @@ def _value_projection(model: nn.Module) -> tuple[str, Tensor]:
             f"the layout of the fused projection {full} is known for the model_type {', '.join(layouts)}, got "
             f"{getattr(config, 'model_type', None)!r}; name the parameter to perturb with parameter="
         )
+    known = layout
     # transformers' Conv1D is [in, out]; the matrix B of an adapter is always [out, r].
-    transposed = not owner.startswith("lora") and type(_base(module)).__name__ == "Conv1D"
-    rows = tensor.detach()
-    return full, layout(rows.T if transposed else rows, config)
+    if not owner.startswith("lora") and type(_base(module)).__name__ == "Conv1D":
+        return full, lambda tensor: known(tensor.T, config)
+    return full, lambda tensor: known(tensor, config)
 
 
 def _last(name: str) -> str:
@@ -421,7 +434,7 @@ def _config(model: nn.Module, name: str) -> Any:
             return config
 
 
-def _named(model: nn.Module, name: str) -> Tensor:
+def _named(model: nn.Module, name: str) -> str:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if name not in parameters:
         near = [other for other in parameters if _last(other) == _last(name)] or list(parameters)
@@ -431,7 +444,7 @@ def _named(model: nn.Module, name: str) -> Tensor:
         )
     if parameters[name].dtype not in FLOATING:
         raise TypeError(f"parameter must be floating, got {parameters[name].dtype} of {name}")
-    return parameters[name]
+    return name
 
 
 def _layer_of(model: nn.Module, parameter: str) -> tuple[str, list[nn.Module]]:
