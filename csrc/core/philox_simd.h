@@ -30,12 +30,10 @@ inline Words multiply_low(Words a, Words b) {
 #endif
 }
 
-// c[w] = word w of the blocks of rows row, row + 1, ..., a lane each; above 32 bits lanes hold anything.
+// c[w] = word w of the blocks of the rows `row`, a lane each; above 32 bits lanes hold anything.
 // `block` is the column block, `kind` the last word of the counter.
-inline void philox_rows(uint64_t seed, uint64_t row, uint32_t block, uint32_t kind, Words (&c)[4]) {
-  Words lane;
-  for (int r = 0; r < kPhiloxRows; ++r) lane[r] = static_cast<uint64_t>(r);
-  c[0] = lane + row;
+inline void philox_rows(uint64_t seed, Words row, uint32_t block, uint32_t kind, Words (&c)[4]) {
+  c[0] = row;
   c[1] = c[0] >> 32;
   c[2] = Words{} + block;
   c[3] = Words{} + kind;
@@ -50,6 +48,13 @@ inline void philox_rows(uint64_t seed, uint64_t row, uint32_t block, uint32_t ki
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
+}
+
+// The same of the rows row, row + 1, ...
+inline void philox_rows(uint64_t seed, uint64_t row, uint32_t block, uint32_t kind, Words (&c)[4]) {
+  Words lane;
+  for (int r = 0; r < kPhiloxRows; ++r) lane[r] = row + static_cast<uint64_t>(r);
+  philox_rows(seed, lane, block, kind, c);
 }
 
 // The low halves of the lanes.

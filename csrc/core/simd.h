@@ -3,6 +3,7 @@
 // multiply-add, conversion to 64-bit integers, compression) is spelled out per instruction set.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -135,6 +136,24 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
     return (Vec<T>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
+#endif
+}
+
+template <class T>
+inline Vec<T> square_root(Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_sqrt_ps((__m512)v);
+  else
+    return (Vec<T>)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_sqrt_ps((__m256)v);
+  else
+    return (Vec<T>)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kWidth<T>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
 #endif
 }
 

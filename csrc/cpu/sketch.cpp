@@ -27,6 +27,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/normal_simd.h"
 #include "core/philox_simd.h"
 #include "core/vmath.h"
 #include "cpu/pack.h"
@@ -248,80 +249,6 @@ void for_words(const Projection& p, int64_t first, int64_t count, uint32_t block
   }
 }
 
-using Doubles = simd::Vec<double>;
-
-inline Doubles to_double(simd::Words low) {
-#if defined(__AVX512F__)
-  return (Doubles)_mm512_cvtepu64_pd((__m512i)low);
-#else
-  Doubles result;
-  for (int r = 0; r < simd::kPhiloxRows; ++r) result[r] = static_cast<double>(static_cast<uint32_t>(low[r]));
-  return result;
-#endif
-}
-
-inline Doubles square_root(Doubles v) {
-#if defined(__AVX512F__)
-  return (Doubles)_mm512_sqrt_pd((__m512d)v);
-#elif defined(__AVX2__)
-  return (Doubles)_mm256_sqrt_pd((__m256d)v);
-#else
-  for (int r = 0; r < simd::kPhiloxRows; ++r) v[r] = std::sqrt(v[r]);
-  return v;
-#endif
-}
-
-// By intrinsics, because GCC 12 forgets the rounding where it vectorises a loop whose results become doubles
-// again.
-inline void round_to_float(Doubles v, float* out) {
-#if defined(__AVX512F__)
-  _mm256_storeu_ps(out, _mm512_cvtpd_ps((__m512d)v));
-#elif defined(__AVX2__)
-  _mm_storeu_ps(out, _mm256_cvtpd_ps((__m256d)v));
-#elif defined(__SSE2__)
-  _mm_storel_pi(reinterpret_cast<__m64*>(out), _mm_cvtpd_ps((__m128d)v));
-#elif defined(__aarch64__)
-  vst1_f32(out, vcvt_f32_f64((float64x2_t)v));
-#else
-  for (int r = 0; r < simd::kPhiloxRows; ++r) out[r] = static_cast<float>(v[r]);
-#endif
-}
-
-// sin(pi / 2 t), 0 <= t <= 1, by Taylor's series; what is left out is 5 * 10^-14 of it at most.
-inline Doubles quarter_sine(Doubles t) {
-  static constexpr double kSeries[] = {6.0669357311061955e-12, -6.688035109811468e-10, 5.692172921967927e-08,
-                                       -3.598843235212085e-06, 0.00016044118478735983, -0.004681754135318688,
-                                       0.07969262624616705,    -0.6459640975062463,    1.5707963267948966};
-  const Doubles square = t * t;
-  Doubles sum = simd::broadcast(kSeries[0]);
-  for (int k = 1; k < 9; ++k) sum = simd::fma<double>(sum, square, simd::broadcast(kSeries[k]));
-  return sum * t;
-}
-
-// The two normal numbers that two words make, in every lane; see reference/sketch.py.
-inline void normal_pairs(simd::Words word0, simd::Words word1, float (&x)[simd::kPhiloxRows],
-                         float (&y)[simd::kPhiloxRows]) {
-  const simd::Words low = simd::Words{} + 0xFFFFFFFFu, one = simd::Words{} + 1;
-  word0 &= low;
-  word1 &= low;
-  const Doubles radius =
-      square_root(simd::broadcast(-2.0) *
-                  simd::log<double>((to_double(word0) + simd::broadcast(1.0)) * simd::broadcast(0x1p-32)));
-  // The quadrant is the two highest bits; the half that is added does not reach them.
-  const Doubles part = (to_double(word1 & (low >> 2)) + simd::broadcast(0.5)) * simd::broadcast(0x1p-30);
-  const simd::Words quadrant = word1 >> 30, odd = simd::Words{} - (quadrant & one);
-  const simd::Words sine = (simd::Words)(quarter_sine(part) * radius),
-                    cosine = (simd::Words)(quarter_sine(simd::broadcast(1.0) - part) * radius);
-  const Doubles first = (Doubles)((sine & odd) | (cosine & ~odd)),
-                second = (Doubles)((cosine & odd) | (sine & ~odd));
-  const simd::Words flip_first = ((quadrant ^ (quadrant >> 1)) & one) << 63, flip_second = (quadrant >> 1)
-                                                                                           << 63;
-  const Doubles a = (Doubles)((simd::Words)first ^ flip_first),
-                b = (Doubles)((simd::Words)second ^ flip_second);
-  round_to_float(a, x);
-  round_to_float(b, y);
-}
-
 // out(row, k, value) for the normal numbers k < 4 of column block `block` of the rows [first, first + count).
 template <class Out>
 void for_normals(const Projection& p, int64_t first, int64_t count, uint32_t block, Out&& out) {
@@ -329,8 +256,8 @@ void for_normals(const Projection& p, int64_t first, int64_t count, uint32_t blo
     simd::Words c[4];
     simd::philox_rows(p.seed, static_cast<uint64_t>(first + i), block, static_cast<uint32_t>(p.kind), c);
     alignas(64) float value[4][simd::kPhiloxRows];
-    normal_pairs(c[0], c[1], value[0], value[1]);
-    normal_pairs(c[2], c[3], value[2], value[3]);
+    simd::normal_pairs(c[0], c[1], value[0], value[1]);
+    simd::normal_pairs(c[2], c[3], value[2], value[3]);
     const int64_t here = std::min<int64_t>(simd::kPhiloxRows, count - i);
     for (int64_t r = 0; r < here; ++r) {
       for (int k = 0; k < 4; ++k) out(i + r, k, value[k][r]);

@@ -12,11 +12,13 @@ from flashcoreset import integrations, kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
-from flashcoreset.methods import ccs, goracs, select, simcore, top_scores
+from flashcoreset.methods import CoLM, ccs, goracs, select, simcore, top_scores
+from flashcoreset.ops.adam import AdamState, RankOneAdamState
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.dynamics import TrainingDynamics
 from flashcoreset.ops.facility_location import facility_location
 from flashcoreset.ops.gradient_sketcher import GradientSketcher
+from flashcoreset.ops.matching import match_gradients
 from flashcoreset.ops.scores import SampleScores, sample_scores
 from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
 from flashcoreset.ops.sketch import projection_matrix, sketch
@@ -25,11 +27,14 @@ from flashcoreset.ops.zeroth_order import LowRankGradients, zeroth_order_gradien
 __version__ = _version("flashcoreset")
 
 __all__ = [
+    "AdamState",
     "BackendUnavailableError",
+    "CoLM",
     "ConvergenceWarning",
     "Coreset",
     "GradientSketcher",
     "LowRankGradients",
+    "RankOneAdamState",
     "SampleScores",
     "Selection",
     "SlowPathWarning",
@@ -42,6 +47,7 @@ __all__ = [
     "goracs",
     "integrations",
     "kernels",
+    "match_gradients",
     "memory_estimate",
     "plot",
     "projection_matrix",

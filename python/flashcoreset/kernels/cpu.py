@@ -13,16 +13,20 @@ from flashcoreset import _native
 from flashcoreset._tensor import Csr, compute_dtype
 from flashcoreset.kernels.nearest_order import NearestOrder
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
+from flashcoreset.reference.matching import Rule
 from flashcoreset.reference.sinkhorn import Solution
 
 __all__ = [
     "FacilityLocation",
     "NearestOrder",
+    "directions",
     "pairwise",
     "sample_scores",
     "sinkhorn",
     "sinkhorn_apply",
     "sinkhorn_plan",
+    "top_updates",
+    "update_history",
 ]
 
 # A capsule costs 0.3 us, calling Tensor.__dlpack__ from C++ 2 us.
@@ -389,3 +393,117 @@ def sample_scores(
         _capsule(logits.detach()), _capsule(targets), masked, _capsule(out), torch.get_num_threads()
     )
     return out
+
+
+def directions(out: Tensor, *, seed: int, begin: int, first: int = 0) -> None:
+    """Fills out [q, n] float32 or float64, on the CPU, with elements begin to begin + n of the directions first to
+    first + q; see `flashcoreset.reference.zeroth_order` for the definition.
+
+    Raises:
+        BackendUnavailableError: if no compiled module can be loaded.
+        ValueError: for a negative `begin`, or directions outside [0, 2^32).
+
+    Example:
+        >>> import torch
+        >>> from flashcoreset import kernels
+        >>> z = torch.empty(1, 3)
+        >>> kernels.cpu.directions(z, seed=0, begin=0)
+        >>> bool(z.abs().max() < 6)
+        True
+    """
+    _native.module().directions(_capsule(out), seed, begin, first, torch.get_num_threads())
+
+
+def top_updates(
+    g: Tensor,
+    m: Tensor | None,
+    v: Tensor | None,
+    rule: Rule | None,
+    member: Tensor,
+    offset: Tensor,
+    top: int,
+    *,
+    seed: int = 0,
+    length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The dimensions of the largest mean updates of each group, and its members' updates there.
+
+    Args:
+        g: [B, D] rows of any floating dtype, on the CPU; with `length` the coefficients [B, q], float32 or float64, of
+            directions [q, length] from `seed`.
+        m, v: [D] float64 where the rows are, else float32; None, with `rule`, takes the rows themselves as updates.
+        rule: how updates are made.
+        member: [R] int64, rows of the groups, one group after the other.
+        offset: [G + 1] int64, where each group begins in `member`; none is empty.
+        top: how many dimensions, 1 <= top <= D.
+
+    Returns:
+        dims [G, top] int64, the largest first, and u [R, top] float64.
+
+    Raises:
+        BackendUnavailableError: if no compiled module can be loaded.
+        ValueError: for NaN and infinity, where v < 0, and for arrays that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from flashcoreset import kernels
+        >>> g, rows, offset = torch.tensor([[1.0, 5.0, -3.0]]), torch.tensor([0]), torch.tensor([0, 1])
+        >>> kernels.cpu.top_updates(g, None, None, None, rows, offset, 2)
+        (tensor([[1, 2]]), tensor([[ 5., -3.]], dtype=torch.float64))
+    """
+    dims = torch.empty(len(offset) - 1, top, dtype=torch.int64)
+    u = torch.empty(len(member), top, dtype=torch.float64)
+    numbers = (0.0, 1.0, 0.0, 0.0, 0.0)
+    if rule is not None:
+        numbers = (rule.m_scale, rule.m_step, rule.v_scale, rule.v_step, rule.eps)
+    _native.module().top_updates(
+        _capsule(g.detach()),
+        seed,
+        length,
+        None if rule is None else _optional(m),
+        None if rule is None else _optional(v),
+        *numbers,
+        _capsule(member),
+        _capsule(offset),
+        _capsule(dims),
+        _capsule(u),
+        torch.get_num_threads(),
+    )
+    return dims, u
+
+
+def update_history(
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    betas: tuple[float, float],
+    chosen: Tensor,
+    *,
+    seed: int = 0,
+    length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Adam's history after a step: the means of the new m and v, [D] each, of the rows `chosen` [c] int64.
+
+    The other arguments and the errors are those of `top_updates`.
+
+    Example:
+        >>> import torch
+        >>> from flashcoreset import kernels
+        >>> g, zero = torch.tensor([[1.0], [3.0]]), torch.zeros(1)
+        >>> kernels.cpu.update_history(g, zero, zero, (0.5, 0.5), torch.tensor([0, 1]))
+        (tensor([1.]), tensor([2.5000]))
+    """
+    new_m, new_v = torch.empty_like(m), torch.empty_like(v)
+    _native.module().update_history(
+        _capsule(g.detach()),
+        seed,
+        length,
+        *betas,
+        _capsule(m),
+        _capsule(v),
+        _capsule(chosen),
+        _capsule(new_m),
+        _capsule(new_v),
+        torch.get_num_threads(),
+    )
+    return new_m, new_v

@@ -1,6 +1,7 @@
 """The reference behind the names of the compiled kernels."""
 
 from flashcoreset.reference.facility_location import FacilityLocation, pairwise
+from flashcoreset.reference.matching import top_updates, update_history
 from flashcoreset.reference.scores import sample_scores
 from flashcoreset.reference.simcore import NearestOrder
 from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
@@ -20,4 +21,6 @@ __all__ = [
     "sinkhorn_apply",
     "sinkhorn_plan",
     "sketch",
+    "top_updates",
+    "update_history",
 ]

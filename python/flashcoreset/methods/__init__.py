@@ -7,6 +7,7 @@ from typing import Any
 
 from flashcoreset._types import Coreset
 from flashcoreset.methods.ccs import ccs, top_scores
+from flashcoreset.methods.colm import CoLM
 from flashcoreset.methods.goracs import goracs
 from flashcoreset.methods.simcore import simcore
 
@@ -40,4 +41,4 @@ def select(name: str, **arguments: Any) -> Coreset:
     return _METHODS[name](**arguments)
 
 
-__all__ = ["ccs", "goracs", "select", "simcore", "top_scores"]
+__all__ = ["CoLM", "ccs", "goracs", "select", "simcore", "top_scores"]

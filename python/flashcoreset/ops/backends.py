@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -22,6 +20,7 @@ FAMILIES = {
     "sinkhorn": ("cpu", "cuda", "triton", "torch"),
     "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),
+    "matching": ("cpu", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
@@ -58,14 +57,6 @@ def choose_kernels(
         reasons.append(reason)
     warn_slow_path("; ".join(reasons) or f"no compiled kernel takes tensors on {device}")
     return kernels.torch
-
-
-def kernel_of(name: str, backend: str | None, device: torch.device, family: str) -> Callable[..., Any]:
-    """The kernel `name` of the kernels that `choose_kernels` takes, or the reference's where they have none of this name."""
-    found: Callable[..., Any] = getattr(choose_kernels(backend, device, family), name, None) or getattr(
-        kernels.torch, name
-    )
-    return found
 
 
 def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> str | None:

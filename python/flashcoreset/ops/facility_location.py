@@ -544,6 +544,16 @@ def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, met
     return farthest
 
 
+def group_members(
+    count: int, k: Any, groups: Any, budgets: Any, device: torch.device
+) -> list[tuple[Tensor, int]]:
+    """For each label, ascending: which of `count` items are its members, ascending, and how many to pick of them; the arguments
+    are checked as those of `facility_location`."""
+    stand_in = torch.empty(count, 1, device=device)
+    p = _check(stand_in, k, None, "l1", None, groups, budgets, None, "lazy", 0.1, 0, None, 0)
+    return [(torch.arange(count, device=device), p.k)] if p.groups is None else _members(p)
+
+
 def _members(p: _Problem) -> list[tuple[Tensor, int]]:
     """For each label, ascending: its members, ascending, and how many to pick of them."""
     assert p.groups is not None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._tensor import FLOATING, as_int64, as_integer, as_number, as_tensor, compute_dtype
-from flashcoreset.ops.backends import check_backend, kernel_of
+from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.reference.philox import philox4x32
 
 _CHUNK = 1 << 20  # elements of a direction that are formed at a time
@@ -86,8 +86,7 @@ class LowRankGradients:
             )
         c = self.coefficients
         out = c.new_empty(c.shape[1], end - begin)
-        kernel = kernel_of("directions", self.backend, c.device, "sketch")
-        kernel(out, seed=self.seed, begin=begin)
+        choose_kernels(self.backend, c.device, "matching").directions(out, seed=self.seed, begin=begin)
         return out
 
     def dense(self) -> Tensor:
@@ -163,7 +162,7 @@ def zeroth_order_gradients(
         raise TypeError(f"resample must be a bool, got {resample!r} of type {type(resample).__name__}")
     check_backend(backend)
     device = tensors[0].device
-    fill = kernel_of("directions", backend, device, "sketch")
+    fill = choose_kernels(backend, device, "matching").directions
     if resample:
         seed = _next_seed(seed)
     numel = sum(tensor.numel() for tensor in tensors)

@@ -1,0 +1,141 @@
+// Python's view of gradient matching and of the directions of zeroth-order gradients.
+#include "cpu/matching.h"
+
+#include <string>
+
+#include "bindings/bindings.h"
+#include "bindings/boundary.h"
+#include "cpu/directions.h"
+
+namespace fc {
+
+namespace {
+
+// fn(gradients): rows [B, D], or with a length the coefficients [B, q] of directions from `seed`.
+template <class Fn>
+void dispatch_gradients(const ArrayArgument& g, int64_t seed, py::object length, Fn&& fn) {
+  if (length.is_none()) {
+    dispatch_real(g, [&](auto zero) {
+      using X = decltype(zero);
+      fn(DenseGradients<X>{g.input<X, 2>()});
+    });
+  } else {
+    dispatch_floating(g, [&](auto zero) {
+      using X = decltype(zero);
+      fn(LowRankGradients<X>{g.input<X, 2>(), static_cast<uint64_t>(seed), length.cast<int64_t>()});
+    });
+  }
+}
+
+template <class Gradients>
+int64_t row_count(const Gradients& g) {
+  if constexpr (std::is_same_v<Gradients, DenseGradients<typename Gradients::Element>>)
+    return g.rows.rows();
+  else
+    return g.coefficients.rows();
+}
+
+void require_rows(TensorView<const int64_t, 1> rows, int64_t count, const char* name) {
+  for (int64_t i = 0; i < rows.shape[0]; ++i) {
+    if (rows(i) < 0 || rows(i) >= count)
+      throw py::value_error(std::string(name) + ": expected rows in [0, " + std::to_string(count) + "), got " +
+                            std::to_string(rows(i)));
+  }
+}
+
+}  // namespace
+
+void bind_matching(py::module_& m) {
+  m.def(
+      "directions",
+      [](py::object out_array, int64_t seed, int64_t begin, int64_t first, int threads) {
+        const ArrayArgument out(out_array, "out");
+        if (begin < 0) throw py::value_error("begin: expected a number >= 0, got " + std::to_string(begin));
+        dispatch_floating(out, [&](auto zero) {
+          using T = decltype(zero);
+          const auto result = out.output<T, 2>();
+          if (!result.has_contiguous_rows())
+            throw py::value_error("out: expected rows that are contiguous in memory");
+          if (first < 0 || first + result.rows() > int64_t{1} << 32)
+            throw py::value_error("first: expected directions in [0, 2^32), got " + std::to_string(first));
+          without_gil([&] {
+            ThreadTeam team(threads, signal_poll());
+            directions<T>(static_cast<uint64_t>(seed), begin, static_cast<uint32_t>(first), result, team);
+          });
+        });
+      },
+      py::arg("out"), py::arg("seed"), py::arg("begin"), py::arg("first") = 0, py::arg("threads") = 1,
+      "out [q, n] = elements begin to begin + n of the directions first to first + q.");
+  m.def(
+      "top_updates",
+      [](py::object g_array, int64_t seed, py::object length, py::object m_array, py::object v_array,
+         double m_scale, double m_step, double v_scale, double v_step, double eps, py::object member_array,
+         py::object offset_array, py::object dims_array, py::object u_array, int threads) {
+        const ArrayArgument g(g_array, "g"), member(member_array, "member"), offset(offset_array, "offset"),
+            dims(dims_array, "dims"), u(u_array, "u");
+        const GroupedRows groups{member.input<int64_t, 1>(), offset.input<int64_t, 1>()};
+        const auto found = dims.output<int64_t, 2>();
+        const auto rows = u.output<double, 2>();
+        const int64_t count = groups.offset.shape[0] - 1;
+        if (count < 1 || groups.offset(int64_t{0}) != 0 || groups.offset(count) != groups.member.shape[0])
+          throw py::value_error("offset: expected 0, ..., the number of members");
+        for (int64_t i = 0; i < count; ++i) {
+          if (groups.offset(i) >= groups.offset(i + 1))
+            throw py::value_error("offset: expected groups that are not empty");
+        }
+        dims.require_shape({count, found.cols()});
+        u.require_shape({groups.member.shape[0], found.cols()});
+        if (!rows.has_contiguous_rows())
+          throw py::value_error("u: expected rows that are contiguous in memory");
+        dispatch_gradients(g, seed, length, [&](const auto& gradients) {
+          using T = HistoryOf<typename std::decay_t<decltype(gradients)>::Element>;
+          require_rows(groups.member, row_count(gradients), "member");
+          if (found.cols() < 1 || found.cols() > gradients.numel())
+            throw py::value_error("dims: expected 1 to " + std::to_string(gradients.numel()) + " columns, got " +
+                                  std::to_string(found.cols()));
+          const AdamRule rule{!m_array.is_none(), m_scale, m_step, v_scale, v_step, eps};
+          const auto run = [&](TensorView<const T, 1> first, TensorView<const T, 1> second) {
+            without_gil([&] {
+              ThreadTeam team(threads, signal_poll());
+              top_updates(gradients, rule, first, second, groups, found, rows, team);
+            });
+          };
+          if (!rule.has_history) return run({}, {});
+          const ArrayArgument first(m_array, "m"), second(v_array, "v");
+          first.require_shape({gradients.numel()});
+          second.require_shape({gradients.numel()});
+          run(first.input<T, 1>(), second.input<T, 1>());
+        });
+      },
+      py::arg("g"), py::arg("seed"), py::arg("length"), py::arg("m"), py::arg("v"), py::arg("m_scale"),
+      py::arg("m_step"), py::arg("v_scale"), py::arg("v_step"), py::arg("eps"), py::arg("member"),
+      py::arg("offset"), py::arg("dims"), py::arg("u"), py::arg("threads") = 1,
+      "dims [G, top] = the dimensions of largest |mean update| of each group, u [R, top] = the members' updates there.");
+  m.def(
+      "update_history",
+      [](py::object g_array, int64_t seed, py::object length, double beta1, double beta2, py::object m_array,
+         py::object v_array, py::object chosen_array, py::object new_m_array, py::object new_v_array,
+         int threads) {
+        const ArrayArgument g(g_array, "g"), first(m_array, "m"), second(v_array, "v"),
+            chosen(chosen_array, "chosen"), new_first(new_m_array, "new_m"), new_second(new_v_array, "new_v");
+        const auto rows = chosen.input<int64_t, 1>();
+        if (rows.shape[0] == 0) throw py::value_error("chosen: expected at least 1 row, got 0");
+        dispatch_gradients(g, seed, length, [&](const auto& gradients) {
+          using T = HistoryOf<typename std::decay_t<decltype(gradients)>::Element>;
+          require_rows(rows, row_count(gradients), "chosen");
+          const auto old_m = first.input<T, 1>(), old_v = second.input<T, 1>();
+          const auto new_m = new_first.output<T, 1>(), new_v = new_second.output<T, 1>();
+          for (const ArrayArgument* array : {&first, &second, &new_first, &new_second})
+            array->require_shape({gradients.numel()});
+          without_gil([&] {
+            ThreadTeam team(threads, signal_poll());
+            update_history(gradients, beta1, beta2, old_m, old_v, rows, new_m, new_v, team);
+          });
+        });
+      },
+      py::arg("g"), py::arg("seed"), py::arg("length"), py::arg("beta1"), py::arg("beta2"), py::arg("m"),
+      py::arg("v"), py::arg("chosen"), py::arg("new_m"), py::arg("new_v"), py::arg("threads") = 1,
+      "The history after a step whose gradients are the rows `chosen`.");
+}
+
+}  // namespace fc

@@ -1,0 +1,223 @@
+"""CoLM: coresets of mini-batches for training language models on mixtures of sources."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcoreset._tensor import as_integer, as_vector, one_of
+from flashcoreset._types import Coreset
+from flashcoreset.ops.adam import AdamState, RankOneAdamState, check_betas, check_eps
+from flashcoreset.ops.backends import check_backend
+from flashcoreset.ops.budgets import RULES, allocate_budgets
+from flashcoreset.ops.matching import METRICS, Gradients, Problem, check_history, check_top, match_members
+
+
+class CoLM:
+    """Chooses, batch by batch, the samples to train on: all of small sources, and of the others medoids of the gradients as Adam
+    would normalise them.
+
+    It holds Adam's history of the gradients that were matched, which starts at zero with the first batch.
+
+    Args:
+        k: the size of a coreset, >= 1 and at least the number of `keep_groups`.
+        top: how many dimensions of a gradient count, those where a group's mean update is largest; no gradient may be shorter.
+            None takes all.
+        betas, eps: Adam's, as the optimizer has them.
+        keep_groups: labels of the sources of which every sample is kept.
+        rule: how what is left of k goes to the other sources: "proportional" and "balanced" are those of `allocate_budgets`,
+            "none" matches them together.
+        metric: what medoids are nearest by: "l1", "euclidean", "sqeuclidean", "cosine" or "dot".
+        backend: None, "cpu", "cuda", "triton" or "torch".
+
+    Raises:
+        TypeError, ValueError: for arguments of a wrong type or out of range.
+
+    Source: Nguyen, Yang, Anand, Yang and Mirzasoleiman, "Mini-batch coresets for memory-efficient language model training on
+    data mixtures", ICLR 2025.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> method = fc.CoLM(3, top=None, keep_groups=[7])
+        >>> coefficients = torch.tensor([[1.0], [1.1], [-2.0], [3.0], [0.5]])
+        >>> grads = fc.LowRankGradients(coefficients, seed=0, numel=1000)
+        >>> coreset = method.select(grads, groups=[0, 0, 0, 0, 7])
+        >>> coreset.indices.tolist(), coreset.weights.tolist()
+        ([4, 0, 2], [1.0, 3.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        k: int,
+        *,
+        top: int | None = 2560,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        keep_groups: Iterable[int] = (),
+        rule: str = "proportional",
+        metric: str = "l1",
+        backend: str | None = None,
+    ) -> None:
+        self.k = as_integer(k, "k")
+        if isinstance(keep_groups, (str, bytes)) or not isinstance(keep_groups, Iterable):
+            raise TypeError(f"keep_groups must be several labels, got {keep_groups!r}")
+        self.keep_groups = tuple(
+            sorted({as_integer(label, f"keep_groups[{i}]") for i, label in enumerate(keep_groups)})
+        )
+        if self.k < max(1, len(self.keep_groups)):
+            wanted = f"the {len(self.keep_groups)} keep_groups" if self.keep_groups else "1"
+            raise ValueError(f"k must be at least {wanted}, got {self.k}")
+        self.top = top
+        if top is not None:
+            self.top = as_integer(top, "top")
+            if self.top < 1:
+                raise ValueError(f"top must be >= 1, got {top}")
+        self.betas = check_betas(betas)
+        self.eps = check_eps(eps)
+        one_of(rule, "rule", (*RULES, "none"))
+        one_of(metric, "metric", METRICS)
+        check_backend(backend)
+        self.rule, self.metric, self.backend = rule, metric, backend
+        self.history: AdamState | RankOneAdamState | None = None
+
+    def select(self, grads: Any, groups: Any = None) -> Coreset:
+        """The samples of a batch to train on.
+
+        Samples whose gradient has a NaN or an infinity, or is zero, are left out, of kept sources too. If the kept sources
+        have more than k samples, the first k of them are taken. If fewer than k samples are usable, all of them are.
+
+        Args:
+            grads: [B, D] gradients, a row a sample, or `LowRankGradients`, as `zeroth_order_gradients` returns them.
+            groups: [B] integer labels of the samples' sources; None is one source.
+
+        Returns:
+            Coreset on the device of `grads`: `indices`, the kept samples first and then the medoids, source by source in label
+            order; `weights`, 1 for kept samples and the size of its cluster for a medoid; and `info`: "kept" (how many),
+            "left_out" (the samples without a usable gradient), "budgets" (label -> count, of the matched sources; {None: count}
+            with rule "none"), "dims" (the dimensions that counted, [sources, top] or None), "step" (the number of steps
+            made) and "seconds".
+
+        Raises:
+            TypeError, ValueError: for gradients of another length, dtype or device than before, labels of another length, fewer
+                dimensions than `top`, keep_groups without `groups`, and if no gradient is usable.
+            BackendUnavailableError: if `backend` cannot run here.
+        """
+        start = time.perf_counter()
+        g = Gradients.of(grads)
+        device = g.values.device
+        top = check_top(self.top, g.numel)
+        history = check_history(self._history_for(g), g)
+        if groups is None and self.keep_groups:
+            raise ValueError(f"groups must be given with keep_groups={self.keep_groups}, got None")
+        labels = torch.zeros(g.count, dtype=torch.int64, device=device)
+        if groups is not None:
+            labels = as_vector(groups, "groups", device, integers=True, length=g.count)
+        usable = _usable(g)
+        if not bool(usable.any()):
+            raise ValueError(
+                "grads must have at least one row that is finite and not zero, got none; does the loss depend on "
+                "the parameters?"
+            )
+        is_kept = torch.isin(labels, labels.new_tensor(self.keep_groups))
+        kept = (usable & is_kept).nonzero()[:, 0][: self.k]
+        members, budgets = self._members(labels, usable & ~is_kept, self.k - len(kept))
+        indices, weights, dims = [kept], [torch.ones(len(kept), dtype=g.dtype, device=device)], None
+        if members:
+            found = match_members(Problem(g, history, top, members, self.metric, "medoid"), self.backend)
+            indices.append(found.indices)
+            weights.append(found.weights)
+            dims, self.history = found.dims, found.state
+        return Coreset(
+            torch.cat(indices),
+            torch.cat(weights),
+            {
+                "kept": len(kept),
+                "left_out": (~usable).nonzero()[:, 0],
+                "budgets": budgets,
+                "dims": dims,
+                "step": 0 if self.history is None else self.history.step - 1,
+                "seconds": time.perf_counter() - start,
+            },
+        )
+
+    def _history_for(self, g: Gradients) -> AdamState | RankOneAdamState:
+        if self.history is not None:
+            return self.history
+        if g.length is not None and g.values.shape[1] == 1:
+            return RankOneAdamState(g.numel, betas=self.betas, eps=self.eps)
+        m = torch.zeros(g.numel, dtype=g.dtype, device=g.values.device)
+        return AdamState(m, m.clone(), 1, self.betas, self.eps)
+
+    def _members(
+        self, labels: Tensor, usable: Tensor, left: int
+    ) -> tuple[list[tuple[Tensor, int]], dict[int | None, int]]:
+        """The rows and the budget of each source that has one, and the budgets by label."""
+        rows = usable.nonzero()[:, 0]
+        left = min(left, len(rows))
+        if not left:
+            return [], {}
+        if self.rule == "none":
+            return [(rows, left)], {None: left}
+        own = labels[rows]
+        present, sizes = own.unique(return_counts=True)
+        budgets = allocate_budgets(sizes, left, self.rule).tolist()
+        by_label: dict[int | None, int] = dict(zip(present.tolist(), budgets, strict=True))
+        return [(rows[own == label], count) for label, count in by_label.items() if count], by_label
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, for `load_state_dict` of a CoLM of the same arguments: tensors and numbers, as torch.save takes them."""
+        if self.history is None:
+            return {"history": None}
+        if isinstance(self.history, RankOneAdamState):
+            return {"history": {"kind": "rank one", **asdict(self.history)}}
+        return {
+            "history": {
+                "kind": "dense",
+                "m": self.history.m,
+                "v": self.history.v,
+                "step": self.history.step,
+                "betas": self.history.betas,
+                "eps": self.history.eps,
+            }
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` returned.
+
+        Raises:
+            TypeError, ValueError: unless `state` is such a dict, of a CoLM with the same betas and eps.
+        """
+        if not isinstance(state, dict) or "history" not in state:
+            raise TypeError("state must be what state_dict returned, a dict with the entry history")
+        history = state["history"]
+        if history is None:
+            self.history = None
+            return
+        values = dict(history)
+        kinds = {"rank one": RankOneAdamState, "dense": AdamState}
+        kind = values.pop("kind", None)
+        if kind not in kinds:
+            raise ValueError(f"state: the kind of history must be one of {', '.join(kinds)}, got {kind!r}")
+        values["betas"] = tuple(values["betas"])
+        loaded = kinds[kind](**values)
+        if (loaded.betas, loaded.eps) != (self.betas, self.eps):
+            raise ValueError(
+                f"state must have betas={self.betas} and eps={self.eps} as this CoLM, got {loaded.betas} and {loaded.eps}"
+            )
+        self.history = loaded
+
+
+def _usable(g: Gradients) -> Tensor:
+    """[B] bool: gradients that are finite and not zero."""
+    usable = torch.empty(g.count, dtype=torch.bool, device=g.values.device)
+    step = max(1, (1 << 24) // g.values.shape[1])
+    for begin in range(0, g.count, step):
+        part = g.values[begin : begin + step]
+        size = part.abs().sum(1, dtype=torch.float64)
+        usable[begin : begin + step] = torch.isfinite(size) & (size > 0)
+    return usable

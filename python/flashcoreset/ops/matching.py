@@ -1,0 +1,366 @@
+"""Gradient matching: a few weighted gradients that stand for many, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype, one_of
+from flashcoreset._types import Selection
+from flashcoreset.ops.adam import AdamState, RankOneAdamState
+from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.ops.facility_location import facility_location, group_members
+from flashcoreset.ops.zeroth_order import LowRankGradients
+from flashcoreset.reference.matching import Rule
+
+METRICS = ("l1", "euclidean", "sqeuclidean", "cosine", "dot")
+METHODS = ("medoid",)
+
+_BLOCK_BYTES = 1 << 25  # of the gradients that are looked at together
+# The streamed path is left where eps moves no update by more than this part of it, as float32 sums may.
+_NEGLIGIBLE = 1e-6
+
+
+def match_gradients(
+    g: Any,
+    k: int | None,
+    *,
+    normalize: AdamState | RankOneAdamState | None = None,
+    top: int | None = None,
+    groups: Any = None,
+    budgets: Any = None,
+    metric: str = "l1",
+    method: str = "medoid",
+    nonnegative: bool = True,
+    ridge: float = 0.0,
+    backend: str | None = None,
+) -> Selection:
+    """A weighted subset of gradients that stands for all of them.
+
+    Args:
+        g: [B, D] gradients, a row a sample, float16, bfloat16, float32 or float64; or `LowRankGradients`, of which nothing
+            of size B x D or D x q is formed.
+        k: how many to take. With `budgets`: their sum, or None.
+        normalize: Adam's history: each gradient is replaced by the update it would make Adam take, and the result has the
+            history after a step with the chosen gradients as `state`. None matches the gradients themselves.
+        top: in each group, only the `top` dimensions of the largest |mean (normalised) gradient| count, ties to the lower
+            dimension; 1 <= top <= D. None takes all.
+        groups: [B] integer labels; each label is its own problem over its own members.
+        budgets: how many to take of each group: a dict label -> count, or counts [G] for the labels 0..G-1. Default:
+            `allocate_budgets` of the groups' sizes and `k`.
+        metric: "l1", "euclidean", "sqeuclidean", "cosine" or "dot", of rows, for "medoid".
+        method: "medoid": facility location.
+        nonnegative, ridge: for "omp".
+        backend: None, "cpu", "cuda", "triton" or "torch".
+
+    Returns:
+        Selection on the device of `g`: `indices` [k] group by group in label order, in each in the order of the picks;
+        `weights` [k], the sizes of their clusters, `gains` and `assignment` [B] as `facility_location` has them;
+        `dims` [groups with a budget, top] int64, the largest first (None without `top`, and where one shared direction leaves all
+        dimensions alike); `state`, of the kind of `normalize`, its step one higher.
+
+    Raises:
+        TypeError: for a wrong type or dtype, such as a history in another precision than the gradients'.
+        ValueError: for a wrong shape, option, label or budget, a history of another D, NaN and infinity.
+        BackendUnavailableError: if a `backend` was named that cannot run here.
+
+    Sums of updates decide which dimensions count in float64, and so are rows and distances, whatever the dtype of `g`.
+
+    With a `RankOneAdamState` and gradients along the same one direction every update is h(c) sign(z), c being the
+    coefficient, and the history stays of this kind: numbers stand for rows where eps is small beside the square roots that it is
+    added to (one part in a million), and else rows are made. Gradients along another direction make it an `AdamState`.
+
+    Source: Nguyen, Yang, Anand, Yang and Mirzasoleiman, "Mini-batch coresets for memory-efficient language model training on
+    data mixtures" (CoLM), ICLR 2025, section 4.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> g = torch.tensor([[1.0, 0.0, 3.0], [1.1, 0.0, 3.0], [-2.0, 0.1, 3.0]])
+        >>> found = fc.match_gradients(g, 2, top=2, normalize=fc.AdamState(torch.zeros(3), torch.ones(3), step=2))
+        >>> found.indices, found.weights, found.dims, found.state.step
+        (tensor([0, 2]), tensor([2., 1.]), tensor([[2, 0]]), 3)
+    """
+    problem = _check(g, k, normalize, top, groups, budgets, metric, method, nonnegative, ridge)
+    check_backend(backend)
+    return match_members(problem, backend)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Rows, or coefficients of shared directions."""
+
+    values: Tensor  # [B, D], or coefficients [B, q]
+    seed: int = 0
+    length: int | None = None  # of the directions
+    backend: str | None = None  # that makes the directions
+
+    @classmethod
+    def of(cls, g: Any) -> Gradients:
+        if isinstance(g, LowRankGradients):
+            return cls(g.coefficients.detach(), g.seed, g.numel, g.backend)
+        return cls(as_matrix(g, "g").detach())
+
+    @property
+    def count(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def numel(self) -> int:
+        return self.values.shape[1] if self.length is None else self.length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What they are computed in."""
+        return compute_dtype(self.values.dtype)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Further arguments of the kernels."""
+        return {"seed": self.seed, "length": self.length}
+
+    def columns(self, begin: int, end: int) -> Tensor:
+        """[B, end - begin], float32 or float64."""
+        if self.length is None:
+            return self.values[:, begin:end].to(self.dtype)
+        shared = LowRankGradients(self.values, self.seed, self.length, self.backend)
+        return self.values @ shared.directions(begin, end)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is matched: arguments checked, their values not yet."""
+
+    g: Gradients
+    history: AdamState | RankOneAdamState | None
+    top: int | None
+    members: list[tuple[Tensor, int]]  # of each group that has a budget: its rows, ascending, and the budget
+    metric: str
+    method: str
+
+
+def _check(
+    g: Any,
+    k: Any,
+    normalize: Any,
+    top: Any,
+    groups: Any,
+    budgets: Any,
+    metric: Any,
+    method: Any,
+    nonnegative: Any,
+    ridge: Any,
+) -> Problem:
+    one_of(metric, "metric", METRICS)
+    one_of(method, "method", METHODS)
+    gradients = Gradients.of(g)
+    if not isinstance(nonnegative, bool):
+        raise TypeError(
+            f"nonnegative must be a bool, got {nonnegative!r} of type {type(nonnegative).__name__}"
+        )
+    if not nonnegative or as_number(ridge, "ridge") != 0:
+        raise ValueError(f"nonnegative and ridge are for method 'omp', got {nonnegative} and {ridge}")
+    members = group_members(gradients.count, k, groups, budgets, gradients.values.device)
+    return Problem(
+        gradients,
+        check_history(normalize, gradients),
+        check_top(top, gradients.numel),
+        [(rows, count) for rows, count in members if count],
+        metric,
+        method,
+    )
+
+
+def check_top(top: Any, numel: int) -> int | None:
+    if top is None:
+        return None
+    number = as_integer(top, "top")
+    if not 1 <= number <= numel:
+        raise ValueError(f"top must be in [1, {numel}], {numel} being the length of a gradient, got {number}")
+    return number
+
+
+def check_history(history: Any, g: Gradients) -> AdamState | RankOneAdamState | None:
+    if history is None:
+        return None
+    if not isinstance(history, (AdamState, RankOneAdamState)):
+        raise TypeError(f"normalize must be an AdamState, got {type(history).__name__}")
+    if history.numel != g.numel:
+        raise ValueError(
+            f"normalize must be a history of gradients of length {g.numel} as g has it, got one of length {history.numel}"
+        )
+    if isinstance(history, AdamState):
+        if history.m.dtype != g.dtype:
+            raise TypeError(f"normalize must have dtype {g.dtype} for these gradients, got {history.m.dtype}")
+        if history.m.device != g.values.device:
+            raise ValueError(
+                f"normalize is on device {history.m.device}, but g is on {g.values.device}; move one of them"
+            )
+    return history
+
+
+def match_members(problem: Problem, backend: str | None) -> Selection:
+    """Solves a checked problem."""
+    g, history = problem.g, problem.history
+    kernels = choose_kernels(backend, g.values.device, "matching")
+    if g.length is not None:
+        check_finite(g.values[torch.cat([rows for rows, _ in problem.members])], "g.coefficients")
+    dims, numbers, dense = None, None, history
+    if isinstance(history, RankOneAdamState):
+        if _along_one_direction(g, history):
+            numbers = _numbers(problem, history)
+        if numbers is None:
+            dense = history.dense(g.dtype, g.values.device, backend)
+    if numbers is not None:
+        parts = _medoids(problem, numbers, backend)
+    else:
+        assert not isinstance(dense, RankOneAdamState)
+        if problem.top is None:
+            parts = _match_all_dimensions(problem, dense, kernels, backend)
+        else:
+            dims, u = _top_updates(problem, dense, kernels)
+            parts = _medoids(problem, u.split([len(rows) for rows, _ in problem.members]), backend)
+    found = _assemble(problem, parts)
+    return replace(found, dims=dims, state=_advance(g, history, dense, found.indices, kernels))
+
+
+def _along_one_direction(g: Gradients, history: RankOneAdamState) -> bool:
+    return g.length is not None and g.values.shape[1] == 1 and (history.is_empty or history.seed == g.seed)
+
+
+def _numbers(problem: Problem, history: RankOneAdamState) -> list[Tensor] | None:
+    """For each group [members, 1] float64 whose distances are those of updates along one direction, where eps does not count."""
+    g = problem.g
+    rule = Rule.adam(history.step, history.betas, history.eps)
+    width = problem.top or g.numel
+    scale = width if problem.metric == "l1" else width**0.5
+    result = []
+    for rows, _ in problem.members:
+        c = g.values[rows].double()
+        root = (rule.v_scale * history.mean_square + rule.v_step * c.square()).sqrt()
+        if not bool((root * _NEGLIGIBLE >= rule.eps).all()):
+            return None
+        result.append((rule.m_scale * history.mean + rule.m_step * c) / root * scale)
+    return result
+
+
+def _rule(history: AdamState | None) -> Rule | None:
+    return None if history is None else Rule.adam(history.step, history.betas, history.eps)
+
+
+def _top_updates(problem: Problem, history: AdamState | None, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+    g = problem.g
+    assert problem.top is not None
+    found: tuple[Tensor, Tensor] = kernels.top_updates(
+        g.values,
+        None if history is None else history.m,
+        None if history is None else history.v,
+        _rule(history),
+        *_offsets(problem),
+        problem.top,
+        **g.source,
+    )
+    return found
+
+
+def _offsets(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The groups' rows, one group after the other, and where each begins."""
+    rows = [rows for rows, _ in problem.members]
+    sizes = torch.tensor([0, *(len(r) for r in rows)], device=rows[0].device)
+    return torch.cat(rows), sizes.cumsum(0)
+
+
+def _match_all_dimensions(
+    problem: Problem, history: AdamState | None, kernels: ModuleType, backend: str | None
+) -> list[Selection]:
+    """From distances between updates that are summed up over blocks of dimensions."""
+    g, metric = problem.g, problem.metric
+    sizes = [len(rows) for rows, _ in problem.members]
+    member, offset = _offsets(problem)
+    sums = [member.new_zeros(size, size, dtype=torch.float64) for size in sizes]
+    summed = {"euclidean": "sqeuclidean", "cosine": "dot"}.get(metric, metric)
+    step = max(1, _BLOCK_BYTES // (8 * g.count))
+    for begin in range(0, g.numel, step):
+        part = g.columns(begin, min(begin + step, g.numel))
+        m, v = None, None
+        if history is not None:
+            m, v = history.m[begin : begin + step], history.v[begin : begin + step]
+        _, u = kernels.top_updates(part, m, v, _rule(history), member, offset, part.shape[1])
+        for total, rows in zip(sums, u.split(sizes), strict=True):
+            total += kernels.pairwise(rows, metric=summed)
+    parts = []
+    for total, (_, count) in zip(sums, problem.members, strict=True):
+        if metric == "cosine":
+            norm = total.diagonal().sqrt()
+            total = torch.where(total == 0, 0, total / (norm[:, None] * norm))
+        elif metric == "euclidean":
+            total = total.sqrt()
+        offset_of = None
+        if metric in ("l1", "euclidean", "sqeuclidean"):
+            offset_of = float(total.max())
+            total = offset_of - total
+        found = facility_location(total, count, metric="precomputed", backend=backend)
+        parts.append(replace(found, offset=offset_of))
+    return parts
+
+
+def _medoids(problem: Problem, updates: Iterable[Tensor], backend: str | None) -> list[Selection]:
+    return [
+        facility_location(u, count, metric=problem.metric, backend=backend)
+        for u, (_, count) in zip(updates, problem.members, strict=True)
+    ]
+
+
+def _assemble(problem: Problem, parts: list[Selection]) -> Selection:
+    """The groups' selections as one, with one offset for all."""
+    g = problem.g
+    offsets = [part.offset for part in parts if part.offset is not None]
+    offset = max(offsets, default=None)
+    assignment = torch.full((g.count,), -1, dtype=torch.int64, device=g.values.device)
+    indices, gains, weights = [], [], []
+    objective, done = 0.0, 0
+    for part, (rows, count) in zip(parts, problem.members, strict=True):
+        more = 0.0
+        if offset is not None and part.offset is not None:
+            more = (offset - part.offset) * len(rows)
+        indices.append(rows[part.indices])
+        gains.append(part.gains.clone())
+        gains[-1][0] += more
+        weights.append(part.weights)
+        assignment[rows] = torch.where(part.assignment >= 0, part.assignment + done, -1)
+        objective += part.objective + more
+        done += count
+    return Selection(
+        torch.cat(indices),
+        torch.cat(gains).to(g.dtype),
+        torch.cat(weights).to(g.dtype),
+        assignment,
+        objective,
+        offset,
+    )
+
+
+def _advance(
+    g: Gradients,
+    history: AdamState | RankOneAdamState | None,
+    dense: AdamState | RankOneAdamState | None,
+    chosen: Tensor,
+    kernels: ModuleType,
+) -> AdamState | RankOneAdamState | None:
+    """The history after a step with the chosen gradients; `dense` is what was matched with."""
+    if history is None or dense is None:
+        return None
+    beta1, beta2 = history.betas
+    step = history.step + 1
+    if isinstance(history, RankOneAdamState) and _along_one_direction(g, history):
+        c = g.values[chosen, 0].double()
+        mean = beta1 * history.mean + (1 - beta1) * float(c.mean())
+        mean_square = beta2 * history.mean_square + (1 - beta2) * float(c.square().mean())
+        return replace(history, mean=mean, mean_square=mean_square, seed=g.seed, step=step)
+    assert isinstance(dense, AdamState)
+    m, v = kernels.update_history(g.values, dense.m, dense.v, dense.betas, chosen, **g.source)
+    return replace(dense, m=m, v=v, step=step)

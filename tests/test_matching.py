@@ -1,0 +1,415 @@
+"""fc.match_gradients against a dense restatement of CoLM's matching in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import flashcoreset as fc
+from flashcoreset import kernels
+from flashcoreset.reference.matching import Rule
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def greedy_medoids(distance: np.ndarray, k: int) -> tuple[list[int], list[float]]:
+    """Facility location with the distances' largest value as offset, written out; cluster sizes."""
+    similarity = distance.max() - distance
+    covered, picks = np.zeros(len(distance)), []
+    for _ in range(k):
+        gains = np.maximum(similarity - covered, 0).sum(1)
+        gains[picks] = -1
+        picks.append(int(gains.argmax()))
+        covered = np.maximum(covered, similarity[picks[-1]])
+    nearest = similarity[picks].argmax(0)
+    nearest[picks] = np.arange(k)
+    return picks, np.bincount(nearest, minlength=k).astype(float).tolist()
+
+
+class Restated:
+    """One step of the method, every matrix formed."""
+
+    def __init__(self, numel: int) -> None:
+        self.m, self.v, self.t = np.zeros(numel), np.zeros(numel), 0
+
+    def step(self, g: np.ndarray, groups: np.ndarray, budgets: dict[int, int], top: int) -> dict[str, Any]:
+        self.t += 1
+        m = BETAS[0] * self.m + (1 - BETAS[0]) * g
+        v = BETAS[1] * self.v + (1 - BETAS[1]) * g**2
+        u = m / (1 - BETAS[0] ** self.t) / (np.sqrt(v / (1 - BETAS[1] ** self.t)) + EPS)
+        picks, weights, dims = [], [], []
+        for label in sorted(budgets):
+            rows = np.flatnonzero(groups == label)
+            order = np.argsort(-np.abs(u[rows].mean(0)), kind="stable")[:top]
+            part = u[rows][:, order]
+            found, sizes = greedy_medoids(np.abs(part[:, None] - part[None]).sum(2), budgets[label])
+            picks += rows[found].tolist()
+            weights += sizes
+            dims.append(order.tolist())
+        self.m, self.v = m[picks].mean(0), v[picks].mean(0)
+        return {"picks": picks, "weights": weights, "dims": dims}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["dense", "low rank"])
+def test_twenty_steps_equal_the_dense_restatement(backend: str, kind: str, dtype: torch.dtype) -> None:
+    # Few picks of many: where a candidate would serve one other alone, the two are an exact tie.
+    count, numel, top = 150, 1_537, 60
+    groups = torch.arange(count) * 7 % 3
+    budgets = {0: 4, 1: 3, 2: 2}
+    restated = Restated(numel)
+    state: Any = fc.AdamState(torch.zeros(numel, dtype=dtype), torch.zeros(numel, dtype=dtype), 1, BETAS, EPS)
+    for step in range(20):
+        if kind == "dense":
+            g: Any = normal(count, numel, seed=step, dtype=dtype)
+            rows = g
+        else:
+            g = fc.LowRankGradients(normal(count, 2, seed=step, dtype=dtype), seed=step, numel=numel)
+            rows = g.coefficients.double() @ g.directions().double()
+        # Steps with the first history 0 are ties throughout, so the restatement goes on from ours.
+        expected = restated.step(rows.double().numpy(), groups.numpy(), budgets, top)
+        found = fc.match_gradients(
+            g, None, normalize=state, top=top, groups=groups, budgets=budgets, backend=backend
+        )
+        state = found.state
+        assert state.step == step + 2
+        assert found.dims.shape == (3, top)
+        if step == 0:
+            assert found.weights.sum() == count
+            chosen = rows[found.indices].double().numpy()
+            restated.m = (1 - BETAS[0]) * chosen.mean(0)
+            restated.v = (1 - BETAS[1]) * (chosen**2).mean(0)
+        else:
+            assert found.dims.tolist() == expected["dims"]
+            assert found.indices.tolist() == expected["picks"]
+            assert found.weights.tolist() == expected["weights"]
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+        assert np.abs(state.m.double().numpy() - restated.m).max() <= tolerance
+        assert np.abs(state.v.double().numpy() - restated.v).max() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("count", "numel", "top"), [(1, 1, 1), (7, 97, 13), (33, 1_025, 1_025), (5, 5_000, 100)]
+)
+@pytest.mark.parametrize("step", [None, 1, 9])
+def test_kernels_equal_the_reference(
+    backend: str, count: int, numel: int, top: int, step: int | None, dtype: torch.dtype
+) -> None:
+    g = normal(count, numel, dtype=dtype)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    m = v = rule = None
+    if step is not None:
+        m, v = 0.1 * normal(numel, seed=1, dtype=exact), normal(numel, seed=2, dtype=exact).square()
+        rule = Rule.adam(step, BETAS, EPS)
+    member = torch.arange(count).flip(0)
+    offset = torch.tensor([0, (count + 1) // 2, count] if count > 1 else [0, 1])
+    kernel = getattr(kernels, backend)
+    dims, u = kernel.top_updates(g, m, v, rule, member, offset, top)
+    expected_dims, expected_u = kernels.torch.top_updates(g.double(), m, v, rule, member, offset, top)
+    assert torch.equal(dims, expected_dims)
+    assert torch.allclose(u, expected_u, rtol=1e-13, atol=1e-13)
+    if m is not None and v is not None:
+        for ours, theirs in zip(
+            kernel.update_history(g, m, v, BETAS, member),
+            kernels.torch.update_history(g.double(), m.double(), v.double(), BETAS, member),
+            strict=True,
+        ):
+            assert ours.dtype == exact
+            assert torch.allclose(
+                ours.double(), theirs, rtol=2e-7 if exact == torch.float32 else 1e-14, atol=1e-15
+            )
+
+
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_low_rank_gradients_equal_their_dense_form(backend: str, q: int, dtype: torch.dtype) -> None:
+    numel = 3_001
+    shared = fc.LowRankGradients(normal(19, q, dtype=dtype), seed=-4, numel=numel, backend=backend)
+    rows = shared.coefficients.double() @ shared.directions().double()
+    m, v = 0.1 * normal(numel, seed=1, dtype=dtype), normal(numel, seed=2, dtype=dtype).square()
+    member, offset = torch.arange(19), torch.tensor([0, 6, 19])
+    kernel = getattr(kernels, backend)
+    for rule in (None, Rule.adam(4, BETAS, EPS)):
+        dims, u = kernel.top_updates(
+            shared.coefficients, m, v, rule, member, offset, 40, seed=-4, length=numel
+        )
+        expected_dims, expected_u = kernels.torch.top_updates(
+            rows, m.double(), v.double(), rule, member, offset, 40
+        )
+        assert torch.equal(dims, expected_dims)
+        assert torch.allclose(u, expected_u, rtol=1e-12, atol=1e-12)
+    found = kernel.update_history(shared.coefficients, m, v, BETAS, member[::3], seed=-4, length=numel)
+    expected = kernels.torch.update_history(rows, m.double(), v.double(), BETAS, member[::3])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(
+            ours.double(), theirs, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-9
+        )
+
+
+def test_ties_go_to_the_lower_dimension(backend: str) -> None:
+    kernel = getattr(kernels, backend)
+    g = torch.ones(4, 9_000)
+    g[:, 7_777] = -2
+    dims, _ = kernel.top_updates(g, None, None, None, torch.arange(4), torch.tensor([0, 4]), 5)
+    assert dims.tolist() == [[7_777, 0, 1, 2, 3]]
+    zero = torch.zeros(9_000)
+    dims, u = kernel.top_updates(
+        torch.zeros(4, 9_000), zero, zero, Rule.adam(1, BETAS, EPS), torch.arange(4), torch.tensor([0, 4]), 5
+    )
+    assert dims.tolist() == [[0, 1, 2, 3, 4]]
+    assert not u.any()
+
+
+def test_close_calls_of_float32_are_decided_in_float64() -> None:
+    """Means that differ by less than float32 sees, in shuffled order."""
+    numel, count = 4_096, 8
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(numel, generator=generator)
+    m = (1 + 3e-8 * order.double()).float()
+    g = torch.ones(count, numel)
+    v = torch.ones(numel)
+    rule = Rule.adam(3, BETAS, EPS)
+    member, offset = torch.arange(count), torch.tensor([0, count])
+    dims, _ = kernels.cpu.top_updates(g, m, v, rule, member, offset, 1_000)
+    expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, 1_000)
+    assert torch.equal(dims, expected)
+
+
+def test_threads_and_layout_change_no_bit() -> None:
+    g = normal(50, 40_000, dtype=torch.float32)
+    m, v = normal(40_000, seed=1, dtype=torch.float32), normal(40_000, seed=2, dtype=torch.float32).square()
+    rule = Rule.adam(4, BETAS, EPS)
+    member, offset = torch.randperm(50, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 21, 50])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count, rows in itertools.product(
+            (1, 2, 5), (g, g.T.contiguous().T, torch.cat([g, g], 1)[:, :40_000])
+        ):
+            torch.set_num_threads(count)
+            dims, u = kernels.cpu.top_updates(rows, m, v, rule, member, offset, 500)
+            results.append((dims, u, *kernels.cpu.update_history(rows, m, v, BETAS, member)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("metric", ["l1", "euclidean", "sqeuclidean", "cosine", "dot"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_without_top_all_dimensions_count(backend: str, metric: str, normalize: bool) -> None:
+    numel = 700
+    g = normal(24, numel)
+    groups = torch.arange(24) % 2
+    state = (
+        fc.AdamState(0.1 * normal(numel, seed=3), normal(numel, seed=4).square(), 5) if normalize else None
+    )
+    found = fc.match_gradients(g, 4, normalize=state, groups=groups, metric=metric, backend=backend)
+    rows = g if state is None else Rule.adam(5, BETAS, EPS).updates(g, state.m, state.v)
+    expected = fc.facility_location(rows, 4, groups=groups, metric=metric, backend="torch")
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.weights, expected.weights)
+    assert torch.equal(found.assignment, expected.assignment)
+    assert found.dims is None
+    if metric in ("cosine", "dot"):
+        assert torch.allclose(found.gains, expected.gains, rtol=1e-9)
+        assert found.objective == pytest.approx(expected.objective, rel=1e-9)
+    else:
+        assert found.offset is not None
+
+
+def test_one_offset_for_all_groups(backend: str) -> None:
+    """Gains and the objective are those of facility location with the offset that is returned."""
+    g = torch.cat([normal(9, 30), 10 * normal(8, 30, seed=1)])
+    groups = torch.tensor([0] * 9 + [1] * 8)
+    found = fc.match_gradients(g, 6, top=30, groups=groups, backend=backend)
+    expected = fc.facility_location(g, 6, groups=groups, metric="l1", offset=found.offset, backend=backend)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.allclose(found.gains, expected.gains, rtol=1e-12)
+    assert found.objective == pytest.approx(expected.objective, rel=1e-12)
+
+
+def test_one_direction_needs_no_rows(backend: str) -> None:
+    """Updates along one direction differ by the numbers that stand for them, in every dimension."""
+    numel, top = 2_000, 300
+    history = fc.RankOneAdamState(numel, mean=0.4, mean_square=1.5, seed=3, step=4)
+    g = fc.LowRankGradients(normal(31, 1), seed=3, numel=numel, backend=backend)
+    dense = history.dense(torch.float64)
+    _, u = kernels.torch.top_updates(
+        g.coefficients,
+        dense.m,
+        dense.v,
+        Rule.adam(4, BETAS, EPS),
+        torch.arange(31),
+        torch.tensor([0, 31]),
+        top,
+        seed=3,
+        length=numel,
+    )
+    distance = torch.cdist(u, u, p=1)
+    found = fc.match_gradients(g, 6, normalize=history, top=top, backend=backend)
+    by_rows = fc.match_gradients(g, 6, normalize=dense, top=top, backend=backend)
+    assert found.dims is None
+    assert by_rows.dims is not None
+    # Medians of evenly many numbers tie, so picks may differ, but not what they are worth.
+    picks, _ = greedy_medoids(distance.numpy(), 6)
+    for selection in (found, by_rows):
+        covered = distance[selection.indices].min(0).values.sum()
+        assert float(covered) <= 1.05 * float(distance[picks].min(0).values.sum())
+    assert found.gains[0] - by_rows.gains[0] == pytest.approx(31 * (found.offset - by_rows.offset), abs=1e-4)
+    # One pick among 31: a median without a tie.
+    one = [fc.match_gradients(g, 1, normalize=h, top=top, backend=backend).indices for h in (history, dense)]
+    assert torch.equal(*one)
+    state = fc.match_gradients(g, 1, normalize=history, top=top, backend=backend).state
+    assert isinstance(state, fc.RankOneAdamState)
+    advanced = fc.match_gradients(g, 1, normalize=dense, top=top, backend=backend).state
+    again = state.dense(torch.float64)
+    assert again.step == advanced.step
+    assert torch.allclose(again.m, advanced.m, rtol=1e-12)
+    assert torch.allclose(again.v, advanced.v, rtol=1e-12)
+
+
+def test_another_direction_makes_the_history_dense(backend: str) -> None:
+    history = fc.RankOneAdamState(500, mean=0.4, mean_square=1.5, seed=3, step=4)
+    g = fc.LowRankGradients(normal(10, 1), seed=8, numel=500, backend=backend)
+    found = fc.match_gradients(g, 3, normalize=history, top=50, backend=backend)
+    expected = fc.match_gradients(g, 3, normalize=history.dense(torch.float64), top=50, backend=backend)
+    assert isinstance(found.state, fc.AdamState)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.state.m, expected.state.m)
+
+
+def test_small_coefficients_are_matched_as_rows() -> None:
+    """eps counts there: h(c) sign(z) is not what updates are."""
+    g = fc.LowRankGradients(1e-6 * normal(9, 1), seed=0, numel=400)
+    found = fc.match_gradients(g, 2, normalize=fc.RankOneAdamState(400), top=20)
+    assert found.dims is not None
+    assert isinstance(found.state, fc.RankOneAdamState)
+
+
+def test_memory_does_not_grow_with_the_length_of_gradients() -> None:
+    """From low-rank gradients the lists and rows are all there is: 20 million dimensions of 64 samples would be 5 GB."""
+    g = fc.LowRankGradients(normal(64, 1, dtype=torch.float32), seed=0, numel=20_000_000)
+    member, offset = torch.arange(64), torch.tensor([0, 64])
+    dims, u = kernels.cpu.top_updates(
+        g.coefficients, None, None, None, member, offset, 10, seed=0, length=g.numel
+    )
+    z = g.directions()[0].abs()
+    assert torch.equal(dims[0].sort().values, z.topk(10).indices.sort().values)
+    assert u.shape == (64, 10)
+
+
+G = torch.ones(6, 5)
+ZERO = torch.zeros(5)
+
+
+@pytest.mark.parametrize(
+    ("g", "k", "options", "error", "text"),
+    [
+        (G[0], 1, {}, ValueError, "g must have 2 dimensions"),
+        (G.long(), 1, {}, TypeError, "g must have dtype float16"),
+        (G, 0, {}, ValueError, "k must be >= 1"),
+        (G, 7, {}, ValueError, r"k must be at most 6"),
+        (G, 1.5, {}, TypeError, "k must be an int"),
+        (G, 1, {"top": 0}, ValueError, r"top must be in \[1, 5\]"),
+        (G, 1, {"top": 6}, ValueError, r"top must be in \[1, 5\], 5 being the length of a gradient, got 6"),
+        (G, 1, {"top": 2.0}, TypeError, "top must be an int"),
+        (G, 1, {"metric": "l3"}, ValueError, "unknown metric 'l3'"),
+        (G, 1, {"method": "best"}, ValueError, "unknown method 'best'"),
+        (G, 1, {"groups": [0, 1]}, ValueError, r"groups must have shape \[6\]"),
+        (G, None, {"groups": [0] * 6, "budgets": {1: 2}}, ValueError, "label 1"),
+        (G, 1, {"normalize": "adam"}, TypeError, "normalize must be an AdamState, got str"),
+        (
+            G,
+            1,
+            {"normalize": fc.AdamState(torch.zeros(4), torch.zeros(4), 1)},
+            ValueError,
+            "length 5 .* length 4",
+        ),
+        (
+            G.double(),
+            1,
+            {"normalize": fc.AdamState(ZERO, ZERO, 1)},
+            TypeError,
+            "normalize must have dtype torch.float64",
+        ),
+        (G, 1, {"nonnegative": False}, ValueError, "are for method 'omp'"),
+        (G, 1, {"ridge": 1.0}, ValueError, "are for method 'omp'"),
+        (G, 1, {"backend": "gpu"}, ValueError, "unknown backend"),
+    ],
+)
+def test_bad_arguments_are_named(
+    g: Tensor, k: Any, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        fc.match_gradients(g, k, **options)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_are_named(backend: str, bad: float) -> None:
+    g = normal(6, 9_000, dtype=torch.float32)
+    state = fc.AdamState(torch.zeros(9_000), torch.ones(9_000), 2)
+    broken = g.clone()
+    broken[3, 8_000] = bad
+    for normalize in (None, state):
+        with pytest.raises(ValueError, match=r"g must be finite, got (nan|NaN|inf) at row 3, column 8000"):
+            fc.match_gradients(broken, 2, top=5, normalize=normalize, backend=backend)
+    m, v = torch.zeros(9_000), torch.ones(9_000)
+    m[7] = bad
+    with pytest.raises(ValueError, match=r"normalize: m must be finite, got (NaN|inf) at position 7"):
+        fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(m, v, 2), backend=backend)
+    v[8] = -1
+    with pytest.raises(ValueError, match=r"normalize: v must be finite and >= 0, got -1.* at position 8"):
+        fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(torch.zeros(9_000), v, 2), backend=backend)
+    coefficients = torch.ones(4, 1)
+    coefficients[2] = bad
+    with pytest.raises(ValueError, match=r"g.coefficients must be finite"):
+        fc.match_gradients(fc.LowRankGradients(coefficients, 0, 100), 2, top=5, backend=backend)
+
+
+def test_squares_that_overflow_are_an_error(backend: str) -> None:
+    state = fc.AdamState(torch.zeros(5), torch.zeros(5), 1)
+    with pytest.raises(ValueError, match="overflow"):
+        fc.match_gradients(torch.full((4, 5), 1e30), 2, top=2, normalize=state, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"step": 0}, ValueError, "step must be >= 1"),
+        ({"step": 1.0}, TypeError, "step must be an int"),
+        ({"betas": (1.0, 0.999)}, ValueError, r"betas\[0\] must be in \[0, 1\)"),
+        ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\] must be in \[0, 1\)"),
+        ({"betas": (0.9,)}, ValueError, "betas must be a pair"),
+        ({"betas": 0.9}, TypeError, "betas must be a pair"),
+        ({"eps": 0.0}, ValueError, "eps must be > 0"),
+        ({"m": torch.zeros(4)}, ValueError, r"v must have the shape of m"),
+        ({"m": torch.zeros(5, dtype=torch.float64)}, TypeError, "v must have the dtype of m"),
+        ({"m": torch.zeros(5, 1)}, ValueError, r"m must have shape \[D\]"),
+        ({"v": torch.zeros(5, dtype=torch.int64)}, TypeError, "v must have dtype float32 or float64"),
+    ],
+)
+def test_bad_histories_are_named(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        dataclasses.replace(fc.AdamState(ZERO, ZERO, 1), **change)
+
+
+def test_directions_in_c_equal_numpys() -> None:
+    for dtype, (begin, length, first) in itertools.product(
+        (torch.float32, torch.float64), ((0, 1, 0), (5, 1_001, 2), (2**40 + 3, 70, 0), (3, 40_000, 7))
+    ):
+        ours, theirs = torch.empty(2, length, dtype=dtype), torch.empty(2, length, dtype=dtype)
+        kernels.cpu.directions(ours, seed=-9, begin=begin, first=first)
+        kernels.torch.directions(theirs, seed=-9, begin=begin, first=first)
+        assert np.abs(ours.float().numpy().view(np.int32) - theirs.float().numpy().view(np.int32)).max() <= 2
