@@ -36,6 +36,7 @@ def test_pages_with_examples() -> None:
         "scores.md",
         "ccs.md",
         "gradient_sketching.md",
+        "colm_training.md",
     }
 
 
