@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -451,6 +452,10 @@ class Fused(nn.Module):
         self.layers = nn.ModuleList([nn.ModuleDict({"qkv_proj": nn.Linear(4, 12)})])
 
 
+class Translator(Decoder):
+    config = SimpleNamespace(is_encoder_decoder=True)
+
+
 def test_bad_models() -> None:
     class Plain(nn.Module):
         def __init__(self, kind: str) -> None:
@@ -459,6 +464,7 @@ def test_bad_models() -> None:
 
     for arguments, options, error, message in (
         ((3,), {}, TypeError, "model must be a torch.nn.Module, got int"),
+        ((Translator(),), {}, ValueError, "must be a decoder, .* got the encoder-decoder Translator"),
         ((Plain("linear"),), {}, ValueError, "nn.ModuleList.*named v_proj, value.*c_attn, .*Plain has no nn.ModuleList"),
         ((Plain("list"),), {}, ValueError, r"Plain has the lists kind \(1 of Linear\); name the parameter"),
         ((Fused(),), {}, ValueError, "layers.0.qkv_proj.weight is known for the model_type phi3, got None"),

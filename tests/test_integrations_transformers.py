@@ -352,6 +352,18 @@ def test_two_processes(tmp_path: Path) -> None:
 # ---- errors
 
 
+def test_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "flashcoreset.integrations.transformers"
+    monkeypatch.delattr(fc.integrations, "transformers")
+    assert fc.integrations.transformers.CoLMTrainer is CoLMTrainer
+    with pytest.raises(AttributeError, match="has no attribute 'tensorflow'"):
+        _ = fc.integrations.tensorflow
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'flashcoreset\[transformers\]'"):
+        _ = fc.integrations.transformers
+
+
 def test_bad_configurations() -> None:
     for options, error, message in (
         ({"large_batch_size": 0}, ValueError, "large_batch_size must be >= 1, got 0"),

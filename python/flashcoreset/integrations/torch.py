@@ -80,7 +80,7 @@ class BatchSelector:
 
     Raises:
         TypeError: for arguments of a wrong type, and a parameter that is not floating (quantised).
-        ValueError: for a wrong value; a model in which no V-projection is found, with what was looked for; a fused
+        ValueError: for a wrong value; an encoder-decoder; a model in which no V-projection is found, with what was looked for; a fused
             projection whose layout is not known.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
@@ -115,6 +115,10 @@ class BatchSelector:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"model must be a decoder, whose labels are its inputs, got the encoder-decoder {type(model).__name__}"
+            )
         if method is not None and not callable(getattr(method, "select", None)):
             raise TypeError(
                 f"method must have select(grads, groups), as fc.CoLM has, got {type(method).__name__}"

@@ -119,7 +119,7 @@ class CoLMTrainer(Trainer):
 
     Example:
         >>> import tempfile, torch
-        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments
         >>> from flashcoreset.integrations.transformers import CoLMConfig, CoLMTrainer
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         ...                                      num_attention_heads=2))
@@ -129,6 +129,7 @@ class CoLMTrainer(Trainer):
         ...                               disable_tqdm=True, use_cpu=True)
         >>> colm = CoLMConfig(large_batch_size=16, keep_sources=("b",), top=256)
         >>> trainer = CoLMTrainer(model, arguments, train_dataset=data, colm=colm)
+        >>> trainer.remove_callback(PrinterCallback)
         >>> trainer.train().global_step, len(trainer.last_coreset.indices)
         (2, 4)
     """
@@ -293,8 +294,7 @@ class CoLMTrainer(Trainer):
                     f"resume_from_checkpoint must be a checkpoint of CoLMTrainer with its optimizer, got {checkpoint}, which has no "
                     f"{STATE_NAME}"
                 )
-            device = self._selector.parameter.device
-            self._selector.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+            self._selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     # ---- A large batch becomes a coreset
 
@@ -303,15 +303,13 @@ class CoLMTrainer(Trainer):
         start = time.perf_counter()
         sources, features = self._split(rows.rows)
         g = self._gradients(features)
-        # Of every process; a list has one entry each.
+        # Of every process, and on the CPU, which has the same answer for all of them.
         parts = _gathered((g.coefficients.cpu(), sources))
-        device = g.coefficients.device
-        coefficients = torch.cat([part[0] for part in parts]).to(device)
-        groups = None if sources is None else torch.cat([part[1] for part in parts]).to(device)
+        coefficients = torch.cat([part[0] for part in parts])
+        groups = None if sources is None else torch.cat([part[1] for part in parts])
         method = self._selector.method
         if len(coefficients) <= method.k:
-            every = torch.arange(len(coefficients), device=device)
-            coreset = Coreset(every, torch.ones(len(every), device=device), {})
+            coreset = Coreset(torch.arange(len(coefficients)), torch.ones(len(coefficients)), {})
         else:
             coreset = method.select(LowRankGradients(coefficients, g.seed, g.numel), groups)
         self.last_coreset = coreset
