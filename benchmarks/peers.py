@@ -243,3 +243,30 @@ def vmap_sketches(inputs: dict[str, Any]) -> torch.Tensor:
 
     found = vmap(grad(one), (None, 0))(parameters, inputs["ids"])
     return index_add(inputs | {"x": torch.cat([found[name].flatten(1) for name in parameters], 1)})
+
+
+def colm_step(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """CoLM's selection with every matrix formed: gradients from a direction in memory, both moments, updates [B, D], a sort of the
+    means, and greedy facility location on each group's distances."""
+    g, step, eps, (beta1, beta2) = inputs["g"], inputs["step"], inputs["eps"], inputs["betas"]
+    if not isinstance(g, torch.Tensor):
+        g = g.coefficients * inputs["z"]
+    m = beta1 * inputs["m"] + (1 - beta1) * g
+    v = beta2 * inputs["v"] + (1 - beta2) * g**2
+    u = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
+    picks = []
+    labels = inputs["groups"].unique()
+    for label in labels:
+        rows = (inputs["groups"] == label).nonzero()[:, 0]
+        own = u[rows]
+        part = own[:, own.mean(0).abs().topk(inputs["top"]).indices]
+        distance = torch.cdist(part, part, p=1)
+        similarity = distance.max() - distance
+        covered, taken = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+        for _ in range(inputs["k"] // len(labels)):
+            gains = (similarity - covered).clamp(min=0).sum(1).masked_fill(taken, -1)
+            best = int(gains.argmax())
+            taken[best] = True
+            covered = torch.maximum(covered, similarity[best])
+            picks.append(int(rows[best]))
+    return {"picks": torch.tensor(picks), "m": m[picks].mean(0), "v": v[picks].mean(0)}

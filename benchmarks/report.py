@@ -19,6 +19,7 @@ TITLES = {
     "sketch": "Sketching",
     "scores": "Sample scores and CCS",
     "sketcher": "Per-sample gradients",
+    "matching": "Gradient matching",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

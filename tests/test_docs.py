@@ -36,6 +36,8 @@ def test_pages_with_examples() -> None:
         "scores.md",
         "ccs.md",
         "gradient_sketching.md",
+        "matching.md",
+        "colm.md",
         "colm_training.md",
     }
 
