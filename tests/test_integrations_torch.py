@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -415,6 +416,20 @@ def test_select() -> None:
     grads, groups = method.calls[0]
     assert torch.equal(groups, torch.arange(ROWS))
     assert torch.equal(coreset.indices, grads.coefficients[:, 0].topk(2).indices)
+
+
+def test_distributed_models_are_unwrapped(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = language_model("llama")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        found = BatchSelector(wrapped)
+        assert found.parameter_name == f"{VALUES}.weight"
+        assert torch.equal(
+            found.gradients(batch()).coefficients, BatchSelector(model).gradients(batch()).coefficients
+        )
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_directions_by_step() -> None:

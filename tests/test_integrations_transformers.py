@@ -290,14 +290,21 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_integrations_transformers import *
 
-run = trainer(Path(sys.argv[1]), {{"keep_sources": ()}}, max_steps=2, ddp_backend="gloo", save_strategy="steps", save_steps=1)
+folder = Path(sys.argv[1])
+run = trainer(folder, {{"keep_sources": ()}}, max_steps=2, ddp_backend="gloo", save_strategy="steps", save_steps=1)
 run.train()
-rank = run.args.process_index
-Path(sys.argv[1], f"{{rank}}.json").write_text(json.dumps({{
+gradients = []
+cluster = {{"keep_sources": (), "weighting": "cluster"}}
+weighted = trainer(folder, cluster, max_steps=1, max_grad_norm=0, ddp_backend="gloo")
+weighted.add_callback(Gradients(gradients))
+weighted.train()
+(folder / f"{{run.args.process_index}}.json").write_text(json.dumps({{
     "indices": [coreset.indices.tolist() for coreset in run.coresets],
     "drawn": [numbers(drawn) for drawn in run.drawn],
     "trained": [batch["input_ids"].tolist() for batch in run.trained],
-    "weights": [float(parameter.double().sum()) for parameter in run.model.parameters()],
+    "sums": [float(parameter.double().sum()) for parameter in run.model.parameters()],
+    "weighted": [weighted.coresets[0].indices.tolist(), weighted.coresets[0].weights.tolist()],
+    "gradients": torch.cat([gradient.flatten() for gradient in gradients]).tolist(),
 }}))
 """
 
@@ -330,7 +337,7 @@ def test_two_processes(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     # one decision, over the rows of both
     assert first["indices"] == second["indices"]
-    assert first["weights"] == second["weights"]
+    assert first["sums"] == second["sums"]
     everything = rows()
     for step, indices in enumerate(first["indices"]):
         assert len(indices) == 2 * K
@@ -345,7 +352,17 @@ def test_two_processes(tmp_path: Path) -> None:
     selector = fc.integrations.torch.BatchSelector(model(), fc.CoLM(2 * K, top=128), eps=1e-2, batch_size=K)
     inputs = collate([{"input_ids": list(row["input_ids"])} for row in data])
     expected = selector.select(inputs, [_label(row["source"], "") for row in data])
-    assert first["indices"][0] == expected.indices.tolist()
+    assert first["indices"][0] == first["weighted"][0] == expected.indices.tolist()
+    assert first["weighted"][1] == expected.weights.tolist()
+    # With the sizes of the clusters: the gradient is that of one weighted mean over all of the coreset.
+    network = model()
+    picked = {name: value[expected.indices] for name, value in inputs.items()}
+    logits = network(picked["input_ids"], attention_mask=picked["attention_mask"]).logits
+    losses = [F.cross_entropy(row[:-1], of[1:]) for row, of in zip(logits, picked["labels"], strict=True)]
+    ((torch.stack(losses) * expected.weights).sum() / expected.weights.sum()).backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+    assert first["gradients"] == second["gradients"]
+    torch.testing.assert_close(torch.tensor(first["gradients"]), gradients, rtol=1e-4, atol=1e-6)
     assert (tmp_path / "checkpoint-2" / STATE_NAME).is_file()
 
 
