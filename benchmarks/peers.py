@@ -138,6 +138,30 @@ def masked_strata(scores: torch.Tensor, k: int, n_strata: int) -> torch.Tensor:
     return torch.cat(picks)
 
 
+def svd_caratheodory(x: np.ndarray, clusters_per_dimension: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most d + 1 rows of x [n, d] and their weights, by one singular value decomposition for each null vector; rows are
+    clustered in runs, `clusters_per_dimension` * (d + 1) of them in each round."""
+    n, d = x.shape
+    rows, weights = np.arange(n), np.ones(n)
+    while len(rows) > d + 1:
+        size = -(-len(rows) // (clusters_per_dimension * (d + 1)))
+        ones = np.concatenate([np.ones((len(rows), 1)), x[rows]], 1)
+        starts = np.arange(0, len(rows), size)
+        sums = np.add.reduceat(weights[:, None] * ones, starts)
+        rho = np.ones(len(sums))
+        while np.count_nonzero(rho) > d + 1:
+            live = np.flatnonzero(rho)[: d + 2]
+            v = np.linalg.svd(sums[live].T)[2][-1]
+            v = v if v.max() > 0 else -v
+            steps = np.divide(rho[live], v, out=np.full(len(v), np.inf), where=v > 0)
+            first = steps.argmin()
+            rho[live] -= steps[first] * v
+            rho[live[first]] = 0
+        factors = np.repeat(rho, np.diff(np.append(starts, len(rows))))
+        rows, weights = rows[factors > 0], (weights * factors)[factors > 0]
+    return rows, weights
+
+
 _ITERATIONS = 100
 _REG = 0.05
 

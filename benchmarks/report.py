@@ -20,6 +20,7 @@ TITLES = {
     "scores": "Sample scores and CCS",
     "sketcher": "Per-sample gradients",
     "matching": "Gradient matching",
+    "matching_caratheodory": "Carathéodory reduction",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

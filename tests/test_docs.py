@@ -33,6 +33,7 @@ def test_pages_with_examples() -> None:
         "simcore.md",
         "sinkhorn.md",
         "goracs.md",
+        "sketching.md",
         "scores.md",
         "ccs.md",
         "gradient_sketching.md",

@@ -11,6 +11,7 @@ first three:
     sinkhorn(x, y, a, b, *, reg, metric, ...), sinkhorn_apply(...), sinkhorn_plan(...)
     sketch(x, dim, *, kind, seed, offset, nnz, out=None), projection_matrix(rows, dim, *, kind, seed, ...)
     sample_scores(logits, targets, *, masked=False, out=None)    (not in `kernels.cuda`)
+    caratheodory(x, weights=None, *, max_size=0, out=None)    (not in `kernels.cuda`)
     NearestOrder(centroids) or NearestOrder.of_similarities(lists, dtype)
         .begin(length), .update(x) or .update_similarities(s), .finish(), .rounds(count, k), .order(i), .taken
 

@@ -21,6 +21,7 @@ FAMILIES = {
     "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),
     "matching": ("cpu", "torch"),
+    "caratheodory": ("cpu", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
