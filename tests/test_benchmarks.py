@@ -313,3 +313,21 @@ def test_the_cost_plot_is_drawn(tmp_path: Path) -> None:
     }
     scale.plot(tmp_path / "docs" / "cost.png", costs, values, base)
     assert (tmp_path / "docs" / "cost.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_training_by_coresets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps: the arms run, and the control has CoLM's sources and quotas."""
+    pytest.importorskip("transformers", reason="an extra of its own")
+    module = benchmark_module("colm_training")
+    sizes = ["--seeds", "1", "--steps", "2", "--validation-rows", "2"]
+    assert module.main([*sizes, "--results", str(tmp_path)]) == 0
+    content = benchmark_module("results").read(tmp_path)["colm_training"]
+    runs = {run["arm"]: run for run in content["runs"]}
+    assert list(runs) == list(module.ARMS)
+    assert runs["colm"]["shares"] == runs["structure"]["shares"] != runs["random"]["shares"]
+    assert runs["colm"]["activation_bytes"] == runs["random"]["activation_bytes"]
+    assert 1.9 < runs["full"]["activation_bytes"] / runs["random"]["activation_bytes"] <= 2
+    assert all(run["parameters"] <= 1_000_000 for run in content["runs"])
+    assert all(len(run["losses"]["2"]) == len(content["sources"]) for run in content["runs"])
+    assert content["summary"]["colm below random"]["of"] == 1
+    assert "| CoLM | " in capsys.readouterr().out

@@ -41,6 +41,7 @@ def test_pages_with_examples() -> None:
         "gradient_sketching.md",
         "matching.md",
         "colm.md",
+        "colm_training.md",
     }
 
 

@@ -207,6 +207,18 @@ def test_both_calls_see_the_same_random_numbers() -> None:
     assert seen[0] == seen[1] != seen[2] == seen[3]
 
 
+def test_autocast_sees_the_moved_parameters() -> None:
+    """It keeps the parameters' copies in half precision for the whole of its block."""
+    model, (x, y) = network(), batch()
+    exact = gradients(losses(model, x, y), model.parameters(), eps=0.1).coefficients
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        rough = gradients(losses(model, x, y), model.parameters(), eps=0.1).coefficients
+        assert torch.equal(model(x), before)
+    # bfloat16's rounding of losses near 1, over 2 eps: 1 % of 1 / 0.2.
+    torch.testing.assert_close(rough, exact, rtol=0, atol=0.05)
+
+
 def test_resample() -> None:
     model, options = network(), {"seed": 1234}
     loss_fn = losses(model, *batch())

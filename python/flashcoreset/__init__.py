@@ -8,7 +8,7 @@ Example:
 
 from importlib.metadata import version as _version
 
-from flashcoreset import kernels, plot
+from flashcoreset import integrations, kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
@@ -48,6 +48,7 @@ __all__ = [
     "ccs",
     "facility_location",
     "goracs",
+    "integrations",
     "kernels",
     "match_gradients",
     "memory_estimate",

@@ -197,6 +197,7 @@ def _move(tensors: list[Tensor], originals: list[Tensor], step: float, fill: Cal
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
         begin += flat.numel()
+    torch.clear_autocast_cache()  # of the values before
 
 
 @contextmanager
@@ -213,6 +214,7 @@ def _put_back(tensors: list[Tensor], originals: list[Tensor]) -> None:
     try:
         for tensor, original in zip(tensors, originals, strict=True):
             tensor.copy_(original)
+        torch.clear_autocast_cache()
     except KeyboardInterrupt:  # once more, from the beginning
         _put_back(tensors, originals)
         raise
@@ -299,10 +301,15 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None])
 
 
 def _next_seed(seed: int) -> int:
-    """The seed of the next call with resample=True: 64 bits of the block (number of the call, 0, 0, 5) under the key `seed`."""
+    """The seed of the next call with resample=True."""
     with _calls_lock:
         number = _calls[seed]
         _calls[seed] += 1
+    return seed_of_call(seed, number)
+
+
+def seed_of_call(seed: int, number: int) -> int:
+    """What `resample` makes of `seed` in call `number`: 64 bits of the block (number, 0, 0, 5) under the key `seed`."""
     counter = np.array([number & 0xFFFFFFFF, number >> 32, 0, 5], dtype=np.uint32)
     low, high = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[:2].tolist()
     return int(low) + (int(high) << 32) - 2**63

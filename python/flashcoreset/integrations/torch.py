@@ -1,0 +1,488 @@
+"""The selection step of CoLM for any training loop: from a large batch to the rows that are worth a backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashcoreset._tensor import FLOATING, as_int64, as_integer, as_number
+from flashcoreset._types import Coreset
+from flashcoreset.ops.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
+
+IGNORED = -100  # the label of tokens that do not count, as everywhere in torch
+
+# Modules that project to values alone, by the last part of their names.
+_SEPARATE = ("v_proj", "value", "wv", "v")
+
+
+def _last_third(weight: Tensor, config: Any) -> Tensor:
+    """Of [q | k | v], each as wide as the others."""
+    return weight[2 * (len(weight) // 3) :]
+
+
+def _last_heads(weight: Tensor, config: Any) -> Tensor:
+    """Of [q | k | v] with fewer heads in k and v than in q."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return weight[-config.num_key_value_heads * head :]
+
+
+def _third_of_each_head(weight: Tensor, config: Any) -> Tensor:
+    """Of [q | k | v] in each head, head by head."""
+    return weight.view(config.num_attention_heads, 3, -1, weight.shape[1])[:, 2]
+
+
+# Modules that project to queries, keys and values at once: which rows of [out, in] are the values', by the name and by
+# `model_type` of the configuration. Other models lay the same name out in other ways.
+_FUSED: dict[str, dict[str, Callable[[Tensor, Any], Tensor]]] = {
+    "c_attn": {"gpt2": _last_third},
+    "qkv_proj": {"phi3": _last_heads},
+    "query_key_value": dict.fromkeys(("bloom", "gpt_neox", "persimmon"), _third_of_each_head),
+    "Wqkv": {"mpt": _last_third},
+}
+
+
+class BatchSelector:
+    """Chooses the rows of a batch that a training step is made on, by zeroth-order gradients of the last V-projection.
+
+    One forward pass runs the model with the parameter moved by +eps along a random direction and keeps the last decoder
+    layer's input; another one with -eps runs that layer, the final norm and the head alone (with more directions, all passes but the
+    first do). The losses of each sample are averaged over its own tokens. The model runs in eval mode, without
+    gradients; afterwards its parameters, modes and hooks are as they were, whatever happens, and so is the state of
+    the global random numbers.
+
+    Args:
+        model: a causal language model called with a batch's entries as keywords, whose output is the logits [B, T, C], has
+            them as `logits`, or has them first: those of transformers, with or without peft's adapters. Decoder layers are
+            members of an `nn.ModuleList`. Wrapped by DistributedDataParallel it is unwrapped.
+        method: what chooses by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
+            can be called.
+        parameter: name of the parameter to perturb. None: the weight of the last V-projection (of a fused one the rows of the
+            values alone), or the matrix B of its LoRA adapter where it has an active one.
+        eps: the size of the step, > 0. LoRA starts with B = 0, so it is no share of the weights.
+        seed: a 64-bit integer, of the directions.
+        n_perturbations: the number of directions.
+        resample: False: the same directions in every step, as in CoLM's published code. True: others in every step, by the
+            number of the step.
+        batch_size: how many rows run at a time; None: all. Coefficients do not depend on it but for rounding.
+
+    Attributes:
+        parameter_name: what is perturbed.
+        parameter: the tensor that is perturbed: the parameter itself, or a view of it.
+        layer_name: the layer that is run again.
+        method: the argument.
+        steps: how many batches have been evaluated.
+
+    Raises:
+        TypeError: for arguments of a wrong type, and a parameter that is not floating (quantised).
+        ValueError: for a wrong value; an encoder-decoder; a model in which no V-projection is found, with what was looked for; a fused
+            projection whose layout is not known.
+
+    Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
+    ICLR 2025. Its published code averages losses over the padded width, so that a sample's gradient depends on its batch.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                                      num_attention_heads=2))
+        >>> selector = fc.integrations.torch.BatchSelector(model)
+        >>> selector.parameter_name, tuple(selector.parameter.shape)
+        ('model.layers.1.self_attn.v_proj.weight', (16, 16))
+        >>> tokens = torch.randint(0, 50, (8, 12))
+        >>> selector.gradients({"input_ids": tokens, "labels": tokens}).coefficients.shape
+        torch.Size([8, 1])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Any = None,
+        *,
+        parameter: str | None = None,
+        eps: float = 1e-3,
+        seed: int = 0,
+        n_perturbations: int = 1,
+        resample: bool = False,
+        batch_size: int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"model must be a decoder, whose labels are its inputs, got the encoder-decoder {type(model).__name__}"
+            )
+        if method is not None and not callable(getattr(method, "select", None)):
+            raise TypeError(
+                f"method must have select(grads, groups), as fc.CoLM has, got {type(method).__name__}"
+            )
+        if parameter is not None and not isinstance(parameter, str):
+            raise TypeError(f"parameter must be a str or None, got {type(parameter).__name__}")
+        self._eps = as_number(eps, "eps")
+        if self._eps <= 0:
+            raise ValueError(f"eps must be > 0, got {eps}")
+        self._seed = as_int64(seed, "seed")
+        self._count = _at_least_one(n_perturbations, "n_perturbations")
+        if not isinstance(resample, bool):
+            raise TypeError(f"resample must be a bool, got {resample!r} of type {type(resample).__name__}")
+        self._resample = resample
+        self._batch_size = None if batch_size is None else _at_least_one(batch_size, "batch_size")
+        self._model = model
+        self.method = method
+        self.steps = 0
+        self._view: Callable[[Tensor], Tensor] | None = None
+        if parameter is None:
+            self.parameter_name, self._view = _value_projection(model)
+        else:
+            self.parameter_name = _named(model, parameter)
+        self.layer_name, self._before = _layer_of(model, self.parameter_name)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The tensor that is perturbed. Looked up each time: models are moved and cast."""
+        tensor = self._model.get_parameter(self.parameter_name)
+        return tensor if self._view is None else self._view(tensor.detach())
+
+    @property
+    def numel(self) -> int:
+        """How many numbers are perturbed."""
+        return self.parameter.numel()
+
+    def gradients(self, batch: Mapping[str, Any]) -> LowRankGradients:
+        """The gradient of each row's loss with respect to `parameter`, as coefficients of the directions.
+
+        Args:
+            batch: what the model is called with, and "labels" [B, T]: the tokens themselves, which are shifted here, with
+                -100 where a token does not count. Matrices (and more dimensions) of B rows are cut into rows, other entries are
+                passed as they are. Everything is on the model's device.
+
+        Returns:
+            `LowRankGradients` with coefficients [B, n_perturbations]: NaN for rows whose loss is not finite, and 0 for
+            rows without a label.
+
+        Raises:
+            TypeError, ValueError: for a batch without labels, or logits that do not fit to them.
+        """
+        labels = _labels(batch)
+        rows = len(labels)
+        seed = seed_of_call(self._seed, self.steps) if self._resample else self._seed
+        step = rows if self._batch_size is None else self._batch_size
+        parts = []
+        with self._evaluation():
+            for first in range(0, rows, step):
+                part = {
+                    name: value[first : first + step] if _has_rows(value, rows) else value
+                    for name, value in batch.items()
+                }
+                parts.append(self._coefficients(part, seed))
+        self.steps += 1
+        return LowRankGradients(torch.cat(parts), seed, self.numel)
+
+    def select(self, batch: Mapping[str, Any], groups: Any = None) -> Coreset:
+        """The rows of `batch` to train on, by `method`.
+
+        Args:
+            batch: as for `gradients`.
+            groups: [B] integer labels, such as the data sources, or None.
+
+        Returns:
+            What the method's `select` returns: of fc.CoLM a `Coreset` with the rows as `indices` and the sizes of their clusters
+            as `weights`.
+
+        Raises:
+            TypeError, ValueError: as `gradients` and the method do.
+        """
+        if self.method is None:
+            raise ValueError(
+                "method must be given for select, as in BatchSelector(model, fc.CoLM(16)), got None"
+            )
+        chosen: Coreset = self.method.select(self.gradients(batch), groups)
+        return chosen
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here: the number of steps and the method's state."""
+        state: dict[str, Any] = {"steps": self.steps}
+        if hasattr(self.method, "state_dict"):
+            state["method"] = self.method.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict` of a selector with the same arguments.
+
+        Raises:
+            ValueError: for anything else than such a dict.
+        """
+        keys = self.state_dict().keys()
+        if not isinstance(state, Mapping) or state.keys() != keys:
+            got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"state must have the entries {', '.join(keys)}, got {got}")
+        steps = as_integer(state["steps"], "steps")
+        if "method" in state:
+            self.method.load_state_dict(state["method"])
+        self.steps = steps
+
+    def _coefficients(self, batch: dict[str, Any], seed: int) -> Tensor:
+        labels = batch.pop("labels")
+        if "use_cache" not in batch and hasattr(getattr(self._model, "config", None), "use_cache"):
+            batch["use_cache"] = False
+        bad = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+
+        with contextlib.ExitStack() as stack:
+            run = stack.enter_context(_repeated(self._model, self._before))
+
+            def losses() -> Tensor:
+                nonlocal bad
+                values = sample_losses(run(batch), labels)
+                unusable = ~torch.isfinite(values)
+                bad = bad | unusable
+                return values.masked_fill(unusable, 0)
+
+            g = zeroth_order_gradients(
+                losses, [self.parameter], eps=self._eps, seed=seed, n_perturbations=self._count
+            )
+        return g.coefficients.masked_fill(bad[:, None], torch.nan)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Eval mode; at the end every module's own mode and the random state as they were."""
+        modes = [(module, module.training) for module in self._model.modules()]
+        device = self.parameter.device
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self._model.eval()
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def sample_losses(output: Any, labels: Tensor) -> Tensor:
+    """The cross-entropy of each sample, averaged over its own tokens.
+
+    Args:
+        output: logits [B, T, C], or a model's output that has them as `logits` or first.
+        labels: [B, T] integers; position t is predicted from the logits at t - 1. -100 does not count.
+
+    Returns:
+        [B] float32 (float64 for float64 logits); 0 for a sample without labels.
+
+    Raises:
+        TypeError, ValueError: for logits that do not fit to the labels.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> labels = torch.tensor([[0, 1, 1], [0, 1, -100]])
+        >>> fc.integrations.torch.sample_losses(torch.zeros(2, 3, 2), labels)
+        tensor([0.6931, 0.6931])
+    """
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, (tuple, list)):
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.dtype not in FLOATING:
+        raise TypeError(f"the model must return logits or have them first, got {type(logits).__name__}")
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"the model's logits must have shape {[*labels.shape, 'C']} as the labels have, got {tuple(logits.shape)}"
+        )
+    wide = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
+    targets = labels[:, 1:].to(logits.device)
+    losses = F.cross_entropy(wide.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+    count = (targets != IGNORED).sum(1).clamp(min=1)
+    return losses.sum(1) / count
+
+
+@contextmanager
+def _repeated(model: nn.Module, before: list[nn.Module]) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """A function that calls the model on one batch: in full the first time, and then without the layers `before`.
+
+    Later calls go through the model's own forward, whatever it does around its layers; the layers that are skipped
+    return what the last of them returned the first time. A decoder that runs that one more than once is called in full
+    every time.
+    """
+    outputs: list[Any] = []
+    replaced: list[nn.Module] = []
+    own = [module.__dict__.get("forward") for module in before]
+
+    def copied(output: Any) -> Any:
+        """The next layer may write into what it is given. None for what is neither a tensor nor a tuple that begins with one."""
+        if isinstance(output, Tensor):
+            return output.clone()
+        return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else None
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        outputs.append(copied(output))
+
+    def skip(*_: Any, **__: Any) -> Any:
+        return copied(outputs[0])
+
+    def call(batch: dict[str, Any]) -> Any:
+        if not before or replaced:
+            return model(**batch)
+        outputs.clear()
+        handle = before[-1].register_forward_hook(keep)
+        try:
+            result = model(**batch)
+        finally:
+            handle.remove()
+        if len(outputs) == 1 and outputs[0] is not None:
+            for module in before:
+                replaced.append(module)
+                module.forward = skip
+        return result
+
+    try:
+        yield call
+    finally:
+        for module, forward in zip(before, own, strict=True):
+            if module in replaced:
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+
+
+def _value_projection(model: nn.Module) -> tuple[str, Callable[[Tensor], Tensor] | None]:
+    """The name of the last layer's V-projection and, of a fused one, what takes the values' part of it."""
+    found: tuple[str, nn.Module] | None = None
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    names = (*_SEPARATE, *_FUSED)
+    inside: tuple[str, ...] = ()
+    for name, layers in lists:
+        if name.startswith(inside):
+            continue  # a list within the layers of a list that has been looked at
+        for i in reversed(range(len(layers))):
+            own = [
+                (part, m)
+                for part, m in layers[i].named_modules()
+                if _last(part) in names and _weight(m) is not None
+            ]
+            if own:
+                found = f"{name}.{i}.{own[0][0]}", own[0][1]
+                inside = (*inside, f"{name}.")
+                break
+    if found is None:
+        lengths = ", ".join(
+            f"{name} ({len(layers)} of {type(layers[0]).__name__})" for name, layers in lists if len(layers)
+        )
+        raise ValueError(
+            f"model must have decoder layers in an nn.ModuleList, with a V-projection named {', '.join(_SEPARATE)} or a fused "
+            f"one named {', '.join(_FUSED)}; {type(model).__name__} has "
+            + (f"the lists {lengths}" if lengths else "no nn.ModuleList")
+            + "; name the parameter to perturb with parameter="
+        )
+    name, module = found
+    weight = _weight(module)
+    assert weight is not None
+    owner, tensor = weight
+    full = f"{name}.{owner}weight"
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"the V-projection {full} must be floating, got {tensor.dtype} (quantised?); give it a LoRA adapter, or "
+            "name the parameter to perturb with parameter="
+        )
+    kind = _last(name)
+    if kind not in _FUSED:
+        return full, None
+    config = _config(model, name)
+    layouts = _FUSED[kind]
+    layout = layouts.get(getattr(config, "model_type", None) or "")
+    if layout is None:
+        raise ValueError(
+            f"the layout of the fused projection {full} is known for the model_type {', '.join(layouts)}, got "
+            f"{getattr(config, 'model_type', None)!r}; name the parameter to perturb with parameter="
+        )
+    known = layout
+    # transformers' Conv1D is [in, out]; the matrix B of an adapter is always [out, r].
+    if not owner.startswith("lora") and type(_base(module)).__name__ == "Conv1D":
+        return full, lambda tensor: known(tensor.T, config)
+    return full, lambda tensor: known(tensor, config)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """What an adapter is wrapped around."""
+    inner = getattr(module, "base_layer", module)
+    return inner if inner is module else _base(inner)
+
+
+def _weight(module: nn.Module) -> tuple[str, Tensor] | None:
+    """The matrix of a projection and where it is: that of an active LoRA adapter, or its own."""
+    adapters = getattr(module, "lora_B", None)
+    if isinstance(adapters, nn.ModuleDict) and not getattr(module, "disable_adapters", False):
+        for adapter in getattr(module, "active_adapters", ()):
+            if adapter in adapters:
+                matrix = adapters[adapter].get_parameter("weight")
+                return f"lora_B.{adapter}.", matrix
+    weight = getattr(_base(module), "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    return "" if _base(module) is module else "base_layer.", weight
+
+
+def _config(model: nn.Module, name: str) -> Any:
+    """The configuration of the innermost module around `name` that has one."""
+    while True:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None or not name:
+            return config
+
+
+def _named(model: nn.Module, name: str) -> str:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if name not in parameters:
+        near = [other for other in parameters if _last(other) == _last(name)] or list(parameters)
+        raise ValueError(
+            f"parameter must be the name of a parameter of {type(model).__name__}, such as {near[-1] if near else 'none'}, "
+            f"got {name!r}"
+        )
+    if parameters[name].dtype not in FLOATING:
+        raise TypeError(f"parameter must be floating, got {parameters[name].dtype} of {name}")
+    return name
+
+
+def _layer_of(model: nn.Module, parameter: str) -> tuple[str, list[nn.Module]]:
+    """The layer that has the parameter, and those before it in its list; without such a list the model, and none."""
+    path = parameter.split(".")
+    for depth in range(1, len(path)):
+        layers = model.get_submodule(".".join(path[:depth]))
+        if isinstance(layers, nn.ModuleList):
+            place = int(path[depth])
+            return ".".join(path[: depth + 1]), [layers[i] for i in range(place)]
+    return "", []
+
+
+def _labels(batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a mapping of names to tensors, got {type(batch).__name__}")
+    if "labels" not in batch:
+        raise ValueError(f"batch must have the entry labels, got {', '.join(map(str, batch)) or 'none'}")
+    labels = batch["labels"]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"batch['labels'] must be an integer tensor, got {got}")
+    if labels.dim() != 2 or not len(labels) or labels.shape[1] < 2:
+        raise ValueError(f"batch['labels'] must have shape [B, T] with T >= 2, got {tuple(labels.shape)}")
+    return labels
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    # Vectors belong to the sequence (positions), of which there may be as many as rows.
+    return isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
+
+
+def _at_least_one(value: Any, name: str) -> int:
+    number = as_integer(value, name)
+    if number < 1:
+        raise ValueError(f"{name} must be >= 1, got {number}")
+    return number

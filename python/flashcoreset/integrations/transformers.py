@@ -1,0 +1,393 @@
+"""CoLM inside transformers' Trainer: each step draws a large batch and trains on its coreset."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcoreset._tensor import as_integer, one_of
+from flashcoreset._types import Coreset
+from flashcoreset.integrations.torch import BatchSelector, sample_losses
+from flashcoreset.methods.colm import CoLM
+from flashcoreset.ops.zeroth_order import LowRankGradients
+
+try:
+    from accelerate.utils import gather_object
+    from transformers import Trainer
+except ImportError as error:
+    raise ImportError(
+        f"CoLMTrainer needs transformers and accelerate ({error}); install them with pip install 'flashcoreset[transformers]'"
+    ) from error
+
+STATE_NAME = "coreset_selection.pt"
+_WEIGHTS = "coreset_weights"
+_WEIGHTINGS = ("mean", "cluster")
+
+
+@dataclass(frozen=True)
+class CoLMConfig:
+    """How `CoLMTrainer` selects. The coreset's size is per_device_train_batch_size, times the processes.
+
+    Args:
+        large_batch_size: rows that are drawn, on each device, for a coreset of per_device_train_batch_size rows.
+        source: the data set's column that tells a row's source, a string or an integer. None: there is one source.
+        keep_sources: the sources of which every row is kept.
+        rule, top, betas, adam_eps, metric: `rule`, `top`, `betas`, `eps` and `metric` of `fc.CoLM`. `top` is at most the number of
+            perturbed parameters; None takes all.
+        weighting: "mean": the loss of the coreset as the model computes it, as CoLM's published code does. "cluster": the
+            mean over the rows of each row's own loss times the size of its cluster.
+        parameter, eps, n_perturbations, resample, seed: those of `fc.integrations.torch.BatchSelector`.
+        forward_batch_size: rows that run at a time in the selection; None: per_device_train_batch_size, which takes less
+            memory than the training step.
+
+    Raises:
+        TypeError, ValueError: for a value of a wrong type or out of range; those of CoLM and BatchSelector when the trainer
+            is made.
+
+    Example:
+        >>> from flashcoreset.integrations.transformers import CoLMConfig
+        >>> CoLMConfig(large_batch_size=128, keep_sources=("rare",)).weighting
+        'mean'
+    """
+
+    large_batch_size: int
+    source: str | None = "source"
+    keep_sources: tuple[str | int, ...] = ()
+    rule: str = "proportional"
+    top: int | None = 2560
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    metric: str = "l1"
+    weighting: str = "mean"
+    parameter: str | None = None
+    eps: float = 1e-3
+    n_perturbations: int = 1
+    resample: bool = False
+    seed: int = 0
+    forward_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if as_integer(self.large_batch_size, "large_batch_size") < 1:
+            raise ValueError(f"large_batch_size must be >= 1, got {self.large_batch_size}")
+        if self.source is not None and not isinstance(self.source, str):
+            raise TypeError(f"source must be a str or None, got {type(self.source).__name__}")
+        if isinstance(self.keep_sources, (str, bytes)):
+            raise TypeError(f"keep_sources must be several sources, got {self.keep_sources!r}")
+        object.__setattr__(self, "keep_sources", tuple(self.keep_sources))
+        if self.keep_sources and self.source is None:
+            raise ValueError(f"source must be given with keep_sources={self.keep_sources}, got None")
+        one_of(self.weighting, "weighting", _WEIGHTINGS)
+
+
+class CoLMTrainer(Trainer):
+    """A `transformers.Trainer` whose steps train on coresets of large batches.
+
+    For each batch that Trainer would train on, `large_batch_size` rows are drawn. Their gradients are estimated by
+    `fc.integrations.torch.BatchSelector`, `fc.CoLM` chooses among the rows of all processes, each process takes an equal share of
+    the coreset (rows travel between processes before they are collated), and from there on Trainer does what it does.
+    Evaluation is Trainer's own. A last large batch of an epoch that is no larger than the coreset is taken whole.
+
+    The logs have `selection_time`, seconds for each optimizer step, and `selection_share`, the share of the time from
+    drawing a step's data to its end. The selection's state is saved beside the optimizer's in checkpoints, and resuming goes
+    on as if there had been no interruption.
+
+    Args:
+        colm: a `CoLMConfig`.
+        args, kwargs: those of Trainer. The data collator is called with the rows of the large batch, and again with those of the
+            coreset, so it should not be random.
+
+    Attributes:
+        last_coreset: the last `fc.Coreset`, its indices being positions in the large batches of all processes, one after the
+            other; None before the first.
+
+    Raises:
+        TypeError, ValueError: as CoLM and BatchSelector do; for a large batch that is smaller than the coreset, a
+            data set without the source's column, `top` above the number of perturbed parameters, and what does not go
+            together: FSDP and DeepSpeed, auto_find_batch_size, train_sampling_strategy="batch_rebalance", and
+            weighting="cluster" with a loss of one's own or label smoothing.
+
+    Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
+    ICLR 2025.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments
+        >>> from flashcoreset.integrations.transformers import CoLMConfig, CoLMTrainer
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                                      num_attention_heads=2))
+        >>> rows = torch.randint(0, 50, (64, 12)).tolist()
+        >>> data = [{"input_ids": row, "labels": row, "source": "a" if i % 8 else "b"} for i, row in enumerate(rows)]
+        >>> arguments = TrainingArguments(tempfile.mkdtemp(), per_device_train_batch_size=4, max_steps=2, report_to="none",
+        ...                               disable_tqdm=True, use_cpu=True)
+        >>> colm = CoLMConfig(large_batch_size=16, keep_sources=("b",), top=256)
+        >>> trainer = CoLMTrainer(model, arguments, train_dataset=data, colm=colm)
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> trainer.train().global_step, len(trainer.last_coreset.indices)
+        (2, 4)
+    """
+
+    # Trainer's own, which _loading_rows exchanges.
+    data_collator: Any
+    _train_batch_size: int
+    _signature_columns: Any
+
+    def __init__(self, *args: Any, colm: CoLMConfig, **kwargs: Any) -> None:
+        if not isinstance(colm, CoLMConfig):
+            raise TypeError(f"colm must be a CoLMConfig, got {type(colm).__name__}")
+        super().__init__(*args, **kwargs)
+        self.colm = colm
+        self._refuse()
+        self.last_coreset: Coreset | None = None
+        self._start_clock()
+        self._selector = self._new_selector()
+        if colm.weighting == "cluster":
+            self.model_accepts_loss_kwargs = (
+                False  # the loss is a mean over rows, which does not count tokens
+            )
+
+    def _refuse(self) -> None:
+        """Errors for what does not go together."""
+        arguments = self.args
+        if arguments.train_batch_size >= self._large_batch_size:
+            raise ValueError(
+                "large_batch_size must be above per_device_train_batch_size, the coreset's size, got "
+                f"{self.colm.large_batch_size} and {arguments.per_device_train_batch_size}"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "CoLMTrainer moves whole parameters on each process, as DistributedDataParallel has them, got "
+                + ("FSDP" if self.is_fsdp_enabled else "DeepSpeed")
+            )
+        if arguments.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size must be False: it would change the coreset's size, got True"
+            )
+        if getattr(arguments, "train_sampling_strategy", "") == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy must not be 'batch_rebalance', which makes batches of its own"
+            )
+        if self.colm.weighting == "cluster" and (self.compute_loss_func or self.label_smoother):
+            given = "compute_loss_func" if self.compute_loss_func else "label_smoothing_factor"
+            raise ValueError(f"weighting must be 'mean' with {given}, got 'cluster'")
+        columns = getattr(self.train_dataset, "column_names", None)
+        if self.colm.source is not None and columns is not None and self.colm.source not in columns:
+            raise ValueError(_no_source(self.colm.source, columns))
+
+    @property
+    def _large_batch_size(self) -> int:
+        return int(self.colm.large_batch_size * max(1, self.args.n_gpu))
+
+    def _new_selector(self) -> BatchSelector:
+        colm, arguments = self.colm, self.args
+        method = CoLM(
+            arguments.train_batch_size * arguments.world_size,
+            top=colm.top,
+            betas=colm.betas,
+            eps=colm.adam_eps,
+            keep_groups=[_label(source, f"keep_sources[{i}]") for i, source in enumerate(colm.keep_sources)],
+            rule=colm.rule,
+            metric=colm.metric,
+        )
+        selector = BatchSelector(
+            self.model,
+            method,
+            parameter=colm.parameter,
+            eps=colm.eps,
+            seed=colm.seed,
+            n_perturbations=colm.n_perturbations,
+            resample=colm.resample,
+            batch_size=colm.forward_batch_size or arguments.train_batch_size,
+        )
+        if colm.top is not None and colm.top > selector.numel:
+            raise ValueError(
+                f"top must be <= {selector.numel}, the size of {selector.parameter_name}, or None for all of it, got {colm.top}"
+            )
+        return selector
+
+    def _start_clock(self) -> None:
+        """Of selection and of whole optimizer steps, in seconds, since the last log."""
+        self._seconds = [0.0, 0.0]
+        self._steps_timed = 0
+        self._step_start: float | None = None
+
+    # ---- What Trainer calls
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # A run starts without a history; resuming loads it later. The model may be another one than before.
+        self._selector = self._new_selector()
+        self._start_clock()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Large batches of rows that are not collated yet."""
+        if self.train_dataset is None:
+            return super().get_train_dataloader()  # which says so
+        with self._loading_rows():
+            return super().get_train_dataloader()
+
+    @contextmanager
+    def _loading_rows(self) -> Iterator[None]:
+        """Makes of Trainer's own way to a data loader one to a loader of large batches of rows, with their sources."""
+        self._set_signature_columns_if_needed()
+        before = self._train_batch_size, self.data_collator, self._signature_columns
+        dispatch = self.accelerator.dataloader_config.dispatch_batches
+        try:
+            self._train_batch_size, self.data_collator = self._large_batch_size, Rows
+            self._signature_columns = [*self._signature_columns, *filter(None, [self.colm.source])]
+            # Dispatching would cut batches of tensors; each process reads an iterable data set for itself.
+            self.accelerator.dataloader_config.dispatch_batches = False
+            yield
+        finally:
+            self._train_batch_size, self.data_collator, self._signature_columns = before
+            self.accelerator.dataloader_config.dispatch_batches = dispatch
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, of coresets; all of an optimizer step are chosen before it, by the same parameters."""
+        self._step_start = time.perf_counter()
+        return super().get_batch_samples(map(self._coreset_of, epoch_iterator), *args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Trainer's, or with weighting="cluster" the weighted mean of a coreset's losses."""
+        if not isinstance(inputs, Mapping) or _WEIGHTS not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in (_WEIGHTS, "labels")})
+        losses = sample_losses(outputs, inputs["labels"])
+        loss = (losses * inputs[_WEIGHTS].to(losses)).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        # The end of an optimizer step; evaluations and checkpoints come after it.
+        if self._step_start is not None:
+            self._seconds[1] += time.perf_counter() - self._step_start
+            self._steps_timed += 1
+            self._step_start = None
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the time that selection took."""
+        selection, whole = self._seconds
+        if "loss" in logs and self._steps_timed:
+            logs["selection_time"] = selection / self._steps_timed
+            logs["selection_share"] = selection / whole
+            self._start_clock()
+        super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            torch.save(self._selector.state_dict(), os.path.join(output_dir, STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = os.path.join(checkpoint, STATE_NAME)
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"resume_from_checkpoint must be a checkpoint of CoLMTrainer with its optimizer, got {checkpoint}, which has no "
+                    f"{STATE_NAME}"
+                )
+            self._selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    # ---- A large batch becomes a coreset
+
+    def _coreset_of(self, rows: Rows) -> dict[str, Any]:
+        """What the training step gets for a large batch: this process's share of the coreset, collated."""
+        start = time.perf_counter()
+        sources, features = self._split(rows.rows)
+        g = self._gradients(features)
+        # Of every process, and on the CPU, which has the same answer for all of them.
+        parts = _gathered((g.coefficients.cpu(), sources))
+        coefficients = torch.cat([part[0] for part in parts])
+        groups = None if sources is None else torch.cat([part[1] for part in parts])
+        method = self._selector.method
+        if len(coefficients) <= method.k:
+            coreset = Coreset(torch.arange(len(coefficients)), torch.ones(len(coefficients)), {})
+        else:
+            coreset = method.select(LowRankGradients(coefficients, g.seed, g.numel), groups)
+        self.last_coreset = coreset
+        share, weights = self._share(features, coreset, [len(part[0]) for part in parts])
+        inputs: dict[str, Any] = self._prepare_inputs(self.data_collator(share))
+        if self.colm.weighting == "cluster":
+            inputs = {**inputs, _WEIGHTS: weights}
+        self._seconds[0] += time.perf_counter() - start
+        return inputs
+
+    def _split(self, rows: list[Any]) -> tuple[Tensor | None, list[Any]]:
+        """The labels of the rows' sources, and the rows without them."""
+        column = self.colm.source
+        if column is None:
+            return None, rows
+        labels, features = [], []
+        for i, row in enumerate(rows):
+            if not isinstance(row, Mapping) or column not in row:
+                raise ValueError(
+                    _no_source(column, row if isinstance(row, Mapping) else [type(row).__name__])
+                )
+            labels.append(_label(row[column], f"the {column} of row {i}"))
+            features.append({name: value for name, value in row.items() if name != column})
+        return torch.tensor(labels), features
+
+    def _gradients(self, features: list[Any]) -> LowRankGradients:
+        # Copies, since collators may write into rows.
+        inputs = self._prepare_inputs(self.data_collator([_copied(row) for row in features]))
+        with self.compute_loss_context_manager():
+            return self._selector.gradients(inputs)
+
+    def _share(self, features: list[Any], coreset: Coreset, counts: list[int]) -> tuple[list[Any], Tensor]:
+        """This process's rows of the coreset, dealt out in turn, and their weights, whose mean over the coreset is 1."""
+        indices, rank, world = coreset.indices.tolist(), self.args.process_index, len(counts)
+        if len(indices) < world:
+            raise ValueError(
+                f"a coreset must have a row for each of the {world} processes, got {len(indices)}: the gradients of the others "
+                "are zero or not finite"
+            )
+        first = sum(counts[:rank])
+        own = {
+            place: features[index - first]
+            for place, index in enumerate(indices)
+            if first <= index < first + counts[rank]
+        }
+        chosen: dict[int, Any] = {}
+        for part in _gathered(own):
+            chosen.update(part)
+        weights = coreset.weights / coreset.weights.mean()
+        return [_copied(chosen[place]) for place in range(rank, len(indices), world)], weights[rank::world]
+
+
+class Rows:
+    """The rows of a batch, not collated: an object that data loaders pass on as it is."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The value of each process."""
+    found: list[Any] = gather_object([value])
+    return found
+
+
+def _copied(row: Any) -> Any:
+    return dict(row) if isinstance(row, Mapping) else row
+
+
+def _label(source: Any, name: str) -> int:
+    """An integer for a source: itself, or 63 bits of a string's hash, the same on every process and in every run."""
+    if isinstance(source, str):
+        return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest(), "big") >> 1
+    return as_integer(source, name)
+
+
+def _no_source(column: str, columns: Any) -> str:
+    return (
+        f"the training data must have the column {column!r}, the source of each row (source= names another one, source=None "
+        f"takes all rows as one source), got {', '.join(map(str, columns))}"
+    )

@@ -1,0 +1,530 @@
+"""BatchSelector beside zeroth-order gradients through whole models, for the families of decoders and with adapters; and that it
+leaves no trace in the model, the random numbers and the hooks."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flashcoreset as fc
+from flashcoreset.integrations.torch import BatchSelector, sample_losses
+from flashcoreset.ops.zeroth_order import seed_of_call
+
+VOCABULARY, ROWS, LENGTH = 41, 6, 9
+
+# Name -> configuration class, model class, and what differs from the sizes below.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": 4}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 6}),
+    "phi": ("PhiConfig", "PhiForCausalLM", {"num_key_value_heads": 4}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {}),
+    "mpt": ("MptConfig", "MptForCausalLM", {}),
+    "persimmon": ("PersimmonConfig", "PersimmonForCausalLM", {}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
+}
+# Where the last V-projection is, if not in model.layers.2.self_attn.v_proj; and the attention's last projection, if not o_proj.
+NAMES = {
+    "gpt2": "transformer.h.2.attn.c_attn",
+    "gpt_neox": "gpt_neox.layers.2.attention.query_key_value",
+    "bloom": "transformer.h.2.self_attention.query_key_value",
+    "mpt": "transformer.blocks.2.attn.Wqkv",
+    "persimmon": "model.layers.2.self_attn.query_key_value",
+    "phi3": "model.layers.2.self_attn.qkv_proj",
+}
+OUTPUTS = {
+    "gpt2": "c_proj",
+    "gpt_neox": "dense",
+    "bloom": "dense",
+    "mpt": "out_proj",
+    "persimmon": "dense",
+    "phi": "dense",
+}
+VALUES = "model.layers.2.self_attn.v_proj"
+
+# peft knows activation checkpoints by an older name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+
+def language_model(family: str, **changes: Any) -> Any:
+    import transformers  # takes seconds
+
+    config_class, model_class, options = FAMILIES[family]
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+    }
+    if family == "mpt":  # has names of its own
+        sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 32}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, config_class)(**{**sizes, **tokens, **options, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, model_class)(config)
+        for parameter in model.parameters():  # some start with zeros, which would hide mistakes
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def with_adapters(model: Any, **options: Any) -> Any:
+    import peft
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, peft.LoraConfig(r=3, lora_dropout=0.5, **options)).train()
+
+
+def batch(rows: int = ROWS, length: int = LENGTH) -> dict[str, Tensor]:
+    """Rows of unequal length, padded on the right."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+    lengths = torch.randint(3, length + 1, (rows,), generator=generator)
+    real = torch.arange(length) < lengths[:, None]
+    return {
+        "input_ids": tokens.masked_fill(~real, 0),
+        "attention_mask": real.long(),
+        "labels": tokens.masked_fill(~real, -100),
+    }
+
+
+def losses_of_rows(model: Any, data: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Row by row, of a full pass."""
+    inputs = {name: value for name, value in data.items() if name != "labels"}
+
+    def losses() -> Tensor:
+        rows = []
+        for row, labels in zip(model(**inputs).logits, data["labels"][:, 1:], strict=True):
+            kept = labels != -100
+            rows.append(F.cross_entropy(row[:-1][kept], labels[kept]))
+        return torch.stack(rows)
+
+    return losses
+
+
+def whole(model: Any, parameter: Tensor, data: dict[str, Tensor], **options: Any) -> Tensor:
+    """Coefficients by full passes in eval mode."""
+    model.eval()
+    found = fc.zeroth_order_gradients(losses_of_rows(model, data), [parameter], **options)
+    model.train()
+    return found.coefficients
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["weight", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coefficients_are_those_of_the_whole_model(family: str, adapters: bool) -> None:
+    model = language_model(family).double()
+    name = NAMES.get(family, VALUES)
+    expected = f"{name}.weight"
+    if adapters:
+        options = {"fan_in_fan_out": True} if family == "gpt2" else {}
+        model = with_adapters(model, target_modules=[name.rpartition(".")[2]], **options).double()
+        expected = f"base_model.model.{name}.lora_B.default.weight"
+    model.train()
+    selector = BatchSelector(model, eps=1e-2, seed=5, n_perturbations=2)
+    assert selector.parameter_name == expected
+    assert selector.layer_name == expected.partition(".2.")[0] + ".2"
+    g = selector.gradients(batch())
+    full = whole(model, selector.parameter, batch(), eps=1e-2, seed=5, n_perturbations=2)
+    assert (g.seed, g.numel) == (5, selector.parameter.numel())
+    assert full.abs().min() > 1e-4
+    torch.testing.assert_close(g.coefficients, full, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_perturbed_rows_are_those_of_the_values(family: str) -> None:
+    """Without them attention has nothing to add up: what it hands to its last projection is 0. And it is all of them."""
+    model = language_model(family).eval()
+    name = NAMES.get(family, VALUES)
+    projection = model.get_submodule(name)
+    if projection.bias is not None:
+        projection.bias.data.zero_()
+    seen: list[Tensor] = []
+    attention = model.get_submodule(name.rpartition(".")[0])
+    getattr(attention, OUTPUTS.get(family, "o_proj")).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    parameter = BatchSelector(model).parameter
+    with torch.no_grad():
+        model(**batch())
+        parameter.zero_()
+        model(**batch())
+    assert (seen[0][:, 0] != 0).all()  # past a window there may be nothing but padding
+    assert (seen[1] == 0).all()
+    values = {"llama": 16, "qwen3": 12, "phi3": 16, "gpt2": 32, "mistral": 16, "qwen2": 16, "gemma2": 16}
+    assert parameter.numel() == values.get(family, 32) * 32
+
+
+def test_only_the_last_layer_runs_again() -> None:
+    model = language_model("llama")
+    calls = dict.fromkeys(("model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp", "lm_head"), 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    for name in calls:
+        model.get_submodule(name).register_forward_hook(count(name))
+    BatchSelector(model).gradients(batch())
+    assert list(calls.values()) == [1, 1, 2, 2]
+    BatchSelector(model, n_perturbations=3).gradients(batch())
+    assert list(calls.values()) == [2, 2, 8, 8]
+
+
+def test_another_parameter() -> None:
+    model = language_model("llama").double()
+    for name, layer in (("model.layers.1.mlp.up_proj.weight", "model.layers.1"), ("model.norm.weight", "")):
+        selector = BatchSelector(model, parameter=name)
+        assert (selector.layer_name, selector.parameter_name) == (layer, name)
+        assert selector.parameter is model.get_parameter(name)
+        g = selector.gradients(batch())
+        torch.testing.assert_close(
+            g.coefficients, whole(model, selector.parameter, batch()), rtol=0, atol=1e-5
+        )
+
+
+def test_adapters_that_leave_the_values_alone() -> None:
+    model = with_adapters(language_model("llama"), target_modules=["q_proj"])
+    assert BatchSelector(model).parameter_name == f"base_model.model.{VALUES}.weight"
+    model = with_adapters(language_model("llama"), target_modules=["v_proj"])
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    assert BatchSelector(model).parameter_name == f"base_model.model.{VALUES}.lora_B.second.weight"
+    with model.disable_adapter():
+        assert BatchSelector(model).parameter_name == f"base_model.model.{VALUES}.base_layer.weight"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_do_not_depend_on_their_batch(family: str) -> None:
+    """Neither on its width nor on how many run at a time."""
+    model = language_model(family).double()
+    data = batch()
+    coefficients = BatchSelector(model).gradients(data).coefficients
+    parts = BatchSelector(model, batch_size=4).gradients(data).coefficients
+    torch.testing.assert_close(parts, coefficients, rtol=0, atol=1e-8)
+    for row in range(ROWS):
+        width = int(data["attention_mask"][row].sum())
+        alone = {name: value[row : row + 1, :width] for name, value in data.items()}
+        found = BatchSelector(model).gradients(alone).coefficients
+        torch.testing.assert_close(found, coefficients[row : row + 1], rtol=0, atol=1e-8)
+
+
+def test_losses_by_hand() -> None:
+    logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]]] * 3)
+    labels = torch.tensor([[1, 1, 0], [0, 0, -100], [1, -100, -100]])
+    first = F.softplus(torch.tensor(-1.0)), F.softplus(torch.tensor(1.0))  # of labels 1 and 0 at position 0
+    second = F.softplus(torch.tensor(-2.0))
+    expected = torch.stack([(first[0] + second) / 2, first[1], torch.tensor(0.0)])
+    for output in (logits, (logits, None), type("Output", (), {"logits": logits})()):
+        torch.testing.assert_close(sample_losses(output, labels), expected)
+    assert sample_losses(logits.bfloat16(), labels).dtype == torch.float32
+    assert sample_losses(logits.double(), labels).dtype == torch.float64
+
+
+def test_rows_without_labels_and_broken_rows() -> None:
+    model, data = language_model("llama"), batch()
+    data["labels"][1] = -100
+    data["labels"][3, 1:] = -100
+    model.model.embed_tokens.weight.data[40] = torch.nan
+    data["input_ids"][data["input_ids"] == 40] = 1
+    data["input_ids"][4, 0] = 40
+    found = BatchSelector(model).gradients(data).coefficients[:, 0]
+    assert found[[1, 3]].tolist() == [0.0, 0.0]
+    assert found.isnan().tolist() == [False] * 4 + [True, False]
+    assert (found[[0, 2, 5]] != 0).all()
+
+
+# ---- no trace
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    return [
+        *[(name, p.detach().clone().view(torch.int32)) for name, p in model.named_parameters()],
+        *[(name, module.training) for name, module in model.named_modules()],
+        *[
+            (name, sorted(module.__dict__), len(module._forward_hooks))
+            for name, module in model.named_modules()
+        ],
+        torch.get_rng_state(),
+    ]
+
+
+def same(found: list[Any], expected: list[Any]) -> bool:
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, tuple):
+            return all(equal(x, y) for x, y in zip(a, b, strict=True))
+        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+    return all(equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_nothing_is_left_behind(family: str) -> None:
+    dropout = {"gpt2": {"resid_pdrop": 0.5, "attn_pdrop": 0.5}, "gpt_neox": {"hidden_dropout": 0.5}}
+    model = language_model(family, **dropout.get(family, {"attention_dropout": 0.5})).train()
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    layers[1].eval()  # some may be frozen
+    layers[0].forward = layers[0].forward  # as offloading hooks have it
+    selector = BatchSelector(model)
+    before = state_of(model)
+    first = selector.gradients(batch())
+    assert same(state_of(model), before)
+    torch.rand(())
+    assert torch.equal(selector.gradients(batch()).coefficients, first.coefficients)  # no dropout
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("place", ["model.layers.1", "lm_head"])
+def test_nothing_is_left_behind_by_an_error(error: type[BaseException], call: int, place: str) -> None:
+    model = language_model("llama").train()
+    calls = itertools.count()
+
+    def fail(*_: Any) -> None:
+        if next(calls) == call:
+            torch.rand(())
+            raise error
+
+    selector = BatchSelector(model)
+    model.get_submodule(place).register_forward_pre_hook(fail)
+    before = state_of(model)
+    with pytest.raises(error):
+        selector.gradients(batch())
+    assert same(state_of(model), before)
+    assert selector.steps == 0
+
+
+def test_training_goes_on() -> None:
+    """Of a fused projection a view is moved: autograd must not notice."""
+    model = language_model("gpt2").train()
+    selector = BatchSelector(model)
+    for _ in range(2):
+        selector.gradients(batch())
+        model(**batch()).loss.backward()
+    assert model.get_parameter("transformer.h.2.attn.c_attn.weight").grad is not None
+
+
+def test_half_precision_and_checkpoints() -> None:
+    model = language_model("llama").train()
+    exact = BatchSelector(model, eps=1e-2).gradients(batch()).coefficients
+    model.gradient_checkpointing_enable()
+    assert torch.equal(BatchSelector(model, eps=1e-2).gradients(batch()).coefficients, exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = BatchSelector(model, eps=0.1).gradients(batch()).coefficients
+    assert F.cosine_similarity(rough, exact, dim=0) > 0.9
+
+
+# ---- models that are not transformers'
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.attn = nn.Module()
+        self.attn.wv = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, scale: float) -> Any:
+        if self.kind == "in place":
+            return x.add_(self.attn.wv(x).tanh() * scale)
+        y = x + self.attn.wv(x).tanh() * scale
+        return (y, None) if self.kind == "tuple" else y
+
+
+class Decoder(nn.Module):
+    """A decoder of plain modules; `rounds` > 1 runs its layers several times."""
+
+    def __init__(self, kind: str = "tensor", rounds: int = 1, layers: int = 3) -> None:
+        super().__init__()
+        self.rounds = rounds
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.blocks = nn.ModuleList([Block(kind) for _ in range(layers)])
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for i, block in itertools.product(range(self.rounds), self.blocks):
+            x = block(x, 1.0 / (1 + i))
+            x = x[0] if isinstance(x, tuple) else x
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kind": "tuple"}, {"kind": "in place"}, {"rounds": 2}, {"layers": 1}],
+    ids=["plain", "tuple", "in place", "rounds", "one layer"],
+)
+def test_plain_modules(options: dict[str, Any]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Decoder(**options).double()
+    data = {name: value for name, value in batch().items() if name != "attention_mask"}
+    selector = BatchSelector(model, n_perturbations=2)
+    last = options.get("layers", 3) - 1
+    assert selector.parameter_name == f"blocks.{last}.attn.wv.weight"
+    inputs, labels = data["input_ids"], data["labels"]
+    expected = fc.zeroth_order_gradients(
+        lambda: sample_losses(model(inputs), labels), [model.blocks[last].attn.wv.weight], n_perturbations=2
+    )
+    found = selector.gradients(data)
+    torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=0, atol=1e-10)
+
+
+# ---- selecting, and going on later
+
+
+class Recorder:
+    """Chooses the rows of the largest coefficients, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def select(self, grads: fc.LowRankGradients, groups: Any = None) -> fc.Coreset:
+        self.calls.append((grads, groups))
+        return fc.Coreset(grads.coefficients[:, 0].topk(2).indices, torch.ones(2))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": len(self.calls)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = [None] * state["calls"]
+
+
+def test_select() -> None:
+    model, method = language_model("llama"), Recorder()
+    selector = BatchSelector(model, method)
+    coreset = selector.select(batch(), torch.arange(ROWS))
+    grads, groups = method.calls[0]
+    assert torch.equal(groups, torch.arange(ROWS))
+    assert torch.equal(coreset.indices, grads.coefficients[:, 0].topk(2).indices)
+
+
+def test_distributed_models_are_unwrapped(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = language_model("llama")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        found = BatchSelector(wrapped)
+        assert found.parameter_name == f"{VALUES}.weight"
+        assert torch.equal(
+            found.gradients(batch()).coefficients, BatchSelector(model).gradients(batch()).coefficients
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_directions_by_step() -> None:
+    model = language_model("llama")
+    assert [BatchSelector(model, seed=4).gradients(batch()).seed for _ in range(2)] == [4, 4]
+    selector = BatchSelector(model, Recorder(), seed=4, resample=True, batch_size=2)
+    seeds = [selector.gradients(batch()).seed for _ in range(3)]
+    assert seeds == [seed_of_call(4, step) for step in range(3)]
+    assert len(set(seeds)) == 3
+    selector.select(batch())
+    again = BatchSelector(model, Recorder(), seed=4, resample=True, batch_size=2)
+    again.load_state_dict(selector.state_dict())
+    assert (again.steps, len(again.method.calls)) == (4, 1)
+    a, b = again.gradients(batch()), selector.gradients(batch())
+    assert a.seed == b.seed == seed_of_call(4, 4)
+    assert torch.equal(a.coefficients, b.coefficients)
+    for state in ({}, {"steps": 1}, 3):
+        with pytest.raises(ValueError, match="state must have the entries steps, method, got"):
+            selector.load_state_dict(state)
+
+
+# ---- errors
+
+
+def quantised() -> nn.Module:
+    model = Decoder()
+    values = model.blocks[2].attn.wv
+    values.weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    return model
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"qkv_proj": nn.Linear(4, 12)})])
+
+
+class Translator(Decoder):
+    config = SimpleNamespace(is_encoder_decoder=True)
+
+
+def test_bad_models() -> None:
+    class Plain(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.kind = nn.ModuleList([nn.Linear(2, 2)]) if kind == "list" else nn.Linear(2, 2)
+
+    for arguments, options, error, message in (
+        ((3,), {}, TypeError, "model must be a torch.nn.Module, got int"),
+        ((Translator(),), {}, ValueError, "must be a decoder, .* got the encoder-decoder Translator"),
+        ((Plain("linear"),), {}, ValueError, "nn.ModuleList.*named v_proj, value.*c_attn, .*Plain has no nn.ModuleList"),
+        ((Plain("list"),), {}, ValueError, r"Plain has the lists kind \(1 of Linear\); name the parameter"),
+        ((Fused(),), {}, ValueError, "layers.0.qkv_proj.weight is known for the model_type phi3, got None"),
+        ((quantised(),), {}, TypeError, "must be floating, got torch.uint8 .*LoRA"),
+        ((Decoder(), 3), {}, TypeError, r"method must have select\(grads, groups\), as fc.CoLM has, got int"),
+        ((Decoder(),), {"parameter": 3}, TypeError, "parameter must be a str or None, got int"),
+        ((Decoder(),), {"parameter": "blocks.weight"}, ValueError, "such as head.weight, got 'blocks.weight'"),
+        ((quantised(),), {"parameter": "blocks.2.attn.wv.weight"}, TypeError, "floating, got torch.uint8"),
+        ((Decoder(),), {"eps": 0}, ValueError, "eps must be > 0, got 0"),
+        ((Decoder(),), {"eps": float("nan")}, ValueError, "eps must be finite, got nan"),
+        ((Decoder(),), {"seed": 2**63}, ValueError, "seed must be in the range"),
+        ((Decoder(),), {"n_perturbations": 0}, ValueError, "n_perturbations must be >= 1, got 0"),
+        ((Decoder(),), {"resample": 1}, TypeError, "resample must be a bool, got 1"),
+        ((Decoder(),), {"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
+        ((Decoder(),), {"batch_size": 1.5}, TypeError, "batch_size must be an int"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            BatchSelector(*arguments, **options)
+
+
+def test_bad_batches() -> None:
+    selector = BatchSelector(Decoder())
+    tokens = torch.ones(2, 3, dtype=torch.int64)
+    for data, error, message in (
+        (tokens, TypeError, "batch must be a mapping of names to tensors, got Tensor"),
+        ({"input_ids": tokens}, ValueError, "batch must have the entry labels, got input_ids"),
+        ({"input_ids": tokens, "labels": tokens.float()}, TypeError, "must be an integer tensor, got torch.float32"),
+        ({"input_ids": tokens, "labels": [1]}, TypeError, "must be an integer tensor, got list"),
+        ({"input_ids": tokens, "labels": tokens[:, 0]}, ValueError, r"\[B, T\] with T >= 2, got \(2,\)"),
+        ({"input_ids": tokens, "labels": tokens[:, :1]}, ValueError, r"T >= 2, got \(2, 1\)"),
+        ({"input_ids": tokens, "labels": tokens[:, :2]}, ValueError, r"logits must have shape \[2, 2, 'C'\].*got \(2, 3, 41\)"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            selector.gradients(data)
+    with pytest.raises(ValueError, match="method must be given for select"):
+        selector.select({"input_ids": tokens, "labels": tokens})
+    with pytest.raises(TypeError, match="must return logits or have them first, got dict"):
+        sample_losses({}, tokens)
+
+
+def test_importing_the_package_imports_no_extras() -> None:
+    code = (
+        "import sys, flashcoreset as fc\n"
+        "assert fc.integrations.torch.BatchSelector\n"
+        "assert not {'transformers', 'peft', 'accelerate'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,447 @@
+"""CoLMTrainer: what it trains on, what it leaves to Trainer, checkpoints, and the same decision in two processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flashcoreset as fc
+
+transformers = pytest.importorskip("transformers", reason="an extra of its own")
+from flashcoreset.integrations.transformers import STATE_NAME, CoLMConfig, CoLMTrainer, _label  # noqa: E402
+
+# peft knows activation checkpoints by an older name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+VOCABULARY, LENGTH, LARGE, K = 43, 10, 12, 4
+COLM = {"large_batch_size": LARGE, "keep_sources": ("rare",), "top": 128, "eps": 1e-2}
+
+
+def model(seed: int = 0, **options: Any) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes, **options)
+        )
+
+
+def rows(n: int = 60) -> list[dict[str, Any]]:
+    """Of unequal length; every sixth is of the rare source."""
+    random = np.random.default_rng(0)
+    data = []
+    for i in range(n):
+        tokens = random.integers(0, VOCABULARY, random.integers(4, LENGTH)).tolist()
+        data.append(
+            {"input_ids": tokens, "source": "rare" if i % 6 == 0 else ("common", "other")[i % 2], "unused": i}
+        )
+    return data
+
+
+def numbers(drawn: list[dict[str, Any]]) -> list[int]:
+    every = [row["input_ids"] for row in rows()]
+    return [every.index(row["input_ids"]) for row in drawn]
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Padding on the right; rows must come without what the model does not take."""
+    assert all(feature.keys() == {"input_ids"} for feature in features)
+    width = max(len(feature["input_ids"]) for feature in features)
+    tokens = torch.zeros(len(features), width, dtype=torch.int64)
+    labels = torch.full_like(tokens, -100)
+    for row, feature in enumerate(features):
+        own = torch.tensor(feature.pop("input_ids"))  # some collators do so
+        tokens[row, : len(own)], labels[row, : len(own)] = own, own
+    return {"input_ids": tokens, "attention_mask": (labels != -100).long(), "labels": labels}
+
+
+def arguments(folder: Path, **options: Any) -> Any:
+    plain = {
+        "per_device_train_batch_size": K,
+        "per_device_eval_batch_size": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    return transformers.TrainingArguments(str(folder), **{**plain, **options})
+
+
+class Recording(CoLMTrainer):
+    """Keeps what it drew, chose and trained on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drawn: list[list[dict[str, Any]]] = []
+        self.coresets: list[fc.Coreset] = []
+        self.trained: list[dict[str, Tensor]] = []
+
+    def _coreset_of(self, rows: Any) -> dict[str, Any]:
+        self.drawn.append(copy.deepcopy(rows.rows))
+        inputs = super()._coreset_of(rows)
+        self.coresets.append(self.last_coreset)
+        return inputs
+
+    def training_step(self, model: Any, inputs: Any, *rest: Any) -> Tensor:
+        self.trained.append(dict(inputs))
+        return super().training_step(model, inputs, *rest)
+
+
+def trainer(folder: Path, colm: dict[str, Any] | None = None, data: Any = None, **options: Any) -> Recording:
+    return Recording(
+        options.pop("model", None) or model(),
+        arguments(folder, **options),
+        train_dataset=rows() if data is None else data,
+        eval_dataset=rows(10),
+        data_collator=collate,
+        colm=CoLMConfig(**{**COLM, **(colm or {})}),
+    )
+
+
+def weights_of(network: Any) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in network.parameters()]
+
+
+def test_steps_train_on_the_coreset(tmp_path: Path) -> None:
+    """Against the selection made by hand, from a copy of the model."""
+    run = trainer(tmp_path, max_steps=1)
+    before = copy.deepcopy(run.model)
+    run.train()
+    drawn, coreset, trained = run.drawn[0], run.coresets[0], run.trained[0]
+    assert len(drawn) == LARGE
+    labels = [_label(row["source"], "") for row in drawn]
+    method = fc.CoLM(K, top=128, keep_groups=[_label("rare", "")])
+    selector = fc.integrations.torch.BatchSelector(before, method, eps=1e-2, batch_size=K)
+    inputs = collate([{"input_ids": list(row["input_ids"])} for row in drawn])
+    expected = selector.select(inputs, labels)
+    assert torch.equal(coreset.indices, expected.indices)
+    assert torch.equal(coreset.weights, expected.weights)
+    rare = [i for i, row in enumerate(drawn) if row["source"] == "rare"]
+    assert set(rare) <= set(coreset.indices.tolist()) or len(rare) > K
+    chosen = collate([{"input_ids": list(drawn[i]["input_ids"])} for i in coreset.indices.tolist()])
+    assert trained.keys() == chosen.keys()
+    assert all(torch.equal(trained[name], chosen[name]) for name in chosen)  # as narrow as the coreset allows
+
+
+def test_training_is_that_of_trainer_on_the_coresets(tmp_path: Path) -> None:
+    """A plain Trainer that is fed the chosen rows, in order, ends with the same weights."""
+    run = trainer(tmp_path, data=rows(8 * LARGE), gradient_accumulation_steps=2)
+    run.train()
+    assert len(run.trained) == 8
+    assert [len(batch["input_ids"]) for batch in run.trained] == [K] * 8
+    picked = [
+        {"input_ids": list(drawn[i]["input_ids"])}
+        for drawn, coreset in zip(run.drawn, run.coresets, strict=True)
+        for i in coreset.indices.tolist()
+    ]
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(picked)
+
+    plain = InOrder(
+        model(),
+        arguments(tmp_path, gradient_accumulation_steps=2),
+        train_dataset=picked,
+        data_collator=collate,
+    )
+    plain.train()
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(run.model), weights_of(plain.model), strict=True))
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses == [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+
+
+def test_logs(tmp_path: Path) -> None:
+    run = trainer(tmp_path, logging_steps=2)
+    run.train()
+    entries = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        assert 0 < entry["selection_time"] < 60
+        assert 0 < entry["selection_share"] < 1
+    assert not any("selection_time" in entry for entry in run.state.log_history if "loss" not in entry)
+
+
+def test_evaluation_is_trainers(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    plain = transformers.Trainer(model(), arguments(tmp_path), eval_dataset=rows(10), data_collator=collate)
+    assert run.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    loader = run.get_eval_dataloader()
+    assert len(loader) == 2
+    run.get_train_dataloader()
+    assert len(next(iter(run.get_eval_dataloader()))["input_ids"]) == 8
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"resample": True, "n_perturbations": 2}], ids=["one direction", "many"]
+)
+def test_resumed_training_is_uninterrupted_training(options: dict[str, Any], tmp_path: Path) -> None:
+    """In the middle of an epoch (60 rows, 12 a step) and in a later one, with dropout."""
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
+    whole = trainer(tmp_path / "whole", options, model=model(attention_dropout=0.3), **saving)
+    whole.train()
+    assert (tmp_path / "whole" / "checkpoint-3" / STATE_NAME).is_file()
+    for step in (3, 6):
+        run = trainer(tmp_path / "resumed", options, model=model(seed=1, attention_dropout=0.3), **saving)
+        run.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert len(run.coresets) == 7 - step
+        for found, expected in zip(run.coresets, whole.coresets[step:], strict=True):
+            assert torch.equal(found.indices, expected.indices)
+            assert torch.equal(found.weights, expected.weights)
+        assert all(
+            torch.equal(a, b) for a, b in zip(weights_of(run.model), weights_of(whole.model), strict=True)
+        )
+
+
+def test_a_second_run_starts_afresh(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2)
+    run.train()
+    run.train()
+    assert [coreset.info["step"] for coreset in run.coresets] == [1, 2, 1, 2]
+
+
+def test_weights_of_clusters(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, {"weighting": "cluster"}, max_steps=1, gradient_accumulation_steps=2, max_grad_norm=0
+    )
+    reference = copy.deepcopy(run.model)
+    gradients: list[Tensor] = []
+    run.add_callback(Gradients(gradients))
+    run.train()
+    total = 0.0
+    for batch, coreset in zip(run.trained, run.coresets, strict=True):
+        logits = reference(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rows = [
+            F.cross_entropy(row[:-1], label[1:]) for row, label in zip(logits, batch["labels"], strict=True)
+        ]
+        assert coreset.weights.sum() > K
+        total = total + (torch.stack(rows) * coreset.weights).sum() / coreset.weights.sum() / 2
+    total.backward()
+    for found, parameter in zip(gradients, reference.parameters(), strict=True):
+        torch.testing.assert_close(
+            found, parameter.grad, rtol=1e-4, atol=1e-6
+        )  # float32's rounding, in another order
+    # evaluated as ever
+    assert run.evaluate()["eval_loss"] > 0
+
+
+class Gradients(transformers.TrainerCallback):
+    def __init__(self, into: list[Tensor]) -> None:
+        self.into = into
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.into.extend(parameter.grad.clone() for parameter in model.parameters())
+
+
+def test_integer_sources_one_source_and_small_last_batches(tmp_path: Path) -> None:
+    data = [{**row, "where": i % 3} for i, row in enumerate(rows(LARGE + 3))]
+    run = trainer(tmp_path, {"source": "where", "keep_sources": [2], "rule": "balanced"}, data, max_steps=2)
+    run.train()
+    assert set(run.coresets[0].info["budgets"]) <= {0, 1}
+    assert [len(batch["input_ids"]) for batch in run.trained] == [
+        K,
+        3,
+    ]  # the rest of the epoch is taken whole
+    run = trainer(tmp_path, {"source": None, "keep_sources": ()}, rows(), max_steps=1)
+    run.train()
+    assert list(run.coresets[0].info["budgets"].values()) == [K]
+
+
+def test_iterable_data(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(rows())
+
+    run = trainer(tmp_path, data=Stream(), max_steps=3)
+    run.train()
+    assert numbers(run.drawn[1]) == list(range(LARGE, 2 * LARGE))
+
+
+def test_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="an extra of its own")
+    adapted = peft.get_peft_model(model(), peft.LoraConfig(r=4, target_modules=["v_proj", "q_proj"]))
+    run = trainer(tmp_path, {"top": 64}, model=adapted, max_steps=2)
+    run.train()
+    assert run._selector.parameter_name.endswith("layers.1.self_attn.v_proj.lora_B.default.weight")
+    assert all(len(batch["input_ids"]) == K for batch in run.trained)
+
+
+# ---- two processes
+
+PROCESSES = """
+import json, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_integrations_transformers import *
+
+folder = Path(sys.argv[1])
+run = trainer(folder, {{"keep_sources": ()}}, max_steps=2, ddp_backend="gloo", save_strategy="steps", save_steps=1)
+run.train()
+gradients = []
+cluster = {{"keep_sources": (), "weighting": "cluster"}}
+weighted = trainer(folder, cluster, max_steps=1, max_grad_norm=0, ddp_backend="gloo")
+weighted.add_callback(Gradients(gradients))
+weighted.train()
+(folder / f"{{run.args.process_index}}.json").write_text(json.dumps({{
+    "indices": [coreset.indices.tolist() for coreset in run.coresets],
+    "drawn": [numbers(drawn) for drawn in run.drawn],
+    "trained": [batch["input_ids"].tolist() for batch in run.trained],
+    "sums": [float(parameter.double().sum()) for parameter in run.model.parameters()],
+    "weighted": [weighted.coresets[0].indices.tolist(), weighted.coresets[0].weights.tolist()],
+    "gradients": torch.cat([gradient.flatten() for gradient in gradients]).tolist(),
+}}))
+"""
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "run.py"
+    script.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    # one decision, over the rows of both
+    assert first["indices"] == second["indices"]
+    assert first["sums"] == second["sums"]
+    everything = rows()
+    for step, indices in enumerate(first["indices"]):
+        assert len(indices) == 2 * K
+        drawn = first["drawn"][step] + second["drawn"][step]
+        assert len(set(drawn)) == 2 * LARGE
+        for rank, own in enumerate((first, second)):
+            wanted = [everything[drawn[index]]["input_ids"] for index in indices[rank::2]]
+            width = max(map(len, wanted))
+            assert own["trained"][step] == [tokens + [0] * (width - len(tokens)) for tokens in wanted]
+    # The first decision, made by one process on all rows.
+    data = [everything[i] for i in first["drawn"][0] + second["drawn"][0]]
+    selector = fc.integrations.torch.BatchSelector(model(), fc.CoLM(2 * K, top=128), eps=1e-2, batch_size=K)
+    inputs = collate([{"input_ids": list(row["input_ids"])} for row in data])
+    expected = selector.select(inputs, [_label(row["source"], "") for row in data])
+    assert first["indices"][0] == first["weighted"][0] == expected.indices.tolist()
+    assert first["weighted"][1] == expected.weights.tolist()
+    # With the sizes of the clusters: the gradient is that of one weighted mean over all of the coreset.
+    network = model()
+    picked = {name: value[expected.indices] for name, value in inputs.items()}
+    logits = network(picked["input_ids"], attention_mask=picked["attention_mask"]).logits
+    losses = [F.cross_entropy(row[:-1], of[1:]) for row, of in zip(logits, picked["labels"], strict=True)]
+    ((torch.stack(losses) * expected.weights).sum() / expected.weights.sum()).backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+    assert first["gradients"] == second["gradients"]
+    torch.testing.assert_close(torch.tensor(first["gradients"]), gradients, rtol=1e-4, atol=1e-6)
+    assert (tmp_path / "checkpoint-2" / STATE_NAME).is_file()
+
+
+# ---- errors
+
+
+def test_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "flashcoreset.integrations.transformers"
+    monkeypatch.delattr(fc.integrations, "transformers")
+    assert fc.integrations.transformers.CoLMTrainer is CoLMTrainer
+    with pytest.raises(AttributeError, match="has no attribute 'tensorflow'"):
+        _ = fc.integrations.tensorflow
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'flashcoreset\[transformers\]'"):
+        _ = fc.integrations.transformers
+
+
+def test_bad_configurations() -> None:
+    for options, error, message in (
+        ({"large_batch_size": 0}, ValueError, "large_batch_size must be >= 1, got 0"),
+        ({"large_batch_size": 1.5}, TypeError, "large_batch_size must be an int"),
+        ({"source": 3}, TypeError, "source must be a str or None, got int"),
+        ({"keep_sources": "rare"}, TypeError, "keep_sources must be several sources, got 'rare'"),
+        ({"source": None}, ValueError, "source must be given with keep_sources"),
+        ({"weighting": "none"}, ValueError, "weighting"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            CoLMConfig(**{**COLM, **options})
+
+
+def test_bad_trainers(tmp_path: Path) -> None:
+    for colm, options, error, message in (
+        ({"large_batch_size": 4}, {}, ValueError, "large_batch_size must be above per_device_train_batch_size.*4 and 4"),
+        ({"top": 257}, {}, ValueError, "top must be <= 256, the size of model.layers.1.self_attn.v_proj.weight.*got 257"),
+        ({"top": 0}, {}, ValueError, "top must be >= 1, got 0"),
+        ({"eps": 0}, {}, ValueError, "eps must be > 0, got 0"),
+        ({"keep_sources": (1.5,)}, {}, TypeError, r"keep_sources\[0\] must be an int"),
+        ({"rule": "fair"}, {}, ValueError, "rule"),
+        ({"parameter": "lm_head"}, {}, ValueError, "parameter must be the name of a parameter"),
+        ({}, {"auto_find_batch_size": True}, ValueError, "auto_find_batch_size must be False"),
+        ({"weighting": "cluster"}, {"label_smoothing_factor": 0.1}, ValueError, "'mean' with label_smoothing_factor"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            trainer(tmp_path, colm, **options)
+    with pytest.raises(TypeError, match="colm must be a CoLMConfig, got dict"):
+        CoLMTrainer(model(), arguments(tmp_path), train_dataset=rows(), colm=COLM)
+    with pytest.raises(ValueError, match=r"decoder layers in an nn.ModuleList.*Bare has no nn.ModuleList"):
+        trainer(tmp_path, model=Bare())
+
+
+class Bare(torch.nn.Module):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return input_ids
+
+
+def test_data_without_sources(tmp_path: Path) -> None:
+    data = [{"input_ids": row["input_ids"]} for row in rows()]
+    run = trainer(tmp_path, data=data)
+    message = "the training data must have the column 'source', the source of each row .*got input_ids"
+    with pytest.raises(ValueError, match=message):
+        run.train()
+
+    class Table(list):
+        column_names = ("input_ids", "labels")
+
+    with pytest.raises(ValueError, match=r"the column 'source'.*got input_ids, labels"):
+        trainer(tmp_path, data=Table(data))
+    with pytest.raises(TypeError, match=r"the source of row 0 must be an int, got 1.5"):
+        trainer(tmp_path, data=[{**row, "source": 1.5} for row in data]).train()
+
+
+def test_checkpoints_of_another_trainer(tmp_path: Path) -> None:
+    plain = transformers.Trainer(
+        model(),
+        arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1),
+        train_dataset=rows(),
+        data_collator=collate,
+    )
+    plain.train()
+    with pytest.raises(ValueError, match=f"must be a checkpoint of CoLMTrainer.*no {STATE_NAME}"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
