@@ -504,9 +504,7 @@ def top_updates(
         return (_capsule(g), seed, length, *past, *scales, _optional(member), _optional(offset))
 
     _with_memory(
-        lambda: native.top_dimensions(
-            *problem(), _capsule(dims), _capsule(values), _capsule(refused), stream
-        )
+        lambda: native.top_dimensions(*problem(), _capsule(dims), _capsule(values), _capsule(refused), stream)
     )
     dims, by_dimension = dims.sort(dim=1)
     order = values.gather(1, by_dimension).sort(dim=1, descending=True, stable=True).indices
