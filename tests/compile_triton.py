@@ -202,16 +202,19 @@ def compile_sketch(kernel: Any, dtype: str, kind: str, precision: str, architect
 
 
 # (kernel, type of gradients, form)
+FORMS_OF_GRADIENTS = ("rows", "one direction", "directions")
 MATCHING = [
-    *((matching.sieve_kernel, dtype, form) for dtype, form in (("fp32", "rows"), ("bf16", "rows"))),
-    *((matching.sieve_kernel, "fp32", form) for form in ("one direction", "directions")),
+    (matching.sieve_kernel, "bf16", "rows"),
+    *((matching.sieve_kernel, "fp32", form) for form in FORMS_OF_GRADIENTS),
+    *((matching.weigh_kernel, dtype, form) for dtype in ("fp32", "fp64") for form in FORMS_OF_GRADIENTS),
     *(
-        (kernel, dtype, form)
-        for kernel in (matching.weigh_kernel, matching.restrict_kernel, matching.history_kernel)
-        for dtype in ("fp32", "fp64")
-        for form in ("rows", "one direction", "directions")
+        (kernel, "fp64", form)
+        for kernel in (matching.restrict_kernel, matching.history_kernel)
+        for form in FORMS_OF_GRADIENTS
     ),
-    *((matching.directions_kernel, dtype, "directions") for dtype in ("fp32", "fp64")),
+    (matching.restrict_kernel, "fp32", "rows"),
+    (matching.history_kernel, "fp32", "rows"),
+    (matching.directions_kernel, "fp32", "directions"),
 ]
 
 
@@ -219,7 +222,7 @@ def compile_matching(kernel: Any, dtype: str, form: str, architecture: int) -> A
     """The kernel as a launch compiles it."""
     history = "fp64" if dtype == "fp64" else "fp32"
     constants = {"FORM": form, "HISTORY": True, "SIEVED": history == "fp32", "BLOCK": matching.BLOCK}
-    if kernel is matching.weigh_kernel and constants["SIEVED"]:
+    if kernel is matching.weigh_kernel:
         constants["BLOCK"] = matching.CANDIDATES
     constants |= {"ROWS": matching.ROWS[form], "g_step": 1}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -299,12 +299,17 @@ def test_threads_and_layout_change_no_bit() -> None:
 @pytest.mark.parametrize("metric", ["l1", "euclidean", "sqeuclidean", "cosine", "dot"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_without_top_all_dimensions_count(backend: str, metric: str, normalize: bool) -> None:
+    check_all_dimensions(backend, "cpu", metric, normalize)
+
+
+def check_all_dimensions(backend: str, device: str, metric: str, normalize: bool) -> None:
     numel = 700
-    g = normal(24, numel)
-    groups = torch.arange(24) % 2
-    state = (
-        fc.AdamState(0.1 * normal(numel, seed=3), normal(numel, seed=4).square(), 5) if normalize else None
-    )
+    g = normal(24, numel).to(device)
+    groups = torch.arange(24, device=device) % 2
+    state = None
+    if normalize:
+        m, v = 0.1 * normal(numel, seed=3).to(device), normal(numel, seed=4).square().to(device)
+        state = fc.AdamState(m, v, 5)
     found = fc.match_gradients(g, 4, normalize=state, groups=groups, metric=metric, backend=backend)
     rows = g if state is None else Rule.adam(5, BETAS, EPS).updates(g, state.m, state.v)
     expected = fc.facility_location(rows, 4, groups=groups, metric=metric, backend="torch")
@@ -371,13 +376,20 @@ def test_one_direction_needs_no_rows(backend: str) -> None:
 
 
 def test_another_direction_makes_the_history_dense(backend: str) -> None:
+    check_another_direction(backend, "cpu")
+
+
+def check_another_direction(backend: str, device: str) -> None:
     history = fc.RankOneAdamState(500, mean=0.4, mean_square=1.5, seed=3, step=4)
-    g = fc.LowRankGradients(normal(10, 1), seed=8, numel=500, backend=backend)
+    c = normal(10, 1)
+    g = fc.LowRankGradients(c.to(device), seed=8, numel=500, backend=backend)
     found = fc.match_gradients(g, 3, normalize=history, top=50, backend=backend)
-    expected = fc.match_gradients(g, 3, normalize=history.dense(torch.float64), top=50, backend=backend)
+    expected = fc.match_gradients(
+        fc.LowRankGradients(c, 8, 500), 3, normalize=history.dense(torch.float64), top=50, backend="torch"
+    )
     assert isinstance(found.state, fc.AdamState)
-    assert torch.equal(found.indices, expected.indices)
-    assert torch.equal(found.state.m, expected.state.m)
+    assert torch.equal(found.indices.cpu(), expected.indices)
+    assert torch.allclose(found.state.m.cpu(), expected.state.m, rtol=1e-12)
 
 
 def test_small_coefficients_are_matched_as_rows() -> None:

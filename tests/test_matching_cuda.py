@@ -11,6 +11,8 @@ from test_matching import (
     BETAS,
     EPS,
     SIZES,
+    check_all_dimensions,
+    check_another_direction,
     check_bad_values,
     check_cancellation,
     check_close_calls,
@@ -59,6 +61,15 @@ def test_squares_beyond_float32_pass_the_sieve() -> None:
 
 def test_cancelled_sums_pass_the_sieve() -> None:
     check_cancellation("cuda", DEVICE)
+
+
+@pytest.mark.parametrize("metric", ["l1", "cosine"])
+def test_without_top_all_dimensions_count(metric: str) -> None:
+    check_all_dimensions("cuda", DEVICE, metric, True)
+
+
+def test_another_direction_makes_the_history_dense() -> None:
+    check_another_direction("cuda", DEVICE)
 
 
 def test_directions_equal_numpys() -> None:

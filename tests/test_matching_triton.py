@@ -13,6 +13,8 @@ from test_matching import (
     BETAS,
     EPS,
     SIZES,
+    check_all_dimensions,
+    check_another_direction,
     check_bad_values,
     check_cancellation,
     check_close_calls,
@@ -62,6 +64,15 @@ def test_squares_beyond_float32_pass_the_sieve() -> None:
 
 def test_cancelled_sums_pass_the_sieve() -> None:
     check_cancellation("triton", DEVICE)
+
+
+@pytest.mark.parametrize("metric", ["l1", "cosine"])
+def test_without_top_all_dimensions_count(metric: str) -> None:
+    check_all_dimensions("triton", DEVICE, metric, True)
+
+
+def test_another_direction_makes_the_history_dense() -> None:
+    check_another_direction("triton", DEVICE)
 
 
 def test_directions_equal_numpys() -> None:

@@ -6,7 +6,7 @@ The dimensions go by in chunks. For a chunk
              may be above the bar, the least value of those kept so far, by a bound of the rounding errors, joins the candidates.
     weigh    A program takes a block of candidates and sums their updates in float64.
 
-and a stable sort keeps the `top` largest of these and of those before. The host only launches: bar and candidates stay on the
+and a stable sort keeps the `top` largest of these and of those before. The host reads nothing before the end: bar and candidates stay on the
 device, and chunks grow, so that few candidates pass once a bar is known (with random data top ln 2 while they double). A GPU
 made for games does 64 operations of float32 in the time of one of float64, one made for computing two; so float64 alone would not do.
 Float64 gradients, those without a history and where a tiny eps lets float32 underflow go to `weigh` right away.
@@ -42,12 +42,13 @@ from flashcoreset.triton_kernels.sketch import (
 )
 
 DIRECTIONS = tl.constexpr(STREAM)
-# Of a sum of ROWS <= 16 terms and the eight roundings of each, with rounding units of 2^-24.
+TERMS = tl.constexpr(16)  # summed in float32 before the sum goes on in float64
+# Of a sum of so many and the eight roundings of each, with rounding units of 2^-24.
 SLACK = tl.constexpr((16 + 8) * 2.0**-24)
 BLOCK = 2048 if INTERPRETED else 128  # dimensions of a program
-CANDIDATES = 1024 if INTERPRETED else 64  # of a program
+CANDIDATES = 2048 if INTERPRETED else 64  # of a program, in float64
 WARPS = 4
-# Rows at a time, summed in float32 before the sum goes on in float64. More of them share a normal number, and take registers.
+# Rows at a time. More of them share a normal number, and take registers.
 ROWS = {"rows": 8, "one direction": 16, "directions": 8}
 if INTERPRETED:
     ROWS = dict.fromkeys(ROWS, 16)
@@ -177,21 +178,27 @@ def sieve_kernel(
     z = first_direction(first_dim, dims, seed_low, seed_high, FORM, False, BLOCK)
     row, last = tl.load(offset + group), tl.load(offset + group + 1)
     size = (last - row).to(tl.float64)
-    total = tl.zeros((BLOCK,), tl.float64)
+    # Row by row of a tile, so that no sum goes over warps before the last.
+    totals = tl.zeros((ROWS, BLOCK), tl.float64)
     while row < last:
-        own = row + tl.arange(0, ROWS)
-        inside = own < last
-        rows = tl.load(member + own, mask=inside, other=0)
-        x = entries(
-            g, g_stride, g_step, rows, inside, first_dim, dims, here, z, q, seed_low, seed_high,
-            FORM, False, BLOCK, tl.float32,
-        )  # fmt: skip
-        root = tl.sqrt_rn(tl.fma(v_step.to(tl.float32) * x, x, past_v[None, :] + tl.zeros_like(x)))
-        above = tl.fma(m_step.to(tl.float32) + tl.zeros_like(x), x, past_m[None, :] + tl.zeros_like(x))
-        # A square that is beyond float32 makes the sum NaN, which passes.
-        u = tl.div_rn(above, root + eps.to(tl.float32)) + (root - root)
-        total += tl.sum(tl.where(inside[:, None], u, 0.0), axis=0).to(tl.float64)
-        row += ROWS
+        sums = tl.zeros((ROWS, BLOCK), tl.float32)
+        flush = tl.minimum(row + TERMS * ROWS, last)
+        while row < flush:
+            own = row + tl.arange(0, ROWS)
+            inside = own < last
+            rows = tl.load(member + own, mask=inside, other=0)
+            x = entries(
+                g, g_stride, g_step, rows, inside, first_dim, dims, here, z, q, seed_low, seed_high,
+                FORM, False, BLOCK, tl.float32,
+            )  # fmt: skip
+            root = tl.sqrt_rn(tl.fma(v_step.to(tl.float32) * x, x, past_v[None, :] + tl.zeros_like(x)))
+            above = tl.fma(m_step.to(tl.float32) + tl.zeros_like(x), x, past_m[None, :] + tl.zeros_like(x))
+            # A square that is beyond float32 makes the sum NaN, which passes.
+            u = tl.div_rn(above, root + eps.to(tl.float32)) + (root - root)
+            sums += tl.where(inside[:, None], u, 0.0)
+            row += ROWS
+        totals += sums.to(tl.float64)
+    total = tl.sum(totals, axis=0)
     # |u| <= this, of g alone and of m alone.
     most = m_step / tl.sqrt(v_step) + tl.abs(past_m.to(tl.float64)) / (tl.sqrt(past_v.to(tl.float64)) + eps)
     below = (tl.abs(total) / size + SLACK * most <= tl.load(bar + group)) & (own_v >= 0)
@@ -257,7 +264,7 @@ def weigh_kernel(
     z = tl.zeros((BLOCK,), tl.float32)
     if start < there:
         z = first_direction(first_dim, dims, seed_low, seed_high, FORM, SIEVED, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
+    totals = tl.zeros((ROWS, BLOCK), tl.float64)
     while row < last:
         own = row + tl.arange(0, ROWS)
         inside = own < last
@@ -267,9 +274,9 @@ def weigh_kernel(
             FORM, SIEVED, BLOCK, tl.float64,
         )  # fmt: skip
         u = exact_updates(x, past_m, past_v, m_step, v_step, eps, HISTORY)
-        total += tl.sum(tl.where(inside[:, None], u, 0.0), axis=0)
+        totals += tl.where(inside[:, None], u, 0.0)
         row += ROWS
-    mean = tl.abs(total) / size
+    mean = tl.abs(tl.sum(totals, axis=0)) / size
     good = (mean < INFINITY) & (tl.abs(own_m) < INFINITY) & (own_v >= 0) & (own_v < INFINITY)
     first_bad = tl.min(tl.where(here & (good == 0), dims, LAST), axis=0)
     tl.atomic_min(refused, first_bad, mask=first_bad < LAST, sem="relaxed")
@@ -356,8 +363,8 @@ def history_kernel(
     dims = first_dim + tl.arange(0, BLOCK)
     here = dims < end
     z = first_direction(first_dim, dims, seed_low, seed_high, FORM, False, BLOCK)
-    mean = tl.zeros((BLOCK,), tl.float64)
-    square = tl.zeros((BLOCK,), tl.float64)
+    sums = tl.zeros((ROWS, BLOCK), tl.float64)
+    squares = tl.zeros((ROWS, BLOCK), tl.float64)
     row = tl.full((), 0, tl.int64)
     while row < count:
         own = row + tl.arange(0, ROWS)
@@ -368,13 +375,14 @@ def history_kernel(
             FORM, False, BLOCK, tl.float64,
         )  # fmt: skip
         x = tl.where(inside[:, None], x, 0.0)
-        mean += tl.sum(x, axis=0)
-        square += tl.sum(x * x, axis=0)
+        sums += x
+        squares += x * x
         row += ROWS
     size = count.to(tl.float64)
+    mean, square = tl.sum(sums, axis=0) / size, tl.sum(squares, axis=0) / size
     beta1, beta2 = tl.load(betas), tl.load(betas + 1)
-    of_m = beta1 * tl.load(m + dims, mask=here, other=0.0).to(tl.float64) + (1.0 - beta1) * (mean / size)
-    of_v = beta2 * tl.load(v + dims, mask=here, other=0.0).to(tl.float64) + (1.0 - beta2) * (square / size)
+    of_m = beta1 * tl.load(m + dims, mask=here, other=0.0).to(tl.float64) + (1.0 - beta1) * mean
+    of_v = beta2 * tl.load(v + dims, mask=here, other=0.0).to(tl.float64) + (1.0 - beta2) * square
     next_m, next_v = of_m.to(new_m.dtype.element_ty), of_v.to(new_v.dtype.element_ty)
     tl.store(new_m + dims, next_m, mask=here)
     tl.store(new_v + dims, next_v, mask=here)
@@ -473,8 +481,7 @@ def launch_top_updates(
     offset: Tensor,
     top: int,
 ) -> tuple[Tensor, Tensor, int]:
-    """dims [G, top] and u [R, top], and the first dimension that is refused, or 2^63 - 1. Waits for the device once, at the
-    end."""
+    """dims [G, top] and u [R, top], and the first dimension that is refused, or 2^63 - 1. Waits for the device."""
     groups, device = len(offset) - 1, g.values.device
     scales = (0.0, 1.0, 0.0, 0.0, 0.0)
     if rule is not None:
@@ -509,9 +516,8 @@ def launch_top_updates(
             if sieved:
                 grid = (groups * triton.cdiv(count, BLOCK),)
                 sieve_kernel[grid](candidates=candidates, bar=bar, BLOCK=BLOCK, **part, **common)
-            block = CANDIDATES if sieved else BLOCK
-            weigh_kernel[(groups * triton.cdiv(count, block),)](
-                BLOCK=block,
+            weigh_kernel[(groups * triton.cdiv(count, CANDIDATES),)](
+                BLOCK=CANDIDATES,
                 candidates=candidates,
                 refused=refused,
                 HISTORY=history is not None,

@@ -467,7 +467,7 @@ def top_updates(
 ) -> tuple[Tensor, Tensor]:
     """The dimensions of the largest mean updates of each group, and its members' updates there.
 
-    Waits once, at the end, and before that for long launches only.
+    Waits for the device at the end, and before that for all but the last two chunks of the dimensions, so that Ctrl-C is heard.
 
     Args:
         g: [B, D] rows of any floating dtype, on a CUDA device, like all that follows; with `length` the coefficients [B, q],

@@ -561,8 +561,9 @@ def top_updates(
     seed: int = 0,
     length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The dimensions of the largest mean updates of each group, and its members' updates there. Waits for the device once, at
-    the end.
+    """The dimensions of the largest mean updates of each group, and its members' updates there.
+
+    Waits for the device at the end, and before that for all but the last launches, so that Ctrl-C is heard.
 
     Args:
         g: [B, D] rows of any floating dtype; with `length` the coefficients [B, q], float32 or float64, of directions
