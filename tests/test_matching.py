@@ -228,6 +228,18 @@ def check_close_calls(backend: str, device: str) -> None:
     dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
     expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
     assert torch.equal(dims.cpu(), expected)
+    # A list whose least mean is that of the 4,096 dimensions before all others but for a few parts in 10^8.
+    g[:, 4_096:] = g[:, :1]
+    m = torch.where(torch.arange(numel) < 500, 2.0, 1.0)
+    m[4_096:] = 1 + torch.rand(numel - 4_096, generator=generator)
+    least = float(rule.updates(g[0, 0], torch.tensor(1.0).double(), torch.tensor(1.0).double()))
+    root = (rule.m_scale * m.double() + rule.m_step) / least - rule.eps
+    v = torch.where(torch.arange(numel) < 4_096, 1.0, ((root.square() - rule.v_step) / rule.v_scale).float())
+    ours = (x.to(device) for x in (g, m, v))
+    dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
+    expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
+    assert (expected >= 4_096).sum() == 500
+    assert torch.equal(dims.cpu(), expected)
 
 
 def test_squares_beyond_float32_pass_the_sieve(backend: str) -> None:
@@ -477,6 +489,11 @@ def check_bad_values(backend: str, device: str, bad: float) -> None:
     m[7] = bad
     with pytest.raises(ValueError, match=r"normalize: m must be finite, got (NaN|inf) at position 7"):
         fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(m, v, 2), backend=backend)
+    # Where no mean shows it.
+    bad_v = one.clone()
+    bad_v[8_000] = -1e-30
+    with pytest.raises(ValueError, match=r"v must be finite and >= 0, got -.* at position 8000"):
+        fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(zero, bad_v, 2), backend=backend)
     v[8] = -1
     with pytest.raises(ValueError, match=r"normalize: v must be finite and >= 0, got -1.* at position 8"):
         fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(zero, v, 2), backend=backend)
