@@ -228,18 +228,19 @@ def check_close_calls(backend: str, device: str) -> None:
     dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
     expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
     assert torch.equal(dims.cpu(), expected)
-    # A list whose least mean is that of the 4,096 dimensions before all others but for a few parts in 10^8.
-    g[:, 4_096:] = g[:, :1]
-    m = torch.where(torch.arange(numel) < 500, 2.0, 1.0)
-    m[4_096:] = 1 + torch.rand(numel - 4_096, generator=generator)
-    least = float(rule.updates(g[0, 0], torch.tensor(1.0).double(), torch.tensor(1.0).double()))
-    root = (rule.m_scale * m.double() + rule.m_step) / least - rule.eps
-    v = torch.where(torch.arange(numel) < 4_096, 1.0, ((root.square() - rule.v_step) / rule.v_scale).float())
-    ours = (x.to(device) for x in (g, m, v))
-    dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
-    expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
-    assert (expected >= 4_096).sum() == 500
-    assert torch.equal(dims.cpu(), expected)
+    # A list whose least mean is that of all other dimensions but for a few parts in 10^8; float32 may round it either way.
+    early = torch.arange(numel) < 4_096
+    for low in (1.0, 1.1, 1.2, 1.3):
+        m = torch.where(torch.arange(numel) < 500, 2.0, low)
+        m[~early] = low + torch.rand(int((~early).sum()), generator=generator)
+        least = float(rule.updates(g[0, 0].double(), torch.tensor(low).double(), torch.ones(1).double()))
+        root = (rule.m_scale * m.double() + rule.m_step) / least - rule.eps
+        v = torch.where(early, 1.0, ((root.square() - rule.v_step) / rule.v_scale).float())
+        ours = (x.to(device) for x in (g, m, v))
+        dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
+        expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
+        assert (expected[:, 500:] >= 4_096).all()
+        assert torch.equal(dims.cpu(), expected)
 
 
 def test_squares_beyond_float32_pass_the_sieve(backend: str) -> None:
@@ -491,9 +492,10 @@ def check_bad_values(backend: str, device: str, bad: float) -> None:
         fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(m, v, 2), backend=backend)
     # Where no mean shows it.
     bad_v = one.clone()
-    bad_v[8_000] = -1e-30
+    bad_v[8_000] = -1
+    history = fc.AdamState(zero, bad_v, 2, (0.9, 0.0))
     with pytest.raises(ValueError, match=r"v must be finite and >= 0, got -.* at position 8000"):
-        fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(zero, bad_v, 2), backend=backend)
+        fc.match_gradients(g, 2, top=5, normalize=history, backend=backend)
     v[8] = -1
     with pytest.raises(ValueError, match=r"normalize: v must be finite and >= 0, got -1.* at position 8"):
         fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(zero, v, 2), backend=backend)

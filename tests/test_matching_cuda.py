@@ -140,6 +140,28 @@ def test_bits_are_those_of_the_cpu() -> None:
     assert torch.equal(u.cpu(), expected_u)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the emulated device alone can be made a poorer one")
+def test_memory_is_that_of_the_lists() -> None:
+    """24 bytes for each dimension of a chunk: less than the rows or directions would take."""
+    count, q, numel = 40, 20, 20_000
+    c = normal(count, q, dtype=torch.float32)
+    m, v = torch.zeros(numel), torch.ones(numel)
+    member, offset = torch.arange(count), torch.tensor([0, count])
+    rule = Rule.adam(4, BETAS, EPS)
+    module = _native.cuda_module()
+    before = module.allocated_bytes()
+    try:
+        module.set_device(bytes=before + 24 * (numel + 10) + 100)
+        cuda.top_updates(c, m, v, rule, member, offset, 10, length=numel)
+        cuda.update_history(c, m, v, BETAS, member, length=numel)
+        module.set_device(bytes=before + 20 * numel)
+        with pytest.raises(torch.OutOfMemoryError, match="out of device memory"):
+            cuda.top_updates(c, m, v, rule, member, offset, 10, length=numel)
+    finally:
+        module.set_device()
+    assert module.allocated_bytes() == before
+
+
 def test_is_told_what_is_wrong() -> None:
     given = problem()
     with pytest.raises(ValueError, match="dims: expected 1 to 20003 columns, got 20004"):
