@@ -19,11 +19,13 @@ FAMILIES = (
     "sketch",
     "scores",
     "sketcher",
+    "matching",
+    "matching_caratheodory",
     "goracs",
     "scale",
 )
 # Rows of "goracs" and "scale" take minutes each: they run when asked for by name.
-DEFAULT = FAMILIES[:7]
+DEFAULT = FAMILIES[:9]
 
 
 def parser() -> argparse.ArgumentParser:

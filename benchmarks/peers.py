@@ -138,6 +138,30 @@ def masked_strata(scores: torch.Tensor, k: int, n_strata: int) -> torch.Tensor:
     return torch.cat(picks)
 
 
+def svd_caratheodory(x: np.ndarray, clusters_per_dimension: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most d + 1 rows of x [n, d] and their weights, by one singular value decomposition for each null vector; rows are
+    clustered in runs, `clusters_per_dimension` * (d + 1) of them in each round."""
+    n, d = x.shape
+    rows, weights = np.arange(n), np.ones(n)
+    while len(rows) > d + 1:
+        size = -(-len(rows) // (clusters_per_dimension * (d + 1)))
+        ones = np.concatenate([np.ones((len(rows), 1)), x[rows]], 1)
+        starts = np.arange(0, len(rows), size)
+        sums = np.add.reduceat(weights[:, None] * ones, starts)
+        rho = np.ones(len(sums))
+        while np.count_nonzero(rho) > d + 1:
+            live = np.flatnonzero(rho)[: d + 2]
+            v = np.linalg.svd(sums[live].T)[2][-1]
+            v = v if v.max() > 0 else -v
+            steps = np.divide(rho[live], v, out=np.full(len(v), np.inf), where=v > 0)
+            first = steps.argmin()
+            rho[live] -= steps[first] * v
+            rho[live[first]] = 0
+        factors = np.repeat(rho, np.diff(np.append(starts, len(rows))))
+        rows, weights = rows[factors > 0], (weights * factors)[factors > 0]
+    return rows, weights
+
+
 _ITERATIONS = 100
 _REG = 0.05
 
@@ -243,3 +267,30 @@ def vmap_sketches(inputs: dict[str, Any]) -> torch.Tensor:
 
     found = vmap(grad(one), (None, 0))(parameters, inputs["ids"])
     return index_add(inputs | {"x": torch.cat([found[name].flatten(1) for name in parameters], 1)})
+
+
+def colm_step(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """CoLM's selection with every matrix formed: gradients from a direction in memory, both moments, updates [B, D], a sort of the
+    means, and greedy facility location on each group's distances."""
+    g, step, eps, (beta1, beta2) = inputs["g"], inputs["step"], inputs["eps"], inputs["betas"]
+    if not isinstance(g, torch.Tensor):
+        g = g.coefficients * inputs["z"]
+    m = beta1 * inputs["m"] + (1 - beta1) * g
+    v = beta2 * inputs["v"] + (1 - beta2) * g**2
+    u = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
+    picks = []
+    labels = inputs["groups"].unique()
+    for label in labels:
+        rows = (inputs["groups"] == label).nonzero()[:, 0]
+        own = u[rows]
+        part = own[:, own.mean(0).abs().topk(inputs["top"]).indices]
+        distance = torch.cdist(part, part, p=1)
+        similarity = distance.max() - distance
+        covered, taken = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+        for _ in range(inputs["k"] // len(labels)):
+            gains = (similarity - covered).clamp(min=0).sum(1).masked_fill(taken, -1)
+            best = int(gains.argmax())
+            taken[best] = True
+            covered = torch.maximum(covered, similarity[best])
+            picks.append(int(rows[best]))
+    return {"picks": torch.tensor(picks), "m": m[picks].mean(0), "v": v[picks].mean(0)}

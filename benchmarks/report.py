@@ -19,6 +19,8 @@ TITLES = {
     "sketch": "Sketching",
     "scores": "Sample scores and CCS",
     "sketcher": "Per-sample gradients",
+    "matching": "Gradient matching",
+    "matching_caratheodory": "Carathéodory reduction",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }

@@ -27,6 +27,11 @@ def benchmark_module(name: str) -> Any:
     return importlib.import_module(f"benchmarks.{name}")
 
 
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(ROOT))
+    FAMILIES = benchmark_module("__main__").FAMILIES
+
+
 def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
     # pytest-benchmark measures nothing in a process that it takes for a worker of pytest-xdist.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -72,17 +77,7 @@ def record() -> Any:
 
 @pytest.mark.parametrize(
     "family",
-    [
-        "facility_location",
-        "pairwise",
-        "simcore",
-        "sinkhorn",
-        "sketch",
-        "scores",
-        "sketcher",
-        "goracs",
-        "scale",
-    ],
+    FAMILIES,
 )
 def test_answers_agree_at_small_sizes(family: str, tmp_path: Path) -> None:
     # apricot's own call is left out here: it compiles for seconds, and the row that keeps its kernels makes the same picks.

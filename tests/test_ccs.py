@@ -262,6 +262,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"mislabel_scores": [0.0, 1.0, NAN, 2.0]}, ValueError, "mislabel_scores must not be NaN, got NaN at position 2",
     ),
     "mislabel short": ({"mislabel_scores": [0.0]}, ValueError, r"mislabel_scores must have shape \[4\], got \(1,\)"),
+    "strata for nobody": ({"n_strata": 2**24 + 1}, ValueError, "n_strata must be <= 16777216, got 16777217"),
+    "strata beyond 64 bits": ({"n_strata": 10**30}, ValueError, "n_strata must be <= 16777216"),
     "no strata": ({"n_strata": 0}, ValueError, "n_strata must be >= 1, got 0"),
     "strata float": ({"n_strata": 2.5}, TypeError, "n_strata must be an int, got 2.5"),
     "groups short": ({"groups": [0, 1]}, ValueError, r"groups must have shape \[4\], got \(2,\)"),

@@ -33,9 +33,12 @@ def test_pages_with_examples() -> None:
         "simcore.md",
         "sinkhorn.md",
         "goracs.md",
+        "sketching.md",
         "scores.md",
         "ccs.md",
         "gradient_sketching.md",
+        "matching.md",
+        "colm.md",
     }
 
 

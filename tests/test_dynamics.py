@@ -214,6 +214,12 @@ def test_bad_states() -> None:
         ({"n_samples": 8}, ValueError, "state must have n_samples=9 as this object has, got 8"),
         ({"el2n_epochs": 8}, ValueError, "state must have el2n_epochs=10 as this object has, got 8"),
         ({"more": 1}, ValueError, "state must have the entries n_samples, .*, got .*, more"),
+        ({"epochs": 3}, TypeError, r"state\['epochs'\] must be a list, got int"),
+        (
+            {"epochs": [0, 0], "records": torch.zeros(2, 9, dtype=torch.uint8)},
+            ValueError, r"state\['epochs'\] must be distinct, got \[0, 0\]",
+        ),
+        ({"aum": state["aum"].to_sparse()}, TypeError, r"state\['aum'\] must be a dense tensor, got layout torch.sparse_coo"),
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             td.load_state_dict(state | change)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -438,6 +440,57 @@ def test_data_parallel_training(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+# Two processes, which see samples and parameters of their own seeds; rank 0's parameters count.
+DATA_PARALLEL = """
+import sys, torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+import flashcoreset as fc
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.manual_seed(rank)
+model = nn.Sequential(nn.Linear(7, 19), nn.ReLU(), nn.Linear(19, 5))
+x, y = torch.randn(2, 4 + rank, 7), torch.randint(0, 5, (2, 4 + rank))
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+parallel = nn.parallel.DistributedDataParallel(model)
+sketcher = fc.GradientSketcher(parallel, 64, seed=3, backend="torch")
+found = []
+for step in range(2):
+    parallel.zero_grad()
+    with sketcher:
+        cross_entropy(parallel(x[step]), y[step]).backward()
+    found.append((sketcher.sketches, sketcher.norms))
+gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+torch.save({"x": x, "y": y, "found": found, "gradient": gradient, "model": model.state_dict()}, f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_of_data_parallel_training(tmp_path: Path) -> None:
+    """Each gets its own samples; what DistributedDataParallel adds up afterwards is the mean of both."""
+    commands = [[sys.executable, "-c", DATA_PARALLEL, str(rank), str(tmp_path)] for rank in range(2)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    model = nn.Sequential(nn.Linear(7, 19), nn.ReLU(), nn.Linear(19, 5))
+    model.load_state_dict(results[0]["model"])
+    means = []
+    for result in results:
+        for step, (sketches, norms) in enumerate(result["found"]):
+            g = explicit(model, classify, result["x"][step], result["y"][step])
+            assert_close(sketches, fc.sketch(g, DIM, kind="sjlt", seed=3, backend="torch"), SKETCHES)
+            assert_close(norms, g.norm(dim=1), NORMS)
+        means.append(g.mean(0))
+    for result in results:
+        assert_close(result["gradient"][None], ((means[0] + means[1]) / 2)[None], 1e-5)
+
+
 class Shared(nn.Module):
     """Layers that are called twice, and a matrix that two of them own."""
 
@@ -547,6 +600,58 @@ def test_backward_passes_after_the_block_are_not_counted() -> None:
         _ = sketcher.sketches
 
 
+def test_backward_passes_that_give_parameters_no_gradients() -> None:
+    """With regard to the input, or to some parameters, alone."""
+    model, x, y = mlp(), points(6, 7).requires_grad_(), labels(6, 5)
+    sketcher = fc.GradientSketcher(model, DIM, backend="torch")
+    g = explicit(model, classify, x.detach(), y)
+    with sketcher:
+        loss = classify(model, x, y)
+        torch.autograd.grad(loss, x, retain_graph=True)
+        with pytest.raises(RuntimeError, match="no backward pass yet"):
+            _ = sketcher.sketches
+        loss.backward()
+    assert_close(sketcher.sketches, fc.sketch(g, DIM, kind="sjlt", backend="torch"), SKETCHES)
+    assert_close(sketcher.norms, g.norm(dim=1), NORMS)
+    for alone in (
+        lambda loss: torch.autograd.grad(loss, [model[2].weight, model[4].bias]),
+        lambda loss: loss.backward(inputs=[model[2].weight, model[4].bias]),
+    ):
+        with sketcher:
+            alone(classify(model, x, y))
+        begin, end = sketcher.offsets["2.weight"], sketcher.offsets["4.weight"]
+        last = sketcher.offsets["4.bias"]
+        some = torch.zeros_like(g)
+        some[:, begin:end], some[:, last:] = g[:, begin:end], g[:, last:]
+        assert_close(sketcher.sketches, fc.sketch(some, DIM, kind="sjlt", backend="torch"), SKETCHES)
+        assert_close(sketcher.norms, some.norm(dim=1), NORMS)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_gradients_whose_squares_leave_float32(backend: str, scale: float) -> None:
+    model, x, y = seeded(Shared), points(5, 6), labels(5, 6)
+    g = explicit(model, classify, x, y)
+    sketcher = fc.GradientSketcher(model, DIM, backend=backend)
+    with sketcher:
+        (classify(model, x, y) * scale).backward()
+    assert_close(
+        sketcher.sketches.double() / scale, fc.sketch(g, DIM, kind="sjlt", backend="torch"), SKETCHES
+    )
+    assert_close(sketcher.norms.double() / scale, g.norm(dim=1), NORMS)
+
+
+def test_sequences_without_positions() -> None:
+    for layer, x in (
+        (nn.Linear(4, 3), torch.zeros(2, 0, 4)),
+        (nn.Embedding(9, 4), torch.zeros(2, 0, dtype=torch.int64)),
+    ):
+        sketcher = fc.GradientSketcher(layer, DIM)
+        with sketcher:
+            layer(x).sum().backward()
+        assert torch.equal(sketcher.sketches, torch.zeros(2, DIM))
+        assert torch.equal(sketcher.norms, torch.zeros(2))
+
+
 def test_a_loop_inside_one_block() -> None:
     model = mlp()
     sketcher = fc.GradientSketcher(model, DIM, backend="torch")
@@ -651,6 +756,7 @@ def test_arguments_are_checked() -> None:
         ((mlp().requires_grad_(False), 4), {}, ValueError, "requires gradients"),
         ((mlp().requires_grad_(False), 4), {"parameters": "0.*"}, ValueError, r"'0\.\*' matches does not require"),
         ((nn.Linear(2, 2, dtype=torch.complex64), 4), {}, TypeError, "'weight' must hold real floating numbers"),
+        ((nn.LazyLinear(3), 4), {}, ValueError, "'weight' has no values yet: call the model once"),
         ((nn.DataParallel(model), 4), {}, ValueError, "DistributedDataParallel"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
@@ -748,6 +854,37 @@ def test_layers_that_are_not_called_as_modules() -> None:
         attention(*[points(3, 5, 8)] * 3)[0].sum().backward()
 
 
+def test_second_derivatives() -> None:
+    """Parameters contribute to a gradient's gradient past their modules."""
+    for model in (mlp(), seeded(lambda: nn.Linear(7, 5))):
+        sketcher = fc.GradientSketcher(model, 4, backend="torch")
+        x, y = points(6, 7).requires_grad_(), labels(6, 5)
+
+        def train(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> None:
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            (classify(model, x, y) + slope.square().sum()).backward()
+
+        with pytest.raises(RuntimeError, match="by a second derivative"), sketcher:
+            train()
+        with sketcher:  # not taken
+            torch.autograd.grad(classify(model, x, y), list(model.parameters()), create_graph=True)
+        g = explicit(model, classify, x.detach(), y)
+        assert_close(sketcher.norms, g.norm(dim=1), NORMS)
+
+
+def test_parameters_used_directly_after_a_layer_raised() -> None:
+    model, x, y = mlp(), points(6, 7), labels(6, 5)
+    sketcher = fc.GradientSketcher(model, 4, backend="torch")
+
+    def train() -> None:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(points(6, 8))
+        (F.linear(points(6, 23), model[4].weight).sum() + classify(model, x, y)).backward()
+
+    with pytest.raises(RuntimeError, match=r"'4\.weight' is used outside of a call"), sketcher:
+        train()
+
+
 def test_a_checkpoint_that_stops_inside_a_layer() -> None:
     model, x, y = mlp(), points(6, 7).requires_grad_(), labels(6, 5)
     last = model[4]
@@ -792,6 +929,8 @@ def test_batch_dimensions() -> None:
         sketcher,
     ):
         model[0](points(7))
+    with pytest.raises(ValueError, match=r"batch of 1 or more in dimension 0, got shape \(0, 6\)"), sketcher:
+        model[0](points(0, 7))
     convolution = nn.Conv2d(3, 4, 3)
     sketcher = fc.GradientSketcher(convolution, 4, backend="torch")
     with pytest.raises(ValueError, match=r"4 dimensions or more, got shape \(3, 5, 5\)"), sketcher:

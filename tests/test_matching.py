@@ -450,7 +450,7 @@ ZERO = torch.zeros(5)
             1,
             {"normalize": fc.AdamState(torch.zeros(4), torch.zeros(4), 1)},
             ValueError,
-            "length 5 .* length 4",
+            r"normalize must be of gradients of length 5, .* length 4",
         ),
         (
             G.double(),

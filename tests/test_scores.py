@@ -406,6 +406,10 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "targets bool": ((X, T.bool()), TypeError, "targets must hold integers, got dtype bool"),
     "targets onehot": ((X, torch.eye(4)[:, :3]), TypeError, "targets must hold integers, got dtype float32"),
     "targets None": ((X, None), TypeError, "targets must be a torch.Tensor, .*, got NoneType"),
+    "targets beyond 64 bits": (
+        (X, torch.tensor([0, 1, 2, 2**63], dtype=torch.uint64)), ValueError,
+        "targets must be below 2\\^63, got 9223372036854775808",
+    ),
     "mask of 2-d": ((X, T, T), ValueError, r"mask is for logits \[samples, tokens, classes\], .*\(4, 3\)"),
     "mask shape": ((X3, T3, T3[:, :1]), ValueError, r"mask must have shape \(4, 2\) .*, got \(4, 1\)"),
     "mask float": ((X3, T3, T3.float()), TypeError, "mask must hold integers, got dtype float32"),

@@ -17,7 +17,9 @@ def test_simcore_by_name() -> None:
 
 
 def test_bad_calls() -> None:
-    with pytest.raises(ValueError, match="unknown method 'simcor'; valid names: simcore, ccs, goracs"):
+    with pytest.raises(
+        ValueError, match="unknown method 'simcor'; valid names: colm, simcore, ccs, goracs, autocoreset"
+    ):
         fc.select("simcor")
     with pytest.raises(TypeError, match="name must be a str, got int"):
         fc.select(3)

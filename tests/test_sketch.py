@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,13 +168,17 @@ def test_srht_is_a_signed_part_of_hadamard_matrices() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_keeps_inner_products_on_average(kind: str) -> None:
-    """Over 2,000 seeds, within three standard errors."""
+def test_keeps_inner_products_on_average(backend: str, kind: str) -> None:
+    """Over 2,000 seeds, within three standard errors. (On cuda and triton the matrices are the same, to 2 units in the last
+    place: what test_sketch_cuda.py and test_sketch_triton.py compare.)"""
     d, dim, seeds = 60, 16, 2000
     x = rows(2, d, torch.float64)
     x[1] += x[0]
     products = torch.stack(
-        [(s := fc.sketch(x, dim, kind=kind, seed=seed, nnz=2, backend=None)) @ s.T for seed in range(seeds)]
+        [
+            (s := fc.sketch(x, dim, kind=kind, seed=seed, nnz=2, backend=backend)) @ s.T
+            for seed in range(seeds)
+        ]
     )
     off = (products.mean(0) - x @ x.T).abs()
     assert (off <= 3 * products.std(0) / math.sqrt(seeds)).all()
@@ -192,8 +195,6 @@ def test_columns_may_come_in_pieces(backend: str, kind: str) -> None:
         check_close(pieces, whole, torch.float64)
 
 
-# The reference multiplies by torch.mm, whose bits depend on the number of rows.
-@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_do_not_see_each_other(backend: str, kind: str, dtype: torch.dtype) -> None:
@@ -298,6 +299,15 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 def test_bad_input_of_the_matrix() -> None:
     with pytest.raises(ValueError, match="D must be at least 1, got 0"):
         fc.projection_matrix(0, 3)
+    with pytest.raises(ValueError, match=r"device must be one that torch can use here, got 'nowhere': "):
+        fc.projection_matrix(4, 4, device="nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"device must be one that torch can use here, got 'cuda': "):
+            fc.projection_matrix(4, 4, device="cuda")
+    with pytest.raises(TypeError, match=r"device must be a torch\.device or its name, got 3\.5"):
+        fc.projection_matrix(4, 4, device=3.5)
+    with pytest.raises(ValueError, match=r"D times dim must be below 2\^60, got 4611686018427387904 \* 16"):
+        fc.projection_matrix(2**62, 16)
     with pytest.raises(TypeError, match="dtype must be float16"):
         fc.projection_matrix(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="nnz must be in"):

@@ -228,7 +228,12 @@ def test_bad_input() -> None:
         ((loss_fn, []), {}, ValueError, "at least one tensor"),
         ((loss_fn, [3]), {}, TypeError, "parameters must hold tensors, got int at position 0"),
         ((loss_fn, [tensor, torch.arange(3)]), {}, TypeError, "must be floating, got torch.int64 at position 1"),
-        ((loss_fn, [tensor, tensor]), {}, ValueError, "each tensor once, got the one at position 1 before"),
+        ((loss_fn, [tensor, tensor]), {}, ValueError, "each tensor once, got the one at position 1"),
+        ((loss_fn, [tensor, tensor.detach()]), {}, ValueError, "the one at position 1, or its memory, before"),
+        ((loss_fn, [tensor[:2], tensor[1:]]), {}, ValueError, "the one at position 1, or its memory, before"),
+        ((loss_fn, [tensor[:1].expand(3)]), {}, ValueError, "got an expanded tensor at position 0"),
+        ((loss_fn, [tensor.to_sparse()]), {}, TypeError, "must be dense tensors.*layout torch.sparse_coo at position 0"),
+        ((loss_fn, [tensor.to("meta")]), {}, TypeError, "must be dense tensors.*got a meta tensor at position 0"),
         ((loss_fn, [torch.zeros(0)]), {}, ValueError, "at least one number"),
         ((loss_fn, [tensor]), {"eps": 0}, ValueError, "eps must be > 0, got 0"),
         ((loss_fn, [tensor]), {"eps": "1"}, TypeError, "eps must be a number"),
@@ -250,6 +255,21 @@ def test_bad_input() -> None:
         gradients(lambda: torch.zeros(next(sizes)), [tensor])
     with pytest.raises(ValueError, match="same number of losses each time, got 4 and 5"):
         gradients(lambda: torch.zeros(next(sizes)), [tensor], n_perturbations=2)
+
+
+def test_parts_of_one_tensor() -> None:
+    """Slices that do not overlap, as of a flat buffer or the halves of a matrix, are parameters of their own."""
+    generator = torch.Generator().manual_seed(0)
+    flat, matrix, x = (torch.randn(shape, generator=generator) for shape in ((10,), (4, 6), (5, 10)))
+    kept = flat.clone(), matrix.clone()
+
+    def loss_fn() -> Tensor:
+        return (x @ flat).square() + (x[:, :4] @ matrix).square().sum(1)
+
+    parts = gradients(loss_fn, [flat[:3], flat[3:], matrix[:, :2], matrix[:, 2:]], seed=5)
+    assert parts.numel == 34
+    assert torch.equal(flat, kept[0])
+    assert torch.equal(matrix, kept[1])
 
 
 def test_bad_low_rank_gradients() -> None:

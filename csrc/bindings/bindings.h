@@ -44,5 +44,6 @@ void bind_sinkhorn(py::module_& m);
 void bind_sketch(py::module_& m);
 void bind_scores(py::module_& m);
 void bind_matching(py::module_& m);
+void bind_caratheodory(py::module_& m);
 
 }  // namespace fc

@@ -15,8 +15,8 @@ namespace {
 void require_rows(TensorView<const int64_t, 1> rows, int64_t count, const char* name) {
   for (int64_t i = 0; i < rows.shape[0]; ++i) {
     if (rows(i) < 0 || rows(i) >= count)
-      throw py::value_error(std::string(name) + ": expected rows in [0, " + std::to_string(count) + "), got " +
-                            std::to_string(rows(i)));
+      throw py::value_error(std::string(name) + ": expected rows in [0, " + std::to_string(count) +
+                            "), got " + std::to_string(rows(i)));
   }
 }
 
@@ -68,8 +68,8 @@ void bind_matching(py::module_& m) {
           using T = HistoryOf<typename std::decay_t<decltype(gradients)>::Element>;
           require_rows(groups.member, row_count(gradients), "member");
           if (found.cols() < 1 || found.cols() > gradients.numel())
-            throw py::value_error("dims: expected 1 to " + std::to_string(gradients.numel()) + " columns, got " +
-                                  std::to_string(found.cols()));
+            throw py::value_error("dims: expected 1 to " + std::to_string(gradients.numel()) +
+                                  " columns, got " + std::to_string(found.cols()));
           const AdamRule rule{!m_array.is_none(), m_scale, m_step, v_scale, v_step, eps};
           const auto run = [&](TensorView<const T, 1> first, TensorView<const T, 1> second) {
             without_gil([&] {
@@ -87,7 +87,8 @@ void bind_matching(py::module_& m) {
       py::arg("g"), py::arg("seed"), py::arg("length"), py::arg("m"), py::arg("v"), py::arg("m_scale"),
       py::arg("m_step"), py::arg("v_scale"), py::arg("v_step"), py::arg("eps"), py::arg("member"),
       py::arg("offset"), py::arg("dims"), py::arg("u"), py::arg("threads") = 1,
-      "dims [G, top] = the dimensions of largest |mean update| of each group, u [R, top] = the members' updates there.");
+      "dims [G, top] = the dimensions of largest |mean update| of each group, u [R, top] = the members' "
+      "updates there.");
   m.def(
       "update_history",
       [](py::object g_array, int64_t seed, py::object length, double beta1, double beta2, py::object m_array,

@@ -18,6 +18,7 @@ void define_module(py::module_& m) {
   bind_sketch(m);
   bind_scores(m);
   bind_matching(m);
+  bind_caratheodory(m);
 }
 
 }  // namespace

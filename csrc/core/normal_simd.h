@@ -1,7 +1,7 @@
 // Standard normal numbers, several at once, from the words of philox_simd.h.
 //
-// python/flashcoreset/reference/sketch.py has the formula (Box and Muller's, its angles cut into quadrants). Cost of a
-// pair and vector: a logarithm, a square root and two polynomials, in double.
+// python/flashcoreset/reference/sketch.py has the formula (Box and Muller's, its angles cut into quadrants).
+// Cost of a pair and vector: a logarithm, a square root and two polynomials, in double.
 #pragma once
 
 #include <cstdint>
@@ -52,25 +52,21 @@ inline Doubles quarter_sine(Doubles t) {
 }
 
 // The two normal numbers that two words make, in every lane; see reference/sketch.py.
-inline void normal_pairs(Words word0, Words word1, float (&x)[kPhiloxRows],
-                         float (&y)[kPhiloxRows]) {
+inline void normal_pairs(Words word0, Words word1, float (&x)[kPhiloxRows], float (&y)[kPhiloxRows]) {
   const Words low = Words{} + 0xFFFFFFFFu, one = Words{} + 1;
   word0 &= low;
   word1 &= low;
-  const Doubles radius =
-      square_root<double>(broadcast(-2.0) *
-                  log<double>((to_double(word0) + broadcast(1.0)) * broadcast(0x1p-32)));
+  const Doubles radius = square_root<double>(
+      broadcast(-2.0) * log<double>((to_double(word0) + broadcast(1.0)) * broadcast(0x1p-32)));
   // The quadrant is the two highest bits; the half that is added does not reach them.
   const Doubles part = (to_double(word1 & (low >> 2)) + broadcast(0.5)) * broadcast(0x1p-30);
   const Words quadrant = word1 >> 30, odd = Words{} - (quadrant & one);
   const Words sine = (Words)(quarter_sine(part) * radius),
-                    cosine = (Words)(quarter_sine(broadcast(1.0) - part) * radius);
+              cosine = (Words)(quarter_sine(broadcast(1.0) - part) * radius);
   const Doubles first = (Doubles)((sine & odd) | (cosine & ~odd)),
                 second = (Doubles)((cosine & odd) | (sine & ~odd));
-  const Words flip_first = ((quadrant ^ (quadrant >> 1)) & one) << 63, flip_second = (quadrant >> 1)
-                                                                                           << 63;
-  const Doubles a = (Doubles)((Words)first ^ flip_first),
-                b = (Doubles)((Words)second ^ flip_second);
+  const Words flip_first = ((quadrant ^ (quadrant >> 1)) & one) << 63, flip_second = (quadrant >> 1) << 63;
+  const Doubles a = (Doubles)((Words)first ^ flip_first), b = (Doubles)((Words)second ^ flip_second);
   round_to_float(a, x);
   round_to_float(b, y);
 }

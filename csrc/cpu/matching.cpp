@@ -2,15 +2,16 @@
 //     u_id = (m_scale m_d + m_step g_id) / (sqrt(v_scale v_d + v_step g_id^2) + eps)
 // and for each group the `top` dimensions of largest |mean_i u_id|.
 //
-// The dimensions go by in tiles; of a tile only the sums over the rows are kept, and of the sums only those that are among the
-// largest so far, so memory is O(top) a group and thread whatever B and D. Cost: B D square roots and quotients. In float these
-// take half the time of double and are good for all but close calls, so float tiles are a sieve: a dimension whose sum may
-// reach the list, by a bound of the rounding errors, is summed again in double, and the lists hold doubles alone. So float
-// gradients give the dimensions that double arithmetic gives. With random data about top ln(D / top) of D dimensions
-// pass the sieve.
+// The dimensions go by in tiles; of a tile only the sums over the rows are kept, and of the sums only those
+// that are among the largest so far, so memory is O(top) a group and thread whatever B and D. Cost: B D
+// square roots and quotients. In float these take half the time of double and are good for all but close
+// calls, so float tiles are a sieve: a dimension whose sum may reach the list, by a bound of the rounding
+// errors, is summed again in double, and the lists hold doubles alone. So float gradients give the dimensions
+// that double arithmetic gives. With random data about top ln(D / top) of D dimensions pass the sieve.
 //
-// Rejected: keeping the sums of all dimensions and one partial sort (O(G D) memory, and no sieve, because the bar is not known
-// while sums are made); estimates of the reciprocal square root (saved a fifth of the time, and eps would need a second path).
+// Rejected: keeping the sums of all dimensions and one partial sort (O(G D) memory, and no sieve, because the
+// bar is not known while sums are made); estimates of the reciprocal square root (saved a fifth of the time,
+// and eps would need a second path).
 #include "cpu/matching.h"
 
 #include <algorithm>
@@ -162,7 +163,8 @@ struct History {
 template <bool kAdds, class F>
 void updates(const AdamRule& rule, const F* g, const History<F>& history, int64_t count, F* out) {
   using V = Vec<F>;
-  const V step = simd::broadcast(static_cast<F>(rule.m_step)), square = simd::broadcast(static_cast<F>(rule.v_step)),
+  const V step = simd::broadcast(static_cast<F>(rule.m_step)),
+          square = simd::broadcast(static_cast<F>(rule.v_step)),
           eps = simd::broadcast(static_cast<F>(rule.eps));
   for (int64_t j = 0; j < count; j += kWidth<F>) {
     const V x = simd::load(g + j);
@@ -178,8 +180,8 @@ void updates(const AdamRule& rule, const F* g, const History<F>& history, int64_
   }
 }
 
-// The largest values so far and where they were. Positions come in ascending order, so of equal values the first
-// stay.
+// The largest values so far and where they were. Positions come in ascending order, so of equal values the
+// first stay.
 class TopList {
  public:
   struct Entry {
@@ -232,7 +234,11 @@ class Search {
   // What one thread works with.
   struct Worker {
     Worker(const Gradients& g, int64_t groups, int64_t top)
-        : sieve(g), exact(g), lists(groups, TopList(top)), partial(kTile + kWidth<T>), u(kTile + kWidth<double>) {}
+        : sieve(g),
+          exact(g),
+          lists(groups, TopList(top)),
+          partial(kTile + kWidth<T>),
+          u(kTile + kWidth<double>) {}
     Columns<Gradients, T> sieve;
     Columns<Gradients, double> exact;
     History<T> coarse;
@@ -253,12 +259,13 @@ class Search {
   void find(TensorView<int64_t, 2> dims, ThreadTeam& team) {
     const int64_t numel = g_.numel();
     std::vector<std::unique_ptr<Worker>> workers(team.size());
-    team.parallel_for((numel + kTile - 1) / kTile, kTilesAtOnce, [&](int thread, int64_t first, int64_t last) {
-      auto& worker = workers[thread];
-      if (!worker) worker = std::make_unique<Worker>(g_, group_count(), top_);
-      for (int64_t tile = first; tile < last; ++tile)
-        look_at(*worker, tile * kTile, std::min(kTile, numel - tile * kTile));
-    });
+    team.parallel_for((numel + kTile - 1) / kTile, kTilesAtOnce,
+                      [&](int thread, int64_t first, int64_t last) {
+                        auto& worker = workers[thread];
+                        if (!worker) worker = std::make_unique<Worker>(g_, group_count(), top_);
+                        for (int64_t tile = first; tile < last; ++tile)
+                          look_at(*worker, tile * kTile, std::min(kTile, numel - tile * kTile));
+                      });
     if (refused_.load() < numel) refuse(refused_.load());
     for (int64_t group = 0; group < group_count(); ++group) {
       std::vector<TopList::Entry> all;
@@ -316,12 +323,14 @@ class Search {
         updates<true>(rule_, w.sieve.row(groups_.member(r)), w.coarse, count, w.partial.data());
       for (int64_t j = 0; j < count; ++j) w.sum[j] += w.partial[j];
     }
-    // |u| <= this, of g alone and of m alone; sums of 32 terms and the eight roundings of each are off by 40 units of 2^-24.
+    // |u| <= this, of g alone and of m alone; sums of 32 terms and the eight roundings of each are off by 40
+    // units of 2^-24.
     const double of_g = rule_.m_step / std::sqrt(rule_.v_step), unit = (kFloatSum + 8) * 0x1p-24;
     const double scale = 1.0 / static_cast<double>(last - first), bar = w.lists[group].bar();
     w.candidates.clear();
     for (int64_t j = 0; j < count; ++j) {
-      const double of_m = std::abs(w.coarse.m[j]) / (std::sqrt(static_cast<double>(w.coarse.v[j])) + rule_.eps);
+      const double of_m =
+          std::abs(w.coarse.m[j]) / (std::sqrt(static_cast<double>(w.coarse.v[j])) + rule_.eps);
       if (!(std::abs(w.sum[j]) * scale + unit * (of_g + of_m) <= bar)) w.candidates.push_back(j);
     }
   }
@@ -355,7 +364,8 @@ class Search {
     constexpr int64_t kPart = 256;
     const int64_t parts = (top_ + kPart - 1) / kPart;
     team.parallel_for(group_count() * parts, 1, [&](int, int64_t number, int64_t) {
-      const int64_t group = number / parts, from = number % parts * kPart, count = std::min(kPart, top_ - from);
+      const int64_t group = number / parts, from = number % parts * kPart,
+                    count = std::min(kPart, top_ - from);
       Columns<Gradients, double> columns(g_);
       History<double> history;
       std::vector<double> row(kPart + kWidth<double>);
@@ -387,8 +397,8 @@ class Search {
         throw std::invalid_argument("normalize: m must be finite, got " + text(m_(d)) + " at position " +
                                     std::to_string(d));
       if (!(v_(d) >= 0 && std::isfinite(v_(d))))
-        throw std::invalid_argument("normalize: v must be finite and >= 0, got " + text(v_(d)) + " at position " +
-                                    std::to_string(d));
+        throw std::invalid_argument("normalize: v must be finite and >= 0, got " + text(v_(d)) +
+                                    " at position " + std::to_string(d));
     }
     Columns<Gradients, double> column(g_);
     column.take(0, &d, 1);
@@ -409,7 +419,8 @@ class Search {
   std::atomic<int64_t> refused_{std::numeric_limits<int64_t>::max()};
 };
 
-// mean[j] and square[j] = the means of g and g^2 over the rows `chosen` in the dimensions [begin, begin + count).
+// mean[j] and square[j] = the means of g and g^2 over the rows `chosen` in the dimensions [begin, begin +
+// count).
 template <class X>
 class Moments;
 
@@ -521,12 +532,12 @@ void update_history(const Gradients& g, double beta1, double beta2, TensorView<c
         "g: the mean squares of the chosen rows overflow the history's dtype; scale the gradients down");
 }
 
-#define FC_INSTANTIATE(Gradients, T)                                                                         \
-  template void top_updates<Gradients, T>(const Gradients&, const AdamRule&, TensorView<const T, 1>,         \
-                                          TensorView<const T, 1>, const GroupedRows&, TensorView<int64_t, 2>, \
-                                          TensorView<double, 2>, ThreadTeam&);                               \
-  template void update_history<Gradients, T>(const Gradients&, double, double, TensorView<const T, 1>,       \
-                                             TensorView<const T, 1>, TensorView<const int64_t, 1>,           \
+#define FC_INSTANTIATE(Gradients, T)                                                                   \
+  template void top_updates<Gradients, T>(const Gradients&, const AdamRule&, TensorView<const T, 1>,   \
+                                          TensorView<const T, 1>, const GroupedRows&,                  \
+                                          TensorView<int64_t, 2>, TensorView<double, 2>, ThreadTeam&); \
+  template void update_history<Gradients, T>(const Gradients&, double, double, TensorView<const T, 1>, \
+                                             TensorView<const T, 1>, TensorView<const int64_t, 1>,     \
                                              TensorView<T, 1>, TensorView<T, 1>, ThreadTeam&);
 FC_INSTANTIATE(DenseGradients<float>, float)
 FC_INSTANTIATE(DenseGradients<double>, double)

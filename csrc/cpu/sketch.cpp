@@ -3,14 +3,18 @@
 //   out_bc = sum over columns i of x of x_bi P_(offset + i)c
 //
 // rademacher   Signs are bits, so kFeatures columns of x have only 2^kFeatures different sums: these are
-// tabulated, one
-//              table a vector register, and a vector of outputs takes its sums from the table by one
-//              permutation and adds them. With 16 floats a vector that is 4 columns for two operations where
-//              products take 4. Bits are made once for a block of columns of x and all rows of a slab.
+//              tabulated, one table a vector register, and a vector of outputs takes its sums from the table
+//              by one permutation and adds them. With 16 floats a vector that is 4 columns for two operations
+//              where products take 4. Bits are made once for a block of columns of x and all rows of a slab.
+//
 // gaussian     Normal numbers are made for a block, then multiplied; making them is most of the cost of few
-// rows. sjlt         Entries are made for a block, then every row adds its numbers where they belong: nnz
-// additions each. srht         Per block of N: signs, a Hadamard transform in the first-level cache (log2 N
-// additions each), a gather.
+//              rows.
+//
+// sjlt         Entries are made for a block, then every row adds its numbers where they belong: nnz additions
+//              each.
+//
+// srht         Per block of N: signs, a Hadamard transform in the first-level cache (log2 N additions each),
+//              a gather.
 //
 // Work is cut into pieces whose bounds depend on D and dim alone, summed in order: the result of a row
 // depends neither on the other rows nor on the threads. Sums within a block of columns are taken in the type
@@ -39,10 +43,8 @@ constexpr int64_t kBits = 128;          // columns that one random block gives s
 constexpr int64_t kPieceColumns = 512;  // of the output, that a piece of work makes
 constexpr int64_t kBlock = 192;  // columns of x between two flushes to double; whole tables for every width
 constexpr int64_t kLeastBlock = 1 << 10, kMostBlock = 1 << 12;  // N of srht
-constexpr int64_t kWorthThreads =
-    1 << 16;  // entries of x, of sparse kinds: a thread starts in a tenth of a millisecond
-constexpr int64_t kMostPieces = 32, kPieceRows = 2048;  // of the columns of x
-constexpr int64_t kSlabBytes = int64_t{8} << 20;        // sums of the rows of x that are worked on together
+constexpr int64_t kMostPieces = 32, kPieceRows = 2048;          // of the columns of x
+constexpr int64_t kSlabBytes = int64_t{8} << 20;  // sums of the rows of x that are worked on together
 
 template <class T>
 T scale_of(int64_t count) {
@@ -457,8 +459,8 @@ class Sketcher {
       : x_(x), p_(p), out_(out), team_(team), dim_(out.shape[1]), sjlt_(p, dim_), srht_(p, dim_) {}
 
   void run() {
-    const bool dense = p_.kind == SketchKind::kRademacher || p_.kind == SketchKind::kGaussian;
-    const int64_t width = dense ? std::min(dim_, kPieceColumns) : dim_;
+    const bool dense = this->dense();
+    const int64_t width = this->width();
     const int64_t columns = x_.shape[1];
     // Fewer where making a piece costs little beside adding its sums up.
     const int64_t most = std::clamp((dense ? kMostPieces : kMostPieces / 4) * kPieceColumns / dim_,
@@ -475,7 +477,8 @@ class Sketcher {
       const int64_t rows = std::min(slab, x_.shape[0] - first);
       // Rows are given to several threads only where there are not pieces enough, since each makes the random
       // numbers anew.
-      const bool split = !dense && pieces_ < 4 * team_.size() && rows * columns * p_.nnz >= kWorthThreads;
+      const bool split =
+          !dense && pieces_ < 4 * team_.size() && rows * columns * p_.nnz >= ThreadTeam::kWorthwhile;
       const int64_t part =
           split ? std::min(each, (rows + team_.size() - 1) / team_.size()) : std::min(each, rows);
       const int64_t parts = (rows + part - 1) / part;
@@ -491,11 +494,9 @@ class Sketcher {
 
   // sum [dim] of one row, not scaled.
   void row(int64_t number, double* sum) {
-    const bool dense = p_.kind == SketchKind::kRademacher || p_.kind == SketchKind::kGaussian;
-    const int64_t width = dense ? std::min(dim_, kPieceColumns) : dim_;
     piece_ = x_.shape[1];
-    for (int64_t column = 0; column < dim_; column += width)
-      work(number, 1, 0, column, std::min(width, dim_ - column), sum + column);
+    for (int64_t column = 0; column < dim_; column += width())
+      work(number, 1, 0, column, std::min(width(), dim_ - column), sum + column);
   }
 
   double scale() const {
@@ -503,6 +504,10 @@ class Sketcher {
   }
 
  private:
+  bool dense() const { return p_.kind == SketchKind::kRademacher || p_.kind == SketchKind::kGaussian; }
+  // Columns of the output that a piece of work makes; each makes the random numbers of sparse kinds anew.
+  int64_t width() const { return dense() ? std::min(dim_, kPieceColumns) : dim_; }
+
   // sum [rows, columns of the output], rows dim_ apart, of one piece of the columns of x.
   void work(int64_t row, int64_t rows, int64_t piece, int64_t column, int64_t columns, double* sum) {
     const int64_t begin = piece * piece_, end = std::min(x_.shape[1], begin + piece_);

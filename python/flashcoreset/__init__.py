@@ -12,9 +12,10 @@ from flashcoreset import kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
-from flashcoreset.methods import CoLM, ccs, goracs, select, simcore, top_scores
+from flashcoreset.methods import CoLM, autocoreset, ccs, goracs, select, simcore, top_scores
 from flashcoreset.ops.adam import AdamState, RankOneAdamState
 from flashcoreset.ops.budgets import allocate_budgets
+from flashcoreset.ops.caratheodory import caratheodory
 from flashcoreset.ops.dynamics import TrainingDynamics
 from flashcoreset.ops.facility_location import facility_location
 from flashcoreset.ops.gradient_sketcher import GradientSketcher
@@ -42,6 +43,8 @@ __all__ = [
     "Transport",
     "__version__",
     "allocate_budgets",
+    "autocoreset",
+    "caratheodory",
     "ccs",
     "facility_location",
     "goracs",

@@ -146,7 +146,10 @@ def as_integers(value: Any, name: str, shape: tuple[int, ...], whose: str, devic
         raise ValueError(f"{name} must have shape {shape} as {whose} has it, got {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on device {tensor.device}, but {whose} is on {device}; move one of them")
-    return tensor.to(torch.int64)
+    result = tensor.to(torch.int64)
+    if tensor.dtype == torch.uint64 and not torch.compiler.is_compiling() and (result < 0).any():
+        raise ValueError(f"{name} must be below 2^63, got {tensor[result < 0][0].item()}")
+    return result
 
 
 def _from_sequence(value: Sequence[Any], name: str, integers: bool) -> Tensor:

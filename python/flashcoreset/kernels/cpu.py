@@ -19,6 +19,7 @@ from flashcoreset.reference.sinkhorn import Solution
 __all__ = [
     "FacilityLocation",
     "NearestOrder",
+    "caratheodory",
     "directions",
     "pairwise",
     "sample_scores",
@@ -507,3 +508,41 @@ def update_history(
         torch.get_num_threads(),
     )
     return new_m, new_v
+
+
+def caratheodory(
+    x: Tensor, weights: Tensor | None = None, *, max_size: int = 0, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows with the weighted mean and total weight of all; see `flashcoreset.reference.caratheodory` for the definition.
+
+    Args:
+        x: [n, d] float16, bfloat16, float32 or float64, on the CPU, in any strides.
+        weights: [n] float64 >= 0, not all 0; None for 1.
+        max_size: > 0 ends the reduction as soon as at most that many rows are left.
+        out: two tensors [min(n, max(d + 1, max_size))], int64 and float64, to write to; None allocates them.
+
+    Returns:
+        [k] int64, ascending, and [k] float64, > 0: the first k entries of `out`.
+
+    Raises:
+        BackendUnavailableError: if no compiled module can be loaded.
+        ValueError: for NaN or infinity in `x`, weights that are not as above, arrays that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from flashcoreset import kernels
+        >>> kernels.cpu.caratheodory(torch.tensor([[0.0], [1.0], [2.0], [6.0]]))[1].sum()
+        tensor(4., dtype=torch.float64)
+    """
+    if out is None:
+        most = min(x.shape[0], max(x.shape[1] + 1, max_size))
+        out = torch.empty(most, dtype=torch.int64), torch.empty(most, dtype=torch.float64)
+    count = _native.module().caratheodory(
+        _capsule(x.detach()),
+        _optional(weights),
+        max_size,
+        _capsule(out[0]),
+        _capsule(out[1]),
+        torch.get_num_threads(),
+    )
+    return out[0][:count], out[1][:count]

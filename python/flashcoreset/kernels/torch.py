@@ -1,5 +1,6 @@
 """The reference behind the names of the compiled kernels."""
 
+from flashcoreset.reference.caratheodory import caratheodory
 from flashcoreset.reference.facility_location import FacilityLocation, pairwise
 from flashcoreset.reference.matching import top_updates, update_history
 from flashcoreset.reference.scores import sample_scores
@@ -13,6 +14,7 @@ from flashcoreset.reference.zeroth_order import directions
 __all__ = [
     "FacilityLocation",
     "NearestOrder",
+    "caratheodory",
     "directions",
     "pairwise",
     "projection_matrix",

@@ -6,20 +6,27 @@ from collections.abc import Callable
 from typing import Any
 
 from flashcoreset._types import Coreset
+from flashcoreset.methods.autocoreset import autocoreset
 from flashcoreset.methods.ccs import ccs, top_scores
-from flashcoreset.methods.colm import CoLM
+from flashcoreset.methods.colm import CoLM, colm
 from flashcoreset.methods.goracs import goracs
 from flashcoreset.methods.simcore import simcore
 
-_METHODS: dict[str, Callable[..., Coreset]] = {"simcore": simcore, "ccs": ccs, "goracs": goracs}
+_METHODS: dict[str, Callable[..., Coreset]] = {
+    "colm": colm,
+    "simcore": simcore,
+    "ccs": ccs,
+    "goracs": goracs,
+    "autocoreset": autocoreset,
+}
 
 
 def select(name: str, **arguments: Any) -> Coreset:
     """Calls a coreset method by its name.
 
     Args:
-        name: "simcore", "ccs" or "goracs".
-        arguments: those of the function of that name.
+        name: "colm", "simcore", "ccs", "goracs" or "autocoreset".
+        arguments: those of the function of that name; "colm" takes those of `CoLM` and of its `select`.
 
     Returns:
         Its Coreset.
@@ -41,4 +48,4 @@ def select(name: str, **arguments: Any) -> Coreset:
     return _METHODS[name](**arguments)
 
 
-__all__ = ["CoLM", "ccs", "goracs", "select", "simcore", "top_scores"]
+__all__ = ["CoLM", "autocoreset", "ccs", "goracs", "select", "simcore", "top_scores"]

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._tensor import as_integer, as_number, as_tensor, as_vector, compute_dtype
 from flashcoreset._types import Coreset
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.strata import cut, draw, lowest, random_keys
+
+_MOST_STRATA = 2**24
 
 
 def ccs(
@@ -42,7 +45,7 @@ def ccs(
         mislabel_scores: [n] real numbers, low for labels that are probably wrong, as the area under the margin is. None:
             the "aum" of `scores`, where that is such a dict.
         mislabel_ratio: the share to drop, in [0, 1).
-        n_strata: the number of strata, >= 1.
+        n_strata: the number of strata, 1 to 2^24.
         groups: [n] integer labels, or None. All of the above is done inside each group, whose budget is the share
             of its samples after dropping, by `allocate_budgets`.
         seed: 0 <= seed < 2^64. A sample's random number depends on the seed and its index alone.
@@ -69,7 +72,7 @@ def ccs(
         tensor([0, 2, 5, 6])
     """
     k = _at_least_one(k, "k")
-    n_strata = _at_least_one(n_strata, "n_strata")
+    n_strata = _strata(n_strata)
     ratio = as_number(mislabel_ratio, "mislabel_ratio")
     if not 0 <= ratio < 1:
         raise ValueError(f"mislabel_ratio must be in [0, 1), got {mislabel_ratio}")
@@ -208,8 +211,45 @@ def _coreset(
     return Coreset(indices, torch.ones(len(indices), dtype=dtype, device=device), info)
 
 
+def _strata(value: Any) -> int:
+    number = _at_least_one(value, "n_strata")
+    if number > _MOST_STRATA:
+        raise ValueError(f"n_strata must be <= {_MOST_STRATA}, got {number}")
+    return number
+
+
 def _at_least_one(value: Any, name: str) -> int:
     number = as_integer(value, name)
     if number < 1:
         raise ValueError(f"{name} must be >= 1, got {number}")
     return number
+
+
+@register_estimate("ccs")
+def _estimate(
+    scores: Any,
+    k: int = 1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mislabel_scores: Any = None,
+    mislabel_ratio: float = 0.0,
+    n_strata: int = 50,
+    groups: Any = None,
+    seed: int = 0,
+) -> int:
+    """Bytes of one call; see `memory_estimate`."""
+    dtype = as_dtype(dtype)
+    (n,) = as_shape(scores, "scores", 1)
+    k, n_strata = _at_least_one(k, "k"), _strata(n_strata)
+    if k > n:
+        raise ValueError(f"k must be <= the {n} samples, got {k}")
+    for name, value in (("mislabel_scores", mislabel_scores), ("groups", groups)):
+        if value is not None and (got := as_shape(value, name, 1)) != (n,):
+            raise ValueError(f"{name} must have shape [{n}], got {got}")
+    dropping = mislabel_scores is not None and mislabel_ratio > 0
+    # In float64: the scores, and those for dropping.
+    values = 8 * n * ((dtype.itemsize < 8) + (dropping and dtype.itemsize < 8))
+    members = 8 * n * ((groups is not None) * 2 + dropping)  # the order of labels, and whom they leave
+    # The random numbers; strata: positions and members; draws: the numbers of a stratum, and which are taken.
+    drawing = 8 * n + 3 * 8 * n + 2 * n
+    return values + members + drawing + 400 * n_strata + 20 * k

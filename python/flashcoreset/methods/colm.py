@@ -108,10 +108,10 @@ class CoLM:
             BackendUnavailableError: if `backend` cannot run here.
         """
         start = time.perf_counter()
-        g = Gradients.of(grads)
+        g = Gradients.of(grads, "grads")
         device = g.values.device
         top = check_top(self.top, g.numel)
-        history = check_history(self._history_for(g), g)
+        history = check_history(self._history_for(g), g, "history")
         if groups is None and self.keep_groups:
             raise ValueError(f"groups must be given with keep_groups={self.keep_groups}, got None")
         labels = torch.zeros(g.count, dtype=torch.int64, device=device)
@@ -210,6 +210,11 @@ class CoLM:
                 f"state must have betas={self.betas} and eps={self.eps} as this CoLM, got {loaded.betas} and {loaded.eps}"
             )
         self.history = loaded
+
+
+def colm(grads: Any, k: int, *, groups: Any = None, **options: Any) -> Coreset:
+    """`CoLM(k, **options).select(grads, groups)`: one batch, before which there was none."""
+    return CoLM(k, **options).select(grads, groups)
 
 
 def _usable(g: Gradients) -> Tensor:

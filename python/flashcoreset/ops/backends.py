@@ -21,6 +21,7 @@ FAMILIES = {
     "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),
     "matching": ("cpu", "cuda", "triton", "torch"),
+    "caratheodory": ("cpu", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}

@@ -218,7 +218,11 @@ class TrainingDynamics:
         for name in ("n_samples", "el2n_epochs"):
             if state[name] != own[name]:
                 raise ValueError(f"state must have {name}={own[name]} as this object has, got {state[name]}")
+        if not isinstance(state["epochs"], (list, tuple)):
+            raise TypeError(f"state['epochs'] must be a list, got {type(state['epochs']).__name__}")
         epochs = [_at_least(epoch, "state['epochs']", 0) for epoch in state["epochs"]]
+        if len(set(epochs)) < len(epochs):
+            raise ValueError(f"state['epochs'] must be distinct, got {epochs}")
         shapes = {name: own[name].shape for name in ("aum", "el2n", "correct", "forgotten")}
         shapes["records"] = torch.Size([len(epochs), self.n_samples])
         for name, shape in shapes.items():
@@ -226,6 +230,8 @@ class TrainingDynamics:
             if not isinstance(value, Tensor) or value.dtype != own[name].dtype:
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"state[{name!r}] must be a tensor of dtype {own[name].dtype}, got {got}")
+            if value.layout is not torch.strided:
+                raise TypeError(f"state[{name!r}] must be a dense tensor, got layout {value.layout}")
             if value.shape != shape:
                 raise ValueError(f"state[{name!r}] must have shape {tuple(shape)}, got {tuple(value.shape)}")
         taken = {name: state[name].to("cpu", copy=True) for name in shapes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class _Pass:
     repeated: bool = False  # a second backward pass through the same graph
     out: Tensor | None = None  # [B, dim]
     squares: Tensor | None = None  # [B] float64
+    scale: float = 1.0  # a power of two, by which `out` and `squares` have the gradients
     tied: dict[str, TiedEmbedding] = field(default_factory=dict)
     kept: dict[str, list[tuple[_Place, Tensor | None, Tensor]]] = field(default_factory=dict)
 
@@ -167,6 +169,7 @@ class GradientSketcher:
         self._kernels = choose_kernels(backend, device, "sketch")
         self._watch = _Watch(self)
         self._handles: list[RemovableHandle] = []
+        self._nodes: dict[int, Any] = {}  # of the wanted parameters, by their ids
         self._begin(None)
 
     # ---- results
@@ -179,8 +182,7 @@ class GradientSketcher:
             raise RuntimeError("there are no sketches with dim=None; make the GradientSketcher with a dim")
         assert done.out is not None
         assert done.batch is not None
-        out = done.out * done.batch if self._mean else done.out
-        return _finite(out, "sketches")
+        return _finite(done.out * (done.batch / done.scale if self._mean else 1 / done.scale), "sketches")
 
     @property
     def norms(self) -> Tensor:
@@ -198,7 +200,8 @@ class GradientSketcher:
         assert done.squares is not None
         assert done.batch is not None
         out = (done.squares + self._shared(done)).sqrt()
-        return _finite((out * done.batch if self._mean else out).to(self._dtype), "norms")
+        out = out * (done.batch if self._mean else 1) / done.scale
+        return _finite(out.to(self._dtype), "norms")
 
     def _result(self) -> _Pass:
         self._check()
@@ -240,11 +243,13 @@ class GradientSketcher:
                     f"parameter {target.name!r} no longer requires gradients; make a new GradientSketcher"
                 )
         self._begin(None)
+        self._nodes = {key: _node(target.parameter) for key, target in self._targets.items()}
         add = self._handles.append
         add(self._model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         for place in self._places:
             add(place.module.register_forward_pre_hook(self._before_layer))
             add(place.module.register_forward_hook(self._layer_hook(place), with_kwargs=True, prepend=True))
+            add(place.module.register_forward_hook(self._after_layer, always_call=True))
         for target in self._targets.values():
             add(target.parameter.register_hook(self._parameter_hook(target)))
         self._watch.__enter__()
@@ -255,6 +260,7 @@ class GradientSketcher:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._nodes.clear()
         if kind is None:
             self._check()
             if self._done is not None and self._done.squares is not None:
@@ -289,6 +295,9 @@ class GradientSketcher:
     def _before_layer(self, module: nn.Module, _: tuple[Any, ...]) -> None:
         self._inside = module
 
+    def _after_layer(self, *_: Any) -> None:
+        self._inside = None  # also when the layer raised
+
     def _layer_hook(self, place: _Place) -> Callable[..., Tensor | None]:
         keeps_input, embedding = place.keeps_input, isinstance(place.module, nn.Embedding)
 
@@ -312,10 +321,18 @@ class GradientSketcher:
                 return None
             x, output = self._with_batch(place, x, output)
             saved = (x.detach(),) if keeps_input else ()
-            out: Tensor = _Capture.apply(output, _Use(self, self._pass, place), *saved)
+            out: Tensor = _Capture.apply(output, _Use(self, self._pass, place, self._nodes_of(place)), *saved)
             return out
 
         return hook
+
+    def _nodes_of(self, place: _Place) -> dict[str, Any]:
+        """Of the parameters that the module has now: torch.func.functional_call puts others into it for a call."""
+        found = {}
+        for name in place.targets:
+            parameter = getattr(place.module, name)
+            found[name] = self._nodes.get(id(parameter)) or _node(parameter)
+        return found
 
     def _with_batch(self, place: _Place, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output with the batch in dimension 0."""
@@ -330,6 +347,10 @@ class GradientSketcher:
                 f"{place} normalises by the batch, where samples have no gradients of their own; put it in eval mode: .eval()"
             )
         current, size = self._pass, output.shape[0]
+        if size == 0:
+            raise ValueError(
+                f"{place} must have an output with a batch of 1 or more in dimension 0, got shape {tuple(output.shape)}"
+            )
         batch = current.batch or current.likely_batch
         if size == 1 and batch is not None and batch > 1:
             return x.expand(batch, *x.shape[1:]), output.expand(batch, *output.shape[1:])
@@ -360,6 +381,9 @@ class GradientSketcher:
         if not self._handles:
             return  # a later backward pass through a graph from inside the block
         current, place = use.into, use.place
+        wanted = {name: target for name, target in place.targets.items() if _gets_gradient(use.nodes[name])}
+        if not wanted:
+            return  # as in torch.autograd.grad with regard to the model's input
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             if current.batch is None:
                 current.batch = g.shape[0]
@@ -372,11 +396,16 @@ class GradientSketcher:
                 if self._dim is not None:
                     current.out = g.new_zeros(current.batch, self._dim, dtype=self._dtype)
                 current.squares = g.new_zeros(current.batch, dtype=torch.float64)
+                current.scale = _scale(g)
             current.consumed += 1
             current.repeated |= use.used
             use.used = True
             self._done = current
-            wanted = place.targets
+            self._arrived.update(target.name for target in wanted.values())
+            if not g.numel():
+                return  # sequences without positions
+            if current.scale != 1:
+                g = g * current.scale
             shared = {name for name, target in wanted.items() if current.calls[target.name] > 1}
             for name, gradient in place.layer.gradients(place.module, wanted, x, g, self._dtype):
                 target = wanted[name]
@@ -391,9 +420,15 @@ class GradientSketcher:
                     elif (tied := self._tied(current, target)) is not None:
                         tied.add(gradient)
             for name, target in wanted.items():
-                self._arrived.add(target.name)
                 if self._norms and name in shared and self._tied(current, target) is None:
                     current.kept.setdefault(target.name, []).append((place, x, g))
+
+    def _watched(self, place: _Place, g: Tensor) -> Tensor:
+        """`g`, whose own gradient would tell of a second derivative, to which parameters contribute past their modules."""
+        target = next(iter(place.targets.values()))
+        g = g.view_as(g) if g.requires_grad else g.detach().requires_grad_()
+        g.register_hook(self._watch.hook(target.name, "a second derivative (create_graph=True)"))
+        return g
 
     def _add_sketch(self, current: _Pass, gradient: Gradient, offset: int) -> None:
         out = current.out
@@ -455,6 +490,9 @@ class _Use:
     sketcher: GradientSketcher
     into: _Pass
     place: _Place
+    nodes: dict[
+        str, Any
+    ]  # where autograd takes the gradients of the wanted parameters to, by their names in the module
     used: bool = False
 
 
@@ -473,6 +511,8 @@ class _Capture(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         ctx.use.sketcher._consume(ctx.use, saved[0] if saved else None, g.detach())
+        if torch.is_grad_enabled():  # create_graph=True
+            g = ctx.use.sketcher._watched(ctx.use.place, g)
         return (g, None, *[None] * len(saved))
 
 
@@ -490,7 +530,8 @@ class _Watch(TorchFunctionMode):
             for target in self._used((*args, *(kwargs or {}).values())):
                 for output in outputs:
                     if isinstance(output, Tensor) and output.requires_grad and not output.is_leaf:
-                        output.register_hook(self._hook(target.name, func))
+                        called = getattr(func, "__name__", str(func))
+                        output.register_hook(self.hook(target.name, called))
         return result
 
     def _used(self, values: Iterable[Any]) -> Iterable[_Target]:
@@ -502,9 +543,7 @@ class _Watch(TorchFunctionMode):
                 if target is not None:
                     yield target
 
-    def _hook(self, name: str, function: Any) -> Callable[[Tensor], None]:
-        called = getattr(function, "__name__", str(function))
-
+    def hook(self, name: str, called: str) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
             self._sketcher._direct.setdefault(name, called)
 
@@ -532,6 +571,10 @@ def _wanted(model: nn.Module, parameters: Any) -> dict[str, nn.Parameter]:
     if not chosen:
         raise ValueError("parameters: none of the model's parameters is wanted and requires gradients")
     for name, parameter in chosen.items():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} has no values yet: call the model once before, as lazy modules need it"
+            )
         if parameter.dtype not in FLOATING:
             raise TypeError(f"parameter {name!r} must hold real floating numbers, got {parameter.dtype}")
     return chosen
@@ -589,6 +632,31 @@ def _same_device(wanted: dict[str, nn.Parameter]) -> list[torch.device]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _node(parameter: Tensor) -> Any:
+    """Where autograd takes the gradient of `parameter`."""
+    return torch.autograd.graph.get_gradient_edge(parameter).node if parameter.requires_grad else None
+
+
+def _gets_gradient(node: Any) -> bool:
+    """Whether the backward pass that runs now computes the gradient that goes to `node`."""
+    if node is None:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # "A leaf node was passed", by torch.autograd.grad with regard to it
+        return True
+
+
+def _scale(g: Tensor) -> float:
+    """1, or a power of two that brings gradients whose squares would leave the range of float32 near to 1."""
+    if not g.numel():
+        return 1.0
+    low, high = torch.aminmax(g)
+    exponent = math.frexp(max(-float(low), float(high)))[1]  # 0 for NaN and infinity
+    most = 500 if g.dtype == torch.float64 else 126
+    return 2.0 ** -min(max(exponent, -most), most) if abs(exponent) > 30 else 1.0
 
 
 def _in_transform() -> bool:

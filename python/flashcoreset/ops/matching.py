@@ -100,10 +100,10 @@ class Gradients:
     backend: str | None = None  # that makes the directions
 
     @classmethod
-    def of(cls, g: Any) -> Gradients:
+    def of(cls, g: Any, name: str) -> Gradients:
         if isinstance(g, LowRankGradients):
             return cls(g.coefficients.detach(), g.seed, g.numel, g.backend)
-        return cls(as_matrix(g, "g").detach())
+        return cls(as_matrix(g, name).detach())
 
     @property
     def count(self) -> int:
@@ -157,7 +157,7 @@ def _check(
 ) -> Problem:
     one_of(metric, "metric", METRICS)
     one_of(method, "method", METHODS)
-    gradients = Gradients.of(g)
+    gradients = Gradients.of(g, "g")
     if not isinstance(nonnegative, bool):
         raise TypeError(
             f"nonnegative must be a bool, got {nonnegative!r} of type {type(nonnegative).__name__}"
@@ -167,7 +167,7 @@ def _check(
     members = group_members(gradients.count, k, groups, budgets, gradients.values.device)
     return Problem(
         gradients,
-        check_history(normalize, gradients),
+        check_history(normalize, gradients, "normalize"),
         check_top(top, gradients.numel),
         [(rows, count) for rows, count in members if count],
         metric,
@@ -184,21 +184,21 @@ def check_top(top: Any, numel: int) -> int | None:
     return number
 
 
-def check_history(history: Any, g: Gradients) -> AdamState | RankOneAdamState | None:
+def check_history(history: Any, g: Gradients, name: str) -> AdamState | RankOneAdamState | None:
     if history is None:
         return None
     if not isinstance(history, (AdamState, RankOneAdamState)):
-        raise TypeError(f"normalize must be an AdamState, got {type(history).__name__}")
+        raise TypeError(f"{name} must be an AdamState, got {type(history).__name__}")
     if history.numel != g.numel:
         raise ValueError(
-            f"normalize must be a history of gradients of length {g.numel} as g has it, got one of length {history.numel}"
+            f"{name} must be of gradients of length {g.numel}, as these are, got one of length {history.numel}"
         )
     if isinstance(history, AdamState):
         if history.m.dtype != g.dtype:
-            raise TypeError(f"normalize must have dtype {g.dtype} for these gradients, got {history.m.dtype}")
+            raise TypeError(f"{name} must have dtype {g.dtype} for these gradients, got {history.m.dtype}")
         if history.m.device != g.values.device:
             raise ValueError(
-                f"normalize is on device {history.m.device}, but g is on {g.values.device}; move one of them"
+                f"{name} is on device {history.m.device}, but the gradients are on {g.values.device}; move one of them"
             )
     return history
 

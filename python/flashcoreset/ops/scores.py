@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._tensor import FLOATING, as_integers, as_tensor, compute_dtype
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.reference.scores import check_targets, mean_over_tokens
@@ -159,3 +161,32 @@ torch.library.impl(_NAME, "default")(_solve)
 @torch.library.register_fake(_NAME)
 def _fake(logits: Tensor, targets: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
     return logits.new_empty(5, logits.shape[0], dtype=compute_dtype(logits.dtype))
+
+
+@register_estimate("sample_scores")
+def _estimate(
+    logits: Any,
+    targets: Any = None,
+    mask: Any = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> int:
+    """Bytes of one call; see `memory_estimate`."""
+    check_backend(backend)
+    dtype = as_dtype(dtype)
+    shape = as_shape(logits, "logits", 3 if len(getattr(logits, "shape", logits)) == 3 else 2)
+    for name, value in (("targets", targets), ("mask", mask)):
+        if value is not None and as_shape(value, name, len(shape) - 1) != shape[:-1]:
+            raise ValueError(
+                f"{name} must have shape {shape[:-1]} as logits has it, got {as_shape(value, name, len(shape) - 1)}"
+            )
+    rows, classes = math.prod(shape[:-1]), shape[-1]
+    size = compute_dtype(dtype).itemsize
+    scores = 5 * rows * size
+    # The means over tokens: in float64, with cumulative sums; a mask's masks.
+    means = 2 * 5 * rows * 8 if len(shape) == 3 else 0
+    masks = 32 * rows if mask is not None else 2 * rows
+    if backend == "torch":
+        return scores * 2 + means + masks + rows * classes * (9 * size + 12)
+    return scores + means + masks + torch.get_num_threads() * (1 << 16)

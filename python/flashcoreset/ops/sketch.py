@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._memory import as_dtype
+from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._tensor import as_int64, as_integer, as_matrix, check_finite, compute_dtype, one_of
 from flashcoreset.ops.backends import check_backend, choose_kernels
-from flashcoreset.reference.sketch import KINDS
+from flashcoreset.reference.sketch import KINDS, ROWS_AT_ONCE
 
 _MOST_COLUMNS = 2**31
+_MOST_ENTRIES = 2**60  # of a matrix
 _CONVERTED = 64 * 2**20  # bytes of half-precision input that are converted at a time
 
 
@@ -104,7 +105,9 @@ def projection_matrix(
         raise ValueError(f"D must be at least 1, got {rows}")
     dim, seed, offset, nnz = check_projection(rows, dim, kind, seed, offset, nnz)
     check_backend(backend)
-    dtype, place = as_dtype(dtype), torch.device("cpu" if device is None else device)
+    dtype, place = as_dtype(dtype), _device(device)
+    if rows * dim >= _MOST_ENTRIES:
+        raise ValueError(f"D times dim must be below 2^60, got {rows} * {dim}")
     kernels = choose_kernels(backend, place, "sketch")
     found: Tensor = kernels.projection_matrix(
         rows, dim, kind=kind, seed=seed, offset=offset, nnz=nnz, dtype=compute_dtype(dtype), device=place
@@ -127,6 +130,18 @@ def check_projection(
     return dim, as_int64(seed, "seed"), offset, nnz
 
 
+def _device(value: Any) -> torch.device:
+    """The device, which torch can use here."""
+    try:
+        place = torch.device("cpu" if value is None else value)
+        torch.empty(0, device=place)
+    except TypeError:
+        raise TypeError(f"device must be a torch.device or its name, got {value!r}") from None
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+        raise ValueError(f"device must be one that torch can use here, got {str(value)!r}: {error}") from None
+    return place
+
+
 _NAME = "flashcoreset::sketch"
 torch.library.define(
     _NAME, "(Tensor x, int dim, str kind, int seed, int offset, int nnz, str? backend) -> Tensor"
@@ -145,8 +160,10 @@ def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backen
             out = x.new_zeros(x.shape[0], dim, dtype=dtype)
             step = max(1024, _CONVERTED // (dtype.itemsize * x.shape[0]) // 1024 * 1024)
             for begin in range(0, x.shape[1], step):
-                part = x[:, begin : begin + step].to(dtype)
-                out += kernels.sketch(part, dim, kind=kind, seed=seed, offset=offset + begin, nnz=nnz)
+                out += kernels.sketch(
+                    x[:, begin : begin + step].to(dtype),  # without a name, so that it is gone before the next
+                    dim, kind=kind, seed=seed, offset=offset + begin, nnz=nnz,
+                )  # fmt: skip
         # What is not finite in a row is not finite in its sketch, which is shorter to look through.
         if not bool(torch.isfinite(out).all()):
             check_finite(x, "x")
@@ -157,3 +174,70 @@ def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backen
 @torch.library.register_fake(_NAME)
 def _fake(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backend: str | None) -> Tensor:
     return x.new_empty(x.shape[0], dim, dtype=compute_dtype(x.dtype))
+
+
+# Bytes of random words, bits and numbers for an entry of the reference's matrix.
+_REFERENCE = {"rademacher": 14, "gaussian": 50, "sjlt": 1, "srht": 22}
+
+
+@register_estimate("sketch")
+def _estimate(
+    x: Any,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kind: str = "rademacher",
+    seed: int = 0,
+    offset: int = 0,
+    nnz: int = 1,
+    backend: str | None = None,
+) -> int:
+    """Bytes of one call; see `memory_estimate`. Terms are named after what the kernels allocate."""
+    dtype = as_dtype(dtype)
+    batch, columns = as_shape(x, "x")
+    dim, _, _, nnz = check_projection(columns, dim, kind, seed, offset, nnz)
+    check_backend(backend)
+    size = compute_dtype(dtype).itemsize
+    out = batch * dim * size
+    converted = min(_CONVERTED, batch * columns * size) if dtype.itemsize < size else 0
+    if backend == "torch":
+        rows = max(1, min(columns, ROWS_AT_ONCE // dim))
+        return 2 * out + converted + rows * (dim + 128) * (_REFERENCE[kind] * 3 // 2 + size)
+    dense = kind in ("rademacher", "gaussian")
+    # The cuts of csrc/cpu/sketch.cpp.
+    most = 32 if dense else 8
+    pieces = min(max(columns // 2048, 1), min(max(most * 512 // dim, 1), most))
+    each, threads = 256 if dense else 32, torch.get_num_threads()
+    rows = min(batch, max(4, min((1 << 20) // dim // pieces, each * (1 if dense else threads))))
+    partial = pieces * rows * dim * 8
+    together = min(rows if rows < 8 else rows + 15, each)
+    split = threads if pieces > 1 or rows * columns * nnz >= 1 << 16 else 1
+    # (Allocators keep those of the slab before.)
+    sums = threads * together * min(dim, 512) * 8 if dense else 2 * split * together * dim * size
+    scratch = sums + threads * ((1 << 20) + 1024 * nnz)
+    # What is not finite is looked for in the result: its absolute values and three masks.
+    return (2 if converted else 1) * out + converted + scratch + max(partial, out + 3 * batch * dim)
+
+
+@register_estimate("projection_matrix")
+def _matrix_estimate(
+    D: int,
+    dim: int,
+    *,
+    kind: str = "rademacher",
+    seed: int = 0,
+    offset: int = 0,
+    nnz: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> int:
+    rows = as_integer(D, "D")
+    if rows < 1:
+        raise ValueError(f"D must be at least 1, got {rows}")
+    dim, _, _, nnz = check_projection(rows, dim, kind, seed, offset, nnz)
+    check_backend(backend)
+    dtype = as_dtype(dtype)
+    size = compute_dtype(dtype).itemsize
+    made = rows * dim * ((_REFERENCE[kind] if backend == "torch" else 0) + size)
+    return made + (rows * dim * dtype.itemsize if dtype.itemsize < size else 0) + (1 << 20)

@@ -257,11 +257,35 @@ def _check_parameters(parameters: Any) -> list[Tensor]:
             raise TypeError(f"parameters must be floating, got {tensor.dtype} at position {i}")
         if tensor.device != tensors[0].device:
             raise ValueError(f"parameters must be on one device, got {tensors[0].device} and {tensor.device}")
-        if any(tensor is other for other in tensors[:i]):
-            raise ValueError(f"parameters must hold each tensor once, got the one at position {i} before")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            got = "a meta tensor" if tensor.is_meta else f"layout {tensor.layout}"
+            raise TypeError(f"parameters must be dense tensors with values, got {got} at position {i}")
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"parameters must hold each number once, got an expanded tensor at position {i}")
+        if any(_overlap(tensor, other) for other in tensors[:i]):
+            raise ValueError(
+                f"parameters must hold each tensor once, got the one at position {i}, or its memory, before"
+            )
     if not any(tensor.numel() for tensor in tensors):
         raise ValueError("parameters must hold at least one number, got empty tensors")
     return tensors
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same memory: from its beginning, or, for contiguous ones, in any part."""
+    if one is other:
+        return True
+    if not one.numel() or not other.numel():
+        return False
+    begin, beside = one.data_ptr(), other.data_ptr()
+    if begin == beside:
+        return True
+    return (
+        one.is_contiguous()
+        and other.is_contiguous()
+        and begin < beside + other.nbytes
+        and beside < begin + one.nbytes
+    )
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -32,7 +32,7 @@ from flashcoreset.reference.philox import philox4x32
 
 KINDS = ("rademacher", "gaussian", "sjlt", "srht")
 _LEAST_BLOCK, _MOST_BLOCK = 1 << 10, 1 << 12
-_ROWS_AT_ONCE = 1 << 22  # entries of the matrix
+ROWS_AT_ONCE = 1 << 22  # entries of the matrix
 
 
 def hadamard_block(dim: int) -> int:
@@ -147,9 +147,12 @@ def _scale(count: int, dtype: torch.dtype) -> Tensor:
 def sketch(x: Tensor, dim: int, *, kind: str, seed: int, offset: int, nnz: int) -> Tensor:
     """x [B, D] times the matrix [D, dim], in the dtype of `x`, a part of the rows at a time."""
     out = x.new_zeros(x.shape[0], dim)
-    step = max(1, _ROWS_AT_ONCE // dim)
+    step = max(1, ROWS_AT_ONCE // dim)
     for begin in range(0, x.shape[1], step):
         part = x[:, begin : begin + step]
         number = _consecutive(offset + begin, part.shape[1])
-        out += part @ _matrix(number, dim, kind, seed, nnz, x.dtype).to(x.device)
+        matrix = _matrix(number, dim, kind, seed, nnz, x.dtype).to(x.device)
+        # Row by row, in memory of its own: the bits of a product of matrices depend on how many rows there are.
+        for sums, row in zip(out, part, strict=True):
+            sums += row.clone(memory_format=torch.contiguous_format) @ matrix
     return out

@@ -1,0 +1,407 @@
+"""caratheodory keeps the sums with few rows, on every backend and build, and everything a caller can get wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import flashcoreset as fc
+from flashcoreset import kernels
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Of the sums of magnitudes. Worst seen of float64: 9e-15 (d = 1,000); float32 weights are rounded by up to 6e-8.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 7e-8}
+
+
+def random(n: int, d: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact_sums(x: np.ndarray, w: np.ndarray) -> list[float]:
+    """The sums of w_i (1, x_i), each rounded once."""
+    ones = np.concatenate([np.ones((len(x), 1)), x], 1)
+    if len(x) > 200:
+        return [math.fsum((w * column).tolist()) for column in ones.T]
+    return [
+        float(sum((Fraction(a) * Fraction(b) for a, b in zip(w, c, strict=True)), Fraction(0)))
+        for c in ones.T
+    ]
+
+
+def check(subset: fc.Selection, x: Tensor, weights: Tensor | None = None, rank: int | None = None) -> None:
+    """Rows ascending and positive, no more than rank + 1, and the sums of all."""
+    n, d = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    indices, k = subset.indices, len(subset.indices)
+    assert indices.dtype == torch.int64
+    assert (indices.diff() > 0).all()
+    assert 0 <= int(indices[0]) <= int(indices[-1]) < n
+    assert subset.weights.dtype == subset.gains.dtype == dtype
+    assert (subset.weights > 0).all()
+    assert subset.assignment.tolist() == [-1] * n
+    assert k <= (min(n, d + 1) if rank is None else rank + 1)
+    w = torch.ones(n, dtype=torch.float64) if weights is None else weights.double()
+    assert (w[indices] > 0).all()
+    points = x.double().numpy()
+    got = exact_sums(points[indices.numpy()], subset.weights.double().numpy())
+    wanted = exact_sums(points, w.numpy())
+    sizes = exact_sums(np.abs(points), w.numpy())
+    for a, b, size in zip(got, wanted, sizes, strict=True):
+        assert abs(a - b) <= TOLERANCE[dtype] * size, (a, b, size)
+
+
+# --- the definition -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 2, 7, 33])
+@pytest.mark.parametrize("n", [1, 7, 97, 1025])
+def test_keeps_the_sums(backend: str, n: int, d: int, dtype: torch.dtype) -> None:
+    x = random(n, d, n + d).to(dtype)
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for w in (None, weights):
+        subset = fc.caratheodory(x, w, backend=backend)
+        check(subset, x, w)
+        if n > d + 1 and dtype == torch.float64:
+            assert len(subset.indices) == d + 1  # points in general position need all of them
+
+
+def test_a_case_worked_by_hand(backend: str) -> None:
+    # Any two of the numbers on both sides of the mean 2.75 will do, with the weights of a balance.
+    x = torch.tensor([[5.0], [1.0], [2.0], [3.0]], dtype=torch.float64)
+    subset = fc.caratheodory(x, backend=backend)
+    (a, b), (wa, wb) = x[subset.indices, 0].tolist(), subset.weights.tolist()
+    assert (wa, wb) == pytest.approx((4 * (2.75 - b) / (a - b), 4 * (2.75 - a) / (b - a)))
+    assert fc.caratheodory(x[:1], backend=backend).weights.tolist() == [1.0]
+    corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    subset = fc.caratheodory(corners, torch.tensor([1, 2, 3]), backend=backend)
+    assert subset.indices.tolist() == [0, 1, 2]
+    assert subset.weights.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("d", [3, 20])
+def test_rank_deficient_rows(backend: str, d: int) -> None:
+    for rank in (1, 2):
+        x = random(500, rank, 1) @ random(rank, d, 2) + 3
+        check(fc.caratheodory(x, backend=backend), x, rank=rank)
+    wide = random(60, 4, 3) @ random(4, 300, 4)
+    check(fc.caratheodory(wide, backend=backend), wide, rank=4)
+
+
+def test_duplicates_and_constants(backend: str) -> None:
+    five = random(5, 9)[torch.randint(0, 5, (400,), generator=torch.Generator().manual_seed(0))]
+    check(fc.caratheodory(five, backend=backend), five, rank=4)
+    check(fc.caratheodory(random(5, 900).repeat(4, 1), backend=backend), random(5, 900).repeat(4, 1), rank=4)
+    for value in (0.0, 0.1, -1e300):
+        same = torch.full((300, 3), value, dtype=torch.float64)
+        subset = fc.caratheodory(same, backend=backend)
+        check(subset, same, rank=0)
+        assert subset.weights.tolist() == pytest.approx([300.0])
+    binary = (random(800, 12) > 0).double()
+    check(fc.caratheodory(binary, backend=backend), binary)
+
+
+def test_rows_of_weight_zero_are_not_taken(backend: str) -> None:
+    x = random(900, 5)
+    weights = torch.rand(900, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights[::2] = 0
+    check(fc.caratheodory(x, weights, backend=backend), x, weights)
+    weights[:] = 0
+    weights[7] = 2.5
+    subset = fc.caratheodory(x, weights, backend=backend)
+    assert (subset.indices.tolist(), subset.weights.tolist()) == ([7], [2.5])
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-20, 1e20, 1e300])
+def test_size_of_the_weights_does_not_matter(backend: str, size: float) -> None:
+    x = random(300, 4)
+    plain = fc.caratheodory(x, backend=backend)
+    scaled = fc.caratheodory(x, torch.full((300,), size, dtype=torch.float64), backend=backend)
+    assert scaled.weights.sum().item() == pytest.approx(300 * size, rel=1e-13)
+    assert (scaled.weights @ x[scaled.indices] / size).tolist() == pytest.approx(x.sum(0).tolist(), abs=1e-10)
+    assert len(plain.indices) == len(scaled.indices) == 5
+
+
+def test_columns_of_any_size_and_offset(backend: str) -> None:
+    x = random(2000, 8)
+    for points in (
+        x * torch.logspace(-150, 150, 8, dtype=torch.float64),
+        x * torch.logspace(-3, 3, 8, dtype=torch.float64) + torch.logspace(9, 0, 8, dtype=torch.float64),
+        torch.exp(10 * x),
+        torch.cat([x, x + 1e-7 * random(2000, 8, 1)], 1),
+        x.sort(0).values,
+    ):
+        check(fc.caratheodory(points, backend=backend), points)
+    # With an offset the differences from the mean are kept too, as far as the numbers hold them: 1e-8 / 2^53.
+    moved = x + 1e8
+    subset = fc.caratheodory(moved, backend=backend)
+    centred = moved - 1e8  # exact
+    short = subset.weights @ centred[subset.indices] - centred.sum(0)
+    assert (short.abs() <= 1e-7 * centred.abs().sum(0)).all()
+    if backend == "cpu":
+        assert (short.abs() <= 1e-12 * centred.abs().sum(0)).all()
+
+
+def test_weights_of_very_different_size(backend: str) -> None:
+    x = random(1500, 6)
+    for spread in (3, 30):
+        weights = torch.exp(spread * random(1500, 1, 1)[:, 0])
+        check(fc.caratheodory(x, weights, backend=backend), x, weights)
+
+
+def test_huge_numbers() -> None:
+    x = (random(500, 3) * 1e308).clamp(-1.7e308, 1.7e308)
+    subset = fc.caratheodory(x, backend="cpu")
+    check(subset, x * 2.0**-60)
+    wide = x.T.contiguous().repeat(1, 2)
+    assert fc.caratheodory(wide.repeat(5, 1), backend="cpu").weights.tolist() == pytest.approx([5.0] * 3)
+
+
+@pytest.mark.parametrize("n", [40, 700, 5000])
+def test_max_size_ends_the_reduction(backend: str, n: int) -> None:
+    x = random(n, 6, n)
+    for max_size in (7, 8, 31, n - 1):
+        subset = fc.caratheodory(x, None, max_size, backend=backend)
+        assert len(subset.indices) == max_size  # rows in general position leave one at a time
+        check_sums_only(subset, x)
+    for max_size in (n, n + 5):
+        subset = fc.caratheodory(x, max_size=max_size, backend=backend)
+        assert subset.indices.tolist() == list(range(n))
+        assert subset.weights.tolist() == [1.0] * n
+
+
+def test_weights_are_even_where_there_is_room(backend: str) -> None:
+    n, d, k = 600, 3, 60
+    x = random(n, d)
+    subset = fc.caratheodory(x, max_size=k, backend=backend)
+    even = n / (k - d - 1)
+    assert float(subset.weights.max()) <= even * (1 + 1e-12)
+    # Beside those at the bound there are at most d + 1 at the end, and those left out when k rows were reached.
+    assert int(((subset.weights - even).abs() > 1e-9 * even).sum()) <= 2 * (d + 1)
+    weights = torch.ones(n, dtype=torch.float64)
+    weights[:5] = 300.0  # above the bound: they stay as they are
+    subset = fc.caratheodory(x, weights, k, backend=backend)
+    assert subset.indices[:5].tolist() == [0, 1, 2, 3, 4]
+    assert subset.weights[:5].tolist() == pytest.approx([300.0] * 5, rel=1e-12)
+
+
+def test_every_row_has_the_same_mean_weight() -> None:
+    """Over many orders of the rows, outliers and inner points weigh the same."""
+    n, k, draws = 40, 12, 600
+    x = torch.exp(2 * random(n, 2))
+    total = np.zeros(n)
+    for draw in range(draws):
+        order = torch.from_numpy(np.random.default_rng(draw).permutation(n))
+        subset = fc.caratheodory(x[order], max_size=k)
+        total[order[subset.indices].numpy()] += subset.weights.numpy()
+    # Weights lie between 0 and 40 / 9 and are 1 in the mean: their variance is below 31 / 9.
+    assert np.abs(total / draws - 1).max() < 4 * math.sqrt(31 / 9 / draws)
+
+
+def check_sums_only(subset: fc.Selection, x: Tensor) -> None:
+    assert (subset.weights > 0).all()
+    got = subset.weights @ x[subset.indices]
+    assert ((got - x.sum(0)).abs() <= 1e-13 * x.abs().sum(0)).all()
+    assert subset.weights.sum().item() == pytest.approx(len(x), rel=1e-13)
+
+
+def test_max_size_below_the_rank(backend: str) -> None:
+    x = random(50, 3)
+    with pytest.raises(
+        ValueError, match=r"max_size must be >= 4, to which these rows can be reduced .* got 3"
+    ):
+        fc.caratheodory(x, max_size=3, backend=backend)
+    line = torch.arange(50, dtype=torch.float64)[:, None] * random(1, 3)
+    assert len(fc.caratheodory(line, max_size=2, backend=backend).indices) == 2
+    with pytest.raises(ValueError, match="max_size must be >= 2"):
+        fc.caratheodory(line, max_size=1, backend=backend)
+
+
+ROWS = st.integers(1, 4).flatmap(
+    lambda d: st.lists(
+        st.tuples(
+            st.lists(st.one_of(st.integers(-3, 3).map(float), st.floats(-1e6, 1e6)), min_size=d, max_size=d),
+            st.one_of(st.integers(0, 3).map(float), st.floats(1e-300, 1e6)),
+        ),
+        min_size=1,
+        max_size=60,
+    )
+)
+
+
+@given(rows=ROWS, name=st.sampled_from(["cpu", "torch"]))
+@settings(max_examples=300, deadline=None)
+def test_any_small_case(rows: list[tuple[list[float], float]], name: str) -> None:
+    x = torch.tensor([values for values, _ in rows], dtype=torch.float64)
+    weights = torch.tensor([weight for _, weight in rows], dtype=torch.float64)
+    if not weights.any():
+        with pytest.raises(ValueError, match="weights must not all be 0"):
+            fc.caratheodory(x, weights, backend=name)
+        return
+    check(fc.caratheodory(x, weights, backend=name), x, weights)
+
+
+# --- promises -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("n", "d"), [(3000, 9), (900, 250), (50, 3000)])
+def test_threads_change_nothing(n: int, d: int, threads: None) -> None:
+    x = random(n, d).repeat(2, 1)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(fc.caratheodory(x, backend="cpu"))
+    for other in found[1:]:
+        assert torch.equal(found[0].indices, other.indices)
+        assert torch.equal(found[0].weights, other.weights)
+    check(found[0], x)
+
+
+def test_half_types_compute_in_float64() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x = random(700, 5).to(dtype)
+        narrow, wide = fc.caratheodory(x), fc.caratheodory(x.double())
+        assert torch.equal(narrow.indices, wide.indices)
+        assert torch.equal(narrow.weights, wide.weights.float())
+
+
+def test_views_and_inputs_of_other_libraries(backend: str) -> None:
+    x = random(400, 6)
+    plain = fc.caratheodory(x[::2, ::3].contiguous(), backend=backend)
+    for view in (x[::2, ::3], x.T.contiguous().T[::2, ::3], x.flip(0).flip(0)[::2, ::3]):
+        found = fc.caratheodory(view, backend=backend)
+        assert torch.equal(found.indices, plain.indices)
+        assert torch.equal(found.weights, plain.weights)
+    array = x.numpy().copy()
+    array.flags.writeable = False
+    by_list = fc.caratheodory(array, [1] * 400, backend=backend)
+    assert torch.equal(by_list.indices, fc.caratheodory(x.requires_grad_(), backend=backend).indices)
+
+
+def test_memory_of_the_callers_own(backend: str) -> None:
+    module = getattr(kernels, backend)
+    x = random(300, 4)
+    out = torch.empty(5, dtype=torch.int64), torch.empty(5, dtype=torch.float64)
+    indices, weights = module.caratheodory(x, out=out)
+    assert indices.data_ptr() == out[0].data_ptr()
+    assert weights.data_ptr() == out[1].data_ptr()
+    assert torch.equal(indices, module.caratheodory(x)[0])
+
+
+def test_the_binding_checks_its_arrays() -> None:
+    x, ints, floats = random(9, 2), torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.float64)
+    for weights in (torch.zeros(9), torch.full((9,), -1.0), torch.full((9,), math.nan), torch.ones(8)):
+        with pytest.raises(ValueError, match="weights: expected"):
+            kernels.cpu.caratheodory(x, weights.double())
+    for out in ((ints[:2], floats), (ints, floats[:2])):
+        with pytest.raises(ValueError, match="expected shape"):
+            kernels.cpu.caratheodory(x, out=out)
+    with pytest.raises(ValueError, match="max_size"):
+        kernels.cpu.caratheodory(x, max_size=-1, out=(ints, floats))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_opcheck_and_compile(backend: str) -> None:
+    op = torch.ops.flashcoreset.caratheodory.default
+    x = random(80, 3)
+    torch.library.opcheck(op, (x, None, 0, backend))
+    torch.library.opcheck(op, (x.half(), torch.ones(80, dtype=torch.float64), 10, backend))
+
+    def mean(x: Tensor) -> Tensor:
+        subset = fc.caratheodory(x * 2, backend=backend)
+        return subset.weights @ x[subset.indices]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), mean(x))
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+X = random(6, 2)
+
+
+def spoiled(value: float) -> Tensor:
+    x = X.clone()
+    x[4, 1] = value
+    return x
+
+
+BAD: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
+    "x int": (X.int(), None, None, TypeError, "x must have dtype .* got int32"),
+    "x list": ([[1.0]], None, None, TypeError, "x must be a torch.Tensor"),
+    "x 1-d": (X[0], None, None, ValueError, r"x must have 2 dimensions, got shape \(2,\)"),
+    "x empty": (X[:0], None, None, ValueError, "x must have at least 1 row"),
+    "x NaN": (spoiled(math.nan), None, None, ValueError, "x must be finite, got NaN at row 4, column 1"),
+    "x inf": (spoiled(-math.inf), None, None, ValueError, "x must be finite, got -inf at row 4, column 1"),
+    "weights short": (X, [1.0] * 5, None, ValueError, r"weights must have shape \[6\], got \(5,\)"),
+    "weights text": (X, ["a"] * 6, None, TypeError, "weights must hold real numbers"),
+    "weights < 0": (
+        X,
+        [1, 1, -1, 1, 1, 1],
+        None,
+        ValueError,
+        "weights must be finite and >= 0, got -1.0 at position 2",
+    ),
+    "weights NaN": (
+        X,
+        [1, math.nan, 1, 1, 1, 1],
+        None,
+        ValueError,
+        "weights must be finite and >= 0, got nan",
+    ),
+    "weights 0": (X, [0] * 6, None, ValueError, "weights must not all be 0"),
+    "max_size 0": (X, None, 0, ValueError, "max_size must be >= 1, got 0"),
+    "max_size float": (X, None, 2.0, TypeError, "max_size must be an int"),
+    "max_size huge": (X, None, 2**63, ValueError, "max_size must be in the range of 64-bit integers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(backend: str, name: str) -> None:
+    x, weights, max_size, error, words = BAD[name]
+    with pytest.raises(error, match=words):
+        fc.caratheodory(x, weights, max_size, backend=backend)
+
+
+def test_a_weight_below_float32() -> None:
+    subset = fc.caratheodory(torch.eye(3), [1e-60, 1.0, 1.0])
+    assert subset.indices.tolist() == [0, 1, 2]
+    assert (subset.weights > 0).all()
+
+
+def test_nan_where_the_weight_is_zero(backend: str) -> None:
+    with pytest.raises(ValueError, match="x must be finite, got NaN at row 4, column 1"):
+        fc.caratheodory(spoiled(math.nan), [1, 1, 1, 1, 0, 1], backend=backend)
+    wide = torch.cat([spoiled(math.nan)] * 9, 1)
+    with pytest.raises(ValueError, match="x must be finite, got NaN at row 4, column 1"):
+        fc.caratheodory(wide, backend=backend)
+
+
+def test_sums_of_weights_in_range() -> None:
+    with pytest.raises(ValueError, match=r"their sum, .* overflows torch\.float32"):
+        fc.caratheodory(X.float(), [1e38] * 6)
+
+
+def test_backends_without_kernels() -> None:
+    for name in ("cuda", "triton"):
+        with pytest.raises(fc.BackendUnavailableError, match=f"no {name} kernels for caratheodory"):
+            fc.caratheodory(X, backend=name)
+    with pytest.raises(ValueError, match="unknown backend"):
+        fc.caratheodory(X, backend="gpu")

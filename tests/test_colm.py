@@ -1,0 +1,211 @@
+"""fc.CoLM: quotas, kept sources, unusable gradients, the history over steps and its state dict."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashcoreset as fc
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+LABELS = torch.tensor([0] * 17 + [1] * 12 + [2] * 8 + [9] * 3)
+
+
+def low_rank(
+    count: int, seed: int, numel: int = 500, dtype: torch.dtype = torch.float32
+) -> fc.LowRankGradients:
+    return fc.LowRankGradients(normal(count, 1, seed=seed, dtype=dtype), seed=seed, numel=numel)
+
+
+def test_kept_sources_and_quotas(backend: str) -> None:
+    """The published example: 17 picks for sources of 17, 12 and 8 samples, beside 3 that are kept."""
+    method = fc.CoLM(20, top=50, keep_groups=[9], backend=backend)
+    for step in range(4):
+        coreset = method.select(low_rank(40, step), LABELS)
+        assert coreset.indices[:3].tolist() == [37, 38, 39]
+        assert coreset.weights[:3].tolist() == [1, 1, 1]
+        assert torch.bincount(LABELS[coreset.indices]).tolist() == [7, 6, 4, 0, 0, 0, 0, 0, 0, 3]
+        assert len(set(coreset.indices.tolist())) == 20
+        for label, size in ((0, 17), (1, 12), (2, 8)):
+            assert coreset.weights[LABELS[coreset.indices] == label].sum() == size
+        assert coreset.info["budgets"] == {0: 7, 1: 6, 2: 4}
+        assert coreset.info["kept"] == 3
+        assert coreset.info["step"] == step + 1
+        if step > 0:  # before, everything is along the first batch's direction
+            assert coreset.info["dims"].shape == (3, 50)
+        assert not len(coreset.info["left_out"])
+        assert coreset.info["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("proportional", [7, 6, 4]), ("balanced", [6, 6, 5]), ("none", None)]
+)
+def test_rules(rule: str, expected: list[int] | None) -> None:
+    coreset = fc.CoLM(20, top=50, keep_groups=[9], rule=rule).select(low_rank(40, 0), LABELS)
+    assert len(coreset.indices) == 20
+    if expected is None:
+        assert coreset.info["budgets"] == {None: 17}
+        assert coreset.weights.sum() == 40
+    else:
+        assert torch.bincount(LABELS[coreset.indices])[:3].tolist() == expected
+
+
+def test_groups_are_matched_apart_and_kept_ones_enter_nothing(backend: str) -> None:
+    """What is selected is match_gradients of the other sources' rows alone, with the same history."""
+    method = fc.CoLM(20, top=50, keep_groups=[9], backend=backend)
+    state: Any = fc.AdamState(torch.zeros(500).double(), torch.zeros(500).double(), 1)
+    for step in range(5):
+        g = normal(40, 500, seed=step)
+        g[37:] *= 1e6
+        coreset = method.select(g, LABELS)
+        alone = fc.match_gradients(g[:37], 17, normalize=state, top=50, groups=LABELS[:37], backend=backend)
+        state = alone.state
+        assert torch.equal(coreset.indices[3:], alone.indices)
+        assert torch.equal(coreset.weights[3:], alone.weights)
+        assert torch.equal(coreset.info["dims"], alone.dims)
+        assert torch.equal(method.history.m, state.m)  # type: ignore[union-attr]
+        assert torch.equal(method.history.v, state.v)  # type: ignore[union-attr]
+
+
+def test_too_many_kept_samples_are_cut(backend: str) -> None:
+    method = fc.CoLM(5, top=50, keep_groups=[0, 9], backend=backend)
+    coreset = method.select(low_rank(40, 0), LABELS)
+    assert coreset.indices.tolist() == [0, 1, 2, 3, 4]
+    assert coreset.weights.tolist() == [1] * 5
+    assert coreset.info["budgets"] == {}
+    assert coreset.info["dims"] is None
+    assert coreset.info["step"] == 0
+
+
+@pytest.mark.parametrize("kind", ["dense", "low rank"])
+def test_unusable_gradients_are_left_out(backend: str, kind: str) -> None:
+    coefficients = normal(40, 1, dtype=torch.float32)
+    coefficients[3], coefficients[5], coefficients[38], coefficients[20] = 0, torch.nan, torch.nan, torch.inf
+    g: Any = fc.LowRankGradients(coefficients, seed=0, numel=200)
+    if kind == "dense":
+        g = coefficients @ fc.LowRankGradients(torch.ones(1, 1), 0, 200).directions()
+    method = fc.CoLM(20, top=50, keep_groups=[9], backend=backend)
+    coreset = method.select(g, LABELS)
+    assert coreset.info["left_out"].tolist() == [3, 5, 20, 38]
+    assert coreset.indices[:2].tolist() == [37, 39]
+    assert not set(coreset.indices.tolist()) & {3, 5, 20, 38}
+    assert coreset.weights.sum() == 36
+    assert len(coreset.indices) == 20
+
+
+def test_fewer_usable_samples_than_asked_for_are_all_taken(backend: str) -> None:
+    coreset = fc.CoLM(30, top=20, backend=backend).select(low_rank(8, 0))
+    assert coreset.indices.sort().values.tolist() == list(range(8))
+    assert coreset.weights.tolist() == [1] * 8
+
+
+def test_one_direction_for_the_whole_run_needs_two_numbers() -> None:
+    method = fc.CoLM(10, top=50)
+    for step in range(6):
+        coefficients = normal(40, 1, seed=step, dtype=torch.float32)
+        coreset = method.select(fc.LowRankGradients(coefficients, seed=3, numel=10**9))
+        assert coreset.weights.sum() == 40
+        assert isinstance(method.history, fc.RankOneAdamState)
+    chosen = normal(40, 1, seed=5)[coreset.indices]
+    assert method.history.mean_square > 0.001 * float(chosen.square().mean()) * 0.999
+
+
+@pytest.mark.parametrize("kind", ["dense", "low rank", "one direction"])
+def test_a_loaded_state_goes_on_alike(kind: str) -> None:
+    def batch(step: int) -> Any:
+        if kind == "dense":
+            return normal(40, 300, seed=step)
+        seed = 3 if kind == "one direction" else step
+        return fc.LowRankGradients(normal(40, 1, seed=step), seed=seed, numel=300)
+
+    method = fc.CoLM(15, top=40, keep_groups=[9])
+    assert method.state_dict() == {"history": None}
+    for step in range(3):
+        method.select(batch(step), LABELS)
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    other = fc.CoLM(15, top=40, keep_groups=[9])
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for step in range(3, 6):
+        a, b = method.select(batch(step), LABELS), other.select(batch(step), LABELS)
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.weights, b.weights)
+        assert a.info["step"] == b.info["step"] == step + 1
+    other.load_state_dict({"history": None})
+    assert other.history is None
+
+
+def test_random_numbers_are_left_alone() -> None:
+    before = torch.get_rng_state()
+    fc.CoLM(10, top=20).select(low_rank(40, 0), LABELS)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_select_by_name() -> None:
+    grads = normal(12, 30)
+    found = fc.select("colm", grads=grads, k=4, top=10)
+    assert torch.equal(found.indices, fc.CoLM(4, top=10).select(grads).indices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"k": 0}, ValueError, "k must be at least 1, got 0"),
+        ({"k": 1.0}, TypeError, "k must be an int"),
+        ({"k": 2, "keep_groups": [1, 2, 3]}, ValueError, "k must be at least the 3 keep_groups, got 2"),
+        ({"k": 2, "keep_groups": 1}, TypeError, "keep_groups must be several labels"),
+        ({"k": 2, "keep_groups": "12"}, TypeError, "keep_groups must be several labels"),
+        ({"k": 2, "keep_groups": [1.5]}, TypeError, r"keep_groups\[0\] must be an int"),
+        ({"k": 2, "top": 0}, ValueError, "top must be >= 1"),
+        ({"k": 2, "betas": (1, 0.9)}, ValueError, r"betas\[0\] must be in \[0, 1\)"),
+        ({"k": 2, "eps": 0}, ValueError, "eps must be > 0"),
+        ({"k": 2, "rule": "fair"}, ValueError, "unknown rule 'fair'"),
+        ({"k": 2, "metric": "l3"}, ValueError, "unknown metric 'l3'"),
+        ({"k": 2, "backend": "gpu"}, ValueError, "unknown backend"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        fc.CoLM(**arguments)
+
+
+def test_bad_batches_are_named() -> None:
+    method = fc.CoLM(4, top=50, keep_groups=[9])
+    with pytest.raises(ValueError, match=r"groups must be given with keep_groups=\(9,\)"):
+        method.select(low_rank(40, 0))
+    with pytest.raises(ValueError, match=r"groups must have shape \[40\], got \(39,\)"):
+        method.select(low_rank(40, 0), LABELS[:39])
+    with pytest.raises(TypeError, match="groups must hold integers"):
+        method.select(low_rank(40, 0), LABELS.double())
+    with pytest.raises(ValueError, match=r"top must be in \[1, 30\]"):
+        method.select(low_rank(40, 0, numel=30), LABELS)
+    with pytest.raises(ValueError, match="grads must have 2 dimensions"):
+        method.select(torch.zeros(3), LABELS)
+    nothing = fc.LowRankGradients(torch.full((40, 1), torch.nan), 0, 500)
+    with pytest.raises(ValueError, match="at least one row that is finite and not zero, got none"):
+        method.select(nothing, LABELS)
+    method.select(low_rank(40, 0), LABELS)
+    with pytest.raises(ValueError, match=r"history must be of gradients of length 400, .* length 500"):
+        method.select(low_rank(40, 0, numel=400), LABELS)
+    with pytest.raises(TypeError, match="state must be what state_dict returned"):
+        method.load_state_dict({"m": 1})
+    with pytest.raises(ValueError, match="betas"):
+        method.load_state_dict(fc.CoLM(4, betas=(0.5, 0.9)).state_dict() | {"history": _state((0.5, 0.9))})
+    with pytest.raises(ValueError, match="kind of history"):
+        method.load_state_dict({"history": {"kind": "sparse"}})
+
+
+def _state(betas: tuple[float, float]) -> dict[str, Any]:
+    method = fc.CoLM(4, top=50, betas=betas)
+    method.select(low_rank(40, 0))
+    history: dict[str, Any] = method.state_dict()["history"]
+    return history
