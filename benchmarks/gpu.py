@@ -1,8 +1,8 @@
 """``make gpu OUT=dir``: tests, benchmarks and sanitizer runs on a machine with a GPU, without network, within nine minutes.
 
 Builds the package into build/gpu with what is installed, runs the tests that can have their tensors on a device there (those of
-the CUDA and Triton backends, of torch.compile and of Ctrl-C; the others are about the CPU), times facility location and pairwise
-distances beside the device's measured limits, and runs compute-sanitizer over a few cases where it is installed. Writes
+the CUDA and Triton backends, of torch.compile and of Ctrl-C; the others are about the CPU), times facility location, pairwise
+distances and gradient matching beside the device's measured limits, and runs compute-sanitizer over a few cases where it is installed. Writes
 OUT/gpu.json, OUT/gpu.md and OUT/gpu.log, and a row to OUT/measured.json as soon as it is measured. ``--measure`` is the part that
 the built package runs.
 """
@@ -197,6 +197,28 @@ def pairwise_row(metric: str, backend: str, found: dict[str, float]) -> Row:
     return row
 
 
+def matching_row(backend: str, found: dict[str, float]) -> Row:
+    """A row of gradient matching: which dimensions count of low-rank gradients, and the updates there."""
+    from flashcoreset import kernels
+    from flashcoreset.reference.matching import Rule
+
+    count, numel, groups, top = 128, 655_360, 4, 2_560
+    coefficients, m, v = torch.randn(count, 1), 0.1 * torch.randn(numel), torch.rand(numel)
+    member = torch.arange(count)
+    arguments = (member, torch.arange(0, count + 1, count // groups))
+    rule = Rule.adam(10, (0.9, 0.999), 1e-8)
+    here = [coefficients.cuda(), m.cuda(), v.cuda(), rule, *(tensor.cuda() for tensor in arguments)]
+    kernel = importlib.import_module(f"flashcoreset.kernels.{backend}").top_updates
+    options = {"seed": 1, "length": numel}
+    times = event_times(lambda: kernel(*here, top, **options), 5)
+    # m and v are read.
+    row = shares(times, 2.0 * count * numel, 8.0 * numel, found)
+    row["memory"] = peak_memory(lambda: kernel(*here, top, **options))
+    dims, _ = kernels.cpu.top_updates(coefficients, m, v, rule, *arguments, top, **options)
+    row["same_picks_as_cpu"] = torch.equal(kernel(*here, top, **options)[0].cpu(), dims)
+    return row
+
+
 @dataclass(frozen=True)
 class Planned:
     """A row to be measured."""
@@ -220,6 +242,10 @@ def plan() -> list[Planned]:
         name = f"pairwise-{metric}-8192-512-{backend}"
         return Planned(name, backend, lambda rows: 10, lambda found: pairwise_row(metric, backend, found))
 
+    def matching(backend: str) -> Planned:
+        name = f"matching-128-655360-4-2560-{backend}"
+        return Planned(name, backend, lambda rows: 10, lambda found: matching_row(backend, found))
+
     def from_a_tenth(rows: list[Row]) -> float:
         """Ten times the points are a hundred times the products."""
         seconds = (row["seconds"]["median"] for row in rows if row["name"] == tenth.name and "seconds" in row)
@@ -231,6 +257,7 @@ def plan() -> list[Planned]:
         greedy(10_000, 100, "triton", 3, lambda rows: 20),
         tenth,
         *(pairs(metric, backend) for metric in ("cosine", "l1") for backend in ("cuda", "triton")),
+        *(matching(backend) for backend in ("cuda", "triton")),
         greedy(LARGEST, 1_000, "cuda", 1, from_a_tenth),
     ]
 
@@ -352,9 +379,11 @@ def main(argv: list[str] | None = None) -> int:
     passed = built
     if built:
         test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        passed &= step("test-cuda", [*test, "tests/test_cuda.py", "tests/test_sketch_cuda.py"], 120, **on_gpu)
+        of_cuda = ["tests/test_cuda.py", "tests/test_sketch_cuda.py", "tests/test_matching_cuda.py"]
+        passed &= step("test-cuda", [*test, *of_cuda], 120, **on_gpu)
         passed &= step("test-triton", [*test, "tests/test_triton.py"], 120, **on_gpu)
         passed &= step("test-triton-sketch", [*test, "tests/test_sketch_triton.py"], 120, **on_gpu)
+        passed &= step("test-triton-matching", [*test, "tests/test_matching_triton.py"], 120, **on_gpu)
         others = ["tests/test_torch_library.py", "tests/test_facility_location_interrupt.py"]
         passed &= step("test-others", [*test, *others, "-k", "opcheck or compile or ctrl_c"], 60, **on_gpu)
         bench = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), f"--measure={deadline - 60}"]

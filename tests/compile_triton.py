@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashcoreset.reference.sketch import KINDS
-from flashcoreset.triton_kernels import sketch
+from flashcoreset.triton_kernels import matching, sketch
 from flashcoreset.triton_kernels.facility_location import gains_kernel, update_kernel
 from flashcoreset.triton_kernels.pairwise import Tile, pairwise_kernel
 from flashcoreset.triton_kernels.scores import block_of, scores_kernel
@@ -201,6 +201,55 @@ def compile_sketch(kernel: Any, dtype: str, kind: str, precision: str, architect
     )
 
 
+# (kernel, type of gradients, form)
+FORMS_OF_GRADIENTS = ("rows", "one direction", "directions")
+MATCHING = [
+    (matching.sieve_kernel, "bf16", "rows"),
+    *((matching.sieve_kernel, "fp32", form) for form in FORMS_OF_GRADIENTS),
+    *((matching.weigh_kernel, dtype, form) for dtype in ("fp32", "fp64") for form in FORMS_OF_GRADIENTS),
+    *(
+        (kernel, "fp64", form)
+        for kernel in (matching.restrict_kernel, matching.history_kernel)
+        for form in FORMS_OF_GRADIENTS
+    ),
+    (matching.restrict_kernel, "fp32", "rows"),
+    (matching.history_kernel, "fp32", "rows"),
+    (matching.directions_kernel, "fp32", "directions"),
+]
+
+
+def compile_matching(kernel: Any, dtype: str, form: str, architecture: int) -> Any:
+    """The kernel as a launch compiles it."""
+    history = "fp64" if dtype == "fp64" else "fp32"
+    constants = {"FORM": form, "HISTORY": True, "SIEVED": history == "fp32", "BLOCK": matching.BLOCK}
+    if kernel is matching.weigh_kernel:
+        constants["BLOCK"] = matching.CANDIDATES
+    constants |= {"ROWS": matching.ROWS[form], "g_step": 1}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    pointers = {
+        "g": dtype,
+        "out": dtype,
+        **dict.fromkeys(("m", "v", "new_m", "new_v"), history),
+        **dict.fromkeys(("numbers", "betas", "bar", "values", "u_of"), "fp64"),
+        **dict.fromkeys(("member", "offset", "candidates", "found", "refused", "dims_of", "chosen"), "i64"),
+        "overflows": "i32",
+    }
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": matching.WARPS},
+    )
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """What a kernel takes by the word of the dumper that comes with triton. Registers spill to the stack alone, which
     these kernels use for nothing else."""
@@ -230,6 +279,9 @@ def main() -> None:
     for logits, results, classes in OF_SCORES:
         name = f"{scores_kernel.fn.__name__} {logits} C = {classes}"
         report.append(described(name, compile_scores(logits, results, classes, architecture)))
+    for kernel, dtype, form in MATCHING:
+        name = f"{kernel.fn.__name__} {form} {dtype}"
+        report.append(described(name, compile_matching(kernel, dtype, form, architecture)))
     json.dump(report, sys.stdout)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,16 @@ from flashcoreset import kernels
 from flashcoreset.reference.matching import Rule
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+# Triton's interpreter is NumPy, which warns of what is meant to happen.
+QUIET = {"over": "ignore", "invalid": "ignore"}
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def kernels_of(backend: str) -> ModuleType:
+    return importlib.import_module(f"flashcoreset.kernels.{backend}")
 
 
 def greedy_medoids(distance: np.ndarray, k: int) -> tuple[list[int], list[float]]:
@@ -63,30 +71,37 @@ class Restated:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["dense", "low rank"])
 def test_twenty_steps_equal_the_dense_restatement(backend: str, kind: str, dtype: torch.dtype) -> None:
+    check_steps(backend, "cpu", kind, dtype, 20)
+
+
+def check_steps(backend: str, device: str, kind: str, dtype: torch.dtype, steps: int) -> None:
     # Few picks of many: where a candidate would serve one other alone, the two are an exact tie.
     count, numel, top = 150, 1_537, 60
     groups = torch.arange(count) * 7 % 3
     budgets = {0: 4, 1: 3, 2: 2}
     restated = Restated(numel)
-    state: Any = fc.AdamState(torch.zeros(numel, dtype=dtype), torch.zeros(numel, dtype=dtype), 1, BETAS, EPS)
-    for step in range(20):
+    zero = torch.zeros(numel, dtype=dtype, device=device)
+    state: Any = fc.AdamState(zero, zero, 1, BETAS, EPS)
+    for step in range(steps):
         if kind == "dense":
-            g: Any = normal(count, numel, seed=step, dtype=dtype)
-            rows = g
+            rows = normal(count, numel, seed=step, dtype=dtype)
+            g: Any = rows.to(device)
         else:
-            g = fc.LowRankGradients(normal(count, 2, seed=step, dtype=dtype), seed=step, numel=numel)
-            rows = g.coefficients.double() @ g.directions().double()
+            c = normal(count, 2, seed=step, dtype=dtype)
+            rows = c.double() @ fc.LowRankGradients(c, step, numel, "torch").directions().double()
+            g = fc.LowRankGradients(c.to(device), seed=step, numel=numel)
         # Steps with the first history 0 are ties throughout, so the restatement goes on from ours.
         expected = restated.step(rows.double().numpy(), groups.numpy(), budgets, top)
         found = fc.match_gradients(
-            g, None, normalize=state, top=top, groups=groups, budgets=budgets, backend=backend
+            g, None, normalize=state, top=top, groups=groups.to(device), budgets=budgets, backend=backend
         )
         state = found.state
         assert state.step == step + 2
+        assert state.m.device.type == device
         assert found.dims.shape == (3, top)
         if step == 0:
             assert found.weights.sum() == count
-            chosen = rows[found.indices].double().numpy()
+            chosen = rows[found.indices.cpu()].double().numpy()
             restated.m = (1 - BETAS[0]) * chosen.mean(0)
             restated.v = (1 - BETAS[1]) * (chosen**2).mean(0)
         else:
@@ -94,18 +109,26 @@ def test_twenty_steps_equal_the_dense_restatement(backend: str, kind: str, dtype
             assert found.indices.tolist() == expected["picks"]
             assert found.weights.tolist() == expected["weights"]
         tolerance = 1e-6 if dtype == torch.float32 else 1e-14
-        assert np.abs(state.m.double().numpy() - restated.m).max() <= tolerance
-        assert np.abs(state.v.double().numpy() - restated.v).max() <= tolerance
+        assert np.abs(state.m.cpu().double().numpy() - restated.m).max() <= tolerance
+        assert np.abs(state.v.cpu().double().numpy() - restated.v).max() <= tolerance
+
+
+SIZES = [(1, 1, 1), (7, 97, 13), (33, 1_025, 1_025), (5, 5_000, 100)]  # gradients, D, top
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("count", "numel", "top"), [(1, 1, 1), (7, 97, 13), (33, 1_025, 1_025), (5, 5_000, 100)]
-)
+@pytest.mark.parametrize(("count", "numel", "top"), SIZES)
 @pytest.mark.parametrize("step", [None, 1, 9])
 def test_kernels_equal_the_reference(
     backend: str, count: int, numel: int, top: int, step: int | None, dtype: torch.dtype
 ) -> None:
+    check_kernels(backend, "cpu", (count, numel, top), step, dtype)
+
+
+def check_kernels(
+    backend: str, device: str, size: tuple[int, int, int], step: int | None, dtype: torch.dtype
+) -> None:
+    count, numel, top = size
     g = normal(count, numel, dtype=dtype)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     m = v = rule = None
@@ -114,66 +137,86 @@ def test_kernels_equal_the_reference(
         rule = Rule.adam(step, BETAS, EPS)
     member = torch.arange(count).flip(0)
     offset = torch.tensor([0, (count + 1) // 2, count] if count > 1 else [0, 1])
-    kernel = getattr(kernels, backend)
-    dims, u = kernel.top_updates(g, m, v, rule, member, offset, top)
+    kernel = kernels_of(backend)
+    ours, our_m, our_v, our_member = (None if x is None else x.to(device) for x in (g, m, v, member))
+    dims, u = kernel.top_updates(ours, our_m, our_v, rule, our_member, offset.to(device), top)
     expected_dims, expected_u = kernels.torch.top_updates(g.double(), m, v, rule, member, offset, top)
-    assert torch.equal(dims, expected_dims)
-    assert torch.allclose(u, expected_u, rtol=1e-13, atol=1e-13)
+    assert torch.equal(dims.cpu(), expected_dims)
+    assert torch.allclose(u.cpu(), expected_u, rtol=1e-13, atol=1e-13)
     if m is not None and v is not None:
-        for ours, theirs in zip(
-            kernel.update_history(g, m, v, BETAS, member),
+        for found, theirs in zip(
+            kernel.update_history(ours, our_m, our_v, BETAS, our_member),
             kernels.torch.update_history(g.double(), m.double(), v.double(), BETAS, member),
             strict=True,
         ):
-            assert ours.dtype == exact
+            assert found.dtype == exact
             assert torch.allclose(
-                ours.double(), theirs, rtol=2e-7 if exact == torch.float32 else 1e-14, atol=1e-15
+                found.cpu().double(), theirs, rtol=2e-7 if exact == torch.float32 else 1e-14, atol=1e-15
             )
 
 
 @pytest.mark.parametrize("q", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_low_rank_gradients_equal_their_dense_form(backend: str, q: int, dtype: torch.dtype) -> None:
-    numel = 3_001
-    shared = fc.LowRankGradients(normal(19, q, dtype=dtype), seed=-4, numel=numel, backend=backend)
-    rows = shared.coefficients.double() @ shared.directions().double()
+    check_low_rank(backend, "cpu", q, dtype, 3_001)
+
+
+def check_low_rank(backend: str, device: str, q: int, dtype: torch.dtype, numel: int) -> None:
+    c = normal(19, q, dtype=dtype)
+    rows = c.double() @ fc.LowRankGradients(c, -4, numel, "torch").directions().double()
     m, v = 0.1 * normal(numel, seed=1, dtype=dtype), normal(numel, seed=2, dtype=dtype).square()
     member, offset = torch.arange(19), torch.tensor([0, 6, 19])
-    kernel = getattr(kernels, backend)
+    kernel = kernels_of(backend)
+    ours, our_m, our_v, our_member = (x.to(device) for x in (c, m, v, member))
     for rule in (None, Rule.adam(4, BETAS, EPS)):
         dims, u = kernel.top_updates(
-            shared.coefficients, m, v, rule, member, offset, 40, seed=-4, length=numel
+            ours, our_m, our_v, rule, our_member, offset.to(device), 40, seed=-4, length=numel
         )
         expected_dims, expected_u = kernels.torch.top_updates(
             rows, m.double(), v.double(), rule, member, offset, 40
         )
-        assert torch.equal(dims, expected_dims)
-        assert torch.allclose(u, expected_u, rtol=1e-12, atol=1e-12)
-    found = kernel.update_history(shared.coefficients, m, v, BETAS, member[::3], seed=-4, length=numel)
+        assert torch.equal(dims.cpu(), expected_dims)
+        # Normal numbers of float32 that are rounded the other way are off by one in 2^23 (none was seen).
+        assert torch.allclose(u.cpu(), expected_u, rtol=1e-12, atol=1e-12)
+    found = kernel.update_history(ours, our_m, our_v, BETAS, our_member[::3], seed=-4, length=numel)
     expected = kernels.torch.update_history(rows, m.double(), v.double(), BETAS, member[::3])
-    for ours, theirs in zip(found, expected, strict=True):
+    for got, theirs in zip(found, expected, strict=True):
         assert torch.allclose(
-            ours.double(), theirs, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-9
+            got.cpu().double(), theirs, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-9
         )
 
 
 def test_ties_go_to_the_lower_dimension(backend: str) -> None:
-    kernel = getattr(kernels, backend)
-    g = torch.ones(4, 9_000)
+    check_ties(backend, "cpu")
+
+
+def check_ties(backend: str, device: str) -> None:
+    kernel = kernels_of(backend)
+    member, offset = torch.arange(4, device=device), torch.tensor([0, 4], device=device)
+    g = torch.ones(4, 9_000, device=device)
     g[:, 7_777] = -2
-    dims, _ = kernel.top_updates(g, None, None, None, torch.arange(4), torch.tensor([0, 4]), 5)
+    dims, _ = kernel.top_updates(g, None, None, None, member, offset, 5)
     assert dims.tolist() == [[7_777, 0, 1, 2, 3]]
-    zero = torch.zeros(9_000)
-    dims, u = kernel.top_updates(
-        torch.zeros(4, 9_000), zero, zero, Rule.adam(1, BETAS, EPS), torch.arange(4), torch.tensor([0, 4]), 5
-    )
+    # More of them than a list holds, some below and some above the others.
+    g[:, 1:8_000:3], g[:, 5:8_000:3] = 3, 0.5
+    dims, _ = kernel.top_updates(g, None, None, None, member, offset, 2_700)
+    expected = [*range(1, 8_000, 3), *(d for d in range(9_000) if g[0, d] == -2)]
+    expected += [d for d in range(9_000) if g[0, d] == 1]
+    assert dims.tolist() == [expected[:2_700]]
+    zero = torch.zeros(9_000, device=device)
+    rule = Rule.adam(1, BETAS, EPS)
+    dims, u = kernel.top_updates(torch.zeros(4, 9_000, device=device), zero, zero, rule, member, offset, 5)
     assert dims.tolist() == [[0, 1, 2, 3, 4]]
     assert not u.any()
 
 
-def test_close_calls_of_float32_are_decided_in_float64() -> None:
+def test_close_calls_of_float32_are_decided_in_float64(backend: str) -> None:
+    check_close_calls(backend, "cpu")
+
+
+def check_close_calls(backend: str, device: str) -> None:
     """Means that differ by less than float32 sees, in shuffled order."""
-    numel, count = 4_096, 8
+    numel, count, top = 9_001, 8, 1_000
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(numel, generator=generator)
     m = (1 + 3e-8 * order.double()).float()
@@ -181,9 +224,69 @@ def test_close_calls_of_float32_are_decided_in_float64() -> None:
     v = torch.ones(numel)
     rule = Rule.adam(3, BETAS, EPS)
     member, offset = torch.arange(count), torch.tensor([0, count])
-    dims, _ = kernels.cpu.top_updates(g, m, v, rule, member, offset, 1_000)
-    expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, 1_000)
-    assert torch.equal(dims, expected)
+    ours = (x.to(device) for x in (g, m, v))
+    dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
+    expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
+    assert torch.equal(dims.cpu(), expected)
+    # A list whose least mean is that of all other dimensions but for a few parts in 10^8; float32 may round it either way.
+    early = torch.arange(numel) < 4_096
+    for low in (1.0, 1.1, 1.2, 1.3):
+        m = torch.where(torch.arange(numel) < 500, 2.0, low)
+        m[~early] = low + torch.rand(int((~early).sum()), generator=generator)
+        least = float(rule.updates(g[0, 0].double(), torch.tensor(low).double(), torch.ones(1).double()))
+        root = (rule.m_scale * m.double() + rule.m_step) / least - rule.eps
+        v = torch.where(early, 1.0, ((root.square() - rule.v_step) / rule.v_scale).float())
+        ours = (x.to(device) for x in (g, m, v))
+        dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
+        expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
+        assert (expected[:, 500:] >= 4_096).all()
+        assert torch.equal(dims.cpu(), expected)
+
+
+def test_squares_beyond_float32_pass_the_sieve(backend: str) -> None:
+    check_large(backend, "cpu")
+
+
+@np.errstate(**QUIET)
+def check_large(backend: str, device: str) -> None:
+    numel = 9_000
+    g, m, v = torch.zeros(4, numel), torch.linspace(1, 2, numel), torch.ones(numel)
+    g[:, 8_000] = 6e20
+    rule = Rule.adam(2_000, BETAS, EPS)
+    ours = (x.to(device) for x in (g, m, v))
+    member, offset = torch.arange(4, device=device), torch.tensor([0, 4], device=device)
+    dims, u = kernels_of(backend).top_updates(*ours, rule, member, offset, 3)
+    assert dims.tolist() == [[8_000, 8_999, 8_998]]
+    expected = rule.updates(g.double(), m.double(), v.double())[:, dims[0].cpu()]
+    assert torch.allclose(u.cpu(), expected, rtol=1e-13)
+
+
+def test_cancelled_sums_pass_the_sieve(backend: str) -> None:
+    check_cancellation(backend, "cpu")
+
+
+def check_cancellation(backend: str, device: str) -> None:
+    """A gradient c z that float32 makes 0 where it is not, in the one dimension without a history."""
+    numel = 9_000
+    z = fc.LowRankGradients(torch.ones(1, 2), 3, numel, "torch").directions()
+    other = torch.nextafter(-z[0], torch.tensor(torch.inf))
+    exact = (z[1].double() * z[0] + other.double() * z[1]).abs()
+    vanishing = torch.where(z[1] * z[0] + other * z[1] == 0, exact, 0)
+    vanishing[:5_000] = 0  # once there is a bar
+    d = int(vanishing.argmax())
+    assert vanishing[d] > 1e-8
+    c = torch.stack([z[1, d], other[d]])[None]
+    m, v = torch.zeros(numel), torch.ones(numel)
+    v[d] = 0
+    rule = Rule.adam(2_000, BETAS, 1e-10)
+    member, offset = torch.arange(1), torch.tensor([0, 1])
+    expected, _ = kernels.torch.top_updates(c, m, v, rule, member, offset, 5, seed=3, length=numel)
+    assert expected[0, 0] == d
+    ours = (x.to(device) for x in (c, m, v))
+    dims, _ = kernels_of(backend).top_updates(
+        *ours, rule, member.to(device), offset.to(device), 5, seed=3, length=numel
+    )
+    assert torch.equal(dims.cpu(), expected)
 
 
 def test_threads_and_layout_change_no_bit() -> None:
@@ -209,12 +312,17 @@ def test_threads_and_layout_change_no_bit() -> None:
 @pytest.mark.parametrize("metric", ["l1", "euclidean", "sqeuclidean", "cosine", "dot"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_without_top_all_dimensions_count(backend: str, metric: str, normalize: bool) -> None:
+    check_all_dimensions(backend, "cpu", metric, normalize)
+
+
+def check_all_dimensions(backend: str, device: str, metric: str, normalize: bool) -> None:
     numel = 700
-    g = normal(24, numel)
-    groups = torch.arange(24) % 2
-    state = (
-        fc.AdamState(0.1 * normal(numel, seed=3), normal(numel, seed=4).square(), 5) if normalize else None
-    )
+    g = normal(24, numel).to(device)
+    groups = torch.arange(24, device=device) % 2
+    state = None
+    if normalize:
+        m, v = 0.1 * normal(numel, seed=3).to(device), normal(numel, seed=4).square().to(device)
+        state = fc.AdamState(m, v, 5)
     found = fc.match_gradients(g, 4, normalize=state, groups=groups, metric=metric, backend=backend)
     rows = g if state is None else Rule.adam(5, BETAS, EPS).updates(g, state.m, state.v)
     expected = fc.facility_location(rows, 4, groups=groups, metric=metric, backend="torch")
@@ -281,13 +389,20 @@ def test_one_direction_needs_no_rows(backend: str) -> None:
 
 
 def test_another_direction_makes_the_history_dense(backend: str) -> None:
+    check_another_direction(backend, "cpu")
+
+
+def check_another_direction(backend: str, device: str) -> None:
     history = fc.RankOneAdamState(500, mean=0.4, mean_square=1.5, seed=3, step=4)
-    g = fc.LowRankGradients(normal(10, 1), seed=8, numel=500, backend=backend)
+    c = normal(10, 1)
+    g = fc.LowRankGradients(c.to(device), seed=8, numel=500, backend=backend)
     found = fc.match_gradients(g, 3, normalize=history, top=50, backend=backend)
-    expected = fc.match_gradients(g, 3, normalize=history.dense(torch.float64), top=50, backend=backend)
+    expected = fc.match_gradients(
+        fc.LowRankGradients(c, 8, 500), 3, normalize=history.dense(torch.float64), top=50, backend="torch"
+    )
     assert isinstance(found.state, fc.AdamState)
-    assert torch.equal(found.indices, expected.indices)
-    assert torch.equal(found.state.m, expected.state.m)
+    assert torch.equal(found.indices.cpu(), expected.indices)
+    assert torch.allclose(found.state.m.cpu(), expected.state.m, rtol=1e-12)
 
 
 def test_small_coefficients_are_matched_as_rows() -> None:
@@ -358,30 +473,50 @@ def test_bad_arguments_are_named(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_values_are_named(backend: str, bad: float) -> None:
-    g = normal(6, 9_000, dtype=torch.float32)
-    state = fc.AdamState(torch.zeros(9_000), torch.ones(9_000), 2)
+    check_bad_values(backend, "cpu", bad)
+
+
+@np.errstate(**QUIET)
+def check_bad_values(backend: str, device: str, bad: float) -> None:
+    g = normal(6, 9_000, dtype=torch.float32).to(device)
+    zero, one = torch.zeros(9_000, device=device), torch.ones(9_000, device=device)
+    state = fc.AdamState(zero, one, 2)
     broken = g.clone()
     broken[3, 8_000] = bad
     for normalize in (None, state):
         with pytest.raises(ValueError, match=r"g must be finite, got (nan|NaN|inf) at row 3, column 8000"):
             fc.match_gradients(broken, 2, top=5, normalize=normalize, backend=backend)
-    m, v = torch.zeros(9_000), torch.ones(9_000)
+    m, v = zero.clone(), one.clone()
     m[7] = bad
     with pytest.raises(ValueError, match=r"normalize: m must be finite, got (NaN|inf) at position 7"):
         fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(m, v, 2), backend=backend)
+    # Where no mean shows it.
+    bad_v = one.clone()
+    bad_v[8_000] = -1
+    history = fc.AdamState(zero, bad_v, 2, (0.9, 0.0))
+    with pytest.raises(ValueError, match=r"v must be finite and >= 0, got -.* at position 8000"):
+        fc.match_gradients(g, 2, top=5, normalize=history, backend=backend)
     v[8] = -1
     with pytest.raises(ValueError, match=r"normalize: v must be finite and >= 0, got -1.* at position 8"):
-        fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(torch.zeros(9_000), v, 2), backend=backend)
-    coefficients = torch.ones(4, 1)
+        fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(zero, v, 2), backend=backend)
+    coefficients = torch.ones(4, 1, device=device)
     coefficients[2] = bad
     with pytest.raises(ValueError, match=r"g.coefficients must be finite"):
         fc.match_gradients(fc.LowRankGradients(coefficients, 0, 100), 2, top=5, backend=backend)
 
 
 def test_squares_that_overflow_are_an_error(backend: str) -> None:
-    state = fc.AdamState(torch.zeros(5), torch.zeros(5), 1)
+    check_overflow(backend, "cpu")
+
+
+@np.errstate(**QUIET)
+def check_overflow(backend: str, device: str) -> None:
+    zero = torch.zeros(5, device=device)
+    state = fc.AdamState(zero, zero, 1)
     with pytest.raises(ValueError, match="overflow"):
-        fc.match_gradients(torch.full((4, 5), 1e30), 2, top=2, normalize=state, backend=backend)
+        fc.match_gradients(
+            torch.full((4, 5), 1e30, device=device), 2, top=2, normalize=state, backend=backend
+        )
 
 
 @pytest.mark.parametrize(
@@ -405,11 +540,48 @@ def test_bad_histories_are_named(change: dict[str, Any], error: type[Exception],
         dataclasses.replace(fc.AdamState(ZERO, ZERO, 1), **change)
 
 
-def test_directions_in_c_equal_numpys() -> None:
+def test_directions_equal_numpys(backend: str) -> None:
+    check_directions(backend, "cpu")
+
+
+def check_directions(backend: str, device: str) -> None:
+    """To two units in the last place: logarithms differ."""
     for dtype, (begin, length, first) in itertools.product(
-        (torch.float32, torch.float64), ((0, 1, 0), (5, 1_001, 2), (2**40 + 3, 70, 0), (3, 40_000, 7))
+        (torch.float32, torch.float64),
+        ((0, 1, 0), (5, 1_001, 2), (2**40 + 3, 70, 0), (3, 9_000, 2**32 - 2)),
     ):
-        ours, theirs = torch.empty(2, length, dtype=dtype), torch.empty(2, length, dtype=dtype)
-        kernels.cpu.directions(ours, seed=-9, begin=begin, first=first)
+        ours = torch.full((2, length + 2), 9.0, dtype=dtype, device=device)
+        theirs = torch.empty(2, length, dtype=dtype)
+        kernels_of(backend).directions(ours[:, 1:-1], seed=-9, begin=begin, first=first)
         kernels.torch.directions(theirs, seed=-9, begin=begin, first=first)
-        assert np.abs(ours.float().numpy().view(np.int32) - theirs.float().numpy().view(np.int32)).max() <= 2
+        found = ours[:, 1:-1].cpu()
+        assert np.abs(found.float().numpy().view(np.int32) - theirs.float().numpy().view(np.int32)).max() <= 2
+        assert (ours[:, 0] == 9).all()
+        assert (ours[:, -1] == 9).all()
+
+
+def check_zeroth_order(backend: str, device: str) -> None:
+    """The parameters move along the directions that come back, and these are matched."""
+    x = normal(12, 50, dtype=torch.float32)
+    results = []
+    for name, where in ((backend, device), ("torch", "cpu")):
+        weight, inputs = torch.zeros(50, device=where), x.to(where)
+        g = fc.zeroth_order_gradients(
+            lambda weight=weight, inputs=inputs: inputs @ weight,
+            [weight],
+            seed=3,
+            n_perturbations=2,
+            backend=name,
+        )
+        results.append(g)
+        assert not weight.any()
+    ours, theirs = results
+    assert ours.coefficients.device.type == device
+    assert torch.allclose(ours.coefficients.cpu(), theirs.coefficients, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(ours.directions(7, 40).cpu(), theirs.directions(7, 40), rtol=1e-6)
+    assert torch.allclose(ours.dense().cpu(), x @ theirs.directions().T @ theirs.directions() / 2, atol=1e-2)
+    found = fc.match_gradients(ours, 3, top=20, backend=backend)
+    same = fc.LowRankGradients(ours.coefficients.cpu(), 3, 50)
+    expected = fc.match_gradients(same, 3, top=20, backend="torch")
+    assert torch.equal(found.dims.cpu(), expected.dims)
+    assert torch.equal(found.indices.cpu(), expected.indices)

@@ -27,7 +27,7 @@ SPILLED = 8
 OF_EXPONENTIALS = r"\b(ex2\.approx\.f32|rcp\.approx\.ftz\.f64|abs\.ftz\.f32)\b"
 WITH_EXPONENTIALS = ("half_iteration", "marginal", "apply", "schedule", "scores")
 # Of normal numbers, which have logarithms of float64; and what makes products of sketches that are not of float32.
-WITH_LOGARITHMS = r"(sketch|matrix)_kernel gaussian"
+WITH_LOGARITHMS = r"(sketch|matrix)_kernel gaussian|\w+_kernel (one direction|directions) "
 OF_LOGARITHMS = r"\brcp\.approx\.ftz\.f64\b"
 WITH_MATRIX_UNITS = r"sketch_kernel \w+ (fp16|bf16|fp64|fp32 tf32)\b"
 
@@ -84,7 +84,12 @@ def test_arithmetic_is_exactly_rounded(architecture: int, reports: dict[int, lis
             continue
         assert re.findall(r"mma|tf32|\.approx|\.ftz", ptx) == [], kernel["name"]
         # A block of scores ends in reductions over the warps.
-        if re.search("precomputed|transposed|scores|sketch|matrix|add", kernel["name"]) is None:
+        if (
+            re.search(
+                "precomputed|transposed|scores|sketch|matrix|add|direction|restrict|sieve", kernel["name"]
+            )
+            is None
+        ):
             loop = innermost_loop(kernel["ptx"])
             assert "ld.global" in loop, kernel["name"]
             assert "bar.sync" not in loop, kernel["name"]

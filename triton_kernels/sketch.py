@@ -415,13 +415,13 @@ def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bo
                         num_warps=tile.warps,
                         **projection.arguments(),
                     )
-                    _wait_for_all_but_a_few(waiting, x.device)
+                    wait_for_all_but_a_few(waiting, x.device)
                 add_kernel[(triton.cdiv(size, 1024),)](
                     sums, pieces, size, target.shape[1], scale, target, target.stride(0), COUNT=1024
                 )
 
 
-def _wait_for_all_but_a_few(waiting: list[torch.cuda.Event], device: torch.device) -> None:
+def wait_for_all_but_a_few(waiting: list[torch.cuda.Event], device: torch.device) -> None:
     """Keeps the host within reach of Ctrl-C, by not running far ahead of the device."""
     if device.type != "cuda":
         return

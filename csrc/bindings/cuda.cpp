@@ -236,6 +236,7 @@ void define_cuda_module(py::module_& m) {
            "After finish() or step_among(): (what is wrong or None, argument, row).");
   bind_cuda_sinkhorn(m);
   bind_cuda_sketch(m);
+  bind_cuda_matching(m);
 }
 
 }  // namespace

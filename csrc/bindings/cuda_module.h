@@ -49,5 +49,6 @@ inline cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaSt
 
 void bind_cuda_sinkhorn(py::module_& m);
 void bind_cuda_sketch(py::module_& m);
+void bind_cuda_matching(py::module_& m);
 
 }  // namespace fc

@@ -5,35 +5,12 @@
 
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
+#include "bindings/gradients.h"
 #include "cpu/directions.h"
 
 namespace fc {
 
 namespace {
-
-// fn(gradients): rows [B, D], or with a length the coefficients [B, q] of directions from `seed`.
-template <class Fn>
-void dispatch_gradients(const ArrayArgument& g, int64_t seed, py::object length, Fn&& fn) {
-  if (length.is_none()) {
-    dispatch_real(g, [&](auto zero) {
-      using X = decltype(zero);
-      fn(DenseGradients<X>{g.input<X, 2>()});
-    });
-  } else {
-    dispatch_floating(g, [&](auto zero) {
-      using X = decltype(zero);
-      fn(LowRankGradients<X>{g.input<X, 2>(), static_cast<uint64_t>(seed), length.cast<int64_t>()});
-    });
-  }
-}
-
-template <class Gradients>
-int64_t row_count(const Gradients& g) {
-  if constexpr (std::is_same_v<Gradients, DenseGradients<typename Gradients::Element>>)
-    return g.rows.rows();
-  else
-    return g.coefficients.rows();
-}
 
 void require_rows(TensorView<const int64_t, 1> rows, int64_t count, const char* name) {
   for (int64_t i = 0; i < rows.shape[0]; ++i) {

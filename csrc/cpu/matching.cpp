@@ -102,7 +102,7 @@ template <class X, class F>
 class Columns<LowRankGradients<X>, F> {
  public:
   explicit Columns(const LowRankGradients<X>& g)
-      : g_(g), normal_(kTile), z_(g.coefficients.cols() * kStride), buffer_(kStride) {}
+      : g_(g), normal_(kTile), z_(g.coefficients.cols() * kStride), buffer_(kStride), sum_(kTile) {}
 
   void take_all(int64_t begin, int64_t count) {
     count_ = count;
@@ -124,13 +124,19 @@ class Columns<LowRankGradients<X>, F> {
 
   const F* row(int64_t i) {
     F* const to = buffer_.data();
-    const auto c = static_cast<F>(g_.coefficients(i, int64_t{0}));
-    for (int64_t j = 0; j < count_; ++j) to[j] = c * z_[j];
-    for (int64_t p = 1; p < g_.coefficients.cols(); ++p) {
-      const auto more = static_cast<F>(g_.coefficients(i, p));
-      const F* const z = &z_[p * kStride];
-      for (int64_t j = 0; j < count_; ++j) to[j] += more * z[j];
+    if (g_.coefficients.cols() == 1) {
+      const auto c = static_cast<F>(g_.coefficients(i, int64_t{0}));
+      for (int64_t j = 0; j < count_; ++j) to[j] = c * z_[j];
+      return to;
     }
+    // In double in any case: what cancels in a sum of floats is beyond the bound of the sieve.
+    std::fill_n(sum_.begin(), count_, 0.0);
+    for (int64_t p = 0; p < g_.coefficients.cols(); ++p) {
+      const double c = g_.coefficients(i, p);
+      const F* const z = &z_[p * kStride];
+      for (int64_t j = 0; j < count_; ++j) sum_[j] += c * z[j];
+    }
+    for (int64_t j = 0; j < count_; ++j) to[j] = static_cast<F>(sum_[j]);
     return to;
   }
 
@@ -142,6 +148,7 @@ class Columns<LowRankGradients<X>, F> {
   const LowRankGradients<X>& g_;
   std::vector<float> normal_;
   std::vector<F> z_, buffer_;
+  std::vector<double> sum_;
   std::vector<int64_t> at_;
   int64_t count_ = 0;
 };
@@ -163,8 +170,10 @@ void updates(const AdamRule& rule, const F* g, const History<F>& history, int64_
     const V x = simd::load(g + j);
     V u = x;
     if (rule.has_history) {
-      u = simd::fma<F>(step, x, simd::load(history.m.data() + j)) /
-          (simd::square_root<F>(simd::fma<F>(square * x, x, simd::load(history.v.data() + j))) + eps);
+      const V root = simd::square_root<F>(simd::fma<F>(square * x, x, simd::load(history.v.data() + j)));
+      u = simd::fma<F>(step, x, simd::load(history.m.data() + j)) / (root + eps);
+      // A square beyond float makes the sum NaN, which passes the sieve.
+      if constexpr (std::is_same_v<F, float>) u += root - root;
     }
     if (kAdds) u += simd::load(out + j);
     simd::store(out + j, u);

@@ -2,8 +2,8 @@
 by pick.
 
 `kernels.cpu` is compiled, `kernels.torch` is the plain PyTorch reference; both have the same names, of which
-`kernels.cuda` and `flashcoreset.kernels.triton` (to be imported by itself, since it imports triton) have the
-first three:
+`kernels.cuda` and `flashcoreset.kernels.triton` (to be imported by itself, since it imports triton) have what is
+not said to be elsewhere:
 
     pairwise(x, y=None, *, metric, out=None)
     FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
@@ -11,9 +11,12 @@ first three:
     sinkhorn(x, y, a, b, *, reg, metric, ...), sinkhorn_apply(...), sinkhorn_plan(...)
     sketch(x, dim, *, kind, seed, offset, nnz, out=None), projection_matrix(rows, dim, *, kind, seed, ...)
     sample_scores(logits, targets, *, masked=False, out=None)    (not in `kernels.cuda`)
-    caratheodory(x, weights=None, *, max_size=0, out=None)    (not in `kernels.cuda`)
+    directions(out, *, seed, begin, first=0), top_updates(g, m, v, rule, member, offset, top, ...),
+        update_history(g, m, v, betas, chosen, ...)
+    caratheodory(x, weights=None, *, max_size=0, out=None)    (in neither)
     NearestOrder(centroids) or NearestOrder.of_similarities(lists, dtype)
         .begin(length), .update(x) or .update_similarities(s), .finish(), .rounds(count, k), .order(i), .taken
+        (in neither)
 
 A FacilityLocation is its own workspace: it keeps the packed points, bounds and lists between calls, so that
 further picks cost only themselves. Arguments are tensors whose types, shapes and indices are taken as they

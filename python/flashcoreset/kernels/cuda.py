@@ -13,17 +13,21 @@ from flashcoreset import _native
 from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._tensor import Csr, check_finite, check_preselected, check_weights
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
+from flashcoreset.reference.matching import OVERFLOW, Rule, refuse
 from flashcoreset.reference.sinkhorn import Solution
 
 __all__ = [
     "CHECKS_VALUES",
     "FacilityLocation",
+    "directions",
     "pairwise",
     "projection_matrix",
     "sinkhorn",
     "sinkhorn_apply",
     "sinkhorn_plan",
     "sketch",
+    "top_updates",
+    "update_history",
 ]
 
 # The kernels look at weights and preselected candidates, and find an offset, on the device: a look from here would wait for it.
@@ -435,3 +439,114 @@ def projection_matrix(
     native = _native.cuda_module(out.device.index or 0)
     native.projection_matrix(_capsule(out), kind, seed, offset, nnz, _stream(out.device))
     return out
+
+
+def directions(out: Tensor, *, seed: int, begin: int, first: int = 0) -> None:
+    """Fills out [q, n] float32 or float64, rows contiguous, with elements begin to begin + n of the directions first to
+    first + q; see `flashcoreset.reference.zeroth_order` for the definition. Does not wait for the device.
+
+    Raises:
+        BackendUnavailableError: if there are no CUDA kernels or no device.
+        ValueError: for a negative `begin`, or directions outside [0, 2^32).
+    """
+    native = _native.cuda_module(out.device.index or 0)
+    native.directions(_capsule(out), seed, begin, first, _stream(out.device))
+
+
+def top_updates(
+    g: Tensor,
+    m: Tensor | None,
+    v: Tensor | None,
+    rule: Rule | None,
+    member: Tensor,
+    offset: Tensor,
+    top: int,
+    *,
+    seed: int = 0,
+    length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The dimensions of the largest mean updates of each group, and its members' updates there.
+
+    Waits for the device at the end, and before that for all but the last two chunks of the dimensions, so that Ctrl-C is heard.
+
+    Args:
+        g: [B, D] rows of any floating dtype, on a CUDA device, like all that follows; with `length` the coefficients [B, q],
+            float32 or float64, of directions [q, length] from `seed`.
+        m, v: [D] float64 where the rows are, else float32; None, with `rule`, takes the rows themselves as updates.
+        rule: how updates are made.
+        member: [R] int64, rows of the groups, one group after the other.
+        offset: [G + 1] int64, where each group begins in `member`; none is empty.
+        top: how many dimensions, 1 <= top <= D.
+
+    Returns:
+        dims [G, top] int64, the largest first, and u [R, top] float64.
+
+    Raises:
+        BackendUnavailableError: if there are no CUDA kernels or no device.
+        ValueError: for NaN and infinity, where v < 0, and for arrays that do not fit each other.
+        torch.OutOfMemoryError: if the device has no room for the lists (24 bytes for each of 2^19 candidates, or for `top` in
+            each group).
+    """
+    g, device, groups = g.detach(), g.device, len(offset) - 1
+    history = None if rule is None or m is None or v is None else (m.contiguous(), v.contiguous())
+    scales = (0.0, 1.0, 0.0, 0.0, 0.0)
+    if history is not None and rule is not None:
+        scales = (rule.m_scale, rule.m_step, rule.v_scale, rule.v_step, rule.eps)
+    dims = torch.zeros(groups, top, dtype=torch.int64, device=device)
+    values = torch.empty(groups, top, dtype=torch.float64, device=device)
+    u = torch.empty(len(member), top, dtype=torch.float64, device=device)
+    refused = torch.full((1,), 2**63 - 1, dtype=torch.int64, device=device)
+    native, stream = _native.cuda_module(device.index or 0), _stream(device)
+
+    def problem() -> tuple[Any, ...]:
+        """What both functions get first; a capsule is used once."""
+        past = (None, None) if history is None else map(_capsule, history)
+        return (_capsule(g), seed, length, *past, *scales, _optional(member), _optional(offset))
+
+    _with_memory(
+        lambda: native.top_dimensions(*problem(), _capsule(dims), _capsule(values), _capsule(refused), stream)
+    )
+    dims, by_dimension = dims.sort(dim=1)
+    order = values.gather(1, by_dimension).sort(dim=1, descending=True, stable=True).indices
+    dims = dims.gather(1, order)
+    native.restrict_updates(*problem(), _capsule(dims), _capsule(u), stream)
+    first = int(refused)
+    if first < (g.shape[1] if length is None else length):
+        refuse(g, history, member, first, seed=seed, length=length)
+    return dims, u
+
+
+def update_history(
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    betas: tuple[float, float],
+    chosen: Tensor,
+    *,
+    seed: int = 0,
+    length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Adam's history after a step: the means of the new m and v, [D] each, of the rows `chosen` [c] int64. Waits for the
+    device.
+
+    The other arguments and the errors are those of `top_updates`.
+    """
+    m, v = m.contiguous(), v.contiguous()
+    new_m, new_v = torch.empty_like(m), torch.empty_like(v)
+    overflows = torch.zeros(1, dtype=torch.int64, device=m.device)
+    _native.cuda_module(g.device.index or 0).update_history(
+        _capsule(g.detach()),
+        seed,
+        length,
+        *betas,
+        _capsule(m),
+        _capsule(v),
+        _optional(chosen),
+        _capsule(new_m),
+        _capsule(new_v),
+        _capsule(overflows),
+        _stream(g.device),
+    )
+    if bool(overflows):
+        raise ValueError(OVERFLOW)
+    return new_m, new_v

@@ -20,7 +20,7 @@ FAMILIES = {
     "sinkhorn": ("cpu", "cuda", "triton", "torch"),
     "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),
-    "matching": ("cpu", "torch"),
+    "matching": ("cpu", "cuda", "triton", "torch"),
     "caratheodory": ("cpu", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")

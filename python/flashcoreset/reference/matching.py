@@ -14,13 +14,17 @@ data mixtures" (CoLM), ICLR 2025, section 4 (equations 7 and 8 and the sparse di
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from flashcoreset._tensor import check_finite
 from flashcoreset.reference.zeroth_order import directions
+
+OVERFLOW = "g: the mean squares of the chosen rows overflow the history's dtype; scale the gradients down"
 
 _BLOCK = 1 << 16  # dimensions at a time
 
@@ -112,6 +116,41 @@ def check_history(m: Tensor, v: Tensor) -> None:
         raise ValueError(f"normalize: v must be finite and >= 0, got {float(v[i])} at position {i}")
 
 
+def refuse(
+    g: Tensor,
+    history: tuple[Tensor, Tensor] | None,
+    member: Tensor,
+    dim: int,
+    *,
+    seed: int = 0,
+    length: int | None = None,
+) -> NoReturn:
+    """Says what is wrong in a dimension where a kernel met NaN, infinity or v < 0; `history` is (m, v), and the other
+    arguments are those of `top_updates`.
+
+    Raises:
+        ValueError: always.
+    """
+    at = torch.tensor([dim], device=g.device)
+    if history is not None:
+        for name, tensor in zip("mv", history, strict=True):
+            value = float(tensor[dim])
+            if not math.isfinite(value) or (name == "v" and value < 0):
+                expected = "finite" if name == "m" else "finite and >= 0"
+                raise ValueError(
+                    f"normalize: {name} must be {expected}, got {_named(value)} at position {dim}"
+                )
+    for row in member.sort().values.tolist():
+        value = float(_entries(g, torch.tensor([row], device=g.device), at, seed, length))
+        if not math.isfinite(value):
+            raise ValueError(f"g must be finite, got {_named(value)} at row {row}, column {dim}")
+    raise ValueError(f"g: updates overflow in dimension {dim}; scale the gradients down")
+
+
+def _named(value: float) -> str:
+    return "NaN" if math.isnan(value) else str(value)
+
+
 def _updates(
     g: Tensor,
     m: Tensor | None,
@@ -172,7 +211,5 @@ def update_history(
         new_m[part] = beta1 * m[part].double() + (1 - beta1) * values.mean(0)
         new_v[part] = beta2 * v[part].double() + (1 - beta2) * values.square().mean(0)
     if not bool(new_m.isfinite().all() & new_v.isfinite().all()):
-        raise ValueError(
-            "g: the mean squares of the chosen rows overflow the history's dtype; scale the gradients down"
-        )
+        raise ValueError(OVERFLOW)
     return new_m, new_v

@@ -14,7 +14,7 @@ from torch import Tensor
 from flashcoreset.reference.philox import philox4x32
 from flashcoreset.reference.sketch import KINDS, box_muller
 
-_STREAM = len(KINDS)
+STREAM = len(KINDS)
 
 
 def directions(out: Tensor, *, seed: int, begin: int, first: int = 0) -> None:
@@ -25,7 +25,7 @@ def directions(out: Tensor, *, seed: int, begin: int, first: int = 0) -> None:
     block = np.arange(begin // 4, (begin + length + 3) // 4, dtype=np.int64)
     counter = np.empty((len(block), 4), dtype=np.uint32)
     counter[:, 0], counter[:, 1] = block & 0xFFFFFFFF, block >> 32
-    counter[:, 3] = _STREAM
+    counter[:, 3] = STREAM
     for p in range(count):
         counter[:, 2] = first + p
         words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))

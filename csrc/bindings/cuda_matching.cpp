@@ -1,0 +1,175 @@
+// Gradient matching and the directions of zeroth-order gradients of the module _cuda.
+#include <string>
+
+#include "bindings/bindings.h"
+#include "bindings/boundary.h"
+#include "bindings/cuda_module.h"
+#include "bindings/gradients.h"
+#include "cuda/matching.h"
+
+namespace fc {
+namespace {
+
+// An array on the device of g, in one piece.
+template <class T, int Rank>
+TensorView<const T, Rank> read(const ArrayArgument& array, int device) {
+  require_device(array, device);
+  const auto view = array.input<T, Rank>();
+  if (!view.is_compact()) throw py::value_error(std::string(array.name()) + ": expected a contiguous array");
+  return view;
+}
+
+template <class T, int Rank>
+TensorView<T, Rank> written(const ArrayArgument& array, int device) {
+  read<T, Rank>(array, device);
+  return array.output<T, Rank>();
+}
+
+// Arguments that top_dimensions() and restrict_updates() share.
+struct Problem {
+  ArrayArgument g, member, offset;
+  py::object m, v;
+  int64_t seed;
+  py::object length;
+  AdamRule rule;
+
+  Problem(py::object g_array, int64_t seed, py::object length, py::object m, py::object v, double m_scale,
+          double m_step, double v_scale, double v_step, double eps, py::object member_array,
+          py::object offset_array)
+      : g(g_array, "g", kDevice),
+        member(member_array, "member", kDevice),
+        offset(offset_array, "offset", kDevice),
+        m(m),
+        v(v),
+        seed(seed),
+        length(length),
+        rule{!m.is_none(), m_scale, m_step, v_scale, v_step, eps} {}
+
+  int device() const { return g.device_id(); }
+
+  // fn(gradients, m, v, groups).
+  template <class Fn>
+  void with(const Fn& fn) const {
+    const GroupedRows groups{read<int64_t, 1>(member, device()), read<int64_t, 1>(offset, device())};
+    if (groups.offset.size() < 2) throw py::value_error("offset: expected at least 2 entries");
+    dispatch_gradients(g, seed, length, [&](const auto& gradients) {
+      using T = HistoryOf<typename std::decay_t<decltype(gradients)>::Element>;
+      const DeviceGuard guard(device());
+      if (!rule.has_history) return fn(gradients, TensorView<const T, 1>{}, TensorView<const T, 1>{}, groups);
+      const ArrayArgument first(m, "m", kDevice), second(v, "v", kDevice);
+      first.require_shape({gradients.numel()});
+      second.require_shape({gradients.numel()});
+      fn(gradients, read<T, 1>(first, device()), read<T, 1>(second, device()), groups);
+    });
+  }
+};
+
+}  // namespace
+
+void bind_cuda_matching(py::module_& module) {
+  module.def(
+      "directions",
+      [](py::object out_array, int64_t seed, int64_t begin, int64_t first, uintptr_t stream) {
+        const ArrayArgument out(out_array, "out", kDevice);
+        if (begin < 0) throw py::value_error("begin: expected a number >= 0, got " + std::to_string(begin));
+        dispatch_floating(out, [&](auto zero) {
+          using T = decltype(zero);
+          const auto result = out.output<T, 2>();
+          if (!result.has_contiguous_rows())
+            throw py::value_error("out: expected rows that are contiguous in memory");
+          if (first < 0 || first + result.rows() > int64_t{1} << 32)
+            throw py::value_error("first: expected directions in [0, 2^32), got " + std::to_string(first));
+          const DeviceGuard guard(out.device_id());
+          without_gil([&] {
+            cuda::directions<T>(static_cast<uint64_t>(seed), begin, static_cast<uint32_t>(first), result,
+                                stream_of(stream));
+          });
+        });
+      },
+      py::arg("out"), py::arg("seed"), py::arg("begin"), py::arg("first"), py::arg("stream"),
+      "out [q, n] = elements begin to begin + n of the directions first to first + q, on the device.");
+  module.def(
+      "top_dimensions",
+      [](py::object g, int64_t seed, py::object length, py::object m, py::object v, double m_scale,
+         double m_step, double v_scale, double v_step, double eps, py::object member, py::object offset,
+         py::object dims_array, py::object values_array, py::object refused_array, uintptr_t stream) {
+        const Problem problem(g, seed, length, m, v, m_scale, m_step, v_scale, v_step, eps, member, offset);
+        const ArrayArgument dims(dims_array, "dims", kDevice), values(values_array, "values", kDevice),
+            refused(refused_array, "refused", kDevice);
+        const auto found = written<int64_t, 2>(dims, problem.device());
+        const auto means = written<double, 2>(values, problem.device());
+        const auto first = written<int64_t, 1>(refused, problem.device());
+        refused.require_shape({1});
+        problem.with([&](const auto& gradients, auto past_m, auto past_v, const GroupedRows& groups) {
+          dims.require_shape({groups.offset.size() - 1, found.cols()});
+          values.require_shape({groups.offset.size() - 1, found.cols()});
+          if (found.cols() < 1 || found.cols() > gradients.numel())
+            throw py::value_error("dims: expected 1 to " + std::to_string(gradients.numel()) +
+                                  " columns, got " + std::to_string(found.cols()));
+          without_gil([&] {
+            cuda::top_dimensions(gradients, problem.rule, past_m, past_v, groups, found, means, first.data,
+                                 stream_of(stream), signal_poll());
+          });
+        });
+      },
+      py::arg("g"), py::arg("seed"), py::arg("length"), py::arg("m"), py::arg("v"), py::arg("m_scale"),
+      py::arg("m_step"), py::arg("v_scale"), py::arg("v_step"), py::arg("eps"), py::arg("member"),
+      py::arg("offset"), py::arg("dims"), py::arg("values"), py::arg("refused"), py::arg("stream"),
+      "dims and values [G, top] = the dimensions of largest |mean update| of each group and these means, in "
+      "no order; refused "
+      "[1] = the least of itself and the first dimension with a NaN, an infinity or v < 0.");
+  module.def(
+      "restrict_updates",
+      [](py::object g, int64_t seed, py::object length, py::object m, py::object v, double m_scale,
+         double m_step, double v_scale, double v_step, double eps, py::object member, py::object offset,
+         py::object dims_array, py::object u_array, uintptr_t stream) {
+        const Problem problem(g, seed, length, m, v, m_scale, m_step, v_scale, v_step, eps, member, offset);
+        const ArrayArgument dims(dims_array, "dims", kDevice), u(u_array, "u", kDevice);
+        const auto found = read<int64_t, 2>(dims, problem.device());
+        const auto rows = written<double, 2>(u, problem.device());
+        problem.with([&](const auto& gradients, auto past_m, auto past_v, const GroupedRows& groups) {
+          dims.require_shape({groups.offset.size() - 1, found.cols()});
+          u.require_shape({groups.member.size(), found.cols()});
+          without_gil([&] {
+            cuda::restrict_updates(gradients, problem.rule, past_m, past_v, groups, found, rows,
+                                   stream_of(stream));
+          });
+        });
+      },
+      py::arg("g"), py::arg("seed"), py::arg("length"), py::arg("m"), py::arg("v"), py::arg("m_scale"),
+      py::arg("m_step"), py::arg("v_scale"), py::arg("v_step"), py::arg("eps"), py::arg("member"),
+      py::arg("offset"), py::arg("dims"), py::arg("u"), py::arg("stream"),
+      "u [R, top] = the members' updates in their group's dimensions, on the device.");
+  module.def(
+      "update_history",
+      [](py::object g_array, int64_t seed, py::object length, double beta1, double beta2, py::object m_array,
+         py::object v_array, py::object chosen_array, py::object new_m_array, py::object new_v_array,
+         py::object overflows_array, uintptr_t stream) {
+        const ArrayArgument g(g_array, "g", kDevice), first(m_array, "m", kDevice),
+            second(v_array, "v", kDevice), chosen(chosen_array, "chosen", kDevice),
+            new_first(new_m_array, "new_m", kDevice), new_second(new_v_array, "new_v", kDevice),
+            overflows(overflows_array, "overflows", kDevice);
+        const int device = g.device_id();
+        const auto rows = read<int64_t, 1>(chosen, device);
+        if (rows.size() == 0) throw py::value_error("chosen: expected at least 1 row, got 0");
+        const auto flag = written<int64_t, 1>(overflows, device);
+        overflows.require_shape({1});
+        dispatch_gradients(g, seed, length, [&](const auto& gradients) {
+          using T = HistoryOf<typename std::decay_t<decltype(gradients)>::Element>;
+          const auto old_m = read<T, 1>(first, device), old_v = read<T, 1>(second, device);
+          const auto new_m = written<T, 1>(new_first, device), new_v = written<T, 1>(new_second, device);
+          for (const ArrayArgument* array : {&first, &second, &new_first, &new_second})
+            array->require_shape({gradients.numel()});
+          const DeviceGuard guard(device);
+          without_gil([&] {
+            cuda::update_history(gradients, beta1, beta2, old_m, old_v, rows, new_m, new_v, flag.data,
+                                 stream_of(stream), signal_poll());
+          });
+        });
+      },
+      py::arg("g"), py::arg("seed"), py::arg("length"), py::arg("beta1"), py::arg("beta2"), py::arg("m"),
+      py::arg("v"), py::arg("chosen"), py::arg("new_m"), py::arg("new_v"), py::arg("overflows"),
+      py::arg("stream"), "The history after a step whose gradients are the rows `chosen`, on the device.");
+}
+
+}  // namespace fc
