@@ -43,5 +43,6 @@ void bind_nearest_order(py::module_& m);
 void bind_sinkhorn(py::module_& m);
 void bind_sketch(py::module_& m);
 void bind_scores(py::module_& m);
+void bind_pursuit(py::module_& m);
 
 }  // namespace fc

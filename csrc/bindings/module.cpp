@@ -17,6 +17,7 @@ void define_module(py::module_& m) {
   bind_sinkhorn(m);
   bind_sketch(m);
   bind_scores(m);
+  bind_pursuit(m);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """The reference behind the names of the compiled kernels."""
 
 from flashcoreset.reference.facility_location import FacilityLocation, pairwise
+from flashcoreset.reference.pursuit import frank_wolfe, orthogonal_matching_pursuit
 from flashcoreset.reference.scores import sample_scores
 from flashcoreset.reference.simcore import NearestOrder
 from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
@@ -13,6 +14,8 @@ __all__ = [
     "FacilityLocation",
     "NearestOrder",
     "directions",
+    "frank_wolfe",
+    "orthogonal_matching_pursuit",
     "pairwise",
     "projection_matrix",
     "sample_scores",

@@ -22,6 +22,7 @@ FAMILIES = {
     "sinkhorn": ("cpu", "cuda", "triton", "torch"),
     "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),
+    "pursuit": ("cpu", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
