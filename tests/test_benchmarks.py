@@ -80,6 +80,7 @@ def record() -> Any:
         "sketch",
         "scores",
         "sketcher",
+        "pursuit",
         "goracs",
         "scale",
     ],

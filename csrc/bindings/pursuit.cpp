@@ -1,10 +1,13 @@
 // Python's view of matching pursuit and Frank-Wolfe.
 #include "cpu/pursuit.h"
 
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
+#include "cpu/active_set.h"
 
 namespace fc {
 namespace {
@@ -47,9 +50,48 @@ std::pair<int64_t, int64_t> pursue(const py::object& g_array, const py::object& 
   return counts;
 }
 
+// The fit of the weights for backends whose kernels find the picks.
+class PyActiveSet {
+ public:
+  PyActiveSet(bool nonnegative, double ridge, double target_norm) : set_(nonnegative, ridge, target_norm) {}
+
+  bool add(py::object products_array, double correlation) {
+    const ArrayArgument products(products_array, "products");
+    const auto values = products.input<double, 1>();
+    products.require_shape({set_.size() + 1});
+    std::vector<double> copy(values.shape[0]);
+    for (int64_t p = 0; p < values.shape[0]; ++p) copy[p] = values(p);
+    return set_.add(std::move(copy), correlation);
+  }
+
+  void weights(py::object out_array) const {
+    const ArrayArgument out(out_array, "out");
+    const auto values = out.output<double, 1>();
+    out.require_shape({set_.size()});
+    for (int64_t p = 0; p < values.shape[0]; ++p) values(p) = set_.weights()[p];
+  }
+
+  double noise() const { return ActiveSet::kNoise * set_.scale(); }
+  double squared_residual() const { return set_.squared_residual(); }
+
+ private:
+  ActiveSet set_;
+};
+
 }  // namespace
 
 void bind_pursuit(py::module_& m) {
+  py::class_<PyActiveSet>(m, "ActiveSet", py::module_local(),
+                          "Least squares, non-negative or not, over rows that come one by one.")
+      .def(py::init<bool, double, double>(), py::arg("nonnegative"), py::arg("ridge"), py::arg("target_norm"))
+      .def("add", &PyActiveSet::add, py::arg("products"), py::arg("correlation"),
+           "Takes in a row with its products [p + 1] with the rows so far and itself, and with the target; "
+           "False for one that depends on them.")
+      .def("weights", &PyActiveSet::weights, py::arg("out"), "Writes the weights [p] so far.")
+      .def_property_readonly("noise", &PyActiveSet::noise,
+                             "Correlations of at most this times |g_j| are rounding errors.")
+      .def_property_readonly("squared_residual", &PyActiveSet::squared_residual,
+                             "|target - sum_i w_i g_i|^2, which cancels where little is left.");
   m.def(
       "orthogonal_matching_pursuit",
       [](py::object g, py::object target, bool nonnegative, double ridge, py::object indices,
