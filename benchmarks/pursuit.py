@@ -61,7 +61,8 @@ def _row(
         peer=lambda inputs: peers.pursuit_by_lstsq(
             inputs["g"].numpy(), inputs["target"].numpy(), inputs["k"], nonnegative
         ),
-        peer_name="NumPy's lstsq at every step" + (", SciPy's nnls where it is negative" if nonnegative else ""),
+        peer_name="NumPy's lstsq at every step"
+        + (", SciPy's nnls where it is negative" if nonnegative else ""),
         check=_same_pursuit,
         work=lambda B, D, k: Work("matrix", 2.0 * B * D * k),
         goal=goal,
@@ -91,9 +92,7 @@ ROWS = [
         size={"B": 4096, "D": 2048, "k": 400},
         small={"B": 120, "D": 60, "k": 20},
         ours=lambda inputs: frank_wolfe(inputs["g"], inputs["target"], inputs["k"]),
-        peer=lambda inputs: peers.geodesic_ascent(
-            inputs["g"].numpy(), inputs["target"].numpy(), inputs["k"]
-        ),
+        peer=lambda inputs: peers.geodesic_ascent(inputs["g"].numpy(), inputs["target"].numpy(), inputs["k"]),
         peer_name="the steps in NumPy, products with the direction anew",
         check=_same_pursuit,
         work=lambda B, D, k: Work("matrix", 2.0 * B * D * k),
