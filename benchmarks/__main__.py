@@ -21,12 +21,13 @@ FAMILIES = (
     "sketcher",
     "matching",
     "matching_caratheodory",
+    "pursuit",
     "autocoreset",
     "goracs",
     "scale",
 )
 # Rows of "autocoreset", "goracs" and "scale" take minutes each: they run when asked for by name.
-DEFAULT = FAMILIES[:9]
+DEFAULT = FAMILIES[:10]
 
 
 def parser() -> argparse.ArgumentParser:

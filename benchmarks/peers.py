@@ -312,3 +312,48 @@ def colm_step(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
             covered = torch.maximum(covered, similarity[best])
             picks.append(int(rows[best]))
     return {"picks": torch.tensor(picks), "m": m[picks].mean(0), "v": v[picks].mean(0)}
+
+
+def pursuit_by_lstsq(
+    g: np.ndarray, target: np.ndarray, k: int, nonnegative: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Orthogonal matching pursuit as GradMatch's code has it: lstsq of all picks at every step, nnls where that gives a weight
+    below 0."""
+    from scipy.optimize import nnls
+
+    picks: list[int] = []
+    residual, weights = target, np.zeros(0)
+    for _ in range(k):
+        score = g @ residual
+        if not nonnegative:
+            score = np.abs(score)
+        score[picks] = -np.inf
+        picks.append(int(score.argmax()))
+        matrix = g[picks].T
+        weights = np.linalg.lstsq(matrix, target, rcond=None)[0]
+        if nonnegative and weights.min() < 0:
+            weights = nnls(matrix, target)[0]
+        residual = target - matrix @ weights
+    return np.array(picks), weights
+
+
+def geodesic_ascent(g: np.ndarray, target: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """GIGA (Campbell and Broderick 2018, algorithm 1), a product with all rows a step; rows in the order of their first pick."""
+    norms, length = np.linalg.norm(g, axis=1), np.linalg.norm(target)
+    units, goal = g / norms[:, None], target / length
+    cosines = units @ goal
+    weights, y, picks = np.zeros(len(g)), np.zeros_like(target), []
+    for _ in range(k):
+        along, towards = units @ y, goal @ y
+        sine = np.sqrt(np.maximum(1 - along**2, 1e-30))
+        n = int(np.where(sine > 1e-3, (cosines - towards * along) / sine, -1).argmax())
+        ahead, behind = cosines[n] - towards * along[n], towards - cosines[n] * along[n]
+        gamma = ahead / (ahead + behind)
+        weights *= 1 - gamma
+        weights[n] += gamma
+        y = (1 - gamma) * y + gamma * units[n]
+        weights, y = weights / np.linalg.norm(y), y / np.linalg.norm(y)
+        if n not in picks:
+            picks.append(n)
+    indices = np.array(picks)
+    return indices, weights[indices] * length / norms[indices] * (goal @ y)

@@ -19,6 +19,7 @@ void define_module(py::module_& m) {
   bind_scores(m);
   bind_matching(m);
   bind_caratheodory(m);
+  bind_pursuit(m);
 }
 
 }  // namespace

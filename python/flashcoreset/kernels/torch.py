@@ -3,6 +3,7 @@
 from flashcoreset.reference.caratheodory import caratheodory
 from flashcoreset.reference.facility_location import FacilityLocation, pairwise
 from flashcoreset.reference.matching import top_updates, update_history
+from flashcoreset.reference.pursuit import frank_wolfe, orthogonal_matching_pursuit
 from flashcoreset.reference.scores import sample_scores
 from flashcoreset.reference.simcore import NearestOrder
 from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
@@ -16,6 +17,8 @@ __all__ = [
     "NearestOrder",
     "caratheodory",
     "directions",
+    "frank_wolfe",
+    "orthogonal_matching_pursuit",
     "pairwise",
     "projection_matrix",
     "sample_scores",

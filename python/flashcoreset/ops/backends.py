@@ -22,6 +22,7 @@ FAMILIES = {
     "scores": ("cpu", "triton", "torch"),
     "matching": ("cpu", "cuda", "triton", "torch"),
     "caratheodory": ("cpu", "torch"),
+    "pursuit": ("cpu", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}

@@ -1,0 +1,513 @@
+"""Matching pursuit and Frank-Wolfe against the definitions, SciPy and NumPy, on every backend, and what a caller can get
+wrong."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKENDS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+from torch import Tensor
+
+import flashcoreset as fc
+from flashcoreset import kernels
+from flashcoreset.ops.pursuit import Pursuit, frank_wolfe, orthogonal_matching_pursuit
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIZES = [(1, 1), (7, 3), (7, 97), (40, 1), (97, 40), (130, 1025), (1025, 33)]
+
+# Largest relative error of a weight or a norm. Every backend computes in float64 and float32 results are rounded in the
+# end. Worst seen: 3e-7 (rounding of a subnormal weight) and 2e-9 (a Gram matrix has the condition of the rows squared).
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-8}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """One thread: those of lstsq wait longer for each other than they work on matrices as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def normal(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_rows(kind: str, rows: int, columns: int, seed: int = 0) -> Tensor:
+    """[rows, columns] float64."""
+    x = normal(rows, columns, seed)
+    if kind == "clustered":
+        return 0.3 * x + normal(9, columns, seed + 1)[torch.arange(rows) % 9]
+    if kind == "scaled":  # squares from 1e-6 to 1e6
+        return x * torch.logspace(-3, 3, rows, dtype=torch.float64)[:, None]
+    if kind == "repeated":  # duplicates, multiples and zeros
+        generator = torch.Generator().manual_seed(seed + 2)
+        picks = torch.randint(0, rows, (rows,), generator=generator)
+        return x[picks] * torch.randint(0, 3, (rows, 1), generator=generator)
+    return x
+
+
+def make_target(rows: Tensor, whole: bool, seed: int = 0) -> Tensor:
+    """The sum of the rows, or one to which weights below 0 would help."""
+    if whole:
+        return rows.double().sum(0)
+    return rows.double().T @ normal(len(rows), 1, seed + 7)[:, 0]
+
+
+def check_same(found: Pursuit, wanted: Pursuit, target: Tensor, dtype: torch.dtype) -> None:
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = TOLERANCE[out]
+    assert found.indices.dtype == torch.int64
+    assert found.weights.dtype == found.residual_norms.dtype == out
+    assert found.indices.tolist() == wanted.indices.tolist()
+    torch.testing.assert_close(found.weights.cpu(), wanted.weights, rtol=tolerance, atol=1e-37)
+    torch.testing.assert_close(
+        found.residual_norms.cpu(), wanted.residual_norms, rtol=tolerance, atol=1e-10 * float(target.norm())
+    )
+
+
+def check_pursuit(
+    backend: str, device: str, kind: str, dtype: torch.dtype, size: tuple[int, int], k: int
+) -> None:
+    """Against the definition, for the whole target and another, with weights of any sign and with a ridge."""
+    g = make_rows(kind, *size).to(dtype)
+    k = min(k, size[0])
+    for whole in (True, False):
+        target = make_target(g, whole)
+        for options in (
+            {},
+            {"nonnegative": False},
+            {"ridge": 0.3 * float(g.double().square().sum(1).mean())},
+        ):
+            found = orthogonal_matching_pursuit(
+                g.to(device), target.to(device), k, backend=backend, **options
+            )
+            wanted = orthogonal_matching_pursuit(g, target, k, backend="torch", **options)
+            check_same(found, wanted, target, dtype)
+
+
+def check_frank_wolfe(
+    backend: str, device: str, kind: str, dtype: torch.dtype, size: tuple[int, int], k: int
+) -> None:
+    g = make_rows(kind, *size).to(dtype)
+    k = min(k, size[0])
+    for whole in (True, False):
+        target = make_target(g, whole)
+        found = frank_wolfe(g.to(device), target.to(device), k, backend=backend)
+        check_same(found, frank_wolfe(g, target, k, backend="torch"), target, dtype)
+
+
+# --- the definitions ------------------------------------------------------------------------------
+
+
+def test_cases_worked_by_hand(backend: str) -> None:
+    g = torch.tensor([[1.0, 0, 0], [0, 2, 0], [1, 1, 0], [0, 0, 0]], dtype=torch.float64)
+    target = torch.tensor([3.0, 1, 2], dtype=torch.float64)
+    # Products with the target: 3, 2, 4, 0. Of the residual (1, -1, 2) they are 1, -2, 0, 0; then only the third of the
+    # target's coordinates is left.
+    found = orthogonal_matching_pursuit(g, target, 4, backend=backend)
+    assert found.indices.tolist() == [2, 0]
+    assert found.weights.tolist() == pytest.approx([1, 2])
+    assert found.residual_norms.tolist() == pytest.approx([6**0.5, 2])
+    found = orthogonal_matching_pursuit(g, target, 2, nonnegative=False, backend=backend)
+    assert found.indices.tolist() == [2, 1]
+    assert found.weights.tolist() == pytest.approx([3, -1])
+    # With a ridge of 2 the first weight is 4 / (2 + 2).
+    found = orthogonal_matching_pursuit(g, target, 1, ridge=2.0, backend=backend)
+    assert found.weights.tolist() == pytest.approx([1])
+    # The unit rows' cosines with the target are as 3, 1, 4 / sqrt(2).
+    found = frank_wolfe(g, target, 1, backend=backend)
+    assert (found.indices.tolist(), found.weights.tolist()) == ([0], pytest.approx([3]))
+    found = frank_wolfe(g, target, 2, backend=backend)
+    assert found.indices.tolist() == [0, 1]
+    assert found.weights.tolist() == pytest.approx([3, 0.5])
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "clustered"])
+def test_is_the_definition(backend: str, kind: str, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    name = backend.partition("-")[0]
+    k = max(1, size[1] // 2) if dtype == torch.float64 else 12
+    check_pursuit(name, "cpu", kind, dtype, size, min(k, 20))
+    if size[1] > 2:  # on a circle every geodesic is the same
+        check_frank_wolfe(name, "cpu", kind, dtype, size, 12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
+@pytest.mark.parametrize("kind", ["scaled", "repeated"])
+def test_rows_of_all_magnitudes_duplicates_and_zeros(backend: str, kind: str) -> None:
+    check_pursuit("cpu", "cpu", kind, torch.float64, (97, 40), 30)
+    check_pursuit("cpu", "cpu", kind, torch.float32, (97, 40), 30)
+    check_frank_wolfe("cpu", "cpu", kind, torch.float64, (97, 40), 20)
+
+
+def picks_by_lstsq(g: np.ndarray, target: np.ndarray, k: int) -> tuple[list[int], np.ndarray]:
+    """As GradMatch has it: lstsq, and nnls where that gives a weight below 0."""
+    picks: list[int] = []
+    residual, weights = target, np.zeros(0)
+    for _ in range(k):
+        score = g @ residual
+        score[picks] = -np.inf
+        picks.append(int(score.argmax()))
+        weights = np.linalg.lstsq(g[picks].T, target, rcond=None)[0]
+        if weights.min() < 0:
+            weights = nnls(g[picks].T, target)[0]
+        residual = target - g[picks].T @ weights
+    return picks, weights
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_is_gradmatch(backend: str, whole: bool) -> None:
+    g = make_rows("normal", 200, 30, seed=1)
+    target = g.sum(0) if whole else normal(30, 1, seed=10)[:, 0]
+    picks, weights = picks_by_lstsq(g.numpy(), target.numpy(), 20)
+    found = orthogonal_matching_pursuit(g, target, 20, backend=backend)
+    kept = weights > 0
+    assert whole or not kept.all()  # weights did come to 0 in the second case
+    assert found.indices.tolist() == np.array(picks)[kept].tolist()
+    np.testing.assert_allclose(found.weights.numpy(), weights[kept], rtol=1e-8)
+    assert len(found.residual_norms) == 20
+
+
+@pytest.mark.parametrize("ridge", [0.0, 5.0])
+def test_weights_are_those_of_nnls(backend: str, ridge: float) -> None:
+    g = make_rows("clustered", 90, 25, seed=1)
+    target = make_target(g, False, seed=4)
+    found = orthogonal_matching_pursuit(g, target, 20, ridge=ridge, backend=backend)
+    chosen = g[found.indices]
+    matrix = torch.cat([chosen.T, ridge**0.5 * torch.eye(len(chosen), dtype=torch.float64)])
+    wanted, _ = nnls(matrix.numpy(), torch.cat([target, torch.zeros(len(chosen))]).numpy())
+    np.testing.assert_allclose(found.weights.numpy(), wanted, rtol=1e-7)
+
+
+def test_geodesic_steps_in_plain_numpy(backend: str) -> None:
+    """Algorithm 1 of the paper, line by line."""
+    rows = make_rows("normal", 60, 12, seed=3).numpy()
+    total = rows.sum(0)
+    units, goal = rows / np.linalg.norm(rows, axis=1, keepdims=True), total / np.linalg.norm(total)
+    w, y = np.zeros(60), np.zeros(12)
+    for _ in range(15):
+        d = goal - (goal @ y) * y
+        d_rows = units - np.outer(units @ y, y)
+        length = np.linalg.norm(d_rows, axis=1)
+        n = int((d_rows @ d / np.where(length > 1e-6, length, np.inf)).argmax())
+        zeta0, zeta1, zeta2 = goal @ units[n], goal @ y, units[n] @ y
+        gamma = (zeta0 - zeta1 * zeta2) / ((zeta0 - zeta1 * zeta2) + (zeta1 - zeta0 * zeta2))
+        w *= 1 - gamma
+        w[n] += gamma
+        y = w @ units
+        w, y = w / np.linalg.norm(y), y / np.linalg.norm(y)
+    w *= np.linalg.norm(total) / np.linalg.norm(rows, axis=1) * (y @ goal)
+    found = frank_wolfe(rows, total, 15, backend=backend)
+    dense = np.zeros(60)
+    dense[found.indices.numpy()] = found.weights.numpy()
+    np.testing.assert_allclose(dense, w, rtol=1e-9, atol=1e-12)
+    assert float(found.residual_norms[-1]) == pytest.approx(np.linalg.norm(total - w @ rows), rel=1e-9)
+
+
+# --- promises -------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.lists(st.integers(-2, 2), min_size=4, max_size=4), min_size=1, max_size=12),
+    st.lists(st.integers(-5, 5), min_size=4, max_size=4),
+    st.sampled_from([0.0, 0.5]),
+)
+@settings(max_examples=80, deadline=None)
+def test_conditions_of_the_optimum(rows: list[list[int]], goal: list[int], ridge: float) -> None:
+    """Small whole numbers: zeros, duplicates, dependent rows and ties throughout."""
+    g, target = torch.tensor(rows, dtype=torch.float64), torch.tensor(goal, dtype=torch.float64)
+    scale = 1 + float(target.norm()) * (1 + float(g.norm()))
+    for nonnegative in (True, False):
+        found = orthogonal_matching_pursuit(g, target, len(g), nonnegative=nonnegative, ridge=ridge)
+        assert len(found.indices.unique()) == len(found.indices) <= len(found.residual_norms) <= len(g)
+        residual = target - g[found.indices].T @ found.weights
+        rest = g @ residual
+        # The weights are those of a least-squares fit, and with all rows allowed nothing is left to gain.
+        assert (
+            (rest[found.indices] - ridge * found.weights).abs().max() <= 1e-9 * scale
+            if len(found.indices)
+            else True
+        )
+        others = torch.ones(len(g), dtype=torch.bool)
+        others[found.indices] = False
+        left = rest[others] if nonnegative else rest[others].abs()
+        if ridge == 0 and others.any():
+            assert float(left.max()) <= 1e-7 * scale
+        if nonnegative:
+            assert (found.weights > 0).all()
+        if len(found.residual_norms):
+            assert float(found.residual_norms[-1]) == pytest.approx(float(residual.norm()), abs=1e-9 * scale)
+        if ridge == 0:
+            assert (found.residual_norms.diff() <= 1e-9 * scale).all()
+    found = frank_wolfe(g, target, len(g))
+    assert (found.weights > 0).all()
+    assert (found.residual_norms.diff() <= 1e-9 * scale).all()
+    if len(found.indices):
+        sums = g[found.indices].T @ found.weights
+        assert float(found.residual_norms[-1]) == pytest.approx(
+            float((target - sums).norm()), abs=1e-7 * scale
+        )
+
+
+def test_ties_go_to_the_lowest_index(backend: str) -> None:
+    """Wherever in a vector or a block of rows a duplicate lies."""
+    distinct = make_rows("normal", 40, 50, seed=2)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0)) % 40
+    g = distinct[order]
+    first = torch.tensor([int((order == i).nonzero()[0]) for i in range(40)])
+    for nonnegative in (True, False):
+        found = orthogonal_matching_pursuit(g, distinct.sum(0), 30, nonnegative=nonnegative, backend=backend)
+        assert len(found.indices) == 30
+        assert set(found.indices.tolist()) <= set(first.tolist())
+    assert set(frank_wolfe(g, distinct.sum(0), 30, backend=backend).indices.tolist()) <= set(first.tolist())
+
+
+def test_ends_where_the_residual_vanishes(backend: str) -> None:
+    g = make_rows("normal", 80, 6)
+    for nonnegative in (True, False):
+        found = orthogonal_matching_pursuit(g, g.sum(0), 80, nonnegative=nonnegative, backend=backend)
+        assert len(found.indices) == 6
+        assert float(found.residual_norms[-1]) <= 1e-12 * float(g.sum(0).norm())
+    nothing = orthogonal_matching_pursuit(g, torch.zeros(6), 5, backend=backend)
+    assert [len(nothing.indices), len(nothing.weights), len(nothing.residual_norms)] == [0, 0, 0]
+    assert len(frank_wolfe(g, torch.zeros(6), 5, backend=backend).indices) == 0
+    assert len(orthogonal_matching_pursuit(-g.abs(), torch.ones(6), 5, backend=backend).indices) == 0
+    assert len(frank_wolfe(-g.abs(), torch.ones(6), 5, backend=backend).indices) == 0
+
+
+def test_nearly_dependent_rows_are_passed_over(backend: str) -> None:
+    """Without the ridge; a ridge makes any rows independent."""
+    g = make_rows("normal", 30, 40)
+    g = torch.cat([g, g * (1 + 1e-9)])
+    target = make_target(g, True)
+    found = orthogonal_matching_pursuit(g, target, 60, nonnegative=False, backend=backend)
+    assert sorted((found.indices % 30).tolist()) == list(range(30))
+    both = orthogonal_matching_pursuit(g, target, 60, ridge=1.0, backend=backend)
+    assert sorted(both.indices.tolist()) == list(range(60))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    g = make_rows("clustered", 5000, 70).to(dtype)
+    target = make_target(g, False)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(
+            [
+                kernels.cpu.orthogonal_matching_pursuit(g, target, 50),
+                kernels.cpu.orthogonal_matching_pursuit(g, target, 50, memory_budget=0),
+                kernels.cpu.frank_wolfe(g, target, 50),
+            ]
+        )
+    for again in results[1:]:
+        for one, other in zip(results[0], again, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("budget", [0, 97 * 8 * 3, 97 * 8 * 25])
+def test_less_memory_gives_the_same(budget: int) -> None:
+    g = make_rows("clustered", 97, 300)
+    target = make_target(g, False)
+    for nonnegative in (True, False):
+        options: dict[str, Any] = {"nonnegative": nonnegative, "ridge": 0.1}
+        few = kernels.cpu.orthogonal_matching_pursuit(g, target, 40, memory_budget=budget, **options)
+        many = kernels.cpu.orthogonal_matching_pursuit(g, target, 40, **options)
+        check_same(Pursuit(*few), Pursuit(*many), target, torch.float64)
+    few = kernels.cpu.frank_wolfe(g, target, 40, memory_budget=budget)
+    assert all(torch.equal(a, b) for a, b in zip(few, kernels.cpu.frank_wolfe(g, target, 40), strict=True))
+
+
+def test_permuted_rows_give_permuted_picks(backend: str) -> None:
+    g = make_rows("normal", 150, 40)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(3))
+    for solve in (orthogonal_matching_pursuit, frank_wolfe):
+        plain = solve(g, g.sum(0), 20, backend=backend)
+        moved = solve(g[order], g.sum(0), 20, backend=backend)
+        assert order[moved.indices].tolist() == plain.indices.tolist()
+        torch.testing.assert_close(moved.weights, plain.weights, rtol=1e-9, atol=0)
+
+
+def test_a_gram_matrix_in_double_keeps_the_weights_of_rows_that_are_alike() -> None:
+    """Rows in float32 that are 1e-3 apart: squares in float32 would leave their weights no digit."""
+    g = (normal(1, 60) + 1e-3 * normal(50, 60, seed=1)).float()
+    target = g.double().sum(0)
+    found = orthogonal_matching_pursuit(g, target, 30, nonnegative=False, backend="cpu")
+    wanted = np.linalg.lstsq(g[found.indices].double().numpy().T, target.numpy(), rcond=None)[0]
+    np.testing.assert_allclose(found.weights.double().numpy(), wanted, rtol=1e-5)
+
+
+def test_half_types_compute_with_their_exact_values(backend: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        g = make_rows("normal", 40, 30).to(dtype)
+        for solve in (orthogonal_matching_pursuit, frank_wolfe):
+            half = solve(g, torch.ones(30), 10, backend=backend)
+            single = solve(g.float(), torch.ones(30), 10, backend=backend)
+            assert torch.equal(half.indices, single.indices)
+            assert torch.equal(half.weights, single.weights)
+
+
+def test_views_and_arrays(backend: str) -> None:
+    g, target = make_rows("normal", 60, 25).float(), normal(25, 1)[:, 0]
+    for solve in (orthogonal_matching_pursuit, frank_wolfe):
+        wanted = solve(g, target, 8, backend=backend)
+        wide = torch.stack([g, g], 2)[:, :, 0]
+        for rows in (
+            g.T.contiguous().T,
+            wide,
+            torch.cat([g, g], 1)[:, :25],
+            g.numpy(),
+            g.clone().requires_grad_(),
+        ):
+            for goal in (target, torch.stack([target, target], 1)[:, 0], target.tolist(), target.numpy()):
+                found = solve(rows, goal, 8, backend=backend)
+                assert torch.equal(found.indices, wanted.indices)
+                assert torch.equal(found.weights, wanted.weights)
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu", None])
+def test_opcheck_and_compile(name: str | None) -> None:
+    g, target = make_rows("normal", 12, 5).float(), normal(5, 1)[:, 0]
+    pursue, wolfe = (
+        torch.ops.flashcoreset.orthogonal_matching_pursuit.default,
+        torch.ops.flashcoreset.frank_wolfe.default,
+    )
+    torch.library.opcheck(pursue, (g, target, 9, True, 0.0, name))
+    torch.library.opcheck(pursue, (g.double(), target, 4, False, 0.5, name))
+    torch.library.opcheck(wolfe, (g.half(), target, 4, name))
+
+    def weighted(g: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        first = orthogonal_matching_pursuit(g * 2, target, 9, backend=name)
+        second = frank_wolfe(g * 2, target, 9, backend=name)
+        return first.indices * first.weights, second.weights
+
+    torch._dynamo.reset()
+    compiled = torch.compile(weighted, fullgraph=True, backend="aot_eager")(g, target)
+    for got, wanted in zip(compiled, weighted(g, target), strict=True):
+        assert got.shape == (9,)  # padded, since a shape that depends on values would break the graph
+        assert torch.equal(got[: len(wanted)], wanted)
+        assert (got[len(wanted) :] == 0).all()
+    meta = orthogonal_matching_pursuit(g.to("meta"), target.to("meta"), 3)
+    assert (meta.indices.is_meta, meta.weights.shape) == (True, (3,))
+
+
+LONG_CALL = """
+import torch
+from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit
+g = torch.randn(60_000, 1000, generator=torch.Generator().manual_seed(0))
+print("ready", flush=True)
+try:
+    {name}(g, g.sum(0), 60_000, backend="cpu")
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+print(len(orthogonal_matching_pursuit(g[:50], g.sum(0), 5, backend="cpu").indices), flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["orthogonal_matching_pursuit", "frank_wolfe"])
+def test_ctrl_c_ends_the_call_within_a_second(name: str) -> None:
+    code = LONG_CALL.format(name=name)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.7)  # well inside the call
+        assert process.poll() is None
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+        assert time.monotonic() - begin < 1
+        assert process.stdout.readline() == "5\n"
+        assert process.wait(timeout=30) == 0
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_are_refused(backend: str, value: float, dtype: torch.dtype) -> None:
+    g, target = make_rows("normal", 9, 70).to(dtype), torch.ones(70)
+    said = "NaN" if math.isnan(value) else str(value)
+    bad, bad_target = g.clone(), target.clone()
+    bad[[4, 6], 66] = value
+    bad_target[[3, 50]] = value
+    for solve in (orthogonal_matching_pursuit, frank_wolfe):
+        with pytest.raises(ValueError, match=rf"^g must be finite, got {said} at row 4, column 66$"):
+            solve(bad, target, 3, backend=backend)
+        with pytest.raises(ValueError, match=rf"^target must be finite, got {said} at position 3$"):
+            solve(g, bad_target, 3, backend=backend)
+
+
+def test_overflow_is_refused(backend: str) -> None:
+    g = make_rows("normal", 5, 4)
+    for solve in (orthogonal_matching_pursuit, frank_wolfe):
+        with pytest.raises(
+            ValueError, match="g, target: products of their entries overflow; scale them down"
+        ):
+            solve(1e200 * g, torch.ones(4), 2, backend=backend)
+        with pytest.raises(ValueError, match="g, target: products of their entries overflow"):
+            solve(g, 1e200 * torch.ones(4, dtype=torch.float64), 2, backend=backend)
+        with pytest.raises(ValueError, match=r"weights of up to .* overflow torch.float32"):
+            solve(1e-30 * g.float(), 1e30 * torch.ones(4, dtype=torch.float64), 2, backend=backend)
+
+
+G, GOAL = torch.ones(4, 3), torch.ones(3)
+BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "g int": ((G.int(), GOAL, 1), {}, TypeError, "g must have dtype float16, .*, got int32"),
+    "g list": (([[1.0]], GOAL, 1), {}, TypeError, "g must be a torch.Tensor, .*, got list"),
+    "g 1-d": ((GOAL, GOAL, 1), {}, ValueError, r"g must have 2 dimensions, got shape \(3,\)"),
+    "g empty": ((G[:0], GOAL, 1), {}, ValueError, r"g must have at least 1 row and 1 column, got shape \(0, 3\)"),
+    "target long": ((G, torch.ones(4), 1), {}, ValueError, r"target must have shape \[3\], got \(4,\)"),
+    "target 2-d": ((G, GOAL[None], 1), {}, ValueError, r"target must have shape \[3\], got \(1, 3\)"),
+    "target bool": ((G, GOAL.bool(), 1), {}, TypeError, "target must hold real numbers, got dtype bool"),
+    "target None": ((G, None, 1), {}, TypeError, "target must be a torch.Tensor, .*, got NoneType"),
+    "target elsewhere": ((G, GOAL.to("meta"), 1), {}, ValueError, "target is on device meta, but g is on cpu"),
+    "k 0": ((G, GOAL, 0), {}, ValueError, "k must be between 1 and the number of rows of g, 4, got 0"),
+    "k 5": ((G, GOAL, 5), {}, ValueError, "k must be between 1 and the number of rows of g, 4, got 5"),
+    "k float": ((G, GOAL, 2.0), {}, TypeError, "k must be an int, got 2.0"),
+    "ridge -1": ((G, GOAL, 1), {"ridge": -1}, ValueError, "ridge must be >= 0, got -1.0"),
+    "ridge inf": ((G, GOAL, 1), {"ridge": math.inf}, ValueError, "ridge must be finite, got inf"),
+    "ridge str": ((G, GOAL, 1), {"ridge": "1"}, TypeError, "ridge must be a number, got '1'"),
+    "sign": ((G, GOAL, 1), {"nonnegative": 1}, TypeError, "nonnegative must be a bool, got 1 of type int"),
+    "backend": ((G, GOAL, 1), {"backend": "gpu"}, ValueError, "unknown backend 'gpu'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name: str) -> None:
+    arguments, options, error, words = BAD[name]
+    with pytest.raises(error, match=words):
+        orthogonal_matching_pursuit(*arguments, **options)
+    if not options:
+        with pytest.raises(error, match=words):
+            frank_wolfe(*arguments)
+
+
+def test_the_compiled_call_checks_what_it_is_given() -> None:
+    with pytest.raises(ValueError, match=r"target: expected shape \(3,\), got \(4,\)"):
+        kernels.cpu.orthogonal_matching_pursuit(G, torch.ones(4).double(), 1)
+    with pytest.raises(TypeError, match="target: expected dtype float64, got float32"):
+        kernels.cpu.frank_wolfe(G, GOAL, 1)
+    with pytest.raises(TypeError, match="g: expected dtype float32 or float64, got float16"):
+        kernels.cpu.frank_wolfe(G.half(), GOAL.double(), 1)
+
+
+def test_unavailable_backends_say_why() -> None:
+    for name in ("cuda", "triton"):
+        with pytest.raises(fc.BackendUnavailableError):
+            orthogonal_matching_pursuit(G, GOAL, 1, backend=name)
