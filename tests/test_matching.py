@@ -15,6 +15,7 @@ from torch import Tensor
 
 import flashcoreset as fc
 from flashcoreset import kernels
+from flashcoreset.ops.pursuit import orthogonal_matching_pursuit
 from flashcoreset.reference.matching import Rule
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -337,6 +338,100 @@ def check_all_dimensions(backend: str, device: str, metric: str, normalize: bool
         assert found.offset is not None
 
 
+def _left(g: Tensor, found: fc.Selection) -> float:
+    return float((found.weights.double() @ g[found.indices].double() - g.double().sum(0)).norm())
+
+
+@pytest.mark.parametrize("method", ["omp", "frank_wolfe"])
+def test_weighted_sums_approach_the_sum_of_all(backend: str, method: str) -> None:
+    g = normal(60, 20, dtype=torch.float32)
+    distances = []
+    for k in (1, 5, 15, 30):
+        found = fc.match_gradients(g, k, method=method, backend=backend)
+        assert len(found.indices) <= k
+        assert len(set(found.indices.tolist())) == len(found.indices)
+        assert (found.weights > 0).all()
+        assert found.assignment.unique().tolist() == [-1]
+        assert not found.gains.any()
+        distances.append(_left(g, found))
+        assert found.objective == pytest.approx(-distances[-1], rel=1e-3, abs=1e-3)
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < (0.05 if method == "omp" else 0.15) * float(g.sum(0).norm())
+
+
+def test_matching_pursuit_of_each_group(backend: str) -> None:
+    g, groups = normal(40, 9), torch.arange(40) % 2
+    found = fc.match_gradients(
+        g, None, method="omp", groups=groups, budgets=[4, 2], nonnegative=False, ridge=0.5, backend=backend
+    )
+    for label, count in ((0, 4), (1, 2)):
+        rows = (groups == label).nonzero()[:, 0]
+        alone = orthogonal_matching_pursuit(
+            g[rows], g[rows].sum(0), count, nonnegative=False, ridge=0.5, backend=backend
+        )
+        own = groups[found.indices] == label
+        assert torch.equal(found.indices[own], rows[alone.indices])
+        assert torch.allclose(found.weights[own], alone.weights)
+
+
+def test_caratheodory_is_exact(backend: str) -> None:
+    g = normal(60, 5)
+    found = fc.match_gradients(g, 6, method="caratheodory", backend=backend)
+    assert len(found.indices) <= 6
+    assert float(found.weights.sum()) == pytest.approx(60)
+    assert _left(g, found) < 1e-9
+    with pytest.raises(ValueError, match="max_size must be >= 6"):
+        fc.match_gradients(g, 5, method="caratheodory", backend=backend)
+    shared = fc.LowRankGradients(normal(60, 2), seed=0, numel=4_000, backend=backend)
+    found = fc.match_gradients(shared, 3, method="caratheodory", backend=backend)
+    rows = shared.dense()
+    assert len(found.indices) <= 3
+    assert _left(rows, found) < 1e-9 * float(rows.abs().sum())
+
+
+@pytest.mark.parametrize("method", ["omp", "frank_wolfe"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_short_rows_stand_for_long_ones(backend: str, method: str, normalize: bool) -> None:
+    """Low-rank gradients and histories, all dimensions: the picks of the rows themselves."""
+    numel = 3_000
+    shared = fc.LowRankGradients(normal(25, 3), seed=5, numel=numel, backend=backend)
+    state = (
+        fc.AdamState(0.1 * normal(numel, seed=3), normal(numel, seed=4).square(), 5) if normalize else None
+    )
+    found = fc.match_gradients(shared, 5, normalize=state, method=method, backend=backend)
+    rows = shared.dense()
+    rows = rows if state is None else Rule.adam(5, BETAS, EPS).updates(rows, state.m, state.v)
+    expected = fc.match_gradients(rows, 5, method=method, backend=backend)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.allclose(found.weights, expected.weights, rtol=1e-5)
+    assert found.objective == pytest.approx(expected.objective, rel=1e-5, abs=1e-5 * float(rows.norm()))
+    if state is not None:
+        assert found.state.step == 6
+
+
+def test_weighted_methods_take_the_dimensions_and_history_of_adam(backend: str) -> None:
+    g = normal(30, 400)
+    state = fc.AdamState(0.1 * normal(400, seed=3), normal(400, seed=4).square(), 5)
+    found = fc.match_gradients(g, 6, normalize=state, top=40, method="omp", backend=backend)
+    medoids = fc.match_gradients(g, 6, normalize=state, top=40, backend=backend)
+    assert torch.equal(found.dims, medoids.dims)
+    m = 0.9 * state.m + 0.1 * g[found.indices].mean(0)
+    assert torch.allclose(found.state.m, m, rtol=1e-12, atol=1e-14)
+    # Along one direction one row is a multiple of the sum.
+    history = fc.RankOneAdamState(1_000, mean=0.4, mean_square=1.5, seed=3, step=4)
+    shared = fc.LowRankGradients(normal(20, 1), seed=3, numel=1_000, backend=backend)
+    one = fc.match_gradients(shared, 4, normalize=history, method="omp", backend=backend)
+    assert len(one.indices) == 1
+    assert one.objective == pytest.approx(0, abs=1e-6)
+
+
+def test_nothing_to_match_leaves_the_history(backend: str) -> None:
+    state = fc.AdamState(torch.zeros(7), torch.zeros(7), 3)
+    found = fc.match_gradients(torch.zeros(5, 7), 2, normalize=state, method="omp", backend=backend)
+    assert len(found.indices) == 0
+    assert found.state is state
+
+
 def test_one_offset_for_all_groups(backend: str) -> None:
     """Gains and the objective are those of facility location with the offset that is returned."""
     g = torch.cat([normal(9, 30), 10 * normal(8, 30, seed=1)])
@@ -461,6 +556,8 @@ ZERO = torch.zeros(5)
         ),
         (G, 1, {"nonnegative": False}, ValueError, "are for method 'omp'"),
         (G, 1, {"ridge": 1.0}, ValueError, "are for method 'omp'"),
+        (G, 1, {"ridge": -1.0, "method": "omp"}, ValueError, "ridge must be >= 0"),
+        (G, 1, {"method": "omp", "backend": "triton"}, fc.BackendUnavailableError, "triton"),
         (G, 1, {"backend": "gpu"}, ValueError, "unknown backend"),
     ],
 )

@@ -128,7 +128,7 @@ class CoLM:
         members, budgets = self._members(labels, usable & ~is_kept, self.k - len(kept))
         indices, weights, dims = [kept], [torch.ones(len(kept), dtype=g.dtype, device=device)], None
         if members:
-            found = match_members(Problem(g, history, top, members, self.metric, "medoid"), self.backend)
+            found = match_members(Problem(g, history, top, members, self.metric), self.backend)
             indices.append(found.indices)
             weights.append(found.weights)
             dims, self.history = found.dims, found.state

@@ -14,12 +14,14 @@ from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite,
 from flashcoreset._types import Selection
 from flashcoreset.ops.adam import AdamState, RankOneAdamState
 from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.ops.caratheodory import caratheodory
 from flashcoreset.ops.facility_location import facility_location, group_members
+from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit
 from flashcoreset.ops.zeroth_order import LowRankGradients
 from flashcoreset.reference.matching import Rule
 
 METRICS = ("l1", "euclidean", "sqeuclidean", "cosine", "dot")
-METHODS = ("medoid",)
+METHODS = ("medoid", "omp", "frank_wolfe", "caratheodory")
 
 _BLOCK_BYTES = 1 << 25  # of the gradients that are looked at together
 # The streamed path is left where eps moves no update by more than this part of it, as float32 sums may.
@@ -54,13 +56,18 @@ def match_gradients(
         budgets: how many to take of each group: a dict label -> count, or counts [G] for the labels 0..G-1. Default:
             `allocate_budgets` of the groups' sizes and `k`.
         metric: "l1", "euclidean", "sqeuclidean", "cosine" or "dot", of rows, for "medoid".
-        method: "medoid": facility location.
-        nonnegative, ridge: for "omp".
+        method: "medoid" takes the gradients that are nearest to all others, by facility location. The others make a weighted sum
+            of few that is near the sum of all: "omp" by orthogonal matching pursuit (as in GradMatch), "frank_wolfe" by greedy
+            iterative geodesic ascent, "caratheodory" exactly, where the rank of the gradients less their mean is below k.
+        nonnegative: whether the weights of "omp" must be >= 0.
+        ridge: of "omp": a multiple of the sum of squares of the weights that is added to the squared distance, >= 0.
         backend: None, "cpu", "cuda", "triton" or "torch".
 
     Returns:
         Selection on the device of `g`: `indices` [k] group by group in label order, in each in the order of the picks;
-        `weights` [k], the sizes of their clusters, `gains` and `assignment` [B] as `facility_location` has them;
+        `weights` [k], the sizes of their clusters, `gains` and `assignment` [B] as `facility_location` has them. The other methods
+        may take fewer than k; their `weights` are those of the sum, `gains` 0, `assignment` -1, and `objective` is minus the
+        distance that is left, summed up over the groups.
         `dims` [groups with a budget, top] int64, the largest first (None without `top`, and where one shared direction leaves all
         dimensions alike); `state`, of the kind of `normalize`, its step one higher.
 
@@ -75,8 +82,10 @@ def match_gradients(
     coefficient, and the history stays of this kind: numbers stand for rows where eps is small beside the square roots that it is
     added to (one part in a million), and else rows are made. Gradients along another direction make it an `AdamState`.
 
-    Source: Nguyen, Yang, Anand, Yang and Mirzasoleiman, "Mini-batch coresets for memory-efficient language model training on
-    data mixtures" (CoLM), ICLR 2025, section 4.
+    Sources: Nguyen, Yang, Anand, Yang and Mirzasoleiman, "Mini-batch coresets for memory-efficient language model training on
+    data mixtures" (CoLM), ICLR 2025, section 4; Killamsetty, Sivasubramanian, Ramakrishnan, De and Iyer, "GRAD-MATCH", ICML 2021;
+    Campbell and Broderick, "Bayesian coreset construction via greedy iterative geodesic ascent", ICML 2018; Maalouf,
+    Jubran and Feldman, "Fast and accurate least-mean-squares solvers", NeurIPS 2019.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -139,8 +148,10 @@ class Problem:
     history: AdamState | RankOneAdamState | None
     top: int | None
     members: list[tuple[Tensor, int]]  # of each group that has a budget: its rows, ascending, and the budget
-    metric: str
-    method: str
+    metric: str = "l1"
+    method: str = "medoid"
+    nonnegative: bool = True
+    ridge: float = 0.0
 
 
 def _check(
@@ -162,8 +173,13 @@ def _check(
         raise TypeError(
             f"nonnegative must be a bool, got {nonnegative!r} of type {type(nonnegative).__name__}"
         )
-    if not nonnegative or as_number(ridge, "ridge") != 0:
-        raise ValueError(f"nonnegative and ridge are for method 'omp', got {nonnegative} and {ridge}")
+    ridge = as_number(ridge, "ridge")
+    if ridge < 0:
+        raise ValueError(f"ridge must be >= 0, got {ridge}")
+    if method != "omp" and (not nonnegative or ridge):
+        raise ValueError(
+            f"nonnegative and ridge are for method 'omp', got {nonnegative} and {ridge} with {method!r}"
+        )
     members = group_members(gradients.count, k, groups, budgets, gradients.values.device)
     return Problem(
         gradients,
@@ -172,6 +188,8 @@ def _check(
         [(rows, count) for rows, count in members if count],
         metric,
         method,
+        nonnegative,
+        ridge,
     )
 
 
@@ -216,14 +234,16 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
         if numbers is None:
             dense = history.dense(g.dtype, g.values.device, backend)
     if numbers is not None:
-        parts = _medoids(problem, numbers, backend)
+        parts = _solve(problem, numbers, backend)
     else:
         assert not isinstance(dense, RankOneAdamState)
-        if problem.top is None:
-            parts = _match_all_dimensions(problem, dense, kernels, backend)
-        else:
+        if problem.top is not None:
             dims, u = _top_updates(problem, dense, kernels)
-            parts = _medoids(problem, u.split([len(rows) for rows, _ in problem.members]), backend)
+            parts = _solve(problem, u.split([len(rows) for rows, _ in problem.members]), backend)
+        elif problem.method == "medoid":
+            parts = _medoids_of_all_dimensions(problem, dense, kernels, backend)
+        else:
+            parts = _solve(problem, _as_short_rows(problem, dense, kernels), backend)
     found = _assemble(problem, parts)
     return replace(found, dims=dims, state=_advance(g, history, dense, found.indices, kernels))
 
@@ -237,7 +257,7 @@ def _numbers(problem: Problem, history: RankOneAdamState) -> list[Tensor] | None
     g = problem.g
     rule = Rule.adam(history.step, history.betas, history.eps)
     width = problem.top or g.numel
-    scale = width if problem.metric == "l1" else width**0.5
+    scale = width if problem.method == "medoid" and problem.metric == "l1" else width**0.5
     result = []
     for rows, _ in problem.members:
         c = g.values[rows].double()
@@ -274,15 +294,14 @@ def _offsets(problem: Problem) -> tuple[Tensor, Tensor]:
     return torch.cat(rows), sizes.cumsum(0)
 
 
-def _match_all_dimensions(
-    problem: Problem, history: AdamState | None, kernels: ModuleType, backend: str | None
-) -> list[Selection]:
-    """From distances between updates that are summed up over blocks of dimensions."""
-    g, metric = problem.g, problem.metric
+def _sums_of_pairs(
+    problem: Problem, history: AdamState | None, kernels: ModuleType, metric: str
+) -> list[Tensor]:
+    """For each group its pairs' "l1", "sqeuclidean" or "dot" [members, members] float64, summed up over blocks of dimensions."""
+    g = problem.g
     sizes = [len(rows) for rows, _ in problem.members]
     member, offset = _offsets(problem)
     sums = [member.new_zeros(size, size, dtype=torch.float64) for size in sizes]
-    summed = {"euclidean": "sqeuclidean", "cosine": "dot"}.get(metric, metric)
     step = max(1, _BLOCK_BYTES // (8 * g.count))
     for begin in range(0, g.numel, step):
         part = g.columns(begin, min(begin + step, g.numel))
@@ -291,9 +310,19 @@ def _match_all_dimensions(
             m, v = history.m[begin : begin + step], history.v[begin : begin + step]
         _, u = kernels.top_updates(part, m, v, _rule(history), member, offset, part.shape[1])
         for total, rows in zip(sums, u.split(sizes), strict=True):
-            total += kernels.pairwise(rows, metric=summed)
+            total += kernels.pairwise(rows, metric=metric)
+    return sums
+
+
+def _medoids_of_all_dimensions(
+    problem: Problem, history: AdamState | None, kernels: ModuleType, backend: str | None
+) -> list[Selection]:
+    metric = problem.metric
+    summed = {"euclidean": "sqeuclidean", "cosine": "dot"}.get(metric, metric)
     parts = []
-    for total, (_, count) in zip(sums, problem.members, strict=True):
+    for total, (_, count) in zip(
+        _sums_of_pairs(problem, history, kernels, summed), problem.members, strict=True
+    ):
         if metric == "cosine":
             norm = total.diagonal().sqrt()
             total = torch.where(total == 0, 0, total / (norm[:, None] * norm))
@@ -308,11 +337,57 @@ def _match_all_dimensions(
     return parts
 
 
-def _medoids(problem: Problem, updates: Iterable[Tensor], backend: str | None) -> list[Selection]:
-    return [
-        facility_location(u, count, metric=problem.metric, backend=backend)
-        for u, (_, count) in zip(updates, problem.members, strict=True)
-    ]
+def _as_short_rows(problem: Problem, history: AdamState | None, kernels: ModuleType) -> list[Tensor]:
+    """For each group rows with the inner products of its updates in all dimensions: weighted sums of them are as near to each other
+    as those of the updates."""
+    g = problem.g
+    if history is None and g.length is None:
+        return [g.values[rows].to(g.dtype) for rows, _ in problem.members]
+    if history is None:
+        # c Z has the inner products of c F, where Z Z^T = F F^T.
+        gram = g.values.new_zeros(g.values.shape[1], g.values.shape[1], dtype=torch.float64)
+        shared = LowRankGradients(g.values, g.seed, g.numel, g.backend)
+        step = max(1, _BLOCK_BYTES // (8 * len(gram)))
+        for begin in range(0, g.numel, step):
+            z = shared.directions(begin, min(begin + step, g.numel)).double()
+            gram += z @ z.T
+        factor = _factor(gram)
+        return [g.values[rows].double() @ factor for rows, _ in problem.members]
+    return [_factor(total) for total in _sums_of_pairs(problem, history, kernels, "dot")]
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """F with F F^T = gram, which is positive semidefinite but for rounding."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def _solve(problem: Problem, updates: Iterable[Tensor], backend: str | None) -> list[Selection]:
+    """Each group's selection by its updates [members, dimensions]."""
+    parts = []
+    for u, (_, count) in zip(updates, problem.members, strict=True):
+        if problem.method == "medoid":
+            parts.append(facility_location(u, count, metric=problem.metric, backend=backend))
+        elif problem.method == "caratheodory":
+            parts.append(caratheodory(u, max_size=count, backend=backend))
+        else:
+            parts.append(_pursue(problem, u, count, backend))
+    return parts
+
+
+def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Selection:
+    target = u.sum(0, dtype=torch.float64)
+    if problem.method == "omp":
+        found = orthogonal_matching_pursuit(
+            u, target, count, nonnegative=problem.nonnegative, ridge=problem.ridge, backend=backend
+        )
+    else:
+        found = frank_wolfe(u, target, count, backend=backend)
+    left = found.residual_norms[-1] if len(found.residual_norms) else target.norm()
+    nowhere = torch.full((len(u),), -1, dtype=torch.int64, device=u.device)
+    return Selection(
+        found.indices, torch.zeros_like(found.weights), found.weights, nowhere, -float(left), None
+    )
 
 
 def _assemble(problem: Problem, parts: list[Selection]) -> Selection:
@@ -323,17 +398,17 @@ def _assemble(problem: Problem, parts: list[Selection]) -> Selection:
     assignment = torch.full((g.count,), -1, dtype=torch.int64, device=g.values.device)
     indices, gains, weights = [], [], []
     objective, done = 0.0, 0
-    for part, (rows, count) in zip(parts, problem.members, strict=True):
+    for part, (rows, _) in zip(parts, problem.members, strict=True):
         more = 0.0
         if offset is not None and part.offset is not None:
             more = (offset - part.offset) * len(rows)
         indices.append(rows[part.indices])
         gains.append(part.gains.clone())
-        gains[-1][0] += more
+        gains[-1][:1] += more
         weights.append(part.weights)
         assignment[rows] = torch.where(part.assignment >= 0, part.assignment + done, -1)
         objective += part.objective + more
-        done += count
+        done += len(part.indices)
     return Selection(
         torch.cat(indices),
         torch.cat(gains).to(g.dtype),
@@ -351,9 +426,9 @@ def _advance(
     chosen: Tensor,
     kernels: ModuleType,
 ) -> AdamState | RankOneAdamState | None:
-    """The history after a step with the chosen gradients; `dense` is what was matched with."""
-    if history is None or dense is None:
-        return None
+    """The history after a step with the chosen gradients, if there are any; `dense` is what was matched with."""
+    if history is None or dense is None or not len(chosen):
+        return history
     beta1, beta2 = history.betas
     step = history.step + 1
     if isinstance(history, RankOneAdamState) and _along_one_direction(g, history):
