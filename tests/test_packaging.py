@@ -58,7 +58,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
     ]
     # The wheel has the same form at every optimisation and for one instruction set and no GPU, which take less time to build.
-    command += ["-C", "cmake.build-type=Debug", sdist]
+    command += ["--config-settings=cmake.build-type=Debug", sdist]
     environment = tools_environment(FLASHCORESET_BUILD_ISAS="native", FLASHCORESET_CUDA="off")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

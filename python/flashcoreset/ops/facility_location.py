@@ -41,6 +41,8 @@ from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DIST
 METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
 METHODS = ("lazy", "naive", "stochastic")
 
+_HUGE_PAGE = 2**21
+
 
 def facility_location(
     x: Any,
@@ -794,4 +796,6 @@ def _estimate(
     longest = min(m, max(256, 4 * capacity // n)) if capacity else 0
     lists = (capacity + threads * 48 * longest) * entry
     own = packed + per_candidate + per_client + sweep + matrix + lists + threads * 2**20
+    # Where large arrays lie side by side, the huge page that both have a part of comes whole.
+    own += _HUGE_PAGE if own >= 2 * _HUGE_PAGE else 0
     return outputs + converted + of_group + own
