@@ -57,7 +57,12 @@ class PyFacilityLocation {
         throw py::value_error("offset: expected a number >= 0 within the range of the features' type, got " +
                               std::to_string(offset));
       }
+      const auto use_threads_for = [&](int64_t m) {
+        const double pairs = static_cast<double>(view.shape[0]) * static_cast<double>(m);
+        options.threads = ThreadTeam::for_work(threads, pairs * static_cast<double>(view.shape[1]));
+      };
       if (clients_array.is_none()) {
+        use_threads_for(view.shape[0]);
         options.self_clients = true;
         read_options(view.shape[0], view.shape[0], weights, preselected, options);
         run_ = facility_location_points<T>(view, nullptr, kind, std::move(options));
@@ -67,6 +72,7 @@ class PyFacilityLocation {
           throw py::value_error("clients: expected " + std::to_string(view.shape[1]) +
                                 " columns as in x, got " + std::to_string(clients.shape[1]));
         }
+        use_threads_for(clients.shape[0]);
         read_options(view.shape[0], clients.shape[0], weights, preselected, options);
         run_ = facility_location_points<T>(view, &clients, kind, std::move(options));
       }

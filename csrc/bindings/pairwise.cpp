@@ -29,7 +29,9 @@ void bind_pairwise(py::module_& m) {
           if (!result.has_contiguous_rows())
             throw py::value_error("out: expected rows that are contiguous in memory");
           without_gil([&] {
-            ThreadTeam team(threads, signal_poll());
+            const double pairs = static_cast<double>(xs.shape[0]) * static_cast<double>(ys.shape[0]);
+            ThreadTeam team(ThreadTeam::for_work(threads, pairs * static_cast<double>(xs.shape[1])),
+                            signal_poll());
             pairwise<T>(xs, ys, metric, symmetric, result, team);
           });
         });

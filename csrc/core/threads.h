@@ -63,6 +63,9 @@ class ThreadTeam {
   // Additions that are worth a region of their own: a thread starts in a tenth of a millisecond.
   static constexpr int64_t kWorthwhile = int64_t{1} << 16;
 
+  // How many of `threads` so many additions are worth.
+  static int for_work(int threads, double additions) { return additions < kWorthwhile ? 1 : threads; }
+
   // fn(thread, begin, end) over [0, n) in chunks handed out in order as threads become free. Which thread
   // gets which chunk is not fixed, so results must not depend on it: integer sums and disjoint writes do not.
   template <class Fn>
