@@ -539,7 +539,9 @@ def test_a_missing_extra_is_named(
     monkeypatch.chdir(ROOT)
     expect_error(capsys, "pip install 'flashcoreset[bench]'", "bench")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    expect_error(capsys, "unknown family 'nothing'; there are autocoreset, facility_location", "bench", "nothing")
+    expect_error(
+        capsys, "unknown family 'nothing'; there are autocoreset, facility_location", "bench", "nothing"
+    )
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     expect_error(capsys, "pip install 'flashcoreset[demo]'", "demo", "--out", tmp_path / "demo.png")
 
