@@ -487,7 +487,10 @@ def launch_top_updates(
     if rule is not None:
         scales = (rule.m_scale, rule.m_step, rule.v_scale, rule.v_step, rule.eps)
     sieves = (
-        history is not None and g.values.dtype != torch.float64 and rule.eps >= _LEAST_EPS_OF_SIEVE  # type: ignore[union-attr]
+        rule is not None
+        and history is not None
+        and g.values.dtype != torch.float64
+        and rule.eps >= _LEAST_EPS_OF_SIEVE
     )
     m, v = (g.values, g.values) if history is None else history
     common: dict[str, object] = {

@@ -221,6 +221,14 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a graph is being made: by torch.compile, or from tensors that are not plain ones (fake, meta, wrapped)."""
+    return torch.compiler.is_compiling() or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32

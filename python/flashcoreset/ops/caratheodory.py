@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_int64, as_matrix, as_vector, check_weights, compute_dtype
+from flashcoreset._tensor import as_int64, as_matrix, as_vector, check_weights, compute_dtype, is_traced
 from flashcoreset._types import Selection
 from flashcoreset.ops.backends import check_backend, choose_kernels
 
@@ -63,7 +63,7 @@ def caratheodory(
         limit = as_int64(max_size, "max_size")
         if limit < 1:
             raise ValueError(f"max_size must be >= 1, got {limit}")
-    if torch.compiler.is_compiling() or type(points) not in _PLAIN or points.is_meta:
+    if is_traced(points):
         indices, new_weights = torch.ops.flashcoreset.caratheodory(points, weights, limit, backend)
     else:
         indices, new_weights = _solve(points, weights, limit, backend)
@@ -76,9 +76,6 @@ def caratheodory(
         objective=0.0,
         offset=None,
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _solve(x: Tensor, weights: Tensor | None, max_size: int, backend: str | None) -> tuple[Tensor, Tensor]:

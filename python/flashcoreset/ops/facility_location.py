@@ -29,6 +29,7 @@ from flashcoreset._tensor import (
     check_weights,
     compute_dtype,
     is_sparse,
+    is_traced,
     one_of,
     same_device,
 )
@@ -142,7 +143,7 @@ def facility_location(
     )
     check_backend(backend)
     check_progress(progress)
-    if _is_traced(problem):
+    if is_traced(problem.x.values if isinstance(problem.x, Csr) else problem.x):
         return _call_op(problem, backend)
     return Selection(*_solve(problem, backend, progress))
 
@@ -680,19 +681,6 @@ def _fake(
         x.new_empty((), dtype=torch.float64),
         x.new_empty((), dtype=torch.float64),
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _is_traced(p: _Problem) -> bool:
-    """Whether a graph is being made: by torch.compile, or from tensors that are not plain ones (fake, meta,
-    wrapped)."""
-    if torch.compiler.is_compiling():
-        return True
-    if isinstance(p.x, Csr):
-        return type(p.x.values) not in _PLAIN
-    return type(p.x) not in _PLAIN or p.x.is_meta
 
 
 def _call_op(p: _Problem, backend: str | None) -> Selection:

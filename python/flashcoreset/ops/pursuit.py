@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype
+from flashcoreset._tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype, is_traced
 from flashcoreset.ops.backends import check_backend, choose_kernels
 
 
@@ -91,7 +91,7 @@ def orthogonal_matching_pursuit(
     ridge = as_number(ridge, "ridge")
     if ridge < 0:
         raise ValueError(f"ridge must be >= 0, got {ridge}")
-    if _traced(rows):
+    if is_traced(rows):
         found = torch.ops.flashcoreset.orthogonal_matching_pursuit(rows, b, k, nonnegative, ridge, backend)
     else:
         found = _solve_pursuit(rows, b, k, nonnegative, ridge, backend)
@@ -131,18 +131,11 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
         ([1, 0], [3.0, 1.0])
     """
     rows, b, k = _check(g, target, k, backend)
-    if _traced(rows):
+    if is_traced(rows):
         found = torch.ops.flashcoreset.frank_wolfe(rows, b, k, backend)
     else:
         found = _solve_frank_wolfe(rows, b, k, backend)
     return _wrap(*found)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _traced(rows: Tensor) -> bool:
-    return torch.compiler.is_compiling() or type(rows) not in _PLAIN or rows.is_meta
 
 
 def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Tensor, int]:
@@ -159,7 +152,7 @@ def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Te
 
 
 def _wrap(indices: Tensor, weights: Tensor, residual_norms: Tensor) -> Pursuit:
-    if torch.compiler.is_compiling() or type(indices) not in _PLAIN or indices.is_meta:
+    if is_traced(indices):
         return Pursuit(indices, weights, residual_norms)
     found = indices >= 0
     return Pursuit(indices[found], weights[found], residual_norms[residual_norms >= 0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._memory import as_dtype, as_shape, register_estimate
-from flashcoreset._tensor import FLOATING, as_integers, as_tensor, compute_dtype
+from flashcoreset._tensor import FLOATING, as_integers, as_tensor, compute_dtype, is_traced
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.reference.scores import check_targets, mean_over_tokens
 
@@ -85,15 +85,12 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
     """
     check_backend(backend)
     x, t, m = _check(logits, targets, mask)
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_meta:
+    if is_traced(x):
         found = torch.ops.flashcoreset.sample_scores(x, t, m, backend)
     else:
         found = _solve(x, t, m, backend)
     loss, entropy, margin, el2n, correct = found.unbind()
     return SampleScores(loss, entropy, margin, el2n, correct > 0 if x.dim() == 2 else correct)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _check(logits: Any, targets: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:

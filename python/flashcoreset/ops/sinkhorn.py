@@ -23,6 +23,7 @@ from flashcoreset._tensor import (
     as_tensor,
     as_vector,
     compute_dtype,
+    is_traced,
     one_of,
     same_device,
 )
@@ -608,13 +609,11 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
 
 # ---- the result
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def _transport(p: _Problem, progress: Callable[[int, int], object] | bool | None) -> Transport:
     inputs = [t for t in (p.x, p.y, p.a, p.b) if t is not None]
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    traced = torch.compiler.is_compiling() or any(type(t) not in _PLAIN or t.is_meta for t in inputs)
+    traced = is_traced(*inputs)
     if traced:
         solution = Solution(*torch.ops.flashcoreset.sinkhorn(*_op_arguments(p)))
     else:
