@@ -547,14 +547,17 @@ def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, met
     return farthest
 
 
-def group_members(
-    count: int, k: Any, groups: Any, budgets: Any, device: torch.device
-) -> list[tuple[Tensor, int]]:
-    """For each label, ascending: which of `count` items are its members, ascending, and how many to pick of them; the arguments
-    are checked as those of `facility_location`."""
+def check_groups(count: int, k: Any, groups: Any, budgets: Any, device: torch.device) -> _Problem:
+    """`k`, `groups`, `labels` and `budgets` for `count` items, types and shapes checked as those of `facility_location`."""
     stand_in = torch.empty(count, 1, device=device)
-    p = _check(stand_in, k, None, "l1", None, groups, budgets, None, "lazy", 0.1, 0, None, 0)
-    return [(torch.arange(count, device=device), p.k)] if p.groups is None else _members(p)
+    return _check(stand_in, k, None, "l1", None, groups, budgets, None, "lazy", 0.1, 0, None, 0)
+
+
+def group_members(p: _Problem) -> list[tuple[Tensor, int]]:
+    """For each label, ascending: which items are its members, ascending, and how many to pick of them."""
+    if p.groups is None:
+        return [(torch.arange(p.x.shape[0], device=p.x.device), p.k)]
+    return _members(p)
 
 
 def _members(p: _Problem) -> list[tuple[Tensor, int]]:

@@ -10,14 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype, one_of
+from flashcoreset._tensor import (
+    as_integer,
+    as_matrix,
+    as_number,
+    check_finite,
+    compute_dtype,
+    is_traced,
+    one_of,
+)
 from flashcoreset._types import Selection
 from flashcoreset.ops.adam import AdamState, RankOneAdamState
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.ops.caratheodory import caratheodory
-from flashcoreset.ops.facility_location import facility_location, group_members
+from flashcoreset.ops.facility_location import check_groups, facility_location, group_members
 from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit
 from flashcoreset.ops.zeroth_order import LowRankGradients
+from flashcoreset.reference.facility_location import DISTANCES
 from flashcoreset.reference.matching import Rule
 
 METRICS = ("l1", "euclidean", "sqeuclidean", "cosine", "dot")
@@ -69,7 +78,7 @@ def match_gradients(
         may take fewer than k; their `weights` are those of the sum, `gains` 0, `assignment` -1, and `objective` is minus the
         distance that is left, summed up over the groups.
         `dims` [groups with a budget, top] int64, the largest first (None without `top`, and where one shared direction leaves all
-        dimensions alike); `state`, of the kind of `normalize`, its step one higher.
+        dimensions alike); `state`, of the kind of `normalize`, its step one higher, its means unchanged where nothing was taken.
 
     Raises:
         TypeError: for a wrong type or dtype, such as a history in another precision than the gradients'.
@@ -80,7 +89,8 @@ def match_gradients(
 
     With a `RankOneAdamState` and gradients along the same one direction every update is h(c) sign(z), c being the
     coefficient, and the history stays of this kind: numbers stand for rows where eps is small beside the square roots that it is
-    added to (one part in a million), and else rows are made. Gradients along another direction make it an `AdamState`.
+    added to (one part in a million), and else rows are made. Gradients along another direction make it an `AdamState`. A function
+    given to torch.compile takes `AdamState` alone, to which `RankOneAdamState.dense` leads.
 
     Sources: Nguyen, Yang, Anand, Yang and Mirzasoleiman, "Mini-batch coresets for memory-efficient language model training on
     data mixtures" (CoLM), ICLR 2025, section 4; Killamsetty, Sivasubramanian, Ramakrishnan, De and Iyer, "GRAD-MATCH", ICML 2021;
@@ -94,9 +104,11 @@ def match_gradients(
         >>> found.indices, found.weights, found.dims, found.state.step
         (tensor([0, 2]), tensor([2., 1.]), tensor([[2, 0]]), 3)
     """
-    problem = _check(g, k, normalize, top, groups, budgets, metric, method, nonnegative, ridge)
+    problem, asked = _check(g, k, normalize, top, groups, budgets, metric, method, nonnegative, ridge)
     check_backend(backend)
-    return match_members(problem, backend)
+    if is_traced(problem.g.values):
+        return _call_op(problem, asked, backend)
+    return match_members(problem.among(asked), backend)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +165,10 @@ class Problem:
     nonnegative: bool = True
     ridge: float = 0.0
 
+    def among(self, asked: Any) -> Problem:
+        """The same with the members and budgets that `check_groups` was asked for."""
+        return replace(self, members=[(rows, count) for rows, count in group_members(asked) if count])
+
 
 def _check(
     g: Any,
@@ -165,7 +181,8 @@ def _check(
     method: Any,
     nonnegative: Any,
     ridge: Any,
-) -> Problem:
+) -> tuple[Problem, Any]:
+    """The problem, its members still to be found, and what `check_groups` says of k, groups and budgets."""
     one_of(metric, "metric", METRICS)
     one_of(method, "method", METHODS)
     gradients = Gradients.of(g, "g")
@@ -180,17 +197,10 @@ def _check(
         raise ValueError(
             f"nonnegative and ridge are for method 'omp', got {nonnegative} and {ridge} with {method!r}"
         )
-    members = group_members(gradients.count, k, groups, budgets, gradients.values.device)
-    return Problem(
-        gradients,
-        check_history(normalize, gradients, "normalize"),
-        check_top(top, gradients.numel),
-        [(rows, count) for rows, count in members if count],
-        metric,
-        method,
-        nonnegative,
-        ridge,
-    )
+    asked = check_groups(gradients.count, k, groups, budgets, gradients.values.device)
+    history = check_history(normalize, gradients, "normalize")
+    top = check_top(top, gradients.numel)
+    return Problem(gradients, history, top, [], metric, method, nonnegative, ridge), asked
 
 
 def check_top(top: Any, numel: int) -> int | None:
@@ -329,7 +339,7 @@ def _medoids_of_all_dimensions(
         elif metric == "euclidean":
             total = total.sqrt()
         offset_of = None
-        if metric in ("l1", "euclidean", "sqeuclidean"):
+        if metric in DISTANCES:
             offset_of = float(total.max())
             total = offset_of - total
         found = facility_location(total, count, metric="precomputed", backend=backend)
@@ -426,9 +436,11 @@ def _advance(
     chosen: Tensor,
     kernels: ModuleType,
 ) -> AdamState | RankOneAdamState | None:
-    """The history after a step with the chosen gradients, if there are any; `dense` is what was matched with."""
-    if history is None or dense is None or not len(chosen):
-        return history
+    """The history after a step with the chosen gradients; `dense` is what was matched with."""
+    if history is None or dense is None:
+        return None
+    if not len(chosen):  # there are no means of nothing
+        return replace(history, step=history.step + 1)
     beta1, beta2 = history.betas
     step = history.step + 1
     if isinstance(history, RankOneAdamState) and _along_one_direction(g, history):
@@ -439,3 +451,135 @@ def _advance(
     assert isinstance(dense, AdamState)
     m, v = kernels.update_history(g.values, dense.m, dense.v, dense.betas, chosen, **g.source)
     return replace(dense, m=m, v=v, step=step)
+
+
+# The torch op: what torch.compile and fake tensors see.
+
+_NAME = "flashcoreset::match_gradients"
+torch.library.define(
+    _NAME,
+    # Coefficients have a length and what makes their directions; rows have none.
+    "(Tensor g, int? length, int seed, str? directions, int k, Tensor? m, Tensor? v, int step, float beta1, float beta2, "
+    "float eps, int? top, Tensor? groups, Tensor? labels, Tensor? budgets, str metric, str method, bool nonnegative, "
+    "float ridge, str? backend) -> "
+    "(Tensor indices, Tensor gains, Tensor weights, Tensor assignment, Tensor objective, Tensor offset, Tensor dims, Tensor m, "
+    "Tensor v)",
+)
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.impl(_NAME, "default")
+def _op(
+    g: Tensor,
+    length: int | None,
+    seed: int,
+    directions: str | None,
+    k: int,
+    m: Tensor | None,
+    v: Tensor | None,
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    top: int | None,
+    groups: Tensor | None,
+    labels: Tensor | None,
+    budgets: Tensor | None,
+    metric: str,
+    method: str,
+    nonnegative: bool,
+    ridge: float,
+    backend: str | None,
+) -> _Outputs:
+    rows = g.detach()
+    given = rows if length is None else LowRankGradients(rows, seed, length, directions)
+    if (m is None) != (v is None):
+        raise ValueError("m and v must be given together, or neither of them")
+    history = None
+    if m is not None and v is not None:
+        history = AdamState(m.detach(), v.detach(), step, (beta1, beta2), eps)
+    named = None
+    if labels is not None and budgets is not None:
+        named = dict(zip(labels.tolist(), budgets.tolist(), strict=True))
+    problem, asked = _check(given, k, history, top, groups, named, metric, method, nonnegative, ridge)
+    found = match_members(problem.among(asked), backend)
+    objective, offset = (
+        torch.tensor(value or 0.0, dtype=torch.float64, device=g.device)
+        for value in (found.objective, found.offset)
+    )
+    dims = g.new_empty(0, 0, dtype=torch.int64) if found.dims is None else found.dims
+    new_m, new_v = g.new_empty(0), g.new_empty(0)
+    if found.state is not None:
+        new_m, new_v = found.state.m, found.state.v
+        if not len(found.indices):  # an op's outputs are not its inputs
+            new_m, new_v = new_m.clone(), new_v.clone()
+    return found.indices, found.gains, found.weights, found.assignment, objective, offset, dims, new_m, new_v
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    g: Tensor,
+    length: int | None,
+    seed: int,
+    directions: str | None,
+    k: int,
+    m: Tensor | None,
+    v: Tensor | None,
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    top: int | None,
+    groups: Tensor | None,
+    labels: Tensor | None,
+    budgets: Tensor | None,
+    metric: str,
+    method: str,
+    nonnegative: bool,
+    ridge: float,
+    backend: str | None,
+) -> _Outputs:
+    # Weighted sums may take fewer than k; groups without a budget have no dimensions.
+    taken: Any = k if method == "medoid" else torch.library.get_ctx().new_dynamic_size()
+    lists: Any = 0 if top is None else 1
+    if top is not None and groups is not None:
+        lists = torch.library.get_ctx().new_dynamic_size()
+    dtype = compute_dtype(g.dtype)
+    return (
+        g.new_empty(taken, dtype=torch.int64),
+        g.new_empty(taken, dtype=dtype),
+        g.new_empty(taken, dtype=dtype),
+        g.new_empty(g.shape[0], dtype=torch.int64),
+        g.new_empty((), dtype=torch.float64),
+        g.new_empty((), dtype=torch.float64),
+        g.new_empty(lists, top or 0, dtype=torch.int64),
+        g.new_empty(0) if m is None else torch.empty_like(m),
+        g.new_empty(0) if v is None else torch.empty_like(v),
+    )
+
+
+def _call_op(problem: Problem, asked: Any, backend: str | None) -> Selection:
+    g, history = problem.g, problem.history
+    if isinstance(history, RankOneAdamState):
+        raise TypeError(
+            "normalize must be an AdamState in a function given to torch.compile, got RankOneAdamState; pass its dense()"
+        )
+    adam: tuple[Any, ...] = (None, None, 1, 0.9, 0.999, 1e-8)
+    if history is not None:
+        adam = history.m, history.v, history.step, *history.betas, history.eps
+    indices, gains, weights, assignment, objective, offset, dims, m, v = torch.ops.flashcoreset.match_gradients(
+        g.values, g.length, g.seed, g.backend, asked.k, *adam, problem.top, asked.groups, asked.labels, asked.budgets,
+        problem.metric, problem.method, problem.nonnegative, problem.ridge, backend,
+    )  # fmt: skip
+    if problem.method != "medoid" or problem.metric not in DISTANCES:
+        offset = None
+    return Selection(
+        indices,
+        gains,
+        weights,
+        assignment,
+        objective,
+        offset,
+        None if problem.top is None else dims,
+        None if history is None else replace(history, m=m, v=v, step=history.step + 1),
+    )
