@@ -102,6 +102,16 @@ def test_unusable_gradients_are_left_out(backend: str, kind: str) -> None:
     assert len(coreset.indices) == 20
 
 
+def test_rows_of_large_numbers_are_usable() -> None:
+    """Finite numbers whose sum is not."""
+    g = torch.full((3, 30), 1e308, dtype=torch.float64)
+    g[1] = 1.0
+    with pytest.raises(ValueError, match="scale the gradients down"):  # but v has no room for their squares
+        fc.CoLM(2, top=5).select(g)
+    coreset = fc.CoLM(3, top=5, keep_groups=[1]).select(g, [1, 1, 1])
+    assert coreset.indices.tolist() == [0, 1, 2]
+
+
 def test_fewer_usable_samples_than_asked_for_are_all_taken(backend: str) -> None:
     coreset = fc.CoLM(30, top=20, backend=backend).select(low_rank(8, 0))
     assert coreset.indices.sort().values.tolist() == list(range(8))
@@ -166,6 +176,8 @@ def test_select_by_name() -> None:
         ({"k": 2, "keep_groups": 1}, TypeError, "keep_groups must be several labels"),
         ({"k": 2, "keep_groups": "12"}, TypeError, "keep_groups must be several labels"),
         ({"k": 2, "keep_groups": [1.5]}, TypeError, r"keep_groups\[0\] must be an int"),
+        ({"k": 2, "keep_groups": [2**70]}, ValueError, r"keep_groups\[0\] must be in the range of 64-bit"),
+        ({"k": 2, "keep_groups": torch.tensor(1)}, TypeError, "keep_groups must be several labels"),
         ({"k": 2, "top": 0}, ValueError, "top must be >= 1"),
         ({"k": 2, "betas": (1, 0.9)}, ValueError, r"betas\[0\] must be in \[0, 1\)"),
         ({"k": 2, "eps": 0}, ValueError, "eps must be > 0"),
@@ -201,8 +213,15 @@ def test_bad_batches_are_named() -> None:
         method.load_state_dict({"m": 1})
     with pytest.raises(ValueError, match="betas"):
         method.load_state_dict(fc.CoLM(4, betas=(0.5, 0.9)).state_dict() | {"history": _state((0.5, 0.9))})
-    with pytest.raises(ValueError, match="kind of history"):
-        method.load_state_dict({"history": {"kind": "sparse"}})
+    for kind in ("sparse", []):
+        with pytest.raises(ValueError, match="kind of history"):
+            method.load_state_dict({"history": {"kind": kind}})
+    with pytest.raises(TypeError, match="history must be a dict or None, got int"):
+        method.load_state_dict({"history": 3})
+    whole = _state((0.9, 0.999))
+    for history in ({name: whole[name] for name in whole if name != "betas"}, {**whole, "more": 1}):
+        with pytest.raises(ValueError, match=r"history must have the entries kind, numel, mean, .* got kind"):
+            method.load_state_dict({"history": history})
 
 
 def _state(betas: tuple[float, float]) -> dict[str, Any]:

@@ -338,6 +338,36 @@ def check_all_dimensions(backend: str, device: str, metric: str, normalize: bool
         assert found.offset is not None
 
 
+@pytest.mark.parametrize("metric", ["l1", "euclidean", "sqeuclidean"])
+@pytest.mark.parametrize("top", [None, 3])
+def test_the_farthest_are_in_a_cluster_too(backend: str, metric: str, top: int | None) -> None:
+    g = torch.tensor([[0.0, 1, 0], [4, 0, 0], [0, 1, 0], [0, 1, 0]])
+    for count in (1, 2):
+        found = fc.match_gradients(g[:2], count, metric=metric, top=top, backend=backend)
+        assert found.weights.sum() == 2
+    found = fc.match_gradients(g, 1, metric=metric, top=top, backend=backend)
+    assert (found.indices.tolist(), found.weights.tolist()) == ([0], [4])
+    # Equal rows, and zeros.
+    for rows in (g[[0, 2, 3, 0]], torch.zeros(4, 3)):
+        found = fc.match_gradients(rows, 2, metric=metric, top=top, backend=backend)
+        assert found.weights.tolist() == [3, 1]
+        assert found.assignment.tolist() == [0, 1, 0, 0]
+
+
+def test_all_dimensions_in_another_order(backend: str) -> None:
+    """`top` = D of directions: the dimensions are a whole range, but not in its order."""
+    shared = fc.LowRankGradients(normal(17, 1), seed=-4, numel=6, backend=backend)
+    state = fc.AdamState(normal(6, seed=1), normal(6, seed=2).square(), 5)
+    found, expected = (
+        fc.match_gradients(g, 5, normalize=state, top=6, metric="sqeuclidean", backend=backend)
+        for g in (shared, shared.dense())
+    )
+    assert sorted(found.dims[0].tolist()) == list(range(6)) != found.dims[0].tolist()
+    assert torch.equal(found.dims, expected.dims)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.allclose(found.gains, expected.gains, rtol=1e-12)
+
+
 def _left(g: Tensor, found: fc.Selection) -> float:
     return float((found.weights.double() @ g[found.indices].double() - g.double().sum(0)).norm())
 
@@ -380,7 +410,7 @@ def test_caratheodory_is_exact(backend: str) -> None:
     assert len(found.indices) <= 6
     assert float(found.weights.sum()) == pytest.approx(60)
     assert _left(g, found) < 1e-9
-    with pytest.raises(ValueError, match="max_size must be >= 6"):
+    with pytest.raises(ValueError, match=r"k, or the budget of a group, must be >= 6.*got 5"):
         fc.match_gradients(g, 5, method="caratheodory", backend=backend)
     shared = fc.LowRankGradients(normal(60, 2), seed=0, numel=4_000, backend=backend)
     found = fc.match_gradients(shared, 3, method="caratheodory", backend=backend)
@@ -616,9 +646,44 @@ def check_overflow(backend: str, device: str) -> None:
         )
 
 
+def test_what_overflows_is_said_of_the_gradients(backend: str) -> None:
+    large = 1e200 * torch.tensor([[1.0, 2], [3, -1], [2, 2]], dtype=torch.float64)
+    for metric in ("euclidean", "sqeuclidean", "cosine", "dot"):
+        with pytest.raises(ValueError, match=f"g: sums over dimensions for metric '{metric}' overflow"):
+            fc.match_gradients(large, 1, metric=metric, backend=backend)
+    with pytest.raises(ValueError, match="g: distances of metric 'euclidean' overflow"):
+        fc.match_gradients(large, 1, metric="euclidean", top=2, backend=backend)
+    with pytest.raises(ValueError, match="g: the mean squares of the chosen rows overflow"):
+        fc.match_gradients(
+            fc.LowRankGradients(large[:, :1], 0, 10), 1, normalize=fc.RankOneAdamState(10), backend=backend
+        )
+    one = torch.ones(2)
+    history = fc.AdamState(one, torch.zeros(2), 1, eps=5e-324)
+    with pytest.raises(ValueError, match="g: updates overflow in dimension 0; scale the gradients down"):
+        fc.match_gradients(torch.zeros(3, 2), 1, normalize=history, top=2, backend=backend)
+
+
+def test_the_row_of_a_bad_value_is_named(backend: str) -> None:
+    """By its number among all, whichever group it is in."""
+    g = torch.ones(6, 2)
+    g[4, 1] = torch.nan
+    groups = [1, 1, 1, 1, 0, 0]
+    for method in ("omp", "frank_wolfe", "caratheodory"):
+        with pytest.raises(ValueError, match="g must be finite, got NaN at row 4, column 1"):
+            fc.match_gradients(g, 4, method=method, groups=groups, backend=backend)
+    shared = fc.LowRankGradients(g, seed=0, numel=50)
+    with pytest.raises(ValueError, match=r"g\.coefficients must be finite, got NaN at row 4, column 1"):
+        fc.match_gradients(shared, 4, groups=groups, backend=backend)
+    # Rows of which nothing is asked may be anything.
+    for rows in (g, shared):
+        found = fc.match_gradients(rows, None, groups=groups, budgets=[0, 2], method="omp", backend=backend)
+        assert set(found.indices.tolist()) <= {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
+        ({"step": 10**400}, ValueError, "step must be in the range of 64-bit integers"),
         ({"step": 0}, ValueError, "step must be >= 1"),
         ({"step": 1.0}, TypeError, "step must be an int"),
         ({"betas": (1.0, 0.999)}, ValueError, r"betas\[0\] must be in \[0, 1\)"),

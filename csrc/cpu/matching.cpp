@@ -402,11 +402,15 @@ class Search {
     }
     Columns<Gradients, double> column(g_);
     column.take(0, &d, 1);
-    int64_t row = groups_.member(0);
-    for (int64_t r = groups_.member.shape[0]; r-- > 0;) {
+    constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+    int64_t row = kNone;
+    for (int64_t r = 0; r < groups_.member.shape[0]; ++r) {
       const double value = column.row(groups_.member(r))[0];
-      if (!std::isfinite(value)) row = groups_.member(r);
+      if (!std::isfinite(value)) row = std::min(row, groups_.member(r));
     }
+    if (row == kNone)
+      throw std::invalid_argument("g: updates overflow in dimension " + std::to_string(d) +
+                                  "; scale the gradients down");
     throw std::invalid_argument("g must be finite, got " + text(column.row(row)[0]) + " at row " +
                                 std::to_string(row) + ", column " + std::to_string(d));
   }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_integer, as_vector, one_of
+from flashcoreset._tensor import as_int64, as_integer, as_vector, one_of
 from flashcoreset._types import Coreset
 from flashcoreset.ops.adam import AdamState, RankOneAdamState, check_betas, check_eps
 from flashcoreset.ops.backends import check_backend
@@ -64,10 +64,14 @@ class CoLM:
         backend: str | None = None,
     ) -> None:
         self.k = as_integer(k, "k")
-        if isinstance(keep_groups, (str, bytes)) or not isinstance(keep_groups, Iterable):
+        if (
+            isinstance(keep_groups, (str, bytes))
+            or not isinstance(keep_groups, Iterable)
+            or getattr(keep_groups, "ndim", 1) == 0
+        ):
             raise TypeError(f"keep_groups must be several labels, got {keep_groups!r}")
         self.keep_groups = tuple(
-            sorted({as_integer(label, f"keep_groups[{i}]") for i, label in enumerate(keep_groups)})
+            sorted({as_int64(label, f"keep_groups[{i}]") for i, label in enumerate(keep_groups)})
         )
         if self.k < max(1, len(self.keep_groups)):
             wanted = f"the {len(self.keep_groups)} keep_groups" if self.keep_groups else "1"
@@ -198,13 +202,20 @@ class CoLM:
         if history is None:
             self.history = None
             return
+        if not isinstance(history, dict):
+            raise TypeError(f"state: history must be a dict or None, got {type(history).__name__}")
         values = dict(history)
         kinds = {"rank one": RankOneAdamState, "dense": AdamState}
-        kind = values.pop("kind", None)
-        if kind not in kinds:
-            raise ValueError(f"state: the kind of history must be one of {', '.join(kinds)}, got {kind!r}")
-        values["betas"] = tuple(values["betas"])
-        loaded = kinds[kind](**values)
+        name = values.pop("kind", None)
+        kind = kinds.get(name) if isinstance(name, str) else None
+        if kind is None:
+            raise ValueError(f"state: the kind of history must be one of {', '.join(kinds)}, got {name!r}")
+        wanted = [field.name for field in fields(kind)]
+        if values.keys() != set(wanted):
+            raise ValueError(
+                f"state: the history must have the entries kind, {', '.join(wanted)}, got {', '.join(map(str, history))}"
+            )
+        loaded = kind(**values)
         if (loaded.betas, loaded.eps) != (self.betas, self.eps):
             raise ValueError(
                 f"state must have betas={self.betas} and eps={self.eps} as this CoLM, got {loaded.betas} and {loaded.eps}"
@@ -223,6 +234,6 @@ def _usable(g: Gradients) -> Tensor:
     step = max(1, (1 << 24) // g.values.shape[1])
     for begin in range(0, g.count, step):
         part = g.values[begin : begin + step]
-        size = part.abs().sum(1, dtype=torch.float64)
-        usable[begin : begin + step] = torch.isfinite(size) & (size > 0)
+        largest = part.abs().amax(1)  # NaN if there is one
+        usable[begin : begin + step] = torch.isfinite(largest) & (largest > 0)
     return usable

@@ -139,7 +139,7 @@ class RankOneAdamState:
 
 def check_options(step: Any, betas: Any, eps: Any) -> tuple[int, tuple[float, float], float]:
     """`step`, `betas` and `eps` as numbers in their ranges."""
-    number = as_integer(step, "step")
+    number = as_int64(step, "step")
     if number < 1:
         raise ValueError(f"step must be >= 1, the number of the step to be made, got {number}")
     first, second = check_betas(betas)

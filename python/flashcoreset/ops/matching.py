@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -27,7 +29,7 @@ from flashcoreset.ops.facility_location import check_groups, facility_location, 
 from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit
 from flashcoreset.ops.zeroth_order import LowRankGradients
 from flashcoreset.reference.facility_location import DISTANCES
-from flashcoreset.reference.matching import Rule
+from flashcoreset.reference.matching import OVERFLOW, Rule
 
 METRICS = ("l1", "euclidean", "sqeuclidean", "cosine", "dot")
 METHODS = ("medoid", "omp", "frank_wolfe", "caratheodory")
@@ -236,7 +238,7 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
     g, history = problem.g, problem.history
     kernels = choose_kernels(backend, g.values.device, "matching")
     if g.length is not None:
-        check_finite(g.values[torch.cat([rows for rows, _ in problem.members])], "g.coefficients")
+        _check_rows(problem, "g.coefficients")
     dims, numbers, dense = None, None, history
     if isinstance(history, RankOneAdamState):
         if _along_one_direction(g, history):
@@ -256,6 +258,25 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
             parts = _solve(problem, _as_short_rows(problem, dense, kernels), backend)
     found = _assemble(problem, parts)
     return replace(found, dims=dims, state=_advance(g, history, dense, found.indices, kernels))
+
+
+def _check_rows(problem: Problem, name: str) -> None:
+    """Raises for NaN and infinity in rows that are matched."""
+    values = problem.g.values
+    matched = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    for rows, _ in problem.members:
+        matched[rows] = True
+    check_finite(values if bool(matched.all()) else values.masked_fill(~matched[:, None], 0), name)
+
+
+@contextmanager
+def _named_g() -> Iterator[None]:
+    """What `facility_location` says of its x, it says of g."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError("g" + text[1:] if text.startswith("x") else text) from None
 
 
 def _along_one_direction(g: Gradients, history: RankOneAdamState) -> bool:
@@ -333,6 +354,10 @@ def _medoids_of_all_dimensions(
     for total, (_, count) in zip(
         _sums_of_pairs(problem, history, kernels, summed), problem.members, strict=True
     ):
+        if not bool((2 * total).isfinite().all()):
+            raise ValueError(
+                f"g: sums over dimensions for metric {metric!r} overflow; scale the gradients down"
+            )
         if metric == "cosine":
             norm = total.diagonal().sqrt()
             total = torch.where(total == 0, 0, total / (norm[:, None] * norm))
@@ -340,9 +365,11 @@ def _medoids_of_all_dimensions(
             total = total.sqrt()
         offset_of = None
         if metric in DISTANCES:
-            offset_of = float(total.max())
+            # Above all distances, so that the farthest are served too.
+            offset_of = 2 * float(total.max()) or 1.0
             total = offset_of - total
-        found = facility_location(total, count, metric="precomputed", backend=backend)
+        with _named_g():
+            found = facility_location(total, count, metric="precomputed", backend=backend)
         parts.append(replace(found, offset=offset_of))
     return parts
 
@@ -352,6 +379,7 @@ def _as_short_rows(problem: Problem, history: AdamState | None, kernels: ModuleT
     as those of the updates."""
     g = problem.g
     if history is None and g.length is None:
+        _check_rows(problem, "g")
         return [g.values[rows].to(g.dtype) for rows, _ in problem.members]
     if history is None:
         # c Z has the inner products of c F, where Z Z^T = F F^T.
@@ -377,12 +405,20 @@ def _solve(problem: Problem, updates: Iterable[Tensor], backend: str | None) -> 
     parts = []
     for u, (_, count) in zip(updates, problem.members, strict=True):
         if problem.method == "medoid":
-            parts.append(facility_location(u, count, metric=problem.metric, backend=backend))
+            with _named_g():
+                parts.append(facility_location(u, count, metric=problem.metric, backend=backend))
         elif problem.method == "caratheodory":
-            parts.append(caratheodory(u, max_size=count, backend=backend))
+            parts.append(_reduce(u, count, backend))
         else:
             parts.append(_pursue(problem, u, count, backend))
     return parts
+
+
+def _reduce(u: Tensor, count: int, backend: str | None) -> Selection:
+    try:
+        return caratheodory(u, max_size=count, backend=backend)
+    except ValueError as error:
+        raise ValueError(str(error).replace("max_size", "k, or the budget of a group,")) from None
 
 
 def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Selection:
@@ -447,6 +483,8 @@ def _advance(
         c = g.values[chosen, 0].double()
         mean = beta1 * history.mean + (1 - beta1) * float(c.mean())
         mean_square = beta2 * history.mean_square + (1 - beta2) * float(c.square().mean())
+        if not (math.isfinite(mean) and math.isfinite(mean_square)):
+            raise ValueError(OVERFLOW)
         return replace(history, mean=mean, mean_square=mean_square, seed=g.seed, step=step)
     assert isinstance(dense, AdamState)
     m, v = kernels.update_history(g.values, dense.m, dense.v, dense.betas, chosen, **g.source)

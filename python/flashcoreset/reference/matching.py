@@ -105,6 +105,9 @@ def top_updates(
             for group, (first, last) in enumerate(bounds)
         ]
     )
+    if not bool(u.isfinite().all()):  # NaN is above all else when sorted
+        at = dims.repeat_interleave(offset.diff(), 0)[~u.isfinite()].min()
+        raise ValueError(_overflow(int(at)))
     return dims, u
 
 
@@ -144,7 +147,11 @@ def refuse(
         value = float(_entries(g, torch.tensor([row], device=g.device), at, seed, length))
         if not math.isfinite(value):
             raise ValueError(f"g must be finite, got {_named(value)} at row {row}, column {dim}")
-    raise ValueError(f"g: updates overflow in dimension {dim}; scale the gradients down")
+    raise ValueError(_overflow(dim))
+
+
+def _overflow(dim: int) -> str:
+    return f"g: updates overflow in dimension {dim}; scale the gradients down"
 
 
 def _named(value: float) -> str:
@@ -181,6 +188,7 @@ def _direction_elements(g: Tensor, at: Tensor, seed: int) -> Tensor:
     z = torch.empty(g.shape[1], len(at), dtype=torch.float64)
     if high - low == len(at):
         directions(z, seed=seed, begin=low)
+        z = z[:, at.cpu() - low]  # which may be in another order
     else:
         for i, j in enumerate(at.tolist()):
             directions(z[:, i : i + 1], seed=seed, begin=j)
