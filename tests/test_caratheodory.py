@@ -185,13 +185,23 @@ def test_weights_are_even_where_there_is_room(backend: str) -> None:
     subset = fc.caratheodory(x, max_size=k, backend=backend)
     even = n / (k - d - 1)
     assert float(subset.weights.max()) <= even * (1 + 1e-12)
-    # Beside those at the bound there are at most d + 1 at the end, and those left out when k rows were reached.
+    # Beside those at the bound there are at most d + 1 in the end, and as many that were moved when k rows were reached.
     assert int(((subset.weights - even).abs() > 1e-9 * even).sum()) <= 2 * (d + 1)
     weights = torch.ones(n, dtype=torch.float64)
     weights[:5] = 300.0  # above the bound: they stay as they are
     subset = fc.caratheodory(x, weights, k, backend=backend)
     assert subset.indices[:5].tolist() == [0, 1, 2, 3, 4]
     assert subset.weights[:5].tolist() == pytest.approx([300.0] * 5, rel=1e-12)
+
+
+@pytest.mark.parametrize("d", [3, 5, 8])
+def test_round_numbers_have_even_weights_too(d: int) -> None:
+    """Columns of 0 and 1: many basic vectors are at their ends at once."""
+    for seed in range(40):
+        x = torch.randint(0, 2, (700, d), generator=torch.Generator().manual_seed(seed)).double()
+        subset = fc.caratheodory(x, max_size=87)
+        assert float(subset.weights.max()) <= 700 / (87 - d - 1) * (1 + 1e-9)
+        check_sums_only(subset, x)
 
 
 def test_every_row_has_the_same_mean_weight() -> None:

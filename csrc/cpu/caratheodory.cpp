@@ -67,6 +67,10 @@ constexpr int64_t kSumParts = 64;
 constexpr int64_t kQrRows = 32;    // coordinates that are factorised together
 constexpr int64_t kQrPieces = 16;  // pieces of the coordinates, whatever the number of threads
 
+// Samples whose numbers are few and round have basic vectors at their ends and pivots that should be 0 but
+// for rounding. After one as small as this T is made anew.
+constexpr double kLeastPivot = 1e-3;
+
 using simd::kWidth;
 using simd::Vec;
 
@@ -182,8 +186,8 @@ class Tableau {
   }
 
   // The same with rho_i <= bound_i: each null vector brings one of them to 0 or to its bound. Which way to go
-  // is drawn such that the mean of rho does not change. Ends also when `count` have come to 0; returns how
-  // many did.
+  // is drawn such that the mean of rho does not change. Ends also when `count` have come to 0, and after a
+  // pivot so small that T is no longer good; returns how many have come to 0.
   int64_t sample(std::vector<double>& rho, const std::vector<double>& bound, int64_t count, uint64_t draw) {
     int64_t zeros = 0;
     while (zeros < count && columns_ > 0) {
@@ -203,6 +207,7 @@ class Tableau {
         zeros += own == 0;
       } else {
         zeros += exchange(rho, bound, out, sign) == 0;
+        if (out.pivot < kLeastPivot) break;
       }
     }
     return zeros;
