@@ -123,9 +123,15 @@ def test_groups_get_equal_shares_and_their_own_sums() -> None:
 def test_first_samples_have_every_class() -> None:
     codes = np.array([0] * 96 + [1] + [2] * 3)
     for seed in range(50):
-        rows, weights = uniform_with_classes(codes, 100, 3, np.random.default_rng(seed))
+        rows, weights = uniform_with_classes(codes, [np.arange(100)], [3], np.random.default_rng(seed))
         assert sorted(codes[rows].tolist()) == [0, 1, 2]
         assert weights.tolist() == [100 / 3] * 3
+        groups = [np.arange(0, 100, 2), np.arange(1, 100, 2)]  # class 1 is row 96
+        rows, weights = uniform_with_classes(codes, groups, [1, 4], np.random.default_rng(seed))
+        assert sorted(set(codes[rows].tolist())) == [0, 1, 2]
+        assert rows[rows % 2 == 0].tolist() == [96]
+        assert weights[rows % 2 == 0].tolist() == [50]
+        assert weights[rows % 2 == 1].tolist() == [12.5] * 4
 
 
 # --- models and losses ----------------------------------------------------------------------------
@@ -190,11 +196,32 @@ def test_every_model_and_method(name: str, method: str) -> None:
         assert torch.equal(coreset.indices, again.indices)
         assert torch.equal(coreset.weights, again.weights)
         if groups is not None:
-            assert coreset.info["budgets"] == dict(
-                zip([0, 1, 2], equal_budgets(np.bincount(LABELS).tolist(), 45), strict=True)
-            )
+            budgets = equal_budgets(np.bincount(LABELS).tolist(), 45)
+            assert coreset.info["budgets"] == dict(zip([0, 1, 2], budgets, strict=True))
+            check_groups(coreset, LABELS)
         other = fc.autocoreset(X, targets(name), name, None, 45, method=method, groups=groups, seed=4)
         assert not torch.equal(coreset.indices, other.indices)
+
+
+def check_groups(coreset: fc.Coreset, groups: Any) -> None:
+    own = groups[coreset.indices.numpy()]
+    for label, budget in coreset.info["budgets"].items():
+        assert (own == label).sum() <= budget
+        weight = float(coreset.weights[torch.from_numpy(own == label)].sum())
+        assert weight == pytest.approx((groups == label).sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_samples_are_of_groups_too(method: str) -> None:
+    """The best subset may be one of them."""
+    groups = np.repeat([0, 1, 2], [300, 60, 40])
+    for losses in (np.ones(400), np.arange(400.0)):
+        coreset = fc.autocoreset(
+            X, None, Recorder(), lambda m, x, y, losses=losses: losses, 30, method=method, groups=groups
+        )
+        assert coreset.info["best"] == 0
+        check(coreset, 400, 30)
+        check_groups(coreset, groups)
 
 
 def test_beats_as_many_uniform_samples() -> None:
@@ -301,6 +328,8 @@ def test_inputs_of_other_libraries() -> None:
         found = fc.autocoreset(x, y, "linear_regression", None, 40)
         assert len(found.indices) == len(plain.indices)
         check(found, 400, 40)
+    quarters = fc.autocoreset(X, Y, LinearRegression(), lambda m, x, y: torch.ones(400).bfloat16(), 40)
+    check(quarters, 400, 40)
     narrow = fc.autocoreset(torch.from_numpy(X).float(), torch.from_numpy(Y), "linear_regression", None, 40)
     assert narrow.weights.dtype == torch.float32
     check(narrow, 400, 40)
@@ -310,6 +339,15 @@ def test_inputs_of_other_libraries() -> None:
     check(half, 400, 40)
     names = np.array(["a", "b", "c"])[LABELS]
     check(fc.autocoreset(X, names, DecisionTreeClassifier(random_state=0), _miss, 40), 400, 40)
+
+
+def test_data_frames() -> None:
+    pandas = pytest.importorskip("pandas", reason="an extra of the user's own")
+    plain = fc.autocoreset(X, Y, "linear_regression", None, 40)
+    series = pandas.Series(Y, index=range(400, 0, -1))
+    found = fc.autocoreset(pandas.DataFrame(X), series, "linear_regression", None, 40)
+    assert torch.equal(found.indices, plain.indices)
+    check(fc.autocoreset(X, pandas.DataFrame({"a": Y, "b": Y}), "linear_regression", None, 40), 400, 40)
 
 
 def _miss(model: Any, x: Any, y: Any) -> Any:
@@ -369,6 +407,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"loss": lambda m, x, y: np.ones((len(x), 1))}, ValueError, r"loss must return shape \(400,\), .* got \(400, 1\)",
     ),
     "loss a sum": ({"loss": lambda m, x, y: 3.0}, ValueError, r"loss must return shape \(400,\), .* got \(\)"),
+    "loss complex": ({"loss": lambda m, x, y: np.ones(400) * 1j}, TypeError, "loss must return real numbers"),
+    "loss too large": ({"loss": lambda m, x, y: np.full(400, 1e307)}, ValueError, "loss: the total over all samples, inf|4e"),
+    "loss of others": (
+        {"loss": "kmeans"}, TypeError, "loss 'kmeans' must be that of a model of its kind, got LinearRegression: .*transform",
+    ),
+    "k < clusters": ({"model": "kmeans", "loss": None, "k": 7}, ValueError, "k must be >= the 8 clusters of kmeans, got 7"),
     "loss text": ({"loss": lambda m, x, y: ["a"] * 400}, TypeError, "loss must return real numbers"),
     "loss NaN": ({"loss": _bad_loss(math.nan)}, ValueError, "loss must be finite and >= 0, got nan for sample 7"),
     "loss inf": ({"loss": _bad_loss(math.inf)}, ValueError, "loss must be finite and >= 0, got inf for sample 7"),

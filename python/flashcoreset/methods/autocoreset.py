@@ -13,7 +13,16 @@ from flashcoreset._progress import Progress, Report, check_progress
 from flashcoreset._tensor import as_integer, as_vector, one_of
 from flashcoreset._types import Coreset
 from flashcoreset.ops.loss_subsets import METHODS, equal_budgets, in_groups, uniform_with_classes
-from flashcoreset.ops.weighted_models import LOSSES, Loss, check_model, class_codes, fitted, make_model
+from flashcoreset.ops.weighted_models import (
+    CLUSTERS,
+    LOSSES,
+    Loss,
+    check_model,
+    class_codes,
+    fitted,
+    make_model,
+    named_loss,
+)
 
 _REDRAWS = 100  # of a subset that lacks a class
 
@@ -42,7 +51,7 @@ def autocoreset(
 
     Args:
         x: [n, ...] samples, in any form that the model takes: an array or tensor, a sparse matrix, a data frame.
-        y: [n] targets, or None.
+        y: [n] targets, or None. Of a model that is not scikit-learn's, integers, bools and strings are classes.
         model: any object with scikit-learn's fit(X, y, sample_weight=...), which stays as it is (copies are
             fitted); or "kmeans" (8 clusters), "logistic_regression", "linear_svm" (squared hinge), "linear_regression".
         loss: a callable(model, X, y) that returns the losses [n] >= 0 of samples; or one of the names above, the loss
@@ -91,11 +100,14 @@ def autocoreset(
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     check_progress(progress)
+    named = model if isinstance(model, str) else None
     model, losses_of = _model_and_loss(model, loss, seed)
     samples = _Samples(x, y)
     n = samples.n
     if k > n:
         raise ValueError(f"k must be <= the {n} samples, got {k}")
+    if named == "kmeans" and k < CLUSTERS:
+        raise ValueError(f"k must be >= the {CLUSTERS} clusters of kmeans, got {k}")
     codes = class_codes(model, samples.y)
     if codes is not None and k <= codes.max():
         raise ValueError(f"k must be >= the {codes.max() + 1} classes of y, got {k}")
@@ -120,16 +132,21 @@ def autocoreset(
             first = len(totals) < n_initial
             if not first and (tightest is None or columns.shape[1] >= tightest):
                 break
-            if first and tightest is not None:
-                rows, weights = uniform_with_classes(codes, n, k, rng)
-            elif first:
-                rows, weights = np.arange(n), np.ones(n)
+            if first:
+                rows, weights = uniform_with_classes(codes, members, budgets, rng)
+                if _lacks_a_class(codes, rows):
+                    raise ValueError(_too_few(k, "the first subset"))
             else:
                 rows, weights = _draw(method, columns, members, budgets, codes, rng)
             fit = fitted(model, *samples.take(rows), weights)
             column = _checked(losses_of(fit, samples.x, samples.y), n)
             columns = np.concatenate([columns, column[:, None]], 1)
-            total = float(column.sum())
+            with np.errstate(over="ignore"):
+                total = float(column.sum())
+            if not total * n < np.inf:
+                raise ValueError(
+                    f"loss: the total over all samples, {total:.3g}, is too large; scale losses down"
+                )
             improved = not totals or total < min(totals)
             totals.append(total)
             if improved:
@@ -212,7 +229,7 @@ def _model_and_loss(model: Any, loss: Any, seed: int) -> tuple[Any, Loss]:
     if callable(loss):
         return model, loss
     one_of(loss, "loss", names)
-    return model, LOSSES[loss]
+    return model, named_loss(loss)
 
 
 def _groups(groups: Any, n: int) -> tuple[list[int] | None, list[np.ndarray]]:
@@ -236,19 +253,29 @@ def _draw(
     """A subset in which no class is missing."""
     for _ in range(_REDRAWS):
         rows, weights = in_groups(method, columns, members, budgets, rng)
-        if codes is None or len(np.unique(codes[rows])) == codes.max() + 1:
+        if not _lacks_a_class(codes, rows):
             return rows, weights
-    raise ValueError(
-        f"k must be large enough for every class, got {sum(budgets)}, of which {_REDRAWS} subsets lacked one; pass groups=y"
-    )
+    raise ValueError(_too_few(sum(budgets), f"{_REDRAWS} subsets"))
+
+
+def _lacks_a_class(codes: np.ndarray | None, rows: np.ndarray) -> bool:
+    return codes is not None and len(np.unique(codes[rows])) <= codes.max()
+
+
+def _too_few(k: int, what: str) -> str:
+    return f"k must be large enough for every class, got {k}, of which {what} lacked one; pass groups=y"
 
 
 def _checked(losses: Any, n: int) -> np.ndarray:
     """[n] float64 losses, all finite and >= 0."""
     if isinstance(losses, Tensor):
-        losses = losses.detach().cpu().numpy()
+        losses = losses.detach().cpu()
+        losses = (losses if losses.is_complex() else losses.double()).numpy()
     try:
-        values = np.asarray(losses, dtype=np.float64)
+        array = np.asarray(losses)
+        if array.dtype.kind == "c":
+            raise TypeError
+        values = array.astype(np.float64)
     except (TypeError, ValueError):
         raise TypeError(f"loss must return real numbers [{n}], got {type(losses).__name__}") from None
     if values.shape != (n,):

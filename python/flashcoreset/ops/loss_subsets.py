@@ -119,10 +119,28 @@ def equal_budgets(sizes: list[int], k: int) -> list[int]:
     return budgets
 
 
-def uniform_with_classes(codes: np.ndarray | None, n: int, k: int, rng: np.random.Generator) -> Subset:
-    """k of n rows without replacement, of equal weights, ascending; of each class in `codes` [n] (0, 1, ...) at least one."""
+def uniform_with_classes(
+    codes: np.ndarray | None, groups: list[np.ndarray], budgets: list[int], rng: np.random.Generator
+) -> Subset:
+    """Rows without replacement, ascending: of each of `groups` (rows each) its budget, of equal weights that sum to its size; of
+    each class in `codes` [n] (0, 1, ...) at least one, the rarest first, if a group with such rows has a budget left."""
+    n = sum(len(members) for members in groups)
     order = rng.permutation(n)
+    group_of = np.empty(n, dtype=np.int64)
+    for group, members in enumerate(groups):
+        group_of[members] = group
+    left, weight_of = (
+        np.array(budgets),
+        np.array([len(m) / max(1, b) for m, b in zip(groups, budgets, strict=True)]),
+    )
+    taken = np.zeros(n, dtype=bool)
     if codes is not None:
-        _, first = np.unique(codes[order], return_index=True)
-        order = np.concatenate([order[first], np.delete(order, first)])
-    return np.sort(order[:k]), np.full(k, n / k)
+        for code in np.bincount(codes).argsort(kind="stable"):
+            able = order[(codes[order] == code) & (left[group_of[order]] > 0)]
+            taken[able[:1]] = True
+            left[group_of[able[:1]]] -= 1
+    for group in range(len(groups)):
+        others = order[(group_of[order] == group) & ~taken[order]]
+        taken[others[: left[group]]] = True
+    rows = taken.nonzero()[0]
+    return rows, weight_of[group_of[rows]]

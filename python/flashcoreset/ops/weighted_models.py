@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 Loss = Callable[[Any, Any, Any], Any]
+CLUSTERS = 8  # of "kmeans"
 
 
 def squared_distances(model: Any, x: Any, y: Any) -> np.ndarray:
@@ -42,7 +43,8 @@ def squared_hinge_losses(model: Any, x: Any, y: Any) -> np.ndarray:
 
 def squared_errors(model: Any, x: Any, y: Any) -> np.ndarray:
     """[n] squared errors, summed over the targets where there are several."""
-    return np.square(model.predict(x) - y).reshape(len(y), -1).sum(1)
+    targets = np.asarray(y)
+    return np.square(model.predict(x) - targets).reshape(len(targets), -1).sum(1)
 
 
 def _class_places(model: Any, y: Any) -> np.ndarray:
@@ -64,12 +66,26 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+def named_loss(name: str) -> Loss:
+    """The losses of a name, which raise TypeError for a model that has not what they are made of."""
+
+    def loss(model: Any, x: Any, y: Any) -> Any:
+        try:
+            return LOSSES[name](model, x, y)
+        except AttributeError as error:
+            raise TypeError(
+                f"loss {name!r} must be that of a model of its kind, got {type(model).__name__}: {error}"
+            ) from None
+
+    return loss
+
+
 def make_model(name: str, seed: int) -> Any:
     """The model of a name, not fitted."""
     if name == "kmeans":
         from sklearn.cluster import KMeans
 
-        return KMeans(n_clusters=8, n_init=3, random_state=seed % 2**32)
+        return KMeans(n_clusters=CLUSTERS, n_init=3, random_state=seed % 2**32)
     if name == "linear_regression":
         from sklearn.linear_model import LinearRegression
 
