@@ -184,10 +184,13 @@ def test_only_the_last_layer_runs_again() -> None:
 
     for name in calls:
         model.get_submodule(name).register_forward_hook(count(name))
-    BatchSelector(model).gradients(batch())
-    assert list(calls.values()) == [1, 1, 2, 2]
-    BatchSelector(model, n_perturbations=3).gradients(batch())
-    assert list(calls.values()) == [2, 2, 8, 8]
+    for count_of, expected in ((1, [1, 1, 2, 2]), (3, [1, 1, 6, 6])):
+        selector = BatchSelector(model, n_perturbations=count_of)
+        selector.gradients(batch())  # beside whole passes, once
+        for name in calls:
+            calls[name] = 0
+        selector.gradients(batch())
+        assert list(calls.values()) == expected
 
 
 def test_another_parameter() -> None:
@@ -238,6 +241,14 @@ def test_losses_by_hand() -> None:
         torch.testing.assert_close(sample_losses(output, labels), expected)
     assert sample_losses(logits.bfloat16(), labels).dtype == torch.float32
     assert sample_losses(logits.double(), labels).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_labels_of_other_integers(dtype: torch.dtype) -> None:
+    selector = BatchSelector(language_model("llama"))
+    expected = selector.gradients(batch()).coefficients
+    other = {**batch(), "labels": batch()["labels"].to(dtype)}
+    assert torch.equal(selector.gradients(other).coefficients, expected)
 
 
 def test_rows_without_labels_and_broken_rows() -> None:
@@ -389,6 +400,41 @@ def test_plain_modules(options: dict[str, Any]) -> None:
     torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=0, atol=1e-10)
 
 
+class Dense(Decoder):
+    """Whose head is given the outputs of all layers, or whose last layer in the list runs first."""
+
+    def __init__(self, order: tuple[int, ...] = (0, 1, 2), taken: int = 3) -> None:
+        super().__init__()
+        self.order, self.taken = order, taken
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        outputs = [self.embedding(input_ids)]
+        for place in self.order:
+            outputs.append(self.blocks[place](outputs[-1], 1.0))
+        return self.head(sum(outputs[-self.taken :]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"order": (2, 0, 1), "taken": 1}], ids=["sum of all", "last one first"]
+)
+def test_other_uses_of_earlier_layers_take_whole_passes(options: dict[str, Any]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Dense(**options).double()
+    inputs, labels = batch()["input_ids"], batch()["labels"]
+    selector = BatchSelector(model)
+    nothing = {"input_ids": inputs, "labels": torch.full_like(labels, -100)}
+    assert not selector.gradients(nothing).coefficients.any()  # tells nothing
+    with pytest.warns(fc.SlowPathWarning, match=r"all of Dense runs in each pass .* before blocks\.2 do"):
+        found = [selector.gradients({"input_ids": inputs, "labels": labels}).coefficients]
+    found.append(selector.gradients({"input_ids": inputs, "labels": labels}).coefficients)
+    expected = fc.zeroth_order_gradients(
+        lambda: sample_losses(model(inputs), labels), [model.blocks[2].attn.wv.weight]
+    )
+    for coefficients in found:
+        torch.testing.assert_close(coefficients, expected.coefficients, rtol=0, atol=1e-10)
+
+
 # ---- selecting, and going on later
 
 
@@ -507,6 +553,7 @@ def test_bad_batches() -> None:
         (tokens, TypeError, "batch must be a mapping of names to tensors, got Tensor"),
         ({"input_ids": tokens}, ValueError, "batch must have the entry labels, got input_ids"),
         ({"input_ids": tokens, "labels": tokens.float()}, TypeError, "must be an integer tensor, got torch.float32"),
+        ({"input_ids": tokens, "labels": tokens > 0}, TypeError, "must be an integer tensor, got torch.bool"),
         ({"input_ids": tokens, "labels": [1]}, TypeError, "must be an integer tensor, got list"),
         ({"input_ids": tokens, "labels": tokens[:, 0]}, ValueError, r"\[B, T\] with T >= 2, got \(2,\)"),
         ({"input_ids": tokens, "labels": tokens[:, :1]}, ValueError, r"T >= 2, got \(2, 1\)"),

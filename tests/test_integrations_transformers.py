@@ -387,6 +387,7 @@ def test_bad_configurations() -> None:
         ({"large_batch_size": 1.5}, TypeError, "large_batch_size must be an int"),
         ({"source": 3}, TypeError, "source must be a str or None, got int"),
         ({"keep_sources": "rare"}, TypeError, "keep_sources must be several sources, got 'rare'"),
+        ({"keep_sources": None}, TypeError, "keep_sources must be several sources, got None"),
         ({"source": None}, ValueError, "source must be given with keep_sources"),
         ({"weighting": "none"}, ValueError, "weighting"),
     ):  # fmt: skip
@@ -403,6 +404,10 @@ def test_bad_trainers(tmp_path: Path) -> None:
         ({"keep_sources": (1.5,)}, {}, TypeError, r"keep_sources\[0\] must be an int"),
         ({"rule": "fair"}, {}, ValueError, "rule"),
         ({"parameter": "lm_head"}, {}, ValueError, "parameter must be the name of a parameter"),
+        (
+            {"weighting": "cluster"}, {"model": model(output_router_logits=True)}, ValueError,
+            "weighting must be 'mean' with output_router_logits",
+        ),
         ({}, {"auto_find_batch_size": True}, ValueError, "auto_find_batch_size must be False"),
         ({"weighting": "cluster"}, {"label_smoothing_factor": 0.1}, ValueError, "'mean' with label_smoothing_factor"),
     ):  # fmt: skip
@@ -433,6 +438,24 @@ def test_data_without_sources(tmp_path: Path) -> None:
         trainer(tmp_path, data=Table(data))
     with pytest.raises(TypeError, match=r"the source of row 0 must be an int, got 1.5"):
         trainer(tmp_path, data=[{**row, "source": 1.5} for row in data]).train()
+    with pytest.raises(ValueError, match=r"the source of row 0 must be in the range of 64-bit integers"):
+        trainer(tmp_path, data=[{**row, "source": 2**63} for row in data]).train()
+    assert _label("broken \ud800", "") != _label("broken", "")
+
+
+def test_collators_that_join_samples(tmp_path: Path) -> None:
+    def join(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        tokens = torch.cat([torch.tensor(feature["input_ids"]) for feature in features])[None]
+        return {"input_ids": tokens, "labels": tokens}
+
+    for colm in (COLM, {**COLM, "source": None, "keep_sources": ()}):
+        run = CoLMTrainer(
+            model(), arguments(tmp_path), train_dataset=rows(), data_collator=join, colm=CoLMConfig(**colm)
+        )
+        with pytest.raises(
+            ValueError, match="data_collator must make a row of labels of each sample, got 1 of 12"
+        ):
+            run.train()
 
 
 def test_checkpoints_of_another_trainer(tmp_path: Path) -> None:

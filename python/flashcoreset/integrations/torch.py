@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashcoreset._errors import SlowPathWarning
 from flashcoreset._tensor import FLOATING, as_int64, as_integer, as_number
 from flashcoreset._types import Coreset
 from flashcoreset.ops.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
+
+# Coefficients of shortened passes are those of whole ones but for rounding, of which half precision has much.
+_NEAR = 0.05
 
 IGNORED = -100  # the label of tokens that do not count, as everywhere in torch
 
@@ -52,7 +57,8 @@ class BatchSelector:
 
     One forward pass runs the model with the parameter moved by +eps along a random direction and keeps the last decoder
     layer's input; another one with -eps runs that layer, the final norm and the head alone (with more directions, all passes but the
-    first do). The losses of each sample are averaged over its own tokens. The model runs in eval mode, without
+    first do). On the first batch whole passes say whether that is enough; for a model that makes more of its earlier layers than the
+    last one's input, a `SlowPathWarning` says that it is not, and all passes are whole ones. The losses of each sample are averaged over its own tokens. The model runs in eval mode, without
     gradients; afterwards its parameters, modes and hooks are as they were, whatever happens, and so is the state of
     the global random numbers.
 
@@ -143,6 +149,7 @@ class BatchSelector:
         else:
             self.parameter_name = _named(model, parameter)
         self.layer_name, self._before = _layer_of(model, self.parameter_name)
+        self._is_checked = False  # whether shortened passes are enough
 
     @property
     def parameter(self) -> Tensor:
@@ -181,7 +188,9 @@ class BatchSelector:
                     name: value[first : first + step] if _has_rows(value, rows) else value
                     for name, value in batch.items()
                 }
-                parts.append(self._coefficients(part, seed))
+                parts.append(
+                    self._coefficients(part, seed) if self._is_checked else self._checked(part, seed)
+                )
         self.steps += 1
         return LowRankGradients(torch.cat(parts), seed, self.numel)
 
@@ -228,14 +237,38 @@ class BatchSelector:
             self.method.load_state_dict(state["method"])
         self.steps = steps
 
-    def _coefficients(self, batch: dict[str, Any], seed: int) -> Tensor:
+    def _checked(self, batch: dict[str, Any], seed: int) -> Tensor:
+        """Coefficients by shortened passes if these agree with whole ones, else by whole ones from now on."""
+        short = self._coefficients(batch, seed)
+        if not self._before:
+            return short
+        whole = self._coefficients(batch, seed, ())
+        exact = whole.nan_to_num(0)
+        largest = float(exact.abs().max())
+        if float((short.nan_to_num(0) - exact).abs().max()) <= _NEAR * largest:
+            self._is_checked = largest > 0
+            return short
+        self._is_checked, self._before = True, []
+        warnings.warn(
+            f"all of {type(self._model).__name__} runs in each pass of the selection, since its layers before {self.layer_name} do "
+            "more than make the input of it",
+            SlowPathWarning,
+            stacklevel=4,
+        )
+        return whole
+
+    def _coefficients(
+        self, batch: dict[str, Any], seed: int, before: Sequence[nn.Module] | None = None
+    ) -> Tensor:
+        """By passes that leave out the layers `before`, by default all before the parameter's."""
+        batch = dict(batch)
         labels = batch.pop("labels")
         if "use_cache" not in batch and hasattr(getattr(self._model, "config", None), "use_cache"):
             batch["use_cache"] = False
         bad = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
 
         with contextlib.ExitStack() as stack:
-            run = stack.enter_context(_repeated(self._model, self._before))
+            run = stack.enter_context(_repeated(self._model, self._before if before is None else before))
 
             def losses() -> Tensor:
                 nonlocal bad
@@ -292,14 +325,14 @@ def sample_losses(output: Any, labels: Tensor) -> Tensor:
             f"the model's logits must have shape {[*labels.shape, 'C']} as the labels have, got {tuple(logits.shape)}"
         )
     wide = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
-    targets = labels[:, 1:].to(logits.device)
+    targets = labels[:, 1:].to(logits.device, torch.int64)
     losses = F.cross_entropy(wide.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
     count = (targets != IGNORED).sum(1).clamp(min=1)
     return losses.sum(1) / count
 
 
 @contextmanager
-def _repeated(model: nn.Module, before: list[nn.Module]) -> Iterator[Callable[[dict[str, Any]], Any]]:
+def _repeated(model: nn.Module, before: Sequence[nn.Module]) -> Iterator[Callable[[dict[str, Any]], Any]]:
     """A function that calls the model on one batch: in full the first time, and then without the layers `before`.
 
     Later calls go through the model's own forward, whatever it does around its layers; the layers that are skipped
@@ -468,7 +501,12 @@ def _labels(batch: Any) -> Tensor:
     if "labels" not in batch:
         raise ValueError(f"batch must have the entry labels, got {', '.join(map(str, batch)) or 'none'}")
     labels = batch["labels"]
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dtype is torch.bool
+        or labels.is_floating_point()
+        or labels.is_complex()
+    ):
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"batch['labels'] must be an integer tensor, got {got}")
     if labels.dim() != 2 or not len(labels) or labels.shape[1] < 2:

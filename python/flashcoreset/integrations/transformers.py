@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_integer, one_of
+from flashcoreset._tensor import as_int64, as_integer, one_of
 from flashcoreset._types import Coreset
 from flashcoreset.integrations.torch import BatchSelector, sample_losses
 from flashcoreset.methods.colm import CoLM
@@ -79,7 +79,7 @@ class CoLMConfig:
             raise ValueError(f"large_batch_size must be >= 1, got {self.large_batch_size}")
         if self.source is not None and not isinstance(self.source, str):
             raise TypeError(f"source must be a str or None, got {type(self.source).__name__}")
-        if isinstance(self.keep_sources, (str, bytes)):
+        if isinstance(self.keep_sources, (str, bytes)) or not isinstance(self.keep_sources, Iterable):
             raise TypeError(f"keep_sources must be several sources, got {self.keep_sources!r}")
         object.__setattr__(self, "keep_sources", tuple(self.keep_sources))
         if self.keep_sources and self.source is None:
@@ -177,6 +177,10 @@ class CoLMTrainer(Trainer):
         if self.colm.weighting == "cluster" and (self.compute_loss_func or self.label_smoother):
             given = "compute_loss_func" if self.compute_loss_func else "label_smoothing_factor"
             raise ValueError(f"weighting must be 'mean' with {given}, got 'cluster'")
+        if self.colm.weighting == "cluster" and getattr(self.model.config, "output_router_logits", False):
+            raise ValueError(
+                "weighting must be 'mean' with output_router_logits, a loss of the model's own, got 'cluster'"
+            )
         columns = getattr(self.train_dataset, "column_names", None)
         if self.colm.source is not None and columns is not None and self.colm.source not in columns:
             raise ValueError(_no_source(self.colm.source, columns))
@@ -339,7 +343,13 @@ class CoLMTrainer(Trainer):
         # Copies, since collators may write into rows.
         inputs = self._prepare_inputs(self.data_collator([_copied(row) for row in features]))
         with self.compute_loss_context_manager():
-            return self._selector.gradients(inputs)
+            g = self._selector.gradients(inputs)
+        if len(g.coefficients) != len(features):
+            raise ValueError(
+                f"data_collator must make a row of labels of each sample, got {len(g.coefficients)} of {len(features)} (does "
+                "it put samples one after the other?)"
+            )
+        return g
 
     def _share(self, features: list[Any], coreset: Coreset, counts: list[int]) -> tuple[list[Any], Tensor]:
         """This process's rows of the coreset, dealt out in turn, and their weights, whose mean over the coreset is 1."""
@@ -382,8 +392,9 @@ def _copied(row: Any) -> Any:
 def _label(source: Any, name: str) -> int:
     """An integer for a source: itself, or 63 bits of a string's hash, the same on every process and in every run."""
     if isinstance(source, str):
-        return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8).digest(), "big") >> 1
-    return as_integer(source, name)
+        encoded = source.encode(errors="surrogatepass")
+        return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big") >> 1
+    return as_int64(source, name)
 
 
 def _no_source(column: str, columns: Any) -> str:
