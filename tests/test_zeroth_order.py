@@ -269,6 +269,15 @@ def test_bad_input() -> None:
         gradients(lambda: torch.zeros(next(sizes)), [tensor], n_perturbations=2)
 
 
+def test_differences_that_overflow() -> None:
+    tensor = torch.zeros(3)
+    with pytest.raises(
+        ValueError, match=r"eps must be large enough .* got 1e-30, by which they overflow torch.float32"
+    ):
+        gradients(lambda: torch.full((2,), 1e30) * tensor[0].sign(), [tensor], eps=1e-30)
+    assert torch.equal(tensor, torch.zeros(3))
+
+
 def test_parts_of_one_tensor() -> None:
     """Slices that do not overlap, as of a flat buffer or the halves of a matrix, are parameters of their own."""
     generator = torch.Generator().manual_seed(0)

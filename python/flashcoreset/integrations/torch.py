@@ -57,10 +57,10 @@ class BatchSelector:
 
     One forward pass runs the model with the parameter moved by +eps along a random direction and keeps the last decoder
     layer's input; another one with -eps runs that layer, the final norm and the head alone (with more directions, all passes but the
-    first do). On the first batch whole passes say whether that is enough; for a model that makes more of its earlier layers than the
-    last one's input, a `SlowPathWarning` says that it is not, and all passes are whole ones. The losses of each sample are averaged over its own tokens. The model runs in eval mode, without
-    gradients; afterwards its parameters, modes and hooks are as they were, whatever happens, and so is the state of
-    the global random numbers.
+    first do). On the first batch whole passes say whether that is enough; of a model that makes more of its earlier layers than
+    the last one's input all passes are whole ones, and a `SlowPathWarning` says so. The losses of each sample are averaged over
+    its own tokens. The model runs in eval mode, without gradients; afterwards its parameters, modes and hooks are as they
+    were, whatever happens, and so is the state of the global random numbers.
 
     Args:
         model: a causal language model called with a batch's entries as keywords, whose output is the logits [B, T, C], has
@@ -253,7 +253,7 @@ class BatchSelector:
             f"all of {type(self._model).__name__} runs in each pass of the selection, since its layers before {self.layer_name} do "
             "more than make the input of it",
             SlowPathWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
         return whole
 

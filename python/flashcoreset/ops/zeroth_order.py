@@ -160,7 +160,8 @@ def zeroth_order_gradients(
 
     Raises:
         TypeError: for arguments of a wrong type, or a loss that is no floating tensor.
-        ValueError: for a wrong value, losses that are not [B] or change their shape, NaN or infinity in the losses.
+        ValueError: for a wrong value, losses that are not [B] or change their shape, NaN or infinity in the losses, and where they
+            over 2 eps overflow.
         BackendUnavailableError: if `backend` cannot run here.
 
     Sources: Malladi et al., "Fine-tuning language models with just forward passes" (MeZO), 2023, definition 1; Nguyen et al.,
@@ -205,7 +206,13 @@ def zeroth_order_gradients(
             if above.shape != below.shape:
                 raise ValueError(_changed(above.shape, below.shape))
             difference = (above.double() - below.double()) / (2 * eps * count)
-            columns.append(difference.to(compute_dtype(above.dtype)))
+            column = difference.to(compute_dtype(above.dtype))
+            if not bool(column.isfinite().all()):
+                raise ValueError(
+                    f"eps must be large enough for the differences of losses over 2 eps to be in range, got {eps}, by which "
+                    f"they overflow {column.dtype}"
+                )
+            columns.append(column)
     return LowRankGradients(torch.stack(columns, 1), seed, numel, backend)
 
 
