@@ -495,6 +495,9 @@ def test_directions_by_step() -> None:
     for state in ({}, {"steps": 1}, 3):
         with pytest.raises(ValueError, match="state must have the entries steps, method, got"):
             selector.load_state_dict(state)
+    for steps, message in ((-1, "steps must be >= 0, got -1"), (2**70, "range of 64-bit integers")):
+        with pytest.raises(ValueError, match=message):
+            selector.load_state_dict({**selector.state_dict(), "steps": steps})
 
 
 # ---- errors

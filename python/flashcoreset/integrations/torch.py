@@ -232,7 +232,9 @@ class BatchSelector:
         if not isinstance(state, Mapping) or state.keys() != keys:
             got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(f"state must have the entries {', '.join(keys)}, got {got}")
-        steps = as_integer(state["steps"], "steps")
+        steps = as_int64(state["steps"], "steps")
+        if steps < 0:
+            raise ValueError(f"steps must be >= 0, got {steps}")
         if "method" in state:
             self.method.load_state_dict(state["method"])
         self.steps = steps

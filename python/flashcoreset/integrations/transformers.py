@@ -112,7 +112,7 @@ class CoLMTrainer(Trainer):
         TypeError, ValueError: as CoLM and BatchSelector do; for a large batch that is smaller than the coreset, a
             data set without the source's column, `top` above the number of perturbed parameters, and what does not go
             together: FSDP and DeepSpeed, auto_find_batch_size, train_sampling_strategy="batch_rebalance", and
-            weighting="cluster" with a loss of one's own or label smoothing.
+            weighting="cluster" with a loss of one's own, label smoothing or output_router_logits.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
     ICLR 2025.
@@ -177,7 +177,8 @@ class CoLMTrainer(Trainer):
         if self.colm.weighting == "cluster" and (self.compute_loss_func or self.label_smoother):
             given = "compute_loss_func" if self.compute_loss_func else "label_smoothing_factor"
             raise ValueError(f"weighting must be 'mean' with {given}, got 'cluster'")
-        if self.colm.weighting == "cluster" and getattr(self.model.config, "output_router_logits", False):
+        config = getattr(self.model, "config", None)
+        if self.colm.weighting == "cluster" and getattr(config, "output_router_logits", False):
             raise ValueError(
                 "weighting must be 'mean' with output_router_logits, a loss of the model's own, got 'cluster'"
             )
