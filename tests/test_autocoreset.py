@@ -17,6 +17,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
+from sklearn.utils import check_random_state
 
 import flashcoreset as fc
 from flashcoreset.ops.loss_subsets import METHODS, equal_budgets, in_groups, uniform_with_classes
@@ -222,6 +223,17 @@ def test_first_samples_are_of_groups_too(method: str) -> None:
         assert coreset.info["best"] == 0
         check(coreset, 400, 30)
         check_groups(coreset, groups)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_numbers_are_left_alone(name: str) -> None:
+    shared = check_random_state(None)  # NumPy's
+    numpy_before, torch_before = shared.get_state(), torch.get_rng_state()
+    fc.autocoreset(X, targets(name), name, None, 12, patience=1)
+    numpy_after = shared.get_state()
+    assert numpy_after[2] == numpy_before[2]
+    assert (numpy_after[1] == numpy_before[1]).all()
+    assert torch.equal(torch.get_rng_state(), torch_before)
 
 
 def test_beats_as_many_uniform_samples() -> None:
