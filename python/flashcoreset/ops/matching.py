@@ -30,6 +30,7 @@ from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit
 from flashcoreset.ops.zeroth_order import LowRankGradients
 from flashcoreset.reference.facility_location import DISTANCES
 from flashcoreset.reference.matching import OVERFLOW, Rule
+from flashcoreset.reference.matching import check_history as check_moments
 
 METRICS = ("l1", "euclidean", "sqeuclidean", "cosine", "dot")
 METHODS = ("medoid", "omp", "frank_wolfe", "caratheodory")
@@ -332,6 +333,11 @@ def _sums_of_pairs(
     g = problem.g
     sizes = [len(rows) for rows, _ in problem.members]
     member, offset = _offsets(problem)
+    # Here, because the kernels would name dimensions of a block.
+    if g.length is None:
+        _check_rows(problem, "g")
+    if history is not None:
+        check_moments(history.m, history.v)
     sums = [member.new_zeros(size, size, dtype=torch.float64) for size in sizes]
     step = max(1, _BLOCK_BYTES // (8 * g.count))
     for begin in range(0, g.numel, step):
