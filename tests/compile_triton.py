@@ -255,7 +255,7 @@ PURSUIT = [
     *(
         (pursuit.products_kernel, dtype, form)
         for dtype in ("fp32", "fp64")
-        for form in ("rows", "vector", "listed", "squares")
+        for form in ("rows", "split", "vector", "listed", "squares")
     ),
     (pursuit.add_pieces_kernel, "fp64", "sums"),
     *((pursuit.pick_kernel, "fp64", form) for form in ("signed", "magnitude")),
@@ -265,14 +265,14 @@ PURSUIT = [
 
 
 def compile_pursuit(kernel: Any, dtype: str, form: str, architecture: int) -> Any:
-    """The kernel as a launch compiles it; of products those whose pieces are programs of their own take most."""
+    """The kernel as a launch compiles it."""
     sizes = ("ROWS", "STEP", "PIECE", "LINES", "TERMS", "COLUMNS", "CHUNK")
     constants = {name: getattr(pursuit, name) for name in sizes}
     constants |= {
         "LISTED": form == "listed",
         "SQUARES": form == "squares",
-        "SPLIT": False,
-        "COUNT": pursuit.VECTORS if form == "rows" else 1,
+        "SPLIT": form == "split",
+        "COUNT": pursuit.VECTORS if form in ("rows", "split") else 1,
         "MAGNITUDE": form == "magnitude",
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -140,7 +140,7 @@ def test_schedules_change_no_bit() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_long_rows_are_summed_in_pieces(dtype: torch.dtype) -> None:
     """More columns than a block takes at a time; products have the same bits whatever they are computed along with."""
-    g = normal(5, 20_001).to(DEVICE, dtype)
+    g = normal(5, 9_001).to(DEVICE, dtype)
     which = torch.arange(5, device=DEVICE)
     together, alone, listed = g.new_empty(3, 5, 5, dtype=torch.float64)
     kernels._products(g, None, g, which, together, which.flip(0))
@@ -159,7 +159,7 @@ def test_long_rows_are_summed_in_pieces(dtype: torch.dtype) -> None:
 def test_memory_that_is_not_there_is_told() -> None:
     module = _native.cuda_module()
     before = module.allocated_bytes()
-    g = normal(5, 20_001)
+    g = normal(5, 9_001)
     try:
         module.set_device(bytes=before + 100)
         with pytest.raises(torch.OutOfMemoryError, match="out of device memory"):

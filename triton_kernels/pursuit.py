@@ -27,7 +27,7 @@ from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
 VECTORS = 4  # of a program
 ROWS, STEP, WARPS = (64, 512, 4) if INTERPRETED else (4, 256, 4)
-PIECE = 8192  # columns whose sum is reduced before it goes on, a multiple of STEP
+PIECE = 4096  # columns whose sum is reduced before it goes on, a multiple of STEP
 LINES, TERMS = 64, 8  # rows and columns of a step of `pick`
 COLUMNS = 1024 if INTERPRETED else 128  # of a program of `residual`
 CHUNK = 1024  # blocks of a step of `best`, and sums of a program of `add`

@@ -4,7 +4,7 @@
 //                    A warp has 4 rows and up to 12 vectors, and a lane every 32nd column: 48 sums in double
 //                    registers, of exact products where the rows are float. A block's 8 warps share the
 //                    vectors, 256 columns of them at a time in shared memory as doubles, so that a number of
-//                    G is read and converted once. After 8,192 columns the lanes' sums are added up, and go
+//                    G is read and converted once. After 4,096 columns the lanes' sums are added up, and go
 //                    on as a total. With few rows each such piece has blocks of its own, and a second kernel
 //                    adds the pieces up in order.
 //   score_i = c_i - sum_p w_p K_pi
@@ -39,7 +39,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kRows = 4;                // of a warp
 constexpr int kVectors = 12;            // at a time
 constexpr int kTile = kThreads;         // columns of the vectors in shared memory
-constexpr int64_t kPiece = 32 * kTile;  // columns whose sum is added up over the lanes
+constexpr int64_t kPiece = 16 * kTile;  // columns whose sum is added up over the lanes
 constexpr int64_t kBlockRows = kRows * kWarps;
 constexpr int kLines = 32;  // rows of a block of scores
 constexpr double kNone = -std::numeric_limits<double>::infinity();

@@ -76,11 +76,8 @@ class _Problem:
 class _GramColumns:
     """Columns of the Gram matrix, computed as they are asked for and kept while there is room."""
 
-    def __init__(self, problem: _Problem, k: int, memory_budget: int) -> None:
+    def __init__(self, problem: _Problem, slots: int) -> None:
         rows = len(problem.g)
-        self.room = max(memory_budget // (8 * rows), 1)
-        # Columns that were computed on trial and not picked are seldom asked for later.
-        slots = min(self.room, rows, 2 * k + _BATCH)
         self.columns = problem.target.new_empty(slots, rows)
         self._problem = problem
         self._slot_of: dict[int, int] = {}  # by row
@@ -124,7 +121,13 @@ class _GramColumns:
         which, places = torch.tensor([rows, slots], device=self._present.device)
         g = self._problem.g
         self._problem.launchers.products(g, None, g, which, self.columns, places)
-        self._present[which] = True
+        self._present.index_fill_(0, which, True)
+
+
+def _slots(problem: _Problem, k: int, memory_budget: int) -> int:
+    """How many columns to keep: those that were computed on trial and not picked are seldom asked for later."""
+    rows = len(problem.g)
+    return min(max(memory_budget // (8 * rows), 1), rows, 2 * k + _BATCH)
 
 
 def orthogonal_matching_pursuit(
@@ -139,8 +142,9 @@ def orthogonal_matching_pursuit(
 ) -> Found:
     """See `flashcoreset.kernels.cpu.orthogonal_matching_pursuit`."""
     problem = _Problem(launchers, g, target)
-    columns = _GramColumns(problem, k, memory_budget)
-    streamed = columns.room < min(k, len(g))  # none is kept; every pick costs a pass over g
+    count = _slots(problem, k, memory_budget)
+    streamed = count < min(k, len(g))  # none is kept; every pick costs a pass over g
+    columns = _GramColumns(problem, 0 if streamed else count)
     active = _native.module().ActiveSet(nonnegative, ridge, problem.target_norm)
     norm, products_with_target = problem.norm.clone(), problem.correlation.cpu()
     picked, slots = torch.zeros(2, k, dtype=torch.int64, device=g.device)
@@ -178,7 +182,8 @@ def orthogonal_matching_pursuit(
         square = active.squared_residual
         if streamed or not square > 1e-6 * problem.target_norm**2:
             used = weights != 0
-            residual = problem.residual(rows[used.to(g.device)], weights[used].to(g.device))
+            chosen = torch.tensor(picks)[used]
+            residual = problem.residual(chosen.to(g.device), weights[used].to(g.device))
             norms.append(math.sqrt(float(residual.square().sum())))
             if streamed:
                 rest = problem.products(residual)
@@ -196,7 +201,7 @@ def orthogonal_matching_pursuit(
 def frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, memory_budget: int) -> Found:
     """See `flashcoreset.kernels.cpu.frank_wolfe`."""
     problem = _Problem(launchers, g, target)
-    columns = _GramColumns(problem, k, memory_budget)
+    columns = _GramColumns(problem, _slots(problem, k, memory_budget))
     norm = problem.norm
     lengths = norm * problem.target_norm
     inverse = torch.where(norm > 0, 1 / norm, 0)
@@ -207,7 +212,8 @@ def frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, memo
     for _ in range(k):
         square = 1 - along.square()
         score = (cosines - towards * along) / square.clamp_min(LEAST_SQUARED_SINE).sqrt()
-        score[(square <= LEAST_SQUARED_SINE) | ~(score > UNIT_NOISE) | (lengths == 0)] = -math.inf
+        out = (square <= LEAST_SQUARED_SINE) | ~(score > UNIT_NOISE) | (lengths == 0)
+        score.masked_fill_(out, -math.inf)
         best = score.argmax(0, keepdim=True)  # the first of equal ones
         numbers = [best.double(), *(all_of[best] for all_of in (score, cosines, along, norm))]
         row, most, cosine, near, length_of_row = torch.cat(numbers).tolist()
