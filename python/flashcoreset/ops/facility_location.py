@@ -786,7 +786,9 @@ def _estimate(
     capacity = min((memory_budget - matrix) // entry, n * m)
     longest = min(m, max(256, 4 * capacity // n)) if capacity else 0
     lists = (capacity + threads * 48 * longest) * entry
-    own = packed + per_candidate + per_client + sweep + matrix + lists + threads * 2**20
+    # Each thread packs a block of rows: 2 MB, or 96 rows where these are more.
+    blocks = threads * max(2**20, min(n, 96) * d * size if is_points else 0)
+    own = packed + per_candidate + per_client + sweep + matrix + lists + blocks
     # Where large arrays lie side by side, the huge page that both have a part of comes whole.
     own += _HUGE_PAGE if own >= 2 * _HUGE_PAGE else 0
     return outputs + converted + of_group + own

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashcoreset._tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype, is_traced
 from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +196,18 @@ def _filled(values: Tensor, k: int, fill: float) -> Tensor:
     result = values.new_full((k,), fill)
     result[: len(values)] = values
     return result
+
+
+def pursuit_bytes(b: int, d: int, k: int, dtype: torch.dtype, orthogonal: bool, backend: str | None) -> int:
+    """An upper bound of what a call with rows [b, d] of `dtype`, float32 or float64, allocates."""
+    results = 72 * k + 32 * b
+    if backend == "torch":
+        # The rows in float64, unit rows for Frank-Wolfe, products of all with one vector; those of the picks for a fit.
+        return results + 8 * b * d * 3 + (40 * (d + k) * k if orthogonal else 0)
+    # Columns of the Gram matrix, a dozen at a time, of which one at least is for a pick.
+    columns = 8 * b * min(b, 12 * k, max(DEFAULT_MEMORY_BUDGET // (8 * b), 1))
+    fit = 24 * k * k if orthogonal else 0  # the picks' products, and their factor
+    return results + columns + fit + 64 * b + 16 * d + 2**20
 
 
 # The torch ops: what torch.compile and fake tensors see.
