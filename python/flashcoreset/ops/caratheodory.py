@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._memory import as_dtype, as_shape, register_estimate
+from flashcoreset._memory import as_shape, register_estimate
 from flashcoreset._tensor import as_int64, as_matrix, as_vector, check_weights, compute_dtype, is_traced
 from flashcoreset._types import Selection
 from flashcoreset.ops.backends import check_backend, choose_kernels
@@ -115,9 +115,7 @@ def _estimate(
     rows = (40 if weights is not None else 16) * n + 48 * min(n, max(dim, max_size or 0))
     if backend == "torch":
         # Vectors of the rows in float64, and as many numbers again for their sums; a null vector's factorisation.
-        return (
-            rows + 8 * n * dim * 3 + 8 * 6 * (dim + 1) ** 2 + 8 * n * d + 2**21
-        )
+        return rows + 8 * n * dim * 3 + 8 * 6 * (dim + 1) ** 2 + 8 * n * d + 2**21
     columns = 0
     if dim > 2 * n:  # n columns of a triangle stand for the d
         columns = 8 * n * n * 18 + 256 * n * torch.get_num_threads()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +27,7 @@ from flashcoreset._types import Selection
 from flashcoreset.ops.adam import AdamState, RankOneAdamState
 from flashcoreset.ops.backends import DEFAULTS, check_backend, choose_kernels
 from flashcoreset.ops.caratheodory import caratheodory
-from flashcoreset.ops.facility_location import check_groups, facility_location, group_members
+from flashcoreset.ops.facility_location import check_picks, facility_location, group_members
 from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit, pursuit_bytes
 from flashcoreset.ops.zeroth_order import LowRankGradients
 from flashcoreset.reference.facility_location import DISTANCES
@@ -35,6 +36,8 @@ from flashcoreset.reference.matching import Rule
 
 METRICS = ("l1", "euclidean", "sqeuclidean", "cosine", "dot")
 METHODS = ("medoid", "omp", "frank_wolfe", "caratheodory")
+
+Asked = tuple[int, Tensor | None, Tensor | None, Tensor | None]  # k, groups, labels and budgets
 
 _BLOCK_BYTES = 1 << 25  # of the gradients that are looked at together
 # The streamed path is left where eps moves no update by more than this part of it, as float32 sums may.
@@ -112,7 +115,7 @@ def match_gradients(
     check_backend(backend)
     if is_traced(problem.g.values):
         return _call_op(problem, asked, backend)
-    return match_members(problem.among(asked), backend)
+    return match_members(problem, backend)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +172,6 @@ class Problem:
     nonnegative: bool = True
     ridge: float = 0.0
 
-    def among(self, asked: Any) -> Problem:
-        """The same with the members and budgets that `check_groups` was asked for."""
-        return replace(self, members=[(rows, count) for rows, count in group_members(asked) if count])
-
 
 def _check(
     g: Any,
@@ -185,8 +184,9 @@ def _check(
     method: Any,
     nonnegative: Any,
     ridge: Any,
-) -> tuple[Problem, Any]:
-    """The problem, its members still to be found, and what `check_groups` says of k, groups and budgets."""
+) -> tuple[Problem, Asked]:
+    """The problem, without members inside a graph, where labels have no values, and what `check_picks` says of k, groups and
+    budgets."""
     one_of(metric, "metric", METRICS)
     one_of(method, "method", METHODS)
     gradients = Gradients.of(g, "g")
@@ -201,10 +201,18 @@ def _check(
         raise ValueError(
             f"nonnegative and ridge are for method 'omp', got {nonnegative} and {ridge} with {method!r}"
         )
-    asked = check_groups(gradients.count, k, groups, budgets, gradients.values.device)
+    device = gradients.values.device
+    asked = check_picks(gradients.count, k, groups, budgets, device)
     history = check_history(normalize, gradients, "normalize")
     top = check_top(top, gradients.numel)
-    return Problem(gradients, history, top, [], metric, method, nonnegative, ridge), asked
+    members: list[tuple[Tensor, int]] = []
+    if not is_traced(gradients.values):
+        count, labelled, labels, counts = asked
+        members = [(torch.arange(gradients.count, device=device), count)]
+        if labelled is not None:
+            found = group_members(count, labelled, labels, counts)
+            members = [(rows, count) for rows, count in found if count]
+    return Problem(gradients, history, top, members, metric, method, nonnegative, ridge), asked
 
 
 def check_top(top: Any, numel: int) -> int | None:
@@ -258,8 +266,7 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
             parts = _medoids_of_all_dimensions(problem, dense, kernels, backend)
         else:
             parts = _solve(problem, _as_short_rows(problem, dense, kernels), backend)
-    found = _assemble(problem, parts)
-    return replace(found, dims=dims, state=_advance(g, history, dense, found.indices, kernels))
+    return _assemble(problem, parts, dims, lambda chosen: _advance(g, history, dense, chosen, kernels))
 
 
 def _along_one_direction(g: Gradients, history: RankOneAdamState) -> bool:
@@ -304,8 +311,8 @@ def _top_updates(problem: Problem, history: AdamState | None, kernels: ModuleTyp
 def _offsets(problem: Problem) -> tuple[Tensor, Tensor]:
     """The groups' rows, one group after the other, and where each begins."""
     rows = [rows for rows, _ in problem.members]
-    sizes = torch.tensor([0, *(len(r) for r in rows)], device=rows[0].device)
-    return torch.cat(rows), sizes.cumsum(0)
+    begins = list(accumulate((len(r) for r in rows), initial=0))
+    return rows[0] if len(rows) == 1 else torch.cat(rows), torch.tensor(begins, device=rows[0].device)
 
 
 def _sums_of_pairs(
@@ -411,9 +418,23 @@ def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Sel
     )
 
 
-def _assemble(problem: Problem, parts: list[Selection]) -> Selection:
-    """The groups' selections as one, with one offset for all."""
+def _assemble(
+    problem: Problem, parts: list[Selection], dims: Tensor | None, state_after: Callable[[Tensor], Any]
+) -> Selection:
+    """The groups' selections as one, with one offset for all, and the state after a step with the rows chosen."""
     g = problem.g
+    if len(parts) == 1 and len(problem.members[0][0]) == g.count:
+        one = parts[0]
+        return Selection(
+            one.indices,
+            one.gains.to(g.dtype),
+            one.weights.to(g.dtype),
+            one.assignment,
+            one.objective,
+            one.offset,
+            dims,
+            state_after(one.indices),
+        )
     offsets = [part.offset for part in parts if part.offset is not None]
     offset = max(offsets, default=None)
     assignment = torch.full((g.count,), -1, dtype=torch.int64, device=g.values.device)
@@ -430,13 +451,16 @@ def _assemble(problem: Problem, parts: list[Selection]) -> Selection:
         assignment[rows] = torch.where(part.assignment >= 0, part.assignment + done, -1)
         objective += part.objective + more
         done += len(part.indices)
+    chosen = torch.cat(indices)
     return Selection(
-        torch.cat(indices),
+        chosen,
         torch.cat(gains).to(g.dtype),
         torch.cat(weights).to(g.dtype),
         assignment,
         objective,
         offset,
+        dims,
+        state_after(chosen),
     )
 
 
@@ -623,8 +647,8 @@ def _op(
     named = None
     if labels is not None and budgets is not None:
         named = dict(zip(labels.tolist(), budgets.tolist(), strict=True))
-    problem, asked = _check(given, k, history, top, groups, named, metric, method, nonnegative, ridge)
-    found = match_members(problem.among(asked), backend)
+    problem, _ = _check(given, k, history, top, groups, named, metric, method, nonnegative, ridge)
+    found = match_members(problem, backend)
     objective, offset = (
         torch.tensor(value or 0.0, dtype=torch.float64, device=g.device)
         for value in (found.objective, found.offset)
@@ -680,8 +704,9 @@ def _fake(
     )
 
 
-def _call_op(problem: Problem, asked: Any, backend: str | None) -> Selection:
+def _call_op(problem: Problem, asked: Asked, backend: str | None) -> Selection:
     g, history = problem.g, problem.history
+    k, groups, labels, budgets = asked
     if isinstance(history, RankOneAdamState):
         raise TypeError(
             "normalize must be an AdamState in a function given to torch.compile, got RankOneAdamState; pass its dense()"
@@ -690,8 +715,7 @@ def _call_op(problem: Problem, asked: Any, backend: str | None) -> Selection:
     if history is not None:
         adam = history.m, history.v, history.step, *history.betas, history.eps
     indices, gains, weights, assignment, objective, offset, dims, m, v = torch.ops.flashcoreset.match_gradients(
-        g.values, g.length, g.seed, g.backend, asked.k, *adam, problem.top, asked.groups, asked.labels, asked.budgets,
-        problem.metric, problem.method, problem.nonnegative, problem.ridge, backend,
+        g.values, g.length, g.seed, g.backend, k, *adam, problem.top, groups, labels, budgets, problem.metric, problem.method, problem.nonnegative, problem.ridge, backend,
     )  # fmt: skip
     if problem.method != "medoid" or problem.metric not in DISTANCES:
         offset = None

@@ -93,10 +93,9 @@ def orthogonal_matching_pursuit(
     if ridge < 0:
         raise ValueError(f"ridge must be >= 0, got {ridge}")
     if is_traced(rows):
-        found = torch.ops.flashcoreset.orthogonal_matching_pursuit(rows, b, k, nonnegative, ridge, backend)
-    else:
-        found = _solve_pursuit(rows, b, k, nonnegative, ridge, backend)
-    return _wrap(*found)
+        solve = torch.ops.flashcoreset.orthogonal_matching_pursuit
+        return Pursuit(*solve(rows, b, k, nonnegative, ridge, backend))
+    return Pursuit(*_solve_pursuit(rows, b, k, nonnegative, ridge, backend))
 
 
 def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> Pursuit:
@@ -133,10 +132,8 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
     """
     rows, b, k = _check(g, target, k, backend)
     if is_traced(rows):
-        found = torch.ops.flashcoreset.frank_wolfe(rows, b, k, backend)
-    else:
-        found = _solve_frank_wolfe(rows, b, k, backend)
-    return _wrap(*found)
+        return Pursuit(*torch.ops.flashcoreset.frank_wolfe(rows, b, k, backend))
+    return Pursuit(*_solve_frank_wolfe(rows, b, k, backend))
 
 
 def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Tensor, int]:
@@ -152,20 +149,14 @@ def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Te
     return rows, b, k
 
 
-def _wrap(indices: Tensor, weights: Tensor, residual_norms: Tensor) -> Pursuit:
-    if is_traced(indices):
-        return Pursuit(indices, weights, residual_norms)
-    found = indices >= 0
-    return Pursuit(indices[found], weights[found], residual_norms[residual_norms >= 0])
-
-
 def _solve_pursuit(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = choose_kernels(backend, g.device, "pursuit")
     rows = g.to(compute_dtype(g.dtype))
-    return _padded(
-        rows, k, *kernels.orthogonal_matching_pursuit(rows, target, k, nonnegative=nonnegative, ridge=ridge)
+    return _rounded(
+        rows.dtype,
+        *kernels.orthogonal_matching_pursuit(rows, target, k, nonnegative=nonnegative, ridge=ridge),
     )
 
 
@@ -174,22 +165,23 @@ def _solve_frank_wolfe(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = choose_kernels(backend, g.device, "pursuit")
     rows = g.to(compute_dtype(g.dtype))
-    return _padded(rows, k, *kernels.frank_wolfe(rows, target, k))
+    return _rounded(rows.dtype, *kernels.frank_wolfe(rows, target, k))
 
 
-def _padded(
-    rows: Tensor, k: int, indices: Tensor, weights: Tensor, residual_norms: Tensor
+def _rounded(
+    dtype: torch.dtype, indices: Tensor, weights: Tensor, residual_norms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The results at length k, since the shapes of an op's outputs must not depend on values."""
-    rounded = weights.to(rows.dtype)
+    rounded = weights.to(dtype)
     if not rounded.isfinite().all():
         most = float(weights.abs().max())
-        raise ValueError(f"weights of up to {most:.3g} overflow {rows.dtype}; scale g up or target down")
-    return (
-        _filled(indices, k, -1),
-        _filled(rounded, k, 0),
-        _filled(residual_norms.to(rows.dtype), k, -1),
-    )
+        raise ValueError(f"weights of up to {most:.3g} overflow {dtype}; scale g up or target down")
+    return indices, rounded, residual_norms.to(dtype)
+
+
+def _padded(k: int, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The results at length k, since the shapes of an op's outputs must not depend on values."""
+    indices, weights, residual_norms = found
+    return _filled(indices, k, -1), _filled(weights, k, 0), _filled(residual_norms, k, -1)
 
 
 def _filled(values: Tensor, k: int, fill: float) -> Tensor:
@@ -220,8 +212,18 @@ torch.library.define(
 torch.library.define(
     _FRANK_WOLFE, "(Tensor g, Tensor target, int k, str? backend) -> (Tensor, Tensor, Tensor)"
 )
-torch.library.impl(_PURSUIT, "default")(_solve_pursuit)
-torch.library.impl(_FRANK_WOLFE, "default")(_solve_frank_wolfe)
+
+
+@torch.library.impl(_PURSUIT, "default")
+def _pursuit_op(
+    g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _padded(k, _solve_pursuit(g, target, k, nonnegative, ridge, backend))
+
+
+@torch.library.impl(_FRANK_WOLFE, "default")
+def _frank_wolfe_op(g: Tensor, target: Tensor, k: int, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _padded(k, _solve_frank_wolfe(g, target, k, backend))
 
 
 @torch.library.register_fake(_PURSUIT)
