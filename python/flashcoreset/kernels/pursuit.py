@@ -124,10 +124,11 @@ class _GramColumns:
         self._present.index_fill_(0, which, True)
 
 
-def _slots(problem: _Problem, k: int, memory_budget: int) -> int:
-    """How many columns to keep: those that were computed on trial and not picked are seldom asked for later."""
-    rows = len(problem.g)
-    return min(max(memory_budget // (8 * rows), 1), rows, 2 * k + _BATCH)
+def columns_kept(rows: int, k: int, memory_budget: int, *, orthogonal: bool) -> int:
+    """How many columns of the Gram matrix there is room for; orthogonal pursuit keeps those of all picks or none."""
+    # Those that were computed on trial and not picked are seldom asked for later.
+    count = min(max(memory_budget // (8 * rows), 1), rows, 2 * k + _BATCH)
+    return 0 if orthogonal and count < min(k, rows) else count
 
 
 def orthogonal_matching_pursuit(
@@ -142,9 +143,9 @@ def orthogonal_matching_pursuit(
 ) -> Found:
     """See `flashcoreset.kernels.cpu.orthogonal_matching_pursuit`."""
     problem = _Problem(launchers, g, target)
-    count = _slots(problem, k, memory_budget)
-    streamed = count < min(k, len(g))  # none is kept; every pick costs a pass over g
-    columns = _GramColumns(problem, 0 if streamed else count)
+    count = columns_kept(len(g), k, memory_budget, orthogonal=True)
+    streamed = count == 0  # every pick costs a pass over g
+    columns = _GramColumns(problem, count)
     active = _native.module().ActiveSet(nonnegative, ridge, problem.target_norm)
     norm, products_with_target = problem.norm.clone(), problem.correlation.cpu()
     picked, slots = torch.zeros(2, k, dtype=torch.int64, device=g.device)
@@ -201,7 +202,7 @@ def orthogonal_matching_pursuit(
 def frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, memory_budget: int) -> Found:
     """See `flashcoreset.kernels.cpu.frank_wolfe`."""
     problem = _Problem(launchers, g, target)
-    columns = _GramColumns(problem, _slots(problem, k, memory_budget))
+    columns = _GramColumns(problem, columns_kept(len(g), k, memory_budget, orthogonal=False))
     norm = problem.norm
     lengths = norm * problem.target_norm
     inverse = torch.where(norm > 0, 1 / norm, 0)
