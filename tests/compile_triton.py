@@ -315,6 +315,14 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
 
 
+def reduced_layouts(compiled: Any) -> list[str]:
+    """How the tensors lie that the kernel reduces."""
+    code = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    reduced = re.findall(r'"tt\.reduce"\((?:.*\n)+?.*\}\) : \(tensor<\S+, (#\w+)>\)', code)
+    return sorted({layouts[name] for name in reduced})
+
+
 def described(name: str, compiled: Any) -> dict[str, Any]:
     taken = resources(compiled.asm["cubin"])
     return {"name": name, **taken, "shared": compiled.metadata.shared, "ptx": compiled.asm["ptx"]}
@@ -335,8 +343,9 @@ def main() -> None:
         name = f"{kernel.fn.__name__} {form} {dtype}"
         report.append(described(name, compile_matching(kernel, dtype, form, architecture)))
     for kernel, dtype, form in PURSUIT:
-        name = f"{kernel.fn.__name__} {form} {dtype}"
-        report.append(described(name, compile_pursuit(kernel, dtype, form, architecture)))
+        compiled = compile_pursuit(kernel, dtype, form, architecture)
+        told = described(f"{kernel.fn.__name__} {form} {dtype}", compiled)
+        report.append(told | {"reduced": reduced_layouts(compiled)})
     json.dump(report, sys.stdout)
 
 

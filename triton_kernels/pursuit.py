@@ -9,7 +9,8 @@ flashcoreset/kernels/pursuit.py for the loop around these kernels.
     best        The best row of all, of equal ones the first.
     residual    b - sum_p w_p g_p, a column at a time.
 
-A product is the same bits whatever rows and vectors it is computed along with: bounds of pieces depend on D alone.
+A product is the same bits whatever rows and vectors it is computed along with: bounds of pieces depend on D alone, and all forms of
+the kernel have one layout (tests/test_triton_compile.py).
 
 Cost: itemsize * B * D bytes, and 8 * B * s bytes for the scores after s picks.
 
@@ -40,7 +41,9 @@ def vector_at(vectors, stride, which, v, count):
     return vectors + tl.load(which + tl.minimum(v, count - 1)) * stride
 
 
-@triton.jit(do_not_specialize=["row_count", "columns", "stride", "count", "blocks"])
+# Strides that were known to be multiples of 16 would let the rows be loaded four numbers at a time, and the vectors then go
+# through shared memory, with a barrier at each step; and the order of a sum would depend on them.
+@triton.jit(do_not_specialize=["g_stride", "row_count", "columns", "stride", "count", "blocks"])
 def products_kernel(
     g,
     g_stride,
