@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -38,13 +38,7 @@ SIZES = [(1, 1), (7, 3), (7, 97), (40, 1), (97, 40), (130, 1025), (1025, 33)]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-8}
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """One thread: those of lstsq wait longer for each other than they work on matrices as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -31,7 +31,7 @@ from test_pursuit import (
 from flashcoreset import _native
 from flashcoreset.kernels import cuda as kernels
 
-pytestmark = pytest.mark.usefixtures("emulated_cuda")
+pytestmark = pytest.mark.usefixtures("emulated_cuda", "one_thread")
 
 # Several blocks of rows and tiles of columns, and a part more; half types are converted.
 CASES = [

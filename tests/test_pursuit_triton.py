@@ -37,6 +37,8 @@ if platform.machine() != "x86_64":
 from flashcoreset.kernels import triton as kernels
 from flashcoreset.triton_kernels import pursuit as launchers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Several blocks of rows and tiles of columns, and a part more; half types are converted.
 CASES = [
     *((torch.float64, size) for size in [(1, 1), (7, 3), (70, 20), (30, 129), (19, 530)]),
