@@ -587,7 +587,7 @@ ZERO = torch.zeros(5)
         (G, 1, {"nonnegative": False}, ValueError, "are for method 'omp'"),
         (G, 1, {"ridge": 1.0}, ValueError, "are for method 'omp'"),
         (G, 1, {"ridge": -1.0, "method": "omp"}, ValueError, "ridge must be >= 0"),
-        (G, 1, {"method": "omp", "backend": "triton"}, fc.BackendUnavailableError, "triton"),
+        (G, 1, {"method": "omp", "backend": "cuda"}, fc.BackendUnavailableError, "cuda"),
         (G, 1, {"backend": "gpu"}, ValueError, "unknown backend"),
     ],
 )
