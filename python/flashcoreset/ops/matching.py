@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import ModuleType
@@ -268,7 +267,10 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
         elif problem.method == "medoid":
             parts = _medoids_of_all_dimensions(problem, dense, kernels, backend)
         else:
-            parts = _solve(problem, _as_short_rows(problem, dense, kernels), backend)
+            try:
+                parts = _solve(problem, _as_short_rows(problem, dense, kernels), backend)
+            except ValueError as error:
+                raise _explained(problem, dense, error) from None
     return _assemble(problem, parts, dims, lambda chosen: _advance(g, history, dense, chosen, kernels))
 
 
@@ -284,14 +286,23 @@ def _check_rows(problem: Problem, name: str) -> None:
     check_finite(values.masked_fill(ignored[:, None], 0), name)
 
 
-@contextmanager
-def _named_g() -> Iterator[None]:
-    """What `facility_location` says of its x, it says of g."""
+def _explained(problem: Problem, history: AdamState | None, error: ValueError) -> ValueError:
+    """What a kernel says of a block of dimensions, of a sum or of a group's rows, said of the arguments: the first NaN or infinity;
+    or `error`, if there is none."""
     try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        raise ValueError("g" + text[1:] if text.startswith("x") else text) from None
+        if problem.g.length is None:
+            _check_rows(problem, "g")
+        if history is not None:
+            check_moments(history.m, history.v)
+    except ValueError as found:
+        return found
+    return error
+
+
+def _of_g(error: ValueError) -> ValueError:
+    """What `facility_location` says of its x, said of g."""
+    text = str(error)
+    return ValueError("g" + text[1:]) if text.startswith("x") else error
 
 
 def _along_one_direction(g: Gradients, history: RankOneAdamState) -> bool:
@@ -347,11 +358,6 @@ def _sums_of_pairs(
     g = problem.g
     sizes = [len(rows) for rows, _ in problem.members]
     member, offset = _offsets(problem)
-    # Here, because the kernels would name dimensions of a block.
-    if g.length is None:
-        _check_rows(problem, "g")
-    if history is not None:
-        check_moments(history.m, history.v)
     sums = [member.new_zeros(size, size, dtype=torch.float64) for size in sizes]
     step = max(1, _BLOCK_BYTES // (8 * g.count))
     for begin in range(0, g.numel, step):
@@ -359,7 +365,10 @@ def _sums_of_pairs(
         m, v = None, None
         if history is not None:
             m, v = history.m[begin : begin + step], history.v[begin : begin + step]
-        _, u = kernels.top_updates(part, m, v, _rule(history), member, offset, part.shape[1])
+        try:
+            _, u = kernels.top_updates(part, m, v, _rule(history), member, offset, part.shape[1])
+        except ValueError as error:
+            raise _explained(problem, history, error) from None
         for total, rows in zip(sums, u.split(sizes), strict=True):
             total += kernels.pairwise(rows, metric=metric)
     return sums
@@ -374,7 +383,8 @@ def _medoids_of_all_dimensions(
     for total, (_, count) in zip(
         _sums_of_pairs(problem, history, kernels, summed), problem.members, strict=True
     ):
-        if not bool((2 * total).isfinite().all()):
+        most = float(total.max())  # where there is a NaN, it; no product is above the largest square
+        if not 2 * most < math.inf:
             raise ValueError(
                 f"g: sums over dimensions for metric {metric!r} overflow; scale the gradients down"
             )
@@ -382,14 +392,16 @@ def _medoids_of_all_dimensions(
             norm = total.diagonal().sqrt()
             total = torch.where(total == 0, 0, total / (norm[:, None] * norm))
         elif metric == "euclidean":
-            total = total.sqrt()
+            total, most = total.sqrt(), most**0.5
         offset_of = None
         if metric in DISTANCES:
             # Above all distances, so that the farthest are served too.
-            offset_of = 2 * float(total.max()) or 1.0
+            offset_of = 2 * most or 1.0
             total = offset_of - total
-        with _named_g():
+        try:
             found = facility_location(total, count, metric="precomputed", backend=backend)
+        except ValueError as error:
+            raise _of_g(error) from None
         parts.append(replace(found, offset=offset_of))
     return parts
 
@@ -399,7 +411,6 @@ def _as_short_rows(problem: Problem, history: AdamState | None, kernels: ModuleT
     as those of the updates."""
     g = problem.g
     if history is None and g.length is None:
-        _check_rows(problem, "g")
         # A group after the other, and all rows without a copy.
         return (
             (g.values if len(rows) == g.count else g.values[rows]).to(g.dtype) for rows, _ in problem.members
@@ -429,8 +440,10 @@ def _solve(problem: Problem, updates: Iterable[Tensor], backend: str | None) -> 
     for _, count in problem.members:
         u = next(groups)
         if problem.method == "medoid":
-            with _named_g():
+            try:
                 parts.append(facility_location(u, count, metric=problem.metric, backend=backend))
+            except ValueError as error:
+                raise _of_g(error) from None
         elif problem.method == "caratheodory":
             parts.append(_reduce(u, count, backend))
         else:
