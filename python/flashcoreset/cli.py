@@ -8,6 +8,7 @@ renamed into it.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, NoReturn, TextIO
 
 import numpy as np
@@ -420,20 +422,27 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    out = check_output(arguments.out, "--out", ".png")
-    out_ccs = check_output(str(out.with_name(f"{out.stem}-ccs{out.suffix}")), "--out", ".png")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("demo: the picture needs matplotlib: pip install 'flashcoreset[demo]'")
-    from flashcoreset import demo, demo_pruning
+    first = check_output(arguments.out, "--out", ".png")
+    others = ("-ccs", "-colm", "-autocoreset")
+    outs = [
+        first,
+        *(
+            check_output(str(first.with_name(first.stem + end + first.suffix)), "--out", ".png")
+            for end in others
+        ),
+    ]
+    for module in ("matplotlib", "ot"):
+        if importlib.util.find_spec(module) is None:
+            raise CommandError(f"demo: {module} is missing: pip install 'flashcoreset[demo]'")
+    from flashcoreset import demo, demo_batches, demo_fits, demo_pruning
 
-    result = demo.run()
-    print(demo.table(result))
-    write_whole(out, "--out", lambda stream: demo.draw(result, stream))
-    print(f"first picks: {out}\n", flush=True)
-    pruning = demo_pruning.run()
-    print(demo_pruning.table(pruning))
-    write_whole(out_ccs, "--out", lambda stream: demo_pruning.draw(pruning, stream))
-    print(f"strata: {out_ccs}")
+    shown = ("first picks", "strata", "training curves", "errors")
+    parts: tuple[ModuleType, ...] = (demo, demo_pruning, demo_batches, demo_fits)
+    for part, out, title in zip(parts, outs, shown, strict=True):
+        result = part.run()
+        print(part.table(result))
+        write_whole(out, "--out", functools.partial(part.draw, result))
+        print(f"{title}: {out}" if part is parts[-1] else f"{title}: {out}\n", flush=True)
     return 0
 
 
@@ -453,11 +462,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="choose training images from real data: tables and pictures")
+    demo = commands.add_parser("demo", help="the five methods on real data: tables and pictures")
     demo.add_argument(
         "--out",
         default="demo.png",
-        help="the picture; that of CCS goes beside it, as NAME-ccs.png (default: %(default)s)",
+        help="the picture; others go beside it, as NAME-ccs.png, NAME-colm.png and NAME-autocoreset.png (default: %(default)s)",
     )
     demo.set_defaults(run=_demo)
 
