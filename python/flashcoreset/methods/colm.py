@@ -203,7 +203,6 @@ class CoLM:
         kind = values.pop("kind", None)
         if kind not in kinds:
             raise ValueError(f"state: the kind of history must be one of {', '.join(kinds)}, got {kind!r}")
-        values["betas"] = tuple(values["betas"])
         loaded = kinds[kind](**values)
         if (loaded.betas, loaded.eps) != (self.betas, self.eps):
             raise ValueError(
