@@ -17,6 +17,10 @@ from types import ModuleType
 if os.environ.get("FLASHCORESET_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# An OpenMP thread spins while it waits for another. Where processes share the cores (pytest -n, tests that start some), it takes
+# the core that the other needs, and small products last a hundred times as long. libgomp reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 from cases import DEVICE
 
