@@ -10,21 +10,6 @@
 namespace fc {
 namespace {
 
-// An array on the device of g, in one piece.
-template <class T, int Rank>
-TensorView<const T, Rank> read(const ArrayArgument& array, int device) {
-  require_device(array, device);
-  const auto view = array.input<T, Rank>();
-  if (!view.is_compact()) throw py::value_error(std::string(array.name()) + ": expected a contiguous array");
-  return view;
-}
-
-template <class T, int Rank>
-TensorView<T, Rank> written(const ArrayArgument& array, int device) {
-  read<T, Rank>(array, device);
-  return array.output<T, Rank>();
-}
-
 // Arguments that top_dimensions() and restrict_updates() share.
 struct Problem {
   ArrayArgument g, member, offset;

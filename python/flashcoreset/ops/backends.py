@@ -22,9 +22,11 @@ FAMILIES = {
     "scores": ("cpu", "triton", "torch"),
     "matching": ("cpu", "cuda", "triton", "torch"),
     "caratheodory": ("cpu", "torch"),
-    "pursuit": ("cpu", "torch"),
+    "pursuit": ("cpu", "cuda", "triton", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
+# Families whose kernels for a GPU leave a small part to the compiled CPU module.
+FITTED_ON_THE_HOST = ("pursuit",)
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
@@ -72,10 +74,11 @@ def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> s
         return None
     if sparse and backend in NO_SPARSE:
         return no_sparse_kernel(backend)
-    if backend == "triton":
-        return triton_failure(device)
-    if backend == "cuda":
-        return cuda_failure(device)
+    if backend in ("cuda", "triton"):
+        reason = cuda_failure(device) if backend == "cuda" else triton_failure(device)
+        if reason is None and family in FITTED_ON_THE_HOST and (missing := _native.failure()) is not None:
+            return f"of {family} the weights are fitted on the host, by the compiled CPU module: {missing}"
+        return reason
     if device.type != "cpu":
         return f"the compiled CPU kernels do not take tensors on {device}; move them with .cpu(), or pass backend='torch'"
     return _native.failure()
