@@ -6,7 +6,6 @@
 #include <numeric>
 
 #include "core/philox.h"
-#include "core/simd.h"
 
 namespace fc {
 namespace {
@@ -15,34 +14,7 @@ constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int64_t kPart = 1 << 15;  // multiply-adds that a thread takes at a time
 constexpr int64_t kParts = 8;       // of a pivot that are worth a second thread
 
-using simd::kWidth;
-using simd::Vec;
-
 }  // namespace
-
-void subtract(double* y, const double* x, double a, int64_t count) {
-  int64_t j = 0;
-  const Vec<double> factor = simd::broadcast(a);
-  for (; j + kWidth<double> <= count; j += kWidth<double>) {
-    simd::store(y + j, simd::load(y + j) - factor * simd::load(x + j));
-  }
-  for (; j < count; ++j) y[j] -= a * x[j];
-}
-
-double max_abs(const double* x, int64_t count) {
-  double most = 0;
-  int64_t j = 0;
-  if (count >= kWidth<double>) {
-    Vec<double> lanes{};
-    for (; j + kWidth<double> <= count; j += kWidth<double>) {
-      const Vec<double> v = simd::abs<double>(simd::load(x + j));
-      lanes = v > lanes ? v : lanes;
-    }
-    most = simd::lane_max<double>(lanes);
-  }
-  for (; j < count; ++j) most = std::max(most, std::fabs(x[j]));
-  return most;
-}
 
 struct Tableau::Leaving {
   double longest = std::numeric_limits<double>::infinity();  // step, rounding allowed for

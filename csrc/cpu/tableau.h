@@ -2,17 +2,40 @@
 // what the Caratheodory reduction is made of. caratheodory.cpp has the method.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "core/simd.h"
 #include "core/threads.h"
 
 namespace fc {
 
 // y [count] -= a * x.
-void subtract(double* y, const double* x, double a, int64_t count);
+inline void subtract(double* y, const double* x, double a, int64_t count) {
+  int64_t j = 0;
+  const simd::Vec<double> factor = simd::broadcast(a);
+  for (; j + simd::kWidth<double> <= count; j += simd::kWidth<double>) {
+    simd::store(y + j, simd::load(y + j) - factor * simd::load(x + j));
+  }
+  for (; j < count; ++j) y[j] -= a * x[j];
+}
 
-double max_abs(const double* x, int64_t count);
+inline double max_abs(const double* x, int64_t count) {
+  double most = 0;
+  int64_t j = 0;
+  if (count >= simd::kWidth<double>) {
+    simd::Vec<double> lanes{};
+    for (; j + simd::kWidth<double> <= count; j += simd::kWidth<double>) {
+      const simd::Vec<double> v = simd::abs<double>(simd::load(x + j));
+      lanes = v > lanes ? v : lanes;
+    }
+    most = simd::lane_max<double>(lanes);
+  }
+  for (; j < count; ++j) most = std::max(most, std::fabs(x[j]));
+  return most;
+}
 
 // The vectors, one a column, and then T; column `extra`, if there is one, takes part in the elimination but
 // never enters the basis. A pivot costs a multiply-add for each number, and threads share large ones.

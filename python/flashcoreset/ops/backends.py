@@ -21,10 +21,12 @@ FAMILIES = {
     "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),
     "matching": ("cpu", "cuda", "triton", "torch"),
-    "caratheodory": ("cpu", "torch"),
+    "caratheodory": ("cpu", "cuda", "triton", "torch"),
     "pursuit": ("cpu", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
+# On a device these need the compiled CPU module too: it does what is small and sequential.
+WITH_HOST = ("caratheodory",)
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
@@ -72,10 +74,9 @@ def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> s
         return None
     if sparse and backend in NO_SPARSE:
         return no_sparse_kernel(backend)
-    if backend == "triton":
-        return triton_failure(device)
-    if backend == "cuda":
-        return cuda_failure(device)
+    if backend in ("cuda", "triton"):
+        reason = cuda_failure(device) if backend == "cuda" else triton_failure(device)
+        return _native.failure() if reason is None and family in WITH_HOST else reason
     if device.type != "cpu":
         return f"the compiled CPU kernels do not take tensors on {device}; move them with .cpu(), or pass backend='torch'"
     return _native.failure()

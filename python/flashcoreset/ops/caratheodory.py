@@ -29,7 +29,9 @@ def caratheodory(
             even as can be: none is above its old value or the total / (max_size - d - 1), whichever is larger, and at most
             d + 1 are changed to something else than the latter; the rows are a random sample (by fixed numbers) that
             is balanced on the columns. None goes on to the end. It may be below d + 1 if the rank allows it.
-        backend: None, "cpu" or "torch".
+        backend: None, "cpu", "cuda", "triton" or "torch". "cuda" and "triton" leave what is small and sequential to the
+            compiled CPU module: the reduction of sums of runs, and all steps of a `max_size`, for which rows come to the host
+            in pieces.
 
     Returns:
         Selection: `indices` [k] ascending, `weights` [k] > 0, float64 for float64, else float32. A row stands for no rows
