@@ -471,6 +471,12 @@ def check_matching(backend: str) -> None:
     left = found.weights @ g[found.indices] - g.sum(0)
     assert len(found.indices) == 26
     assert float(left.abs().max()) < 1e-12 * float(g.abs().sum())
+    low_rank = fc.LowRankGradients(random(60, 2).to(device), seed=0, numel=900, backend=backend)
+    found = fc.match_gradients(low_rank, 3, method="caratheodory", backend=backend)
+    rows = low_rank.dense()
+    left = found.weights @ rows[found.indices] - rows.sum(0)
+    assert len(found.indices) == 3
+    assert float(left.abs().max()) < 1e-12 * float(rows.abs().sum())
 
 
 def on_a_device(sizes: list[tuple[int, int]]) -> list[Any]:
