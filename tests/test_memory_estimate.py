@@ -90,6 +90,22 @@ def test_takes_the_function_or_its_name_and_shapes_or_tensors() -> None:
         assert double == fc.memory_estimate(fc.facility_location, (1000, 16), k=10, dtype=dtype)
 
 
+def test_takes_gradients_and_histories_without_values() -> None:
+    m = torch.empty(655_360, device="meta")
+    g = fc.LowRankGradients(torch.zeros(128, 1), seed=0, numel=655_360)
+    labels = torch.arange(128) % 4
+    streamed = fc.memory_estimate(
+        fc.match_gradients, g, 64, normalize=fc.AdamState(m, m, 1), top=2560, groups=labels
+    )
+    assert streamed <= 32e6 + 8 * 655_360  # and the new history
+    rank_one = fc.memory_estimate(
+        fc.match_gradients, g, 64, normalize=fc.RankOneAdamState(655_360), top=2560, groups=(128,)
+    )
+    assert streamed < rank_one < 3 * streamed
+    for backend in ("cuda", "triton", "torch"):
+        assert fc.memory_estimate(fc.match_gradients, (128, 1000), 64, method="omp", backend=backend) > 2**15
+
+
 def test_scale_promised_for_a_hundred_thousand_points() -> None:
     assert fc.memory_estimate(fc.facility_location, (100_000, 128), k=1000) < 2**30
     assert fc.memory_estimate(fc.facility_location, (1_000_000, 64), (10_000, 64), k=1000) < 2**30
@@ -121,8 +137,17 @@ def test_scale_promised_for_a_hundred_thousand_points() -> None:
         ((fc.ccs, (9,), 10), {}, ValueError, "k must be <= the 9 samples, got 10"),
         ((fc.ccs, (9,), 3), {"groups": (8,)}, ValueError, r"groups must have shape \[9\], got \(8,\)"),
         ((fc.ccs, (9,), 3), {"n_strata": 0}, ValueError, "n_strata must be >= 1, got 0"),
+        ((fc.match_gradients, (9, 3), 10), {}, ValueError, "k must be between 1 and 9, the rows of g, got 10"),
+        ((fc.match_gradients, (9, 3), 2), {"top": 4}, ValueError, r"top must be in \[1, 3\]"),
+        ((fc.match_gradients, (9, 3), 2), {"normalize": (3,)}, TypeError, "normalize must be an AdamState, got tuple"),
+        (
+            (fc.match_gradients, (9, 3), 2), {"normalize": fc.RankOneAdamState(4)}, ValueError,
+            "normalize must be of gradients of length 3, got one of length 4",
+        ),
+        ((fc.match_gradients, (9, 3), 2), {"groups": (8,)}, ValueError, r"groups must have shape \[9\], got \(8,\)"),
+        ((fc.caratheodory, (9,)), {}, ValueError, r"x must have 2 dimensions.*\(9,\)"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(arguments: tuple, kw: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         fc.memory_estimate(*arguments, **kw)
@@ -211,6 +236,20 @@ s = torch.rand(4_000_000, generator=g, dtype={dtype})
 large, options = (s, {k}), dict({options})
 call = lambda s, k: fc.ccs(s, k, **{{key: getattr(value, "__getitem__", lambda _: value)(slice(len(s))) for key, value in options.items()}})
 """
+MATCHED = """
+x, state = torch.randn(*{shape}, generator=g, dtype={dtype}), None
+x = fc.LowRankGradients(x, seed=1, numel={length}) if {length} else x
+if {adam}:
+    m = torch.zeros({length} or x.shape[1])
+    state = fc.AdamState(m, m + 1, 3)
+large, options = (x, {k}), dict(normalize=state, {options})
+call = lambda x, k: fc.match_gradients(x, k, **options)
+"""
+REDUCED = """
+x = torch.randn(*{shape}, generator=g, dtype={dtype})
+large, options = (x,), dict({options})
+call = lambda x: fc.caratheodory(x, **options)
+"""
 HIGHEST = {
     "sketch": ("sketch", SKETCHED, {"shape": (512, 3_000), "dim": 20_000}),
     "sketch gaussian": ("sketch", SKETCHED, {"shape": (512, 3_000), "dim": 20_000, "options": "kind='gaussian'"}),
@@ -240,13 +279,46 @@ HIGHEST = {
     "ccs mislabelled, groups": (
         "ccs", DRAWN, {"options": "mislabel_scores=s, mislabel_ratio=0.1, groups=torch.arange(len(s)) % 7"},
     ),
+    "matching streamed": (
+        "match_gradients", MATCHED,
+        {"shape": (64, 1), "length": 2_000_000, "adam": True, "options": "top=2_000, groups=torch.arange(64) % 4"},
+    ),
+    "matching of half rows": (
+        "match_gradients", MATCHED,
+        {"shape": (500, 40_000), "adam": True, "dtype": "torch.float16", "options": "top=20_000"},
+    ),
+    "matching of all dimensions": ("match_gradients", MATCHED, {"shape": (1_500, 3_000), "adam": True}),
+    "matching pursuit": ("match_gradients", MATCHED, {"shape": (2_000, 20_000), "k": 900, "options": "method='omp'"}),
+    "matching pursuit of groups": (
+        "match_gradients", MATCHED,
+        {"shape": (1_000, 20_000), "k": 500, "options": "method='omp', groups=torch.arange(1_000) % 2"},
+    ),
+    "matching pursuit of updates": (
+        "match_gradients", MATCHED, {"shape": (1_000, 5_000), "k": 500, "adam": True, "options": "method='omp'"},
+    ),
+    "Frank-Wolfe of half rows": (
+        "match_gradients", MATCHED,
+        {"shape": (2_000, 10_000), "k": 900, "dtype": "torch.bfloat16", "options": "method='frank_wolfe'"},
+    ),
+    "matching reference": (
+        "match_gradients", MATCHED, {"shape": (200, 100_000), "adam": True, "options": "top=1_000, backend='torch'"},
+    ),
+    "caratheodory": ("caratheodory", REDUCED, {"shape": (500_000, 8)}),
+    "caratheodory, wide": ("caratheodory", REDUCED, {"shape": (3_000, 700), "options": "max_size=1_500"}),
+    "caratheodory, wider than long": ("caratheodory", REDUCED, {"shape": (400, 3_000)}),
+    "caratheodory reference": (
+        "caratheodory", REDUCED, {"shape": (50_000, 8), "options": "backend='torch'"},
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HIGHEST)
-def test_of_sketches_and_scores_is_an_upper_bound_within_a_factor_of_two(name: str) -> None:
+def test_of_others_is_an_upper_bound_within_a_factor_of_two(name: str) -> None:
     function, template, case = HIGHEST[name]
-    case = {"dtype": "torch.float32", "options": "", "mask": None, "k": 400_000, **case}
+    case = {
+        "dtype": "torch.float32", "options": "", "mask": None, "k": 30 if template is MATCHED else 400_000,
+        "adam": False, "length": None, **case,
+    }  # fmt: skip
     dtype = "" if template is MADE else f"dtype={case['dtype']}, "
     code = MEASURE_HIGHEST.format(prepare=template.format(**case), name=function, dtype=dtype)
     # glibc's malloc raises the size from which blocks are given back at once, by what was freed before; here it stays.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcoreset._memory import as_shape, register_estimate
 from flashcoreset._tensor import as_int64, as_matrix, as_vector, check_weights, compute_dtype, is_traced
 from flashcoreset._types import Selection
 from flashcoreset.ops.backends import check_backend, choose_kernels
@@ -97,6 +98,32 @@ def _solve(x: Tensor, weights: Tensor | None, max_size: int, backend: str | None
     # A positive float64 weight may be 0 in float32; it becomes the least number above.
     least = 2.0**-1074 if dtype == torch.float64 else 2.0**-149
     return indices, torch.where(new_weights > 0, new_weights, least)
+
+
+@register_estimate("caratheodory")
+def _estimate(
+    x: Any,
+    weights: Any = None,
+    max_size: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> int:
+    """Bytes of one call; see `memory_estimate`."""
+    check_backend(backend)
+    n, d = as_shape(x, "x")
+    dim = d + 1
+    # Rows and weights, which grow as they come where some may be left out.
+    rows = (40 if weights is not None else 16) * n + 48 * min(n, max(dim, max_size or 0))
+    if backend == "torch":
+        # Vectors of the rows in float64, and as many numbers again for their sums; a null vector's factorisation.
+        return rows + 8 * n * dim * 3 + 8 * 6 * (dim + 1) ** 2 + 8 * n * d + 2**21
+    columns = 0
+    if dim > 2 * n:  # n columns of a triangle stand for the d
+        columns = 8 * n * n * 18 + 256 * n * torch.get_num_threads()
+        dim = n + 1
+    runs = min(n, (2 if dim > 64 else 4) * dim)
+    return rows + columns + 2 * 8 * runs * dim + 2**20
 
 
 # The torch op: what torch.compile and fake tensors see.

@@ -225,27 +225,9 @@ def _check(
         preselected = as_vector(preselected, "preselected", device, integers=True)
         if preselected.shape[0] == 0:
             preselected = None
-    labels = None
-    if groups is not None:
-        groups = as_vector(groups, "groups", device, integers=True, length=n)
-    elif budgets is not None:
-        raise ValueError("budgets need groups, got groups=None")
-    if budgets is not None:
-        labels, budgets, total = _check_budgets(budgets, device, k)
-    if k is not None:
-        k = as_integer(k, "k")
-    if budgets is not None:
-        if k is not None and total is not None and k != total:
-            raise ValueError(f"k must be the sum of the budgets, {total}, or None, got {k}")
-        k = total if k is None else k
-    if k is None:
-        raise TypeError("k must be an int unless budgets are given, got None")
-    left = n if preselected is None else n - preselected.shape[0]
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
-    if k > left:
-        among = f"{n} candidates" if preselected is None else f"{n} candidates less {n - left} preselected"
-        raise ValueError(f"k must be at most {left} ({among}), got {k}")
+    k, groups, labels, budgets = check_picks(
+        n, k, groups, budgets, device, 0 if preselected is None else preselected.shape[0]
+    )
     epsilon = as_number(epsilon, "epsilon")
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon must be in (0, 1), got {epsilon}")
@@ -263,6 +245,34 @@ def _check(
         x, k, clients, metric, weights, groups, labels, budgets, preselected, method, epsilon, seed, offset,
         memory_budget,
     )  # fmt: skip
+
+
+def check_picks(
+    n: int, k: Any, groups: Any, budgets: Any, device: torch.device, preselected: int = 0
+) -> tuple[int, Tensor | None, Tensor | None, Tensor | None]:
+    """How many of `n` candidates are to be picked, groups [n], and the labels and counts [G] of budgets; types and shapes checked."""
+    labels = None
+    if groups is not None:
+        groups = as_vector(groups, "groups", device, integers=True, length=n)
+    elif budgets is not None:
+        raise ValueError("budgets need groups, got groups=None")
+    if budgets is not None:
+        labels, budgets, total = _check_budgets(budgets, device, k)
+    if k is not None:
+        k = as_integer(k, "k")
+    if budgets is not None:
+        if k is not None and total is not None and k != total:
+            raise ValueError(f"k must be the sum of the budgets, {total}, or None, got {k}")
+        k = total if k is None else k
+    if k is None:
+        raise TypeError("k must be an int unless budgets are given, got None")
+    left = n - preselected
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    if k > left:
+        among = f"{n} candidates less {preselected} preselected" if preselected else f"{n} candidates"
+        raise ValueError(f"k must be at most {left} ({among}), got {k}")
+    return k, groups, labels, budgets
 
 
 def _check_memory_budget(value: Any) -> int:
@@ -317,7 +327,9 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
         check_weights(p.weights, out_dtype)
     if p.preselected is not None and not on_device:
         check_preselected(p.preselected, x.shape[0])
-    members = None if p.groups is None else _members(p)
+    members = None
+    if p.groups is not None:
+        members = group_members(p.k, p.groups, p.labels, p.budgets, p.preselected)
 
     offset = p.offset
     if p.metric in DISTANCES:
@@ -548,40 +560,31 @@ def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, met
 
 
 def group_members(
-    count: int, k: Any, groups: Any, budgets: Any, device: torch.device
+    k: int, groups: Tensor, labels: Tensor | None, budgets: Tensor | None, preselected: Tensor | None = None
 ) -> list[tuple[Tensor, int]]:
-    """For each label, ascending: which of `count` items are its members, ascending, and how many to pick of them; the arguments
-    are checked as those of `facility_location`."""
-    stand_in = torch.empty(count, 1, device=device)
-    p = _check(stand_in, k, None, "l1", None, groups, budgets, None, "lazy", 0.1, 0, None, 0)
-    return [(torch.arange(count, device=device), p.k)] if p.groups is None else _members(p)
-
-
-def _members(p: _Problem) -> list[tuple[Tensor, int]]:
     """For each label, ascending: its members, ascending, and how many to pick of them."""
-    assert p.groups is not None
-    order = torch.argsort(p.groups, stable=True)
-    present, sizes = torch.unique_consecutive(p.groups[order], return_counts=True)
+    order = torch.argsort(groups, stable=True)
+    present, sizes = torch.unique_consecutive(groups[order], return_counts=True)
     rows = order.split(sizes.tolist())
-    labels = present.tolist()
+    in_groups = present.tolist()
     free = sizes.clone()
-    if p.preselected is not None:
-        free -= torch.bincount(
-            torch.searchsorted(present, p.groups[p.preselected]), minlength=len(labels)
-        ).to(free.device)
-    if p.budgets is None or p.labels is None:
-        counts = allocate_budgets(free, p.k).tolist()
+    if preselected is not None:
+        free -= torch.bincount(torch.searchsorted(present, groups[preselected]), minlength=len(in_groups)).to(
+            free.device
+        )
+    if budgets is None or labels is None:
+        counts = allocate_budgets(free, k).tolist()
         return list(zip(rows, counts, strict=True))
 
-    budget_of = dict(zip(p.labels.tolist(), p.budgets.tolist(), strict=True))
+    budget_of = dict(zip(labels.tolist(), budgets.tolist(), strict=True))
     for label, budget in budget_of.items():
         if budget < 0:
             raise ValueError(f"budgets must be >= 0, got {budget} for label {label}")
-        if budget > 0 and label not in labels:
+        if budget > 0 and label not in in_groups:
             raise ValueError(f"budgets: {budget} asked of label {label}, which no candidate has in groups")
-    if sum(budget_of.values()) != p.k:
-        raise ValueError(f"k must be the sum of the budgets, {sum(budget_of.values())}, got {p.k}")
-    for label, size, left in zip(labels, sizes.tolist(), free.tolist(), strict=True):
+    if sum(budget_of.values()) != k:
+        raise ValueError(f"k must be the sum of the budgets, {sum(budget_of.values())}, got {k}")
+    for label, size, left in zip(in_groups, sizes.tolist(), free.tolist(), strict=True):
         if label not in budget_of:
             raise ValueError(
                 f"budgets must name every label in groups, got none for label {label} (0 takes none of it)"
@@ -591,7 +594,7 @@ def _members(p: _Problem) -> list[tuple[Tensor, int]]:
                 f"budgets: {budget_of[label]} asked of label {label}, whose group has {left} candidates left "
                 f"({size} less {size - left} preselected)"
             )
-    return [(group, budget_of[label]) for group, label in zip(rows, labels, strict=True)]
+    return [(group, budget_of[label]) for group, label in zip(rows, in_groups, strict=True)]
 
 
 # The torch op: what torch.compile and fake tensors see. An eager call goes to the kernel without the
@@ -783,7 +786,9 @@ def _estimate(
     capacity = min((memory_budget - matrix) // entry, n * m)
     longest = min(m, max(256, 4 * capacity // n)) if capacity else 0
     lists = (capacity + threads * 48 * longest) * entry
-    own = packed + per_candidate + per_client + sweep + matrix + lists + threads * 2**20
+    # Each thread packs a block of rows: 2 MB, or 96 rows where these are more.
+    blocks = threads * max(2**20, min(n, 96) * d * size if is_points else 0)
+    own = packed + per_candidate + per_client + sweep + matrix + lists + blocks
     # Where large arrays lie side by side, the huge page that both have a part of comes whole.
     own += _HUGE_PAGE if own >= 2 * _HUGE_PAGE else 0
     return outputs + converted + of_group + own

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype, one_of
+from flashcoreset._memory import as_dtype, as_shape, memory_estimate, register_estimate
+from flashcoreset._tensor import (
+    as_integer,
+    as_matrix,
+    as_number,
+    as_vector,
+    check_finite,
+    compute_dtype,
+    is_traced,
+    one_of,
+)
 from flashcoreset._types import Selection
 from flashcoreset.ops.adam import AdamState, RankOneAdamState
-from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.ops.backends import DEFAULTS, check_backend, choose_kernels
 from flashcoreset.ops.caratheodory import caratheodory
-from flashcoreset.ops.facility_location import facility_location, group_members
-from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit
+from flashcoreset.ops.facility_location import check_picks, facility_location, group_members
+from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit, pursuit_bytes
 from flashcoreset.ops.zeroth_order import LowRankGradients
+from flashcoreset.reference.facility_location import DISTANCES
+from flashcoreset.reference.matching import BLOCK as REFERENCE_BLOCK
 from flashcoreset.reference.matching import Rule
 
 METRICS = ("l1", "euclidean", "sqeuclidean", "cosine", "dot")
 METHODS = ("medoid", "omp", "frank_wolfe", "caratheodory")
+
+Asked = tuple[int, Tensor | None, Tensor | None, Tensor | None]  # k, groups, labels and budgets
 
 _BLOCK_BYTES = 1 << 25  # of the gradients that are looked at together
 # The streamed path is left where eps moves no update by more than this part of it, as float32 sums may.
@@ -69,7 +85,7 @@ def match_gradients(
         may take fewer than k; their `weights` are those of the sum, `gains` 0, `assignment` -1, and `objective` is minus the
         distance that is left, summed up over the groups.
         `dims` [groups with a budget, top] int64, the largest first (None without `top`, and where one shared direction leaves all
-        dimensions alike); `state`, of the kind of `normalize`, its step one higher.
+        dimensions alike); `state`, of the kind of `normalize`, its step one higher, its means unchanged where nothing was taken.
 
     Raises:
         TypeError: for a wrong type or dtype, such as a history in another precision than the gradients'.
@@ -80,7 +96,8 @@ def match_gradients(
 
     With a `RankOneAdamState` and gradients along the same one direction every update is h(c) sign(z), c being the
     coefficient, and the history stays of this kind: numbers stand for rows where eps is small beside the square roots that it is
-    added to (one part in a million), and else rows are made. Gradients along another direction make it an `AdamState`.
+    added to (one part in a million), and else rows are made. Gradients along another direction make it an `AdamState`. A function
+    given to torch.compile takes `AdamState` alone, to which `RankOneAdamState.dense` leads.
 
     Sources: Nguyen, Yang, Anand, Yang and Mirzasoleiman, "Mini-batch coresets for memory-efficient language model training on
     data mixtures" (CoLM), ICLR 2025, section 4; Killamsetty, Sivasubramanian, Ramakrishnan, De and Iyer, "GRAD-MATCH", ICML 2021;
@@ -94,8 +111,10 @@ def match_gradients(
         >>> found.indices, found.weights, found.dims, found.state.step
         (tensor([0, 2]), tensor([2., 1.]), tensor([[2, 0]]), 3)
     """
-    problem = _check(g, k, normalize, top, groups, budgets, metric, method, nonnegative, ridge)
+    problem, asked = _check(g, k, normalize, top, groups, budgets, metric, method, nonnegative, ridge)
     check_backend(backend)
+    if is_traced(problem.g.values):
+        return _call_op(problem, asked, backend)
     return match_members(problem, backend)
 
 
@@ -165,7 +184,9 @@ def _check(
     method: Any,
     nonnegative: Any,
     ridge: Any,
-) -> Problem:
+) -> tuple[Problem, Asked]:
+    """The problem, without members inside a graph, where labels have no values, and what `check_picks` says of k, groups and
+    budgets."""
     one_of(metric, "metric", METRICS)
     one_of(method, "method", METHODS)
     gradients = Gradients.of(g, "g")
@@ -180,17 +201,18 @@ def _check(
         raise ValueError(
             f"nonnegative and ridge are for method 'omp', got {nonnegative} and {ridge} with {method!r}"
         )
-    members = group_members(gradients.count, k, groups, budgets, gradients.values.device)
-    return Problem(
-        gradients,
-        check_history(normalize, gradients, "normalize"),
-        check_top(top, gradients.numel),
-        [(rows, count) for rows, count in members if count],
-        metric,
-        method,
-        nonnegative,
-        ridge,
-    )
+    device = gradients.values.device
+    asked = check_picks(gradients.count, k, groups, budgets, device)
+    history = check_history(normalize, gradients, "normalize")
+    top = check_top(top, gradients.numel)
+    members: list[tuple[Tensor, int]] = []
+    if not is_traced(gradients.values):
+        count, labelled, labels, counts = asked
+        members = [(torch.arange(gradients.count, device=device), count)]
+        if labelled is not None:
+            found = group_members(count, labelled, labels, counts)
+            members = [(rows, count) for rows, count in found if count]
+    return Problem(gradients, history, top, members, metric, method, nonnegative, ridge), asked
 
 
 def check_top(top: Any, numel: int) -> int | None:
@@ -244,8 +266,7 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
             parts = _medoids_of_all_dimensions(problem, dense, kernels, backend)
         else:
             parts = _solve(problem, _as_short_rows(problem, dense, kernels), backend)
-    found = _assemble(problem, parts)
-    return replace(found, dims=dims, state=_advance(g, history, dense, found.indices, kernels))
+    return _assemble(problem, parts, dims, lambda chosen: _advance(g, history, dense, chosen, kernels))
 
 
 def _along_one_direction(g: Gradients, history: RankOneAdamState) -> bool:
@@ -290,8 +311,8 @@ def _top_updates(problem: Problem, history: AdamState | None, kernels: ModuleTyp
 def _offsets(problem: Problem) -> tuple[Tensor, Tensor]:
     """The groups' rows, one group after the other, and where each begins."""
     rows = [rows for rows, _ in problem.members]
-    sizes = torch.tensor([0, *(len(r) for r in rows)], device=rows[0].device)
-    return torch.cat(rows), sizes.cumsum(0)
+    begins = list(accumulate((len(r) for r in rows), initial=0))
+    return rows[0] if len(rows) == 1 else torch.cat(rows), torch.tensor(begins, device=rows[0].device)
 
 
 def _sums_of_pairs(
@@ -329,7 +350,7 @@ def _medoids_of_all_dimensions(
         elif metric == "euclidean":
             total = total.sqrt()
         offset_of = None
-        if metric in ("l1", "euclidean", "sqeuclidean"):
+        if metric in DISTANCES:
             offset_of = float(total.max())
             total = offset_of - total
         found = facility_location(total, count, metric="precomputed", backend=backend)
@@ -337,12 +358,15 @@ def _medoids_of_all_dimensions(
     return parts
 
 
-def _as_short_rows(problem: Problem, history: AdamState | None, kernels: ModuleType) -> list[Tensor]:
+def _as_short_rows(problem: Problem, history: AdamState | None, kernels: ModuleType) -> Iterable[Tensor]:
     """For each group rows with the inner products of its updates in all dimensions: weighted sums of them are as near to each other
     as those of the updates."""
     g = problem.g
     if history is None and g.length is None:
-        return [g.values[rows].to(g.dtype) for rows, _ in problem.members]
+        # A group after the other, and all rows without a copy.
+        return (
+            (g.values if len(rows) == g.count else g.values[rows]).to(g.dtype) for rows, _ in problem.members
+        )
     if history is None:
         # c Z has the inner products of c F, where Z Z^T = F F^T.
         gram = g.values.new_zeros(g.values.shape[1], g.values.shape[1], dtype=torch.float64)
@@ -364,19 +388,23 @@ def _factor(gram: Tensor) -> Tensor:
 
 def _solve(problem: Problem, updates: Iterable[Tensor], backend: str | None) -> list[Selection]:
     """Each group's selection by its updates [members, dimensions]."""
-    parts = []
-    for u, (_, count) in zip(updates, problem.members, strict=True):
+    groups, parts = iter(updates), []
+    for _, count in problem.members:
+        u = next(groups)
         if problem.method == "medoid":
             parts.append(facility_location(u, count, metric=problem.metric, backend=backend))
         elif problem.method == "caratheodory":
             parts.append(caratheodory(u, max_size=count, backend=backend))
         else:
             parts.append(_pursue(problem, u, count, backend))
+        del u  # before the next group's rows are copied
     return parts
 
 
 def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Selection:
-    target = u.sum(0, dtype=torch.float64)
+    # Some columns at a time, because torch converts what it sums up.
+    step = max(1, _BLOCK_BYTES // (8 * len(u)))
+    target = torch.cat([part.sum(0, dtype=torch.float64) for part in u.split(step, 1)])
     if problem.method == "omp":
         found = orthogonal_matching_pursuit(
             u, target, count, nonnegative=problem.nonnegative, ridge=problem.ridge, backend=backend
@@ -390,9 +418,23 @@ def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Sel
     )
 
 
-def _assemble(problem: Problem, parts: list[Selection]) -> Selection:
-    """The groups' selections as one, with one offset for all."""
+def _assemble(
+    problem: Problem, parts: list[Selection], dims: Tensor | None, state_after: Callable[[Tensor], Any]
+) -> Selection:
+    """The groups' selections as one, with one offset for all, and the state after a step with the rows chosen."""
     g = problem.g
+    if len(parts) == 1 and len(problem.members[0][0]) == g.count:
+        one = parts[0]
+        return Selection(
+            one.indices,
+            one.gains.to(g.dtype),
+            one.weights.to(g.dtype),
+            one.assignment,
+            one.objective,
+            one.offset,
+            dims,
+            state_after(one.indices),
+        )
     offsets = [part.offset for part in parts if part.offset is not None]
     offset = max(offsets, default=None)
     assignment = torch.full((g.count,), -1, dtype=torch.int64, device=g.values.device)
@@ -409,13 +451,16 @@ def _assemble(problem: Problem, parts: list[Selection]) -> Selection:
         assignment[rows] = torch.where(part.assignment >= 0, part.assignment + done, -1)
         objective += part.objective + more
         done += len(part.indices)
+    chosen = torch.cat(indices)
     return Selection(
-        torch.cat(indices),
+        chosen,
         torch.cat(gains).to(g.dtype),
         torch.cat(weights).to(g.dtype),
         assignment,
         objective,
         offset,
+        dims,
+        state_after(chosen),
     )
 
 
@@ -426,9 +471,11 @@ def _advance(
     chosen: Tensor,
     kernels: ModuleType,
 ) -> AdamState | RankOneAdamState | None:
-    """The history after a step with the chosen gradients, if there are any; `dense` is what was matched with."""
-    if history is None or dense is None or not len(chosen):
-        return history
+    """The history after a step with the chosen gradients; `dense` is what was matched with."""
+    if history is None or dense is None:
+        return None
+    if not len(chosen):  # there are no means of nothing
+        return replace(history, step=history.step + 1)
     beta1, beta2 = history.betas
     step = history.step + 1
     if isinstance(history, RankOneAdamState) and _along_one_direction(g, history):
@@ -439,3 +486,246 @@ def _advance(
     assert isinstance(dense, AdamState)
     m, v = kernels.update_history(g.values, dense.m, dense.v, dense.betas, chosen, **g.source)
     return replace(dense, m=m, v=v, step=step)
+
+
+@register_estimate("match_gradients")
+def _estimate(
+    g: Any,
+    k: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    normalize: Any = None,
+    top: int | None = None,
+    groups: Any = None,
+    budgets: Any = None,
+    metric: str = "l1",
+    method: str = "medoid",
+    nonnegative: bool = True,
+    ridge: float = 0.0,
+    backend: str | None = None,
+) -> int:
+    """Bytes of one call; see `memory_estimate`. `g` may be `LowRankGradients`; labels in `groups` say how large the groups are, their
+    shape alone stands for one group of all. A `RankOneAdamState` counts as the rows that may have to be made of it."""
+    one_of(metric, "metric", METRICS)
+    one_of(method, "method", METHODS)
+    check_backend(backend)
+    if isinstance(g, LowRankGradients):
+        dtype, q, backend_of = g.coefficients.dtype, g.coefficients.shape[1], g.coefficients
+        count, numel = len(g.coefficients), g.numel
+    else:
+        dtype, q, backend_of = as_dtype(dtype), 0, g
+        count, numel = as_shape(g, "g")
+    if backend is None:
+        device = backend_of.device.type if isinstance(backend_of, Tensor) else "cpu"
+        backend = DEFAULTS.get(device, ("torch",))[0]
+    k = count if k is None else as_integer(k, "k")
+    if not 1 <= k <= count:
+        raise ValueError(f"k must be between 1 and {count}, the rows of g, got {k}")
+    top = check_top(top, numel)
+    if normalize is not None and not isinstance(normalize, (AdamState, RankOneAdamState)):
+        raise TypeError(f"normalize must be an AdamState, got {type(normalize).__name__}")
+    if normalize is not None and normalize.numel != numel:
+        raise ValueError(
+            f"normalize must be of gradients of length {numel}, got one of length {normalize.numel}"
+        )
+    sizes = _sizes_of_groups(groups, count)
+    largest, threads, size = max(sizes), torch.get_num_threads(), compute_dtype(dtype).itemsize
+
+    history = 0 if normalize is None else 2 * numel * size  # after the step
+    if isinstance(normalize, RankOneAdamState):
+        history *= 3  # and before it, and what it is made of
+    results = 72 * k + 32 * count
+    width = min(numel, max(1, _BLOCK_BYTES // (8 * count))) if top is None else top
+    updates = 8 * (count + len(sizes)) * width
+    if backend == "torch":
+        # Float64 rows of a group and what their updates are made of, sums and positions in order.
+        search = (4 * largest + 40) * 8 * min(numel, REFERENCE_BLOCK) + 64 * len(sizes) * width
+        step = 40 * k * min(numel, REFERENCE_BLOCK)
+    elif backend == "cpu":
+        # Each thread's lists, twice as long as they have to be, its tile and directions.
+        search = threads * (16 * (2 * len(sizes) + 2) * width + 40 * max(q, 1) * 1024 + 2**19)
+        step = threads * (40 * max(q, 1) * 1024 + 2**18)
+    else:
+        chunk = min(numel, max(2**19 // len(sizes), width))
+        search, step = 64 * len(sizes) * (width + chunk), 2**20
+
+    def solved(columns: int, dtype: torch.dtype, picked: int) -> int:
+        shape = (largest, columns)
+        if method == "medoid":
+            return memory_estimate(
+                "facility_location", shape, k=picked, dtype=dtype, metric=metric, backend=backend
+            )
+        if method == "caratheodory":
+            return memory_estimate("caratheodory", shape, max_size=picked, dtype=dtype, backend=backend)
+        pursued = pursuit_bytes(largest, columns, picked, dtype, method == "omp", backend)
+        return 16 * columns + max(_BLOCK_BYTES, pursued)
+
+    picked = min(k, largest)
+    if top is not None:
+        return results + updates + max(search, solved(top, torch.float64, picked), step + history)
+    pairs = 8 * sum(n * n for n in sizes)
+    blocks = updates + search + 2 * count * width * size + q * width * size
+    if method == "medoid":
+        own = 8 * largest**2
+        block = blocks + own + 8 * largest * width
+        choice = 4 * own + memory_estimate(
+            "facility_location",
+            (largest, largest),
+            k=picked,
+            dtype=torch.float64,
+            metric="precomputed",
+            backend=backend,
+        )
+        return results + pairs + max(block, choice, step + history)
+    if normalize is None and not q:
+        copied = largest * numel * size if dtype.itemsize < size else 0
+        copied += largest * numel * dtype.itemsize if len(sizes) > 1 else 0
+        return results + copied + solved(numel, compute_dtype(dtype), picked)
+    if normalize is None:
+        directions = 3 * q * width * 8 + 24 * q * q
+        return results + directions + 8 * count * q + solved(q, torch.float64, picked)
+    # Eigenvectors of a group's products, and LAPACK's room for them.
+    factor = 48 * largest**2
+    block = max(blocks + 8 * largest**2 + 8 * largest * width, factor, solved(largest, torch.float64, picked))
+    return results + 2 * pairs + max(block, step + history)
+
+
+def _sizes_of_groups(groups: Any, count: int) -> list[int]:
+    if groups is None or not isinstance(groups, (Tensor, np.ndarray, list)):
+        if groups is not None and as_shape(groups, "groups", 1) != (count,):
+            raise ValueError(f"groups must have shape [{count}], got {groups}")
+        return [count]
+    labels = as_vector(groups, "groups", torch.device("cpu"), integers=True, length=count)
+    return labels.unique(return_counts=True)[1].tolist()
+
+
+# The torch op: what torch.compile and fake tensors see.
+
+_NAME = "flashcoreset::match_gradients"
+torch.library.define(
+    _NAME,
+    # Coefficients have a length and what makes their directions; rows have none.
+    "(Tensor g, int? length, int seed, str? directions, int k, Tensor? m, Tensor? v, int step, float beta1, float beta2, "
+    "float eps, int? top, Tensor? groups, Tensor? labels, Tensor? budgets, str metric, str method, bool nonnegative, "
+    "float ridge, str? backend) -> "
+    "(Tensor indices, Tensor gains, Tensor weights, Tensor assignment, Tensor objective, Tensor offset, Tensor dims, Tensor m, "
+    "Tensor v)",
+)
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.impl(_NAME, "default")
+def _op(
+    g: Tensor,
+    length: int | None,
+    seed: int,
+    directions: str | None,
+    k: int,
+    m: Tensor | None,
+    v: Tensor | None,
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    top: int | None,
+    groups: Tensor | None,
+    labels: Tensor | None,
+    budgets: Tensor | None,
+    metric: str,
+    method: str,
+    nonnegative: bool,
+    ridge: float,
+    backend: str | None,
+) -> _Outputs:
+    rows = g.detach()
+    given = rows if length is None else LowRankGradients(rows, seed, length, directions)
+    if (m is None) != (v is None):
+        raise ValueError("m and v must be given together, or neither of them")
+    history = None
+    if m is not None and v is not None:
+        history = AdamState(m.detach(), v.detach(), step, (beta1, beta2), eps)
+    named = None
+    if labels is not None and budgets is not None:
+        named = dict(zip(labels.tolist(), budgets.tolist(), strict=True))
+    problem, _ = _check(given, k, history, top, groups, named, metric, method, nonnegative, ridge)
+    found = match_members(problem, backend)
+    objective, offset = (
+        torch.tensor(value or 0.0, dtype=torch.float64, device=g.device)
+        for value in (found.objective, found.offset)
+    )
+    dims = g.new_empty(0, 0, dtype=torch.int64) if found.dims is None else found.dims
+    new_m, new_v = g.new_empty(0), g.new_empty(0)
+    if found.state is not None:
+        new_m, new_v = found.state.m, found.state.v
+        if not len(found.indices):  # an op's outputs are not its inputs
+            new_m, new_v = new_m.clone(), new_v.clone()
+    return found.indices, found.gains, found.weights, found.assignment, objective, offset, dims, new_m, new_v
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    g: Tensor,
+    length: int | None,
+    seed: int,
+    directions: str | None,
+    k: int,
+    m: Tensor | None,
+    v: Tensor | None,
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    top: int | None,
+    groups: Tensor | None,
+    labels: Tensor | None,
+    budgets: Tensor | None,
+    metric: str,
+    method: str,
+    nonnegative: bool,
+    ridge: float,
+    backend: str | None,
+) -> _Outputs:
+    # Weighted sums may take fewer than k; groups without a budget have no dimensions.
+    taken: Any = k if method == "medoid" else torch.library.get_ctx().new_dynamic_size()
+    lists: Any = 0 if top is None else 1
+    if top is not None and groups is not None:
+        lists = torch.library.get_ctx().new_dynamic_size()
+    dtype = compute_dtype(g.dtype)
+    return (
+        g.new_empty(taken, dtype=torch.int64),
+        g.new_empty(taken, dtype=dtype),
+        g.new_empty(taken, dtype=dtype),
+        g.new_empty(g.shape[0], dtype=torch.int64),
+        g.new_empty((), dtype=torch.float64),
+        g.new_empty((), dtype=torch.float64),
+        g.new_empty(lists, top or 0, dtype=torch.int64),
+        g.new_empty(0) if m is None else torch.empty_like(m),
+        g.new_empty(0) if v is None else torch.empty_like(v),
+    )
+
+
+def _call_op(problem: Problem, asked: Asked, backend: str | None) -> Selection:
+    g, history = problem.g, problem.history
+    k, groups, labels, budgets = asked
+    if isinstance(history, RankOneAdamState):
+        raise TypeError(
+            "normalize must be an AdamState in a function given to torch.compile, got RankOneAdamState; pass its dense()"
+        )
+    adam: tuple[Any, ...] = (None, None, 1, 0.9, 0.999, 1e-8)
+    if history is not None:
+        adam = history.m, history.v, history.step, *history.betas, history.eps
+    indices, gains, weights, assignment, objective, offset, dims, m, v = torch.ops.flashcoreset.match_gradients(
+        g.values, g.length, g.seed, g.backend, k, *adam, problem.top, groups, labels, budgets, problem.metric, problem.method, problem.nonnegative, problem.ridge, backend,
+    )  # fmt: skip
+    if problem.method != "medoid" or problem.metric not in DISTANCES:
+        offset = None
+    return Selection(
+        indices,
+        gains,
+        weights,
+        assignment,
+        objective,
+        offset,
+        None if problem.top is None else dims,
+        None if history is None else replace(history, m=m, v=v, step=history.step + 1),
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashcoreset._tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype, is_traced
 from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +93,9 @@ def orthogonal_matching_pursuit(
     if ridge < 0:
         raise ValueError(f"ridge must be >= 0, got {ridge}")
     if is_traced(rows):
-        found = torch.ops.flashcoreset.orthogonal_matching_pursuit(rows, b, k, nonnegative, ridge, backend)
-    else:
-        found = _solve_pursuit(rows, b, k, nonnegative, ridge, backend)
-    return _wrap(*found)
+        solve = torch.ops.flashcoreset.orthogonal_matching_pursuit
+        return Pursuit(*solve(rows, b, k, nonnegative, ridge, backend))
+    return Pursuit(*_solve_pursuit(rows, b, k, nonnegative, ridge, backend))
 
 
 def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> Pursuit:
@@ -132,10 +132,8 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
     """
     rows, b, k = _check(g, target, k, backend)
     if is_traced(rows):
-        found = torch.ops.flashcoreset.frank_wolfe(rows, b, k, backend)
-    else:
-        found = _solve_frank_wolfe(rows, b, k, backend)
-    return _wrap(*found)
+        return Pursuit(*torch.ops.flashcoreset.frank_wolfe(rows, b, k, backend))
+    return Pursuit(*_solve_frank_wolfe(rows, b, k, backend))
 
 
 def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Tensor, int]:
@@ -151,20 +149,14 @@ def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Te
     return rows, b, k
 
 
-def _wrap(indices: Tensor, weights: Tensor, residual_norms: Tensor) -> Pursuit:
-    if is_traced(indices):
-        return Pursuit(indices, weights, residual_norms)
-    found = indices >= 0
-    return Pursuit(indices[found], weights[found], residual_norms[residual_norms >= 0])
-
-
 def _solve_pursuit(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = choose_kernels(backend, g.device, "pursuit")
     rows = g.to(compute_dtype(g.dtype))
-    return _padded(
-        rows, k, *kernels.orthogonal_matching_pursuit(rows, target, k, nonnegative=nonnegative, ridge=ridge)
+    return _rounded(
+        rows.dtype,
+        *kernels.orthogonal_matching_pursuit(rows, target, k, nonnegative=nonnegative, ridge=ridge),
     )
 
 
@@ -173,28 +165,41 @@ def _solve_frank_wolfe(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = choose_kernels(backend, g.device, "pursuit")
     rows = g.to(compute_dtype(g.dtype))
-    return _padded(rows, k, *kernels.frank_wolfe(rows, target, k))
+    return _rounded(rows.dtype, *kernels.frank_wolfe(rows, target, k))
 
 
-def _padded(
-    rows: Tensor, k: int, indices: Tensor, weights: Tensor, residual_norms: Tensor
+def _rounded(
+    dtype: torch.dtype, indices: Tensor, weights: Tensor, residual_norms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The results at length k, since the shapes of an op's outputs must not depend on values."""
-    rounded = weights.to(rows.dtype)
+    rounded = weights.to(dtype)
     if not rounded.isfinite().all():
         most = float(weights.abs().max())
-        raise ValueError(f"weights of up to {most:.3g} overflow {rows.dtype}; scale g up or target down")
-    return (
-        _filled(indices, k, -1),
-        _filled(rounded, k, 0),
-        _filled(residual_norms.to(rows.dtype), k, -1),
-    )
+        raise ValueError(f"weights of up to {most:.3g} overflow {dtype}; scale g up or target down")
+    return indices, rounded, residual_norms.to(dtype)
+
+
+def _padded(k: int, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The results at length k, since the shapes of an op's outputs must not depend on values."""
+    indices, weights, residual_norms = found
+    return _filled(indices, k, -1), _filled(weights, k, 0), _filled(residual_norms, k, -1)
 
 
 def _filled(values: Tensor, k: int, fill: float) -> Tensor:
     result = values.new_full((k,), fill)
     result[: len(values)] = values
     return result
+
+
+def pursuit_bytes(b: int, d: int, k: int, dtype: torch.dtype, orthogonal: bool, backend: str | None) -> int:
+    """An upper bound of what a call with rows [b, d] of `dtype`, float32 or float64, allocates."""
+    results = 72 * k + 32 * b
+    if backend == "torch":
+        # The rows in float64, unit rows for Frank-Wolfe, products of all with one vector; those of the picks for a fit.
+        return results + 8 * b * d * 3 + (40 * (d + k) * k if orthogonal else 0)
+    # Columns of the Gram matrix, a dozen at a time, of which one at least is for a pick.
+    columns = 8 * b * min(b, 12 * k, max(DEFAULT_MEMORY_BUDGET // (8 * b), 1))
+    fit = 24 * k * k if orthogonal else 0  # the picks' products, and their factor
+    return results + columns + fit + 64 * b + 16 * d + 2**20
 
 
 # The torch ops: what torch.compile and fake tensors see.
@@ -207,8 +212,18 @@ torch.library.define(
 torch.library.define(
     _FRANK_WOLFE, "(Tensor g, Tensor target, int k, str? backend) -> (Tensor, Tensor, Tensor)"
 )
-torch.library.impl(_PURSUIT, "default")(_solve_pursuit)
-torch.library.impl(_FRANK_WOLFE, "default")(_solve_frank_wolfe)
+
+
+@torch.library.impl(_PURSUIT, "default")
+def _pursuit_op(
+    g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _padded(k, _solve_pursuit(g, target, k, nonnegative, ridge, backend))
+
+
+@torch.library.impl(_FRANK_WOLFE, "default")
+def _frank_wolfe_op(g: Tensor, target: Tensor, k: int, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _padded(k, _solve_frank_wolfe(g, target, k, backend))
 
 
 @torch.library.register_fake(_PURSUIT)

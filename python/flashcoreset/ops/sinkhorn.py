@@ -623,13 +623,13 @@ def _transport(p: _Problem, progress: Callable[[int, int], object] | bool | None
             solution = solution._replace(value=value)
     dtype = p.out_dtype
     # One number of each problem; tensors without a graph, but for the value.
-    f, g, cost, error = (
-        t.detach() for t in (solution.f, solution.g, solution.transport_cost, solution.error)
-    )
+    f, g, cost, error = solution.f, solution.g, solution.transport_cost, solution.error
+    if traced:
+        f, g, cost, error = (t.detach() for t in (f, g, cost, error))
     return Transport(
         p.shaped(f.to(dtype)), p.shaped(g.to(dtype)), p.shaped(solution.value.to(dtype)), p.shaped(cost.to(dtype)),
         p.shaped(error.to(dtype)), p.shaped(solution.iterations), p.shaped(solution.converged),
-        replace(p, f=None, g=None), (f, g),
+        p if p.f is None and p.g is None else replace(p, f=None, g=None), (f, g),
     )  # fmt: skip
 
 

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import FLOATING, as_int64, as_integer, as_number, as_tensor, compute_dtype
+from flashcoreset._tensor import (
+    FLOATING,
+    as_int64,
+    as_integer,
+    as_number,
+    as_tensor,
+    compute_dtype,
+    is_traced,
+)
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.reference.philox import philox4x32
 
@@ -84,10 +92,9 @@ class LowRankGradients:
             raise ValueError(
                 f"begin and end must satisfy 0 <= begin < end <= {self.numel}, got {begin} and {end}"
             )
-        c = self.coefficients
-        out = c.new_empty(c.shape[1], end - begin)
-        choose_kernels(self.backend, c.device, "matching").directions(out, seed=self.seed, begin=begin)
-        return out
+        make = torch.ops.flashcoreset.directions if is_traced(self.coefficients) else _directions
+        made: Tensor = make(self.coefficients, self.seed, begin, end, self.backend)
+        return made
 
     def dense(self) -> Tensor:
         """[B, numel]: the gradients, in the dtype of the coefficients.
@@ -98,6 +105,25 @@ class LowRankGradients:
             torch.Size([3, 7])
         """
         return self.coefficients @ self.directions()
+
+
+def _directions(like: Tensor, seed: int, begin: int, end: int, backend: str | None) -> Tensor:
+    """[q, end - begin], a row for each of the columns of `like`."""
+    out = like.new_empty(like.shape[1], end - begin)
+    choose_kernels(backend, like.device, "matching").directions(out, seed=seed, begin=begin)
+    return out
+
+
+# The torch op: what torch.compile and fake tensors see.
+
+_NAME = "flashcoreset::directions"
+torch.library.define(_NAME, "(Tensor like, int seed, int begin, int end, str? backend) -> Tensor")
+torch.library.impl(_NAME, "default")(_directions)
+
+
+@torch.library.register_fake(_NAME)
+def _fake_directions(like: Tensor, seed: int, begin: int, end: int, backend: str | None) -> Tensor:
+    return like.new_empty(like.shape[1], end - begin)
 
 
 def zeroth_order_gradients(

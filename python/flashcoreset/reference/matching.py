@@ -26,7 +26,7 @@ from flashcoreset.reference.zeroth_order import directions
 
 OVERFLOW = "g: the mean squares of the chosen rows overflow the history's dtype; scale the gradients down"
 
-_BLOCK = 1 << 16  # dimensions at a time
+BLOCK = 1 << 16  # dimensions at a time
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def top_updates(
         if bad.any():
             column = int(bad.nonzero()[0])
             raise ValueError(f"g must be finite, got {float(g[row, column])} at row {row}, column {column}")
-    for begin in range(0, numel, _BLOCK):
-        at = torch.arange(begin, min(begin + _BLOCK, numel), device=g.device)
+    for begin in range(0, numel, BLOCK):
+        at = torch.arange(begin, min(begin + BLOCK, numel), device=g.device)
         for group, (first, last) in enumerate(bounds):
             u = _updates(g, m, v, rule, member[first:last], at, seed, length)
             values = torch.cat([best[group][0], u.mean(0).abs()])
@@ -204,9 +204,9 @@ def update_history(
     """
     beta1, beta2 = betas
     new_m, new_v = torch.empty_like(m), torch.empty_like(v)
-    for begin in range(0, len(m), _BLOCK):
-        part = slice(begin, begin + _BLOCK)
-        at = torch.arange(begin, min(begin + _BLOCK, len(m)), device=g.device)
+    for begin in range(0, len(m), BLOCK):
+        part = slice(begin, begin + BLOCK)
+        at = torch.arange(begin, min(begin + BLOCK, len(m)), device=g.device)
         values = _entries(g, chosen, at, seed, length)
         new_m[part] = beta1 * m[part].double() + (1 - beta1) * values.mean(0)
         new_v[part] = beta2 * v[part].double() + (1 - beta2) * values.square().mean(0)
