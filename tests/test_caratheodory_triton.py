@@ -65,7 +65,7 @@ def test_sums_of_runs(monkeypatch: pytest.MonkeyPatch, d: int, size: int) -> Non
     centre = random(1, d, 1)[0]
     for rows in (None, torch.arange(0, n, 3)):
         own = x if rows is None else x[rows]
-        for weights in (None, torch.rand(len(own), dtype=torch.float64)):
+        for weights in (None, random(len(own), 1, 2)[:, 0].square()):
             w = torch.ones(len(own), dtype=torch.float64) if weights is None else weights
             sums = torch.empty(-(-len(own) // size), 1 + d, dtype=torch.float64, device=DEVICE)
             there = [None if value is None else value.to(DEVICE) for value in (x, rows, weights, centre)]
@@ -75,7 +75,8 @@ def test_sums_of_runs(monkeypatch: pytest.MonkeyPatch, d: int, size: int) -> Non
                 values = (own[part] * 0.5 - centre).numpy()
                 wanted = torch.tensor(exact_sums(values, w[part].numpy()), dtype=torch.float64)
                 sizes = torch.tensor(exact_sums(abs(values), w[part].numpy()), dtype=torch.float64)
-                assert ((found - wanted).abs() <= 1e-15 * sizes).all()
+                # Worst seen: 1.1e-15, in the interpreter, which adds up 256 rows of a tile one after the other.
+                assert ((found - wanted).abs() <= 3e-15 * sizes).all()
 
 
 @pytest.mark.usefixtures("all_on_device")

@@ -256,9 +256,12 @@ class Reduction {
   void sample(int64_t goal) {
     start();
     if (left() <= goal) return;
-    Sampler sampler(moments_, TensorView<double, 1>::compact(weights_.data(), left()), goal, team_);
-    sampler.push(source_.view(), &rows_);
-    sampler.finish();
+    std::vector<double>().swap(sums_);  // as large as the tableaus
+    {
+      Sampler sampler(moments_, TensorView<double, 1>::compact(weights_.data(), left()), goal, team_);
+      sampler.push(source_.view(), &rows_);
+      sampler.finish();
+    }
     const int64_t n = left();
     keep_positive();
     for (int i = 0; i < 2 && left() < n; ++i) correct();

@@ -258,6 +258,7 @@ def _sample(left: _Left, live: int, max_size: int, sum_runs: SumRuns) -> tuple[T
         if not sampler.push(_capsule(left.points(begin, begin + step))):
             break
     sampler.finish()
+    del sampler  # it holds rows
     kept = w.nonzero()[:, 0]
     rows, w = left.host_rows()[kept], w[kept]
     # Of many rows the heaviest take what the sums are short of.
