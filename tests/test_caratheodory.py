@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flashcoreset as fc
-from flashcoreset import kernels
+from flashcoreset import _native, kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the sums of magnitudes. Worst seen of float64: 9e-15 (d = 1,000); float32 weights are rounded by up to 6e-8.
@@ -341,6 +341,59 @@ def test_the_binding_checks_its_arrays() -> None:
             kernels.cpu.caratheodory(x, out=out)
     with pytest.raises(ValueError, match="max_size"):
         kernels.cpu.caratheodory(x, max_size=-1, out=(ints, floats))
+
+
+def test_the_parts_for_devices_check_their_arrays() -> None:
+    native, capsule = _native.module(), torch.utils.dlpack.to_dlpack
+
+    def numbers(*shape: int, value: float = 1.0) -> Any:
+        return capsule(torch.full(shape, value, dtype=torch.float64))
+
+    with pytest.raises(ValueError, match="centre: expected at least 1 number"):
+        native.CaratheodoryReduction(numbers(0), 1.0)
+    reduction = native.CaratheodoryReduction(numbers(2, value=0.0), 1.0)
+    assert reduction.most_runs == 12
+    with pytest.raises(ValueError, match="sums: expected a total weight > 0 first"):
+        reduction.factors(numbers(4, 3), numbers(4))
+    assert not reduction.take_total(numbers(4, 3, value=math.inf))
+    assert reduction.take_total(numbers(4, 3))
+    for call, words in (
+        (lambda: reduction.take_total(numbers(4, 2)), "sums: expected shape"),
+        (lambda: reduction.take_total(numbers(0, 3)), "sums: expected at least 1 run"),
+        (lambda: reduction.move_to_mean(numbers(4, 4)), "sums: expected shape"),
+        (lambda: reduction.centre(numbers(3)), "out: expected shape"),
+        (lambda: reduction.factors(numbers(4, 3), numbers(5)), "out: expected shape"),
+        (lambda: reduction.correct(numbers(5, 3), numbers(5), numbers(3)), "x: expected shape"),
+        (lambda: reduction.correct(numbers(5, 2), numbers(4), numbers(3)), "weights: expected shape"),
+        (lambda: reduction.correct(numbers(5, 2), numbers(5), numbers(2)), "sums: expected shape"),
+        (lambda: native.CaratheodorySampler(reduction, numbers(9, value=0.0), 3), "weights: expected finite"),
+        (lambda: native.CaratheodorySampler(reduction, numbers(9), 0), "goal: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    places, weights = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.float64)
+    for x, w, out, words in (
+        ((5, 3), 5, 3, "x: expected shape"),
+        ((5, 2), 4, 3, "weights: expected shape"),
+        ((5, 2), 5, 2, "indices: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            reduction.rest(numbers(*x), numbers(w), capsule(places[:out]), capsule(weights))
+    sampler = native.CaratheodorySampler(reduction, numbers(9), 4)
+    with pytest.raises(ValueError, match="x: expected no more rows than weights"):
+        sampler.push(numbers(10, 2))
+    with pytest.raises(ValueError, match="x: expected shape"):
+        sampler.push(numbers(2, 3))
+    # Drivers look for these first; they must do no harm all the same.
+    for value in (math.nan, math.inf):
+        spoiled_rows = random(40, 2)
+        spoiled_rows[::3, 1] = value
+        left = torch.ones(40, dtype=torch.float64)
+        sampler = native.CaratheodorySampler(reduction, capsule(left), 4)
+        sampler.push(capsule(spoiled_rows))
+        sampler.finish()
+        factors = torch.empty(12, dtype=torch.float64)
+        reduction.factors(capsule(torch.cat([spoiled_rows, spoiled_rows[:, :1]], 1)[:12]), capsule(factors))
 
 
 def check_op(backend: str, device: str) -> None:

@@ -73,7 +73,7 @@ void Tableau::reduce(std::vector<double>& rho, int64_t count) {
     team_.check();
     take_column(columns_ - 1);
     const Leaving down = leaving(rho, bound, -1);
-    if (rho[last_vector_] <= down.longest) {
+    if (!(rho[last_vector_] > down.longest)) {  // so that a NaN does not look for a vector that leaves
       move(rho, bound, rho[last_vector_]);
       rho[last_vector_] = 0;
       continue;
@@ -101,7 +101,7 @@ int64_t Tableau::sample(std::vector<double>& rho, const std::vector<double>& bou
     const bool goes_up = (word + 0.5) * 0x1p-32 * (step_down + step_up) < step_down;
     const Leaving& out = goes_up ? up : down;
     const double room = goes_up ? room_up : own, sign = goes_up ? -1 : 1;
-    if (room <= out.longest) {
+    if (!(room > out.longest)) {
       move(rho, bound, sign * room);
       own = goes_up ? bound[last_vector_] : 0;
       zeros += own == 0;
