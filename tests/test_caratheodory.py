@@ -360,6 +360,7 @@ def test_the_parts_for_devices_check_their_arrays() -> None:
     for call, words in (
         (lambda: reduction.take_total(numbers(4, 2)), "sums: expected shape"),
         (lambda: reduction.take_total(numbers(0, 3)), "sums: expected at least 1 run"),
+        (lambda: reduction.take_total(capsule(torch.ones(3, 4).double().T)), "sums: expected rows that are"),
         (lambda: reduction.move_to_mean(numbers(4, 4)), "sums: expected shape"),
         (lambda: reduction.centre(numbers(3)), "out: expected shape"),
         (lambda: reduction.factors(numbers(4, 3), numbers(5)), "out: expected shape"),

@@ -137,6 +137,8 @@ class PyReduction {
     const auto view = sums.input<double, 2>();
     sums.require_shape({view.rows(), 1 + moments_.d()});
     if (view.rows() < 1) throw py::value_error("sums: expected at least 1 run");
+    if (!view.has_contiguous_rows())
+      throw py::value_error("sums: expected rows that are contiguous in memory");
     return view;
   }
 

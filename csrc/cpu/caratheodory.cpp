@@ -457,7 +457,8 @@ std::vector<double> compressed(const TensorView<const X, 2>& x, const std::vecto
 void take_total(Moments& moments, TensorView<const double, 2> sums) {
   std::fill(moments.target.begin(), moments.target.end(), 0.0);
   for (int64_t c = 0; c < sums.rows(); ++c) {
-    for (int64_t j = 0; j < sums.cols(); ++j) moments.target[j] += sums(c, j);
+    const double* const sum = sums.row(c);
+    for (int64_t j = 0; j < sums.cols(); ++j) moments.target[j] += sum[j];
   }
 }
 
@@ -479,7 +480,8 @@ bool move_to_mean(Moments& moments, TensorView<double, 2> sums) {
     if (std::fabs(target[j]) > 64 * magnitudes) return false;
   }
   for (int64_t c = 0; c < sums.rows(); ++c) {
-    for (int64_t j = 1; j <= d; ++j) sums(c, j) -= sums(c, 0) * shift[j];
+    double* const sum = sums.row(c);
+    for (int64_t j = 1; j <= d; ++j) sum[j] -= sum[0] * shift[j];
   }
   for (int64_t j = 1; j <= d; ++j) target[j] -= target[0] * shift[j];
   return true;
@@ -492,10 +494,10 @@ std::vector<double> factors_of_runs(const Moments& moments, TensorView<const dou
   Tableau tableau(1 + d, runs, false, team);
   double heaviest = 0;
   for (int64_t c = 0; c < runs; ++c) {
-    const double weight = sums(c, 0);
-    tableau.row(0)[c] = weight;
-    heaviest = std::max(heaviest, weight);
-    for (int64_t j = 1; j <= d; ++j) tableau.row(j)[c] = sums(c, j) - weight * (target[j] / target[0]);
+    const double* const sum = sums.row(c);
+    tableau.row(0)[c] = sum[0];
+    heaviest = std::max(heaviest, sum[0]);
+    for (int64_t j = 1; j <= d; ++j) tableau.row(j)[c] = sum[j] - sum[0] * (target[j] / target[0]);
   }
   tableau.scale(rounding(moments, heaviest), moments.one_scale);
   tableau.eliminate();

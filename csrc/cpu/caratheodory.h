@@ -29,7 +29,7 @@ WeightedRows caratheodory(TensorView<const X, 2> x, const TensorView<const doubl
                           int64_t max_size, ThreadTeam& team, bool one_scale = false);
 
 // ---- Its parts, for a backend whose rows are elsewhere. Sums there are those of w (1, x - centre) over
-// neighbouring rows, [runs, 1 + d], x being the rows times `shrink`.
+// neighbouring rows, [runs, 1 + d], its rows contiguous, x being the rows times `shrink`.
 
 // What weights have to keep.
 struct Moments {

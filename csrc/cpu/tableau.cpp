@@ -112,7 +112,7 @@ int64_t Tableau::sample(std::vector<double>& rho, const std::vector<double>& bou
   return zeros;
 }
 
-void Tableau::take_column(int64_t j) {
+inline void Tableau::take_column(int64_t j) {
   --columns_;
   last_vector_ = vector_of_[j];
   vector_of_[j] = vector_of_[columns_];
@@ -124,7 +124,7 @@ void Tableau::take_column(int64_t j) {
   }
 }
 
-void Tableau::pivot(int64_t p, int64_t count) {
+inline void Tableau::pivot(int64_t p, int64_t count) {
   const int64_t width = columns_ + (extra_ ? 1 : 0);
   double* const source = row(p);
   for (int64_t j = 0; j < width; ++j) source[j] /= factor_[p];
@@ -140,13 +140,13 @@ void Tableau::pivot(int64_t p, int64_t count) {
   }
 }
 
-double Tableau::room(const std::vector<double>& rho, const std::vector<double>& bound, int64_t i,
-                     double sign) const {
+inline double Tableau::room(const std::vector<double>& rho, const std::vector<double>& bound, int64_t i,
+                            double sign) const {
   return sign * factor_[i] > 0 ? rho[basis_[i]] : bound[basis_[i]] - rho[basis_[i]];
 }
 
-Tableau::Leaving Tableau::leaving(const std::vector<double>& rho, const std::vector<double>& bound,
-                                  double sign) const {
+inline Tableau::Leaving Tableau::leaving(const std::vector<double>& rho, const std::vector<double>& bound,
+                                         double sign) const {
   Leaving out;
   for (int64_t i = 0; i < rank_; ++i) {
     if (factor_[i] == 0) continue;
@@ -164,15 +164,15 @@ Tableau::Leaving Tableau::leaving(const std::vector<double>& rho, const std::vec
   return out;
 }
 
-void Tableau::move(std::vector<double>& rho, const std::vector<double>& bound, double step) {
+inline void Tableau::move(std::vector<double>& rho, const std::vector<double>& bound, double step) {
   for (int64_t i = 0; i < rank_; ++i) {
     double& r = rho[basis_[i]];
     r = std::clamp(r + step * factor_[i], 0.0, bound[basis_[i]]);
   }
 }
 
-double Tableau::exchange(std::vector<double>& rho, const std::vector<double>& bound, const Leaving& out,
-                         double sign) {
+inline double Tableau::exchange(std::vector<double>& rho, const std::vector<double>& bound,
+                                const Leaving& out, double sign) {
   const int64_t left = basis_[out.row];
   const bool falls = sign * factor_[out.row] < 0;
   const double step = sign * room(rho, bound, out.row, -sign) / out.pivot;
