@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashcoreset.reference.sketch import KINDS
-from flashcoreset.triton_kernels import caratheodory, matching, sketch
+from flashcoreset.triton_kernels import caratheodory, matching, pursuit, sketch
 from flashcoreset.triton_kernels.facility_location import gains_kernel, update_kernel
 from flashcoreset.triton_kernels.pairwise import Tile, pairwise_kernel
 from flashcoreset.triton_kernels.scores import block_of, scores_kernel
@@ -292,6 +292,58 @@ def compile_caratheodory(kernel: Any, dtype: str, columns: int, given: bool, arc
     )
 
 
+# (kernel, type of g, what is multiplied with it, or which of the kernel's forms)
+PURSUIT = [
+    *(
+        (pursuit.products_kernel, dtype, form)
+        for dtype in ("fp32", "fp64")
+        for form in ("rows", "split", "vector", "listed", "squares")
+    ),
+    (pursuit.add_pieces_kernel, "fp64", "sums"),
+    *((pursuit.pick_kernel, "fp64", form) for form in ("signed", "magnitude")),
+    (pursuit.best_kernel, "fp64", "all"),
+    *((pursuit.residual_kernel, dtype, "rows") for dtype in ("fp32", "fp64")),
+]
+
+
+def compile_pursuit(kernel: Any, dtype: str, form: str, architecture: int) -> Any:
+    """The kernel as a launch compiles it."""
+    sizes = ("ROWS", "STEP", "PIECE", "LINES", "TERMS", "COLUMNS", "CHUNK")
+    constants = {name: getattr(pursuit, name) for name in sizes}
+    constants |= {
+        "LISTED": form == "listed",
+        "SQUARES": form == "squares",
+        "SPLIT": form == "split",
+        "COUNT": pursuit.VECTORS if form in ("rows", "split") else 1,
+        "MAGNITUDE": form == "magnitude",
+    }
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    numbers = ("out", "sums", "correlation", "gram", "numbers", "norm", "scores", "best", "found")
+    pointers = {
+        "g": dtype,
+        "vectors": "fp64" if form == "vector" else dtype,
+        **dict.fromkeys((*numbers, "target", "weights"), "fp64"),
+        **dict.fromkeys(("rows", "which", "places", "slots", "best_row"), "i64"),
+    }
+    if kernel is pursuit.pick_kernel:
+        del pointers["rows"]  # is their number there
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+            if name not in ("which", "places"):  # parts of an array
+                aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": pursuit.WARPS},
+    )
+
+
 def resources(cubin: bytes) -> dict[str, int]:
     """What a kernel takes by the word of the dumper that comes with triton. Registers spill to the stack alone, which
     these kernels use for nothing else."""
@@ -303,6 +355,14 @@ def resources(cubin: bytes) -> dict[str, int]:
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
     return {"registers": int(found["REG"]), "spilled": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def reduced_layouts(compiled: Any) -> list[str]:
+    """How the tensors lie that the kernel reduces."""
+    code = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    reduced = re.findall(r'"tt\.reduce"\((?:.*\n)+?.*\}\) : \(tensor<\S+, (#\w+)>\)', code)
+    return sorted({layouts[name] for name in reduced})
 
 
 def described(name: str, compiled: Any) -> dict[str, Any]:
@@ -327,6 +387,10 @@ def main() -> None:
     for kernel, dtype, columns, given in CARATHEODORY:
         name = f"{kernel.fn.__name__} {dtype} d = {columns}" + (" with rows and weights" if given else "")
         report.append(described(name, compile_caratheodory(kernel, dtype, columns, given, architecture)))
+    for kernel, dtype, form in PURSUIT:
+        compiled = compile_pursuit(kernel, dtype, form, architecture)
+        told = described(f"{kernel.fn.__name__} {form} {dtype}", compiled)
+        report.append(told | {"reduced": reduced_layouts(compiled)})
     json.dump(report, sys.stdout)
 
 

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ if os.environ.get("FLASHCORESET_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import torch
 from cases import DEVICE
 
 from flashcoreset import _native, kernels
@@ -32,6 +34,15 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if isa:
         monkeypatch.setattr(_native, "_loaded", _native.load_isa(isa))
     return name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Those of lstsq wait longer for each other than they work on small matrices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

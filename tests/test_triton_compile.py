@@ -115,6 +115,16 @@ def test_sketches_use_matrix_units_where_they_may(
             assert re.search(r"mma\S*f16", kernel["ptx"]) is None, kernel["name"]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_have_one_order_of_sums(architecture: int, reports: dict[int, list[dict[str, Any]]]) -> None:
+    """With one vector or several, of all rows or some, in pieces or not."""
+    products = [kernel for kernel in reports[architecture] if kernel["name"].startswith("products_kernel")]
+    assert len(products) == 10
+    layouts = [kernel["reduced"] for kernel in products]
+    assert len(layouts[0]) == 1
+    assert layouts == layouts[:1] * len(layouts)
+
+
 def innermost_loop(ptx: str) -> str:
     """The shortest stretch of `ptx` that ends by branching back to its label; empty if nothing does."""
     loops = []

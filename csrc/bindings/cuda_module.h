@@ -25,6 +25,22 @@ inline void require_device(const ArrayArgument& array, int device) {
                         ", where x is, got one on device " + there + "; move it there");
 }
 
+// An array on that device, in one piece, to read from.
+template <class T, int Rank>
+TensorView<const T, Rank> read(const ArrayArgument& array, int device) {
+  require_device(array, device);
+  const auto view = array.input<T, Rank>();
+  if (!view.is_compact()) throw py::value_error(std::string(array.name()) + ": expected a contiguous array");
+  return view;
+}
+
+// The same to write to.
+template <class T, int Rank>
+TensorView<T, Rank> written(const ArrayArgument& array, int device) {
+  read<T, Rank>(array, device);
+  return array.output<T, Rank>();
+}
+
 // Makes the device of an array the current one for as long as the object lives.
 class DeviceGuard {
  public:
@@ -66,5 +82,6 @@ void bind_cuda_sinkhorn(py::module_& m);
 void bind_cuda_sketch(py::module_& m);
 void bind_cuda_matching(py::module_& m);
 void bind_cuda_caratheodory(py::module_& m);
+void bind_cuda_pursuit(py::module_& m);
 
 }  // namespace fc

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashcoreset import _native
 from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._tensor import Csr, check_finite, check_preselected, check_weights
+from flashcoreset.kernels import pursuit
 from flashcoreset.kernels.caratheodory import reduce_on_device
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
 from flashcoreset.reference.matching import OVERFLOW, Rule, refuse
@@ -22,6 +23,8 @@ __all__ = [
     "FacilityLocation",
     "caratheodory",
     "directions",
+    "frank_wolfe",
+    "orthogonal_matching_pursuit",
     "pairwise",
     "projection_matrix",
     "sinkhorn",
@@ -622,3 +625,88 @@ def caratheodory(
         )
 
     return reduce_on_device(x, weights, max_size, out, sum_runs, keep_runs)
+
+
+def _products(
+    g: Tensor, rows: Tensor | None, vectors: Tensor, which: Tensor, out: Tensor, places: Tensor
+) -> None:
+    native, stream = _native.cuda_module(g.device.index or 0), _stream(g.device)
+    _with_memory(
+        lambda: native.products(
+            _capsule(g),
+            None if rows is None else _capsule(rows),
+            *map(_capsule, (vectors, which, out, places)),
+            stream,
+        )
+    )
+
+
+def _squares(g: Tensor, out: Tensor) -> None:
+    native, stream = _native.cuda_module(g.device.index or 0), _stream(g.device)
+    _with_memory(lambda: native.squares(_capsule(g), _capsule(out), stream))
+
+
+def _pick(
+    correlation: Tensor,
+    gram: Tensor,
+    slots: Tensor,
+    numbers: Tensor,
+    norm: Tensor,
+    magnitude: bool,
+    scores: Tensor,
+    found: Tensor,
+) -> None:
+    native, stream = _native.cuda_module(norm.device.index or 0), _stream(norm.device)
+    given = (correlation, gram, slots, numbers, norm)
+    _with_memory(
+        lambda: native.best_row(*map(_capsule, given), magnitude, _capsule(scores), _capsule(found), stream)
+    )
+
+
+def _residual(g: Tensor, target: Tensor, rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    native, stream = _native.cuda_module(g.device.index or 0), _stream(g.device)
+    native.residual(*map(_capsule, (g, target, rows, weights, out)), stream)
+
+
+_PURSUIT = pursuit.Launchers(_products, _squares, _pick, _residual)
+
+
+def orthogonal_matching_pursuit(
+    g: Tensor,
+    target: Tensor,
+    k: int,
+    *,
+    nonnegative: bool = True,
+    ridge: float = 0.0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to k rows of `g` whose weighted sum is close to `target`; see `flashcoreset.reference.pursuit` for the
+    definition. The weights are fitted on the host, by the compiled CPU module, so that every pick waits for the device.
+
+    Args:
+        g: [B, D] float32 or float64, on a CUDA device. Rows that are not contiguous are copied.
+        target: [D] float64.
+        k: the most picks.
+        nonnegative, ridge: as in the definition.
+        memory_budget: bytes for columns of the Gram matrix, 8 * B each; what 2 k + 12 of them take is allocated at once, as far
+            as it goes. Where k of them are more, every pick costs a pass over `g` instead.
+
+    Returns:
+        The rows [r], their weights [r] (float64) and the norms of the residual after each step (float64).
+
+    Raises:
+        BackendUnavailableError: if there are no CUDA kernels or no device, or no compiled CPU module can be loaded.
+        ValueError: for NaN or infinity, and where products overflow.
+        torch.OutOfMemoryError: if the device has no room for the columns.
+    """
+    return pursuit.orthogonal_matching_pursuit(
+        _PURSUIT, g, target, k, nonnegative=nonnegative, ridge=ridge, memory_budget=memory_budget
+    )
+
+
+def frank_wolfe(
+    g: Tensor, target: Tensor, k: int, *, memory_budget: int = DEFAULT_MEMORY_BUDGET
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by k steps of Frank-Wolfe on the sphere; where columns are more than `memory_budget`, old ones are computed
+    anew. Nothing is fitted, but every step waits for the device."""
+    return pursuit.frank_wolfe(_PURSUIT, g, target, k, memory_budget=memory_budget)

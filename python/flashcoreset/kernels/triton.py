@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._tensor import Csr, check_finite, compute_dtype
+from flashcoreset.kernels import pursuit
 from flashcoreset.kernels.caratheodory import reduce_on_device
 from flashcoreset.reference.facility_location import (
     DEFAULT_MEMORY_BUDGET,
@@ -34,6 +35,12 @@ from flashcoreset.triton_kernels.matching import (
     launch_top_updates,
 )
 from flashcoreset.triton_kernels.pairwise import INTERPRETED, launch_pairwise, panel
+from flashcoreset.triton_kernels.pursuit import (
+    launch_pick,
+    launch_products,
+    launch_residual,
+    launch_squares,
+)
 from flashcoreset.triton_kernels.scores import launch_scores
 from flashcoreset.triton_kernels.sinkhorn import RUNNING, Problems, Run
 from flashcoreset.triton_kernels.sketch import Projection, launch_matrix, launch_sketch
@@ -44,6 +51,8 @@ __all__ = [
     "FacilityLocation",
     "caratheodory",
     "directions",
+    "frank_wolfe",
+    "orthogonal_matching_pursuit",
     "pairwise",
     "projection_matrix",
     "sample_scores",
@@ -60,6 +69,8 @@ SKETCH_TAKES = (torch.float16, torch.bfloat16)
 
 # Candidates that a lazy pick looks at first, a tile of them at least: fewer would take as long.
 _BATCH = 128
+
+_PURSUIT = pursuit.Launchers(launch_products, launch_squares, launch_pick, launch_residual)
 
 # Sinkhorn iterations that are launched between two looks at what is solved.
 _ITERATIONS = 10
@@ -640,3 +651,43 @@ def caratheodory(
         ValueError: for NaN or infinity in `x`.
     """
     return reduce_on_device(x, weights, max_size, out, launch_sums, launch_keep)
+
+
+def orthogonal_matching_pursuit(
+    g: Tensor,
+    target: Tensor,
+    k: int,
+    *,
+    nonnegative: bool = True,
+    ridge: float = 0.0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to k rows of `g` whose weighted sum is close to `target`; see `flashcoreset.reference.pursuit` for the
+    definition. The weights are fitted on the host, by the compiled CPU module, so that every pick waits for the device.
+
+    Args:
+        g: [B, D] float32 or float64. Rows that are not contiguous are copied.
+        target: [D] float64.
+        k: the most picks.
+        nonnegative, ridge: as in the definition.
+        memory_budget: bytes for columns of the Gram matrix, 8 * B each; what 2 k + 12 of them take is allocated at once, as far
+            as it goes. Where k of them are more, every pick costs a pass over `g` instead.
+
+    Returns:
+        The rows [r], their weights [r] (float64) and the norms of the residual after each step (float64).
+
+    Raises:
+        BackendUnavailableError: if no compiled CPU module can be loaded.
+        ValueError: for NaN or infinity, and where products overflow.
+    """
+    return pursuit.orthogonal_matching_pursuit(
+        _PURSUIT, g, target, k, nonnegative=nonnegative, ridge=ridge, memory_budget=memory_budget
+    )
+
+
+def frank_wolfe(
+    g: Tensor, target: Tensor, k: int, *, memory_budget: int = DEFAULT_MEMORY_BUDGET
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by k steps of Frank-Wolfe on the sphere; where columns are more than `memory_budget`, old ones are computed
+    anew. Nothing is fitted, but every step waits for the device."""
+    return pursuit.frank_wolfe(_PURSUIT, g, target, k, memory_budget=memory_budget)

@@ -22,11 +22,14 @@ FAMILIES = {
     "scores": ("cpu", "triton", "torch"),
     "matching": ("cpu", "cuda", "triton", "torch"),
     "caratheodory": ("cpu", "cuda", "triton", "torch"),
-    "pursuit": ("cpu", "torch"),
+    "pursuit": ("cpu", "cuda", "triton", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
-# On a device these need the compiled CPU module too: it does what is small and sequential.
-WITH_HOST = ("caratheodory",)
+# Families whose kernels for a GPU leave a small part to the compiled CPU module, and what part that is.
+WITH_THE_HOST = {
+    "caratheodory": "sums of runs are reduced",
+    "pursuit": "the weights are fitted",
+}
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
@@ -76,7 +79,9 @@ def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> s
         return no_sparse_kernel(backend)
     if backend in ("cuda", "triton"):
         reason = cuda_failure(device) if backend == "cuda" else triton_failure(device)
-        return _native.failure() if reason is None and family in WITH_HOST else reason
+        if reason is None and family in WITH_THE_HOST and (missing := _native.failure()) is not None:
+            return f"of {family} {WITH_THE_HOST[family]} on the host, by the compiled CPU module: {missing}"
+        return reason
     if device.type != "cpu":
         return f"the compiled CPU kernels do not take tensors on {device}; move them with .cpu(), or pass backend='torch'"
     return _native.failure()

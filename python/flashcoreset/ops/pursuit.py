@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype, is_traced
+from flashcoreset.kernels.pursuit import columns_kept
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 
@@ -196,9 +197,15 @@ def pursuit_bytes(b: int, d: int, k: int, dtype: torch.dtype, orthogonal: bool, 
     if backend == "torch":
         # The rows in float64, unit rows for Frank-Wolfe, products of all with one vector; those of the picks for a fit.
         return results + 8 * b * d * 3 + (40 * (d + k) * k if orthogonal else 0)
+    fit = 24 * k * k if orthogonal else 0  # the picks' products, and their factor
+    if backend in ("cuda", "triton"):
+        columns = 8 * b * columns_kept(b, k, DEFAULT_MEMORY_BUDGET, orthogonal=orthogonal)
+        # Of few long rows the products' sums over pieces of them.
+        pieces = 96 * b * -(-d // 4096) if d > 4096 and b < 8192 else 0
+        vectors = 64 * b + 16 * d if orthogonal else 128 * b + 40 * d
+        return results + columns + pieces + fit + vectors + 2**20
     # Columns of the Gram matrix, a dozen at a time, of which one at least is for a pick.
     columns = 8 * b * min(b, 12 * k, max(DEFAULT_MEMORY_BUDGET // (8 * b), 1))
-    fit = 24 * k * k if orthogonal else 0  # the picks' products, and their factor
     return results + columns + fit + 64 * b + 16 * d + 2**20
 
 
