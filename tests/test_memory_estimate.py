@@ -102,6 +102,14 @@ def test_takes_gradients_and_histories_without_values() -> None:
         assert fc.memory_estimate(fc.match_gradients, (128, 1000), 64, method="omp", backend=backend) > 2**15
 
 
+def test_reductions_on_a_device_copy_no_rows() -> None:
+    for backend in ("cuda", "triton"):
+        rounds = fc.memory_estimate(fc.caratheodory, (10_000_000, 32), backend=backend)
+        sampled = fc.memory_estimate(fc.caratheodory, (10_000_000, 32), max_size=1_000, backend=backend)
+        assert 16 * 10_000_000 / 4 < rounds < 4 * 32 * 10_000_000 / 20
+        assert 8 * 10_000_000 < sampled < 4 * 32 * 10_000_000 / 10  # a weight for each row
+
+
 def test_scale_promised_for_a_hundred_thousand_points() -> None:
     assert fc.memory_estimate(fc.facility_location, (100_000, 128), k=1000) < 2**30
     assert fc.memory_estimate(fc.facility_location, (1_000_000, 64), (10_000, 64), k=1000) < 2**30
