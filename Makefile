@@ -29,7 +29,7 @@ help: ## this list
 demo: export FLASHCORESET_CUDA := off
 # Compiled for this processor alone, unless something here needs all builds: a third of the time.
 demo: export FLASHCORESET_BUILD_ISAS := $(if $(wildcard $(VENV)/.with-test $(VENV)/.with-bench),all,native)
-demo: $(VENV)/.with-demo ## choose training images from real data: tables, demo.png and demo-ccs.png
+demo: $(VENV)/.with-demo ## the five methods on real data: tables, demo.png and three more pictures
 	$(BIN)/flashcoreset demo --out demo.png
 
 # One GPU architecture, if there is a CUDA compiler: enough to see that the kernels compile, in a fifth of the time.
@@ -83,7 +83,7 @@ wheel: $(VENV)/.tools compiler ## dist/: an sdist, and the wheel built from it
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
 
 clean: ## remove all that make made, .venv included
-	rm -rf $(VENV) build dist demo.png demo-ccs.png .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist demo.png demo-ccs.png demo-colm.png demo-autocoreset.png .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 comma := ,

@@ -2,9 +2,9 @@
 
 Builds the package into build/gpu with what is installed, runs the tests that can have their tensors on a device there (those of
 the CUDA and Triton backends, of torch.compile and of Ctrl-C; the others are about the CPU), times facility location, pairwise
-distances, gradient matching and matching pursuit beside the device's measured limits, and runs compute-sanitizer over a few cases where it is installed. Writes
-OUT/gpu.json, OUT/gpu.md and OUT/gpu.log, and a row to OUT/measured.json as soon as it is measured. ``--measure`` is the part that
-the built package runs.
+distances, gradient matching, the Carathéodory reduction and matching pursuit beside the device's measured limits, and runs
+compute-sanitizer over a few cases where it is installed. Writes OUT/gpu.json, OUT/gpu.md and OUT/gpu.log, and a row to
+OUT/measured.json as soon as it is measured. ``--measure`` is the part that the built package runs.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ BUDGET = 9 * 60.0  # seconds for everything
 SANITIZED = (
     "test_follows_the_definition and (97-float32 or cosine-float32-clients-weights-preselected or "
     "l1-float64-weights or precomputed-float32-rectangular or sqeuclidean-float32-wide) or "
+    "test_as_on_the_cpu and (keeps_the_sums-1025-7-torch.float32 or rows_of_weight_zero) or "
     "test_is_the_definition and float32 and 530"
 )
-SANITIZED_FILES = ("tests/test_cuda.py", "tests/test_pursuit_cuda.py")
+SANITIZED_FILES = ("tests/test_cuda.py", "tests/test_caratheodory_cuda.py", "tests/test_pursuit_cuda.py")
 
 
 def run(command: list[str], log: Path, seconds: float, **environment: str) -> tuple[int, float]:
@@ -221,6 +222,21 @@ def matching_row(backend: str, found: dict[str, float]) -> Row:
     return row
 
 
+def caratheodory_row(backend: str, found: dict[str, float]) -> Row:
+    """A row of the Carathéodory reduction, all of whose rounds count."""
+    n, d = 1_000_000, 32
+    x = torch.randn(n, d, device="cuda")
+    kernel = importlib.import_module(f"flashcoreset.kernels.{backend}").caratheodory
+    times = event_times(lambda: kernel(x), 5)
+    # Each round reads a quarter of the rows that the one before did.
+    row = shares(times, 2.0 * n * d * 4 / 3, 4.0 * n * d * 4 / 3, found)
+    row["memory"] = peak_memory(lambda: kernel(x))
+    indices, weights = kernel(x)
+    missing = (weights @ x[indices].double() - x.double().sum(0)).abs() / x.double().abs().sum(0)
+    row["keeps_sums"] = len(indices) == d + 1 and float(missing.max()) < 1e-14
+    return row
+
+
 def pursuit_row(backend: str, found: dict[str, float]) -> Row:
     """A row of orthogonal matching pursuit."""
     from flashcoreset import kernels
@@ -265,6 +281,10 @@ def plan() -> list[Planned]:
         name = f"matching-128-655360-4-2560-{backend}"
         return Planned(name, backend, lambda rows: 10, lambda found: matching_row(backend, found))
 
+    def reduction(backend: str) -> Planned:
+        name = f"caratheodory-1000000-32-{backend}"
+        return Planned(name, backend, lambda rows: 10, lambda found: caratheodory_row(backend, found))
+
     def pursuit(backend: str) -> Planned:
         name = f"pursuit-4096-2048-400-{backend}"
         return Planned(name, backend, lambda rows: 10, lambda found: pursuit_row(backend, found))
@@ -281,6 +301,7 @@ def plan() -> list[Planned]:
         tenth,
         *(pairs(metric, backend) for metric in ("cosine", "l1") for backend in ("cuda", "triton")),
         *(matching(backend) for backend in ("cuda", "triton")),
+        *(reduction(backend) for backend in ("cuda", "triton")),
         *(pursuit(backend) for backend in ("cuda", "triton")),
         greedy(LARGEST, 1_000, "cuda", 1, from_a_tenth),
     ]
@@ -315,6 +336,7 @@ def _cdist_l1(x: torch.Tensor) -> torch.Tensor:
     return torch.cdist(x, x, p=1)
 
 
+AGREEMENTS = ("same_picks_as_cpu", "same_values_as_peer", "keeps_sums")
 NOT_MEASURED = {"left_out": "left out", "failed": "failed"}
 
 
@@ -345,7 +367,7 @@ def table(report: dict[str, Any]) -> str:
             continue
         times = {name: f"{value * 1e3:.3f} ms" for name, value in row["seconds"].items()}
         ratio = f"{row['ratio']:.2f}x" if "ratio" in row else ""
-        agrees = row.get("same_picks_as_cpu", row.get("same_values_as_peer", ""))
+        agrees = next((row[name] for name in AGREEMENTS if name in row), "")
         memory = f"{row['memory'] / 1e6:.0f} MB" if "memory" in row else ""
         lines.append(
             f"| {row['name']} | {times['median']} | {times['q20']} to {times['q80']} | {row['products']:.2f} "
@@ -403,12 +425,15 @@ def main(argv: list[str] | None = None) -> int:
     passed = built
     if built:
         test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        of_cuda = ["tests/test_cuda.py", "tests/test_sketch_cuda.py", "tests/test_matching_cuda.py"]
-        of_cuda += ["tests/test_pursuit_cuda.py"]
+        families = ("", "_sketch", "_matching", "_caratheodory", "_pursuit")
+        of_cuda = [f"tests/test{family}_cuda.py" for family in families]
         passed &= step("test-cuda", [*test, *of_cuda], 120, **on_gpu)
         passed &= step("test-triton", [*test, "tests/test_triton.py"], 120, **on_gpu)
         passed &= step("test-triton-sketch", [*test, "tests/test_sketch_triton.py"], 120, **on_gpu)
         passed &= step("test-triton-matching", [*test, "tests/test_matching_triton.py"], 120, **on_gpu)
+        passed &= step(
+            "test-triton-caratheodory", [*test, "tests/test_caratheodory_triton.py"], 120, **on_gpu
+        )
         passed &= step("test-triton-pursuit", [*test, "tests/test_pursuit_triton.py"], 120, **on_gpu)
         others = ["tests/test_torch_library.py", "tests/test_facility_location_interrupt.py"]
         passed &= step("test-others", [*test, *others, "-k", "opcheck or compile or ctrl_c"], 60, **on_gpu)

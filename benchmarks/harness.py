@@ -232,7 +232,8 @@ def run(row: Row, family: str, benchmark: Any, options: Options, records: list[R
             answers[side] = call(inputs)
             first_round += time.perf_counter() - start
             memory.stop()
-        rounds = int(np.clip(options.seconds / (first_round * row.calls), 3, 50))
+        fewest = 1 if options.quick else 3
+        rounds = int(np.clip(options.seconds / (first_round * row.calls), fewest, 50))
 
         def setup() -> None:
             peer_seconds.append(_timed(peer, inputs, row.calls) / row.peer_share)

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashcoreset.reference.sketch import KINDS
-from flashcoreset.triton_kernels import matching, pursuit, sketch
+from flashcoreset.triton_kernels import caratheodory, matching, pursuit, sketch
 from flashcoreset.triton_kernels.facility_location import gains_kernel, update_kernel
 from flashcoreset.triton_kernels.pairwise import Tile, pairwise_kernel
 from flashcoreset.triton_kernels.scores import block_of, scores_kernel
@@ -250,6 +250,48 @@ def compile_matching(kernel: Any, dtype: str, form: str, architecture: int) -> A
     )
 
 
+# (kernel, type of x, columns, whether there are rows and weights)
+CARATHEODORY = [
+    *((caratheodory.sum_pieces_kernel, dtype, 40, given) for dtype in TYPES for given in (False, True)),
+    (caratheodory.sum_pieces_kernel, "fp32", 3, True),
+    (caratheodory.gather_kernel, "fp64", 40, True),
+]
+
+
+def compile_caratheodory(kernel: Any, dtype: str, columns: int, given: bool, architecture: int) -> Any:
+    """The kernel as a launch compiles it, for rows of x that are contiguous."""
+    tile_rows, tile_columns = caratheodory.tile_of(columns)
+    constants = {
+        "HAS_ROWS": given,
+        "HAS_WEIGHTS": given,
+        "ROWS": tile_rows,
+        "COLS": tile_columns,
+        "PIECE": caratheodory.PIECE,
+        "BLOCK": caratheodory.BLOCK,
+        "x_step": 1,
+    }
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    pointers = {
+        "x": dtype,
+        **dict.fromkeys(("rows_of", "kept", "new_rows"), "i64"),
+        **dict.fromkeys(("weights", "numbers", "out", "factors", "new_weights"), "fp64"),
+    }
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": caratheodory.WARPS},
+    )
+
+
 # (kernel, type of g, what is multiplied with it, or which of the kernel's forms)
 PURSUIT = [
     *(
@@ -342,6 +384,9 @@ def main() -> None:
     for kernel, dtype, form in MATCHING:
         name = f"{kernel.fn.__name__} {form} {dtype}"
         report.append(described(name, compile_matching(kernel, dtype, form, architecture)))
+    for kernel, dtype, columns, given in CARATHEODORY:
+        name = f"{kernel.fn.__name__} {dtype} d = {columns}" + (" with rows and weights" if given else "")
+        report.append(described(name, compile_caratheodory(kernel, dtype, columns, given, architecture)))
     for kernel, dtype, form in PURSUIT:
         compiled = compile_pursuit(kernel, dtype, form, architecture)
         told = described(f"{kernel.fn.__name__} {form} {dtype}", compiled)

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,14 @@ from types import ModuleType
 # unless the variable says otherwise; torch imports triton too, so this goes first.
 if os.environ.get("FLASHCORESET_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# An OpenMP thread spins while it waits for another. Where processes share the cores (pytest -n, tests that start some), it takes
+# the core that the other needs, and small products last a hundred times as long. libgomp reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# What a shell starts in the background ignores Ctrl-C, and so would the processes that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

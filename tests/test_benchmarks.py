@@ -75,27 +75,31 @@ def record() -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    "family",
-    FAMILIES,
-)
-def test_answers_agree_at_small_sizes(family: str, tmp_path: Path) -> None:
+def rows_of(family: str) -> list[str]:
     # apricot's own call is left out here: it compiles for seconds, and the row that keeps its kernels makes the same picks.
-    rows = [row.name for row in benchmark_module(family).ROWS if row.name != "matrix-apricot"]
-    done = run_module(
-        "benchmarks",
-        family,
-        "--quick",
-        "--seconds",
-        "0.01",
-        "--no-limits",
-        "--rows",
-        ",".join(rows),
-        "--results",
-        str(tmp_path),
-    )
+    return [row.name for row in benchmark_module(family).ROWS if row.name != "matrix-apricot"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """All families at small sizes: what was printed, and where the results are. In one process, for the peers take seconds to
+    import."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        rows = ",".join(dict.fromkeys(row for family in FAMILIES for row in rows_of(family)))
+    options = ("--quick", "--seconds", "0.01", "--no-limits", "--rows", rows, "--results", str(folder))
+    return run_module("benchmarks", *FAMILIES, *options), folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_agree_at_small_sizes(
+    family: str, quick: tuple[subprocess.CompletedProcess[str], Path]
+) -> None:
+    done, folder = quick
+    rows = rows_of(family)
     assert done.returncode == 0, done.stdout + done.stderr
-    content = benchmark_module("results").read(tmp_path)[family]
+    content = benchmark_module("results").read(folder)[family]
     assert [entry.name for entry in content["rows"]] == rows
     assert all(entry.agrees and entry.value == entry.value for entry in content["rows"])
     assert f"python -m benchmarks {family} --rows {rows[0]}" in done.stdout

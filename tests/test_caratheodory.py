@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import DEVICE, to_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import flashcoreset as fc
-from flashcoreset import kernels
+from flashcoreset import _native, kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the sums of magnitudes. Worst seen of float64: 9e-15 (d = 1,000); float32 weights are rounded by up to 6e-8.
@@ -24,6 +27,15 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 7e-8}
 
 def random(n: int, d: int, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def reduce(x: Any, weights: Any = None, max_size: Any = None, *, backend: str) -> fc.Selection:
+    """fc.caratheodory of tensors where the backend has them, its result on the CPU."""
+    device = DEVICE if backend in ("cuda", "triton") else "cpu"
+    if isinstance(x, np.ndarray) and device != "cpu":
+        x = torch.tensor(x)
+    moved = [value.to(device) if isinstance(value, Tensor) else value for value in (x, weights)]
+    return to_cpu(fc.caratheodory(*moved, max_size, backend=backend))
 
 
 def exact_sums(x: np.ndarray, w: np.ndarray) -> list[float]:
@@ -69,7 +81,7 @@ def test_keeps_the_sums(backend: str, n: int, d: int, dtype: torch.dtype) -> Non
     x = random(n, d, n + d).to(dtype)
     weights = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for w in (None, weights):
-        subset = fc.caratheodory(x, w, backend=backend)
+        subset = reduce(x, w, backend=backend)
         check(subset, x, w)
         if n > d + 1 and dtype == torch.float64:
             assert len(subset.indices) == d + 1  # points in general position need all of them
@@ -78,12 +90,12 @@ def test_keeps_the_sums(backend: str, n: int, d: int, dtype: torch.dtype) -> Non
 def test_a_case_worked_by_hand(backend: str) -> None:
     # Any two of the numbers on both sides of the mean 2.75 will do, with the weights of a balance.
     x = torch.tensor([[5.0], [1.0], [2.0], [3.0]], dtype=torch.float64)
-    subset = fc.caratheodory(x, backend=backend)
+    subset = reduce(x, backend=backend)
     (a, b), (wa, wb) = x[subset.indices, 0].tolist(), subset.weights.tolist()
     assert (wa, wb) == pytest.approx((4 * (2.75 - b) / (a - b), 4 * (2.75 - a) / (b - a)))
-    assert fc.caratheodory(x[:1], backend=backend).weights.tolist() == [1.0]
+    assert reduce(x[:1], backend=backend).weights.tolist() == [1.0]
     corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
-    subset = fc.caratheodory(corners, torch.tensor([1, 2, 3]), backend=backend)
+    subset = reduce(corners, torch.tensor([1, 2, 3]), backend=backend)
     assert subset.indices.tolist() == [0, 1, 2]
     assert subset.weights.tolist() == [1.0, 2.0, 3.0]
 
@@ -92,40 +104,40 @@ def test_a_case_worked_by_hand(backend: str) -> None:
 def test_rank_deficient_rows(backend: str, d: int) -> None:
     for rank in (1, 2):
         x = random(500, rank, 1) @ random(rank, d, 2) + 3
-        check(fc.caratheodory(x, backend=backend), x, rank=rank)
+        check(reduce(x, backend=backend), x, rank=rank)
     wide = random(60, 4, 3) @ random(4, 300, 4)
-    check(fc.caratheodory(wide, backend=backend), wide, rank=4)
+    check(reduce(wide, backend=backend), wide, rank=4)
 
 
 def test_duplicates_and_constants(backend: str) -> None:
     five = random(5, 9)[torch.randint(0, 5, (400,), generator=torch.Generator().manual_seed(0))]
-    check(fc.caratheodory(five, backend=backend), five, rank=4)
-    check(fc.caratheodory(random(5, 900).repeat(4, 1), backend=backend), random(5, 900).repeat(4, 1), rank=4)
+    check(reduce(five, backend=backend), five, rank=4)
+    check(reduce(random(5, 900).repeat(4, 1), backend=backend), random(5, 900).repeat(4, 1), rank=4)
     for value in (0.0, 0.1, -1e300):
         same = torch.full((300, 3), value, dtype=torch.float64)
-        subset = fc.caratheodory(same, backend=backend)
+        subset = reduce(same, backend=backend)
         check(subset, same, rank=0)
         assert subset.weights.tolist() == pytest.approx([300.0])
     binary = (random(800, 12) > 0).double()
-    check(fc.caratheodory(binary, backend=backend), binary)
+    check(reduce(binary, backend=backend), binary)
 
 
 def test_rows_of_weight_zero_are_not_taken(backend: str) -> None:
     x = random(900, 5)
     weights = torch.rand(900, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weights[::2] = 0
-    check(fc.caratheodory(x, weights, backend=backend), x, weights)
+    check(reduce(x, weights, backend=backend), x, weights)
     weights[:] = 0
     weights[7] = 2.5
-    subset = fc.caratheodory(x, weights, backend=backend)
+    subset = reduce(x, weights, backend=backend)
     assert (subset.indices.tolist(), subset.weights.tolist()) == ([7], [2.5])
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-20, 1e20, 1e300])
 def test_size_of_the_weights_does_not_matter(backend: str, size: float) -> None:
     x = random(300, 4)
-    plain = fc.caratheodory(x, backend=backend)
-    scaled = fc.caratheodory(x, torch.full((300,), size, dtype=torch.float64), backend=backend)
+    plain = reduce(x, backend=backend)
+    scaled = reduce(x, torch.full((300,), size, dtype=torch.float64), backend=backend)
     assert scaled.weights.sum().item() == pytest.approx(300 * size, rel=1e-13)
     assert (scaled.weights @ x[scaled.indices] / size).tolist() == pytest.approx(x.sum(0).tolist(), abs=1e-10)
     assert len(plain.indices) == len(scaled.indices) == 5
@@ -140,14 +152,14 @@ def test_columns_of_any_size_and_offset(backend: str) -> None:
         torch.cat([x, x + 1e-7 * random(2000, 8, 1)], 1),
         x.sort(0).values,
     ):
-        check(fc.caratheodory(points, backend=backend), points)
+        check(reduce(points, backend=backend), points)
     # With an offset the differences from the mean are kept too, as far as the numbers hold them: 1e-8 / 2^53.
     moved = x + 1e8
-    subset = fc.caratheodory(moved, backend=backend)
+    subset = reduce(moved, backend=backend)
     centred = moved - 1e8  # exact
     short = subset.weights @ centred[subset.indices] - centred.sum(0)
     assert (short.abs() <= 1e-7 * centred.abs().sum(0)).all()
-    if backend == "cpu":
+    if backend != "torch":
         assert (short.abs() <= 1e-12 * centred.abs().sum(0)).all()
 
 
@@ -155,26 +167,31 @@ def test_weights_of_very_different_size(backend: str) -> None:
     x = random(1500, 6)
     for spread in (3, 30):
         weights = torch.exp(spread * random(1500, 1, 1)[:, 0])
-        check(fc.caratheodory(x, weights, backend=backend), x, weights)
+        check(reduce(x, weights, backend=backend), x, weights)
+
+
+def check_huge_numbers(backend: str) -> None:
+    x = (random(500, 3) * 1e308).clamp(-1.7e308, 1.7e308)
+    for max_size in (None, 50):
+        subset = reduce(x, None, max_size, backend=backend)
+        check(subset, x * 2.0**-60, rank=(max_size or 4) - 1)
+    wide = x.T.contiguous().repeat(1, 2)
+    assert reduce(wide.repeat(5, 1), backend=backend).weights.tolist() == pytest.approx([5.0] * 3)
 
 
 def test_huge_numbers() -> None:
-    x = (random(500, 3) * 1e308).clamp(-1.7e308, 1.7e308)
-    subset = fc.caratheodory(x, backend="cpu")
-    check(subset, x * 2.0**-60)
-    wide = x.T.contiguous().repeat(1, 2)
-    assert fc.caratheodory(wide.repeat(5, 1), backend="cpu").weights.tolist() == pytest.approx([5.0] * 3)
+    check_huge_numbers("cpu")
 
 
 @pytest.mark.parametrize("n", [40, 700, 5000])
 def test_max_size_ends_the_reduction(backend: str, n: int) -> None:
     x = random(n, 6, n)
     for max_size in (7, 8, 31, n - 1):
-        subset = fc.caratheodory(x, None, max_size, backend=backend)
+        subset = reduce(x, None, max_size, backend=backend)
         assert len(subset.indices) == max_size  # rows in general position leave one at a time
         check_sums_only(subset, x)
     for max_size in (n, n + 5):
-        subset = fc.caratheodory(x, max_size=max_size, backend=backend)
+        subset = reduce(x, max_size=max_size, backend=backend)
         assert subset.indices.tolist() == list(range(n))
         assert subset.weights.tolist() == [1.0] * n
 
@@ -182,14 +199,14 @@ def test_max_size_ends_the_reduction(backend: str, n: int) -> None:
 def test_weights_are_even_where_there_is_room(backend: str) -> None:
     n, d, k = 600, 3, 60
     x = random(n, d)
-    subset = fc.caratheodory(x, max_size=k, backend=backend)
+    subset = reduce(x, max_size=k, backend=backend)
     even = n / (k - d - 1)
     assert float(subset.weights.max()) <= even * (1 + 1e-12)
     # Beside those at the bound there are at most d + 1 in the end, and as many that were moved when k rows were reached.
     assert int(((subset.weights - even).abs() > 1e-9 * even).sum()) <= 2 * (d + 1)
     weights = torch.ones(n, dtype=torch.float64)
     weights[:5] = 300.0  # above the bound: they stay as they are
-    subset = fc.caratheodory(x, weights, k, backend=backend)
+    subset = reduce(x, weights, k, backend=backend)
     assert subset.indices[:5].tolist() == [0, 1, 2, 3, 4]
     assert subset.weights[:5].tolist() == pytest.approx([300.0] * 5, rel=1e-12)
 
@@ -229,11 +246,11 @@ def test_max_size_below_the_rank(backend: str) -> None:
     with pytest.raises(
         ValueError, match=r"max_size must be >= 4, to which these rows can be reduced .* got 3"
     ):
-        fc.caratheodory(x, max_size=3, backend=backend)
+        reduce(x, max_size=3, backend=backend)
     line = torch.arange(50, dtype=torch.float64)[:, None] * random(1, 3)
-    assert len(fc.caratheodory(line, max_size=2, backend=backend).indices) == 2
+    assert len(reduce(line, max_size=2, backend=backend).indices) == 2
     with pytest.raises(ValueError, match="max_size must be >= 2"):
-        fc.caratheodory(line, max_size=1, backend=backend)
+        reduce(line, max_size=1, backend=backend)
 
 
 ROWS = st.integers(1, 4).flatmap(
@@ -283,31 +300,41 @@ def test_threads_change_nothing(n: int, d: int, threads: None) -> None:
     check(found[0], x)
 
 
-def test_half_types_compute_in_float64() -> None:
+def check_half_types(backend: str) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         x = random(700, 5).to(dtype)
-        narrow, wide = fc.caratheodory(x), fc.caratheodory(x.double())
+        narrow, wide = reduce(x, backend=backend), reduce(x.double(), backend=backend)
         assert torch.equal(narrow.indices, wide.indices)
         assert torch.equal(narrow.weights, wide.weights.float())
 
 
+def test_half_types_compute_in_float64() -> None:
+    check_half_types("cpu")
+
+
 def test_views_and_inputs_of_other_libraries(backend: str) -> None:
     x = random(400, 6)
-    plain = fc.caratheodory(x[::2, ::3].contiguous(), backend=backend)
+    plain = reduce(x[::2, ::3].contiguous(), backend=backend)
     for view in (x[::2, ::3], x.T.contiguous().T[::2, ::3], x.flip(0).flip(0)[::2, ::3]):
-        found = fc.caratheodory(view, backend=backend)
+        found = reduce(view, backend=backend)
         assert torch.equal(found.indices, plain.indices)
         assert torch.equal(found.weights, plain.weights)
     array = x.numpy().copy()
     array.flags.writeable = False
-    by_list = fc.caratheodory(array, [1] * 400, backend=backend)
-    assert torch.equal(by_list.indices, fc.caratheodory(x.requires_grad_(), backend=backend).indices)
+    by_list = reduce(array, [1] * 400, backend=backend)
+    assert torch.equal(by_list.indices, reduce(x.requires_grad_(), backend=backend).indices)
 
 
 def test_memory_of_the_callers_own(backend: str) -> None:
-    module = getattr(kernels, backend)
-    x = random(300, 4)
-    out = torch.empty(5, dtype=torch.int64), torch.empty(5, dtype=torch.float64)
+    check_memory(getattr(kernels, backend), "cpu")
+
+
+def check_memory(module: ModuleType, device: str) -> None:
+    x = random(300, 4).to(device)
+    out = (
+        torch.empty(5, dtype=torch.int64, device=device),
+        torch.empty(5, dtype=torch.float64, device=device),
+    )
     indices, weights = module.caratheodory(x, out=out)
     assert indices.data_ptr() == out[0].data_ptr()
     assert weights.data_ptr() == out[1].data_ptr()
@@ -326,12 +353,71 @@ def test_the_binding_checks_its_arrays() -> None:
         kernels.cpu.caratheodory(x, max_size=-1, out=(ints, floats))
 
 
+def test_the_parts_for_devices_check_their_arrays() -> None:
+    native, capsule = _native.module(), torch.utils.dlpack.to_dlpack
+
+    def numbers(*shape: int, value: float = 1.0) -> Any:
+        return capsule(torch.full(shape, value, dtype=torch.float64))
+
+    with pytest.raises(ValueError, match="centre: expected at least 1 number"):
+        native.CaratheodoryReduction(numbers(0), 1.0)
+    reduction = native.CaratheodoryReduction(numbers(2, value=0.0), 1.0)
+    assert reduction.most_runs == 12
+    with pytest.raises(ValueError, match="sums: expected a total weight > 0 first"):
+        reduction.factors(numbers(4, 3), numbers(4))
+    assert not reduction.take_total(numbers(4, 3, value=math.inf))
+    assert reduction.take_total(numbers(4, 3))
+    for call, words in (
+        (lambda: reduction.take_total(numbers(4, 2)), "sums: expected shape"),
+        (lambda: reduction.take_total(numbers(0, 3)), "sums: expected at least 1 run"),
+        (lambda: reduction.take_total(capsule(torch.ones(3, 4).double().T)), "sums: expected rows that are"),
+        (lambda: reduction.move_to_mean(numbers(4, 4)), "sums: expected shape"),
+        (lambda: reduction.centre(numbers(3)), "out: expected shape"),
+        (lambda: reduction.factors(numbers(4, 3), numbers(5)), "out: expected shape"),
+        (lambda: reduction.correct(numbers(5, 3), numbers(5), numbers(3)), "x: expected shape"),
+        (lambda: reduction.correct(numbers(5, 2), numbers(4), numbers(3)), "weights: expected shape"),
+        (lambda: reduction.correct(numbers(5, 2), numbers(5), numbers(2)), "sums: expected shape"),
+        (lambda: native.CaratheodorySampler(reduction, numbers(9, value=0.0), 3), "weights: expected finite"),
+        (lambda: native.CaratheodorySampler(reduction, numbers(9), 0), "goal: expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    places, weights = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.float64)
+    for x, w, out, words in (
+        ((5, 3), 5, 3, "x: expected shape"),
+        ((5, 2), 4, 3, "weights: expected shape"),
+        ((5, 2), 5, 2, "indices: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            reduction.rest(numbers(*x), numbers(w), capsule(places[:out]), capsule(weights))
+    sampler = native.CaratheodorySampler(reduction, numbers(9), 4)
+    with pytest.raises(ValueError, match="x: expected no more rows than weights"):
+        sampler.push(numbers(10, 2))
+    with pytest.raises(ValueError, match="x: expected shape"):
+        sampler.push(numbers(2, 3))
+    # Drivers look for these first; they must do no harm all the same.
+    for value in (math.nan, math.inf):
+        spoiled_rows = random(40, 2)
+        spoiled_rows[::3, 1] = value
+        left = torch.ones(40, dtype=torch.float64)
+        sampler = native.CaratheodorySampler(reduction, capsule(left), 4)
+        sampler.push(capsule(spoiled_rows))
+        sampler.finish()
+        factors = torch.empty(12, dtype=torch.float64)
+        reduction.factors(capsule(torch.cat([spoiled_rows, spoiled_rows[:, :1]], 1)[:12]), capsule(factors))
+
+
+def check_op(backend: str, device: str) -> None:
+    op = torch.ops.flashcoreset.caratheodory.default
+    x = random(80, 3).to(device)
+    torch.library.opcheck(op, (x.half(), torch.ones_like(x[:, 0]), 10, backend))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_opcheck_and_compile(backend: str) -> None:
-    op = torch.ops.flashcoreset.caratheodory.default
+    check_op(backend, "cpu")
     x = random(80, 3)
-    torch.library.opcheck(op, (x, None, 0, backend))
-    torch.library.opcheck(op, (x.half(), torch.ones(80, dtype=torch.float64), 10, backend))
+    torch.library.opcheck(torch.ops.flashcoreset.caratheodory.default, (x, None, 0, backend))
 
     def mean(x: Tensor) -> Tensor:
         subset = fc.caratheodory(x * 2, backend=backend)
@@ -387,7 +473,7 @@ BAD: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
 def test_bad_input(backend: str, name: str) -> None:
     x, weights, max_size, error, words = BAD[name]
     with pytest.raises(error, match=words):
-        fc.caratheodory(x, weights, max_size, backend=backend)
+        reduce(x, weights, max_size, backend=backend)
 
 
 def test_a_weight_below_float32() -> None:
@@ -398,10 +484,10 @@ def test_a_weight_below_float32() -> None:
 
 def test_nan_where_the_weight_is_zero(backend: str) -> None:
     with pytest.raises(ValueError, match="x must be finite, got NaN at row 4, column 1"):
-        fc.caratheodory(spoiled(math.nan), [1, 1, 1, 1, 0, 1], backend=backend)
+        reduce(spoiled(math.nan), [1, 1, 1, 1, 0, 1], backend=backend)
     wide = torch.cat([spoiled(math.nan)] * 9, 1)
     with pytest.raises(ValueError, match="x must be finite, got NaN at row 4, column 1"):
-        fc.caratheodory(wide, backend=backend)
+        reduce(wide, backend=backend)
 
 
 def test_sums_of_weights_in_range() -> None:
@@ -409,9 +495,81 @@ def test_sums_of_weights_in_range() -> None:
         fc.caratheodory(X.float(), [1e38] * 6)
 
 
-def test_backends_without_kernels() -> None:
-    for name in ("cuda", "triton"):
-        with pytest.raises(fc.BackendUnavailableError, match=f"no {name} kernels for caratheodory"):
-            fc.caratheodory(X, backend=name)
+def test_backends_that_are_not_there() -> None:
     with pytest.raises(ValueError, match="unknown backend"):
         fc.caratheodory(X, backend="gpu")
+
+
+# --- what tests of the kernels on a GPU run too -----------------------------------------------------
+
+Check = Callable[[str], None]
+
+
+def check_driver(backend: str, n: int) -> None:
+    """Several rounds on the device, most rows of weight 0, and what the host gets piece by piece."""
+    d = 6
+    x = (random(n, d) * torch.logspace(-3, 3, d, dtype=torch.float64) + 5).float().double()
+    few = torch.zeros(n, dtype=torch.float64)
+    few[::3] = torch.rand(len(few[::3]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for weights in (None, few):
+        subset = reduce(x, weights, backend=backend)
+        check(subset, x, weights)
+        assert len(subset.indices) == d + 1
+        spread = reduce(x, weights, 300, backend=backend)
+        check(spread, x, weights, rank=299)
+        even = (n if weights is None else float(weights.sum())) / (300 - d - 1)
+        assert float(spread.weights.max()) <= even * (1 + 1e-12)
+
+
+def check_matching(backend: str) -> None:
+    device = DEVICE if backend in ("cuda", "triton") else "cpu"
+    g = random(60, 5).to(device)
+    found = fc.match_gradients(g, 6, method="caratheodory", backend=backend)
+    assert len(found.indices) <= 6
+    left = found.weights @ g[found.indices] - g.sum(0)
+    assert float(left.abs().max()) < 1e-12 * float(g.abs().sum())
+    groups = (torch.arange(60) % 2).to(device)
+    found = fc.match_gradients(
+        g, None, method="caratheodory", groups=groups, budgets=[6, 20], backend=backend
+    )
+    left = found.weights @ g[found.indices] - g.sum(0)
+    assert len(found.indices) == 26
+    assert float(left.abs().max()) < 1e-12 * float(g.abs().sum())
+    low_rank = fc.LowRankGradients(random(60, 2).to(device), seed=0, numel=900, backend=backend)
+    found = fc.match_gradients(low_rank, 3, method="caratheodory", backend=backend)
+    rows = low_rank.dense()
+    left = found.weights @ rows[found.indices] - rows.sum(0)
+    assert len(found.indices) == 3
+    assert float(left.abs().max()) < 1e-12 * float(rows.abs().sum())
+
+
+def on_a_device(sizes: list[tuple[int, int]]) -> list[Any]:
+    """The checks above, each to be called with the name of a backend; `sizes` are those of the first one's rows."""
+    checks: list[Check] = [
+        test_a_case_worked_by_hand,
+        test_duplicates_and_constants,
+        test_rows_of_weight_zero_are_not_taken,
+        test_columns_of_any_size_and_offset,
+        test_weights_of_very_different_size,
+        check_huge_numbers,
+        test_weights_are_even_where_there_is_room,
+        test_max_size_below_the_rank,
+        check_half_types,
+        test_views_and_inputs_of_other_libraries,
+        test_nan_where_the_weight_is_zero,
+    ]
+    named: list[tuple[Callable[..., None], dict[str, Any]]] = [
+        *((test_keeps_the_sums, {"n": n, "d": d, "dtype": dtype}) for n, d in sizes for dtype in DTYPES),
+        *((test_rank_deficient_rows, {"d": d}) for d in (3, 20)),
+        *((test_size_of_the_weights_does_not_matter, {"size": size}) for size in (1e-300, 1e300)),
+        *((test_max_size_ends_the_reduction, {"n": n}) for n in (40, 700)),
+        *((test_bad_input, {"name": name}) for name in BAD),
+        *((check, {}) for check in checks),
+    ]
+    return [
+        pytest.param(
+            functools.partial(check, **arguments),
+            id="-".join([check.__name__.split("_", 1)[1], *map(str, arguments.values())]),
+        )
+        for check, arguments in named
+    ]

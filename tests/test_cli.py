@@ -285,6 +285,147 @@ def test_autocoreset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         expect_error(capsys, words, *command, *arguments)
 
 
+@pytest.fixture
+def batches(tmp_path: Path) -> Path:
+    """Three batches of gradients, g0 to g2, one of coefficients, and the rows' sources."""
+    rng = np.random.default_rng(0)
+    arrays = {f"g{step}": rng.standard_normal((40, 90)).astype(np.float32) for step in range(3)}
+    labels = np.array([0] * 20 + [1] * 14 + [7] * 6)
+    np.savez(tmp_path / "b.npz", c=rng.standard_normal((40, 1)), labels=labels, **arrays)
+    return tmp_path / "b.npz"
+
+
+def test_colm_step_by_step(batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A state file carries the history from call to call, in its own place or another, as one CoLM does."""
+    method = fc.CoLM(16, top=30, keep_groups=[7])
+    out, state = tmp_path / "out.npz", tmp_path / "state.npz"
+    data = np.load(batches)
+    for step in range(3):
+        given = () if step == 0 else ("--state", state)
+        code = run(
+            *("select", "colm", "--gradients", f"{batches}:g{step}", "--groups", f"{batches}:labels"),
+            *("--keep-groups", "7", "-k", 16, "--top", 30, *given, "--save-state", state, "-o", out),
+        )
+        assert code == 0
+        assert capsys.readouterr().out.startswith(f"{out}: 16 of 40 rows in ")
+        expected = method.select(data[f"g{step}"], data["labels"])
+        arrays, info = read(out)
+        np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+        np.testing.assert_array_equal(arrays["weights"], expected.weights.numpy())
+        np.testing.assert_array_equal(arrays["dims"], expected.info["dims"].numpy())
+        assert (info["algorithm"], info["kept"], info["step"]) == ("colm", 6, step + 1)
+        assert info["budgets"] == {str(label): n for label, n in expected.info["budgets"].items()}
+        with np.load(state) as saved:
+            np.testing.assert_array_equal(saved["m"], method.history.m.numpy())
+            np.testing.assert_array_equal(saved["v"], method.history.v.numpy())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.npz", "out.npz", "state.npz"]
+
+
+def test_every_option_of_colm(batches: Path, tmp_path: Path) -> None:
+    out, first, second = tmp_path / "out.npz", tmp_path / "1.npz", tmp_path / "2.npz"
+    data = np.load(batches)
+    command = (
+        "select",
+        "colm",
+        "--gradients",
+        f"{batches}:c",
+        "--numel",
+        5000,
+        "--seed",
+        4,
+        "-k",
+        9,
+        "-o",
+        out,
+    )
+    options = ("--rule", "balanced", "--metric", "euclidean", "--betas", 0.8, 0.99, "--eps", "1e-7")
+    options += ("--top", "all", "--backend", "torch", "--groups", f"{batches}:labels", "--keep-groups", "0,7")
+    # The kept sources alone are more than k: nothing is matched, and there is no history to save yet.
+    assert run(*command, *options, "--save-state", first) == 0
+    assert read(out)[0]["indices"].tolist() == list(range(9))
+    assert np.load(first)["kind"] == "none"
+    options = (*options[:-1], "1")
+    method = fc.CoLM(
+        *(9,), top=None, betas=(0.8, 0.99), eps=1e-7, keep_groups=[1], rule="balanced", metric="euclidean",
+        backend="torch",
+    )  # fmt: skip
+    assert run(*command, *options[:-2], "--state", first, "--save-state", second) == 0
+    grads = fc.LowRankGradients(torch.from_numpy(data["c"]), 4, 5000)
+    method.keep_groups = ()
+    expected = method.select(grads, data["labels"])
+    arrays, _ = read(out)
+    np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+    assert "dims" not in arrays
+    with np.load(second) as saved:
+        assert saved["kind"] == "rank one"
+        assert (saved["mean"], saved["step"], saved["seed"]) == (method.history.mean, 2, 4)
+    assert run(*command, *options[:-2], "--state", second) == 0
+    np.testing.assert_array_equal(
+        read(out)[0]["indices"], method.select(grads, data["labels"]).indices.numpy()
+    )
+
+
+def test_bad_input_of_colm(batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, state = tmp_path / "out.npz", tmp_path / "state.npz"
+    command = ("select", "colm", "-o", out, "--gradients")
+    gradients = f"{batches}:g0"
+    assert run(*command, gradients, "-k", 4, "--top", 9, "--save-state", state) == 0
+    out.unlink()
+    capsys.readouterr()
+    with np.load(state) as saved:
+        fields = dict(saved)
+    np.savez(tmp_path / "short.npz", **fields | {"m": fields["m"][1:]})
+    np.savez(tmp_path / "pickled.npz", **fields | {"m": np.array([{}], object)})
+    np.savez(tmp_path / "step.npz", **fields | {"step": 0})
+    np.savez(tmp_path / "text.npz", **fields | {"m": np.array("m")})
+    np.savez(tmp_path / "beta.npz", **fields | {"betas": 0.9})
+    np.savez(tmp_path / "kind.npz", **fields | {"kind": "sparse"})
+    np.save(tmp_path / "alone.npy", fields["m"])
+    np.savez(tmp_path / "zero.npz", np.zeros((4, 9)))
+    np.save(tmp_path / "labels.npy", np.zeros(39, int))
+    good = (gradients, "-k", 4, "--top", 9)
+    for words, arguments in (
+        ("--gradients: no such file", (tmp_path / "none.npy", "-k", 1)),
+        ("--gradients: expected a float16, float32 or float64 array", (f"{batches}:labels", "-k", 1)),
+        ("required: -k", (gradients,)),
+        ("k must be at least 1, got 0", (gradients, "-k", 0)),
+        ("at least the 2 keep_groups", (gradients, "-k", 1, "--keep-groups", "1,2")),
+        ("top must be in [1, 90]", (gradients, "-k", 4)),
+        ("--top: expected a number or all, got 'some'", (gradients, "-k", 4, "--top", "some")),
+        ("expected LABEL,LABEL,..., got 'a,b'", (*good, "--keep-groups", "a,b")),
+        ("groups must be given with keep_groups", (*good, "--keep-groups", "7")),
+        ("groups must have shape [40]", (*good, "--groups", tmp_path / "labels.npy")),
+        ("--groups: expected an integer array", (*good, "--groups", f"{batches}:c")),
+        ("betas[0] must be in [0, 1), got 1.0", (*good, "--betas", 1, 0.9)),
+        ("eps must be > 0", (*good, "--eps", 0)),
+        ("invalid choice: 'best'", (*good, "--rule", "best")),
+        ("at least one row that is finite and not zero", (tmp_path / "zero.npz", "-k", 1, "--top", 1)),
+        ("--seed: it makes the directions", (*good, "--seed", 1)),
+        ("numel", (f"{batches}:c", "-k", 4, "--numel", 0)),
+        ("--state: no such file", (*good, "--state", tmp_path / "none.npz")),
+        ("--state: cannot read", (*good, "--state", tmp_path / "pickled.npz")),
+        ("is not a file that --save-state wrote", (*good, "--state", batches)),
+        ("is not a file that --save-state wrote", (*good, "--state", tmp_path / "alone.npy")),
+        ("is not a file that --save-state wrote", (*good, "--state", tmp_path / "kind.npz")),
+        ("v must have the shape of m", (*good, "--state", tmp_path / "short.npz")),
+        ("step must be >= 1", (*good, "--state", tmp_path / "step.npz")),
+        ("--state: ", (*good, "--state", tmp_path / "text.npz")),
+        ("betas must be a pair", (*good, "--state", tmp_path / "beta.npz")),
+        ("--state: ", (*good, "--state", state, "--betas", 0.5, 0.9)),
+        ("history must be of gradients of length 1", (f"{batches}:c", "-k", 4, "--top", 1, "--state", state)),
+        ("--save-state: expected a name that ends in .npz", (*good, "--save-state", tmp_path / "s.pt")),
+        ("is also --out", (*good, "--save-state", out)),
+        ("--save-state: " + str(batches) + " is also an input", (*good, "--save-state", batches)),
+    ):
+        expect_error(capsys, words, *command, *arguments)
+        assert not out.exists()
+    expect_error(
+        capsys, "is also an input", "select", "colm", "--gradients", *good, "--state", state, "-o", state
+    )
+    with np.load(state) as saved:
+        assert set(saved) == set(fields)
+
+
 def test_no_stop_takes_all(features: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     options = ("select", "simcore", "--features", features, "--target", features, "-o", out, "-k", 60)
@@ -465,7 +606,13 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(cli.CommandError, match="No space left"):
-        cli.write_whole(out, "--out", fill_the_disk)
+        cli.write_whole((out, "--out", fill_the_disk))
+    # Nor does it leave the first of two files.
+    with pytest.raises(cli.CommandError, match=r"--save-state: cannot write .*No space left"):
+        cli.write_whole(
+            (out, "--out", lambda stream: stream.write(b"new")),
+            (tmp_path / "state.npz", "--save-state", fill_the_disk),
+        )
     assert out.read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
 

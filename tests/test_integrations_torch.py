@@ -4,13 +4,12 @@ leaves no trace in the model, the random numbers and the hooks."""
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -576,5 +575,5 @@ def test_importing_the_package_imports_no_extras() -> None:
         "assert fc.integrations.torch.BatchSelector\n"
         "assert not {'transformers', 'peft', 'accelerate'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run(code)
     assert done.returncode == 0, done.stderr

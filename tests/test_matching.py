@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,7 @@ from flashcoreset.ops.pursuit import orthogonal_matching_pursuit
 from flashcoreset.reference.matching import Rule
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+Check = Callable[[str, str], None]
 # Triton's interpreter is NumPy, which warns of what is meant to happen.
 QUIET = {"over": "ignore", "invalid": "ignore"}
 
@@ -72,14 +75,21 @@ class Restated:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["dense", "low rank"])
 def test_twenty_steps_equal_the_dense_restatement(backend: str, kind: str, dtype: torch.dtype) -> None:
-    check_steps(backend, "cpu", kind, dtype, 20)
+    check_steps(backend, "cpu", kind, dtype, (150, 1_537, 60), {0: 4, 1: 3, 2: 2})
 
 
-def check_steps(backend: str, device: str, kind: str, dtype: torch.dtype, steps: int) -> None:
+def check_steps(
+    backend: str,
+    device: str,
+    kind: str,
+    dtype: torch.dtype,
+    size: tuple[int, int, int],
+    budgets: dict[int, int],
+    steps: int = 20,
+) -> None:
     # Few picks of many: where a candidate would serve one other alone, the two are an exact tie.
-    count, numel, top = 150, 1_537, 60
-    groups = torch.arange(count) * 7 % 3
-    budgets = {0: 4, 1: 3, 2: 2}
+    count, numel, top = size
+    groups = torch.arange(count) * 7 % len(budgets)
     restated = Restated(numel)
     zero = torch.zeros(numel, dtype=dtype, device=device)
     state: Any = fc.AdamState(zero, zero, 1, BETAS, EPS)
@@ -99,7 +109,7 @@ def check_steps(backend: str, device: str, kind: str, dtype: torch.dtype, steps:
         state = found.state
         assert state.step == step + 2
         assert state.m.device.type == device
-        assert found.dims.shape == (3, top)
+        assert found.dims.shape == (len(budgets), top)
         if step == 0:
             assert found.weights.sum() == count
             chosen = rows[found.indices.cpu()].double().numpy()
@@ -115,15 +125,6 @@ def check_steps(backend: str, device: str, kind: str, dtype: torch.dtype, steps:
 
 
 SIZES = [(1, 1, 1), (7, 97, 13), (33, 1_025, 1_025), (5, 5_000, 100)]  # gradients, D, top
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize(("count", "numel", "top"), SIZES)
-@pytest.mark.parametrize("step", [None, 1, 9])
-def test_kernels_equal_the_reference(
-    backend: str, count: int, numel: int, top: int, step: int | None, dtype: torch.dtype
-) -> None:
-    check_kernels(backend, "cpu", (count, numel, top), step, dtype)
 
 
 def check_kernels(
@@ -156,12 +157,6 @@ def check_kernels(
             )
 
 
-@pytest.mark.parametrize("q", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_low_rank_gradients_equal_their_dense_form(backend: str, q: int, dtype: torch.dtype) -> None:
-    check_low_rank(backend, "cpu", q, dtype, 3_001)
-
-
 def check_low_rank(backend: str, device: str, q: int, dtype: torch.dtype, numel: int) -> None:
     c = normal(19, q, dtype=dtype)
     rows = c.double() @ fc.LowRankGradients(c, -4, numel, "torch").directions().double()
@@ -187,10 +182,6 @@ def check_low_rank(backend: str, device: str, q: int, dtype: torch.dtype, numel:
         )
 
 
-def test_ties_go_to_the_lower_dimension(backend: str) -> None:
-    check_ties(backend, "cpu")
-
-
 def check_ties(backend: str, device: str) -> None:
     kernel = kernels_of(backend)
     member, offset = torch.arange(4, device=device), torch.tensor([0, 4], device=device)
@@ -209,10 +200,6 @@ def check_ties(backend: str, device: str) -> None:
     dims, u = kernel.top_updates(torch.zeros(4, 9_000, device=device), zero, zero, rule, member, offset, 5)
     assert dims.tolist() == [[0, 1, 2, 3, 4]]
     assert not u.any()
-
-
-def test_close_calls_of_float32_are_decided_in_float64(backend: str) -> None:
-    check_close_calls(backend, "cpu")
 
 
 def check_close_calls(backend: str, device: str) -> None:
@@ -244,10 +231,6 @@ def check_close_calls(backend: str, device: str) -> None:
         assert torch.equal(dims.cpu(), expected)
 
 
-def test_squares_beyond_float32_pass_the_sieve(backend: str) -> None:
-    check_large(backend, "cpu")
-
-
 @np.errstate(**QUIET)
 def check_large(backend: str, device: str) -> None:
     numel = 9_000
@@ -260,10 +243,6 @@ def check_large(backend: str, device: str) -> None:
     assert dims.tolist() == [[8_000, 8_999, 8_998]]
     expected = rule.updates(g.double(), m.double(), v.double())[:, dims[0].cpu()]
     assert torch.allclose(u.cpu(), expected, rtol=1e-13)
-
-
-def test_cancelled_sums_pass_the_sieve(backend: str) -> None:
-    check_cancellation(backend, "cpu")
 
 
 def check_cancellation(backend: str, device: str) -> None:
@@ -513,10 +492,6 @@ def test_one_direction_needs_no_rows(backend: str) -> None:
     assert torch.allclose(again.v, advanced.v, rtol=1e-12)
 
 
-def test_another_direction_makes_the_history_dense(backend: str) -> None:
-    check_another_direction(backend, "cpu")
-
-
 def check_another_direction(backend: str, device: str) -> None:
     history = fc.RankOneAdamState(500, mean=0.4, mean_square=1.5, seed=3, step=4)
     c = normal(10, 1)
@@ -598,11 +573,6 @@ def test_bad_arguments_are_named(
         fc.match_gradients(g, k, **options)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_values_are_named(backend: str, bad: float) -> None:
-    check_bad_values(backend, "cpu", bad)
-
-
 @np.errstate(**QUIET)
 def check_bad_values(backend: str, device: str, bad: float) -> None:
     g = normal(6, 9_000, dtype=torch.float32).to(device)
@@ -630,10 +600,6 @@ def check_bad_values(backend: str, device: str, bad: float) -> None:
     coefficients[2] = bad
     with pytest.raises(ValueError, match=r"g.coefficients must be finite"):
         fc.match_gradients(fc.LowRankGradients(coefficients, 0, 100), 2, top=5, backend=backend)
-
-
-def test_squares_that_overflow_are_an_error(backend: str) -> None:
-    check_overflow(backend, "cpu")
 
 
 @np.errstate(**QUIET)
@@ -713,10 +679,6 @@ def test_bad_histories_are_named(change: dict[str, Any], error: type[Exception],
         dataclasses.replace(fc.AdamState(ZERO, ZERO, 1), **change)
 
 
-def test_directions_equal_numpys(backend: str) -> None:
-    check_directions(backend, "cpu")
-
-
 def check_directions(backend: str, device: str) -> None:
     """To two units in the last place: logarithms differ."""
     for dtype, (begin, length, first) in itertools.product(
@@ -758,3 +720,44 @@ def check_zeroth_order(backend: str, device: str) -> None:
     expected = fc.match_gradients(same, 3, top=20, backend="torch")
     assert torch.equal(found.dims.cpu(), expected.dims)
     assert torch.equal(found.indices.cpu(), expected.indices)
+
+
+def check(function: Callable[..., None], *arguments: Any) -> Any:
+    """`function(backend, device, *arguments)` as an entry of CHECKS; its id is the function's name and the arguments."""
+    name = function.__name__.removeprefix("check_").replace("_", " ")
+    told = "-".join(str(argument).removeprefix("torch.") for argument in arguments)
+    return pytest.param(
+        lambda backend, device: function(backend, device, *arguments), id=f"{name}-{told}".rstrip("-")
+    )
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What every backend is held to, as check(backend, device): run here and in test_matching_cuda.py and test_matching_triton.py. Sizes are
+# such that Triton's interpreter can do them.
+CHECKS = [
+    *(
+        check(check_kernels, size, step, dtype)
+        for size, step, dtype in itertools.product(SIZES, (None, 9), DTYPES)
+    ),
+    *(check(check_kernels, (7, 97, 13), 1, dtype) for dtype in DTYPES),
+    *(
+        check(check_low_rank, q, dtype, 5_001)
+        for q, dtype in itertools.product((1, 3), (torch.float32, torch.float64))
+    ),
+    *(check(check_steps, kind, torch.float32, (32, 401, 40), {0: 2, 1: 2}) for kind in ("dense", "low rank")),
+    *(check(check_all_dimensions, metric, True) for metric in ("l1", "cosine")),
+    *(check(check_bad_values, bad) for bad in (math.nan, math.inf)),
+    check(check_ties),
+    check(check_close_calls),
+    check(check_large),
+    check(check_cancellation),
+    check(check_another_direction),
+    check(check_directions),
+    check(check_overflow),
+    check(check_zeroth_order),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_equals_the_definition(backend: str, check: Check) -> None:
+    check(backend, "cpu")

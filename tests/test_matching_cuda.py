@@ -7,25 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE
-from test_matching import (
-    BETAS,
-    EPS,
-    SIZES,
-    check_all_dimensions,
-    check_another_direction,
-    check_bad_values,
-    check_cancellation,
-    check_close_calls,
-    check_directions,
-    check_kernels,
-    check_large,
-    check_low_rank,
-    check_overflow,
-    check_steps,
-    check_ties,
-    check_zeroth_order,
-    normal,
-)
+from test_matching import BETAS, CHECKS, EPS, Check, normal
 
 from flashcoreset import _native, kernels
 from flashcoreset.kernels import cuda
@@ -34,64 +16,9 @@ from flashcoreset.reference.matching import Rule
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("step", [None, 1, 9])
-def test_equal_the_reference(size: tuple[int, int, int], step: int | None, dtype: torch.dtype) -> None:
-    check_kernels("cuda", DEVICE, size, step, dtype)
-
-
-@pytest.mark.parametrize("q", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_low_rank_gradients_equal_their_dense_form(q: int, dtype: torch.dtype) -> None:
-    check_low_rank("cuda", DEVICE, q, dtype, 5_001)
-
-
-def test_ties_go_to_the_lower_dimension() -> None:
-    check_ties("cuda", DEVICE)
-
-
-def test_close_calls_of_float32_are_decided_in_float64() -> None:
-    check_close_calls("cuda", DEVICE)
-
-
-def test_squares_beyond_float32_pass_the_sieve() -> None:
-    check_large("cuda", DEVICE)
-
-
-def test_cancelled_sums_pass_the_sieve() -> None:
-    check_cancellation("cuda", DEVICE)
-
-
-@pytest.mark.parametrize("metric", ["l1", "cosine"])
-def test_without_top_all_dimensions_count(metric: str) -> None:
-    check_all_dimensions("cuda", DEVICE, metric, True)
-
-
-def test_another_direction_makes_the_history_dense() -> None:
-    check_another_direction("cuda", DEVICE)
-
-
-def test_directions_equal_numpys() -> None:
-    check_directions("cuda", DEVICE)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_values_are_named(bad: float) -> None:
-    check_bad_values("cuda", DEVICE, bad)
-
-
-def test_squares_that_overflow_are_an_error() -> None:
-    check_overflow("cuda", DEVICE)
-
-
-@pytest.mark.parametrize("kind", ["dense", "low rank"])
-def test_steps_equal_the_dense_restatement(kind: str) -> None:
-    check_steps("cuda", DEVICE, kind, torch.float32, 3)
-
-
-def test_zeroth_order_gradients() -> None:
-    check_zeroth_order("cuda", DEVICE)
+@pytest.mark.parametrize("check", CHECKS)
+def test_equals_the_definition(check: Check) -> None:
+    check("cuda", DEVICE)
 
 
 def problem() -> dict[str, Any]:

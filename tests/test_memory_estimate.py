@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from processes import run
 
 import flashcoreset as fc
 
@@ -69,9 +66,8 @@ def test_is_an_upper_bound_within_a_factor_of_two(name: str) -> None:
     code = MEASURE.format(
         shapes=shapes, k=k, dtype=dtype, options=options, small=small, transposed=name == "transposed"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
-    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
     measured, estimate = map(int, result.stdout.split())
     assert measured <= estimate + 2**20  # the allocator's own pages
     assert estimate <= 2 * measured, (measured, estimate)
@@ -104,6 +100,14 @@ def test_takes_gradients_and_histories_without_values() -> None:
     assert streamed < rank_one < 3 * streamed
     for backend in ("cuda", "triton", "torch"):
         assert fc.memory_estimate(fc.match_gradients, (128, 1000), 64, method="omp", backend=backend) > 2**15
+
+
+def test_reductions_on_a_device_copy_no_rows() -> None:
+    for backend in ("cuda", "triton"):
+        rounds = fc.memory_estimate(fc.caratheodory, (10_000_000, 32), backend=backend)
+        sampled = fc.memory_estimate(fc.caratheodory, (10_000_000, 32), max_size=1_000, backend=backend)
+        assert 16 * 10_000_000 / 4 < rounds < 4 * 32 * 10_000_000 / 20
+        assert 8 * 10_000_000 < sampled < 4 * 32 * 10_000_000 / 10  # a weight for each row
 
 
 def test_scale_promised_for_a_hundred_thousand_points() -> None:
@@ -188,9 +192,8 @@ def test_of_sinkhorn_is_an_upper_bound_within_a_factor_of_two(name: str) -> None
     code = MEASURE_SINKHORN.format(
         shapes=shapes, dtype=dtype, options=options, backend=repr(options.get("backend"))
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
-    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
     measured, estimate = map(int, result.stdout.split())
     assert measured <= estimate + 2**20  # the allocator's own pages
     assert estimate <= 2 * measured, (measured, estimate)
@@ -322,10 +325,8 @@ def test_of_others_is_an_upper_bound_within_a_factor_of_two(name: str) -> None:
     dtype = "" if template is MADE else f"dtype={case['dtype']}, "
     code = MEASURE_HIGHEST.format(prepare=template.format(**case), name=function, dtype=dtype)
     # glibc's malloc raises the size from which blocks are given back at once, by what was freed before; here it stays.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True, env=environment
-    )
+    result = run(code, start={"MALLOC_MMAP_THRESHOLD_": "65536"})
+    assert result.returncode == 0, result.stderr
     measured, estimate = map(int, result.stdout.split())
     assert measured <= estimate + 2**20  # the allocator's own pages
     assert estimate <= 2 * measured, (measured, estimate)

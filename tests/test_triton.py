@@ -4,12 +4,10 @@ cannot run."""
 from __future__ import annotations
 
 import math
-import os
 import platform
-import subprocess
-import sys
 from typing import Any
 
+import processes
 import pytest
 import torch
 from cases import (
@@ -221,14 +219,6 @@ def test_sample_scores_of_masked_tokens_and_bad_values() -> None:
     torch.testing.assert_close(got.loss.cpu(), wanted.loss)
 
 
-def run(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 REFUSED = """
 import sys, torch, flashcoreset as fc
 assert "triton" not in sys.modules
@@ -241,12 +231,13 @@ except fc.BackendUnavailableError as error:
 
 
 def test_without_triton_the_message_says_how_to_get_it() -> None:
-    assert "pip install triton" in run(REFUSED.format(blocked=True))
+    done = processes.run(REFUSED.format(blocked=True))
+    assert "pip install triton" in done.stdout, done.stderr
 
 
 @interpreted
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
-    message = run(REFUSED.format(blocked=False), TRITON_INTERPRET="0")
+    message = processes.run(REFUSED.format(blocked=False), TRITON_INTERPRET="0").stdout.strip()
     assert message.startswith("backend 'triton': ")
     assert ".cuda()" in message if torch.cuda.is_available() else "torch finds none" in message
     assert "backend='cpu'" in message

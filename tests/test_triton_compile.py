@@ -86,7 +86,8 @@ def test_arithmetic_is_exactly_rounded(architecture: int, reports: dict[int, lis
         # A block of scores ends in reductions over the warps.
         if (
             re.search(
-                "precomputed|transposed|scores|sketch|matrix|add|direction|restrict|sieve", kernel["name"]
+                "precomputed|transposed|scores|sketch|matrix|add|direction|restrict|sieve|gather",
+                kernel["name"],
             )
             is None
         ):

@@ -130,13 +130,55 @@ def first_direction(
 
 
 @triton.jit
-def exact_updates(x, past_m, past_v, m_step, v_step, eps, HISTORY: tl.constexpr):
-    """u of float64 gradients [ROWS, BLOCK]; past_m = m_scale m and past_v = v_scale v, [BLOCK]."""
-    u = x
-    if HISTORY:
-        root = tl.sqrt(tl.fma(v_step * x, x, past_v[None, :] + tl.zeros_like(x)))
-        u = tl.fma(m_step + tl.zeros_like(x), x, past_m[None, :] + tl.zeros_like(x)) / (root + eps)
-    return u
+def updates(
+    g,
+    g_stride,
+    g_step,
+    numbers,  # as in sieve_kernel
+    member,
+    row,  # to `last`: members
+    last,
+    first,
+    dims,
+    here,
+    z,
+    past_m,  # [BLOCK] float64: m_scale m and v_scale v
+    past_v,
+    u_of,  # [R, top] float64, where WRITES
+    top,
+    at,  # [BLOCK]: columns of it
+    q,
+    seed_low,
+    seed_high,
+    FORM: tl.constexpr,
+    HISTORY: tl.constexpr,
+    SCATTERED: tl.constexpr,
+    WRITES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """[ROWS, BLOCK] float64, which add up to the sum of the rows' updates; where WRITES zeros, and each update goes to its place."""
+    m_step, v_step, eps = tl.load(numbers + 1), tl.load(numbers + 3), tl.load(numbers + 4)
+    totals = tl.zeros((ROWS, BLOCK), tl.float64)
+    while row < last:
+        own = row + tl.arange(0, ROWS)
+        inside = own < last
+        rows = tl.load(member + own, mask=inside, other=0)
+        x = entries(
+            g, g_stride, g_step, rows, inside, first, dims, here, z, q, seed_low, seed_high,
+            FORM, SCATTERED, BLOCK, tl.float64,
+        )  # fmt: skip
+        u = x
+        if HISTORY:
+            root = tl.sqrt(tl.fma(v_step * x, x, past_v[None, :] + tl.zeros_like(x)))
+            u = tl.fma(m_step + tl.zeros_like(x), x, past_m[None, :] + tl.zeros_like(x)) / (root + eps)
+        if WRITES:
+            place = u_of + own[:, None] * top + at[None, :]
+            tl.store(place, u, mask=inside[:, None] & here[None, :])
+        else:
+            totals += tl.where(inside[:, None], u, 0.0)
+        row += ROWS
+    return totals
 
 
 @triton.jit(do_not_specialize=["begin", "count", "groups", "width", "q", "seed_low", "seed_high"])
@@ -250,8 +292,7 @@ def weigh_kernel(
         there = count.to(tl.int64)
         here = at < there
         dims = begin.to(tl.int64) + at
-    m_scale, m_step = tl.load(numbers), tl.load(numbers + 1)
-    v_scale, v_step, eps = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
+    m_scale, v_scale = tl.load(numbers), tl.load(numbers + 2)
     own_m = tl.zeros((BLOCK,), tl.float64)
     own_v = tl.full((BLOCK,), 1, tl.float64)
     if HISTORY:
@@ -264,18 +305,10 @@ def weigh_kernel(
     z = tl.zeros((BLOCK,), tl.float32)
     if start < there:
         z = first_direction(first_dim, dims, seed_low, seed_high, FORM, SIEVED, BLOCK)
-    totals = tl.zeros((ROWS, BLOCK), tl.float64)
-    while row < last:
-        own = row + tl.arange(0, ROWS)
-        inside = own < last
-        rows = tl.load(member + own, mask=inside, other=0)
-        x = entries(
-            g, g_stride, g_step, rows, inside, first_dim, dims, here, z, q, seed_low, seed_high,
-            FORM, SIEVED, BLOCK, tl.float64,
-        )  # fmt: skip
-        u = exact_updates(x, past_m, past_v, m_step, v_step, eps, HISTORY)
-        totals += tl.where(inside[:, None], u, 0.0)
-        row += ROWS
+    totals = updates(
+        g, g_stride, g_step, numbers, member, row, last, first_dim, dims, here, z, past_m, past_v, values, 0, at,
+        q, seed_low, seed_high, FORM, HISTORY, SIEVED, False, ROWS, BLOCK,
+    )  # fmt: skip
     mean = tl.abs(tl.sum(totals, axis=0)) / size
     good = (mean < INFINITY) & (tl.abs(own_m) < INFINITY) & (own_v >= 0) & (own_v < INFINITY)
     first_bad = tl.min(tl.where(here & (good == 0), dims, LAST), axis=0)
@@ -312,8 +345,7 @@ def restrict_kernel(
     at = start + tl.arange(0, BLOCK)
     here = at < top
     dims = tl.load(dims_of + group * top + at, mask=here, other=0)
-    m_scale, m_step = tl.load(numbers), tl.load(numbers + 1)
-    v_scale, v_step, eps = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 4)
+    m_scale, v_scale = tl.load(numbers), tl.load(numbers + 2)
     past_m = tl.zeros((BLOCK,), tl.float64)
     past_v = tl.full((BLOCK,), 1, tl.float64)
     if HISTORY:
@@ -321,18 +353,10 @@ def restrict_kernel(
         past_v = v_scale * tl.load(v + dims, mask=here, other=1.0).to(tl.float64)
     z = first_direction(start, dims, seed_low, seed_high, FORM, True, BLOCK)
     row, last = tl.load(offset + group), tl.load(offset + group + 1)
-    while row < last:
-        own = row + tl.arange(0, ROWS)
-        inside = own < last
-        rows = tl.load(member + own, mask=inside, other=0)
-        x = entries(
-            g, g_stride, g_step, rows, inside, start, dims, here, z, q, seed_low, seed_high,
-            FORM, True, BLOCK, tl.float64,
-        )  # fmt: skip
-        u = exact_updates(x, past_m, past_v, m_step, v_step, eps, HISTORY)
-        place = u_of + own[:, None] * top + at[None, :]
-        tl.store(place, u, mask=inside[:, None] & here[None, :])
-        row += ROWS
+    updates(
+        g, g_stride, g_step, numbers, member, row, last, start, dims, here, z, past_m, past_v, u_of, top, at,
+        q, seed_low, seed_high, FORM, HISTORY, True, True, ROWS, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["begin", "end", "count", "q", "seed_low", "seed_high"])

@@ -237,6 +237,7 @@ void define_cuda_module(py::module_& m) {
   bind_cuda_sinkhorn(m);
   bind_cuda_sketch(m);
   bind_cuda_matching(m);
+  bind_cuda_caratheodory(m);
   bind_cuda_pursuit(m);
 }
 

@@ -35,7 +35,8 @@ struct Problem {
   // fn(gradients, m, v, groups).
   template <class Fn>
   void with(const Fn& fn) const {
-    const GroupedRows groups{read<int64_t, 1>(member, device()), read<int64_t, 1>(offset, device())};
+    const GroupedRows groups{compact_input<int64_t, 1>(member, device()),
+                             compact_input<int64_t, 1>(offset, device())};
     if (groups.offset.size() < 2) throw py::value_error("offset: expected at least 2 entries");
     dispatch_gradients(g, seed, length, [&](const auto& gradients) {
       using T = HistoryOf<typename std::decay_t<decltype(gradients)>::Element>;
@@ -44,7 +45,7 @@ struct Problem {
       const ArrayArgument first(m, "m", kDevice), second(v, "v", kDevice);
       first.require_shape({gradients.numel()});
       second.require_shape({gradients.numel()});
-      fn(gradients, read<T, 1>(first, device()), read<T, 1>(second, device()), groups);
+      fn(gradients, compact_input<T, 1>(first, device()), compact_input<T, 1>(second, device()), groups);
     });
   }
 };
@@ -81,9 +82,9 @@ void bind_cuda_matching(py::module_& module) {
         const Problem problem(g, seed, length, m, v, m_scale, m_step, v_scale, v_step, eps, member, offset);
         const ArrayArgument dims(dims_array, "dims", kDevice), values(values_array, "values", kDevice),
             refused(refused_array, "refused", kDevice);
-        const auto found = written<int64_t, 2>(dims, problem.device());
-        const auto means = written<double, 2>(values, problem.device());
-        const auto first = written<int64_t, 1>(refused, problem.device());
+        const auto found = compact_output<int64_t, 2>(dims, problem.device());
+        const auto means = compact_output<double, 2>(values, problem.device());
+        const auto first = compact_output<int64_t, 1>(refused, problem.device());
         refused.require_shape({1});
         problem.with([&](const auto& gradients, auto past_m, auto past_v, const GroupedRows& groups) {
           dims.require_shape({groups.offset.size() - 1, found.cols()});
@@ -110,8 +111,8 @@ void bind_cuda_matching(py::module_& module) {
          py::object dims_array, py::object u_array, uintptr_t stream) {
         const Problem problem(g, seed, length, m, v, m_scale, m_step, v_scale, v_step, eps, member, offset);
         const ArrayArgument dims(dims_array, "dims", kDevice), u(u_array, "u", kDevice);
-        const auto found = read<int64_t, 2>(dims, problem.device());
-        const auto rows = written<double, 2>(u, problem.device());
+        const auto found = compact_input<int64_t, 2>(dims, problem.device());
+        const auto rows = compact_output<double, 2>(u, problem.device());
         problem.with([&](const auto& gradients, auto past_m, auto past_v, const GroupedRows& groups) {
           dims.require_shape({groups.offset.size() - 1, found.cols()});
           u.require_shape({groups.member.size(), found.cols()});
@@ -135,14 +136,15 @@ void bind_cuda_matching(py::module_& module) {
             new_first(new_m_array, "new_m", kDevice), new_second(new_v_array, "new_v", kDevice),
             overflows(overflows_array, "overflows", kDevice);
         const int device = g.device_id();
-        const auto rows = read<int64_t, 1>(chosen, device);
+        const auto rows = compact_input<int64_t, 1>(chosen, device);
         if (rows.size() == 0) throw py::value_error("chosen: expected at least 1 row, got 0");
-        const auto flag = written<int64_t, 1>(overflows, device);
+        const auto flag = compact_output<int64_t, 1>(overflows, device);
         overflows.require_shape({1});
         dispatch_gradients(g, seed, length, [&](const auto& gradients) {
           using T = HistoryOf<typename std::decay_t<decltype(gradients)>::Element>;
-          const auto old_m = read<T, 1>(first, device), old_v = read<T, 1>(second, device);
-          const auto new_m = written<T, 1>(new_first, device), new_v = written<T, 1>(new_second, device);
+          const auto old_m = compact_input<T, 1>(first, device), old_v = compact_input<T, 1>(second, device);
+          const auto new_m = compact_output<T, 1>(new_first, device),
+                     new_v = compact_output<T, 1>(new_second, device);
           for (const ArrayArgument* array : {&first, &second, &new_first, &new_second})
             array->require_shape({gradients.numel()});
           const DeviceGuard guard(device);

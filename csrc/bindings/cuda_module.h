@@ -61,11 +61,27 @@ class DeviceGuard {
   cudaError_t status_ = cudaSuccess;
 };
 
+// An array on that device, in one piece.
+template <class T, int Rank>
+TensorView<const T, Rank> compact_input(const ArrayArgument& array, int device) {
+  require_device(array, device);
+  const auto view = array.input<T, Rank>();
+  if (!view.is_compact()) throw py::value_error(std::string(array.name()) + ": expected a contiguous array");
+  return view;
+}
+
+template <class T, int Rank>
+TensorView<T, Rank> compact_output(const ArrayArgument& array, int device) {
+  compact_input<T, Rank>(array, device);
+  return array.output<T, Rank>();
+}
+
 inline cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 void bind_cuda_sinkhorn(py::module_& m);
 void bind_cuda_sketch(py::module_& m);
 void bind_cuda_matching(py::module_& m);
+void bind_cuda_caratheodory(py::module_& m);
 void bind_cuda_pursuit(py::module_& m);
 
 }  // namespace fc

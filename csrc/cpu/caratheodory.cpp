@@ -52,8 +52,8 @@
 #include <string>
 #include <type_traits>
 
-#include "core/philox.h"
 #include "core/simd.h"
+#include "cpu/tableau.h"
 
 namespace fc {
 namespace {
@@ -61,18 +61,11 @@ namespace {
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int64_t kBlockRows = 256;  // summed together before they are added to a run's sum
 constexpr int64_t kSampleRows = 64;  // whose mean is the first centre
-constexpr int64_t kPart = 1 << 15;   // multiply-adds that a thread takes at a time
-constexpr int64_t kPivotParts = 8;   // parts of a pivot, and of the sums, that are worth a second thread
-constexpr int64_t kSumParts = 64;
-constexpr int64_t kQrRows = 32;    // coordinates that are factorised together
-constexpr int64_t kQrPieces = 16;  // pieces of the coordinates, whatever the number of threads
-
-// Samples whose numbers are few and round have basic vectors at their ends and pivots that should be 0 but
-// for rounding. After one as small as this T is made anew.
-constexpr double kLeastPivot = 1e-3;
-
-using simd::kWidth;
-using simd::Vec;
+constexpr double kShrink = 0x1p-80;
+constexpr int64_t kPart = 1 << 15;  // multiply-adds that a thread takes at a time
+constexpr int64_t kSumParts = 64;   // parts that are worth a second thread
+constexpr int64_t kQrRows = 32;     // coordinates that are factorised together
+constexpr int64_t kQrPieces = 16;   // pieces of the coordinates, whatever the number of threads
 
 template <class X>
 double value_of(X x) {
@@ -83,262 +76,88 @@ double value_of(X x) {
   }
 }
 
-// y -= a * x.
-void subtract(double* y, const double* x, double a, int64_t count) {
-  int64_t j = 0;
-  const Vec<double> factor = simd::broadcast(a);
-  for (; j + kWidth<double> <= count; j += kWidth<double>) {
-    simd::store(y + j, simd::load(y + j) - factor * simd::load(x + j));
+// Coordinates of a tableau whose largest magnitude is rounding: those of a constant column.
+std::vector<double> rounding(const Moments& moments, double weight) {
+  std::vector<double> least(1 + moments.d());
+  for (int64_t j = 0; j < moments.d(); ++j) {
+    least[1 + j] = 4 * kEps * weight * std::fabs(moments.centre[j]);
   }
-  for (; j < count; ++j) y[j] -= a * x[j];
+  return least;
 }
 
-double max_abs(const double* x, int64_t count) {
-  double most = 0;
-  int64_t j = 0;
-  if (count >= kWidth<double>) {
-    Vec<double> lanes{};
-    for (; j + kWidth<double> <= count; j += kWidth<double>) {
-      const Vec<double> v = simd::abs<double>(simd::load(x + j));
-      lanes = v > lanes ? v : lanes;
-    }
-    most = simd::lane_max<double>(lanes);
+// The vectors of single rows with weights [count] and differences [count, d] from the centre, and perhaps one
+// further column, scaled.
+Tableau tableau_of(const Moments& moments, const std::vector<double>& weights, const double* differences,
+                   const std::vector<double>* extra, ThreadTeam& team) {
+  const int64_t d = moments.d(), count = static_cast<int64_t>(weights.size());
+  Tableau tableau(1 + d, count, extra != nullptr, team);
+  double heaviest = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const double weight = weights[c];
+    heaviest = std::max(heaviest, weight);
+    tableau.row(0)[c] = weight;
   }
-  for (; j < count; ++j) most = std::max(most, std::fabs(x[j]));
-  return most;
+  for (int64_t j = 1; j <= d; ++j) {
+    const double mean = moments.target[j] / moments.target[0];
+    double* const row = tableau.row(j);
+    for (int64_t c = 0; c < count; ++c) row[c] = weights[c] * (differences[c * d + j - 1] - mean);
+  }
+  if (extra) {
+    for (int64_t j = 0; j <= d; ++j) tableau.row(j)[count] = (*extra)[j];
+  }
+  tableau.scale(rounding(moments, heaviest), moments.one_scale);
+  return tableau;
 }
 
-// The m vectors of a round and T; column `extra`, if there is one, takes part in the elimination but never
-// enters the basis.
-class Tableau {
- public:
-  // rows = coordinates, columns = vectors.
-  Tableau(int64_t coordinates, int64_t vectors, bool extra, ThreadTeam& team)
-      : team_(team),
-        rows_(coordinates),
-        columns_(vectors),
-        width_(vectors + (extra ? 1 : 0)),
-        extra_(extra),
-        t_(static_cast<size_t>(coordinates * width_)),
-        factor_(static_cast<size_t>(coordinates)),
-        vector_of_(static_cast<size_t>(vectors)) {
-    std::iota(vector_of_.begin(), vector_of_.end(), int64_t{0});
+// Adds to `weights` [k] of rows with differences [k, d] what `sums` [1 + d] are short of the target.
+void correct(const Moments& moments, const std::vector<double>& sums, const double* differences,
+             std::vector<double>& weights, ThreadTeam& team) {
+  const std::vector<double>& target = moments.target;
+  std::vector<double> missing(sums.size());
+  for (size_t j = 0; j < sums.size(); ++j) missing[j] = target[j] - sums[j];
+  for (size_t j = 1; j < sums.size(); ++j) missing[j] -= missing[0] * (target[j] / target[0]);
+  Tableau tableau = tableau_of(moments, weights, differences, &missing, team);
+  tableau.eliminate();
+  // Weights stay positive.
+  double step = 1;
+  for (int64_t i = 0; i < tableau.rank(); ++i) {
+    const double change = tableau.coefficient(i);
+    if (change < 0) step = std::min(step, -0.5 / change);
   }
-
-  double* row(int64_t i) { return t_.data() + i * width_; }
-
-  // Divides each coordinate by its largest magnitude (`together`: all but the first by that of all of these),
-  // or leaves it out if that is at most least[i].
-  void scale(const std::vector<double>& least, bool together) {
-    const double of_all = together ? max_abs(row(1), (rows_ - 1) * width_) : 0;
-    int64_t kept = 0;
-    for (int64_t i = 0; i < rows_; ++i) {
-      const double most = max_abs(row(i), columns_), divisor = together && i > 0 ? of_all : most;
-      if (!(most > least[i])) continue;
-      for (int64_t j = 0; j < width_; ++j) row(kept)[j] = row(i)[j] / divisor;
-      ++kept;
-    }
-    rows_ = kept;
+  for (int64_t i = 0; i < tableau.rank(); ++i) {
+    weights[tableau.basis(i)] *= 1 + step * tableau.coefficient(i);
   }
-
-  // Turns columns into the basis and T.
-  void eliminate() {
-    const double least = 4 * kEps * static_cast<double>(std::max<int64_t>(rows_, 64));
-    std::vector<double> most(rows_);
-    for (int64_t i = 0; i < rows_; ++i) most[i] = max_abs(row(i), columns_);
-    while (rank_ < rows_ && columns_ > 0) {
-      team_.check();
-      const int64_t p = std::max_element(most.begin() + rank_, most.end()) - most.begin();
-      if (!(most[p] > least)) break;
-      int64_t j = 0;
-      while (std::fabs(row(p)[j]) != most[p]) ++j;
-      std::swap_ranges(row(p), row(p) + width_, row(rank_));
-      std::swap(most[p], most[rank_]);
-      take_column(j);
-      basis_.push_back(last_vector_);
-      pivot(rank_, rows_);
-      ++rank_;
-      for (int64_t i = rank_; i < rows_; ++i) most[i] = max_abs(row(i), columns_);
-    }
-    rows_ = rank_;
-  }
-
-  // Moves rho [vectors] along null vectors, each of which brings one of them to 0, `count` times or until no
-  // column is left.
-  void reduce(std::vector<double>& rho, int64_t count) {
-    const std::vector<double> bound(rho.size(), std::numeric_limits<double>::infinity());
-    for (; count > 0 && columns_ > 0; --count) {
-      team_.check();
-      take_column(columns_ - 1);
-      const Leaving down = leaving(rho, bound, -1);
-      if (rho[last_vector_] <= down.longest) {
-        move(rho, bound, rho[last_vector_]);
-        rho[last_vector_] = 0;
-        continue;
-      }
-      const Leaving up = leaving(rho, bound, 1);
-      if (up.pivot > down.pivot) {
-        exchange(rho, bound, up, -1);
-      } else {
-        exchange(rho, bound, down, 1);
-      }
-    }
-  }
-
-  // The same with rho_i <= bound_i: each null vector brings one of them to 0 or to its bound. Which way to go
-  // is drawn such that the mean of rho does not change. Ends also when `count` have come to 0, and after a
-  // pivot so small that T is no longer good; returns how many have come to 0.
-  int64_t sample(std::vector<double>& rho, const std::vector<double>& bound, int64_t count, uint64_t draw) {
-    int64_t zeros = 0;
-    while (zeros < count && columns_ > 0) {
-      team_.check();
-      take_column(columns_ - 1);
-      double& own = rho[last_vector_];
-      const Leaving down = leaving(rho, bound, -1), up = leaving(rho, bound, 1);
-      const double room_up = bound[last_vector_] - own;
-      const double step_down = std::min(own, down.longest), step_up = std::min(room_up, up.longest);
-      const uint32_t word = philox4x32(draw, static_cast<uint64_t>(last_vector_), 0)[0];
-      const bool goes_up = (word + 0.5) * 0x1p-32 * (step_down + step_up) < step_down;
-      const Leaving& out = goes_up ? up : down;
-      const double room = goes_up ? room_up : own, sign = goes_up ? -1 : 1;
-      if (room <= out.longest) {
-        move(rho, bound, sign * room);
-        own = goes_up ? bound[last_vector_] : 0;
-        zeros += own == 0;
-      } else {
-        zeros += exchange(rho, bound, out, sign) == 0;
-        if (out.pivot < kLeastPivot) break;
-      }
-    }
-    return zeros;
-  }
-
-  // The further column in terms of the basis: pairs of a vector and its coefficient.
-  int64_t rank() const { return rank_; }
-  int64_t basis(int64_t i) const { return basis_[i]; }
-  double coefficient(int64_t i) { return row(i)[columns_]; }
-
- private:
-  struct Leaving {
-    double longest = std::numeric_limits<double>::infinity();  // step, rounding allowed for
-    double pivot = 0;                                          // |factor| of the basic vector that leaves
-    int64_t row = -1;
-  };
-
-  // Takes column j out, into factor_; the last one moves to its place.
-  void take_column(int64_t j) {
-    --columns_;
-    last_vector_ = vector_of_[j];
-    vector_of_[j] = vector_of_[columns_];
-    for (int64_t i = 0; i < rows_; ++i) {
-      double* r = row(i);
-      factor_[i] = r[j];
-      r[j] = r[columns_];
-      if (extra_) r[columns_] = r[columns_ + 1];
-    }
-  }
-
-  // The column taken out last becomes the unit vector of row p of the first `count` rows.
-  void pivot(int64_t p, int64_t count) {
-    const int64_t width = columns_ + (extra_ ? 1 : 0);
-    double* const source = row(p);
-    for (int64_t j = 0; j < width; ++j) source[j] /= factor_[p];
-    const auto update = [&](int, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (i != p && factor_[i] != 0) subtract(row(i), source, factor_[i], width);
-      }
-    };
-    if (count * width < kPivotParts * kPart) {
-      update(0, 0, count);
-    } else {
-      team_.parallel_for(count, std::max<int64_t>(1, kPart / width), update);
-    }
-  }
-
-  // How far basic vector i may go where rho of the column taken out goes down (sign -1) or up (1).
-  double room(const std::vector<double>& rho, const std::vector<double>& bound, int64_t i,
-              double sign) const {
-    return sign * factor_[i] > 0 ? rho[basis_[i]] : bound[basis_[i]] - rho[basis_[i]];
-  }
-
-  // Which basic vector comes to 0 or to its bound first.
-  Leaving leaving(const std::vector<double>& rho, const std::vector<double>& bound, double sign) const {
-    Leaving out;
-    for (int64_t i = 0; i < rank_; ++i) {
-      if (factor_[i] == 0) continue;
-      const double way = room(rho, bound, i, sign), rounding = kEps * std::max(1.0, way);
-      out.longest = std::min(out.longest, (way + rounding) / std::fabs(factor_[i]));
-    }
-    for (int64_t i = 0; i < rank_; ++i) {
-      const double factor = std::fabs(factor_[i]);
-      // Division is monotone, so the vector that set the longest step is among them.
-      if (factor > out.pivot && room(rho, bound, i, sign) / factor <= out.longest) {
-        out.pivot = factor;
-        out.row = i;
-      }
-    }
-    return out;
-  }
-
-  // rho of the column taken out is to go down by `step`.
-  void move(std::vector<double>& rho, const std::vector<double>& bound, double step) {
-    for (int64_t i = 0; i < rank_; ++i) {
-      double& r = rho[basis_[i]];
-      r = std::clamp(r + step * factor_[i], 0.0, bound[basis_[i]]);
-    }
-  }
-
-  // Moves until basic vector `out` is at its end, where the column taken out (which goes down if sign is 1,
-  // up if it is -1) takes its place in the basis. Returns rho of the one that left.
-  double exchange(std::vector<double>& rho, const std::vector<double>& bound, const Leaving& out,
-                  double sign) {
-    const int64_t left = basis_[out.row];
-    const bool falls = sign * factor_[out.row] < 0;
-    const double step = sign * room(rho, bound, out.row, -sign) / out.pivot;
-    move(rho, bound, step);
-    rho[last_vector_] = std::clamp(rho[last_vector_] - step, 0.0, bound[last_vector_]);
-    rho[left] = falls ? 0 : bound[left];
-    basis_[out.row] = last_vector_;
-    pivot(out.row, rank_);
-    return rho[left];
-  }
-
-  ThreadTeam& team_;
-  int64_t rows_, columns_, width_, rank_ = 0, last_vector_ = -1;
-  bool extra_;
-  std::vector<double> t_, factor_;
-  std::vector<int64_t> vector_of_;  // of columns
-  std::vector<int64_t> basis_;      // of rows
-};
+}
 
 // The rows less a centre, and sums of runs of them.
 template <class X>
 class Rows {
  public:
-  explicit Rows(const TensorView<const X, 2>& x) : x_(x), d_(x.shape[1]), centre_(static_cast<size_t>(d_)) {}
+  Rows(const TensorView<const X, 2>& x, const Moments& moments) : x_(x), d_(x.shape[1]), moments_(moments) {}
 
-  double centre(int64_t j) const { return centre_[j]; }
-
-  // `factor` of all values; it keeps sums of huge numbers finite.
-  void shrink(double factor) { shrink_ = factor; }
-
-  // The mean of a few of the rows becomes the centre.
-  void centre_on(const std::vector<int64_t>& rows, const std::vector<double>& w) {
+  // The mean of a few of the rows.
+  std::vector<double> mean_of_a_few(const std::vector<int64_t>& rows, const std::vector<double>& w) const {
     const int64_t n = static_cast<int64_t>(rows.size()), count = std::min(n, kSampleRows);
     double total = 0;
     for (int64_t s = 0; s < count; ++s) total += w[s * n / count];
-    std::fill(centre_.begin(), centre_.end(), 0.0);
+    std::vector<double> mean(d_);
     for (int64_t s = 0; s < count; ++s) {
       const int64_t at = s * n / count;
       for (int64_t j = 0; j < d_; ++j) {
-        centre_[j] += value_of(x_(rows[at], j)) * shrink_ * (w[at] / total);
+        mean[j] += value_of(x_(rows[at], j)) * moments_.shrink * (w[at] / total);
       }
     }
+    return mean;
   }
 
-  void set_centre(int64_t j, double value) { centre_[j] = value; }
+  double difference(int64_t i, int64_t j) const {
+    return value_of(x_(i, j)) * moments_.shrink - moments_.centre[j];
+  }
 
-  double difference(int64_t i, int64_t j) const { return value_of(x_(i, j)) * shrink_ - centre_[j]; }
+  // Row i's differences [d].
+  void differences(int64_t i, double* out) const {
+    for (int64_t j = 0; j < d_; ++j) out[j] = difference(i, j);
+  }
 
   // sum [1 + d] = sum of w (1, x - c) over rows[begin, end).
   void sum(const std::vector<int64_t>& rows, const std::vector<double>& w, int64_t begin, int64_t end,
@@ -347,10 +166,11 @@ class Rows {
     std::fill(sum, sum + 1 + d_, 0.0);
     const bool compact = x_.has_contiguous_rows();
     double* const out = part.data() + 1;
-    const double* const c = centre_.data();
+    const double* const c = moments_.centre.data();
+    const double shrink = moments_.shrink;
     // Rows first to last, four at a time, so that the sums are read and written less often.
     const auto add = [&](int64_t first, int64_t last, auto stride) {
-      const auto value = [&](const X* p, int64_t j) { return value_of(p[j * stride]) * shrink_ - c[j]; };
+      const auto value = [&](const X* p, int64_t j) { return value_of(p[j * stride]) * shrink - c[j]; };
       int64_t r = first;
       for (; r + 4 <= last; r += 4) {
         const X *p0 = x_.row(rows[r]), *p1 = x_.row(rows[r + 1]), *p2 = x_.row(rows[r + 2]),
@@ -379,6 +199,8 @@ class Rows {
     }
   }
 
+  const TensorView<const X, 2>& view() const { return x_; }
+
   // Raises for the first NaN or infinity, if there is one.
   void check_finite() const {
     for (int64_t i = 0; i < x_.shape[0]; ++i) check_finite(i);
@@ -399,61 +221,46 @@ class Rows {
  private:
   TensorView<const X, 2> x_;
   int64_t d_;
-  double shrink_ = 1;
-  std::vector<double> centre_;
+  const Moments& moments_;
 };
 
 // The rows that are left, their weights, and what the weights have to add up to.
 template <class X>
 class Reduction {
  public:
-  // `together`: the columns of x share one scale, and what is small beside the largest of all is rounding.
   Reduction(const TensorView<const X, 2>& x, std::vector<int64_t> rows, std::vector<double> weights,
-            bool together, ThreadTeam& team)
+            Moments moments, ThreadTeam& team)
       : team_(team),
-        source_(x),
+        moments_(std::move(moments)),
+        source_(x, moments_),
         rows_(std::move(rows)),
         weights_(std::move(weights)),
-        together_(together),
-        d_(x.shape[1]) {
-    most_ = (1 + d_ > 64 ? 2 : 4) * (1 + d_);
-  }
+        d_(x.shape[1]),
+        most_(moments_.most_runs()) {}
 
   // As few rows as there can be.
   void run() {
     start();
     const int64_t n = left();
-    bool last = n == 1;
-    while (!last) last = round((left() + most_ - 1) / most_);
+    if (n > 1) reduce();
     for (int i = 0; i < 2 && left() < n; ++i) correct();
+  }
+
+  // The same where others have been dropped already, with the sums of all for moments.
+  void run_rest() {
+    reduce();
+    for (int i = 0; i < 2; ++i) correct();
   }
 
   // At most `goal` rows if there can be so few, of weights as even as that allows.
   void sample(int64_t goal) {
     start();
     if (left() <= goal) return;
-    const double even = goal > 1 + d_ ? target_[0] / static_cast<double>(goal - (1 + d_))
-                                      : std::numeric_limits<double>::infinity();
-    int64_t remaining = left(), next = 0;
-    std::vector<int64_t> block;  // rows that are neither dropped nor at their bound
-    for (uint64_t draw = 0; remaining > goal; ++draw) {
-      for (; static_cast<int64_t>(block.size()) < most_ && next < left(); ++next) {
-        if (weights_[next] < even) block.push_back(next);
-      }
-      Tableau tableau = tableau_of(block);
-      tableau.eliminate();
-      if (next == left() && tableau.rank() == static_cast<int64_t>(block.size())) break;
-      std::vector<double> rho(block.size(), 1.0), bound;
-      for (const int64_t r : block) bound.push_back(even / weights_[r]);
-      tableau.sample(rho, bound, remaining - goal, draw);
-      size_t kept = 0;
-      for (size_t i = 0; i < block.size(); ++i) {
-        const bool full = rho[i] == bound[i];
-        weights_[block[i]] = full ? even : weights_[block[i]] * rho[i];
-        if (weights_[block[i]] == 0) --remaining;
-        if (!full && weights_[block[i]] > 0) block[kept++] = block[i];
-      }
-      block.resize(kept);
+    std::vector<double>().swap(sums_);  // as large as the tableaus
+    {
+      Sampler sampler(moments_, TensorView<double, 1>::compact(weights_.data(), left()), goal, team_);
+      sampler.push(source_.view(), &rows_);
+      sampler.finish();
     }
     const int64_t n = left();
     keep_positive();
@@ -464,6 +271,13 @@ class Reduction {
 
  private:
   int64_t left() const { return static_cast<int64_t>(rows_.size()); }
+
+  void reduce() {
+    while (!round((left() + most_ - 1) / most_)) {
+    }
+  }
+
+  TensorView<double, 2> sums() { return TensorView<double, 2>::compact(sums_.data(), runs_, 1 + d_); }
 
   // Sums of runs of `size` rows, at most `most_` of them.
   void sum_runs(int64_t size) {
@@ -482,81 +296,29 @@ class Reduction {
 
   // The total to keep, and whether all numbers are finite.
   void start() {
-    source_.centre_on(rows_, weights_);
+    moments_.centre = source_.mean_of_a_few(rows_, weights_);
     sum_all();
-    if (!std::all_of(target_.begin(), target_.end(), [](double v) { return std::isfinite(v); })) {
+    const std::vector<double>& target = moments_.target;
+    if (!std::all_of(target.begin(), target.end(), [](double v) { return std::isfinite(v); })) {
       source_.check_finite();
-      source_.shrink(0x1p-80);
-      source_.centre_on(rows_, weights_);
+      moments_.shrink = kShrink;
+      moments_.centre = source_.mean_of_a_few(rows_, weights_);
       sum_all();
     }
-    const std::vector<double> shift = move_centre();
-    if (!centre_was_near(shift)) {
-      sum_all();
-      return;
-    }
-    for (int64_t c = 0; c < runs_; ++c) {
-      for (int64_t j = 1; j <= d_; ++j) sums_[c * (1 + d_) + j] -= sums_[c * (1 + d_)] * shift[j];
-    }
-    for (int64_t j = 1; j <= d_; ++j) target_[j] -= target_[0] * shift[j];
-  }
-
-  // The mean of all becomes the centre; by how much it moved.
-  std::vector<double> move_centre() {
-    std::vector<double> shift(1 + d_);
-    for (int64_t j = 1; j <= d_; ++j) {
-      const double before = source_.centre(j - 1);
-      source_.set_centre(j - 1, before + target_[j] / target_[0]);
-      shift[j] = source_.centre(j - 1) - before;
-    }
-    return shift;
-  }
-
-  // Whether sums may be moved along, or rounding of the shift would show: the runs' sums less the shift are
-  // at most the rows' magnitudes.
-  bool centre_was_near(const std::vector<double>& shift) const {
-    for (int64_t j = 1; j <= d_; ++j) {
-      if (!(std::fabs(shift[j]) > 8 * kEps * std::fabs(source_.centre(j - 1)))) continue;
-      double magnitudes = 0;
-      for (int64_t c = 0; c < runs_; ++c) {
-        magnitudes += std::fabs(sums_[c * (1 + d_) + j] - sums_[c * (1 + d_)] * shift[j]);
-      }
-      if (std::fabs(target_[j]) > 64 * magnitudes) return false;
-    }
-    return true;
+    if (!move_to_mean(moments_, sums())) sum_all();
+    fresh_ = true;
   }
 
   void sum_all() {
     sum_runs((left() + most_ - 1) / most_);
-    target_.assign(static_cast<size_t>(1 + d_), 0.0);
-    for (int64_t c = 0; c < runs_; ++c) {
-      for (int64_t j = 0; j <= d_; ++j) target_[j] += sums_[c * (1 + d_) + j];
-    }
-  }
-
-  // Coordinates of a tableau whose largest magnitude is rounding: those of a constant column.
-  std::vector<double> rounding(double weight) const {
-    std::vector<double> least(1 + d_);
-    for (int64_t j = 0; j < d_; ++j) least[1 + j] = 4 * kEps * weight * std::fabs(source_.centre(j));
-    return least;
+    take_total(moments_, sums());
   }
 
   // Drops runs of `size` rows; whether nothing further can be dropped.
   bool round(int64_t size) {
     if (!fresh_) sum_runs(size);
     fresh_ = false;
-    Tableau tableau(1 + d_, runs_, false, team_);
-    double heaviest = 0;
-    for (int64_t c = 0; c < runs_; ++c) {
-      const double* const sum = sums_.data() + c * (1 + d_);
-      tableau.row(0)[c] = sum[0];
-      heaviest = std::max(heaviest, sum[0]);
-      for (int64_t j = 1; j <= d_; ++j) tableau.row(j)[c] = sum[j] - sum[0] * (target_[j] / target_[0]);
-    }
-    tableau.scale(rounding(heaviest), together_);
-    tableau.eliminate();
-    std::vector<double> rho(runs_, 1.0);
-    tableau.reduce(rho, runs_);
+    const std::vector<double> rho = factors_of_runs(moments_, sums(), team_);
     for (int64_t c = 0; c < runs_; ++c) {
       for (int64_t r = c * size; r < std::min(left(), (c + 1) * size); ++r) weights_[r] *= rho[c];
     }
@@ -576,26 +338,6 @@ class Reduction {
     weights_.resize(static_cast<size_t>(kept));
   }
 
-  // The vectors of single rows, given by their places, and perhaps one further column, scaled.
-  Tableau tableau_of(const std::vector<int64_t>& places, const std::vector<double>* extra = nullptr) {
-    const int64_t count = static_cast<int64_t>(places.size());
-    Tableau tableau(1 + d_, count, extra != nullptr, team_);
-    double heaviest = 0;
-    for (int64_t c = 0; c < count; ++c) {
-      const double weight = weights_[places[c]];
-      heaviest = std::max(heaviest, weight);
-      tableau.row(0)[c] = weight;
-      for (int64_t j = 1; j <= d_; ++j) {
-        tableau.row(j)[c] = weight * (source_.difference(rows_[places[c]], j - 1) - target_[j] / target_[0]);
-      }
-    }
-    if (extra) {
-      for (int64_t j = 0; j <= d_; ++j) tableau.row(j)[count] = (*extra)[j];
-    }
-    tableau.scale(rounding(heaviest), together_);
-    return tableau;
-  }
-
   // Adds to the weights what the sums are short of.
   void correct() {
     // Of many rows the heaviest take it.
@@ -608,32 +350,24 @@ class Reduction {
       chosen.resize(static_cast<size_t>(most_));
       std::sort(chosen.begin(), chosen.end());
     }
-    std::vector<double> missing(1 + d_);
-    source_.sum(rows_, weights_, 0, left(), missing.data());
-    for (int64_t j = 0; j <= d_; ++j) missing[j] = target_[j] - missing[j];
-    for (int64_t j = 1; j <= d_; ++j) missing[j] -= missing[0] * (target_[j] / target_[0]);
-    Tableau tableau = tableau_of(chosen, &missing);
-    tableau.eliminate();
-    // Weights stay positive.
-    double step = 1;
-    for (int64_t i = 0; i < tableau.rank(); ++i) {
-      const double change = tableau.coefficient(i);
-      if (change < 0) step = std::min(step, -0.5 / change);
+    std::vector<double> sums(1 + d_), weights, differences(chosen.size() * d_);
+    source_.sum(rows_, weights_, 0, left(), sums.data());
+    for (const int64_t r : chosen) {
+      source_.differences(rows_[r], differences.data() + weights.size() * d_);
+      weights.push_back(weights_[r]);
     }
-    for (int64_t i = 0; i < tableau.rank(); ++i) {
-      weights_[chosen[tableau.basis(i)]] *= 1 + step * tableau.coefficient(i);
-    }
+    fc::correct(moments_, sums, differences.data(), weights, team_);
+    for (size_t i = 0; i < chosen.size(); ++i) weights_[chosen[i]] = weights[i];
   }
 
   ThreadTeam& team_;
+  Moments moments_;
   Rows<X> source_;
   std::vector<int64_t> rows_;
   std::vector<double> weights_;
-  bool together_;
   int64_t d_, most_, runs_ = 0;
-  bool fresh_ = true;           // whether sums_ are those of start()
-  std::vector<double> sums_;    // [runs, 1 + d]
-  std::vector<double> target_;  // [1 + d]
+  bool fresh_ = false;        // whether sums_ are those of start()
+  std::vector<double> sums_;  // [runs, 1 + d]
 };
 
 // R <- the triangle of a QR factorisation of R [n, n] on top of block [count, n], by Householder reflections.
@@ -670,13 +404,14 @@ template <class X>
 std::vector<double> compressed(const TensorView<const X, 2>& x, const std::vector<int64_t>& rows,
                                const std::vector<double>& weights, ThreadTeam& team) {
   const int64_t n = static_cast<int64_t>(rows.size()), d = x.shape[1];
-  Rows<X> source(x);
+  Moments moments(d);  // the centre is 0
+  const Rows<X> source(x, moments);
   source.check_finite();
   double largest = 0;
   for (const int64_t i : rows) {
     for (int64_t j = 0; j < d; ++j) largest = std::max(largest, std::fabs(double(value_of(x(i, j)))));
   }
-  if (largest > 1e290) source.shrink(0x1p-80);
+  if (largest > 1e290) moments.shrink = kShrink;
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
   std::vector<std::vector<double>> triangles(kQrPieces);
   team.parallel_for(kQrPieces, 1, [&](int thread, int64_t begin, int64_t end) {
@@ -694,7 +429,7 @@ std::vector<double> compressed(const TensorView<const X, 2>& x, const std::vecto
           double* const out = block.data() + j * n;
           double mean = 0;
           for (int64_t i = 0; i < n; ++i) {
-            out[i] = source.difference(rows[i], first + j);  // the centre is 0
+            out[i] = source.difference(rows[i], first + j);
             mean += weights[i] / total * out[i];
           }
           for (int64_t i = 0; i < n; ++i) out[i] -= mean;
@@ -719,13 +454,151 @@ std::vector<double> compressed(const TensorView<const X, 2>& x, const std::vecto
 
 }  // namespace
 
+void take_total(Moments& moments, TensorView<const double, 2> sums) {
+  std::fill(moments.target.begin(), moments.target.end(), 0.0);
+  for (int64_t c = 0; c < sums.rows(); ++c) {
+    const double* const sum = sums.row(c);
+    for (int64_t j = 0; j < sums.cols(); ++j) moments.target[j] += sum[j];
+  }
+}
+
+bool move_to_mean(Moments& moments, TensorView<double, 2> sums) {
+  const int64_t d = moments.d();
+  std::vector<double>& centre = moments.centre;
+  std::vector<double>& target = moments.target;
+  std::vector<double> shift(1 + d);
+  for (int64_t j = 1; j <= d; ++j) {
+    const double before = centre[j - 1];
+    centre[j - 1] = before + target[j] / target[0];
+    shift[j] = centre[j - 1] - before;
+  }
+  // Sums may be moved along where those of the runs less the shift are at most the rows' magnitudes.
+  for (int64_t j = 1; j <= d; ++j) {
+    if (!(std::fabs(shift[j]) > 8 * kEps * std::fabs(centre[j - 1]))) continue;
+    double magnitudes = 0;
+    for (int64_t c = 0; c < sums.rows(); ++c) magnitudes += std::fabs(sums(c, j) - sums(c, 0) * shift[j]);
+    if (std::fabs(target[j]) > 64 * magnitudes) return false;
+  }
+  for (int64_t c = 0; c < sums.rows(); ++c) {
+    double* const sum = sums.row(c);
+    for (int64_t j = 1; j <= d; ++j) sum[j] -= sum[0] * shift[j];
+  }
+  for (int64_t j = 1; j <= d; ++j) target[j] -= target[0] * shift[j];
+  return true;
+}
+
+std::vector<double> factors_of_runs(const Moments& moments, TensorView<const double, 2> sums,
+                                    ThreadTeam& team) {
+  const std::vector<double>& target = moments.target;
+  const int64_t runs = sums.rows(), d = moments.d();
+  Tableau tableau(1 + d, runs, false, team);
+  double heaviest = 0;
+  for (int64_t c = 0; c < runs; ++c) {
+    const double* const sum = sums.row(c);
+    tableau.row(0)[c] = sum[0];
+    heaviest = std::max(heaviest, sum[0]);
+    for (int64_t j = 1; j <= d; ++j) tableau.row(j)[c] = sum[j] - sum[0] * (target[j] / target[0]);
+  }
+  tableau.scale(rounding(moments, heaviest), moments.one_scale);
+  tableau.eliminate();
+  std::vector<double> rho(runs, 1.0);
+  tableau.reduce(rho, runs);
+  return rho;
+}
+
+template <class X>
+WeightedRows reduce_rest(const Moments& moments, TensorView<const X, 2> x,
+                         TensorView<const double, 1> weights, ThreadTeam& team) {
+  std::vector<int64_t> rows;
+  std::vector<double> w;
+  for (int64_t i = 0; i < x.shape[0]; ++i) {
+    if (!(weights(i) > 0)) continue;
+    rows.push_back(i);
+    w.push_back(weights(i));
+  }
+  Reduction<X> reduction(x, std::move(rows), std::move(w), moments, team);
+  reduction.run_rest();
+  return std::move(reduction).result();
+}
+
+Sampler::Sampler(const Moments& moments, TensorView<double, 1> weights, int64_t goal, ThreadTeam& team)
+    : moments_(moments),
+      weights_(weights),
+      team_(team),
+      goal_(goal),
+      remaining_(weights.size()),
+      differences_(static_cast<size_t>(moments.most_runs() * moments.d())) {
+  const int64_t free = goal - (1 + moments.d());
+  even_ = free > 0 ? moments.target[0] / static_cast<double>(free) : std::numeric_limits<double>::infinity();
+}
+
+template <class X>
+void Sampler::push(TensorView<const X, 2> x, const std::vector<int64_t>* rows) {
+  const Rows<X> source(x, moments_);
+  const int64_t count = rows ? static_cast<int64_t>(rows->size()) : x.rows();
+  for (int64_t i = 0; i < count && !done(); ++i, ++next_) {
+    if (!(weights_(next_) < even_)) continue;
+    source.differences(rows ? (*rows)[i] : i,
+                       differences_.data() + static_cast<int64_t>(block_.size()) * moments_.d());
+    block_.push_back(next_);
+    if (static_cast<int64_t>(block_.size()) == moments_.most_runs()) step(false);
+  }
+}
+
+void Sampler::finish() {
+  while (!done() && step(true)) {
+  }
+}
+
+bool Sampler::step(bool last) {
+  const int64_t d = moments_.d();
+  std::vector<double> own;
+  for (const int64_t r : block_) own.push_back(weights_(r));
+  Tableau tableau = tableau_of(moments_, own, differences_.data(), nullptr, team_);
+  tableau.eliminate();
+  if (last && tableau.rank() == static_cast<int64_t>(block_.size())) return false;
+  std::vector<double> rho(block_.size(), 1.0), bound;
+  for (const double weight : own) bound.push_back(even_ / weight);
+  tableau.sample(rho, bound, remaining_ - goal_, draw_++);
+  size_t kept = 0;
+  for (size_t i = 0; i < block_.size(); ++i) {
+    const bool full = rho[i] == bound[i];
+    double& weight = weights_(block_[i]);
+    weight = full ? even_ : weight * rho[i];
+    if (weight == 0) --remaining_;
+    if (full || !(weight > 0)) continue;
+    const double* const from = differences_.data() + static_cast<int64_t>(i) * d;
+    std::copy(from, from + d, differences_.data() + static_cast<int64_t>(kept) * d);
+    block_[kept++] = block_[i];
+  }
+  block_.resize(kept);
+  return true;
+}
+
+template <class X>
+void correct_weights(const Moments& moments, TensorView<const X, 2> x, TensorView<double, 1> weights,
+                     TensorView<const double, 1> sums, ThreadTeam& team) {
+  const int64_t count = x.rows(), d = moments.d();
+  const Rows<X> source(x, moments);
+  std::vector<double> own(count), differences(count * d), all(1 + d);
+  for (int64_t i = 0; i < count; ++i) {
+    source.differences(i, differences.data() + i * d);
+    own[i] = weights(i);
+  }
+  for (int64_t j = 0; j <= d; ++j) all[j] = sums(j);
+  correct(moments, all, differences.data(), own, team);
+  for (int64_t i = 0; i < count; ++i) weights(i) = own[i];
+}
+
 template <class X>
 WeightedRows caratheodory(TensorView<const X, 2> x, const TensorView<const double, 1>* weights,
-                          int64_t max_size, ThreadTeam& team) {
+                          int64_t max_size, ThreadTeam& team, bool one_scale) {
   const int64_t n = x.shape[0];
   std::vector<int64_t> rows;
   std::vector<double> w;
   int exponent = 0;
+  Moments moments(x.shape[1]);
+  moments.one_scale = one_scale;
   if (weights) {
     double heaviest = 0;
     for (int64_t i = 0; i < n; ++i) heaviest = std::max(heaviest, (*weights)(i));
@@ -735,7 +608,7 @@ WeightedRows caratheodory(TensorView<const X, 2> x, const TensorView<const doubl
         rows.push_back(i);
         w.push_back(std::ldexp((*weights)(i), -exponent));  // sums of weights and of products stay in range
       } else {
-        Rows<X>(x).check_finite(i);
+        Rows<X>(x, moments).check_finite(i);
       }
     }
   } else {
@@ -749,13 +622,15 @@ WeightedRows caratheodory(TensorView<const X, 2> x, const TensorView<const doubl
     const std::vector<double> points = compressed(x, rows, w, team);
     std::vector<int64_t> places(rows.size());
     std::iota(places.begin(), places.end(), int64_t{0});
+    Moments of_points(live);
+    of_points.one_scale = true;
     Reduction<double> reduction(TensorView<const double, 2>::compact(points.data(), live, live), places, w,
-                                true, team);
+                                of_points, team);
     max_size > 0 ? reduction.sample(max_size) : reduction.run();
     found = std::move(reduction).result();
     for (int64_t& place : found.rows) place = rows[place];
   } else {
-    Reduction<X> reduction(x, std::move(rows), std::move(w), false, team);
+    Reduction<X> reduction(x, std::move(rows), std::move(w), std::move(moments), team);
     max_size > 0 ? reduction.sample(max_size) : reduction.run();
     found = std::move(reduction).result();
   }
@@ -765,7 +640,12 @@ WeightedRows caratheodory(TensorView<const X, 2> x, const TensorView<const doubl
 
 #define FC_INSTANTIATE(X)                                                                                    \
   template WeightedRows caratheodory<X>(TensorView<const X, 2>, const TensorView<const double, 1>*, int64_t, \
-                                        ThreadTeam&);
+                                        ThreadTeam&, bool);                                                  \
+  template WeightedRows reduce_rest<X>(const Moments&, TensorView<const X, 2>, TensorView<const double, 1>,  \
+                                       ThreadTeam&);                                                         \
+  template void Sampler::push<X>(TensorView<const X, 2>, const std::vector<int64_t>*);                       \
+  template void correct_weights<X>(const Moments&, TensorView<const X, 2>, TensorView<double, 1>,            \
+                                   TensorView<const double, 1>, ThreadTeam&);
 FC_INSTANTIATE(float)
 FC_INSTANTIATE(double)
 FC_INSTANTIATE(Half)

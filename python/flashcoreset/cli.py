@@ -8,6 +8,8 @@ renamed into it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -20,7 +22,8 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn, TextIO
+from types import ModuleType
+from typing import IO, Any, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -151,6 +154,29 @@ def _load_similarities(text: str, option: str) -> Any:
     return load_array(text, option, kinds="f", ndim=2, wanted=f"{FLOATS} matrix [candidates, clients]")
 
 
+def _load_state(text: str, option: str) -> dict[str, Any]:
+    """What CoLM.load_state_dict takes, from a file that `_state_arrays` was written to."""
+    path = Path(text)
+    _check_file(path, option)
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {"": loaded}
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                arrays = {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # as in load_array
+        raise CommandError(f"{option}: cannot read {path}: {error}") from None
+    kind = str(arrays.pop("kind", None))
+    if set(arrays) != _STATES.get(kind):
+        raise CommandError(f"{option}: {path} is not a file that --save-state wrote")
+    if kind == _NO_HISTORY:
+        return {"history": None}
+    history: dict[str, Any] = {"kind": kind}
+    for name, array in arrays.items():
+        history[name] = array.item() if array.ndim == 0 else array.tolist() if name == "betas" else array
+    return {"history": history}
+
+
 def _parse_budgets(text: str) -> dict[int, int] | np.ndarray:
     """``LABEL=COUNT,LABEL=COUNT,...``, or a file of counts for the labels 0, 1, ..."""
     if "=" not in text:
@@ -195,19 +221,29 @@ def check_output(text: str, option: str, suffix: str, inputs: Sequence[str] = ()
     return path
 
 
-def write_whole(path: Path, option: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Calls ``write(stream)`` for a new file beside `path` and renames that; a failure leaves nothing."""
-    beside = _beside(path)
+@contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
     try:
-        with beside.open("wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
+        yield
     except OSError as error:
         raise CommandError(f"{option}: cannot write {path}: {error.strerror or error}") from None
+
+
+def write_whole(*files: tuple[Path, str, Callable[[IO[bytes]], object]]) -> None:
+    """For each (path, option, write) calls ``write(stream)`` for a new file beside `path`, and once all are written
+    renames them in order; a failure to write leaves nothing."""
+    try:
+        for path, option, write in files:
+            with _writing(path, option), _beside(path).open("wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path, option, _ in files:
+            with _writing(path, option):
+                _beside(path).replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        for path, _, _ in files:
+            _beside(path).unlink(missing_ok=True)
 
 
 def _jsonable(value: Any) -> Any:
@@ -224,6 +260,12 @@ def _jsonable(value: Any) -> Any:
 # --- select ---------------------------------------------------------------------------------------
 
 
+class _Chosen(NamedTuple):
+    arrays: dict[str, np.ndarray]
+    info: dict[str, Any]
+    state: dict[str, np.ndarray] | None = None  # for --save-state
+
+
 def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The options that were given; the library's own defaults hold for the rest."""
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
@@ -234,7 +276,7 @@ def _load_into(options: dict[str, Any], name: str, **expected: Any) -> None:
         options[name] = load_array(options[name], f"--{name}", **expected)
 
 
-def _facility_location(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _facility_location(arguments: argparse.Namespace) -> _Chosen:
     options = _options(
         arguments, "metric", "weights", "groups", "preselected", "method", "epsilon", "seed", "offset"
     )
@@ -258,10 +300,10 @@ def _facility_location(arguments: argparse.Namespace) -> tuple[dict[str, np.ndar
         "gains": selection.gains.numpy(),
         "assignment": selection.assignment.numpy(),
     }
-    return arrays, {"rows": x.shape[0], "objective": selection.objective, "offset": selection.offset}
+    return _Chosen(arrays, {"rows": x.shape[0], "objective": selection.objective, "offset": selection.offset})
 
 
-def _simcore(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _simcore(arguments: argparse.Namespace) -> _Chosen:
     options = _options(arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed")
     options |= _options(arguments, "backend", "progress", "memory_budget")
     openset = _load_features(arguments.features, "--features")
@@ -270,10 +312,10 @@ def _simcore(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     info = dict(coreset.info)
     arrays["centroids"] = info.pop("centroids").numpy()
-    return arrays, {"rows": openset.shape[0], **info}
+    return _Chosen(arrays, {"rows": openset.shape[0], **info})
 
 
-def _goracs(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _goracs(arguments: argparse.Namespace) -> _Chosen:
     options = _options(arguments, "lam", "max_exchanges", "n_candidates", "solver", "reg", "seed")
     options |= _options(arguments, "backend", "progress", "memory_budget", "train_labels", "valid_labels")
     for name, rows in (("train_labels", "train rows"), ("valid_labels", "validation rows")):
@@ -288,10 +330,10 @@ def _goracs(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
     )
     coreset = fc.goracs(train, valid, norms, arguments.k, **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
-    return arrays, {"rows": train.shape[0], **coreset.info}
+    return _Chosen(arrays, {"rows": train.shape[0], **coreset.info})
 
 
-def _ccs(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _ccs(arguments: argparse.Namespace) -> _Chosen:
     options = _options(arguments, "mislabel_ratio", "n_strata", "seed", "groups", "mislabel_scores")
     wanted = "a real array [samples]"
     scores = load_array(arguments.scores, "--scores", kinds="fiu", ndim=1, wanted=wanted)
@@ -302,10 +344,57 @@ def _ccs(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str
     _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [samples]")
     coreset = fc.ccs(scores, arguments.k, **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
-    return arrays, {"rows": scores.shape[0], **coreset.info}
+    return _Chosen(arrays, {"rows": scores.shape[0], **coreset.info})
 
 
-def _autocoreset(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _colm(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "top", "betas", "eps", "keep_groups", "rule", "metric", "backend")
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    method = fc.CoLM(arguments.k, **options)
+    if hasattr(arguments, "state"):
+        state = _load_state(arguments.state, "--state")
+        try:
+            method.load_state_dict(state)
+        except (TypeError, ValueError) as error:
+            raise CommandError(f"--state: {arguments.state}: {error}") from None
+    groups = None
+    if hasattr(arguments, "groups"):
+        groups = load_array(
+            arguments.groups, "--groups", kinds="iu", ndim=1, wanted="an integer array [rows]"
+        )
+    grads: Any = load_array(
+        arguments.gradients, "--gradients", kinds="f", ndim=2, wanted=f"{FLOATS} array [rows, dimensions]"
+    )
+    rows = grads.shape[0]
+    if hasattr(arguments, "numel"):
+        grads = fc.LowRankGradients(torch.tensor(grads), getattr(arguments, "seed", 0), arguments.numel)
+    elif hasattr(arguments, "seed"):
+        raise CommandError("--seed: it makes the directions of coefficients; give their length as --numel")
+    coreset = method.select(grads, groups)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    info = dict(coreset.info)
+    dims = info.pop("dims")
+    if dims is not None:
+        arrays["dims"] = dims.numpy()
+    return _Chosen(arrays, {"rows": rows, **info}, _state_arrays(method))
+
+
+_NO_HISTORY = "none"
+# By kind of history, what a file of it holds beside "kind".
+_STATES = {
+    "dense": {field.name for field in dataclasses.fields(fc.AdamState)},
+    "rank one": {field.name for field in dataclasses.fields(fc.RankOneAdamState)},
+    _NO_HISTORY: set(),
+}
+
+
+def _state_arrays(method: fc.CoLM) -> dict[str, np.ndarray]:
+    history = method.state_dict()["history"] or {"kind": _NO_HISTORY}
+    return {name: np.asarray(value) for name, value in history.items()}
+
+
+def _autocoreset(arguments: argparse.Namespace) -> _Chosen:
     options = _options(arguments, "method", "n_initial", "patience", "seed", "groups", "progress")
     x = _load_features(arguments.features, "--features")
     y = None
@@ -316,33 +405,49 @@ def _autocoreset(arguments: argparse.Namespace) -> tuple[dict[str, np.ndarray], 
         raise CommandError(f"--targets: {arguments.model} needs the targets of the rows")
     coreset = fc.autocoreset(x, y, arguments.model, None, arguments.k, **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
-    return arrays, {"rows": x.shape[0], "model": arguments.model, **coreset.info}
+    return _Chosen(arrays, {"rows": x.shape[0], "model": arguments.model, **coreset.info})
 
 
 # Options that name files.
 _INPUTS = (
     *("features", "target", "clients", "weights", "groups", "budgets", "preselected"),
     *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
-    *("scores", "mislabel_scores", "targets"),
+    *("scores", "mislabel_scores", "targets", "gradients"),
 )
 _ALGORITHMS = {
     "facility-location": _facility_location,
     "simcore": _simcore,
     "ccs": _ccs,
     "goracs": _goracs,
+    "colm": _colm,
     "autocoreset": _autocoreset,
 }
 
 
+def _savez(contents: dict[str, Any], stream: IO[bytes]) -> None:
+    np.savez(stream, **contents)
+
+
 def _select(arguments: argparse.Namespace) -> int:
     given = [getattr(arguments, name) for name in _INPUTS if hasattr(arguments, name)]
-    out = check_output(arguments.out, "--out", ".npz", given)
+    states = [arguments.state] if hasattr(arguments, "state") else []
+    out = check_output(arguments.out, "--out", ".npz", given + states)
+    kept = None
+    if hasattr(arguments, "save_state"):
+        # It may take the place of the state that is read.
+        kept = check_output(arguments.save_state, "--save-state", ".npz", given)
+        if kept.resolve() == out.resolve():
+            raise CommandError(f"--save-state: {kept} is also --out; choose another name")
     start = time.perf_counter()
-    arrays, info = _ALGORITHMS[arguments.algorithm](arguments)
+    arrays, info, state = _ALGORITHMS[arguments.algorithm](arguments)
     seconds = time.perf_counter() - start
     info = {"algorithm": arguments.algorithm, "version": fc.__version__, "seconds": seconds, **info}
     contents: dict[str, Any] = {"info": np.array(json.dumps(_jsonable(info))), **arrays}
-    write_whole(out, "--out", lambda stream: np.savez(stream, **contents))
+    files = [(out, "--out", functools.partial(_savez, contents))]
+    if kept is not None and state is not None:
+        # Last: a state that is one step behind its output is made up for by the same call once more.
+        files.append((kept, "--save-state", functools.partial(_savez, state)))
+    write_whole(*files)
     print(f"{out}: {len(arrays['indices']):,} of {info['rows']:,} rows in {seconds:.2f} s")
     return 0
 
@@ -420,20 +525,27 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    out = check_output(arguments.out, "--out", ".png")
-    out_ccs = check_output(str(out.with_name(f"{out.stem}-ccs{out.suffix}")), "--out", ".png")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("demo: the picture needs matplotlib: pip install 'flashcoreset[demo]'")
-    from flashcoreset import demo, demo_pruning
+    first = check_output(arguments.out, "--out", ".png")
+    others = ("-ccs", "-colm", "-autocoreset")
+    outs = [
+        first,
+        *(
+            check_output(str(first.with_name(first.stem + end + first.suffix)), "--out", ".png")
+            for end in others
+        ),
+    ]
+    for module in ("matplotlib", "ot"):
+        if importlib.util.find_spec(module) is None:
+            raise CommandError(f"demo: {module} is missing: pip install 'flashcoreset[demo]'")
+    from flashcoreset import demo, demo_batches, demo_fits, demo_pruning
 
-    result = demo.run()
-    print(demo.table(result))
-    write_whole(out, "--out", lambda stream: demo.draw(result, stream))
-    print(f"first picks: {out}\n", flush=True)
-    pruning = demo_pruning.run()
-    print(demo_pruning.table(pruning))
-    write_whole(out_ccs, "--out", lambda stream: demo_pruning.draw(pruning, stream))
-    print(f"strata: {out_ccs}")
+    shown = ("first picks", "strata", "training curves", "errors")
+    parts: tuple[ModuleType, ...] = (demo, demo_pruning, demo_batches, demo_fits)
+    for part, out, title in zip(parts, outs, shown, strict=True):
+        result = part.run()
+        print(part.table(result))
+        write_whole((out, "--out", functools.partial(part.draw, result)))
+        print(f"{title}: {out}" if part is parts[-1] else f"{title}: {out}\n", flush=True)
     return 0
 
 
@@ -443,7 +555,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="flashcoreset",
-        description="Choose training data: facility location, SimCore, CCS, GORACS and AutoCoreset.",
+        description="Choose training data: facility location, SimCore, CCS, GORACS, CoLM and AutoCoreset.",
     )
     parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
@@ -453,11 +565,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="choose training images from real data: tables and pictures")
+    demo = commands.add_parser("demo", help="the five methods on real data: tables and pictures")
     demo.add_argument(
         "--out",
         default="demo.png",
-        help="the picture; that of CCS goes beside it, as NAME-ccs.png (default: %(default)s)",
+        help="the picture; others go beside it, as NAME-ccs.png, NAME-colm.png and NAME-autocoreset.png (default: %(default)s)",
     )
     demo.set_defaults(run=_demo)
 
@@ -467,7 +579,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
 
-    select = commands.add_parser("select", help="choose rows of a file of features or scores")
+    select = commands.add_parser("select", help="choose rows of a file of features, scores or gradients")
     select.set_defaults(run=_select)
     algorithms = select.add_subparsers(
         dest="algorithm", required=True, metavar=" | ".join(reversed(_ALGORITHMS))
@@ -485,6 +597,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_goracs(
         algorithms.add_parser(
             "goracs", argument_default=argparse.SUPPRESS, help="training rows that stand for validation rows"
+        )
+    )
+    _add_colm(
+        algorithms.add_parser(
+            "colm", argument_default=argparse.SUPPRESS, help="rows of a batch that train as all of it would"
         )
     )
     _add_autocoreset(
@@ -558,6 +675,56 @@ def _add_goracs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--valid-labels", metavar="L", help="integer class labels [m]")
     parser.add_argument("--solver", choices=("exact", "sinkhorn"))
     parser.add_argument("--reg", type=float, help="regularisation of --solver sinkhorn")
+
+
+def _add_colm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gradients",
+        required=True,
+        metavar="G",
+        help="per-sample gradients [B, D]: G.npy, G.npz or G.npz:key",
+    )
+    parser.add_argument(
+        "--numel",
+        type=int,
+        metavar="D",
+        help="the rows of G are coefficients [B, q] of directions of this length, made from --seed",
+    )
+    _add_output(parser, needs_k=True)
+    parser.add_argument("--groups", metavar="L", help="integer labels of the rows' sources [B]")
+    parser.add_argument(
+        "--keep-groups", type=_labels, metavar="LABEL,...", help="sources of which every row is kept"
+    )
+    parser.add_argument(
+        "--top", type=_top, metavar="N", help="dimensions that count in each source, or all (default: 2560)"
+    )
+    parser.add_argument(
+        "--rule", choices=("proportional", "balanced", "none"), help="for the sources' shares"
+    )
+    parser.add_argument("--metric", choices=METRICS[:-1], help="default: l1")
+    parser.add_argument("--betas", type=float, nargs=2, metavar=("BETA1", "BETA2"), help="Adam's")
+    parser.add_argument("--eps", type=float, help="Adam's")
+    parser.add_argument("--state", metavar="STATE.npz", help="Adam's history, as --save-state wrote it")
+    parser.add_argument(
+        "--save-state",
+        metavar="STATE.npz",
+        help="the history after this batch is written here (STATE may be both)",
+    )
+    parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
+
+
+def _labels(text: str) -> list[int]:
+    try:
+        return [int(label) for label in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LABEL,LABEL,..., got {text!r}") from None
+
+
+def _top(text: str) -> int | None:
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or all, got {text!r}") from None
 
 
 def _add_autocoreset(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,7 @@ class Pruning:
     flipped: Tensor
 
 
-class _Network:
+class Network:
     """64 pixels, one hidden layer, 10 classes."""
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -55,19 +55,24 @@ class _Network:
             torch.zeros(10),
         ]
 
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.relu(x @ self.weights[0] + self.weights[1])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.weights[2] + self.weights[3]
+
     def __call__(self, x: Tensor) -> Tensor:
-        a, b, c, d = self.weights
-        return torch.relu(x @ a + b) @ c + d
+        return self.head(self.hidden(x))
 
     def accuracy(self, x: Tensor, y: Tensor) -> float:
         with torch.no_grad():
             return float((self(x).argmax(1) == y).float().mean())
 
 
-def train(x: Tensor, y: Tensor, seed: int, dynamics: fc.TrainingDynamics | None = None) -> _Network:
+def train(x: Tensor, y: Tensor, seed: int, dynamics: fc.TrainingDynamics | None = None) -> Network:
     """A network trained on images x [n, 64] with labels y [n]; every step is told to `dynamics`."""
     generator = torch.Generator().manual_seed(seed)
-    network = _Network(generator)
+    network = Network(generator)
     optimizer = torch.optim.SGD([w.requires_grad_() for w in network.weights], lr=RATE, momentum=0.9)
     step = epoch = 0
     while step < STEPS:

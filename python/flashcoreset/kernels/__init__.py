@@ -13,7 +13,7 @@ not said to be elsewhere:
     sample_scores(logits, targets, *, masked=False, out=None)    (not in `kernels.cuda`)
     directions(out, *, seed, begin, first=0), top_updates(g, m, v, rule, member, offset, top, ...),
         update_history(g, m, v, betas, chosen, ...)
-    caratheodory(x, weights=None, *, max_size=0, out=None)    (in neither)
+    caratheodory(x, weights=None, *, max_size=0, out=None)
     NearestOrder(centroids) or NearestOrder.of_similarities(lists, dtype)
         .begin(length), .update(x) or .update_similarities(s), .finish(), .rounds(count, k), .order(i), .taken
         (in neither)

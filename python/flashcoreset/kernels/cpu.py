@@ -513,7 +513,12 @@ def update_history(
 
 
 def caratheodory(
-    x: Tensor, weights: Tensor | None = None, *, max_size: int = 0, out: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    weights: Tensor | None = None,
+    *,
+    max_size: int = 0,
+    out: tuple[Tensor, Tensor] | None = None,
+    one_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rows with the weighted mean and total weight of all; see `flashcoreset.reference.caratheodory` for the definition.
 
@@ -522,6 +527,7 @@ def caratheodory(
         weights: [n] float64 >= 0, not all 0; None for 1.
         max_size: > 0 ends the reduction as soon as at most that many rows are left.
         out: two tensors [min(n, max(d + 1, max_size))], int64 and float64, to write to; None allocates them.
+        one_scale: what is small beside the largest of all numbers is rounding, in whatever column.
 
     Returns:
         [k] int64, ascending, and [k] float64, > 0: the first k entries of `out`.
@@ -546,6 +552,7 @@ def caratheodory(
         _capsule(out[0]),
         _capsule(out[1]),
         torch.get_num_threads(),
+        one_scale,
     )
     return out[0][:count], out[1][:count]
 

@@ -13,6 +13,7 @@ from flashcoreset import _native
 from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._tensor import Csr, check_finite, check_preselected, check_weights
 from flashcoreset.kernels import pursuit
+from flashcoreset.kernels.caratheodory import reduce_on_device
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
 from flashcoreset.reference.matching import OVERFLOW, Rule, refuse
 from flashcoreset.reference.sinkhorn import Solution
@@ -20,6 +21,7 @@ from flashcoreset.reference.sinkhorn import Solution
 __all__ = [
     "CHECKS_VALUES",
     "FacilityLocation",
+    "caratheodory",
     "directions",
     "frank_wolfe",
     "orthogonal_matching_pursuit",
@@ -553,6 +555,76 @@ def update_history(
     if bool(overflows):
         raise ValueError(OVERFLOW)
     return new_m, new_v
+
+
+def caratheodory(
+    x: Tensor, weights: Tensor | None = None, *, max_size: int = 0, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows with the weighted mean and total weight of all; see `flashcoreset.reference.caratheodory` for the definition.
+
+    The device sums runs of rows, the host reduces these sums and what is left of the rows; it waits for each round.
+
+    Args:
+        x: [n, d] float16, bfloat16, float32 or float64, on a CUDA device, in any strides.
+        weights: [n] float64 >= 0 there, not all 0; None for 1.
+        max_size: > 0 ends the reduction as soon as at most that many rows are left; the rows come to the host in pieces.
+        out: two tensors [min(n, max(d + 1, max_size))] there, int64 and float64, to write to; None allocates them.
+
+    Returns:
+        [k] int64, ascending, and [k] float64, > 0: the first k entries of `out`.
+
+    Raises:
+        BackendUnavailableError: if there are no CUDA kernels, no device or no compiled CPU module.
+        ValueError: for NaN or infinity in `x`.
+        torch.OutOfMemoryError: if the device has no room for partial sums (a row of float64 for each 256 rows of x).
+    """
+    native, stream = _native.cuda_module(x.device.index or 0), _stream(x.device)
+
+    def sum_runs(
+        x: Tensor,
+        rows: Tensor | None,
+        weights: Tensor | None,
+        centre: Tensor,
+        shrink: float,
+        size: int,
+        sums: Tensor,
+    ) -> None:
+        _with_memory(
+            lambda: native.sum_runs(
+                _capsule(x),
+                _optional(rows),
+                _optional(weights),
+                _capsule(centre),
+                shrink,
+                size,
+                _capsule(sums),
+                stream,
+            )
+        )
+
+    def keep_runs(
+        n: int,
+        rows: Tensor | None,
+        weights: Tensor | None,
+        size: int,
+        kept: Tensor,
+        factors: Tensor,
+        new_rows: Tensor,
+        new_weights: Tensor,
+    ) -> None:
+        native.keep_runs(
+            n,
+            _optional(rows),
+            _optional(weights),
+            size,
+            _capsule(kept),
+            _capsule(factors),
+            _capsule(new_rows),
+            _capsule(new_weights),
+            stream,
+        )
+
+    return reduce_on_device(x, weights, max_size, out, sum_runs, keep_runs)
 
 
 def _products(

@@ -14,6 +14,7 @@ from torch import Tensor
 from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._tensor import Csr, check_finite, compute_dtype
 from flashcoreset.kernels import pursuit
+from flashcoreset.kernels.caratheodory import reduce_on_device
 from flashcoreset.reference.facility_location import (
     DEFAULT_MEMORY_BUDGET,
     DISTANCES,
@@ -25,6 +26,7 @@ from flashcoreset.reference.facility_location import (
 from flashcoreset.reference.matching import OVERFLOW, Rule, refuse
 from flashcoreset.reference.scores import check_logits, check_targets
 from flashcoreset.reference.sinkhorn import Solution, dual_value
+from flashcoreset.triton_kernels.caratheodory import launch_keep, launch_sums
 from flashcoreset.triton_kernels.facility_location import Similarities
 from flashcoreset.triton_kernels.matching import (
     Gradients,
@@ -47,6 +49,7 @@ __all__ = [
     "INTERPRETED",
     "SKETCH_TAKES",
     "FacilityLocation",
+    "caratheodory",
     "directions",
     "frank_wolfe",
     "orthogonal_matching_pursuit",
@@ -625,6 +628,29 @@ def update_history(
     if launch_history(gradients, m, v, betas, chosen.contiguous(), new_m, new_v):
         raise ValueError(OVERFLOW)
     return new_m, new_v
+
+
+def caratheodory(
+    x: Tensor, weights: Tensor | None = None, *, max_size: int = 0, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows with the weighted mean and total weight of all; see `flashcoreset.reference.caratheodory` for the definition.
+
+    The device sums runs of rows, the host reduces these sums and what is left of the rows; it waits for each round.
+
+    Args:
+        x: [n, d] float16, bfloat16, float32 or float64, in any strides.
+        weights: [n] float64 >= 0 there, not all 0; None for 1.
+        max_size: > 0 ends the reduction as soon as at most that many rows are left; the rows come to the host in pieces.
+        out: two tensors [min(n, max(d + 1, max_size))] there, int64 and float64, to write to; None allocates them.
+
+    Returns:
+        [k] int64, ascending, and [k] float64, > 0: the first k entries of `out`.
+
+    Raises:
+        BackendUnavailableError: if there is no compiled CPU module.
+        ValueError: for NaN or infinity in `x`.
+    """
+    return reduce_on_device(x, weights, max_size, out, launch_sums, launch_keep)
 
 
 def orthogonal_matching_pursuit(

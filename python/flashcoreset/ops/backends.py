@@ -21,12 +21,15 @@ FAMILIES = {
     "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),
     "matching": ("cpu", "cuda", "triton", "torch"),
-    "caratheodory": ("cpu", "torch"),
+    "caratheodory": ("cpu", "cuda", "triton", "torch"),
     "pursuit": ("cpu", "cuda", "triton", "torch"),
 }
 NO_SPARSE = ("cuda", "triton")
-# Families whose kernels for a GPU leave a small part to the compiled CPU module.
-FITTED_ON_THE_HOST = ("pursuit",)
+# Families whose kernels for a GPU leave a small part to the compiled CPU module, and what part that is.
+WITH_THE_HOST = {
+    "caratheodory": "sums of runs are reduced",
+    "pursuit": "the weights are fitted",
+}
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
@@ -76,8 +79,8 @@ def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> s
         return no_sparse_kernel(backend)
     if backend in ("cuda", "triton"):
         reason = cuda_failure(device) if backend == "cuda" else triton_failure(device)
-        if reason is None and family in FITTED_ON_THE_HOST and (missing := _native.failure()) is not None:
-            return f"of {family} the weights are fitted on the host, by the compiled CPU module: {missing}"
+        if reason is None and family in WITH_THE_HOST and (missing := _native.failure()) is not None:
+            return f"of {family} {WITH_THE_HOST[family]} on the host, by the compiled CPU module: {missing}"
         return reason
     if device.type != "cpu":
         return f"the compiled CPU kernels do not take tensors on {device}; move them with .cpu(), or pass backend='torch'"

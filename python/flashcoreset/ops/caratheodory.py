@@ -10,6 +10,7 @@ from torch import Tensor
 from flashcoreset._memory import as_shape, register_estimate
 from flashcoreset._tensor import as_int64, as_matrix, as_vector, check_weights, compute_dtype, is_traced
 from flashcoreset._types import Selection
+from flashcoreset.kernels import caratheodory as driver
 from flashcoreset.ops.backends import check_backend, choose_kernels
 
 
@@ -30,7 +31,9 @@ def caratheodory(
             even as can be: none is above its old value or the total / (max_size - d - 1), whichever is larger, and at most
             2 (d + 1) are changed to something else than the latter; the rows are a random sample (by fixed numbers) that
             is balanced on the columns. None goes on to the end. It may be below d + 1 if the rank allows it.
-        backend: None, "cpu" or "torch".
+        backend: None, "cpu", "cuda", "triton" or "torch". "cuda" and "triton" leave what is small and sequential to the
+            compiled CPU module: the reduction of sums of runs, and all steps of a `max_size`, for which rows come to the host
+            in pieces.
 
     Returns:
         Selection: `indices` [k] ascending, `weights` [k] > 0, float64 for float64, else float32. A row stands for no rows
@@ -117,10 +120,21 @@ def _estimate(
         # Vectors of the rows in float64, and as many numbers again for their sums; a null vector's factorisation.
         return rows + 8 * n * dim * 3 + 8 * 6 * (dim + 1) ** 2 + 8 * n * d + 2**21
     columns = 0
+    on_device = backend in ("cuda", "triton") and n * d > driver.FEW
     if dim > 2 * n:  # n columns of a triangle stand for the d
         columns = 8 * n * n * 18 + 256 * n * torch.get_num_threads()
+        if on_device:
+            columns = 8 * n * (4 * min(d, max(2 * n, driver.QR_NUMBERS // n)) + 8 * n)
         dim = n + 1
     runs = min(n, (2 if dim > 64 else 4) * dim)
+    if on_device:
+        # There and on the host: rows that rounds leave, or weights of all; sums of pieces and of runs; what is left of the
+        # rows in the end, or pieces of all.
+        rows = (17 if weights is not None else 0) * n + 48 * min(n, max(dim, max_size or 0))
+        rows += 8 * n if max_size is not None else 16 * n * (3 if dim > 64 else 1) // (4 if dim > 64 else 3)
+        rest = max(runs * min(d, dim), driver.FEW) * (compute_dtype(dtype).itemsize + 2)
+        columns += 8 * (min(n // 256, 2**13) + 2 * runs) * dim
+        columns += 2 * max(rest, 0 if max_size is None else driver.PIECE_BYTES)
     return rows + columns + 2 * 8 * runs * dim + 2**20
 
 
