@@ -28,9 +28,9 @@ def caratheodory(
         x: [n, d] float16, bfloat16, float32 or float64.
         weights: [n] real numbers >= 0, not all 0; None for 1. Rows of weight 0 are not taken.
         max_size: end the reduction as soon as at most this many rows are left, >= 1. Beyond d + 1 the weights are as
-            even as can be: none is, but for rounding, above its old value or the total / (max_size - d - 1), whichever is larger, and at most
-            2 (d + 1) are changed to something else than the latter; the rows are a random sample (by fixed numbers) that
-            is balanced on the columns. None goes on to the end. It may be below d + 1 if the rank allows it.
+            even as can be: none is, but for rounding, above its old value or the total / (max_size - d - 1), whichever is
+            larger, and at most 2 (d + 1) are changed to something else than the latter; the rows are a random sample (by
+            fixed numbers) that is balanced on the columns. None goes on to the end. It may be below d + 1 if the rank allows it.
         backend: None, "cpu", "cuda", "triton" or "torch". "cuda" and "triton" leave what is small and sequential to the
             compiled CPU module: the reduction of sums of runs, and all steps of a `max_size`, for which rows come to the host
             in pieces.
