@@ -42,7 +42,7 @@ test-cpp: $(VENV)/.tools compiler ## the C++ tests alone, plain and under the sa
 	$(call ctest,cpp-tsan,-DFLASHCORESET_SANITIZE=thread)
 
 test-python: $(VENV)/.with-test emulated ## the Python tests alone; PYTEST_ARGS="-k simcore" narrows them
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The CUDA kernels as a module that the emulator runs: the Python tests take it for the GPU.
 emulated: $(VENV)/.tools compiler

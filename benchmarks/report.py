@@ -21,6 +21,7 @@ TITLES = {
     "sketcher": "Per-sample gradients",
     "matching": "Gradient matching",
     "matching_caratheodory": "Carathéodory reduction",
+    "pursuit": "Matching pursuit and Frank-Wolfe",
     "autocoreset": "AutoCoreset",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",

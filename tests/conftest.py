@@ -35,6 +35,18 @@ from flashcoreset import _native, kernels
 
 BACKENDS = ["torch", *(f"cpu-{isa}" for isa in _native.available_isas())]
 
+# Few tests that take long: begun last, one of these would keep a single process busy while the others have nothing left.
+LONG = (
+    "test_triton_compile.py",
+    "test_packaging.py",
+    "test_benchmarks.py",
+    "test_integrations_transformers.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -238,6 +238,10 @@ def test_goals() -> None:
     assert harness.goal_met(replace(row, goal=None), 0.1, None) is None
 
 
+def test_every_family_has_a_table() -> None:
+    assert set(FAMILIES) == set(benchmark_module("report").TITLES)
+
+
 def test_report_writes_between_the_markers(
     record: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
