@@ -382,6 +382,7 @@ def test_bad_input_of_colm(batches: Path, tmp_path: Path, capsys: pytest.Capture
     np.savez(tmp_path / "kind.npz", **fields | {"kind": "sparse"})
     np.save(tmp_path / "alone.npy", fields["m"])
     np.savez(tmp_path / "zero.npz", np.zeros((4, 9)))
+    np.savez(tmp_path / "two.npz", np.ones((9, 2)))
     np.save(tmp_path / "labels.npy", np.zeros(39, int))
     good = (gradients, "-k", 4, "--top", 9)
     for words, arguments in (
@@ -402,6 +403,9 @@ def test_bad_input_of_colm(batches: Path, tmp_path: Path, capsys: pytest.Capture
         ("at least one row that is finite and not zero", (tmp_path / "zero.npz", "-k", 1, "--top", 1)),
         ("--seed: it makes the directions", (*good, "--seed", 1)),
         ("numel", (f"{batches}:c", "-k", 4, "--numel", 0)),
+        # torch raises a RuntimeError for more memory than there are addresses, and another one beyond 2^63 bytes.
+        ("out of memory", (tmp_path / "two.npz", "-k", 4, "--top", 9, "--numel", 2**50)),
+        ("out of memory", (tmp_path / "two.npz", "-k", 4, "--top", 9, "--numel", 2**62)),
         ("--state: no such file", (*good, "--state", tmp_path / "none.npz")),
         ("--state: cannot read", (*good, "--state", tmp_path / "pickled.npz")),
         ("is not a file that --save-state wrote", (*good, "--state", batches)),
@@ -598,6 +602,23 @@ def test_output_is_checked_before_the_work(
     assert len(np.load(same).files) == 1
 
 
+def test_files_that_cannot_be_looked_at(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where not even whether they exist can be asked: too long a name here, a closed folder elsewhere."""
+    out, long = tmp_path / "out.npz", tmp_path / ("x" * 300 + ".npz")
+    options = ("select", "colm", "-k", 2, "--top", 2, "--gradients")
+    expect_error(capsys, "--gradients: cannot read", *options, long, "-o", out)
+    expect_error(capsys, "--gradients: cannot read", *options, f"{long}:key", "-o", out)
+    out.write_text("old")
+    expect_error(capsys, "--gradients: cannot read", *options, long, "-o", out)
+    expect_error(capsys, "--state: cannot read", *options, features, "--state", long, "-o", out)
+    expect_error(capsys, "--out: cannot write", *options, features, "-o", long)
+    expect_error(capsys, "--save-state: cannot write", *options, features, "-o", out, "--save-state", long)
+    expect_error(capsys, "--out: cannot write", "demo", "--out", long.with_suffix(".png"))
+    assert out.read_text() == "old"
+
+
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     out.write_text("old")
@@ -743,3 +764,12 @@ def test_closed_pipe() -> None:
     script = f"{sys.executable} -m flashcoreset.cli info | true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a disk that is full")
+def test_full_stdout() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "flashcoreset.cli", "info"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "flashcoreset: [Errno 28] No space left on device\n"

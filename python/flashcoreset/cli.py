@@ -54,18 +54,18 @@ class _Parser(argparse.ArgumentParser):
 def _split_key(text: str) -> tuple[Path, str | None]:
     """``F.npz:key`` -> (F.npz, key); a file whose name holds the colon itself wins."""
     path, colon, key = text.rpartition(":")
-    if colon and path.endswith(".npz") and not Path(text).exists():
+    if colon and path.endswith(".npz") and not os.path.exists(text):
         return Path(path), key
     return Path(text), None
 
 
 def _check_file(path: Path, option: str) -> None:
     """Says why a file cannot be an array; numpy.load would answer a text file with a word about pickles."""
-    if not path.exists():
-        raise CommandError(f"{option}: no such file: {path}")
-    if not path.is_file():
-        raise CommandError(f"{option}: {path} is not a regular file")
     try:
+        if not path.exists():
+            raise CommandError(f"{option}: no such file: {path}")
+        if not path.is_file():
+            raise CommandError(f"{option}: {path} is not a regular file")
         with path.open("rb") as stream:
             head = stream.read(6)
     except OSError as error:
@@ -206,18 +206,17 @@ def check_output(text: str, option: str, suffix: str, inputs: Sequence[str] = ()
     path = Path(text)
     if path.suffix.lower() != suffix:
         raise CommandError(f"{option}: expected a name that ends in {suffix}, got {path}")
-    if path.exists() and not path.is_file():
-        raise CommandError(f"{option}: {path} exists and is not a regular file")
-    for name in inputs:
-        source = _split_key(name)[0]
-        if path.exists() and source.exists() and path.samefile(source):
-            raise CommandError(f"{option}: {path} is also an input; choose another name")
-    probe = _beside(path)
-    try:
+    with _writing(path, option):
+        if path.exists() and not path.is_file():
+            raise CommandError(f"{option}: {path} exists and is not a regular file")
+        for name in inputs:
+            source = _split_key(name)[0]
+            # Of inputs that cannot be looked at, those who read them complain.
+            if path.exists() and os.path.exists(source) and path.samefile(source):
+                raise CommandError(f"{option}: {path} is also an input; choose another name")
+        probe = _beside(path)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise CommandError(f"{option}: cannot write {path}: {error.strerror or error}") from None
     return path
 
 
@@ -785,10 +784,34 @@ def _one_line_warnings() -> Iterator[None]:
         yield
 
 
+def _drop_stdout_that_fails() -> None:
+    """Python flushes stdout once more at exit, and must not fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """torch has a RuntimeError for what Python calls a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in text for words in _NO_MEMORY):
+            raise
+        raise MemoryError(f"out of memory: {text}") from None
+
+
+# What torch says of CPU tensors that it cannot allocate, and of sizes beyond 2^63 bytes.
+_NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
     try:
-        with _one_line_warnings():
+        with _one_line_warnings(), _out_of_memory():
             arguments = _parser().parse_args(argv)
             code: int = arguments.run(arguments)
             sys.stdout.flush()
@@ -797,9 +820,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("flashcoreset: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (head, say) has left; Python flushes stdout once more at exit, and must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout_that_fails()  # its reader (head, say) has left
         return 1
+    except OSError as error:  # stdout into a file on a full disk, for one
+        print(f"flashcoreset: {' '.join(str(error).split())}", file=sys.stderr)
+        _drop_stdout_that_fails()
+        return 2
     except (
         CommandError,
         TypeError,
