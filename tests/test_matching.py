@@ -644,8 +644,8 @@ def test_the_row_of_a_bad_value_is_named(backend: str) -> None:
         fc.match_gradients(long, 4, metric="dot", backend=backend)
     m = torch.zeros(9_000)
     m[8_501] = torch.nan
+    state = fc.AdamState(m, torch.ones(9_000), 2)
     with pytest.raises(ValueError, match=r"normalize: m must be finite, got (nan|NaN) at position 8501"):
-        state = fc.AdamState(m, torch.ones(9_000), 2)
         fc.match_gradients(long.nan_to_num(posinf=1), 4, normalize=state, metric="dot", backend=backend)
     shared = fc.LowRankGradients(g, seed=0, numel=50)
     with pytest.raises(ValueError, match=r"g\.coefficients must be finite, got NaN at row 4, column 1"):
