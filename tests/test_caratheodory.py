@@ -183,6 +183,19 @@ def test_huge_numbers() -> None:
     check_huge_numbers("cpu")
 
 
+def check_sums_that_overflow_later(backend: str) -> None:
+    """The sum of all rows is finite, but that of the few that are left, with their larger weights, would not be."""
+    x = random(200, 4) * 1e307
+    for seed in (2, 16, 29):
+        weights = torch.rand(200, generator=torch.Generator().manual_seed(seed)).double()
+        for max_size in (None, 5):
+            check(reduce(x, weights, max_size, backend=backend), x * 2.0**-60, weights, rank=4)
+
+
+def test_sums_that_overflow_later() -> None:
+    check_sums_that_overflow_later("cpu")
+
+
 @pytest.mark.parametrize("n", [40, 700, 5000])
 def test_max_size_ends_the_reduction(backend: str, n: int) -> None:
     x = random(n, 6, n)
@@ -552,6 +565,7 @@ def on_a_device(sizes: list[tuple[int, int]]) -> list[Any]:
         test_columns_of_any_size_and_offset,
         test_weights_of_very_different_size,
         check_huge_numbers,
+        check_sums_that_overflow_later,
         test_weights_are_even_where_there_is_room,
         test_max_size_below_the_rank,
         check_half_types,

@@ -641,13 +641,12 @@ def test_the_row_of_a_bad_value_is_named(backend: str) -> None:
     long = torch.ones(512, 9_000)
     long[7, 8_500] = torch.inf
     with pytest.raises(ValueError, match="g must be finite, got inf at row 7, column 8500"):
-        fc.match_gradients(long, 4, backend=backend)
+        fc.match_gradients(long, 4, metric="dot", backend=backend)
     m = torch.zeros(9_000)
     m[8_501] = torch.nan
+    state = fc.AdamState(m, torch.ones(9_000), 2)
     with pytest.raises(ValueError, match=r"normalize: m must be finite, got (nan|NaN) at position 8501"):
-        fc.match_gradients(
-            long.nan_to_num(posinf=1), 4, normalize=fc.AdamState(m, torch.ones(9_000), 2), backend=backend
-        )
+        fc.match_gradients(long.nan_to_num(posinf=1), 4, normalize=state, metric="dot", backend=backend)
     shared = fc.LowRankGradients(g, seed=0, numel=50)
     with pytest.raises(ValueError, match=r"g\.coefficients must be finite, got NaN at row 4, column 1"):
         fc.match_gradients(shared, 4, groups=groups, backend=backend)

@@ -43,6 +43,7 @@ BUDGETS = {"groups": LABELS, "labels": torch.arange(3), "budgets": torch.tensor(
         {"method": "omp", "g": torch.zeros(12, 9), **HISTORY},
         {"method": "frank_wolfe", **HISTORY},
         {"method": "caratheodory", "g": normal(12, 2), "groups": LABELS, "k": 9},
+        {"method": "caratheodory", "g": normal(12, 2)},
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )  # fmt: skip
@@ -88,6 +89,16 @@ def test_compile_without_a_graph_break(method: str, backend: str) -> None:
         assert (found.state.step, found.state.eps) == (expected.state.step, 1e-6)
     assert torch.equal(compiled[0].dims, eager[0].dims)
     assert compiled[1].dims is None
+
+
+def test_compile_takes_labels_of_any_integer_type() -> None:
+    g, labels = on_device(normal(12, 9)), on_device(LABELS.to(torch.uint64))
+    expected = fc.match_gradients(g, 5, groups=labels).indices
+    torch._dynamo.reset()
+    choose = torch.compile(
+        lambda g, groups: fc.match_gradients(g, 5, groups=groups).indices, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(choose(g, labels), expected)
 
 
 def test_compile_says_which_history_it_takes() -> None:

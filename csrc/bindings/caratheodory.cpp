@@ -48,9 +48,7 @@ class PyReduction {
 
   bool take_total(py::object sums_array) {
     const ArrayArgument sums(sums_array, "sums");
-    fc::take_total(moments_, runs_of(sums));
-    return std::all_of(moments_.target.begin(), moments_.target.end(),
-                       [](double v) { return std::isfinite(v); });
+    return fc::take_total(moments_, runs_of(sums));
   }
 
   bool move_to_mean(py::object sums_array) {
@@ -249,7 +247,8 @@ void bind_caratheodory(py::module_& m) {
       .def_property_readonly("most_runs", &PyReduction::most_runs)
       .def("centre", &PyReduction::centre, py::arg("out"), "Writes the centre [d].")
       .def("take_total", &PyReduction::take_total, py::arg("sums"),
-           "Makes the sum of all rows' sums what has to be kept; whether it is finite.")
+           "Makes the sum of all rows' sums what has to be kept; whether none is so large that later ones "
+           "may overflow.")
       .def(
           "move_to_mean", &PyReduction::move_to_mean, py::arg("sums"),
           "Makes the mean the centre and moves sums along, if it can: where not, they have to be taken anew.")

@@ -62,6 +62,7 @@ constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int64_t kBlockRows = 256;  // summed together before they are added to a run's sum
 constexpr int64_t kSampleRows = 64;  // whose mean is the first centre
 constexpr double kShrink = 0x1p-80;
+constexpr double kLarge = 1e290;    // beyond which numbers are shrunk
 constexpr int64_t kPart = 1 << 15;  // multiply-adds that a thread takes at a time
 constexpr int64_t kSumParts = 64;   // parts that are worth a second thread
 constexpr int64_t kQrRows = 32;     // coordinates that are factorised together
@@ -297,9 +298,7 @@ class Reduction {
   // The total to keep, and whether all numbers are finite.
   void start() {
     moments_.centre = source_.mean_of_a_few(rows_, weights_);
-    sum_all();
-    const std::vector<double>& target = moments_.target;
-    if (!std::all_of(target.begin(), target.end(), [](double v) { return std::isfinite(v); })) {
+    if (!sum_all()) {
       source_.check_finite();
       moments_.shrink = kShrink;
       moments_.centre = source_.mean_of_a_few(rows_, weights_);
@@ -309,9 +308,9 @@ class Reduction {
     fresh_ = true;
   }
 
-  void sum_all() {
+  bool sum_all() {
     sum_runs((left() + most_ - 1) / most_);
-    take_total(moments_, sums());
+    return take_total(moments_, sums());
   }
 
   // Drops runs of `size` rows; whether nothing further can be dropped.
@@ -411,7 +410,7 @@ std::vector<double> compressed(const TensorView<const X, 2>& x, const std::vecto
   for (const int64_t i : rows) {
     for (int64_t j = 0; j < d; ++j) largest = std::max(largest, std::fabs(double(value_of(x(i, j)))));
   }
-  if (largest > 1e290) moments.shrink = kShrink;
+  if (largest > kLarge) moments.shrink = kShrink;
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
   std::vector<std::vector<double>> triangles(kQrPieces);
   team.parallel_for(kQrPieces, 1, [&](int thread, int64_t begin, int64_t end) {
@@ -454,12 +453,17 @@ std::vector<double> compressed(const TensorView<const X, 2>& x, const std::vecto
 
 }  // namespace
 
-void take_total(Moments& moments, TensorView<const double, 2> sums) {
+bool take_total(Moments& moments, TensorView<const double, 2> sums) {
+  bool small = true;
   std::fill(moments.target.begin(), moments.target.end(), 0.0);
   for (int64_t c = 0; c < sums.rows(); ++c) {
     const double* const sum = sums.row(c);
-    for (int64_t j = 0; j < sums.cols(); ++j) moments.target[j] += sum[j];
+    for (int64_t j = 0; j < sums.cols(); ++j) {
+      moments.target[j] += sum[j];
+      small = small && std::fabs(sum[j]) <= kLarge;  // false for a NaN
+    }
   }
+  return small;
 }
 
 bool move_to_mean(Moments& moments, TensorView<double, 2> sums) {

@@ -46,8 +46,9 @@ struct Moments {
   bool one_scale = false;
 };
 
-// Makes the sum of `sums` the target.
-void take_total(Moments& moments, TensorView<const double, 2> sums);
+// Makes the sum of `sums` the target. False if a sum is so large, or not finite, that sums with the weights
+// of later rounds, which are larger, may overflow: then `shrink` is needed.
+bool take_total(Moments& moments, TensorView<const double, 2> sums);
 
 // Makes the mean of all rows the centre, and moves the target and `sums`, those of take_total(), along. False
 // if the centre was so far off that rounding would show: then neither has moved, and sums about the new

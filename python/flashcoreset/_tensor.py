@@ -126,7 +126,7 @@ def as_vector(
         raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
     same_device(tensor, name, device)
     result = tensor.to(torch.int64 if integers else torch.float64)
-    if tensor.dtype == torch.uint64 and integers and (result < 0).any():
+    if tensor.dtype == torch.uint64 and integers and not is_traced(tensor) and (result < 0).any():
         raise ValueError(f"{name} must be below 2^63, got {tensor[result < 0][0].item()}")
     return result
 

@@ -719,7 +719,9 @@ def _op(
         new_m, new_v = found.state.m, found.state.v
         if not len(found.indices):  # an op's outputs are not its inputs
             new_m, new_v = new_m.clone(), new_v.clone()
-    return found.indices, found.gains, found.weights, found.assignment, objective, offset, dims, new_m, new_v
+    # `caratheodory` has one number for all rows.
+    assignment = found.assignment.contiguous()
+    return found.indices, found.gains, found.weights, assignment, objective, offset, dims, new_m, new_v
 
 
 @torch.library.register_fake(_NAME)
