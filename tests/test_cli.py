@@ -377,6 +377,7 @@ def test_bad_input_of_colm(batches: Path, tmp_path: Path, capsys: pytest.Capture
     np.savez(tmp_path / "short.npz", **fields | {"m": fields["m"][1:]})
     np.savez(tmp_path / "pickled.npz", **fields | {"m": np.array([{}], object)})
     np.savez(tmp_path / "step.npz", **fields | {"step": 0})
+    np.savez(tmp_path / "nan.npz", **fields | {"m": fields["m"] * np.nan})
     np.savez(tmp_path / "text.npz", **fields | {"m": np.array("m")})
     np.savez(tmp_path / "beta.npz", **fields | {"betas": 0.9})
     np.savez(tmp_path / "kind.npz", **fields | {"kind": "sparse"})
@@ -413,6 +414,7 @@ def test_bad_input_of_colm(batches: Path, tmp_path: Path, capsys: pytest.Capture
         ("is not a file that --save-state wrote", (*good, "--state", tmp_path / "kind.npz")),
         ("v must have the shape of m", (*good, "--state", tmp_path / "short.npz")),
         ("step must be >= 1", (*good, "--state", tmp_path / "step.npz")),
+        ("--state: " + str(tmp_path / "nan.npz: m must"), (*good, "--state", tmp_path / "nan.npz")),
         ("--state: ", (*good, "--state", tmp_path / "text.npz")),
         ("betas must be a pair", (*good, "--state", tmp_path / "beta.npz")),
         ("--state: ", (*good, "--state", state, "--betas", 0.5, 0.9)),

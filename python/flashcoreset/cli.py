@@ -173,6 +173,8 @@ def _load_state(text: str, option: str) -> dict[str, Any]:
         return {"history": None}
     history: dict[str, Any] = {"kind": kind}
     for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise CommandError(f"{option}: {path}: {name} must be finite, got a NaN or an infinity")
         history[name] = array.item() if array.ndim == 0 else array.tolist() if name == "betas" else array
     return {"history": history}
 
