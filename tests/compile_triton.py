@@ -88,6 +88,36 @@ VARIANTS = [
 ]
 
 
+def _compiled(
+    kernel: Any,
+    constants: dict[str, Any],
+    pointers: dict[str, str],
+    architecture: int,
+    warps: int,
+    *,
+    parts: tuple[str, ...] = (),
+    integers: dict[str, str] | None = None,
+) -> Any:
+    """The kernel for arguments of these names; all others are 32-bit integers. Tensors begin at multiples of 16 bytes, but for
+    the `parts` of one."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+            if name not in parts:
+                aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = (integers or {}).get(name, "i32")
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": warps},
+    )
+
+
 def compile_kernel(kernel: Any, dtype: str, metric: str, one_chain: bool, architecture: int) -> Any:
     """The kernel as a launch compiles it: pointers and the strides of panels are multiples of 16, and a stride of 1 is a
     constant. "transposed" is a precomputed matrix from its columns' side."""
@@ -131,18 +161,8 @@ def compile_scores(logits: str, results: str, classes: int, architecture: int) -
     """The kernel of the sample scores as a launch compiles it for logits [N, T, C] in one piece."""
     block, warps = block_of(classes)
     constants = {"class_stride": 1, "MASKED": True, "BLOCK": block}
-    types = {"logits": f"*{logits}", "results": f"*{results}"}
-    signature, aligned = {}, {}
-    for place, name in enumerate(scores_kernel.arg_names):
-        of_numbers = types.get(name, f"*{POINTERS[name]}" if name in POINTERS else "i32")
-        signature[name] = "constexpr" if name in constants else of_numbers
-        if signature[name].startswith("*"):
-            aligned[(place,)] = [["tt.divisibility", 16]]
-    return triton.compile(
-        ASTSource(scores_kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": warps},
-    )
+    pointers = POINTERS | {"logits": logits, "results": results}
+    return _compiled(scores_kernel, constants, pointers, architecture, warps)
 
 
 # (kernel, type of x or of the matrix, kind, precision)
@@ -178,27 +198,13 @@ def compile_sketch(kernel: Any, dtype: str, kind: str, precision: str, architect
         "COUNT": 1024,
         "x_step": 1,
     }
-    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     pointers = {
         "x": dtype,
         "out": dtype,
         "sums": "fp64",
         "scale": "fp64" if kernel is sketch.add_kernel else dtype,
     }
-    signature, aligned = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in used:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = f"*{pointers[name]}"
-            aligned[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i64" if name == "base" else "i32"
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs=used, attrs=aligned),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": tile.warps},
-    )
+    return _compiled(kernel, constants, pointers, architecture, tile.warps, integers={"base": "i64"})
 
 
 # (kernel, type of gradients, form)
@@ -225,7 +231,6 @@ def compile_matching(kernel: Any, dtype: str, form: str, architecture: int) -> A
     if kernel is matching.weigh_kernel:
         constants["BLOCK"] = matching.CANDIDATES
     constants |= {"ROWS": matching.ROWS[form], "g_step": 1}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     pointers = {
         "g": dtype,
         "out": dtype,
@@ -234,20 +239,7 @@ def compile_matching(kernel: Any, dtype: str, form: str, architecture: int) -> A
         **dict.fromkeys(("member", "offset", "candidates", "found", "refused", "dims_of", "chosen"), "i64"),
         "overflows": "i32",
     }
-    signature, aligned = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = f"*{pointers[name]}"
-            aligned[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": matching.WARPS},
-    )
+    return _compiled(kernel, constants, pointers, architecture, matching.WARPS)
 
 
 # (kernel, type of x, columns, whether there are rows and weights)
@@ -270,26 +262,12 @@ def compile_caratheodory(kernel: Any, dtype: str, columns: int, given: bool, arc
         "BLOCK": caratheodory.BLOCK,
         "x_step": 1,
     }
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     pointers = {
         "x": dtype,
         **dict.fromkeys(("rows_of", "kept", "new_rows"), "i64"),
         **dict.fromkeys(("weights", "numbers", "out", "factors", "new_weights"), "fp64"),
     }
-    signature, aligned = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = f"*{pointers[name]}"
-            aligned[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": caratheodory.WARPS},
-    )
+    return _compiled(kernel, constants, pointers, architecture, caratheodory.WARPS)
 
 
 # (kernel, type of g, what is multiplied with it, or which of the kernel's forms)
@@ -317,7 +295,6 @@ def compile_pursuit(kernel: Any, dtype: str, form: str, architecture: int) -> An
         "COUNT": pursuit.VECTORS if form in ("rows", "split") else 1,
         "MAGNITUDE": form == "magnitude",
     }
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     numbers = ("out", "sums", "correlation", "gram", "numbers", "norm", "scores", "best", "found")
     pointers = {
         "g": dtype,
@@ -327,21 +304,7 @@ def compile_pursuit(kernel: Any, dtype: str, form: str, architecture: int) -> An
     }
     if kernel is pursuit.pick_kernel:
         del pointers["rows"]  # is their number there
-    signature, aligned = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = f"*{pointers[name]}"
-            if name not in ("which", "places"):  # parts of an array
-                aligned[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": pursuit.WARPS},
-    )
+    return _compiled(kernel, constants, pointers, architecture, pursuit.WARPS, parts=("which", "places"))
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -207,6 +207,7 @@ def frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, memo
     lengths = norm * problem.target_norm
     inverse = torch.where(norm > 0, 1 / norm, 0)
     cosines = torch.where(lengths > 0, problem.correlation / lengths, 0)
+    places = torch.arange(len(norm), device=norm.device)
     along, y = torch.zeros_like(norm), torch.zeros_like(problem.target)
     weights: dict[int, float] = {}  # of unit rows, whose sum is y
     towards, norms = 0.0, []
@@ -215,7 +216,8 @@ def frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, memo
         score = (cosines - towards * along) / square.clamp_min(LEAST_SQUARED_SINE).sqrt()
         out = (square <= LEAST_SQUARED_SINE) | ~(score > UNIT_NOISE) | (lengths == 0)
         score.masked_fill_(out, -math.inf)
-        best = score.argmax(0, keepdim=True)  # the first of equal ones
+        # argmax does not promise the first of equal ones.
+        best = torch.where(score == score.amax(), places, len(places)).amin(0, keepdim=True)
         numbers = [best.double(), *(all_of[best] for all_of in (score, cosines, along, norm))]
         row, most, cosine, near, length_of_row = torch.cat(numbers).tolist()
         if most == -math.inf:

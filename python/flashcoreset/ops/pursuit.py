@@ -202,7 +202,7 @@ def pursuit_bytes(b: int, d: int, k: int, dtype: torch.dtype, orthogonal: bool, 
         columns = 8 * b * columns_kept(b, k, DEFAULT_MEMORY_BUDGET, orthogonal=orthogonal)
         # Of few long rows the products' sums over pieces of them.
         pieces = 96 * b * -(-d // 4096) if d > 4096 and b < 8192 else 0
-        vectors = 64 * b + 16 * d if orthogonal else 128 * b + 40 * d
+        vectors = 64 * b + 16 * d if orthogonal else 152 * b + 40 * d
         return results + columns + pieces + fit + vectors + 2**20
     # Columns of the Gram matrix, a dozen at a time, of which one at least is for a pick.
     columns = 8 * b * min(b, 12 * k, max(DEFAULT_MEMORY_BUDGET // (8 * b), 1))
