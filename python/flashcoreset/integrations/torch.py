@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashcoreset._errors import SlowPathWarning
+from flashcoreset._errors import SlowPathWarning, warn_caller
 from flashcoreset._tensor import FLOATING, as_int64, as_integer, as_number
 from flashcoreset._types import Coreset
 from flashcoreset.ops.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
@@ -251,11 +250,10 @@ class BatchSelector:
             self._is_checked = largest > 0
             return short
         self._is_checked, self._before = True, []
-        warnings.warn(
+        warn_caller(
             f"all of {type(self._model).__name__} runs in each pass of the selection, since its layers before {self.layer_name} do "
             "more than make the input of it",
             SlowPathWarning,
-            stacklevel=3,
         )
         return whole
 
