@@ -2,9 +2,13 @@
 
 import contextlib
 import inspect
+import warnings
 
+import numpy as np
 import pytest
+import sklearn.exceptions
 import torch
+from sklearn.linear_model import LogisticRegression
 
 import flashcoreset as fc
 from flashcoreset import _errors
@@ -20,7 +24,7 @@ def _at_this_line(category: type[Warning]):
     """All warnings of the block stand at the block's one line, the one below the `with`."""
     line = inspect.currentframe().f_back.f_back.f_lineno + 1
     with pytest.warns(category) as caught:
-        yield
+        yield caught
     assert {(w.filename, w.lineno) for w in caught} == {(__file__, line)}
 
 
@@ -53,3 +57,18 @@ def test_with_nothing_outside_it_stands_at_the_first_frame(monkeypatch):
         _errors.warn_caller("text", UserWarning)
     assert len(caught) == 1
     assert caught[0].filename != __file__
+
+
+def test_warnings_of_models_stand_at_the_call_once():
+    x = np.random.default_rng(0).standard_normal((200, 5))
+    y = (x @ np.arange(5.0) > 0).astype(int)
+    model = LogisticRegression(max_iter=1)
+    with _at_this_line(sklearn.exceptions.ConvergenceWarning) as caught:
+        fc.autocoreset(x, y, model, "logistic_regression", 40)
+    assert len(caught) == len({str(w.message) for w in caught})
+    with pytest.raises(sklearn.exceptions.ConvergenceWarning):  # warnings are errors in the tests
+        fc.autocoreset(x, y, model, "logistic_regression", 40)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
+        fc.autocoreset(x, y, model, "logistic_regression", 40)
+    assert not caught
