@@ -145,7 +145,7 @@ def facility_location(
     check_progress(progress)
     if is_traced(problem.x.values if isinstance(problem.x, Csr) else problem.x):
         return _call_op(problem, backend)
-    return Selection(*_solve(problem, backend, progress))
+    return Selection(*_solve_naming_offset(problem, backend, progress))
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that would cost 2 us a call
@@ -167,8 +167,9 @@ class _Problem:
     offset: float | None
     memory_budget: int
     # What is above all distances of an offset that is far above them: the kernels do without it, because the first gains would be
-    # rounded to the spacing of numbers near it.
+    # rounded to the spacing of numbers near it. They take `near` in its place.
     excess: float = 0.0
+    near: float | None = None
     found_offset: float | None = None  # by the kernels, where they were left to find one
 
     @property
@@ -314,6 +315,17 @@ def _check_budgets(budgets: Any, device: torch.device, k: Any) -> tuple[Tensor, 
 _Result = tuple[Tensor, Tensor, Tensor, Tensor, float, float | None]
 
 
+def _solve_naming_offset(
+    p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None
+) -> _Result:
+    try:
+        return _solve(p, backend, progress)
+    except ValueError as error:
+        if p.offset is None or not str(error).startswith("x: similarities times weights"):
+            raise
+        raise ValueError(f"{error}, or raise offset, {p.offset}") from None
+
+
 def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
     x, clients = p.x, p.clients
     kernels = choose_kernels(backend, x.device, "facility_location", sparse=isinstance(x, Csr))
@@ -345,7 +357,8 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
                 and _is_far_above(kernels, x, clients, p.metric, offset)
             ):
                 near = torch.tensor(_default_offset(kernels, x, clients, p.metric), dtype=out_dtype)
-                p.excess = max(0.0, offset - float(near))
+                p.near = min(float(near), offset)
+                p.excess = offset - p.near
 
     if progress is None:
         result = _solve_checked(kernels, p, x, clients, members, offset, None)
@@ -353,8 +366,9 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
         with Progress(progress, p.k, "facility location") as bar:
             result = _solve_checked(kernels, p, x, clients, members, offset, bar)
     if not result[-1] <= torch.finfo(out_dtype).max:
+        lower = "" if p.offset is None else f", lower offset, {p.offset:.3g},"
         raise ValueError(
-            f"weights: the objective, {result[-1]:.3g}, overflows {out_dtype}; scale the weights down, "
+            f"weights: the objective, {result[-1]:.3g}, overflows {out_dtype}; scale the weights down{lower} "
             "or use float64"
         )
     return *result, p.found_offset if offset is None else offset
@@ -463,7 +477,7 @@ def _solve_one(
 def _kernel_offset(p: _Problem, offset: float | None) -> float | None:
     if p.metric not in DISTANCES:
         return 0.0
-    return None if offset is None else offset - p.excess
+    return offset if p.near is None else p.near
 
 
 def _step_stochastic(
@@ -478,7 +492,7 @@ def _step_stochastic(
 ) -> None:
     taken = set() if preselected is None else set(preselected.tolist())
     candidates = [j for j in range(n) if j not in taken]
-    size = max(1, math.ceil(len(candidates) / k * math.log(1 / p.epsilon)))
+    size = max(1, math.ceil(len(candidates) / k * -math.log(p.epsilon)))
     sampler = CandidateSampler(candidates, p.seed, first_row=done)
     for made in range(1, k + 1):
         sampler.remove(run.step_among(sampler.draw(size).to(device)))
@@ -520,7 +534,10 @@ def _serve(
     weights = torch.ones(m, dtype=torch.float64) if p.weights is None else p.weights.cpu()
     owner = assignment.cpu()
     won = torch.bincount(owner[owner >= 0], weights[owner >= 0], minlength=k)
-    objective = math.fsum((weights * (best.double() - floor.double()).cpu()).tolist())
+    try:
+        objective = math.fsum((weights * (best.double() - floor.double()).cpu()).tolist())
+    except OverflowError:
+        objective = math.inf
     return won.to(x.device, x.dtype), assignment, objective
 
 
@@ -643,7 +660,7 @@ def _op(
         data, k, clients, metric, weights, groups, named, preselected, method, epsilon, int(seed), offset,
         memory_budget,
     )  # fmt: skip
-    indices, gains, won, assignment, objective, used_offset = _solve(problem, backend, None)
+    indices, gains, won, assignment, objective, used_offset = _solve_naming_offset(problem, backend, None)
     scalars = [torch.tensor(v, dtype=torch.float64, device=x.device) for v in (objective, used_offset or 0.0)]
     return indices, gains, won, assignment, scalars[0], scalars[1]
 

@@ -129,9 +129,13 @@ def _fit(rows: Tensor, b: Tensor, ridge: float) -> Tensor:
     """The w of least |rows' w - b|^2 + ridge |w|^2."""
     if len(rows) == 0:
         return rows.new_zeros(0)
-    penalty = ridge**0.5 * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    matrix, right = torch.cat([rows.T, penalty]), torch.cat([b, b.new_zeros(len(rows))])
-    return torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
+    # The penalty stands first, and the unknowns are w times its root: below the rows, or unscaled, a large one would cost the digits
+    # of these in the QR factors.
+    root = ridge**0.5
+    unit = max(1.0, root)
+    penalty = root / unit * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    matrix, right = torch.cat([penalty, rows.T / unit]), torch.cat([b.new_zeros(len(rows)), b])
+    return torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0] / unit
 
 
 def _nonnegative_fit(rows: Tensor, b: Tensor, ridge: float, weights: Tensor) -> Tensor:
