@@ -47,6 +47,7 @@ _BLOCK_BYTES = 1 << 25  # of the gradients that are looked at together
 _NEGLIGIBLE = 1e-6
 # Largest magnitudes of updates whose squares, and those of rows that are 2^100 times nearer, are normal numbers.
 _SAFE = (-400, 450)
+_MOST_WITH_SQUARE = 2.0**505
 
 
 def match_gradients(
@@ -254,6 +255,14 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
     kernels = choose_kernels(backend, g.values.device, "matching")
     if g.length is not None:
         _check_rows(problem, "g.coefficients")
+    if history is not None and g.dtype == torch.float64:
+        # Where a square is infinite, the update comes to 0.
+        most = largest_magnitude(g.values)
+        if _MOST_WITH_SQUARE < most < math.inf:
+            raise ValueError(
+                f"g: the squares of entries of up to {most:.3g}, which Adam's history holds, overflow float64; scale the gradients "
+                "down"
+            )
     dims, numbers, dense = None, None, history
     if isinstance(history, RankOneAdamState):
         if _along_one_direction(g, history):
