@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +37,7 @@ from flashcoreset._types import Selection
 from flashcoreset.ops.backends import DEFAULTS, check_backend, choose_kernels
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.sampling import CandidateSampler
+from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
 
 METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
@@ -326,7 +327,100 @@ def _solve_naming_offset(
         raise ValueError(f"{error}, or raise offset, {p.offset}") from None
 
 
+# Largest magnitudes of points whose squares and products, and those of points that are 2^20 times nearer, are normal numbers; and
+# what points beyond them are brought to.
+_SAFE = {torch.float32: (-40, 50), torch.float64: (-400, 480)}
+_SCALED_TO = {torch.float32: (-30, 30), torch.float64: (-300, 300)}
+
+
 def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
+    """Where squares or products leave the range of the type, points are scaled by a power of two, which is exact, and the
+    results are scaled back."""
+    if p.metric in ("cosine", "precomputed"):
+        return _solve_in_range(p, backend, progress)
+    # What the run itself tells of the range costs nothing, but of an offset that is given it tells nothing.
+    exponent = 0 if p.offset is None or p.metric == "l1" else _exponent(p)
+    if exponent == 0:
+        try:
+            result = _solve_in_range(p, backend, progress)
+        except ValueError:
+            exponent = _exponent(p)
+            if exponent == 0:
+                raise
+        else:
+            extreme = p.metric == "dot" and result[4] < 2.0 ** (2 * _SAFE[p.out_dtype][0])
+            if p.found_offset is not None:
+                extreme = _is_extreme(p, p.found_offset)
+            exponent = _exponent(p) if extreme else 0
+            if exponent == 0:
+                return result
+    return _solve_scaled(p, exponent, backend, progress)
+
+
+def _is_extreme(p: _Problem, offset: float) -> bool:
+    """Whether an upper bound of the distances is so small or large that their squares may have left the range."""
+    low, high = _SAFE[p.out_dtype]
+    power = 2 if p.metric == "sqeuclidean" else 1
+    # 1 stands for a bound of 0.
+    return p.metric != "l1" and (
+        offset == 1 or not 2.0 ** (power * low) < offset < 2.0 ** (power * (high + 10))
+    )
+
+
+def _exponent(p: _Problem) -> int:
+    """The power of two by which points have to be multiplied; 0 where their magnitudes are safe, and where they are not finite."""
+    assert isinstance(p.x, Tensor)
+    most = largest_magnitude(p.x, p.clients)
+    return exponent_into(most, _SAFE[p.out_dtype], _SCALED_TO[p.out_dtype])
+
+
+def _solve_scaled(
+    p: _Problem, exponent: int, backend: str | None, progress: Callable[[int, int], object] | bool | None
+) -> _Result:
+    dtype = p.out_dtype
+    limit = torch.finfo(dtype)
+    assert isinstance(p.x, Tensor)
+    offset = p.offset
+    if offset:
+        power = 2 * exponent if p.metric == "sqeuclidean" else exponent
+        if not limit.tiny <= times_power(offset, power) <= limit.max / 4:
+            raise ValueError(
+                f"offset: {offset} is too far from all distances to be added to them in {dtype}; leave it None, or scale x"
+            )
+        offset = times_power(offset, power)
+    scaled = replace(
+        p,
+        x=scale(p.x.to(dtype), exponent),
+        clients=None if p.clients is None else scale(p.clients.to(dtype), exponent),
+        offset=offset,
+    )
+    indices, gains, won, assignment, objective, found = _solve_in_range(
+        scaled, backend, progress, scaled=True
+    )
+    back = -exponent if p.metric in ("euclidean", "l1") else -2 * exponent
+    value = times_power(objective, back)
+    what = "distances" if p.metric in DISTANCES else "similarities"
+    if not value <= limit.max:
+        raise ValueError(
+            f"x: {what} of metric {p.metric!r} overflow {dtype}; scale the data down or use float64"
+        )
+    if objective != 0 and value < limit.tiny and p.metric in ("sqeuclidean", "dot"):
+        raise ValueError(
+            f"x: {what} of metric {p.metric!r} underflow {dtype}; scale the data up or use float64"
+        )
+    if p.offset is not None:
+        found = p.offset
+    elif found is not None:
+        found = times_power(found, back)
+    return indices, scale(gains, back), won, assignment, value, found
+
+
+def _solve_in_range(
+    p: _Problem,
+    backend: str | None,
+    progress: Callable[[int, int], object] | bool | None,
+    scaled: bool = False,
+) -> _Result:
     x, clients = p.x, p.clients
     kernels = choose_kernels(backend, x.device, "facility_location", sparse=isinstance(x, Csr))
     out_dtype = p.out_dtype
@@ -348,6 +442,8 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
         assert isinstance(x, Tensor)
         if offset is None and not on_device:
             offset = _default_offset(kernels, x, clients, p.metric)
+            if not scaled and _is_extreme(p, offset) and (exponent := _exponent(p)):
+                return _solve_scaled(p, exponent, backend, progress)
         if offset is not None:
             # The number that the kernel subtracts from, in its own precision.
             offset = float(torch.tensor(offset, dtype=out_dtype))
