@@ -14,6 +14,8 @@ NOISE = 1e-12
 # The same for cosines between geodesics, and the least squared sine between a row and the direction.
 UNIT_NOISE, LEAST_SQUARED_SINE = 1e-10, 1e-8
 
+_OVERFLOW = "g, target: products of their entries overflow; scale them down"
+
 Found = tuple[Tensor, Tensor, Tensor]
 
 
@@ -121,7 +123,7 @@ def _checked(g: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, b = g.double(), target.double()
     norms = (rows * rows).sum(1).sqrt()
     if not (norms.isfinite().all() and b.norm().isfinite() and (rows * b).sum(1).isfinite().all()):
-        raise ValueError("g, target: products of their entries overflow; scale them down")
+        raise ValueError(_OVERFLOW)
     return rows, b, norms
 
 
@@ -131,7 +133,10 @@ def _fit(rows: Tensor, b: Tensor, ridge: float) -> Tensor:
         return rows.new_zeros(0)
     penalty = ridge**0.5 * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     matrix, right = torch.cat([rows.T, penalty]), torch.cat([b, b.new_zeros(len(rows))])
-    return torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
+    found = torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
+    if not found.isfinite().all():  # no row would leave the active set, again and again
+        raise ValueError(_OVERFLOW)
+    return found
 
 
 def _nonnegative_fit(rows: Tensor, b: Tensor, ridge: float, weights: Tensor) -> Tensor:
