@@ -11,6 +11,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -142,7 +143,11 @@ class ThreadTeam {
     if (!workers_.empty()) return;
     workers_.reserve(size_ - 1);
     for (int i = 1; i < size_; ++i) {
-      workers_.emplace_back([this, i] { work(i); });
+      try {
+        workers_.emplace_back([this, i] { work(i); });
+      } catch (const std::system_error&) {
+        return;  // the system gives no more: those that there are do the work
+      }
       leave_this_processor(workers_.back());
     }
   }

@@ -276,11 +276,14 @@ class Rounds:
         how many each round took, the rounds' values.
         """
         count = max(1, _TAKES // self._lists)
-        while True:
+        for attempt in range(2):
             items, counts, values = self._order.rounds(count, self._k)
             if counts or self._order.taken >= min(self._k, self._source.rows or 0):
                 return items, counts, values
-            self.read()
+            if attempt == 0:
+                self.read()
+        # A pass leaves every list an item that is free; with a similarity of NaN or -inf it need not.
+        raise ValueError("openset: a list has found no item that is free; similarities must be finite")
 
 
 def compute_type(source: RowSource, target: Tensor) -> torch.dtype:

@@ -314,7 +314,7 @@ def cover_picks(costs: TransportCosts, k: int, report: Any = None) -> tuple[Tens
     kept = cover.serving
     if len(kept) < k and cover.nearest_items() > k:
         # A pick adds at most one to those that serve, so k are never passed.
-        while len(kept) < k and not cover.complete:
+        while len(kept) < k and not cover.complete and len(cover.picks) < costs.shape[0]:
             if report is not None:
                 report(len(kept))
             cover.extend(k - len(kept))

@@ -16,6 +16,8 @@ UNIT_NOISE, LEAST_SQUARED_SINE = 1e-10, 1e-8
 # Norms of rows and target between which products, and what NOISE of them leaves, are normal numbers.
 SMALLEST, LARGEST = 2.0**-400, 2.0**480
 
+_OVERFLOW = "g, target: products of their entries overflow; scale them down"
+
 Found = tuple[Tensor, Tensor, Tensor]
 
 
@@ -136,7 +138,7 @@ def check_products(
         return
     check_finite(g, "g")
     if not (target_norm <= LARGEST and bool((norms <= LARGEST).all() & correlation.isfinite().all())):
-        raise ValueError("g, target: products of their entries overflow; scale them down")
+        raise ValueError(_OVERFLOW)
     short = norms < SMALLEST
     lost = (unit_rows or bool(short.all())) and bool(g[short].any())
     if lost or (target_norm < SMALLEST and bool(target.any())):
@@ -153,7 +155,10 @@ def _fit(rows: Tensor, b: Tensor, ridge: float) -> Tensor:
     unit = max(1.0, root)
     penalty = root / unit * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     matrix, right = torch.cat([penalty, rows.T / unit]), torch.cat([b.new_zeros(len(rows)), b])
-    return torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0] / unit
+    found = torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0] / unit
+    if not found.isfinite().all():  # no row would leave the active set, again and again
+        raise ValueError(_OVERFLOW)
+    return found
 
 
 def _nonnegative_fit(rows: Tensor, b: Tensor, ridge: float, weights: Tensor) -> Tensor:
