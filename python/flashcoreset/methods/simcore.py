@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._imports import imported
 from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._progress import Progress, Report, check_progress
 from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype
@@ -190,15 +191,12 @@ def _centroids(target: Tensor, n_clusters: int, seed: int, n_init: int) -> Tenso
     points = normalize_rows(target)
     if points.shape[0] <= n_clusters:
         return points.contiguous()
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
-
-    kmeans = KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
+    threadpool_limits = imported("threadpoolctl").threadpool_limits
+    kmeans = imported("sklearn.cluster").KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
     with warnings.catch_warnings(), threadpool_limits(1):
         # Fewer distinct points than clusters: some centroids are then equal and take the same items, which
         # is harmless.
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", imported("sklearn.exceptions").ConvergenceWarning)
         kmeans.fit(points.cpu().numpy())
     centers = torch.from_numpy(kmeans.cluster_centers_).to(target.device, target.dtype)
     return normalize_rows(centers).contiguous()

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from flashcoreset._imports import imported
+
 Loss = Callable[[Any, Any, Any], Any]
 CLUSTERS = 8  # of "kmeans"
 
@@ -83,21 +85,13 @@ def named_loss(name: str) -> Loss:
 def make_model(name: str, seed: int) -> Any:
     """The model of a name, not fitted."""
     if name == "kmeans":
-        from sklearn.cluster import KMeans
-
-        return KMeans(n_clusters=CLUSTERS, n_init=3, random_state=seed % 2**32)
+        return imported("sklearn.cluster").KMeans(n_clusters=CLUSTERS, n_init=3, random_state=seed % 2**32)
     if name == "linear_regression":
-        from sklearn.linear_model import LinearRegression
-
-        return LinearRegression()
+        return imported("sklearn.linear_model").LinearRegression()
     if name == "linear_svm":
-        from sklearn.svm import LinearSVC
-
         # It makes no use of it, but without one would take a number from NumPy's global state.
-        return LinearSVC(dual=False, max_iter=10_000, random_state=seed % 2**32)
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(max_iter=10_000)
+        return imported("sklearn.svm").LinearSVC(dual=False, max_iter=10_000, random_state=seed % 2**32)
+    return imported("sklearn.linear_model").LogisticRegression(max_iter=10_000)
 
 
 def check_model(model: Any) -> None:
@@ -118,12 +112,8 @@ def check_model(model: Any) -> None:
 
 def fitted(model: Any, x: Any, y: Any, weights: np.ndarray) -> Any:
     """A copy of `model`, fitted to weighted samples."""
-    if hasattr(model, "get_params"):
-        from sklearn.base import clone
-
-        fresh = clone(model)
-    else:
-        fresh = copy.deepcopy(model)
+    is_sklearns = hasattr(model, "get_params")
+    fresh = imported("sklearn.base").clone(model) if is_sklearns else copy.deepcopy(model)
     fresh.fit(x, y, sample_weight=weights)
     return fresh
 
@@ -134,9 +124,7 @@ def class_codes(model: Any, y: Any) -> np.ndarray | None:
         return None
     kind = np.asarray(y).dtype.kind
     if hasattr(model, "__sklearn_tags__"):
-        from sklearn.base import is_classifier
-
-        if not is_classifier(model):
+        if not imported("sklearn.base").is_classifier(model):
             return None
     elif kind not in "biuUSO":
         return None
