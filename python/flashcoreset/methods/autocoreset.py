@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._imports import imported
 from flashcoreset._progress import Progress, Report, check_progress
 from flashcoreset._tensor import as_integer, as_vector, one_of
 from flashcoreset._types import Coreset
@@ -121,6 +122,7 @@ def autocoreset(
     # A group that is taken whole needs no matching.
     tightest = min((b for b, rows in zip(budgets, members, strict=True) if b < len(rows)), default=None)
 
+    threadpool_limits = imported("threadpoolctl").threadpool_limits
     start = time.perf_counter()
     rng = np.random.default_rng(seed)
     columns = np.empty((n, 0))
@@ -128,8 +130,6 @@ def autocoreset(
     totals: list[float] = []
     best: tuple[np.ndarray, np.ndarray] | None = None
     stopped, since = "columns", 0
-    from threadpoolctl import threadpool_limits
-
     # The number of threads would show in the last digits of fits.
     with threadpool_limits(1), Progress(progress, max(n_initial, tightest or 1), "autocoreset") as bar:
         while True:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._imports import imported
 from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._progress import Progress, Report, check_progress
 from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype
@@ -204,16 +205,13 @@ def _centroids(points: Tensor, counts: np.ndarray, n_clusters: int, seed: int, n
     """[K, d], distinct rows of unit length (or zero)."""
     if points.shape[0] <= n_clusters:
         return points.contiguous()
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
-
-    kmeans = KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
+    threadpool_limits = imported("threadpoolctl").threadpool_limits
+    kmeans = imported("sklearn.cluster").KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
     # A target that is repeated as a whole has the centroids of the one.
     weights = counts // np.gcd.reduce(counts)
     with warnings.catch_warnings(), threadpool_limits(1):
         # Points that differ by less than k-means can tell: some centroids are then equal.
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", imported("sklearn.exceptions").ConvergenceWarning)
         kmeans.fit(points.cpu().numpy(), sample_weight=None if weights.max() == 1 else weights)
     centers = torch.from_numpy(kmeans.cluster_centers_).to(points.device, points.dtype)
     return _distinct(centers)[0].contiguous()

@@ -364,14 +364,20 @@ def _offsets(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _sums_of_pairs(
-    problem: Problem, history: AdamState | None, kernels: ModuleType, metric: str, exponents: list[int] | None = None
+    problem: Problem,
+    history: AdamState | None,
+    kernels: ModuleType,
+    metric: str,
+    exponents: list[int] | None = None,
 ) -> list[Tensor]:
     """For each group its pairs' "l1", "sqeuclidean" or "dot" [members, members] float64, summed up over blocks of dimensions; the
     updates of all members [R] times 2^exponents."""
     sizes = [len(rows) for rows, _ in problem.members]
     sums = [problem.members[0][0].new_zeros(size, size, dtype=torch.float64) for size in sizes]
     for u in _blocks_of_updates(problem, history, kernels):
-        for total, rows in zip(sums, (u if exponents is None else scale(u, exponents)).split(sizes), strict=True):
+        for total, rows in zip(
+            sums, (u if exponents is None else scale(u, exponents)).split(sizes), strict=True
+        ):
             total += kernels.pairwise(rows, metric=metric)
     return sums
 
@@ -541,9 +547,7 @@ def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Sel
         exponent = exponent_into(most, _SAFE)
         left = times_power(float(scale(target, exponent).norm()), -exponent)
     nowhere = torch.full((len(u),), -1, dtype=torch.int64, device=u.device)
-    return Selection(
-        found.indices, torch.zeros_like(found.weights), found.weights, nowhere, -left, None
-    )
+    return Selection(found.indices, torch.zeros_like(found.weights), found.weights, nowhere, -left, None)
 
 
 def _assemble(

@@ -167,7 +167,9 @@ def _solve_pursuit(
     def solve(rows: Tensor, target: Tensor, exponent: int = 0) -> _Found:
         by = times_power(ridge, 2 * exponent)
         if by > max(ridge, _MOST_RIDGE):
-            raise ValueError(f"ridge: {ridge} is so far above the squares of g that no weights are left; lower it")
+            raise ValueError(
+                f"ridge: {ridge} is so far above the squares of g that no weights are left; lower it"
+            )
         return kernels.orthogonal_matching_pursuit(rows, target, k, nonnegative=nonnegative, ridge=by)
 
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flashcoreset._errors import warn_caller
+from flashcoreset._imports import imported
 
 Loss = Callable[[Any, Any, Any], Any]
 CLUSTERS = 8  # of "kmeans"
@@ -180,8 +180,7 @@ def _class_places(model: Any, y: Any) -> np.ndarray:
 
 def _class_weights(model: Any, y: Any) -> np.ndarray:
     """Of each of the model's classes; "balanced" ones are those of all samples."""
-    from sklearn.utils.class_weight import compute_class_weight
-
+    compute_class_weight = imported("sklearn.utils.class_weight").compute_class_weight
     weights = compute_class_weight(model.class_weight, classes=model.classes_, y=np.asarray(y))
     return np.asarray(weights, dtype=np.float64)
 
@@ -197,7 +196,7 @@ LOSSES: dict[str, Loss] = {
 def named_loss(name: str, model: Any) -> Loss:
     """The losses of a name, those of the kind of `model`; TypeError where that minimises something else."""
     places = [place.split(".") for place in ESTIMATORS[name]]
-    if not any(type(model) is getattr(importlib.import_module(f"sklearn.{m}"), c) for m, c in places):
+    if not any(type(model) is getattr(imported(f"sklearn.{m}"), c) for m, c in places):
         raise TypeError(
             f"loss {name!r} is what scikit-learn's own {' or '.join(c for _, c in places)} minimises, got "
             f"{type(model).__module__}.{type(model).__qualname__}; pass a callable(model, X, y) for it"
@@ -208,21 +207,13 @@ def named_loss(name: str, model: Any) -> Loss:
 def make_model(name: str, seed: int) -> Any:
     """The model of a name, not fitted."""
     if name == "kmeans":
-        from sklearn.cluster import KMeans
-
-        return KMeans(n_clusters=CLUSTERS, n_init=3, random_state=seed % 2**32)
+        return imported("sklearn.cluster").KMeans(n_clusters=CLUSTERS, n_init=3, random_state=seed % 2**32)
     if name == "linear_regression":
-        from sklearn.linear_model import LinearRegression
-
-        return LinearRegression()
+        return imported("sklearn.linear_model").LinearRegression()
     if name == "linear_svm":
-        from sklearn.svm import LinearSVC
-
         # It makes no use of it, but without one would take a number from NumPy's global state.
-        return LinearSVC(dual=False, max_iter=10_000, random_state=seed % 2**32)
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(max_iter=10_000)
+        return imported("sklearn.svm").LinearSVC(dual=False, max_iter=10_000, random_state=seed % 2**32)
+    return imported("sklearn.linear_model").LogisticRegression(max_iter=10_000)
 
 
 def check_model(model: Any) -> None:
@@ -252,9 +243,7 @@ class Fits:
     def fit(self, x: Any, y: Any, weights: np.ndarray) -> Any:
         """A fitted copy. What scikit-learn's models warn of stands at the line that called the library, once for all fits."""
         if hasattr(self._model, "get_params"):
-            from sklearn.base import clone
-
-            fresh = clone(self._model)
+            fresh = imported("sklearn.base").clone(self._model)
         else:
             fresh = copy.deepcopy(self._model)
         if not self._is_sklearn:
@@ -276,9 +265,7 @@ def class_codes(model: Any, y: Any) -> np.ndarray | None:
         return None
     kind = np.asarray(y).dtype.kind
     if hasattr(model, "__sklearn_tags__"):
-        from sklearn.base import is_classifier
-
-        if not is_classifier(model):
+        if not imported("sklearn.base").is_classifier(model):
             return None
     elif kind not in "biuUSO":
         return None
