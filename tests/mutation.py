@@ -110,14 +110,13 @@ class Mutant:
 
 
 def _number(text: str) -> list[str]:
-    """What a constant may become."""
-    digits = re.fullmatch(r"(\d+)(\w*)", text)
-    if digits and not text.lower().startswith("0x"):
-        return [
-            f"{int(digits[1]) + 1}{digits[2]}",
-            *([f"{int(digits[1]) - 1}{digits[2]}"] if int(digits[1]) > 0 else []),
-        ]
-    decimal = re.fullmatch(r"(\d*\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+)(\w*)", text)
+    """What a constant may become: small ones move by one, large ones double and halve."""
+    whole = re.fullmatch(r"(0|[1-9]\d*)([uUlL]*)", text)
+    if whole:
+        value = int(whole[1])
+        others = (value + 1, value - 1) if value <= 4 else (2 * value, value // 2)
+        return [f"{other}{whole[2]}" for other in others if other >= 0]
+    decimal = re.fullmatch(r"(\d*\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+)(f?)", text)
     return [f"{2 * float(decimal[1]) or 1.0!r}{decimal[2]}"] if decimal else []
 
 
@@ -226,16 +225,16 @@ def test_files(root: Path, file: str) -> list[str]:
 class Workshop:
     """A clone of the repository in which mutants are built and tested, one after the other."""
 
-    def __init__(self, folder: Path, jobs: int) -> None:
+    def __init__(self, folder: Path, jobs: int, passed: set[str]) -> None:
         self.root = folder
         self.jobs = jobs
+        self.passed = passed  # the test files that pass on the sources as they are
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder / "python"),
             "FLASHCORESET_BUILD_ISAS": "native",
             "FLASHCORESET_CUDA": "off",
-            "OMP_NUM_THREADS": "1",
         }
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
         (folder / "python/flashcoreset/triton_kernels").symlink_to("../../triton_kernels")
@@ -286,24 +285,30 @@ class Workshop:
             os.killpg(process.pid, signal.SIGKILL)
             return None, process.communicate()[0]
 
+    def _pytest(self, test: str) -> str | None:
+        """The first test of a file that fails, or None if all pass."""
+        pytest = [sys.executable, "-m", "pytest", test, "-x", "-q", "-p", "no:cacheprovider", "--timeout=200"]
+        status, output = self._run(pytest, 1500)
+        if status in (0, 5):
+            return None
+        found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        return found[1] if found else f"{test}: exit status {status}"
+
+    def check(self, tests: list[str]) -> None:
+        """Raises RuntimeError if a test file fails on the sources as they are: it would catch every mutant."""
+        for test in tests:
+            if test not in self.passed:
+                if not self.build(set()):
+                    raise RuntimeError("the sources do not build any more as they are")
+                if (failed := self._pytest(test)) is not None:
+                    raise RuntimeError(f"{failed} fails without a mutant")
+                self.passed.add(test)
+
     def failure(self, file: str) -> str | None:
         """The first test that fails, or None if all pass. Python's first, whose build is there already."""
         for test in test_files(self.root, file):
-            pytest = [
-                sys.executable,
-                "-m",
-                "pytest",
-                test,
-                "-x",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "--timeout=200",
-            ]
-            status, output = self._run(pytest, 1500)
-            if status not in (0, 5):
-                found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-                return found[1] if found else f"{test}: exit status {status}"
+            if (failed := self._pytest(test)) is not None:
+                return failed
         if not file.startswith(("csrc/cpu", "csrc/core", "csrc/cuda")):
             return None
         prefix = "test_cuda_" if "/cuda" in file else "test_"
@@ -323,6 +328,8 @@ class Workshop:
 
     def try_out(self, mutant: Mutant) -> dict[str, object] | None:
         """What became of a mutant; None if it does not compile."""
+        self.check(test_files(self.root, mutant.file))
+        self.check(test_files(self.root, mutant.file))
         path = self.root / mutant.file
         text = path.read_text()
         path.write_text(mutant.apply(text))
@@ -368,10 +375,11 @@ def main() -> None:
     queue = iter([m for m in mutants if (m.file, m.start, m.after) not in tried])
     results = [r for r in results if r["compiles"]]
     lock = threading.Lock()
+    passed: set[str] = set()
     print(f"{len(mutants)} possible mutants, {len(results)} tried before")
 
     def work(folder: Path) -> None:
-        workshop = Workshop(folder, jobs=max(1, (os.cpu_count() or 1) // arguments.workers))
+        workshop = Workshop(folder, jobs=max(1, (os.cpu_count() or 1) // arguments.workers), passed=passed)
         while True:
             with lock:
                 if len(results) >= arguments.count or (mutant := next(queue, None)) is None:
