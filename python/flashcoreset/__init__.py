@@ -9,7 +9,7 @@ Example:
 from importlib.metadata import version as _version
 
 from flashcoreset import integrations, kernels, plot
-from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
+from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, InputWarning, SlowPathWarning
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import CoLM, autocoreset, ccs, goracs, select, simcore, top_scores
@@ -34,6 +34,7 @@ __all__ = [
     "ConvergenceWarning",
     "Coreset",
     "GradientSketcher",
+    "InputWarning",
     "LowRankGradients",
     "RankOneAdamState",
     "SampleScores",
