@@ -94,6 +94,8 @@ def test_every_number_of_every_binding_is_in_the_table(which: str) -> None:
 
 def test_hostile_numbers_work_or_are_refused(which: str) -> None:
     bad = [o for o in outcomes(which) if o.outcome not in (WORKS, *REFUSED, "MemoryError")]
+    # Which streams there are CUDA alone knows.
+    bad = [o for o in bad if not (o.parameter == "stream" and o.message.endswith("invalid resource handle"))]
     assert not bad, bad[:10]
 
 
@@ -318,7 +320,6 @@ def test_a_reduction_of_what_is_no_number_is_refused(m: ModuleType, bad: float) 
     sampler = m.CaratheodorySampler(reduction, f64(50) + 0.5, 5, 1)
     with pytest.raises(ValueError, match=words):
         sampler.push(x)
-        sampler.finish()
 
 
 def test_estimates_of_no_directions_have_a_history_of_zeros() -> None:
@@ -329,3 +330,25 @@ def test_estimates_of_no_directions_have_a_history_of_zeros() -> None:
     )  # fmt: skip
     assert torch.equal(new_m, torch.full((9,), 1.0))
     assert torch.equal(new_v, torch.full((9,), 2.0))
+
+
+def test_without_further_threads_one_does_the_work(m: ModuleType) -> None:
+    found = in_a_process(
+        m,
+        """
+import os, resource
+x, alone, together = torch.ones(22, 96), torch.empty(22, 600), torch.empty(22, 600)
+m.sketch(x, alone, "gaussian", 1, 0, 1, 1)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+if os.getuid() == 0:  # whom the limit does not bind
+    os.setuid(54321)
+import threading
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    print("no thread")
+m.sketch(x, together, "gaussian", 1, 0, 1, 8)
+print(torch.equal(alone, together))
+""",
+    )
+    assert (found.stdout, found.returncode) == ("no thread\nTrue\n", 0), found.stderr
