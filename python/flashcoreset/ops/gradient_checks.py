@@ -80,15 +80,15 @@ def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        made = copy.copy(value)
+        changed: Any = copy.copy(value)
         for key, inner in value.items():
-            made[key] = _map(inner, change)  # type: ignore[index]
-        return made
+            changed[key] = _map(inner, change)
+        return changed
     if isinstance(value, (tuple, list)):
-        inner = [_map(one, change) for one in value]
-        return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
+        parts = [_map(one, change) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
+        made: Any = copy.copy(value)  # type: ignore[arg-type]
         for part in dataclasses.fields(value):
             object.__setattr__(made, part.name, _map(getattr(value, part.name, None), change))
         return made
@@ -131,11 +131,12 @@ class Record:
     def add(self, owner: str, call: int, part: str, x: Tensor) -> None:
         number = sum(key[:2] == (owner, call) and key[2].startswith(part) for key in self.seen)
         rows = x.detach().reshape(x.shape[0], -1)
+        dtype = _arithmetic(rows)
         projection = torch.empty(len(rows), dtype=torch.float64, device=x.device)
-        norm, weights = torch.empty_like(projection), self._weight(rows)
+        norm, weights = torch.empty_like(projection), self._weight(rows).to(dtype)
         step = max(1, _PART // max(1, rows.shape[1]))
         for first in range(0, len(rows), step):
-            some = rows[first : first + step].double()
+            some = rows[first : first + step].to(dtype)
             projection[first : first + step] = some @ weights
             norm[first : first + step] = torch.linalg.vector_norm(some, dim=1)
         seen = _Seen(tuple(x.shape), projection, norm, _eps(x.dtype))
@@ -205,7 +206,7 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Callable[[Input
                 problems[key] = found[key]
 
     _try(choices, replace, lambda: bool(problems))
-    advice = "leave it out with parameters=, or set verify='never' if row b does belong to sample b"
+    advice = "leave it out with parameters=, or set verify='never' if row b stands for sample b all the same"
     if problems:
         (owner, _, part), problem = next(iter(problems.items()))
         raise ValueError(f"{owner}: {problem.format(part=part)}; {advice}")
@@ -329,14 +330,14 @@ class State:
         self._device = device if device.type == "cuda" else None
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if self._device is not None else None
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     def restore(self) -> None:
         torch.set_rng_state(self._torch)
-        if self._cuda is not None:
+        if self._cuda is not None and self._device is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
         random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        np.random.set_state(self._numpy)  # noqa: NPY002
 
 
 @contextlib.contextmanager
@@ -382,6 +383,14 @@ def rehearsal(model: nn.Module, state: State, device: torch.device) -> Iterator[
 _OWN = frozenset(vars(nn.Module()))  # attributes by which a module is one
 
 
+def _arithmetic(x: Tensor) -> torch.dtype:
+    """float32 where the squares of x's numbers are normal ones, else float64."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not x.numel():
+        return torch.float64
+    low, high = torch.aminmax(x)
+    return torch.float32 if 1e-12 <= max(-float(low), float(high)) <= 1e12 else torch.float64
+
+
 # ---- sums
 
 
@@ -400,19 +409,17 @@ class Sums:
         sums, size, most = self._found.get(name, (u.new_zeros(_VECTORS), u.new_zeros(()), 0.0))
         for part in _parts(gradient):
             if isinstance(part, Outer):
-                a, g = part.a.double(), part.g.double()
-                sums = sums + ((g @ u) * (a @ v)).sum((0, 1))
-                size = size + (a.square().sum(2) * g.square().sum(2)).sum()
+                sums = sums + (_product(part.g, u) * _product(part.a, v)).sum((0, 1))
+                size = size + (_squares(part.a) * _squares(part.g)).sum()
             elif isinstance(part, Rows):
-                g = part.g.double()
-                sums = sums + (u[part.indices] * (g @ v)).sum((0, 1))
-                size = size + g.square().sum()
+                sums = sums + (u[part.indices] * _product(part.g, v)).sum((0, 1))
+                size = size + _squares(part.g).sum()
             else:
                 values = part.values.double()
                 sums = sums + ((values.sum(0).view(rows, columns) @ v) * u).sum(0)
                 size = size + values.square().sum()
                 if part.terms is not None:
-                    size = size + part.terms().double().square().sum()
+                    size = size + _squares(part.terms()).sum()
         self._found[name] = sums, size, max(most, precision)
 
     def pop(self, name: str, gradient: Tensor) -> float | None:
@@ -424,8 +431,8 @@ class Sums:
         step = max(1, _PART // columns)
         theirs = torch.zeros_like(sums)
         for first in range(0, rows, step):
-            some = g.reshape(rows, columns)[first : first + step].double()
-            theirs += ((some @ v) * u[first : first + step]).sum(0)
+            some = g.reshape(rows, columns)[first : first + step]
+            theirs += (_product(some, v) * u[first : first + step]).sum(0)
         off, size, own = torch.stack([_rms(sums - theirs), size.sqrt(), _rms(theirs)]).tolist()
         # Sums of n terms lose sqrt(n) roundings of the type they are in, of the size of the terms or of the whole; products of half
         # precision lose a few of theirs.
@@ -464,6 +471,16 @@ def _parts(gradient: Gradient) -> Iterator[Gradient]:
             yield Outer(gradient.a[here], gradient.g[here])
         else:
             yield Rows(gradient.indices[here], gradient.g[here], gradient.width)
+
+
+def _product(x: Tensor, vectors: Tensor) -> Tensor:
+    dtype = _arithmetic(x)
+    return (x.to(dtype) @ vectors.to(dtype)).double()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Of the last dimension's lengths."""
+    return torch.linalg.vector_norm(x.to(_arithmetic(x)), dim=-1).double().square()
 
 
 def _rms(x: Tensor) -> Tensor:
