@@ -380,7 +380,7 @@ class GradientSketcher:
             self._pass.rows_checked if self._verify == "always" and _in_backward() else self._rows_known
         )
         if self._checks(call) and (not done or (self._verify == "always" and not _in_backward())):
-            call.inputs, call.state = inputs.map(kept), State(self._device)
+            call.inputs, call.state = inputs.map(kept), State(self._model, self._device)
             call.record = self._record = Record()
 
     def _checks(self, call: _Call) -> bool:
@@ -422,7 +422,7 @@ class GradientSketcher:
     def _check_rows(self, call: _Call, output: Any) -> None:
         assert call.batch is not None
         if call.record is None:  # layers that were not called before
-            call.state = State(self._device)
+            call.state = State(self._model, self._device)
             first = self._rehearse(call, Record(), call.inputs)
         else:
             first = call.record
@@ -440,7 +440,7 @@ class GradientSketcher:
         single, self._single = self._single, {}
         self._rehearsing, self._record = True, record
         try:
-            with rehearsal(self._model, call.state, self._device):
+            with rehearsal(call.state):
                 inputs = inputs.map(kept)
                 record.add_outputs(call.module(*inputs.args, **inputs.keywords), main.shape[0])
         except Exception as error:
@@ -467,11 +467,15 @@ class GradientSketcher:
             if _in_transform() or not self._handles:
                 return None
             x, *others = (*args, *keywords.values())
+            out: Tensor
             number = self._note(place, x, output)
             if self._rehearsing:
+                if not output.requires_grad:
+                    return None
+                out = _Capture.apply(output, None)  # in the graph as it is outside of rehearsals
                 if output.dim() and output.shape[0] == 1:
-                    self._single[id(output)] = _Single(weakref.ref(output), place, number)
-                return None
+                    self._single[id(out)] = _Single(weakref.ref(out), place, number)
+                return out
             self._new_forward()
             if self._call is not None:
                 self._call.layers.add(place)
@@ -492,7 +496,7 @@ class GradientSketcher:
             single = self._check_batch(place, x, output)
             saved = (x.detach(),) if keeps_input else ()
             use = _Use(self, self._pass, place, self._nodes_of(place), [] if single else None)
-            out: Tensor = _Capture.apply(output, use, *saved)
+            out = _Capture.apply(output, use, *saved)
             if single:
                 self._single[id(out)] = _Single(weakref.ref(out), place, number, use)
             return out
@@ -780,7 +784,7 @@ class _Capture(torch.autograd.Function):
     tensor: checkpoints recompute it, and changes in place are noticed."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, use: _Use, *saved: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, use: _Use | None, *saved: Tensor) -> Tensor:
         ctx.use = use
         ctx.save_for_backward(*saved)
         # Were it `output` itself, autograd would make a view of it, which in-place activations must not change.
