@@ -31,6 +31,7 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset import _native
+from flashcoreset.methods.colm import nothing_kept
 from flashcoreset.ops.backends import cuda_failure, triton_failure
 
 FLOATS = "a float16, float32 or float64"
@@ -425,6 +426,8 @@ def _colm(arguments: argparse.Namespace) -> _Chosen:
     elif hasattr(arguments, "seed"):
         raise CommandError("--seed: it makes the directions of coefficients; give their length as --numel")
     coreset = method.select(grads, groups)
+    if coreset.info["unseen"] and not hasattr(arguments, "state"):
+        warnings.warn(nothing_kept(coreset.info["unseen"], "--groups", torch.as_tensor(groups)), stacklevel=1)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     info = dict(coreset.info)
     dims = info.pop("dims")
