@@ -30,7 +30,7 @@ demo: export FLASHCORESET_CUDA := off
 # Compiled for this processor alone, unless something here needs all builds: a third of the time.
 demo: export FLASHCORESET_BUILD_ISAS := $(if $(wildcard $(VENV)/.with-test $(VENV)/.with-bench),all,native)
 demo: $(VENV)/.with-demo ## the five methods on real data: tables, demo.png and three more pictures
-	$(BIN)/flashcoreset demo --out demo.png
+	$(BIN)/flashcoreset demo --out demo.png --force
 
 # One GPU architecture, if there is a CUDA compiler: enough to see that the kernels compile, in a fifth of the time.
 test test-python: export FLASHCORESET_CUDA_ARCHITECTURES ?= 90-real

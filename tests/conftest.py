@@ -81,7 +81,8 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @functools.cache
 def _emulated_module() -> ModuleType | None:
-    folder = Path(__file__).resolve().parent.parent / "build" / "emulated" / "emulator"
+    built = Path(__file__).resolve().parent.parent / "build" / "emulated" / "emulator"
+    folder = Path(os.environ.get("FLASHCORESET_TEST_EMULATED", built))  # tests/sanitize.py has its own
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     path = folder / f"_cuda_emulated{suffix}"
     if not path.is_file():

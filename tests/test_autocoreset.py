@@ -11,17 +11,32 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.cluster import KMeans
+from sklearn.base import clone
+from sklearn.cluster import BisectingKMeans, KMeans, MiniBatchKMeans
 from sklearn.datasets import load_breast_cancer
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import (
+    ElasticNet,
+    Lasso,
+    LinearRegression,
+    LogisticRegression,
+    LogisticRegressionCV,
+    Ridge,
+    RidgeClassifier,
+    RidgeCV,
+    SGDClassifier,
+    SGDRegressor,
+)
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC as KernelSVC
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils import check_random_state
 
 import flashcoreset as fc
 from flashcoreset.ops.loss_subsets import METHODS, equal_budgets, in_groups, uniform_with_classes
-from flashcoreset.ops.weighted_models import LOSSES, make_model
+from flashcoreset.ops.weighted_models import LOSSES, make_model, named_loss
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((400, 4))
@@ -163,6 +178,301 @@ def test_the_fit_on_all_data_has_the_least_total(name: str) -> None:
                     setattr(model, attribute, changed)
                     assert LOSSES[name](model, X, y).sum() > losses.sum()
             setattr(model, attribute, value)
+
+
+NEAR = np.digitize(Y + 0.5 * np.random.default_rng(6).standard_normal(400), [0, 2])  # three classes
+TWO = (NEAR > 0).astype(int)
+BOTH = np.stack([Y, X[:, 1] - Y**2 / 9], 1)
+HEAVY = {0: 1.0, 1: 3.0, 2: 0.4}
+SVC = {"tol": 1e-9, "max_iter": 200_000, "random_state": 0}
+NEWTON = {"solver": "newton-cholesky", "tol": 1e-10}
+SAGA = {"solver": "saga", "tol": 1e-9, "max_iter": 50_000, "random_state": 0}
+LIBLINEAR = {"solver": "liblinear", "tol": 1e-9, "max_iter": 5_000, "random_state": 0}
+
+
+def logistic(model: Any, y: Any, weights: Any, r: float, classes: Any = None, bias: bool = False) -> float:
+    """C times the weighted sum of cross-entropies, and the penalty: the objective that scikit-learn's user guide states, by C."""
+    z = X @ model.coef_.T + model.intercept_
+    z = np.concatenate([np.zeros_like(z), z], 1) if z.shape[1] == 1 else z
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    own = weights * (1 if classes is None else np.array([classes[label] for label in y]))
+    w = np.append(model.coef_, model.intercept_ / model.intercept_scaling) if bias else model.coef_
+    return float(-(own * np.log(p[np.arange(400), y])).sum()) + penalty(w, r) / model.C
+
+
+def penalty(w: Any, r: float) -> float:
+    return float(r * np.abs(w).sum() + (1 - r) / 2 * (w**2).sum())
+
+
+def svm(model: Any, y: Any, weights: Any, power: int = 2, r: float = 0, classes: Any = None) -> float:
+    """liblinear's objective by C: in each problem of one class against the rest only that class has a weight of its own."""
+    total = 0.0
+    classes = classes or {0: 1, 1: 1, 2: 1}
+    for row, (w, b) in enumerate(
+        zip(model.coef_, np.broadcast_to(model.intercept_, len(model.coef_)), strict=True)
+    ):
+        own = y == (1 if len(model.coef_) == 1 else row)
+        rest = classes[0] if len(model.coef_) == 1 else 1.0
+        cost = weights * np.where(own, classes[1 if len(model.coef_) == 1 else row], rest)
+        hinge = np.maximum(0, 1 - np.where(own, 1, -1) * (X @ w + b)) ** power
+        total += (cost * hinge).sum() + penalty(np.append(w, b / model.intercept_scaling), r) / model.C
+    return float(total)
+
+
+def crammer_singer(model: Any, y: Any, weights: Any, classes: Any = None) -> float:
+    w = np.concatenate([model.coef_, model.intercept_[:, None] / model.intercept_scaling], 1)
+    w = np.concatenate([-w / 2, w / 2]) if len(w) == 1 else w
+    z = np.concatenate([X, np.full((400, 1), model.intercept_scaling)], 1) @ w.T
+    margin = 1 + z - z[np.arange(400), y][:, None]
+    margin[np.arange(400), y] = 0
+    own = weights * (1 if classes is None else np.array([classes[label] for label in y]))
+    return float((own * margin.max(1)).sum() + penalty(w, 0) / model.C)
+
+
+def squares(model: Any, y: Any, weights: Any, l1: float = 0, l2: Any = 0) -> float:
+    """The weighted sum of squared errors with the norms of the coefficients, l1 and l2 (of each target) times."""
+    coef = np.atleast_2d(model.coef_)
+    errors = (X @ coef.T + model.intercept_ - np.reshape(y, (400, -1))) ** 2
+    return float((weights[:, None] * errors).sum() + l1 * np.abs(coef).sum() + (l2 * (coef**2).sum(1)).sum())
+
+
+def inertia(model: Any, y: Any, weights: Any) -> float:
+    return float((weights * ((X[:, None] - model.cluster_centers_) ** 2).sum(2).min(1)).sum())
+
+
+# The model, its targets, and its objective from the definition.
+OBJECTIVES: dict[str, tuple[str, Any, Any, Any]] = {
+    "logistic": ("logistic_regression", LogisticRegression(**NEWTON), NEAR, lambda *a: logistic(*a, 0)),
+    "logistic, two": ("logistic_regression", LogisticRegression(C=0.1, **NEWTON), TWO, lambda *a: logistic(*a, 0)),
+    "no penalty": ("logistic_regression", LogisticRegression(C=np.inf, **NEWTON), NEAR, lambda *a: logistic(*a, 0)),
+    "l1": ("logistic_regression", LogisticRegression(C=0.1, l1_ratio=1, **SAGA), NEAR, lambda *a: logistic(*a, 1)),
+    "elastic net": (
+        "logistic_regression", LogisticRegression(C=0.1, l1_ratio=0.3, **SAGA), NEAR, lambda *a: logistic(*a, 0.3),
+    ),
+    "no intercept": (
+        "logistic_regression", LogisticRegression(C=0.1, fit_intercept=False, **NEWTON), NEAR, lambda *a: logistic(*a, 0),
+    ),
+    "class weights": (
+        "logistic_regression", LogisticRegression(C=0.1, class_weight=HEAVY, **NEWTON), NEAR,
+        lambda *a: logistic(*a, 0, HEAVY),
+    ),
+    "liblinear": (
+        "logistic_regression", LogisticRegression(C=0.1, intercept_scaling=3, **LIBLINEAR), TWO,
+        lambda *a: logistic(*a, 0, bias=True),
+    ),
+    "liblinear, dual": (
+        "logistic_regression", LogisticRegression(C=0.1, dual=True, **LIBLINEAR), TWO,
+        lambda *a: logistic(*a, 0, bias=True),
+    ),
+    "liblinear, l1": (
+        "logistic_regression", LogisticRegression(C=0.1, l1_ratio=1, intercept_scaling=0.5, **LIBLINEAR), TWO,
+        lambda *a: logistic(*a, 1, bias=True),
+    ),
+    "liblinear, class weights": (
+        "logistic_regression",
+        LogisticRegression(C=0.1, fit_intercept=False, class_weight={0: 1, 1: 3.0}, **LIBLINEAR), TWO,
+        lambda *a: logistic(*a, 0, HEAVY),
+    ),
+    "squared hinge": ("linear_svm", LinearSVC(C=0.1, **SVC), NEAR, svm),
+    "squared hinge, two, scaled": ("linear_svm", LinearSVC(C=0.1, intercept_scaling=4, **SVC), TWO, svm),
+    "squared hinge, no intercept": ("linear_svm", LinearSVC(C=0.1, fit_intercept=False, **SVC), NEAR, svm),
+    "squared hinge, dual": ("linear_svm", LinearSVC(C=0.1, dual=True, **SVC), NEAR, svm),
+    "squared hinge, l1": (
+        "linear_svm", LinearSVC(C=0.1, penalty="l1", intercept_scaling=2, **SVC), NEAR, lambda *a: svm(*a, r=1),
+    ),
+    "squared hinge, class weights": (
+        "linear_svm", LinearSVC(C=0.1, class_weight=HEAVY, **SVC), NEAR, lambda *a: svm(*a, classes=HEAVY),
+    ),
+    "squared hinge, two, class weights": (
+        "linear_svm", LinearSVC(C=0.1, class_weight={0: 1, 1: 3.0}, **SVC), TWO, lambda *a: svm(*a, classes=HEAVY),
+    ),
+    "hinge": ("linear_svm", LinearSVC(C=0.1, loss="hinge", **SVC), NEAR, lambda *a: svm(*a, power=1)),
+    "hinge, two, class weights": (
+        "linear_svm", LinearSVC(C=0.1, loss="hinge", intercept_scaling=2, class_weight={0: 1, 1: 3.0}, **SVC), TWO,
+        lambda *a: svm(*a, power=1, classes=HEAVY),
+    ),
+    "crammer_singer": (
+        "linear_svm", LinearSVC(C=0.1, multi_class="crammer_singer", intercept_scaling=2, **SVC), NEAR, crammer_singer,
+    ),
+    "crammer_singer, two, class weights": (
+        "linear_svm", LinearSVC(C=0.1, multi_class="crammer_singer", class_weight={0: 1, 1: 3.0}, **SVC), TWO,
+        lambda *a: crammer_singer(*a, HEAVY),
+    ),
+    "squares": ("linear_regression", LinearRegression(), Y, squares),
+    "squares, several": ("linear_regression", LinearRegression(fit_intercept=False), BOTH, squares),
+    "squares, positive": ("linear_regression", LinearRegression(positive=True), Y, squares),
+    "ridge": ("linear_regression", Ridge(alpha=30.0), Y, lambda *a: squares(*a, l2=30)),
+    "ridge, alphas": (
+        "linear_regression", Ridge(alpha=np.array([9.0, 90.0])), BOTH, lambda *a: squares(*a, l2=np.array([9, 90])),
+    ),
+    "ridge, positive": ("linear_regression", Ridge(alpha=30.0, positive=True, tol=1e-12), Y, lambda *a: squares(*a, l2=30)),
+    "lasso": ("linear_regression", Lasso(alpha=0.2, tol=1e-12), Y, lambda *a: squares(*a, l1=2 * 400 * 0.2)),
+    "lasso, several": ("linear_regression", Lasso(alpha=0.2, tol=1e-12), BOTH, lambda *a: squares(*a, l1=2 * 400 * 0.2)),
+    "lasso, a column": ("linear_regression", Lasso(alpha=0.2, tol=1e-12), Y[:, None], lambda *a: squares(*a, l1=160)),
+    "lasso, positive": ("linear_regression", Lasso(alpha=0.2, positive=True, tol=1e-12), Y, lambda *a: squares(*a, l1=160)),
+    "elastic net, squares": (
+        "linear_regression", ElasticNet(alpha=0.2, l1_ratio=0.7, tol=1e-12), Y,
+        lambda *a: squares(*a, l1=160 * 0.7, l2=80 * 0.3),
+    ),
+    "kmeans": ("kmeans", KMeans(5, n_init=3, random_state=0, tol=0), None, inertia),
+    "kmeans, minibatch": ("kmeans", MiniBatchKMeans(5, n_init=3, random_state=0), None, inertia),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OBJECTIVES)
+def test_the_losses_are_the_models_objective(case: str) -> None:
+    """The weighted total is the objective by its definition, and the weighted fit has the least of it."""
+    name, model, y, objective = OBJECTIVES[case]
+    weights = np.random.default_rng(1).random(400) + 0.5
+    weights *= 400 / weights.sum()
+    model = clone(model).fit(X, y, sample_weight=weights)
+    losses = named_loss(name, model)(model, X, y)
+    assert losses.shape == (400,)
+    assert (losses >= 0).all()
+    least = weights @ losses
+    assert least == pytest.approx(objective(model, y, weights), rel=1e-10)
+    assert losses.sum() == pytest.approx(objective(model, y, np.ones(400)), rel=1e-10)
+    if isinstance(model, MiniBatchKMeans):
+        return  # it stops beside the least
+    positive = getattr(model, "positive", False)
+    rng = np.random.default_rng(2)
+    fitted = {
+        a: np.array(getattr(model, a))
+        for a in ("coef_", "intercept_", "cluster_centers_")
+        if hasattr(model, a)
+    }
+    if not getattr(model, "fit_intercept", True):
+        del fitted["intercept_"]
+    for trial in range(200):
+        for attribute, value in fitted.items():
+            step = 10 ** rng.uniform(-4, -1) * rng.standard_normal(value.shape)
+            if trial % 2:  # one coordinate
+                step = step * (np.arange(value.size) == trial % value.size).reshape(value.shape)
+            changed = value + step
+            setattr(
+                model, attribute, np.maximum(changed, 0) if positive and attribute == "coef_" else changed
+            )
+        assert weights @ named_loss(name, model)(model, X, y) > least * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["logistic_regression", "linear_svm"])
+@pytest.mark.parametrize("y", [NEAR, TWO], ids=["three", "two"])
+def test_balanced_classes_are_those_of_all_samples(kind: str, y: Any) -> None:
+    model = LogisticRegression(C=0.1, class_weight="balanced", **NEWTON) if kind == "logistic_regression" else (
+        LinearSVC(C=0.1, class_weight="balanced", **SVC)
+    )  # fmt: skip
+    counts = np.bincount(y)
+    balanced = dict(enumerate(400 / (len(counts) * counts)))
+    model.fit(X, y)
+    total = LOSSES[kind](model, X, y).sum()
+    expected = logistic(model, y, np.ones(400), 0, balanced) if kind == "logistic_regression" else (
+        svm(model, y, np.ones(400), classes=balanced)
+    )  # fmt: skip
+    assert total == pytest.approx(expected, rel=1e-10)
+    coreset = fc.autocoreset(X, y, model, kind, 150, seed=1)
+    rows = coreset.indices.numpy()
+    again = clone(model).fit(X[rows], y[rows], sample_weight=coreset.weights.numpy())
+    assert coreset.info["loss"] == pytest.approx(LOSSES[kind](again, X, y).sum(), rel=1e-9)
+    assert total * (1 - 1e-9) < coreset.info["loss"] < 1.2 * total
+
+
+@pytest.mark.filterwarnings("ignore:'penalty' was deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Inconsistent values:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting penalty=None:UserWarning")
+@pytest.mark.parametrize(
+    ("old", "r"),
+    [({"penalty": None}, 0), ({"penalty": "l2"}, 0), ({"penalty": "l1"}, 1), ({"penalty": "elasticnet", "l1_ratio": 0.3}, 0.3)],
+    ids=str,
+)  # fmt: skip
+def test_penalties_by_their_older_names(old: dict[str, Any], r: float) -> None:
+    model = LogisticRegression(C=0.1, **SAGA).set_params(**old).fit(X, NEAR)
+    total = LOSSES["logistic_regression"](model, X, NEAR).sum()
+    if old["penalty"] is None:
+        model.C = np.inf
+    assert total == pytest.approx(logistic(model, NEAR, np.ones(400), r), rel=1e-10)
+
+
+def test_nearly_separable_data_without_a_penalty() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 4))
+    y = (x[:, 0] + 0.02 * rng.standard_normal(500) > 0).astype(int)
+    coreset = fc.autocoreset(
+        x, y, LogisticRegression(C=np.inf, max_iter=10_000), "logistic_regression", 50, seed=1
+    )
+    rows = coreset.indices.numpy()
+    fit = LogisticRegression(C=np.inf, max_iter=10_000).fit(x[rows], y[rows], coreset.weights.numpy())
+    z = fit.decision_function(x) * np.where(y == 1, -1, 1)
+    assert coreset.info["loss"] == pytest.approx(np.logaddexp(0, z).sum(), rel=1e-6)
+    assert coreset.info["loss"] < 0.1
+
+
+def test_small_losses_keep_their_digits() -> None:
+    """The other classes' share of 1e-30 beside 1 is the loss."""
+    model = LogisticRegression().fit(X, NEAR)
+    model.coef_, model.intercept_, model.C = np.zeros((3, 4)), np.array([70.0, 0.0, 1.0]), np.inf
+    losses = LOSSES["logistic_regression"](model, X[:1], np.array([0]))
+    assert losses[0] == pytest.approx(math.exp(-70) + math.exp(-69), rel=1e-12)
+    two = LogisticRegression().fit(X, TWO)
+    two.coef_, two.intercept_, two.C = np.zeros((1, 4)), np.array([70.0]), np.inf
+    assert LOSSES["logistic_regression"](two, X[:1], np.array([1]))[0] == pytest.approx(
+        math.exp(-70), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, scipy.sparse.csr_matrix], ids=["dense", "sparse"])
+@pytest.mark.parametrize("shift", [0.0, 1e7])
+def test_distances_far_from_the_origin(shift: float, wrap: Any) -> None:
+    model = KMeans(3, n_init=1, random_state=0).fit(X)
+    expected = ((X[:, None] - model.cluster_centers_) ** 2).sum(2).min(1)
+    model.cluster_centers_ = model.cluster_centers_ + shift
+    found = LOSSES["kmeans"](model, wrap(X + shift), None)
+    np.testing.assert_allclose(
+        found, expected, rtol=1e-12 if shift == 0 else 1e-5
+    )  # what the shift leaves of X
+
+
+class Penalised(LogisticRegression):
+    """May minimise anything."""
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("logistic_regression", SGDClassifier(loss="log_loss")), ("logistic_regression", Penalised()),
+        ("logistic_regression", LogisticRegressionCV()), ("logistic_regression", LinearSVC()), ("linear_svm", LogisticRegression()),
+        ("linear_svm", KernelSVC(kernel="linear")), ("linear_regression", RidgeClassifier()), ("linear_regression", SGDRegressor()),
+        ("linear_regression", RidgeCV()), ("linear_regression", LogisticRegression()), ("kmeans", BisectingKMeans()),
+        ("linear_regression", make_pipeline(StandardScaler(), LinearRegression())), ("kmeans", Ridge()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)  # fmt: skip
+def test_named_losses_of_other_models_are_refused(name: str, model: Any) -> None:
+    kind = type(model).__qualname__
+    with pytest.raises(
+        TypeError,
+        match=rf"loss '{name}' is what scikit-learn's own .* minimises, got .*{kind}; pass a callable",
+    ):
+        fc.autocoreset(X, LABELS, model, name, 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "y"),
+    [("multi_class", "ovr", NEAR), ("solver", "liblinear", NEAR), ("multi_class", "multinomial", TWO)],
+)
+def test_objectives_of_older_releases_are_refused(name: str, value: str, y: Any) -> None:
+    """scikit-learn before 1.8 fits these otherwise."""
+    model = LogisticRegression().fit(X, y)
+    setattr(model, name, value)
+    words = f"that of scikit-learn's default for {y.max() + 1} classes, got {name}='{value}'"
+    with pytest.raises(ValueError, match=words):
+        LOSSES["logistic_regression"](model, X, y)
+
+
+def test_targets_of_a_wrong_shape() -> None:
+    with pytest.raises(ValueError, match=r"y must have shape \[400\], one class a sample, got \(400, 1\)"):
+        LOSSES["linear_svm"](LinearSVC().fit(X, TWO), X, TWO[:, None])
+    with pytest.raises(ValueError, match="y must have 1 targets as model predicts, got 2"):
+        LOSSES["linear_regression"](LinearRegression().fit(X, Y), X, BOTH)
 
 
 def test_losses_by_hand() -> None:
@@ -422,7 +732,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "loss complex": ({"loss": lambda m, x, y: np.ones(400) * 1j}, TypeError, "loss must return real numbers"),
     "loss too large": ({"loss": lambda m, x, y: np.full(400, 1e307)}, ValueError, "loss: the total over all samples, inf|4e"),
     "loss of others": (
-        {"loss": "kmeans"}, TypeError, "loss 'kmeans' must be that of a model of its kind, got LinearRegression: .*transform",
+        {"loss": "kmeans"}, TypeError, "loss 'kmeans' is what scikit-learn's own KMeans or MiniBatchKMeans minimises, got .*LinearRegression;",
     ),
     "k < clusters": ({"model": "kmeans", "loss": None, "k": 7}, ValueError, "k must be >= the 8 clusters of kmeans, got 7"),
     "loss text": ({"loss": lambda m, x, y: ["a"] * 400}, TypeError, "loss must return real numbers"),

@@ -180,10 +180,10 @@ def test_goracs(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     np.testing.assert_array_equal(arrays["weights"], expected.weights.numpy())
     assert info["scores"] == expected.info["scores"]
     labels = ("--train-labels", tmp_path / "labels.npy", "--valid-labels", tmp_path / "own.npy")
-    assert run(*options, *norms, *labels, "-k", 5) == 0
+    assert run(*options, *norms, *labels, "-k", 5, "--force") == 0
     assert read(out)[1]["budgets"] == {"0": 3, "1": 2}
     capsys.readouterr()
-    assert run(*options, "--grad-norms", features, "-k", 5) == 2
+    assert run(*options, "--grad-norms", features, "-k", 5, "--force") == 2
     assert "--grad-norms: expected a real array [train rows]" in capsys.readouterr().err
     assert run(*options, *norms) == 2
     assert "-k" in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_ccs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.testing.assert_array_equal(arrays["weights"], np.ones(20))
     assert (info["algorithm"], sum(info["counts"]), len(info["edges"])) == ("ccs", 20, 51)
     options = ("--mislabel-scores", f"{file}:aum", "--mislabel-ratio", 0.2, "--n-strata", 4, "--seed", 5)
-    assert run(*command, "-k", 9, *options, "--groups", f"{file}:labels") == 0
+    assert run(*command, "-k", 9, *options, "--groups", f"{file}:labels", "--force") == 0
     arrays, info = read(out)
     expected = fc.ccs(scores, 9, mislabel_scores=aum, mislabel_ratio=0.2, n_strata=4, seed=5, groups=labels)
     np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
@@ -244,7 +244,7 @@ def test_autocoreset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     y = x @ np.arange(3.0) + rng.standard_normal(120)
     np.savez(tmp_path / "d.npz", x=x, y=y, labels=labels)
     file, out = tmp_path / "d.npz", tmp_path / "out.npz"
-    command = ("select", "autocoreset", "--features", f"{file}:x", "-o", out, "-k", 25)
+    command = ("select", "autocoreset", "--features", f"{file}:x", "-o", out, "-k", 25, "--force")
     assert run(*command, "--targets", f"{file}:y", "--model", "linear_regression") == 0
     assert capsys.readouterr().out.startswith(f"{out}: 25 of 120 rows in ")
     arrays, info = read(out)
@@ -298,9 +298,10 @@ def batches(tmp_path: Path) -> Path:
 def test_colm_step_by_step(batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A state file carries the history from call to call, in its own place or another, as one CoLM does."""
     method = fc.CoLM(16, top=30, keep_groups=[7])
-    out, state = tmp_path / "out.npz", tmp_path / "state.npz"
+    state = tmp_path / "state.npz"
     data = np.load(batches)
     for step in range(3):
+        out = tmp_path / f"out{step}.npz"
         given = () if step == 0 else ("--state", state)
         code = run(
             *("select", "colm", "--gradients", f"{batches}:g{step}", "--groups", f"{batches}:labels"),
@@ -318,7 +319,9 @@ def test_colm_step_by_step(batches: Path, tmp_path: Path, capsys: pytest.Capture
         with np.load(state) as saved:
             np.testing.assert_array_equal(saved["m"], method.history.m.numpy())
             np.testing.assert_array_equal(saved["v"], method.history.v.numpy())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.npz", "out.npz", "state.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("b.npz", "out0.npz", "out1.npz", "out2.npz", "state.npz")
+    ]
 
 
 def test_every_option_of_colm(batches: Path, tmp_path: Path) -> None:
@@ -349,7 +352,7 @@ def test_every_option_of_colm(batches: Path, tmp_path: Path) -> None:
         *(9,), top=None, betas=(0.8, 0.99), eps=1e-7, keep_groups=[1], rule="balanced", metric="euclidean",
         backend="torch",
     )  # fmt: skip
-    assert run(*command, *options[:-2], "--state", first, "--save-state", second) == 0
+    assert run(*command, *options[:-2], "--state", first, "--save-state", second, "--force") == 0
     grads = fc.LowRankGradients(torch.from_numpy(data["c"]), 4, 5000)
     method.keep_groups = ()
     expected = method.select(grads, data["labels"])
@@ -359,7 +362,7 @@ def test_every_option_of_colm(batches: Path, tmp_path: Path) -> None:
     with np.load(second) as saved:
         assert saved["kind"] == "rank one"
         assert (saved["mean"], saved["step"], saved["seed"]) == (method.history.mean, 2, 4)
-    assert run(*command, *options[:-2], "--state", second) == 0
+    assert run(*command, *options[:-2], "--state", second, "--force") == 0
     np.testing.assert_array_equal(
         read(out)[0]["indices"], method.select(grads, data["labels"]).indices.numpy()
     )
@@ -437,7 +440,7 @@ def test_no_stop_takes_all(features: Path, tmp_path: Path) -> None:
     options = ("select", "simcore", "--features", features, "--target", features, "-o", out, "-k", 60)
     assert run(*options, "--patience", 1, "--stop-threshold", "1") == 0
     stopped = len(read(out)[0]["indices"])
-    assert run(*options, "--no-stop") == 0
+    assert run(*options, "--no-stop", "--force") == 0
     assert sorted(read(out)[0]["indices"]) == list(range(60))
     assert stopped < 60 or read(out)[1]["rounds"] == 1
 
@@ -457,12 +460,12 @@ def test_npz_key(features: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
 
 
-def test_output_replaces_an_older_one_with_the_umask_s_permissions(features: Path, tmp_path: Path) -> None:
+def test_an_output_has_the_umask_s_permissions(features: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     out.write_text("old")
     before = os.umask(0o027)
     try:
-        assert run("select", "facility-location", "--features", features, "-k", 2, "-o", out) == 0
+        assert run("select", "facility-location", "--features", features, "-k", 2, "-o", out, "--force") == 0
     finally:
         os.umask(before)
     assert out.stat().st_mode & 0o777 == 0o640
@@ -473,7 +476,7 @@ def test_progress_draws_a_bar(features: Path, tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "out.npz"
     assert run("select", "facility-location", "--features", features, "-k", 3, "-o", out, "--progress") == 0
     assert "3" in capsys.readouterr().err
-    assert run("select", "facility-location", "--features", features, "-k", 3, "-o", out) == 0
+    assert run("select", "facility-location", "--features", features, "-k", 3, "-o", out, "--force") == 0
     assert capsys.readouterr().err == ""
 
 
@@ -609,7 +612,7 @@ def test_files_that_cannot_be_looked_at(
 ) -> None:
     """Where not even whether they exist can be asked: too long a name here, a closed folder elsewhere."""
     out, long = tmp_path / "out.npz", tmp_path / ("x" * 300 + ".npz")
-    options = ("select", "colm", "-k", 2, "--top", 2, "--gradients")
+    options = ("select", "colm", "-k", 2, "--top", 2, "--force", "--gradients")
     expect_error(capsys, "--gradients: cannot read", *options, long, "-o", out)
     expect_error(capsys, "--gradients: cannot read", *options, f"{long}:key", "-o", out)
     out.write_text("old")
@@ -629,15 +632,175 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(cli.CommandError, match="No space left"):
-        cli.write_whole((out, "--out", fill_the_disk))
+        cli.write_whole(cli.Output(out, "--out", fill_the_disk, replace=True))
     # Nor does it leave the first of two files.
     with pytest.raises(cli.CommandError, match=r"--save-state: cannot write .*No space left"):
         cli.write_whole(
-            (out, "--out", lambda stream: stream.write(b"new")),
-            (tmp_path / "state.npz", "--save-state", fill_the_disk),
+            cli.Output(out, "--out", lambda stream: stream.write(b"new"), replace=True),
+            cli.Output(tmp_path / "state.npz", "--save-state", fill_the_disk),
         )
     assert out.read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def _entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_output_that_exists_is_replaced_by_force_only(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, link, loose = (tmp_path / f"{name}.npz" for name in ("out", "link", "loose"))
+    out.write_text("old")
+    link.symlink_to(out)
+    loose.symlink_to(tmp_path / "nothing.npz")
+    before = _entries(tmp_path)
+    command = ("select", "facility-location", "--features", features, "-k", 2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fc, "facility_location", None)  # it is told before the work
+        for words, path in (
+            (f"--out: {out} exists; choose another name, or pass --force", out),
+            (
+                f"--out: {link} is a symbolic link; choose another name, or pass --force to replace the link",
+                link,
+            ),
+            (f"--out: {loose} is a symbolic link;", loose),
+        ):
+            expect_error(capsys, words, *command, "-o", path)
+    assert _entries(tmp_path) == before
+    assert out.read_text() == "old"
+
+    # A link itself gives way; what it leads to stays as it is.
+    for path in (link, loose, out):
+        assert run(*command, "-o", path, "--force") == 0
+        assert not path.is_symlink()
+        assert len(read(path)[0]["indices"]) == 2
+        assert out.read_text() == "old" if path is not out else True
+    assert _entries(tmp_path) == before
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "none"])
+@pytest.mark.parametrize("kind", ["file", "symbolic link"])
+def test_an_output_that_appears_meanwhile_stays(
+    kind: str,
+    links: bool,
+    features: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also in the moment after the last look."""
+    out, other = tmp_path / "out.npz", tmp_path / "other"
+    other.write_text("of another")
+    original = os.link
+
+    def late(source: Path, target: Path) -> None:
+        if kind == "file":
+            out.write_text("of another")
+        else:
+            out.symlink_to(other)
+        if not links:
+            raise PermissionError(1, "Operation not permitted")
+        original(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    before = _entries(tmp_path)
+    expect_error(
+        capsys,
+        f"--out: {out} exists",
+        "select",
+        "facility-location",
+        "--features",
+        features,
+        "-k",
+        2,
+        "-o",
+        out,
+    )
+    assert other.read_text() == out.read_text() == "of another"
+    assert _entries(tmp_path) == sorted([*before, "out.npz"])
+
+
+def test_no_hard_links(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    out = tmp_path / "out.npz"
+    assert run("select", "facility-location", "--features", features, "-k", 2, "-o", out) == 0
+    assert len(read(out)[0]["indices"]) == 2
+    assert _entries(tmp_path) == ["out.npz", "x.npy"]
+
+
+def test_nothing_is_written_where_one_output_of_two_exists(
+    batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, state = tmp_path / "out.npz", tmp_path / "state.npz"
+    command = (
+        "select",
+        "colm",
+        "--gradients",
+        f"{batches}:g0",
+        "-k",
+        4,
+        "--top",
+        9,
+        "-o",
+        out,
+        "--save-state",
+        state,
+    )
+    state.write_text("old")
+    expect_error(capsys, f"--save-state: {state} exists", *command)
+    original = cli._savez
+
+    def appear(contents: dict, stream: object) -> None:
+        state.write_text("old")
+        original(contents, stream)
+
+    state.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "_savez", appear)
+        expect_error(capsys, f"--save-state: {state} exists", *command)
+    assert state.read_text() == "old"
+    assert _entries(tmp_path) == ["b.npz", "state.npz"]
+    assert run(*command, "--force") == 0
+
+
+def test_a_state_goes_on_in_its_place(
+    batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state that is read may be replaced by the next one, under whatever spelling of its name, but not through links."""
+    state, other, link = (tmp_path / f"{name}.npz" for name in ("state", "other", "link"))
+    command = ("select", "colm", "--gradients", f"{batches}:g0", "-k", 4, "--top", 9)
+    assert run(*command, "-o", tmp_path / "1.npz", "--save-state", state) == 0
+    first = int(np.load(state)["step"])
+    monkeypatch.chdir(tmp_path)
+    assert run(*command, "-o", tmp_path / "2.npz", "--state", state, "--save-state", "state.npz") == 0
+    assert int(np.load(state)["step"]) == first + 1
+    capsys.readouterr()
+    link.symlink_to(state)
+    other.write_bytes(state.read_bytes())
+    for words, names in (
+        (f"--save-state: {other} exists", ("--state", state, "--save-state", other)),
+        (f"--save-state: {link} is a symbolic link", ("--state", link, "--save-state", link)),
+        (f"--save-state: {link} is a symbolic link", ("--state", state, "--save-state", link)),
+    ):
+        expect_error(capsys, words, *command, "-o", tmp_path / "3.npz", *names)
+    assert run(*command, "-o", tmp_path / "3.npz", "--state", link, "--save-state", link, "--force") == 0
+    assert int(np.load(state)["step"]) == first + 1
+    assert int(np.load(link)["step"]) == first + 2
+    assert not link.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["demo.png", "demo-ccs.png", "demo-colm.png", "demo-autocoreset.png"])
+def test_the_demo_replaces_no_picture(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text("old")
+    expect_error(capsys, f"--out: {tmp_path / name} exists", "demo", "--out", tmp_path / "demo.png")
+    assert _entries(tmp_path) == [name]
 
 
 def test_warnings_are_one_line(

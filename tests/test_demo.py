@@ -312,5 +312,5 @@ def test_command(
     second = pictures[2]
     second.unlink()
     second.mkdir()
-    assert cli.main(["demo", "--out", str(first)]) == 2
+    assert cli.main(["demo", "--out", str(first), "--force"]) == 2
     assert capsys.readouterr() == ("", f"flashcoreset: --out: {second} exists and is not a regular file\n")

@@ -4,8 +4,8 @@ caller can get wrong.
 
 from __future__ import annotations
 
-import builtins
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -401,14 +401,8 @@ def test_sinkhorn_needs_no_pot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """Makes the import of `package` fail."""
-    real = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name.partition(".")[0] == package:
-            raise ImportError(f"No module named {name!r}")
-        return real(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 GOOD = np.arange(12, dtype=np.float32).reshape(6, 2)

@@ -434,6 +434,340 @@ def test_other_uses_of_earlier_layers_take_whole_passes(options: dict[str, Any])
         torch.testing.assert_close(coefficients, expected.coefficients, rtol=0, atol=1e-10)
 
 
+# ---- which loss, and which entries have rows
+
+KINDS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
+    "causal": ("LlamaConfig", "LlamaForCausalLM", {}, True),
+    "masked": ("BertConfig", "BertForMaskedLM", {}, False),
+    "masked, other": ("RobertaConfig", "RobertaForMaskedLM", {"pad_token_id": 0}, False),
+    "bert that generates": ("BertConfig", "BertLMHeadModel", {"is_decoder": True}, True),
+    "seq2seq": ("T5Config", "T5ForConditionalGeneration", {"decoder_start_token_id": 0, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}, False),
+    "seq2seq, other": ("BartConfig", "BartForConditionalGeneration", {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0, "decoder_start_token_id": 2}, False),
+    "texts": ("BertConfig", "BertForSequenceClassification", {"num_labels": 5}, False),
+    "texts by a decoder": ("LlamaConfig", "LlamaForSequenceClassification", {"num_labels": 5, "pad_token_id": 0}, False),
+    "tokens": ("BertConfig", "BertForTokenClassification", {"num_labels": 5}, False),
+    "images": ("ViTConfig", "ViTForImageClassification", {"num_labels": 5, "image_size": 8, "patch_size": 4}, False),
+}  # fmt: skip
+
+
+def model_of_kind(kind: str) -> Any:
+    import transformers
+
+    config_class, model_class, options, _ = KINDS[kind]
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if kind == "seq2seq":
+        sizes = {"vocab_size": VOCABULARY}
+    if kind == "seq2seq, other":
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 32,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, model_class)(
+            getattr(transformers, config_class)(**{**sizes, **options})
+        )
+        for parameter in model.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model.double().train()
+
+
+def batch_of_kind(kind: str) -> dict[str, Tensor]:
+    data, generator = batch(), torch.Generator().manual_seed(4)
+    if kind.startswith("masked"):  # some tokens are hidden, and these alone are to be found
+        hidden = (torch.rand(data["labels"].shape, generator=generator) < 0.4) & (data["labels"] != -100)
+        hidden[:, 0] = True
+        data["labels"] = data["labels"].masked_fill(~hidden, -100)
+        data["input_ids"] = data["input_ids"].masked_fill(hidden, 3)
+    elif kind.startswith("seq2seq"):
+        data["labels"] = torch.randint(3, VOCABULARY, (ROWS, 5), generator=generator)
+        data["labels"][1, 3:] = -100
+    elif kind == "tokens":
+        data["labels"] = torch.where(data["labels"] == -100, -100, data["labels"] % 5)
+    elif kind.startswith("texts"):
+        data["labels"] = torch.arange(ROWS) % 5
+    elif kind == "images":
+        pixels = torch.randn(ROWS, 3, 8, 8, generator=generator, dtype=torch.float64)
+        data = {"pixel_values": pixels, "labels": torch.arange(ROWS) % 5}
+    return data
+
+
+@pytest.mark.parametrize("batch_size", [None, 4], ids=["all rows", "4 rows"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_the_models_own(kind: str, batch_size: int | None) -> None:
+    """Of each row alone, by the model itself."""
+    model, data = model_of_kind(kind), batch_of_kind(kind)
+    selector = BatchSelector(model, eps=1e-2, batch_size=batch_size)
+    found = selector.gradients(data)
+    assert selector.shift_labels is KINDS[kind][3]
+
+    def losses() -> Tensor:
+        rows = [{name: value[i : i + 1] for name, value in data.items()} for i in range(ROWS)]
+        return torch.stack([model(**row).loss for row in rows]).double()
+
+    model.eval()
+    expected = fc.zeroth_order_gradients(losses, [selector.parameter], eps=1e-2)
+    assert expected.coefficients.abs().min() > 1e-4
+    # Some models compute their own loss in float32.
+    torch.testing.assert_close(found.coefficients, expected.coefficients, rtol=1e-3, atol=1e-4)
+
+
+def test_masked_tokens_in_float32_and_by_tuples() -> None:
+    model = model_of_kind("masked").float()
+    model.config.return_dict = False
+    selector = BatchSelector(model)
+    selector.gradients(batch_of_kind("masked"))
+    assert selector.shift_labels is False
+
+
+class OtherLoss(Decoder):
+    """A decoder with a loss of its own: `loss` of the logits and the labels."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = super().forward(input_ids)
+        return SimpleNamespace(logits=logits, loss=None if labels is None else self.loss(logits, labels))
+
+
+def unmasked(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in data.items() if name != "attention_mask"}
+
+
+def test_a_loss_of_another_kind_is_refused() -> None:
+    def focal(logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+        return (losses.square()).mean()
+
+    model = OtherLoss(focal)
+    with pytest.raises(
+        ValueError,
+        match=r"the loss of OtherLoss must be the mean cross-entropy .* shift_labels=True or False",
+    ):
+        BatchSelector(model).gradients(unmasked(batch()))
+    found = BatchSelector(model, shift_labels=True).gradients(unmasked(batch()))
+    assert found.coefficients.abs().min() > 0
+
+
+def test_models_without_a_loss_tell_by_their_labels() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Decoder()
+    data = unmasked(batch())
+    following = torch.full_like(data["labels"], -100)
+    following[:, :-1] = data["labels"][:, 1:]
+    expected = BatchSelector(model, shift_labels=True).gradients(data).coefficients
+    for labels, shifted in ((data["labels"], True), (following, False)):
+        selector = BatchSelector(model)
+        found = selector.gradients({**data, "labels": labels}).coefficients
+        assert selector.shift_labels is shifted
+        torch.testing.assert_close(found, expected)
+    other = {
+        **data,
+        "labels": (data["labels"] + 1).clamp(max=VOCABULARY - 1).masked_fill(data["labels"] < 0, -100),
+    }
+    for labels in (other["labels"], torch.ones_like(other["labels"])):
+        with pytest.raises(
+            ValueError, match="whether Decoder predicts the token itself or the next one cannot be told"
+        ):
+            BatchSelector(model).gradients({"input_ids": torch.ones_like(labels), "labels": labels})
+
+
+def test_equal_losses_in_both_senses() -> None:
+    """A head of zeros has the loss log C whatever the labels are: then the labels tell."""
+    model = language_model("llama")
+    model.lm_head.weight.data.zero_()
+    selector = BatchSelector(model)
+    selector.gradients(batch())
+    assert selector.shift_labels is True
+
+
+class Biased(Decoder):
+    """Attends by a bias [heads, T, T], and takes a vector, scalars and lists too."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.scales = nn.Parameter(torch.linspace(1, 2, heads, dtype=torch.float64))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        bias: Tensor | None = None,
+        place: Tensor | None = None,
+        task: Tensor | None = None,
+        names: Any = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        x = self.embedding(input_ids) * scale
+        if bias is not None:
+            weights = torch.softmax(bias * self.scales[:, None, None], -1)  # fails, or broadcasts, if cut
+            x = x + torch.einsum("hst,btd->bsd", weights.tril(), x) / len(weights)
+        if place is not None:
+            x = x + place[:, None].cos()
+        if task is not None:
+            x = x * (1 + task[:, None, None])
+        if names is not None:
+            x = x * torch.tensor([1.0 + len(name) for name in names])[:, None, None]
+        for block in self.blocks:
+            x = block(x, 1.0)
+        return self.head(x)
+
+
+def biased(heads: int = ROWS) -> Biased:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Biased(heads).double()
+
+
+def extra_entries() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "bias": torch.randn(ROWS, LENGTH, LENGTH, generator=generator, dtype=torch.float64),
+        "place": torch.arange(LENGTH) * 0.3,
+        "task": torch.rand(ROWS, generator=generator, dtype=torch.float64),
+        "names": ["a", "bc", "def", "g", "", "hi"],
+        "scale": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["bias"], ["task"], ["place"], ["names"], ["bias", "place", "task", "names", "scale"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_what_has_rows_is_found_out(names: list[str], batch_size: int) -> None:
+    data = {**unmasked(batch()), **{name: extra_entries()[name] for name in names}}
+    expected = BatchSelector(biased()).gradients(data).coefficients
+    selector = BatchSelector(biased(), batch_size=batch_size)
+    for _ in range(2):
+        torch.testing.assert_close(selector.gradients(data).coefficients, expected, rtol=0, atol=1e-9)
+    with_rows = {"input_ids", "labels", "task", "names"} & data.keys()
+    named = BatchSelector(biased(), batch_size=batch_size, batch_keys=with_rows).gradients(data)
+    assert torch.equal(named.coefficients, selector.gradients(data).coefficients)
+
+
+def test_as_many_tokens_as_rows() -> None:
+    """Vectors of the sequence beside vectors of the batch."""
+    data = {
+        **unmasked(batch(ROWS, ROWS)),
+        "place": torch.arange(ROWS) * 0.3,
+        "task": torch.rand(ROWS).double(),
+    }
+    data["labels"] = data["labels"].clamp(min=0)
+    data["labels"][0, -1] = -100
+    expected = BatchSelector(biased(), shift_labels=True).gradients(data).coefficients
+    found = BatchSelector(biased(), shift_labels=True, batch_size=2).gradients(data).coefficients
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_what_stays_open_is_refused_by_name() -> None:
+    data = {
+        **unmasked(batch()),
+        "bias": torch.zeros(ROWS, LENGTH, LENGTH, dtype=torch.float64),
+        "task": extra_entries()["task"],
+    }
+    alone = biased(1)  # of one head, so that a bias of zeros may be cut as well
+    with pytest.raises(
+        ValueError,
+        match=r"whether batch\['bias'\] \(shape \(6, 9, 9\)\) has a row for each sample cannot be told .*batch_keys=",
+    ):
+        BatchSelector(alone, batch_size=1).gradients(data)
+    named = BatchSelector(alone, batch_size=1, batch_keys=["input_ids", "task"]).gradients(data)
+    expected = BatchSelector(alone).gradients(data)
+    torch.testing.assert_close(named.coefficients, expected.coefficients, rtol=0, atol=1e-9)
+
+
+class Pictures(Decoder):
+    """Takes the patches of all pictures one after the other, as many for each row as it has tokens 0."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        places = input_ids == 0
+        if int(places.sum()) != len(pixel_values):
+            raise ValueError("image features and image tokens do not match")
+        x = x.masked_scatter(places[..., None], pixel_values)
+        for block in self.blocks:
+            x = block(x, 1.0)
+        return self.head(x)
+
+
+def test_pictures_beside_rows() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Pictures().double()
+    tokens = torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(2 * ROWS, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one_each, unequal = tokens.clone(), tokens.clone()
+    one_each[:, 1] = 0
+    unequal[:3, 1:3] = 0
+    data = {"input_ids": one_each, "labels": one_each, "pixel_values": pixels[:ROWS]}
+    expected = BatchSelector(model).gradients(data).coefficients
+    selector = BatchSelector(model, batch_size=2)
+    torch.testing.assert_close(selector.gradients(data).coefficients, expected, rtol=0, atol=1e-9)
+    # As many pictures as rows, but not one for each: the model itself sees it.
+    with pytest.raises(ValueError, match="image features and image tokens do not match"):
+        selector.gradients({"input_ids": unequal, "labels": unequal, "pixel_values": pixels[:ROWS]})
+    # A later batch with others.
+    two_each = one_each.clone()
+    two_each[:, 2] = 0
+    data = {"input_ids": two_each, "labels": two_each, "pixel_values": pixels}
+    with pytest.raises(
+        ValueError, match=r"batch\['pixel_values'\] must have 6 rows, as the labels have, got shape \(12, 8\)"
+    ):
+        selector.gradients(data)
+    with pytest.raises(
+        ValueError,
+        match=r"whether batch\['input_ids'\].*batch\['pixel_values'\] \(shape \(12, 8\)\).*batch_size=None",
+    ):
+        BatchSelector(model, batch_size=2).gradients(data)
+    assert BatchSelector(model).gradients(data).coefficients.shape == (ROWS, 1)
+
+
+class TimeFirst(Decoder):
+    """Takes a matrix [T, B]."""
+
+    def forward(self, input_ids: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(input_ids) * weights.T[..., None]
+
+
+@pytest.mark.parametrize("length", [LENGTH, ROWS])
+def test_rows_in_another_dimension_are_refused(length: int) -> None:
+    data = unmasked(batch(ROWS, length))
+    data["weights"] = torch.rand(length, ROWS, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"whether .*batch\['weights'\] .* batch_size=None"):
+        BatchSelector(TimeFirst(), batch_size=2).gradients(data)
+    assert BatchSelector(TimeFirst()).gradients(data).coefficients.shape == (ROWS, 1)
+
+
+def test_documented_entries_need_no_question() -> None:
+    """The first batch runs no whole pass, which might not fit into memory."""
+    model, sizes = language_model("llama"), []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    positions = torch.arange(LENGTH)[None]
+    selector = BatchSelector(model, batch_size=2)
+    selector.gradients({**batch(), "position_ids": positions})
+    assert set(sizes) == {2}
+    sizes.clear()
+    selector.gradients({**batch(), "position_ids": positions.expand(ROWS, -1)})
+    assert sizes == [2] * (2 * ROWS // 2)  # later batches run two passes of each part
+
+
 # ---- selecting, and going on later
 
 
@@ -515,10 +849,6 @@ class Fused(nn.Module):
         self.layers = nn.ModuleList([nn.ModuleDict({"qkv_proj": nn.Linear(4, 12)})])
 
 
-class Translator(Decoder):
-    config = SimpleNamespace(is_encoder_decoder=True)
-
-
 def test_bad_models() -> None:
     class Plain(nn.Module):
         def __init__(self, kind: str) -> None:
@@ -527,7 +857,6 @@ def test_bad_models() -> None:
 
     for arguments, options, error, message in (
         ((3,), {}, TypeError, "model must be a torch.nn.Module, got int"),
-        ((Translator(),), {}, ValueError, "must be a decoder, .* got the encoder-decoder Translator"),
         ((Plain("linear"),), {}, ValueError, "nn.ModuleList.*named v_proj, value.*c_attn, .*Plain has no nn.ModuleList"),
         ((Plain("list"),), {}, ValueError, r"Plain has the lists kind \(1 of Linear\); name the parameter"),
         ((Fused(),), {}, ValueError, "layers.0.qkv_proj.weight is known for the model_type phi3, got None"),
@@ -543,6 +872,9 @@ def test_bad_models() -> None:
         ((Decoder(),), {"resample": 1}, TypeError, "resample must be a bool, got 1"),
         ((Decoder(),), {"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
         ((Decoder(),), {"batch_size": 1.5}, TypeError, "batch_size must be an int"),
+        ((Decoder(),), {"shift_labels": 1}, TypeError, "shift_labels must be a bool or None, got 1"),
+        ((Decoder(),), {"batch_keys": "task"}, TypeError, "batch_keys must be several names or None, got 'task'"),
+        ((Decoder(),), {"batch_keys": [3]}, TypeError, r"batch_keys\[0\] must be a str, got int"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             BatchSelector(*arguments, **options)
@@ -557,8 +889,9 @@ def test_bad_batches() -> None:
         ({"input_ids": tokens, "labels": tokens.float()}, TypeError, "must be an integer tensor, got torch.float32"),
         ({"input_ids": tokens, "labels": tokens > 0}, TypeError, "must be an integer tensor, got torch.bool"),
         ({"input_ids": tokens, "labels": [1]}, TypeError, "must be an integer tensor, got list"),
-        ({"input_ids": tokens, "labels": tokens[:, 0]}, ValueError, r"\[B, T\] with T >= 2, got \(2,\)"),
-        ({"input_ids": tokens, "labels": tokens[:, :1]}, ValueError, r"T >= 2, got \(2, 1\)"),
+        ({"input_ids": tokens, "labels": tokens[:, 0]}, ValueError, r"logits must have shape \[2, 'C'\].*got \(2, 3, 41\)"),
+        ({"input_ids": tokens, "labels": tokens[0, 0]}, ValueError, r"\[B, T\] with T >= 2, or \[B\], got \(\)"),
+        ({"input_ids": tokens, "labels": tokens[:, :1]}, ValueError, r"T >= 2, or \[B\], got \(2, 1\)"),
         ({"input_ids": tokens, "labels": tokens[:, :2]}, ValueError, r"logits must have shape \[2, 2, 'C'\].*got \(2, 3, 41\)"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):

@@ -180,7 +180,7 @@ def test_misuse_is_an_error() -> None:
         order.finish()
     with pytest.raises(ValueError, match="no pass is finished"):
         order.rounds(1, 1)
-    with pytest.raises(ValueError, match="length: expected a number >= 1"):
+    with pytest.raises(ValueError, match="length: expected an integer >= 1"):
         order.begin(0)
     order.begin(5)
     with pytest.raises(ValueError, match="x: expected 3 columns, got 4"):
@@ -202,7 +202,7 @@ def test_misuse_is_an_error() -> None:
     fed_similarities.begin(1)
     with pytest.raises(ValueError, match="without centroids"):
         fed_similarities.update(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="lists: expected a number >= 1"):
+    with pytest.raises(ValueError, match=r"lists: expected an integer in \[1, "):
         NearestOrder.of_similarities(0)
     with pytest.raises(ValueError, match="dtype: expected float32 or float64"):
         NearestOrder.of_similarities(3, torch.float16)

@@ -17,7 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import flashcoreset as fc
 
@@ -41,6 +50,7 @@ def brute_force(
 ) -> tuple[list[list[int]], list[float], int]:
     """The rounds kept, whole (a last round that passes k is not cut), their values, and the limit."""
     openset, target = unit(openset.astype(np.float64)), unit(target.astype(np.float64))
+    target = np.array(list(dict.fromkeys(map(tuple, np.round(target, 12) + 0.0))))
     if len(target) <= n_clusters:
         centroids = target
     else:
@@ -181,7 +191,7 @@ def test_a_round_by_hand(backend: str) -> None:
 
 def test_limit_without_k_is_fifty_times_the_target() -> None:
     openset = np.ones((200, 2), dtype=np.float32)
-    coreset = fc.simcore(openset, openset[:3])
+    coreset = fc.simcore(openset, np.array([[1, 1], [1, 2], [2, 2], [1, 3], [1, 2]], dtype=np.float32))
     assert coreset.indices.tolist() == list(range(150))
     assert coreset.info["k"] == 150
     assert coreset.info["stopped"] == "k"
@@ -214,11 +224,38 @@ def test_result_does_not_depend_on_threads() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_duplicate_target_points_are_no_warning(backend: str) -> None:
-    openset, target = data(50, 4, 3)
-    target = np.repeat(target, 10, axis=0)
-    coreset = fc.simcore(openset, target, 20, n_clusters=10, stop=False, backend=backend)
-    assert len(set(coreset.indices.tolist())) == 20
+@pytest.mark.parametrize("n_clusters", [3, 9, 50, 200])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_repeated_target_rows_change_nothing(backend: str, n_clusters: int, dtype: type) -> None:
+    """With more clusters than distinct rows, fewer, and as many; in any order where each point is a centroid of its own."""
+    openset, target = data(2000, 9, 6, dtype=dtype)
+    options: dict[str, Any] = {"n_clusters": n_clusters, "backend": backend}
+    once = fc.simcore(openset, target, **options)
+    assert len(once.info["centroids"]) == min(n_clusters, 9)
+    repeated = [np.tile(target, (20, 1)), np.repeat(target, 3, axis=0)]
+    if n_clusters >= 9:
+        repeated += [target[[0, 1, 1, 2, 3, 4, 5, 1, 6, 7, 8, 8]], np.concatenate([target, 4 * target[::-1]])]
+    for again in repeated:
+        coreset = fc.simcore(openset, again, **options)
+        assert torch.equal(coreset.indices, once.indices)
+        assert coreset.info["values"] == once.info["values"]
+        assert coreset.info["k"] == once.info["k"] == 450
+        assert torch.equal(coreset.info["centroids"], once.info["centroids"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_some_repeated_rows_pull_their_centroid(backend: str) -> None:
+    """A point counts in k-means as often as it appears: the mean of 3 times one and once the other."""
+    openset, _ = data(50, 4, 2)
+    target = np.array([[1, 0], [0, 1], [1, 0], [1, 0]], dtype=np.float32)
+    coreset = fc.simcore(openset, target, 20, n_clusters=1, stop=False, backend=backend)
+    expected = np.array([[3, 1]]) / np.sqrt(10)
+    np.testing.assert_allclose(coreset.info["centroids"].numpy(), expected, rtol=1e-6)
+
+
+def test_zero_rows_of_either_sign_are_one_point() -> None:
+    target = torch.tensor([[0.0, -0.0], [-0.0, 0.0], [1.0, -0.0], [2.0, 0.0]])
+    assert fc.simcore(torch.eye(2), target, 1).info["centroids"].tolist() == [[0, 0], [1, 0]]
 
 
 # --- the open set in pieces -----------------------------------------------------------------------
@@ -286,6 +323,63 @@ def test_readings_that_differ_are_an_error() -> None:
         fc.simcore(shrinking(iter([500, 499])), target, **arguments)
     with pytest.raises(ValueError, match="had 400 rows in its first reading, and has more in reading 2"):
         fc.simcore(shrinking(iter([400, 500])), target, **arguments)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.eye(12))
+
+
+class OwnOrder(BatchSampler):
+    """May give any order."""
+
+
+ROWS = TensorDataset(torch.eye(12))
+REFUSED: dict[str, tuple[DataLoader, str]] = {
+    "shuffle": (DataLoader(ROWS, 3, shuffle=True), "its sampler is a RandomSampler.*shuffle=False and no sampler"),
+    "shuffle, no batches": (DataLoader(ROWS, None, shuffle=True), "its sampler is a RandomSampler"),
+    "some of the rows": (DataLoader(ROWS, 3, sampler=SubsetRandomSampler(range(4))), "its sampler is a SubsetRandomSampler"),
+    "weights": (DataLoader(ROWS, 3, sampler=WeightedRandomSampler([1.0] * 12, 5)), "its sampler is a WeightedRandomSampler"),
+    "batches of a shuffle": (
+        DataLoader(ROWS, batch_sampler=BatchSampler(RandomSampler(ROWS), 3, False)), "its sampler is a RandomSampler",
+    ),
+    "batches of another kind": (
+        DataLoader(ROWS, batch_sampler=OwnOrder(SequentialSampler(ROWS), 3, False)), "its batch_sampler is a OwnOrder.*batch_size",
+    ),
+    "lists": (DataLoader(ROWS, batch_sampler=[[3, 1], [0]]), "its batch_sampler is a list"),
+    "drop_last": (DataLoader(ROWS, 5, drop_last=True), "drop_last=True leaves rows out.*drop_last=False"),
+    "drop_last of batches": (
+        DataLoader(ROWS, batch_sampler=BatchSampler(SequentialSampler(ROWS), 5, True)), "drop_last=True leaves rows out",
+    ),
+    "drop_last of a stream": (DataLoader(Stream(), 3, drop_last=True), "drop_last=True leaves rows out"),
+    "workers of a stream": (DataLoader(Stream(), 3, num_workers=2), "its 2 workers read an IterableDataset side by side.*num_workers=0"),
+    "in any order": (DataLoader(ROWS, 3, num_workers=2, in_order=False), "in_order=False takes batches as workers finish"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_loaders_that_lose_the_order_are_refused(case: str) -> None:
+    loader, words = REFUSED[case]
+    with pytest.raises(
+        ValueError, match=rf"^openset must be a DataLoader that gives every row .*but {words}"
+    ):
+        fc.simcore(loader, np.eye(12, dtype=np.float32), 3)
+    with pytest.raises(ValueError, match=r"^openset\(\) must be a DataLoader that gives every row"):
+        fc.simcore(lambda: loader, np.eye(12, dtype=np.float32), 3)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(ROWS, 5), DataLoader(ROWS, 4, drop_last=True), DataLoader(Stream(), 5), DataLoader(Stream(), 5, num_workers=1),
+        DataLoader(ROWS, batch_sampler=BatchSampler(SequentialSampler(ROWS), 5, False)), DataLoader(ROWS, 5, num_workers=2),
+        DataLoader([torch.eye(12)[:5], torch.eye(12)[5:]], None),
+    ],
+    ids=["plain", "nothing dropped", "stream", "one worker", "batches", "workers", "no batches"],
+)  # fmt: skip
+def test_loaders_in_order(loader: DataLoader) -> None:
+    target = np.eye(12, dtype=np.float32)[[7, 2, 11]]
+    assert fc.simcore(loader, target, 3, stop=False).indices.tolist() == [7, 2, 11]
 
 
 def anonymous_memory() -> int:

@@ -11,7 +11,7 @@ Metric metric_from_name(const std::string& name) {
   throw py::value_error("metric: expected cosine, dot, euclidean, sqeuclidean or l1, got '" + name + "'");
 }
 
-Projection projection_from(const std::string& kind, int64_t seed, int64_t offset, int64_t nnz, int64_t rows,
+Projection projection_from(const std::string& kind, Integer seed, Integer offset, Integer nnz, int64_t rows,
                            int64_t dim) {
   static constexpr const char* kKinds[] = {"rademacher", "gaussian", "sjlt", "srht"};
   Projection result;
@@ -19,16 +19,11 @@ Projection projection_from(const std::string& kind, int64_t seed, int64_t offset
   while (number < 4 && kind != kKinds[number]) ++number;
   if (number == 4) throw py::value_error("kind: expected rademacher, gaussian, sjlt or srht, got " + kind);
   result.kind = static_cast<SketchKind>(number);
-  result.seed = static_cast<uint64_t>(seed);
-  result.offset = offset;
-  result.nnz = nnz;
   if (dim < 1 || dim > int64_t{1} << 31)
     throw py::value_error("out: expected 1 to 2^31 columns, got " + std::to_string(dim));
-  if (offset < 0 || rows > INT64_MAX - offset)
-    throw py::value_error("offset: expected a number >= 0 whose sum with the rows fits in 64 bits, got " +
-                          std::to_string(offset));
-  if (nnz < 1 || nnz > dim)
-    throw py::value_error("nnz: expected 1 to " + std::to_string(dim) + ", got " + std::to_string(nnz));
+  result.seed = seed.seed();
+  result.offset = offset.in("offset", 0, INT64_MAX - rows);
+  result.nnz = nnz.in("nnz", 1, dim);
   return result;
 }
 

@@ -7,6 +7,7 @@
 #include <functional>
 #include <string>
 
+#include "bindings/arguments.h"
 #include "core/metric.h"
 #include "core/projection.h"
 #include "core/threads.h"
@@ -19,7 +20,7 @@ namespace py = pybind11;
 Metric metric_from_name(const std::string& name);
 
 // Raises ValueError unless the matrix [rows, dim] is one that there is.
-Projection projection_from(const std::string& kind, int64_t seed, int64_t offset, int64_t nnz, int64_t rows,
+Projection projection_from(const std::string& kind, Integer seed, Integer offset, Integer nnz, int64_t rows,
                            int64_t dim);
 
 // For ThreadTeam: whether a signal handler (Ctrl-C) raised. Takes the GIL for the question; the exception

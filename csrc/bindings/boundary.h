@@ -8,12 +8,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <type_traits>
 #include <utility>
 
+#include "core/checked.h"
 #include "core/dlpack.h"
 #include "core/half.h"
 #include "core/tensor_view.h"
@@ -289,8 +291,13 @@ class ArrayArgument {
       }
       fits = fits && !__builtin_mul_overflow(elements, item_size(), &bytes);
     }
+    // Broadcast or empty arrays may claim any size, and none of them takes memory.
+    for (int axis = 0; axis < t.ndim; ++axis) elements = std::max(elements, t.shape[axis]);
     if (!fits || t.byte_offset > static_cast<uint64_t>(INT64_MAX))
       throw py::value_error(prefix() + "expected an array whose byte offsets fit in 64 bits, got shape " +
+                            listed(t.shape));
+    if (elements > kMostElements)
+      throw py::value_error(prefix() + "expected an array of at most 2^48 elements, got shape " +
                             listed(t.shape));
     if (empty) {
       data_ = nullptr;

@@ -27,12 +27,12 @@ int64_t write(const WeightedRows& found, const TensorView<int64_t, 1>& rows,
 // A reduction whose rows are elsewhere.
 class PyReduction {
  public:
-  PyReduction(py::object centre_array, double shrink) : moments_(0) {
+  PyReduction(py::object centre_array, Real shrink) : moments_(0) {
     const ArrayArgument centre(centre_array, "centre");
     const auto values = centre.input<double, 1>();
     moments_ = Moments(values.size());
     for (int64_t j = 0; j < moments_.d(); ++j) moments_.centre[j] = values(j);
-    moments_.shrink = shrink;
+    moments_.shrink = shrink.positive("shrink");
     if (moments_.d() == 0) throw py::value_error("centre: expected at least 1 number");
   }
 
@@ -58,7 +58,8 @@ class PyReduction {
     return fc::move_to_mean(moments_, sums.output<double, 2>());
   }
 
-  void factors(py::object sums_array, py::object out_array, int threads) const {
+  void factors(py::object sums_array, py::object out_array, Integer threads_number) const {
+    const int threads = threads_number.threads();
     const ArrayArgument sums(sums_array, "sums"), out(out_array, "out");
     const auto runs = runs_of(sums);
     const auto result = out.output<double, 1>();
@@ -72,7 +73,8 @@ class PyReduction {
   }
 
   int64_t rest(py::object x_array, py::object weights_array, py::object indices_array,
-               py::object new_weights_array, int threads) const {
+               py::object new_weights_array, Integer threads_number) const {
+    const int threads = threads_number.threads();
     const ArrayArgument x(x_array, "x"), weights(weights_array, "weights"), indices(indices_array, "indices"),
         new_weights(new_weights_array, "new_weights");
     const auto rows = indices.output<int64_t, 1>();
@@ -93,7 +95,9 @@ class PyReduction {
     });
   }
 
-  void correct(py::object x_array, py::object weights_array, py::object sums_array, int threads) const {
+  void correct(py::object x_array, py::object weights_array, py::object sums_array,
+               Integer threads_number) const {
+    const int threads = threads_number.threads();
     const ArrayArgument x(x_array, "x"), weights(weights_array, "weights"), sums(sums_array, "sums");
     const auto w = weights.output<double, 1>();
     const auto all = sums.input<double, 1>();
@@ -146,8 +150,11 @@ class PyReduction {
 // The rows of a max_size, piece by piece.
 class PySampler {
  public:
-  PySampler(const PyReduction& reduction, py::object weights_array, int64_t goal, int threads)
-      : weights_(weights_array, "weights"), d_(reduction.moments().d()), team_(threads, signal_poll()) {
+  PySampler(const PyReduction& reduction, py::object weights_array, Integer goal_number, Integer threads)
+      : weights_(weights_array, "weights"),
+        d_(reduction.moments().d()),
+        team_(threads.threads(), signal_poll()) {
+    const int64_t goal = goal_number.in("goal", 1);
     const auto w = weights_.output<double, 1>();
     count_ = w.size();
     for (int64_t i = 0; i < count_; ++i) {
@@ -156,7 +163,6 @@ class PySampler {
       }
     }
     reduction.require_total();
-    if (goal < 1) throw py::value_error("goal: expected at least 1");
     moments_ = std::make_unique<Moments>(reduction.moments());
     sampler_ = std::make_unique<Sampler>(*moments_, w, goal, team_);
   }
@@ -206,8 +212,11 @@ class PySampler {
 void bind_caratheodory(py::module_& m) {
   m.def(
       "caratheodory",
-      [](py::object x_array, py::object weights_array, int64_t max_size, py::object indices_array,
-         py::object new_weights_array, int threads, bool one_scale) {
+      [](py::object x_array, py::object weights_array, Integer max_size_number, py::object indices_array,
+         py::object new_weights_array, Integer threads_number, Flag one_scale_flag) {
+        const int64_t max_size = max_size_number.in("max_size", 0);
+        const int threads = threads_number.threads();
+        const bool one_scale = one_scale_flag.on("one_scale");
         const ArrayArgument x(x_array, "x"), indices(indices_array, "indices"),
             new_weights(new_weights_array, "new_weights");
         const auto out = indices.output<int64_t, 1>();
@@ -218,7 +227,6 @@ void bind_caratheodory(py::module_& m) {
           const auto points = x.input<X, 2>();
           const int64_t n = points.shape[0], d = points.shape[1];
           if (n == 0 || d == 0) throw py::value_error("x: expected at least 1 row and 1 column");
-          if (max_size < 0) throw py::value_error("max_size: expected at least 0");
           indices.require_shape({std::min(n, std::max(d + 1, max_size))});
           new_weights.require_shape({out.shape[0]});
           TensorView<const double, 1> weights{};
@@ -243,7 +251,7 @@ void bind_caratheodory(py::module_& m) {
       m, "CaratheodoryReduction", py::module_local(),
       "A reduction whose rows are elsewhere. Sums [runs, 1 + d] come from there: of w (1, "
       "shrink * x - centre) over neighbouring rows, at most most_runs of them.")
-      .def(py::init<py::object, double>(), py::arg("centre"), py::arg("shrink"))
+      .def(py::init<py::object, Real>(), py::arg("centre"), py::arg("shrink"))
       .def_property_readonly("most_runs", &PyReduction::most_runs)
       .def("centre", &PyReduction::centre, py::arg("out"), "Writes the centre [d].")
       .def("take_total", &PyReduction::take_total, py::arg("sums"),
@@ -262,8 +270,8 @@ void bind_caratheodory(py::module_& m) {
            "Adds to weights [k] of rows x [k, d] what the sums [1 + d] of all that are left are short of.");
   py::class_<PySampler>(m, "CaratheodorySampler", py::module_local(),
                         "Brings weights [n] to 0 until at most `goal` are not, given their rows in pieces.")
-      .def(py::init<const PyReduction&, py::object, int64_t, int>(), py::arg("reduction"), py::arg("weights"),
-           py::arg("goal"), py::arg("threads") = 1)
+      .def(py::init<const PyReduction&, py::object, Integer, Integer>(), py::arg("reduction"),
+           py::arg("weights"), py::arg("goal"), py::arg("threads") = 1)
       .def("push", &PySampler::push, py::arg("x"), "The next rows; whether more are wanted.")
       .def("finish", &PySampler::finish, "After the last rows.");
 }

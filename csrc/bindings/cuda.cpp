@@ -1,10 +1,7 @@
 // Python's view of the CUDA kernels: the module _cuda, or, compiled against the emulator, _cuda_emulated,
 // which takes CPU memory for device memory.
-#include <pybind11/stl.h>
-
 #include <cstddef>
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -37,14 +34,14 @@ class PyCudaFacilityLocation {
 
  public:
   PyCudaFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric,
-                         py::object weights_array, py::object preselected_array, std::optional<double> offset,
-                         uintptr_t stream) {
+                         py::object weights_array, py::object preselected_array, Real offset,
+                         Integer stream) {
     ArrayArgument& x = keep(x_array, "x");
     device_ = x.device_id();
     cuda::GreedyArguments arguments;
-    arguments.offset = offset.value_or(0);
-    arguments.find_offset = !offset.has_value();
-    arguments.trim_offset = offset.has_value();
+    arguments.find_offset = offset.given.is_none();
+    arguments.trim_offset = !arguments.find_offset;
+    arguments.offset = arguments.find_offset ? 0 : offset.finite("offset");
     arguments.poll = signal_poll();
     arguments.stream = stream_of(stream);
     dispatch_floating(x, [&](auto zero) {
@@ -92,7 +89,9 @@ class PyCudaFacilityLocation {
   PyCudaFacilityLocation(const PyCudaFacilityLocation&) = delete;
   PyCudaFacilityLocation& operator=(const PyCudaFacilityLocation&) = delete;
 
-  int64_t step(int64_t count, bool naive) {
+  int64_t step(Integer count_number, Flag naive_flag) {
+    const int64_t count = count_number.in("count", 0);
+    const bool naive = naive_flag.on("naive");
     return locked([&] { return run_->step(count, naive); });
   }
 
@@ -165,7 +164,8 @@ class PyCudaFacilityLocation {
 };
 
 void pairwise(py::object x_array, py::object y_array, py::object out_array, const std::string& metric,
-              uintptr_t stream) {
+              Integer stream_number) {
+  const cudaStream_t stream = stream_of(stream_number);
   const Metric kind = metric_from_name(metric);
   const ArrayArgument x(x_array, "x", kDevice), y(y_array, "y", kDevice), out(out_array, "out", kDevice);
   require_device(y, x.device_id());
@@ -180,7 +180,7 @@ void pairwise(py::object x_array, py::object y_array, py::object out_array, cons
       throw py::value_error("out: expected rows that are contiguous in memory");
     }
     const DeviceGuard guard(x.device_id());
-    without_gil([&] { cuda::pairwise<T>(xs, ys, kind, result, stream_of(stream)); });
+    without_gil([&] { cuda::pairwise<T>(xs, ys, kind, result, stream); });
   });
 }
 
@@ -191,7 +191,8 @@ constexpr const char* kBuiltFor = FC_CUDA_ARCHITECTURES;
 #endif
 
 // Why no device, or not this one, can be used; None if it can.
-py::object unusable(int device) {
+py::object unusable(Integer device_number) {
+  const int device = static_cast<int>(device_number.in("device", 0, INT32_MAX));
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) return py::str(cudaGetErrorString(status));
@@ -219,8 +220,7 @@ void define_cuda_module(py::module_& m) {
         "out [n, m] = similarities or distances of the rows of x [n, d] and y [m, d], on the device.");
   py::class_<PyCudaFacilityLocation>(m, "FacilityLocation", py::module_local(),
                                      "A greedy run that stays on the GPU.")
-      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, std::optional<double>,
-                    uintptr_t>(),
+      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, Real, Integer>(),
            py::arg("x"), py::arg("clients"), py::arg("metric"), py::arg("weights"), py::arg("preselected"),
            py::arg("offset"), py::arg("stream"))
       .def("step", &PyCudaFacilityLocation::step, py::arg("count"), py::arg("naive"),
@@ -250,21 +250,27 @@ PYBIND11_MODULE(_cuda_emulated, m) {
   m.def("set_schedule", &fc::emulator::set_schedule, pybind11::arg("name"));
   m.def(
       "set_device",
-      [](int count, bool cooperative_launch, bool memory_pools, bool has_code, size_t bytes,
-         int event_delay) {
+      [](fc::Integer count, fc::Flag cooperative_launch, fc::Flag memory_pools, fc::Flag has_code,
+         fc::Integer bytes, fc::Integer event_delay) {
         fc::emulator::Device device;
-        device.count = count;
-        device.cooperative_launch = cooperative_launch;
-        device.memory_pools = memory_pools;
-        device.has_code = has_code;
-        device.bytes = bytes;
-        device.event_delay = event_delay;
+        device.count = static_cast<int>(count.in("count", 0, INT32_MAX));
+        device.cooperative_launch = cooperative_launch.on("cooperative_launch");
+        device.memory_pools = memory_pools.on("memory_pools");
+        device.has_code = has_code.on("has_code");
+        device.bytes = static_cast<size_t>(bytes.in("bytes", 0));
+        device.event_delay = static_cast<int>(event_delay.in("event_delay", 0, INT32_MAX));
         fc::emulator::set_device(device);
       },
       pybind11::arg("count") = 1, pybind11::arg("cooperative_launch") = true,
       pybind11::arg("memory_pools") = true, pybind11::arg("has_code") = true,
-      pybind11::arg("bytes") = SIZE_MAX, pybind11::arg("event_delay") = 0);
-  m.def("set_current_device", [](int device) { fc::cuda::check(cudaSetDevice(device), "cudaSetDevice"); });
+      pybind11::arg("bytes") = INT64_MAX, pybind11::arg("event_delay") = 0);
+  m.def(
+      "set_current_device",
+      [](fc::Integer device) {
+        const int number = static_cast<int>(device.in("device", 0, INT32_MAX));
+        fc::cuda::check(cudaSetDevice(number), "cudaSetDevice");
+      },
+      pybind11::arg("device"));
   m.def("allocated_bytes", &fc::emulator::allocated_bytes);
   fc::define_cuda_module(m);
 }

@@ -14,13 +14,11 @@ namespace {
 struct Problem {
   ArrayArgument g, member, offset;
   py::object m, v;
-  int64_t seed;
-  py::object length;
+  Integer seed, length;
   AdamRule rule;
 
-  Problem(py::object g_array, int64_t seed, py::object length, py::object m, py::object v, double m_scale,
-          double m_step, double v_scale, double v_step, double eps, py::object member_array,
-          py::object offset_array)
+  Problem(py::object g_array, Integer seed, Integer length, py::object m, py::object v, Real m_scale,
+          Real m_step, Real v_scale, Real v_step, Real eps, py::object member_array, py::object offset_array)
       : g(g_array, "g", kDevice),
         member(member_array, "member", kDevice),
         offset(offset_array, "offset", kDevice),
@@ -28,7 +26,7 @@ struct Problem {
         v(v),
         seed(seed),
         length(length),
-        rule{!m.is_none(), m_scale, m_step, v_scale, v_step, eps} {}
+        rule(rule_from(m, m_scale, m_step, v_scale, v_step, eps)) {}
 
   int device() const { return g.device_id(); }
 
@@ -55,30 +53,30 @@ struct Problem {
 void bind_cuda_matching(py::module_& module) {
   module.def(
       "directions",
-      [](py::object out_array, int64_t seed, int64_t begin, int64_t first, uintptr_t stream) {
+      [](py::object out_array, Integer seed_number, Integer begin_number, Integer first_number,
+         Integer stream_number) {
         const ArrayArgument out(out_array, "out", kDevice);
-        if (begin < 0) throw py::value_error("begin: expected a number >= 0, got " + std::to_string(begin));
+        const uint64_t seed = seed_number.seed();
+        const cudaStream_t stream = stream_of(stream_number);
         dispatch_floating(out, [&](auto zero) {
           using T = decltype(zero);
           const auto result = out.output<T, 2>();
           if (!result.has_contiguous_rows())
             throw py::value_error("out: expected rows that are contiguous in memory");
-          if (first < 0 || first + result.rows() > int64_t{1} << 32)
-            throw py::value_error("first: expected directions in [0, 2^32), got " + std::to_string(first));
+          const DirectionsFrom from = directions_from(begin_number, first_number, result);
           const DeviceGuard guard(out.device_id());
-          without_gil([&] {
-            cuda::directions<T>(static_cast<uint64_t>(seed), begin, static_cast<uint32_t>(first), result,
-                                stream_of(stream));
-          });
+          without_gil(
+              [&, begin = begin, first = first] { cuda::directions<T>(seed, begin, first, result, stream); });
         });
       },
       py::arg("out"), py::arg("seed"), py::arg("begin"), py::arg("first"), py::arg("stream"),
       "out [q, n] = elements begin to begin + n of the directions first to first + q, on the device.");
   module.def(
       "top_dimensions",
-      [](py::object g, int64_t seed, py::object length, py::object m, py::object v, double m_scale,
-         double m_step, double v_scale, double v_step, double eps, py::object member, py::object offset,
-         py::object dims_array, py::object values_array, py::object refused_array, uintptr_t stream) {
+      [](py::object g, Integer seed, Integer length, py::object m, py::object v, Real m_scale, Real m_step,
+         Real v_scale, Real v_step, Real eps, py::object member, py::object offset, py::object dims_array,
+         py::object values_array, py::object refused_array, Integer stream_number) {
+        const cudaStream_t stream = stream_of(stream_number);
         const Problem problem(g, seed, length, m, v, m_scale, m_step, v_scale, v_step, eps, member, offset);
         const ArrayArgument dims(dims_array, "dims", kDevice), values(values_array, "values", kDevice),
             refused(refused_array, "refused", kDevice);
@@ -94,7 +92,7 @@ void bind_cuda_matching(py::module_& module) {
                                   " columns, got " + std::to_string(found.cols()));
           without_gil([&] {
             cuda::top_dimensions(gradients, problem.rule, past_m, past_v, groups, found, means, first.data,
-                                 stream_of(stream), signal_poll());
+                                 stream, signal_poll());
           });
         });
       },
@@ -106,9 +104,10 @@ void bind_cuda_matching(py::module_& module) {
       "[1] = the least of itself and the first dimension with a NaN, an infinity or v < 0.");
   module.def(
       "restrict_updates",
-      [](py::object g, int64_t seed, py::object length, py::object m, py::object v, double m_scale,
-         double m_step, double v_scale, double v_step, double eps, py::object member, py::object offset,
-         py::object dims_array, py::object u_array, uintptr_t stream) {
+      [](py::object g, Integer seed, Integer length, py::object m, py::object v, Real m_scale, Real m_step,
+         Real v_scale, Real v_step, Real eps, py::object member, py::object offset, py::object dims_array,
+         py::object u_array, Integer stream_number) {
+        const cudaStream_t stream = stream_of(stream_number);
         const Problem problem(g, seed, length, m, v, m_scale, m_step, v_scale, v_step, eps, member, offset);
         const ArrayArgument dims(dims_array, "dims", kDevice), u(u_array, "u", kDevice);
         const auto found = compact_input<int64_t, 2>(dims, problem.device());
@@ -117,8 +116,7 @@ void bind_cuda_matching(py::module_& module) {
           dims.require_shape({groups.offset.size() - 1, found.cols()});
           u.require_shape({groups.member.size(), found.cols()});
           without_gil([&] {
-            cuda::restrict_updates(gradients, problem.rule, past_m, past_v, groups, found, rows,
-                                   stream_of(stream));
+            cuda::restrict_updates(gradients, problem.rule, past_m, past_v, groups, found, rows, stream);
           });
         });
       },
@@ -128,9 +126,11 @@ void bind_cuda_matching(py::module_& module) {
       "u [R, top] = the members' updates in their group's dimensions, on the device.");
   module.def(
       "update_history",
-      [](py::object g_array, int64_t seed, py::object length, double beta1, double beta2, py::object m_array,
-         py::object v_array, py::object chosen_array, py::object new_m_array, py::object new_v_array,
-         py::object overflows_array, uintptr_t stream) {
+      [](py::object g_array, Integer seed, Integer length, Real beta1_number, Real beta2_number,
+         py::object m_array, py::object v_array, py::object chosen_array, py::object new_m_array,
+         py::object new_v_array, py::object overflows_array, Integer stream_number) {
+        const double beta1 = beta1_number.finite("beta1"), beta2 = beta2_number.finite("beta2");
+        const cudaStream_t stream = stream_of(stream_number);
         const ArrayArgument g(g_array, "g", kDevice), first(m_array, "m", kDevice),
             second(v_array, "v", kDevice), chosen(chosen_array, "chosen", kDevice),
             new_first(new_m_array, "new_m", kDevice), new_second(new_v_array, "new_v", kDevice),
@@ -149,8 +149,8 @@ void bind_cuda_matching(py::module_& module) {
             array->require_shape({gradients.numel()});
           const DeviceGuard guard(device);
           without_gil([&] {
-            cuda::update_history(gradients, beta1, beta2, old_m, old_v, rows, new_m, new_v, flag.data,
-                                 stream_of(stream), signal_poll());
+            cuda::update_history(gradients, beta1, beta2, old_m, old_v, rows, new_m, new_v, flag.data, stream,
+                                 signal_poll());
           });
         });
       },

@@ -76,7 +76,7 @@ TensorView<T, Rank> compact_output(const ArrayArgument& array, int device) {
   return array.output<T, Rank>();
 }
 
-inline cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+inline cudaStream_t stream_of(Integer handle) { return reinterpret_cast<cudaStream_t>(handle.stream()); }
 
 void bind_cuda_sinkhorn(py::module_& m);
 void bind_cuda_sketch(py::module_& m);

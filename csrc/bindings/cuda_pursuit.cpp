@@ -22,7 +22,8 @@ TensorView<const T, 2> long_rows(const ArrayArgument& array, int device) {
 }
 
 void products(py::object g_array, py::object rows_array, py::object vectors_array, py::object which_array,
-              py::object out_array, py::object places_array, uintptr_t stream) {
+              py::object out_array, py::object places_array, Integer stream_number) {
+  const cudaStream_t stream = stream_of(stream_number);
   const ArrayArgument g(g_array, "g", kDevice), vectors(vectors_array, "vectors", kDevice),
       which(which_array, "which", kDevice), out(out_array, "out", kDevice),
       places(places_array, "places", kDevice);
@@ -39,7 +40,7 @@ void products(py::object g_array, py::object rows_array, py::object vectors_arra
     const auto call = [&](TensorView<const int64_t, 1> rows, int64_t count) {
       out.require_shape({result.rows(), count});
       const DeviceGuard guard(device);
-      without_gil([&] { cuda::products<X, Y>(all, rows, with, numbers, to, result, stream_of(stream)); });
+      without_gil([&] { cuda::products<X, Y>(all, rows, with, numbers, to, result, stream); });
     };
     if (rows_array.is_none()) return call({}, all.rows());
     const ArrayArgument listed(rows_array, "rows", kDevice);
@@ -67,7 +68,8 @@ void bind_cuda_pursuit(py::module_& module) {
       "[n] of g [B, D], or with all of them, on the device.");
   module.def(
       "squares",
-      [](py::object g_array, py::object out_array, uintptr_t stream) {
+      [](py::object g_array, py::object out_array, Integer stream_number) {
+        const cudaStream_t stream = stream_of(stream_number);
         const ArrayArgument g(g_array, "g", kDevice), out(out_array, "out", kDevice);
         const int device = g.device_id();
         const auto result = written<double, 1>(out, device);
@@ -75,7 +77,7 @@ void bind_cuda_pursuit(py::module_& module) {
           const auto rows = long_rows<decltype(zero)>(g, device);
           out.require_shape({rows.rows()});
           const DeviceGuard guard(device);
-          without_gil([&] { cuda::squares(rows, result, stream_of(stream)); });
+          without_gil([&] { cuda::squares(rows, result, stream); });
         });
       },
       py::arg("g"), py::arg("out"), py::arg("stream"),
@@ -83,8 +85,9 @@ void bind_cuda_pursuit(py::module_& module) {
   module.def(
       "best_row",
       [](py::object start_array, py::object gram_array, py::object slots_array, py::object numbers_array,
-         py::object norm_array, bool magnitude, py::object scores_array, py::object found_array,
-         uintptr_t stream) {
+         py::object norm_array, Flag magnitude, py::object scores_array, py::object found_array,
+         Integer stream_number) {
+        const cudaStream_t stream = stream_of(stream_number);
         const ArrayArgument start(start_array, "start", kDevice), gram(gram_array, "gram", kDevice),
             slots(slots_array, "slots", kDevice), numbers(numbers_array, "numbers", kDevice),
             norm(norm_array, "norm", kDevice), scores(scores_array, "scores", kDevice),
@@ -93,7 +96,7 @@ void bind_cuda_pursuit(py::module_& module) {
         const auto result = written<double, 1>(scores, device), best = written<double, 1>(found, device);
         const cuda::Correlations c{read<double, 1>(start, device),  read<double, 2>(gram, device),
                                    read<int64_t, 1>(slots, device), read<double, 1>(numbers, device),
-                                   read<double, 1>(norm, device),   magnitude};
+                                   read<double, 1>(norm, device),   magnitude.on("magnitude")};
         if (result.size() == 0) throw py::value_error("scores: expected at least 1 row, got 0");
         start.require_shape({result.size()});
         norm.require_shape({result.size()});
@@ -101,7 +104,7 @@ void bind_cuda_pursuit(py::module_& module) {
         numbers.require_shape({c.slots.size() + 1});
         found.require_shape({2});
         const DeviceGuard guard(device);
-        without_gil([&] { cuda::best_row(c, result, best, stream_of(stream)); });
+        without_gil([&] { cuda::best_row(c, result, best, stream); });
       },
       py::arg("start"), py::arg("gram"), py::arg("slots"), py::arg("numbers"), py::arg("norm"),
       py::arg("magnitude"), py::arg("scores"), py::arg("found"), py::arg("stream"),
@@ -111,7 +114,8 @@ void bind_cuda_pursuit(py::module_& module) {
   module.def(
       "residual",
       [](py::object g_array, py::object target_array, py::object rows_array, py::object weights_array,
-         py::object out_array, uintptr_t stream) {
+         py::object out_array, Integer stream_number) {
+        const cudaStream_t stream = stream_of(stream_number);
         const ArrayArgument g(g_array, "g", kDevice), target(target_array, "target", kDevice),
             rows(rows_array, "rows", kDevice), weights(weights_array, "weights", kDevice),
             out(out_array, "out", kDevice);
@@ -126,7 +130,7 @@ void bind_cuda_pursuit(py::module_& module) {
           target.require_shape({all.cols()});
           out.require_shape({all.cols()});
           const DeviceGuard guard(device);
-          without_gil([&] { cuda::residual<X>(all, from, of, by, result, stream_of(stream)); });
+          without_gil([&] { cuda::residual<X>(all, from, of, by, result, stream); });
         });
       },
       py::arg("g"), py::arg("target"), py::arg("rows"), py::arg("weights"), py::arg("out"), py::arg("stream"),

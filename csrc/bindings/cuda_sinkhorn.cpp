@@ -139,24 +139,24 @@ py::tuple tuple_of(const cuda::SinkhornVerdict& verdict) {
 }
 
 py::tuple sinkhorn(py::object x, py::object y, const std::string& metric, py::object a, py::object b,
-                   py::object x_lengths, py::object y_lengths, double reg,
-                   const std::pair<double, double>& reg_marginal, int64_t max_iter, double tol,
+                   py::object x_lengths, py::object y_lengths, Real reg,
+                   const std::pair<py::object, py::object>& reg_marginal, Integer max_iter, Real tol,
                    py::object start_f, py::object start_g, py::object f, py::object g, py::object value,
-                   py::object transport_cost, py::object error, py::object iterations, int64_t shared_bytes,
-                   uintptr_t stream) {
+                   py::object transport_cost, py::object error, py::object iterations, Integer shared_bytes,
+                   Integer stream) {
   Problems problems(x, y, metric, a, b, x_lengths, y_lengths);
   const int64_t batch = problems.batch(), n = problems.n(), m = problems.m();
   cuda::SinkhornOptions options;
-  options.reg = reg;
-  options.rho_a = reg_marginal.first;
-  options.rho_b = reg_marginal.second;
-  options.tol = tol;
-  options.max_iter = max_iter;
+  options.reg = reg.positive("reg");
+  options.rho_a = Real{reg_marginal.first}.positive_or_infinite("reg_marginal");
+  options.rho_b = Real{reg_marginal.second}.positive_or_infinite("reg_marginal");
+  options.tol = tol.not_negative("tol");
+  options.max_iter = max_iter.in("max_iter", 1, int64_t{1} << 40);
   if (!start_f.is_none() && !start_g.is_none()) {
     options.f = problems.compact<double>(start_f, "f", {batch, n});
     options.g = problems.compact<double>(start_g, "g", {batch, m});
   }
-  options.shared_bytes = shared_bytes;
+  options.shared_bytes = shared_bytes.in("shared_bytes", -1, INT32_MAX);
   options.stream = stream_of(stream);
   cuda::SinkhornResult result;
   result.f = problems.output<double>(f, "f", {batch, n});
@@ -176,8 +176,11 @@ py::tuple sinkhorn(py::object x, py::object y, const std::string& metric, py::ob
 }
 
 void sinkhorn_apply(py::object x, py::object y, const std::string& metric, py::object a, py::object b,
-                    py::object x_lengths, py::object y_lengths, double reg, py::object f, py::object g,
-                    py::object v, bool transpose, py::object out, uintptr_t stream) {
+                    py::object x_lengths, py::object y_lengths, Real reg_number, py::object f, py::object g,
+                    py::object v, Flag transpose_flag, py::object out, Integer stream_number) {
+  const double reg = reg_number.positive("reg");
+  const bool transpose = transpose_flag.on("transpose");
+  const cudaStream_t stream = stream_of(stream_number);
   Problems problems(x, y, metric, a, b, x_lengths, y_lengths);
   const int64_t batch = problems.batch(), n = problems.n(), m = problems.m();
   const double* const start_f = problems.compact<double>(f, "f", {batch, n});
@@ -191,15 +194,16 @@ void sinkhorn_apply(py::object x, py::object y, const std::string& metric, py::o
     using T = decltype(zero);
     const auto view = problems.view<T>();
     const DeviceGuard guard(problems.device());
-    without_gil([&] {
-      cuda::sinkhorn_apply<T>(view, reg, start_f, start_g, factors, k, transpose, result, stream_of(stream));
-    });
+    without_gil(
+        [&] { cuda::sinkhorn_apply<T>(view, reg, start_f, start_g, factors, k, transpose, result, stream); });
   });
 }
 
 void sinkhorn_plan(py::object x, py::object y, const std::string& metric, py::object a, py::object b,
-                   py::object x_lengths, py::object y_lengths, double reg, py::object f, py::object g,
-                   py::object out, uintptr_t stream) {
+                   py::object x_lengths, py::object y_lengths, Real reg_number, py::object f, py::object g,
+                   py::object out, Integer stream_number) {
+  const double reg = reg_number.positive("reg");
+  const cudaStream_t stream = stream_of(stream_number);
   Problems problems(x, y, metric, a, b, x_lengths, y_lengths);
   const int64_t batch = problems.batch(), n = problems.n(), m = problems.m();
   const double* const start_f = problems.compact<double>(f, "f", {batch, n});
@@ -209,7 +213,7 @@ void sinkhorn_plan(py::object x, py::object y, const std::string& metric, py::ob
     using T = decltype(zero);
     const auto view = problems.view<T>();
     const DeviceGuard guard(problems.device());
-    without_gil([&] { cuda::sinkhorn_plan<T>(view, reg, start_f, start_g, result, stream_of(stream)); });
+    without_gil([&] { cuda::sinkhorn_plan<T>(view, reg, start_f, start_g, result, stream); });
   });
 }
 

@@ -29,13 +29,15 @@ class PyFacilityLocation {
 
  public:
   PyFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric,
-                     py::object weights, py::object preselected, double offset, int64_t memory_budget,
-                     int threads, int64_t expected_picks) {
+                     py::object weights, py::object preselected, Real offset_number, Integer memory_budget,
+                     Integer threads_number, Integer expected_picks) {
+    const double offset = offset_number.finite("offset");
+    const int threads = threads_number.threads();
     ArrayArgument& x = keep(x_array, "x");
     GreedyOptions options;
     options.offset = offset;
-    options.expected_picks = expected_picks;
-    options.memory_budget = memory_budget;
+    options.expected_picks = expected_picks.in("expected_picks", 0);
+    options.memory_budget = memory_budget.memory_budget();
     options.threads = threads;
     dispatch_floating(x, [&](auto zero) {
       using T = decltype(zero);
@@ -80,25 +82,26 @@ class PyFacilityLocation {
   }
 
   // Sparse rows: indptr [n + 1] and indices int64, values float.
-  PyFacilityLocation(py::object indptr_array, py::object indices_array, py::object values_array, int64_t m,
-                     py::object weights, py::object preselected, bool self_clients, int64_t memory_budget,
-                     int threads) {
+  PyFacilityLocation(py::object indptr_array, py::object indices_array, py::object values_array,
+                     Integer m_number, py::object weights, py::object preselected, Flag self_clients,
+                     Integer memory_budget, Integer threads) {
+    const int64_t m = m_number.count("m");
     ArrayArgument& values = keep(values_array, "values");
     const auto indptr = keep(indptr_array, "indptr").input<int64_t, 1>();
     const auto indices = keep(indices_array, "indices").input<int64_t, 1>();
     const int64_t n = indptr.shape[0] - 1;
-    if (n < 0 || m < 0) throw py::value_error("indptr: expected at least one entry");
+    if (n < 0) throw py::value_error("indptr: expected at least one entry");
     if (!indptr.has_contiguous_rows() || !indices.has_contiguous_rows())
       throw py::value_error("indptr, indices: expected contiguous arrays");
     if (indices.shape[0] != values.size(0))
       throw py::value_error("indices: expected as many entries as values");
     if (indptr(n) != indices.shape[0])
       throw py::value_error("indptr: expected its last entry to be the number of stored values");
-    if (self_clients && n != m) throw py::value_error("self_clients: expected a square matrix");
     GreedyOptions options;
-    options.self_clients = self_clients;
-    options.memory_budget = memory_budget;
-    options.threads = threads;
+    options.self_clients = self_clients.on("self_clients");
+    if (options.self_clients && n != m) throw py::value_error("self_clients: expected a square matrix");
+    options.memory_budget = memory_budget.memory_budget();
+    options.threads = threads.threads();
     read_options(n, m, weights, preselected, options);
     dispatch_floating(values, [&](auto zero) {
       using T = decltype(zero);
@@ -109,7 +112,9 @@ class PyFacilityLocation {
     });
   }
 
-  int64_t step(int64_t count, bool naive) {
+  int64_t step(Integer count_number, Flag naive_flag) {
+    const int64_t count = count_number.in("count", 0);
+    const bool naive = naive_flag.on("naive");
     return locked([&] { return run_->step(count, naive); });
   }
 
@@ -226,15 +231,15 @@ void bind_facility_location(py::module_& m) {
   py::class_<PyFacilityLocation>(
       m, "FacilityLocation", py::module_local(),
       "A greedy facility location run over points or a dense similarity matrix, pick by pick.")
-      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, double, int64_t, int,
-                    int64_t>(),
+      .def(py::init<py::object, py::object, const std::string&, py::object, py::object, Real, Integer,
+                    Integer, Integer>(),
            py::arg("x"), py::arg("clients"), py::arg("metric"), py::arg("weights"), py::arg("preselected"),
            py::arg("offset"), py::arg("memory_budget"), py::arg("threads"),
            py::arg("expected_picks") = INT64_MAX)
       .def_static(
           "from_csr",
-          [](py::object indptr, py::object indices, py::object values, int64_t m, py::object weights,
-             py::object preselected, bool self_clients, int64_t memory_budget, int threads) {
+          [](py::object indptr, py::object indices, py::object values, Integer m, py::object weights,
+             py::object preselected, Flag self_clients, Integer memory_budget, Integer threads) {
             return std::make_unique<PyFacilityLocation>(indptr, indices, values, m, weights, preselected,
                                                         self_clients, memory_budget, threads);
           },

@@ -25,19 +25,20 @@ void require_rows(TensorView<const int64_t, 1> rows, int64_t count, const char* 
 void bind_matching(py::module_& m) {
   m.def(
       "directions",
-      [](py::object out_array, int64_t seed, int64_t begin, int64_t first, int threads) {
+      [](py::object out_array, Integer seed_number, Integer begin_number, Integer first_number,
+         Integer threads_number) {
         const ArrayArgument out(out_array, "out");
-        if (begin < 0) throw py::value_error("begin: expected a number >= 0, got " + std::to_string(begin));
+        const uint64_t seed = seed_number.seed();
+        const int threads = threads_number.threads();
         dispatch_floating(out, [&](auto zero) {
           using T = decltype(zero);
           const auto result = out.output<T, 2>();
           if (!result.has_contiguous_rows())
             throw py::value_error("out: expected rows that are contiguous in memory");
-          if (first < 0 || first + result.rows() > int64_t{1} << 32)
-            throw py::value_error("first: expected directions in [0, 2^32), got " + std::to_string(first));
+          const DirectionsFrom from = directions_from(begin_number, first_number, result);
           without_gil([&] {
             ThreadTeam team(threads, signal_poll());
-            directions<T>(static_cast<uint64_t>(seed), begin, static_cast<uint32_t>(first), result, team);
+            directions<T>(seed, from.begin, from.first, result, team);
           });
         });
       },
@@ -45,9 +46,11 @@ void bind_matching(py::module_& m) {
       "out [q, n] = elements begin to begin + n of the directions first to first + q.");
   m.def(
       "top_updates",
-      [](py::object g_array, int64_t seed, py::object length, py::object m_array, py::object v_array,
-         double m_scale, double m_step, double v_scale, double v_step, double eps, py::object member_array,
-         py::object offset_array, py::object dims_array, py::object u_array, int threads) {
+      [](py::object g_array, Integer seed, Integer length, py::object m_array, py::object v_array,
+         Real m_scale, Real m_step, Real v_scale, Real v_step, Real eps, py::object member_array,
+         py::object offset_array, py::object dims_array, py::object u_array, Integer threads_number) {
+        const int threads = threads_number.threads();
+        const AdamRule rule = rule_from(m_array, m_scale, m_step, v_scale, v_step, eps);
         const ArrayArgument g(g_array, "g"), member(member_array, "member"), offset(offset_array, "offset"),
             dims(dims_array, "dims"), u(u_array, "u");
         const GroupedRows groups{member.input<int64_t, 1>(), offset.input<int64_t, 1>()};
@@ -70,7 +73,6 @@ void bind_matching(py::module_& m) {
           if (found.cols() < 1 || found.cols() > gradients.numel())
             throw py::value_error("dims: expected 1 to " + std::to_string(gradients.numel()) +
                                   " columns, got " + std::to_string(found.cols()));
-          const AdamRule rule{!m_array.is_none(), m_scale, m_step, v_scale, v_step, eps};
           const auto run = [&](TensorView<const T, 1> first, TensorView<const T, 1> second) {
             without_gil([&] {
               ThreadTeam team(threads, signal_poll());
@@ -91,9 +93,11 @@ void bind_matching(py::module_& m) {
       "updates there.");
   m.def(
       "update_history",
-      [](py::object g_array, int64_t seed, py::object length, double beta1, double beta2, py::object m_array,
-         py::object v_array, py::object chosen_array, py::object new_m_array, py::object new_v_array,
-         int threads) {
+      [](py::object g_array, Integer seed, Integer length, Real beta1_number, Real beta2_number,
+         py::object m_array, py::object v_array, py::object chosen_array, py::object new_m_array,
+         py::object new_v_array, Integer threads_number) {
+        const double beta1 = beta1_number.finite("beta1"), beta2 = beta2_number.finite("beta2");
+        const int threads = threads_number.threads();
         const ArrayArgument g(g_array, "g"), first(m_array, "m"), second(v_array, "v"),
             chosen(chosen_array, "chosen"), new_first(new_m_array, "new_m"), new_second(new_v_array, "new_v");
         const auto rows = chosen.input<int64_t, 1>();

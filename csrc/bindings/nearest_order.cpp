@@ -26,7 +26,8 @@ class PyNearestOrder {
   }
 
  public:
-  PyNearestOrder(py::object centroids_array, int threads) {
+  PyNearestOrder(py::object centroids_array, Integer threads_number) {
+    const int threads = threads_number.threads();
     const ArrayArgument centroids(centroids_array, "centroids");
     dispatch_floating(centroids, [&](auto zero) {
       using T = decltype(zero);
@@ -38,8 +39,9 @@ class PyNearestOrder {
     });
   }
 
-  PyNearestOrder(int64_t lists, const std::string& dtype, int threads) {
-    if (lists < 1) throw py::value_error("lists: expected a number >= 1, got " + std::to_string(lists));
+  PyNearestOrder(Integer lists_number, const std::string& dtype, Integer threads_number) {
+    const int64_t lists = lists_number.count("lists", 1);
+    const int threads = threads_number.threads();
     if (dtype == "float32") {
       order_ = nearest_order_of_similarities<float>(lists, threads, signal_poll());
     } else if (dtype == "float64") {
@@ -49,8 +51,8 @@ class PyNearestOrder {
     }
   }
 
-  void begin(int64_t length) {
-    if (length < 1) throw py::value_error("length: expected a number >= 1, got " + std::to_string(length));
+  void begin(Integer length_number) {
+    const int64_t length = length_number.in("length", 1);
     locked([&](auto& order) { order.begin(length); });
   }
 
@@ -68,9 +70,10 @@ class PyNearestOrder {
     return locked([](auto& order) { return order.finish(); });
   }
 
-  int64_t rounds(int64_t k, py::object items_array, py::object counts_array, py::object values_array) {
+  int64_t rounds(Integer k_number, py::object items_array, py::object counts_array, py::object values_array) {
     const ArrayArgument items(items_array, "items"), counts(counts_array, "counts"),
         values(values_array, "values");
+    const int64_t k = k_number.in("k", 0);
     const auto i = items.output<int64_t, 1>(), c = counts.output<int64_t, 1>();
     const auto v = values.output<double, 1>();
     return locked([&](auto& order) {
@@ -86,12 +89,13 @@ class PyNearestOrder {
     });
   }
 
-  int64_t order(int64_t list, py::object items_array, py::object similarities_array) {
+  int64_t order(Integer list_number, py::object items_array, py::object similarities_array) {
     const ArrayArgument items(items_array, "items"), similarities(similarities_array, "similarities");
+    const int64_t list = list_number.in("list", 0);
     const auto i = items.output<int64_t, 1>();
     return locked([&](auto& order) {
       using T = typename std::decay_t<decltype(order)>::Value;
-      if (list < 0 || list >= order.lists()) {
+      if (list >= order.lists()) {
         throw std::invalid_argument("list: expected an index in [0, " + std::to_string(order.lists()) +
                                     "), got " + std::to_string(list));
       }
@@ -136,11 +140,11 @@ void bind_nearest_order(py::module_& m) {
   py::class_<PyNearestOrder>(
       m, "NearestOrder", py::module_local(),
       "For each of K lists the most similar items of a stream, and SimCore's rounds over them.")
-      .def(py::init<py::object, int>(), py::arg("centroids"), py::arg("threads"),
+      .def(py::init<py::object, Integer>(), py::arg("centroids"), py::arg("threads"),
            "Lists of nearest items to centroids [K, d], whose rows have unit length; fed by update().")
       .def_static(
           "of_similarities",
-          [](int64_t lists, const std::string& dtype, int threads) {
+          [](Integer lists, const std::string& dtype, Integer threads) {
             return std::make_unique<PyNearestOrder>(lists, dtype, threads);
           },
           py::arg("lists"), py::arg("dtype"), py::arg("threads"),

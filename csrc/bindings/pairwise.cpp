@@ -10,7 +10,9 @@ void bind_pairwise(py::module_& m) {
   m.def(
       "pairwise",
       [](py::object x_array, py::object y_array, py::object out_array, const std::string& metric_name,
-         int threads, bool symmetric) {
+         Integer threads_number, Flag symmetric_flag) {
+        const int threads = threads_number.threads();
+        const bool symmetric = symmetric_flag.on("symmetric");
         const Metric metric = metric_from_name(metric_name);
         ArrayArgument x(x_array, "x"), y(y_array, "y"), out(out_array, "out");
         dispatch_floating(x, [&](auto zero) {

@@ -17,7 +17,8 @@ namespace {
 template <class Solve>
 std::pair<int64_t, int64_t> pursue(const py::object& g_array, const py::object& target_array,
                                    const py::object& indices_array, const py::object& weights_array,
-                                   const py::object& norms_array, int threads, Solve&& solve) {
+                                   const py::object& norms_array, Integer threads_number, Solve&& solve) {
+  const int threads = threads_number.threads();
   const ArrayArgument g(g_array, "g"), target(target_array, "target"), indices(indices_array, "indices"),
       weights(weights_array, "weights"), norms(norms_array, "residual_norms");
   std::pair<int64_t, int64_t> counts;
@@ -53,15 +54,17 @@ std::pair<int64_t, int64_t> pursue(const py::object& g_array, const py::object& 
 // The fit of the weights for backends whose kernels find the picks.
 class PyActiveSet {
  public:
-  PyActiveSet(bool nonnegative, double ridge, double target_norm) : set_(nonnegative, ridge, target_norm) {}
+  PyActiveSet(Flag nonnegative, Real ridge, Real target_norm)
+      : set_(nonnegative.on("nonnegative"), ridge.not_negative("ridge"),
+             target_norm.not_negative("target_norm")) {}
 
-  bool add(py::object products_array, double correlation) {
+  bool add(py::object products_array, Real correlation) {
     const ArrayArgument products(products_array, "products");
     const auto values = products.input<double, 1>();
     products.require_shape({set_.size() + 1});
     std::vector<double> copy(values.shape[0]);
     for (int64_t p = 0; p < values.shape[0]; ++p) copy[p] = values(p);
-    return set_.add(std::move(copy), correlation);
+    return set_.add(std::move(copy), correlation.finite("correlation"));
   }
 
   void weights(py::object out_array) const {
@@ -83,7 +86,7 @@ class PyActiveSet {
 void bind_pursuit(py::module_& m) {
   py::class_<PyActiveSet>(m, "ActiveSet", py::module_local(),
                           "Least squares, non-negative or not, over rows that come one by one.")
-      .def(py::init<bool, double, double>(), py::arg("nonnegative"), py::arg("ridge"), py::arg("target_norm"))
+      .def(py::init<Flag, Real, Real>(), py::arg("nonnegative"), py::arg("ridge"), py::arg("target_norm"))
       .def("add", &PyActiveSet::add, py::arg("products"), py::arg("correlation"),
            "Takes in a row with its products [p + 1] with the rows so far and itself, and with the target; "
            "False for one that depends on them.")
@@ -94,15 +97,15 @@ void bind_pursuit(py::module_& m) {
                              "|target - sum_i w_i g_i|^2, which cancels where little is left.");
   m.def(
       "orthogonal_matching_pursuit",
-      [](py::object g, py::object target, bool nonnegative, double ridge, py::object indices,
-         py::object weights, py::object residual_norms, int64_t memory_budget, int threads) {
+      [](py::object g, py::object target, Flag nonnegative, Real ridge, py::object indices,
+         py::object weights, py::object residual_norms, Integer memory_budget, Integer threads) {
+        MatchingPursuit options;
+        options.nonnegative = nonnegative.on("nonnegative");
+        options.ridge = ridge.not_negative("ridge");
+        options.memory_budget = memory_budget.memory_budget();
         const auto counts = pursue(g, target, indices, weights, residual_norms, threads,
                                    [&](const auto& rows, const double* b, int64_t k, ThreadTeam& team) {
-                                     MatchingPursuit options;
                                      options.k = k;
-                                     options.nonnegative = nonnegative;
-                                     options.ridge = ridge;
-                                     options.memory_budget = memory_budget;
                                      return orthogonal_matching_pursuit(rows, b, options, team);
                                    });
         return py::make_tuple(counts.first, counts.second);
@@ -115,10 +118,11 @@ void bind_pursuit(py::module_& m) {
   m.def(
       "frank_wolfe",
       [](py::object g, py::object target, py::object indices, py::object weights, py::object residual_norms,
-         int64_t memory_budget, int threads) {
+         Integer memory_budget, Integer threads) {
+        const int64_t budget = memory_budget.memory_budget();
         const auto counts = pursue(g, target, indices, weights, residual_norms, threads,
                                    [&](const auto& rows, const double* b, int64_t k, ThreadTeam& team) {
-                                     return frank_wolfe(rows, b, k, memory_budget, team);
+                                     return frank_wolfe(rows, b, k, budget, team);
                                    });
         return py::make_tuple(counts.first, counts.second);
       },

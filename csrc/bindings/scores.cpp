@@ -9,7 +9,10 @@ namespace fc {
 void bind_scores(py::module_& m) {
   m.def(
       "sample_scores",
-      [](py::object logits_array, py::object targets_array, bool masked, py::object out_array, int threads) {
+      [](py::object logits_array, py::object targets_array, Flag masked_flag, py::object out_array,
+         Integer threads_number) {
+        const int threads = threads_number.threads();
+        const bool masked = masked_flag.on("masked");
         const ArrayArgument logits(logits_array, "logits"), targets(targets_array, "targets"),
             out(out_array, "out");
         dispatch_real(logits, [&](auto zero) {

@@ -91,27 +91,23 @@ class PyBatch {
 class PySinkhorn {
  public:
   PySinkhorn(py::object x, py::object y, py::object a, py::object b, const std::string& metric,
-             py::object x_lengths, py::object y_lengths, double reg, double reg_marginal_a,
-             double reg_marginal_b, int64_t max_iter, double tol, bool warm, int64_t memory_budget,
-             int threads, py::object f, py::object g, py::object scalars, py::object iterations)
+             py::object x_lengths, py::object y_lengths, Real reg, Real reg_marginal_a, Real reg_marginal_b,
+             Integer max_iter, Real tol, Flag warm, Integer memory_budget, Integer threads, py::object f,
+             py::object g, py::object scalars, py::object iterations)
       : batch_(x, y, a, b, metric, x_lengths, y_lengths),
         f_(f, "f"),
         g_(g, "g"),
         scalars_(scalars, "scalars"),
         iterations_(iterations, "iterations") {
-    if (!(reg > 0) || !std::isfinite(reg)) throw py::value_error("reg: expected a number > 0");
-    if (!(reg_marginal_a > 0) || !(reg_marginal_b > 0))
-      throw py::value_error("reg_marginal: expected numbers > 0");
-    if (max_iter < 1) throw py::value_error("max_iter: expected a number >= 1");
     SinkhornOptions options;
-    options.reg = reg;
-    options.reg_marginal[0] = reg_marginal_a;
-    options.reg_marginal[1] = reg_marginal_b;
-    options.max_iter = max_iter;
-    options.tol = tol;
-    options.warm = warm;
-    options.memory_budget = memory_budget;
-    options.threads = threads < 1 ? 1 : threads;
+    options.reg = reg.positive("reg");
+    options.reg_marginal[0] = reg_marginal_a.positive_or_infinite("reg_marginal_a");
+    options.reg_marginal[1] = reg_marginal_b.positive_or_infinite("reg_marginal_b");
+    options.max_iter = max_iter.in("max_iter", 1, int64_t{1} << 40);
+    options.tol = tol.not_negative("tol");
+    options.warm = warm.on("warm");
+    options.memory_budget = memory_budget.memory_budget();
+    options.threads = threads.threads();
     options.poll = signal_poll();
     dispatch_floating(batch_.x(), [&](auto zero) {
       using T = decltype(zero);
@@ -135,7 +131,8 @@ class PySinkhorn {
 
   int64_t total() const { return run_->total(); }
 
-  int64_t step(int64_t iterations) {
+  int64_t step(Integer iterations_number) {
+    const int64_t iterations = iterations_number.in("iterations", 1);
     if (busy_) throw std::runtime_error("this run is in use by another thread");
     busy_ = true;
     struct Release {
@@ -169,7 +166,7 @@ void bind_sinkhorn(py::module_& m) {
   py::class_<PySinkhorn>(m, "Sinkhorn", "A batch of entropic optimal transport problems, advanced in steps.",
                          py::module_local())
       .def(py::init<py::object, py::object, py::object, py::object, const std::string&, py::object,
-                    py::object, double, double, double, int64_t, double, bool, int64_t, int, py::object,
+                    py::object, Real, Real, Real, Integer, Real, Flag, Integer, Integer, py::object,
                     py::object, py::object, py::object>(),
            py::arg("x"), py::arg("y"), py::arg("a"), py::arg("b"), py::arg("metric"), py::arg("x_lengths"),
            py::arg("y_lengths"), py::arg("reg"), py::arg("reg_marginal_a"), py::arg("reg_marginal_b"),
@@ -185,8 +182,11 @@ void bind_sinkhorn(py::module_& m) {
   m.def(
       "sinkhorn_apply",
       [](py::object x, py::object y, py::object a, py::object b, const std::string& metric,
-         py::object x_lengths, py::object y_lengths, py::object f, py::object g, double reg,
-         py::object v_array, bool transpose, py::object out_array, int threads) {
+         py::object x_lengths, py::object y_lengths, py::object f, py::object g, Real reg_number,
+         py::object v_array, Flag transpose_flag, py::object out_array, Integer threads_number) {
+        const double reg = reg_number.positive("reg");
+        const bool transpose = transpose_flag.on("transpose");
+        const int threads = threads_number.threads();
         const PyBatch arrays(x, y, a, b, metric, x_lengths, y_lengths);
         const Potentials potentials(f, g);
         const ArrayArgument v(v_array, "v"), out(out_array, "out");
@@ -201,7 +201,7 @@ void bind_sinkhorn(py::module_& m) {
           out.require_shape({batch.count(), transpose ? columns : n, values.shape[2]});
           without_gil([&] {
             sinkhorn_apply<T>(batch, potentials.f.input<double, 2>(), potentials.g.input<double, 2>(), reg,
-                              values, transpose, result, threads < 1 ? 1 : threads, signal_poll());
+                              values, transpose, result, threads, signal_poll());
           });
         });
       },
@@ -211,8 +211,10 @@ void bind_sinkhorn(py::module_& m) {
   m.def(
       "sinkhorn_plan",
       [](py::object x, py::object y, py::object a, py::object b, const std::string& metric,
-         py::object x_lengths, py::object y_lengths, py::object f, py::object g, double reg,
-         py::object out_array, int threads) {
+         py::object x_lengths, py::object y_lengths, py::object f, py::object g, Real reg_number,
+         py::object out_array, Integer threads_number) {
+        const double reg = reg_number.positive("reg");
+        const int threads = threads_number.threads();
         const PyBatch arrays(x, y, a, b, metric, x_lengths, y_lengths);
         const Potentials potentials(f, g);
         const ArrayArgument out(out_array, "out");
@@ -226,7 +228,7 @@ void bind_sinkhorn(py::module_& m) {
             throw py::value_error("out: expected rows that are contiguous in memory");
           without_gil([&] {
             sinkhorn_plan<T>(batch, potentials.f.input<double, 2>(), potentials.g.input<double, 2>(), reg,
-                             result, threads < 1 ? 1 : threads, signal_poll());
+                             result, threads, signal_poll());
           });
         });
       },

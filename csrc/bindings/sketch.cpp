@@ -12,8 +12,9 @@ namespace fc {
 void bind_sketch(py::module_& m) {
   m.def(
       "sketch",
-      [](py::object x_array, py::object out_array, const std::string& kind, int64_t seed, int64_t offset,
-         int64_t nnz, int threads) {
+      [](py::object x_array, py::object out_array, const std::string& kind, Integer seed, Integer offset,
+         Integer nnz, Integer threads_number) {
+        const int threads = threads_number.threads();
         ArrayArgument x(x_array, "x"), out(out_array, "out");
         dispatch_floating(x, [&](auto zero) {
           using T = decltype(zero);
@@ -35,7 +36,8 @@ void bind_sketch(py::module_& m) {
   m.def(
       "sketch_rows",
       [](py::object indices_array, py::object g_array, py::object out_array, const std::string& kind,
-         int64_t seed, int64_t offset, int64_t nnz, int threads) {
+         Integer seed, Integer offset, Integer nnz, Integer threads_number) {
+        const int threads = threads_number.threads();
         ArrayArgument indices(indices_array, "indices"), g(g_array, "g"), out(out_array, "out");
         dispatch_floating(g, [&](auto zero) {
           using T = decltype(zero);
@@ -73,8 +75,9 @@ void bind_sketch(py::module_& m) {
       "T].");
   m.def(
       "projection_matrix",
-      [](py::object out_array, const std::string& kind, int64_t seed, int64_t offset, int64_t nnz,
-         int threads) {
+      [](py::object out_array, const std::string& kind, Integer seed, Integer offset, Integer nnz,
+         Integer threads_number) {
+        const int threads = threads_number.threads();
         ArrayArgument out(out_array, "out");
         dispatch_floating(out, [&](auto zero) {
           using T = decltype(zero);

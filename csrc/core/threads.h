@@ -2,6 +2,7 @@
 //
 // Why not one pool for the process: a fork (PyTorch's DataLoader workers) would leave the child with a pool
 // whose threads are gone. Threads start on the first parallel region, so small problems never pay for them.
+// An object that a child inherits starts threads anew.
 #pragma once
 
 #include <atomic>
@@ -10,13 +11,17 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
+#if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#endif
+#if defined(__linux__)
 #include <sched.h>
 #endif
 #if defined(__x86_64__)
@@ -30,22 +35,34 @@ struct Cancelled : std::exception {
   const char* what() const noexcept override { return "cancelled"; }
 };
 
+// How many forks lie between the process that loaded this and the one that runs.
+inline const std::atomic<int>& forks() {
+  static std::atomic<int> count{0};
+#if defined(__unix__) || defined(__APPLE__)
+  static const int status = pthread_atfork(nullptr, nullptr, [] { count.fetch_add(1); });
+  (void)status;
+#endif
+  return count;
+}
+
 class ThreadTeam {
  public:
   // `poll` is called on the calling thread, about every 50 ms of work; returning true cancels the region.
   explicit ThreadTeam(int n_threads, std::function<bool()> poll = nullptr)
-      : size_(n_threads < 1 ? 1 : n_threads), poll_(std::move(poll)) {}
+      : size_(n_threads < 1 ? 1 : n_threads), poll_(std::move(poll)), forks_(forks()) {}
 
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
 
   ~ThreadTeam() {
+    leave_to_parent();
+    if (!crew_) return;
     {
-      std::lock_guard<std::mutex> lock(mutex_);
-      quit_.store(true, std::memory_order_release);
+      std::lock_guard<std::mutex> lock(crew_->mutex);
+      crew_->quit.store(true, std::memory_order_release);
     }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
+    crew_->wake.notify_all();
+    for (auto& worker : crew_->workers) worker.join();
   }
 
   int size() const { return size_; }
@@ -113,69 +130,97 @@ class ThreadTeam {
   const std::atomic<bool>& stopping() const { return stop_; }
 
  private:
+  // The threads and what they share with the calling one.
+  struct Crew {
+    explicit Crew(int forks) : forks(forks) {}
+
+    const int forks;  // in the process that started them
+    std::vector<std::thread> workers;
+    std::mutex mutex;
+    std::condition_variable wake, done;
+    std::atomic<int64_t> state{0};
+    int64_t region = 0;
+    std::atomic<const std::function<void(int)>*> body{nullptr};
+    std::atomic<bool> quit{false};
+  };
+
   // A region, open from run() until its calling thread has found no work left. A worker takes part only if it
   // arrives in that time, so nobody waits for a thread that the system has not woken yet. While it waits for
   // workers that are still at it, the calling thread calls `meanwhile` about every 50 ms.
   template <class Meanwhile>
   void run(const std::function<void(int)>& body, Meanwhile&& meanwhile) {
-    start();
-    body_.store(&body, std::memory_order_relaxed);
+    Crew& crew = started();
+    crew.body.store(&body, std::memory_order_relaxed);
     {
-      std::lock_guard<std::mutex> lock(mutex_);
-      state_.store(++region_ * kRegion + kOpen, std::memory_order_release);
+      std::lock_guard<std::mutex> lock(crew.mutex);
+      crew.state.store(++crew.region * kRegion + kOpen, std::memory_order_release);
     }
-    wake_.notify_all();
+    crew.wake.notify_all();
     body(0);
-    state_.fetch_sub(kOpen, std::memory_order_acq_rel);
-    const auto all_left = [&] { return state_.load(std::memory_order_acquire) % kRegion == 0; };
+    crew.state.fetch_sub(kOpen, std::memory_order_acq_rel);
+    const auto all_left = [&] { return crew.state.load(std::memory_order_acquire) % kRegion == 0; };
     spin_until(all_left);
     if (all_left()) return;
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (!done_.wait_for(lock, std::chrono::milliseconds(50), all_left)) {
+    std::unique_lock<std::mutex> lock(crew.mutex);
+    while (!crew.done.wait_for(lock, std::chrono::milliseconds(50), all_left)) {
       lock.unlock();
       meanwhile();
       lock.lock();
     }
   }
 
-  void start() {
-    if (!workers_.empty()) return;
-    workers_.reserve(size_ - 1);
+  Crew& started() {
+    leave_to_parent();
+    if (crew_) return *crew_;
+    crew_ = std::make_unique<Crew>(forks_.load(std::memory_order_relaxed));
+    crew_->workers.reserve(size_ - 1);
     for (int i = 1; i < size_; ++i) {
-      workers_.emplace_back([this, i] { work(i); });
-      leave_this_processor(workers_.back());
+      try {
+        crew_->workers.emplace_back([&crew = *crew_, i] { work(crew, i); });
+      } catch (const std::system_error&) {
+        break;  // the system gives no more: those that there are do the work
+      }
+      leave_this_processor(crew_->workers.back());
     }
+    return *crew_;
   }
 
-  void work(int thread) {
+  // In a forked child the parent's threads do not exist: joining them would never end, nor would destroying
+  // what they wait for.
+  void leave_to_parent() {
+    if (crew_ && crew_->forks != forks_.load(std::memory_order_relaxed)) (void)crew_.release();
+  }
+
+  static void work(Crew& crew, int thread) {
     int64_t seen = 0;  // the last region that this worker looked at
     while (true) {
-      const auto news = [&] { return quit_.load(std::memory_order_acquire) || region() != seen; };
+      const auto news = [&] {
+        return crew.quit.load(std::memory_order_acquire) ||
+               crew.state.load(std::memory_order_acquire) / kRegion != seen;
+      };
       spin_until(news);
       if (!news()) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, news);
+        std::unique_lock<std::mutex> lock(crew.mutex);
+        crew.wake.wait(lock, news);
       }
-      if (quit_.load(std::memory_order_acquire)) return;
-      int64_t state = state_.load(std::memory_order_acquire);
+      if (crew.quit.load(std::memory_order_acquire)) return;
+      int64_t state = crew.state.load(std::memory_order_acquire);
       seen = state / kRegion;
       while (state / kRegion == seen && state & kOpen) {
-        if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
-        (*body_.load(std::memory_order_relaxed))(thread);
-        state = state_.fetch_sub(1, std::memory_order_acq_rel) - 1;
+        if (!crew.state.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) continue;
+        (*crew.body.load(std::memory_order_relaxed))(thread);
+        state = crew.state.fetch_sub(1, std::memory_order_acq_rel) - 1;
         if (state % kRegion == 0) {
           // Under the lock, lest the caller looks before and sleeps after.
           {
-            std::lock_guard<std::mutex> lock(mutex_);
+            std::lock_guard<std::mutex> lock(crew.mutex);
           }
-          done_.notify_one();
+          crew.done.notify_one();
         }
         break;
       }
     }
   }
-
-  int64_t region() const { return state_.load(std::memory_order_acquire) / kRegion; }
 
   // Some kernels start a thread on its creator's processor, where it waits for milliseconds beside another
   // that is idle. Forbidding that processor for a moment moves it.
@@ -205,21 +250,16 @@ class ThreadTeam {
     }
   }
 
-  // state_ is region number * kRegion + kOpen while it is open + the workers inside.
+  // Crew::state is region number * kRegion + kOpen while it is open + the workers inside.
   static constexpr int64_t kOpen = int64_t{1} << 20, kRegion = kOpen * 2;
 
   const int size_;
   std::function<bool()> poll_;
+  const std::atomic<int>& forks_;
   std::chrono::steady_clock::time_point last_poll_ = std::chrono::steady_clock::now();
-  std::vector<std::thread> workers_;
-  std::mutex mutex_;
-  std::condition_variable wake_, done_;
-  std::atomic<int64_t> state_{0};
-  int64_t region_ = 0;
+  std::unique_ptr<Crew> crew_;
   std::atomic<int64_t> next_{0};
   std::atomic<bool> stop_{false};
-  std::atomic<const std::function<void(int)>*> body_{nullptr};
-  std::atomic<bool> quit_{false};
 };
 
 }  // namespace fc

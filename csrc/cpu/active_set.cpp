@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 #include <utility>
 
 #include "core/simd.h"
@@ -25,7 +26,22 @@ double dot(const double* a, const double* b, int64_t n) {
   return total;
 }
 
+namespace {
+
+[[noreturn]] void refuse_products() {
+  throw std::invalid_argument("g, target: products of their entries are not finite; scale them down");
+}
+
+// The loops below end only as long as everything is a number.
+void require_finite(double value) {
+  if (!std::isfinite(value)) refuse_products();
+}
+
+}  // namespace
+
 bool ActiveSet::add(std::vector<double> products, double correlation) {
+  for (const double product : products) require_finite(product);
+  require_finite(correlation);
   norm_.push_back(std::sqrt(products.back()));
   gram_.push_back(std::move(products));
   correlation_.push_back(correlation);
@@ -134,12 +150,17 @@ void ActiveSet::refit() {
         w = hits ? 0 : std::max(w + most * (z[i] - w), 0.0);
         if (hits) gone.push_back(static_cast<int64_t>(i));
       }
+      // Of numbers at least one hits the bound that they set together.
+      if (gone.empty()) refuse_products();
       for (auto t = gone.rbegin(); t != gone.rend(); ++t) {
         barred[used_[*t]] = barred[used_[*t]] || (most == 0 && used_[*t] == entered);
         leave(*t);
       }
     }
-    for (size_t i = 0; i < used_.size(); ++i) weight_[used_[i]] = z[i];
+    for (size_t i = 0; i < used_.size(); ++i) {
+      require_finite(z[i]);
+      weight_[used_[i]] = z[i];
+    }
     if (static_cast<int64_t>(used_.size()) == size() || !come_back(barred)) return;
   }
 }

@@ -52,6 +52,7 @@
 #include <string>
 #include <type_traits>
 
+#include "core/checked.h"
 #include "core/simd.h"
 #include "cpu/tableau.h"
 
@@ -75,6 +76,15 @@ double value_of(X x) {
   } else {
     return simd::widen(x);
   }
+}
+
+[[noreturn]] void refuse_sums() {
+  throw std::invalid_argument("x, weights: sums of their products are not finite; scale them down");
+}
+
+// Loops that drop rows end only as long as weights are numbers.
+void require_number(double value) {
+  if (!std::isfinite(value)) refuse_sums();
 }
 
 // Coordinates of a tableau whose largest magnitude is rounding: those of a constant column.
@@ -283,9 +293,9 @@ class Reduction {
   // Sums of runs of `size` rows, at most `most_` of them.
   void sum_runs(int64_t size) {
     runs_ = std::min(most_, (left() + size - 1) / size);
-    sums_.resize(static_cast<size_t>(runs_ * (1 + d_)));
-    const int64_t run = size * (1 + d_);
-    const bool small = runs_ * run < kSumParts * kPart;
+    sums_.resize(static_cast<size_t>(checked_mul(runs_, 1 + d_)));
+    const int64_t run = saturated_mul(size, 1 + d_);
+    const bool small = saturated_mul(runs_, run) < kSumParts * kPart;
     team_.parallel_for(runs_, small ? runs_ : std::max<int64_t>(1, kPart / run),
                        [&](int, int64_t begin, int64_t end) {
                          for (int64_t c = begin; c < end; ++c) {
@@ -328,11 +338,14 @@ class Reduction {
   void keep_positive() {
     int64_t kept = 0;
     for (int64_t r = 0; r < left(); ++r) {
+      require_number(weights_[r]);
       if (!(weights_[r] > 0)) continue;
       rows_[kept] = rows_[r];
       weights_[kept] = weights_[r];
       ++kept;
     }
+    // The total weight has not changed, so that nothing is left only where it was no number.
+    if (kept == 0) refuse_sums();
     rows_.resize(static_cast<size_t>(kept));
     weights_.resize(static_cast<size_t>(kept));
   }
@@ -349,7 +362,8 @@ class Reduction {
       chosen.resize(static_cast<size_t>(most_));
       std::sort(chosen.begin(), chosen.end());
     }
-    std::vector<double> sums(1 + d_), weights, differences(chosen.size() * d_);
+    std::vector<double> sums(1 + d_), weights,
+        differences(static_cast<size_t>(checked_mul(static_cast<int64_t>(chosen.size()), d_)));
     source_.sum(rows_, weights_, 0, left(), sums.data());
     for (const int64_t r : chosen) {
       source_.differences(rows_[r], differences.data() + weights.size() * d_);
@@ -416,7 +430,7 @@ std::vector<double> compressed(const TensorView<const X, 2>& x, const std::vecto
   team.parallel_for(kQrPieces, 1, [&](int thread, int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       std::vector<double>& r = triangles[piece];
-      r.assign(static_cast<size_t>(n * n), 0.0);
+      r.assign(static_cast<size_t>(checked_mul(n, n)), 0.0);
       const int64_t stop = d * (piece + 1) / kQrPieces;
       std::vector<double> block;
       for (int64_t first = d * piece / kQrPieces; first < stop; first += kQrRows) {
@@ -507,6 +521,7 @@ std::vector<double> factors_of_runs(const Moments& moments, TensorView<const dou
   tableau.eliminate();
   std::vector<double> rho(runs, 1.0);
   tableau.reduce(rho, runs);
+  for (const double factor : rho) require_number(factor);
   return rho;
 }
 
@@ -531,7 +546,7 @@ Sampler::Sampler(const Moments& moments, TensorView<double, 1> weights, int64_t 
       team_(team),
       goal_(goal),
       remaining_(weights.size()),
-      differences_(static_cast<size_t>(moments.most_runs() * moments.d())) {
+      differences_(static_cast<size_t>(checked_mul(moments.most_runs(), moments.d()))) {
   const int64_t free = goal - (1 + moments.d());
   even_ = free > 0 ? moments.target[0] / static_cast<double>(free) : std::numeric_limits<double>::infinity();
 }
@@ -569,6 +584,7 @@ bool Sampler::step(bool last) {
     const bool full = rho[i] == bound[i];
     double& weight = weights_(block_[i]);
     weight = full ? even_ : weight * rho[i];
+    require_number(weight);
     if (weight == 0) --remaining_;
     if (full || !(weight > 0)) continue;
     const double* const from = differences_.data() + static_cast<int64_t>(i) * d;
@@ -584,7 +600,7 @@ void correct_weights(const Moments& moments, TensorView<const X, 2> x, TensorVie
                      TensorView<const double, 1> sums, ThreadTeam& team) {
   const int64_t count = x.rows(), d = moments.d();
   const Rows<X> source(x, moments);
-  std::vector<double> own(count), differences(count * d), all(1 + d);
+  std::vector<double> own(count), differences(static_cast<size_t>(checked_mul(count, d))), all(1 + d);
   for (int64_t i = 0; i < count; ++i) {
     source.differences(i, differences.data() + i * d);
     own[i] = weights(i);

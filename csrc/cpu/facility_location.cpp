@@ -176,7 +176,7 @@ class Greedy final : public FacilityLocation {
     for (int64_t i = 0; i < m; ++i)
       cover_.weight[i] = static_cast<T>((weights_.empty() ? 1.0 : weights_[i]) * scale_);
     owner_ = Buffer<int64_t>(m, int64_t{-1});
-    row_ = Buffer<T>(round_up(m, Tile<T>::kCols) * source_->sample_rows());
+    row_ = Buffer<T>(checked_mul(round_up(m, Tile<T>::kCols), source_->sample_rows()));
     if (!preselected_.empty()) before_ = Buffer<T>(m, std::numeric_limits<T>::lowest());
     for (const int64_t j : preselected_) {
       source_->similarities(&j, 1, row_.data(), m, team_);
@@ -186,14 +186,12 @@ class Greedy final : public FacilityLocation {
       }
     }
     int64_t list_bytes = memory_budget_;
-    const int64_t matrix_bytes = m > 0 && n > INT64_MAX / static_cast<int64_t>(sizeof(T)) / m
-                                     ? INT64_MAX
-                                     : n * m * static_cast<int64_t>(sizeof(T));
+    const int64_t matrix_bytes = saturated_mul(saturated_mul(n, m), sizeof(T));
     if (points_ && matrix_bytes <= memory_budget_) {
       auto matrix = std::make_unique<MatrixSource<T>>(points_->matrix(team_, stats_), n, m);
       points_ = nullptr;
       source_ = std::move(matrix);
-      row_ = Buffer<T>(m * source_->sample_rows());
+      row_ = Buffer<T>(checked_mul(m, source_->sample_rows()));
       list_bytes -= matrix_bytes;
     }
     lists_ = std::make_unique<LiveLists<T>>(n, m, list_bytes);

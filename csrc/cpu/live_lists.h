@@ -8,6 +8,7 @@
 // out.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <utility>
@@ -31,7 +32,9 @@ class LiveLists {
   // n candidates, m clients; at most `bytes` of entries. Clients must be numbered below 2^31 (gathers take
   // signed indices).
   LiveLists(int64_t n, int64_t m, int64_t bytes)
-      : capacity_(m < INT32_MAX ? std::min(bytes / kEntryBytes, n * m + kSlack) : 0),
+      : capacity_(m < INT32_MAX ? std::min(bytes / kEntryBytes,
+                                           std::min(saturated_mul(n, m), INT64_MAX - kSlack) + kSlack)
+                                : 0),
         start_(n, int64_t{-1}),
         length_(n, int64_t{0}) {}
 

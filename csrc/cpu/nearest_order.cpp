@@ -175,7 +175,7 @@ StreamedOrder<T>::StreamedOrder(const TensorView<const T, 2>& centroids, int thr
                                 std::function<bool()> poll)
     : StreamedOrder(centroids.rows(), threads, std::move(poll)) {
   d_ = centroids.cols();
-  centroids_ = Buffer<T>(groups() * kGroup * d_, T(0));
+  centroids_ = Buffer<T>(checked_mul(groups() * kGroup, d_), T(0));
   for (int64_t c = 0; c < centroids.rows(); ++c) {
     Panels<T>::check_row(centroids, c, "centroids");
     T* out = centroids_.data() + c / kGroup * d_ * kGroup + c % kGroup;

@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "core/checked.h"
 #include "core/tensor_view.h"
 #include "core/threads.h"
 #include "cpu/tile.h"
@@ -37,13 +38,15 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t size) : size_(size) {
     if (size <= 0) return;
-    size_t bytes = sizeof(T) * static_cast<size_t>(size);
+    size_t bytes = static_cast<size_t>(checked_mul(size, sizeof(T)));
     // Filled up to whole huge pages where that adds an eighth at most.
     const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     if (whole - bytes <= bytes / 8) bytes = whole;
     const bool huge = bytes >= 2 * kHugePage;
     const std::align_val_t alignment{huge ? kHugePage : 64};
-    data_ = {static_cast<T*>(::operator new[](bytes, alignment)), Free{alignment}};
+    // nothrow, because sanitizers end the process where the other form is asked for too much.
+    data_ = {static_cast<T*>(::operator new[](bytes, alignment, std::nothrow)), Free{alignment}};
+    if (!data_) throw std::bad_alloc();
 #if defined(__linux__)
     // Only a hint: without huge pages everything works the same.
     if (huge) madvise(data_.get(), bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
@@ -164,7 +167,7 @@ class Panels {
   static constexpr int kCols = Tile<T>::kCols;
 
   Panels() = default;
-  Panels(int64_t rows, int64_t d) : rows_(rows), d_(d), data_(round_up(rows, kCols) * d) {}
+  Panels(int64_t rows, int64_t d) : rows_(rows), d_(d), data_(checked_mul(round_up(rows, kCols), d)) {}
 
   int64_t rows() const { return rows_; }
   int64_t features() const { return d_; }

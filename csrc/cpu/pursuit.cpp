@@ -47,6 +47,8 @@ constexpr int kBatch = 12;        // columns at a time
 constexpr int64_t kLines = 2048;  // rows that a thread takes at a time where a row is a few operations
 constexpr int64_t kStep = 4 * kWidth<double>;  // arrays over the rows are padded to a multiple of it
 constexpr double kNone = -std::numeric_limits<double>::infinity();
+// Norms of rows and target between which products, and what 1e-12 of them leaves, are normal numbers.
+constexpr double kSmallest = 0x1p-400, kLargest = 0x1p480;
 
 // Rows and vectors of a block of sums in registers.
 #if defined(__AVX512F__)
@@ -141,7 +143,8 @@ struct Problem {
   double target_norm = 0;
   Buffer<double> norm, correlation;  // [B]: |g_j| and g_j' b
 
-  Problem(const TensorView<const X, 2>& rows, const double* b, ThreadTeam& threads)
+  // unit_rows: whether short rows count as much as long ones.
+  Problem(const TensorView<const X, 2>& rows, const double* b, bool unit_rows, ThreadTeam& threads)
       : g(rows), target(b), team(threads), norm(rows.rows()), correlation(round_up(rows.rows(), kStep), 0.0) {
     const int64_t n = g.rows(), d = g.cols();
     for (int64_t k = 0; k < d; ++k) {
@@ -168,13 +171,22 @@ struct Problem {
         norm[i] = std::sqrt(square);
       }
     });
-    bool fits = std::isfinite(target_norm);
+    bool over = !(target_norm <= kLargest),
+         under = target_norm < kSmallest && std::any_of(b, b + d, [](double v) { return v != 0; });
+    double longest = 0;
+    bool lost = false;  // rows whose products are
     for (int64_t i = 0; i < n; ++i) {
-      if (std::isfinite(norm[i]) && std::isfinite(correlation[i])) continue;
+      if (norm[i] <= kLargest && std::isfinite(correlation[i])) {
+        longest = std::max(longest, norm[i]);
+        if (norm[i] < kSmallest && !lost) lost = std::any_of(g.row(i), g.row(i) + d, [](X v) { return v != 0; });
+        continue;
+      }
       for (int64_t k = 0; k < d; ++k) require_finite(g(i, k), "g", i, k);
-      fits = false;
+      over = true;
     }
-    if (!fits) throw std::invalid_argument("g, target: products of their entries overflow; scale them down");
+    under = under || (lost && (unit_rows || longest < kSmallest));
+    if (over) throw std::invalid_argument("g, target: products of their entries overflow; scale them down");
+    if (under) throw std::invalid_argument("g, target: products of their entries underflow; scale them up");
   }
 
   // fn(begin, end) over the rows, on all threads.
@@ -281,7 +293,7 @@ class OrthogonalMatchingPursuit {
   OrthogonalMatchingPursuit(const TensorView<const X, 2>& g, const double* target,
                             const MatchingPursuit& options, ThreadTeam& team)
       : options_(options),
-        problem_(g, target, team),
+        problem_(g, target, false, team),
         columns_(problem_, options.memory_budget),
         streamed_(columns_.room() < std::min(options.k, g.rows())),
         active_(options.nonnegative, options.ridge, problem_.target_norm),
@@ -420,7 +432,7 @@ class FrankWolfe {
   FrankWolfe(const TensorView<const X, 2>& g, const double* target, int64_t k, int64_t memory_budget,
              ThreadTeam& team)
       : k_(k),
-        problem_(g, target, team),
+        problem_(g, target, true, team),
         columns_(problem_, memory_budget),
         place_(g.rows(), -1),
         score_(g.rows()),

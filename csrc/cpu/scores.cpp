@@ -260,7 +260,7 @@ template <class X>
                                 std::to_string(target) + where);
   }
   int64_t j = 0;
-  while (std::isfinite(value_of(logits(sample, token, j)))) ++j;
+  while (j + 1 < classes && std::isfinite(value_of(logits(sample, token, j)))) ++j;
   const double value = value_of(logits(sample, token, j));
   throw std::invalid_argument(std::string("logits must be finite, got ") +
                               (std::isnan(value) ? "NaN"

@@ -228,7 +228,7 @@ class PointSource final : public Source<T> {
 
   // The whole matrix of similarities, [n, m].
   Buffer<T> matrix(ThreadTeam& team, GreedyStats& stats) {
-    Buffer<T> out(candidates() * clients());
+    Buffer<T> out(checked_mul(candidates(), clients()));
     pairwise_panels<T>(rows_, candidates(), columns_, metric_, is_distance(metric_), self_, out.data(),
                        clients(), team);
     stats.pairs += candidates() * clients() / (self_ ? 2 : 1);
@@ -628,8 +628,10 @@ class MatrixSource final : public Source<T> {
   }
 
   void similarities(const int64_t* index, int64_t count, T* out, int64_t stride, ThreadTeam&) override {
-    for (int64_t r = 0; r < count; ++r)
-      std::copy(&s_(index[r], 0), &s_(index[r], 0) + clients(), out + r * stride);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* const row = s_.row(index[r]);
+      std::copy(row, row + clients(), out + r * stride);
+    }
   }
 
  private:
@@ -698,11 +700,19 @@ class SparseSource final : public Source<T> {
     // Only now do all of them lie within the stored entries.
     T largest = 0;
     for (int64_t j = 0; j < s_.n; ++j) {
+      int64_t before = -1;
       for (int64_t e = s_.indptr[j]; e < s_.indptr[j + 1]; ++e) {
         if (s_.indices[e] < 0 || s_.indices[e] >= s_.m) {
           throw std::invalid_argument("x: column indices must be in [0, " + std::to_string(s_.m) + "), got " +
                                       std::to_string(s_.indices[e]) + " in row " + std::to_string(j));
         }
+        // A column that comes twice would count twice, and sums leave the range that was made for them.
+        if (s_.indices[e] <= before) {
+          throw std::invalid_argument("x: column indices must rise within a row, got " +
+                                      std::to_string(s_.indices[e]) + " after " + std::to_string(before) +
+                                      " in row " + std::to_string(j));
+        }
+        before = s_.indices[e];
         require_finite(s_.values[e], "x", j, s_.indices[e]);
         largest = std::max(largest, s_.values[e]);
       }

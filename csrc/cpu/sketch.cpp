@@ -477,8 +477,8 @@ class Sketcher {
       const int64_t rows = std::min(slab, x_.shape[0] - first);
       // Rows are given to several threads only where there are not pieces enough, since each makes the random
       // numbers anew.
-      const bool split =
-          !dense && pieces_ < 4 * team_.size() && rows * columns * p_.nnz >= ThreadTeam::kWorthwhile;
+      const bool split = !dense && pieces_ < 4 * team_.size() &&
+                         saturated_mul(saturated_mul(rows, columns), p_.nnz) >= ThreadTeam::kWorthwhile;
       const int64_t part =
           split ? std::min(each, (rows + team_.size() - 1) / team_.size()) : std::min(each, rows);
       const int64_t parts = (rows + part - 1) / part;
@@ -749,6 +749,10 @@ class Sketcher {
 template <class T>
 void sketch(TensorView<const T, 2> x, const Projection& projection, TensorView<T, 2> out, ThreadTeam& team) {
   if (x.shape[0] == 0) return;
+  if (x.shape[1] == 0) {
+    for (int64_t r = 0; r < x.shape[0]; ++r) std::fill_n(out.row(r), out.shape[1], T(0));
+    return;
+  }
   Sketcher<T>(x, projection, out, team).run();
 }
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "core/checked.h"
 #include "core/philox.h"
 
 namespace fc {
@@ -31,7 +32,7 @@ Tableau::Tableau(int64_t coordinates, int64_t vectors, bool extra, ThreadTeam& t
       columns_(vectors),
       width_(vectors + (extra ? 1 : 0)),
       extra_(extra),
-      t_(static_cast<size_t>(coordinates * width_)),
+      t_(static_cast<size_t>(checked_mul(coordinates, width_))),
       factor_(static_cast<size_t>(coordinates)),
       vector_of_(static_cast<size_t>(vectors)) {
   std::iota(vector_of_.begin(), vector_of_.end(), int64_t{0});

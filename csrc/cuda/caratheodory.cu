@@ -115,9 +115,7 @@ __global__ void __launch_bounds__(kThreads) gather(Runs runs, const int64_t* kep
   new_weights[at] = (runs.weights != nullptr ? runs.weights[r] : 1.0) * factors[run];
 }
 
-Launch over(int64_t blocks, cudaStream_t stream) {
-  return {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream};
-}
+Launch over(int64_t blocks, cudaStream_t stream) { return {grid_of(blocks), dim3(kThreads), 0, stream}; }
 
 }  // namespace
 
@@ -132,7 +130,7 @@ void sum_runs(TensorView<const X, 2> x, const Runs& runs, const double* centre, 
   cut.rows = kPieceRows * parts(runs.count, kPieceRows * kPieces);
   cut.pieces = parts(runs.size, cut.rows);
   const Matrix<OnDevice<X>> matrix{reinterpret_cast<const OnDevice<X>*>(x.data), d, x.stride[0], x.stride[1]};
-  const DeviceBuffer<double> partial(cut.pieces > 1 ? count * cut.pieces * (1 + d) : 0, stream);
+  const DeviceBuffer<double> partial(cut.pieces > 1 ? checked_mul(count, cut.pieces, 1 + d) : 0, stream);
   launch(sum_pieces<OnDevice<X>>, over(count * cut.pieces * cut.tiles, stream), matrix, runs, centre, shrink,
          cut, cut.pieces > 1 ? partial.data() : sums.data);
   if (cut.pieces == 1) return;

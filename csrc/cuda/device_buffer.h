@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "core/checked.h"
 #include "cuda/launch.h"
 #include "cuda/runtime.h"
 
@@ -28,7 +29,7 @@ class DeviceBuffer {
   DeviceBuffer() = default;
   DeviceBuffer(int64_t size, cudaStream_t stream) : stream_(stream) {
     if (size <= 0) return;
-    const size_t bytes = sizeof(T) * static_cast<size_t>(size);
+    const auto bytes = static_cast<size_t>(checked_mul(size, sizeof(T)));
     const cudaError_t status = cudaMallocAsync(reinterpret_cast<void**>(&data_), bytes, stream);
     if (status == cudaErrorMemoryAllocation) {
       cudaGetLastError();  // told here, not by the next launch

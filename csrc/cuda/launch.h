@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -16,6 +17,14 @@ namespace cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// A grid of so many blocks.
+inline dim3 grid_of(int64_t blocks) {
+  if (blocks > INT32_MAX)
+    throw std::invalid_argument("a launch on the GPU takes fewer than 2^31 blocks, this would be " +
+                                std::to_string(blocks) + "; pass fewer rows or columns at a time");
+  return dim3(static_cast<unsigned>(blocks));
 }
 
 struct Launch {

@@ -499,7 +499,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 Launch over(int64_t blocks, cudaStream_t stream, int threads = kThreads) {
-  return {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, stream};
+  return {grid_of(blocks), dim3(static_cast<unsigned>(threads)), 0, stream};
 }
 
 template <class Gradients, class T>
@@ -530,8 +530,9 @@ void top_dimensions(const Gradients& g, const AdamRule& rule, TensorView<const T
   using Source = std::remove_const_t<decltype(problem.g)>;
   const int64_t most = std::min(std::max(kChunk / count, top), numel), width = top + most;
   const bool sieves = std::is_same_v<T, float> && rule.has_history && rule.eps >= kLeastEpsOfSieve;
-  const DeviceBuffer<double> value(count * width, stream), bar(count, stream);
-  const DeviceBuffer<int64_t> at(count * width, stream), candidate(sieves ? count * most : 0, stream);
+  const DeviceBuffer<double> value(checked_mul(count, width), stream), bar(count, stream);
+  const DeviceBuffer<int64_t> at(checked_mul(count, width), stream),
+      candidate(sieves ? checked_mul(count, most) : 0, stream);
   const DeviceBuffer<unsigned long long> length(count, stream), found(count, stream);
   const Lists lists{top,          width,         most,       value.data(),
                     at.data(),    length.data(), bar.data(), candidate.data(),
@@ -579,8 +580,8 @@ void update_history(const Gradients& g, double beta1, double beta2, TensorView<c
       chosen.data, chosen.size(), new_m.data, new_v.data, reinterpret_cast<long long*>(overflows)};
   int64_t products = chosen.size();
   if constexpr (std::is_same_v<Gradients, LowRankGradients<typename Gradients::Element>>)
-    products *= g.coefficients.cols();
-  const int64_t size = std::max<int64_t>(at_once / (products * kThreads), 1) * kThreads;
+    products = saturated_mul(products, std::max<int64_t>(g.coefficients.cols(), 1));
+  const int64_t size = std::max<int64_t>(at_once / saturated_mul(products, kThreads), 1) * kThreads;
   Pace pace(stream, std::move(poll));
   for (int64_t begin = 0; begin < g.numel(); begin += size) {
     const int64_t end = std::min(begin + size, g.numel());

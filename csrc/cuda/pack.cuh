@@ -67,7 +67,7 @@ template <class T>
 void launch_pack(const TensorView<const T, 2>& x, bool normalise, T* out, double* norms,
                  unsigned long long* bad_at, cudaStream_t stream) {
   if (x.rows() == 0) return;
-  const dim3 blocks(static_cast<unsigned>((x.rows() * 8 + kThreads - 1) / kThreads));
+  const dim3 blocks = grid_of((x.rows() * 8 + kThreads - 1) / kThreads);
   launch(pack<T>, {blocks, dim3(kThreads), 0, stream}, x.data, x.stride[0], x.stride[1],
          static_cast<int>(x.rows()), x.cols(), normalise, out, norms, bad_at);
 }

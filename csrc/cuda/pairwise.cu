@@ -57,7 +57,7 @@ void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric,
   if (!same) launch_pack(y, normalise, packed_y.data(), nullptr, nullptr, stream);
   const RowSet<T> rows{packed_x.data(), d, nullptr, static_cast<int>(n)};
   const RowSet<T> columns{same ? packed_x.data() : packed_y.data(), d, nullptr, static_cast<int>(m)};
-  const dim3 grid(static_cast<unsigned>(row_tiles * column_tiles));
+  const dim3 grid = grid_of(row_tiles * column_tiles);
   const auto run = [&](auto kernel) {
     launch(kernel, {grid, dim3(kThreads), 0, stream}, rows, columns, metric == Metric::kEuclidean, out.data,
            out.stride[0]);

@@ -46,9 +46,7 @@ constexpr double kNone = -std::numeric_limits<double>::infinity();
 
 constexpr int64_t parts(int64_t count, int64_t part) { return (count + part - 1) / part; }
 
-Launch over(int64_t blocks, cudaStream_t stream) {
-  return {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream};
-}
+Launch over(int64_t blocks, cudaStream_t stream) { return {grid_of(blocks), dim3(kThreads), 0, stream}; }
 
 // ---- products
 
@@ -154,7 +152,7 @@ void launch_products(Products<X, Y> p, cudaStream_t stream, int64_t few_blocks) 
   p.split = pieces > 1 && p.blocks < few_blocks;
   double* const out = p.out;
   const int64_t size = p.count * p.n;
-  const DeviceBuffer<double> sums(p.split ? pieces * size : 0, stream);
+  const DeviceBuffer<double> sums(p.split ? checked_mul(pieces, size) : 0, stream);
   if (p.split) p.out = sums.data();
   launch(multiply<X, Y, kCount>, over(p.blocks * (p.split ? pieces : 1), stream), p);
   if (p.split)

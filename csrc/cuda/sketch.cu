@@ -528,7 +528,7 @@ class Sketcher {
 
  private:
   Launch over(int64_t blocks, int threads = kThreads, size_t shared = 0) const {
-    return {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared, stream_};
+    return {grid_of(blocks), dim3(static_cast<unsigned>(threads)), shared, stream_};
   }
 
   // How many units of each piece the first launch does.
@@ -627,8 +627,8 @@ void projection_matrix(const Projection& p, TensorView<T, 2> out, cudaStream_t s
   const int64_t rows = out.rows(), dim = out.cols();
   if (out.size() == 0) return;
   const int64_t blocks = std::min(parts(rows * parts(dim, 4), kThreads), int64_t{1} << 20);
-  launch(matrix_entries<T>, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream}, p,
-         log_of_size(dim), rows, dim, scale_of<T>(p, dim), out.data, out.stride[0]);
+  launch(matrix_entries<T>, {grid_of(blocks), dim3(kThreads), 0, stream}, p, log_of_size(dim), rows, dim,
+         scale_of<T>(p, dim), out.data, out.stride[0]);
 }
 
 #define FC_INSTANTIATE(T)                                                                            \

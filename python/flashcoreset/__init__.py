@@ -10,6 +10,7 @@ from importlib.metadata import version as _version
 
 from flashcoreset import integrations, kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
+from flashcoreset._forks import one_thread_in_children as _one_thread_in_children
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import CoLM, autocoreset, ccs, goracs, select, simcore, top_scores
@@ -26,6 +27,8 @@ from flashcoreset.ops.sketch import projection_matrix, sketch
 from flashcoreset.ops.zeroth_order import LowRankGradients, zeroth_order_gradients
 
 __version__ = _version("flashcoreset")
+
+_one_thread_in_children()
 
 __all__ = [
     "AdamState",

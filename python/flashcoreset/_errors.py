@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from types import FrameType
 
 
 class BackendUnavailableError(RuntimeError):
@@ -46,15 +48,38 @@ class ConvergenceWarning(UserWarning):
     """
 
 
+# Frames of these lie between a call of the library and what it warns about: its own, those that bring its ops and hooks back to
+# it, and the trainer that it extends.
+_INSIDE = frozenset({"flashcoreset", "torch", "transformers", "accelerate", "contextlib"})
 _reported: set[str] = set()
 
 
-def warn_slow_path(reason: str, stacklevel: int = 2) -> None:
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warns at the line that called the library: that of the nearest frame outside of it."""
+    frame: FrameType = sys._getframe(1)
+    while _package(frame) in _INSIDE and frame.f_back is not None:
+        frame = frame.f_back
+    names = frame.f_globals
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        names.get("__name__", "<string>"),
+        names.setdefault("__warningregistry__", {}),
+        names,
+    )
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def warn_slow_path(reason: str) -> None:
     """Warns that the reference runs because of `reason`, the first time that reason is met."""
     if reason not in _reported:
         _reported.add(reason)
-        warnings.warn(
+        warn_caller(
             f"falling back to the slow PyTorch reference: {reason} (backend='torch' asks for it silently)",
             SlowPathWarning,
-            stacklevel=stacklevel + 1,
         )

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from flashcoreset._imports import imported
+
 Report = Callable[[int, int], object]
 
 
@@ -23,7 +25,7 @@ class Progress:
             return
         if progress is True:
             try:
-                from tqdm import tqdm
+                tqdm = imported("tqdm").tqdm
             except ImportError:
                 self._report = _Line(label)
             else:

@@ -180,7 +180,7 @@ def as_integer(value: Any, name: str) -> int:
     if not is_bool and not isinstance(value, float):
         try:
             return operator.index(value)
-        except TypeError:
+        except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
             pass
     raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
 
@@ -194,18 +194,26 @@ def as_int64(value: Any, name: str) -> int:
 
 
 def as_number(value: Any, name: str) -> float:
-    """`value` as a finite float."""
-    if isinstance(value, (bool, np.bool_, str, bytes)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}") from None
-    except OverflowError:
-        raise ValueError(f"{name} must be in the range of a float, got a larger number") from None
+    """`value` as a finite float; bools, complex numbers and arrays other than 0-dimensional ones are refused."""
+    number = value if type(value) is float else _as_float(value, name)
     if number - number != 0:  # math.isfinite would break the graph under torch.compile
         raise ValueError(f"{name} must be finite, got {number}")
     return number
+
+
+def _as_float(value: Any, name: str) -> float:
+    dtype = str(getattr(value, "dtype", ""))
+    is_other = (
+        isinstance(value, (bool, str, bytes, bytearray, complex)) or "bool" in dtype or "complex" in dtype
+    )
+    if not is_other and getattr(value, "shape", ()) == ():
+        try:
+            return float(value.detach() if isinstance(value, Tensor) else value)
+        except OverflowError:
+            raise ValueError(f"{name} must be in the range of a float, got a larger number") from None
+        except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor without values
+            pass
+    raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
 def one_of(value: Any, name: str, valid: Sequence[str]) -> None:

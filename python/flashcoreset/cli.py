@@ -2,7 +2,7 @@
 
 Every command ends with 0 when it did its work, with 2 and one line on stderr when the input does not allow
 it, and with 130 on Ctrl-C. Outputs appear whole or not at all: they are written beside their place and then
-renamed into it.
+put into it. One that exists is replaced with --force only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -199,12 +200,22 @@ def _parse_budgets(text: str) -> dict[int, int] | np.ndarray:
 # --- files out ------------------------------------------------------------------------------------
 
 
+class Output(NamedTuple):
+    path: Path
+    option: str
+    write: Callable[[IO[bytes]], object]
+    replace: bool = False  # what is there
+
+
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
-def check_output(text: str, option: str, suffix: str, inputs: Sequence[str] = ()) -> Path:
-    """The path that `text` names, once it is known to be writable: before hours of work, not after them."""
+def check_output(
+    text: str, option: str, suffix: str, inputs: Sequence[str] = (), *, replace: bool = False
+) -> Path:
+    """The path that `text` names, once it is known to be free (or may be replaced) and writable: before hours of work, not after
+    them."""
     path = Path(text)
     if path.suffix.lower() != suffix:
         raise CommandError(f"{option}: expected a name that ends in {suffix}, got {path}")
@@ -216,10 +227,26 @@ def check_output(text: str, option: str, suffix: str, inputs: Sequence[str] = ()
             # Of inputs that cannot be looked at, those who read them complain.
             if path.exists() and os.path.exists(source) and path.samefile(source):
                 raise CommandError(f"{option}: {path} is also an input; choose another name")
+        if not replace:
+            _check_free(path, option)
         probe = _beside(path)
-        probe.touch()
+        probe.touch(exist_ok=False)
         probe.unlink()
     return path
+
+
+def _check_free(path: Path, option: str) -> None:
+    if path.is_symlink():
+        raise CommandError(
+            f"{option}: {path} is a symbolic link; choose another name, or pass --force to replace the link (not what it "
+            "leads to)"
+        )
+    if os.path.lexists(path):
+        raise _taken(path, option)
+
+
+def _taken(path: Path, option: str) -> CommandError:
+    return CommandError(f"{option}: {path} exists; choose another name, or pass --force to replace it")
 
 
 @contextmanager
@@ -230,21 +257,45 @@ def _writing(path: Path, option: str) -> Iterator[None]:
         raise CommandError(f"{option}: cannot write {path}: {error.strerror or error}") from None
 
 
-def write_whole(*files: tuple[Path, str, Callable[[IO[bytes]], object]]) -> None:
-    """For each (path, option, write) calls ``write(stream)`` for a new file beside `path`, and once all are written
-    renames them in order; a failure to write leaves nothing."""
+def write_whole(*outputs: Output) -> None:
+    """Writes a new file beside the place of each, and once all are written puts them there in order. A failure to write leaves
+    nothing. What has come to a place in the meantime is left there, unless it may be replaced."""
+    written: list[Path] = []
     try:
-        for path, option, write in files:
-            with _writing(path, option), _beside(path).open("wb") as stream:
-                write(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        for path, option, _ in files:
-            with _writing(path, option):
-                _beside(path).replace(path)
+        for output in outputs:
+            with _writing(output.path, output.option):
+                beside = _beside(output.path)
+                with beside.open("xb") as stream:
+                    written.append(beside)
+                    output.write(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+        for output in outputs:
+            if not output.replace:
+                _check_free(output.path, output.option)
+        for beside, output in zip(written, outputs, strict=True):
+            with _writing(output.path, output.option):
+                if output.replace:
+                    beside.replace(output.path)  # a symbolic link itself, not what it leads to
+                else:
+                    _place(beside, output)
     finally:
-        for path, _, _ in files:
-            _beside(path).unlink(missing_ok=True)
+        for beside in written:
+            beside.unlink(missing_ok=True)
+
+
+def _place(beside: Path, output: Output) -> None:
+    """Puts a file where there is none; asking first would leave time for one to appear."""
+    try:
+        os.link(beside, output.path)
+    except FileExistsError:
+        raise _taken(output.path, output.option) from None
+    except OSError:  # a file system without hard links
+        try:
+            output.path.touch(exist_ok=False)
+        except FileExistsError:
+            raise _taken(output.path, output.option) from None
+        beside.replace(output.path)
 
 
 def _jsonable(value: Any) -> Any:
@@ -429,14 +480,22 @@ def _savez(contents: dict[str, Any], stream: IO[bytes]) -> None:
     np.savez(stream, **contents)
 
 
+def _same_place(a: str, b: str) -> bool:
+    """Whether two names are those of one file, which is no symbolic link."""
+    first, second = (Path(text).parent.resolve() / Path(text).name for text in (a, b))
+    return first == second and not first.is_symlink()
+
+
 def _select(arguments: argparse.Namespace) -> int:
     given = [getattr(arguments, name) for name in _INPUTS if hasattr(arguments, name)]
     states = [arguments.state] if hasattr(arguments, "state") else []
-    out = check_output(arguments.out, "--out", ".npz", given + states)
-    kept = None
+    force = getattr(arguments, "force", False)
+    out = check_output(arguments.out, "--out", ".npz", given + states, replace=force)
+    kept, replaces = None, force
     if hasattr(arguments, "save_state"):
         # It may take the place of the state that is read.
-        kept = check_output(arguments.save_state, "--save-state", ".npz", given)
+        replaces = force or any(_same_place(arguments.save_state, state) for state in states)
+        kept = check_output(arguments.save_state, "--save-state", ".npz", given, replace=replaces)
         if kept.resolve() == out.resolve():
             raise CommandError(f"--save-state: {kept} is also --out; choose another name")
     start = time.perf_counter()
@@ -444,10 +503,10 @@ def _select(arguments: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     info = {"algorithm": arguments.algorithm, "version": fc.__version__, "seconds": seconds, **info}
     contents: dict[str, Any] = {"info": np.array(json.dumps(_jsonable(info))), **arrays}
-    files = [(out, "--out", functools.partial(_savez, contents))]
+    files = [Output(out, "--out", functools.partial(_savez, contents), force)]
     if kept is not None and state is not None:
         # Last: a state that is one step behind its output is made up for by the same call once more.
-        files.append((kept, "--save-state", functools.partial(_savez, state)))
+        files.append(Output(kept, "--save-state", functools.partial(_savez, state), replaces))
     write_whole(*files)
     print(f"{out}: {len(arrays['indices']):,} of {info['rows']:,} rows in {seconds:.2f} s")
     return 0
@@ -526,12 +585,17 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    first = check_output(arguments.out, "--out", ".png")
+    first = check_output(arguments.out, "--out", ".png", replace=arguments.force)
     others = ("-ccs", "-colm", "-autocoreset")
     outs = [
         first,
         *(
-            check_output(str(first.with_name(first.stem + end + first.suffix)), "--out", ".png")
+            check_output(
+                str(first.with_name(first.stem + end + first.suffix)),
+                "--out",
+                ".png",
+                replace=arguments.force,
+            )
             for end in others
         ),
     ]
@@ -545,7 +609,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     for part, out, title in zip(parts, outs, shown, strict=True):
         result = part.run()
         print(part.table(result))
-        write_whole((out, "--out", functools.partial(part.draw, result)))
+        write_whole(Output(out, "--out", functools.partial(part.draw, result), arguments.force))
         print(f"{title}: {out}" if part is parts[-1] else f"{title}: {out}\n", flush=True)
     return 0
 
@@ -572,6 +636,7 @@ def _parser() -> argparse.ArgumentParser:
         default="demo.png",
         help="the picture; others go beside it, as NAME-ccs.png, NAME-colm.png and NAME-autocoreset.png (default: %(default)s)",
     )
+    _add_force(demo)
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout")
@@ -618,6 +683,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace outputs that exist")
+
+
 def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool) -> None:
     parser.add_argument("-k", type=int, required=needs_k, metavar="K", help="how many rows to select")
     parser.add_argument(
@@ -627,6 +696,7 @@ def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool) -> None:
         metavar="OUT.npz",
         help="indices, weights and info (JSON text) are written here",
     )
+    _add_force(parser)
     parser.add_argument("--seed", type=int)
 
 
@@ -709,7 +779,7 @@ def _add_colm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-state",
         metavar="STATE.npz",
-        help="the history after this batch is written here (STATE may be both)",
+        help="the history after this batch is written here (without --force also where it is STATE)",
     )
     parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
 

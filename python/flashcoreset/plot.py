@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+from flashcoreset._imports import imported
 from flashcoreset._types import Coreset
 
 
@@ -100,7 +101,7 @@ def strata(coreset: Coreset, ax: Any = None) -> Any:
 def _axes(ax: Any, function: str) -> Any:
     """`ax`, or those of a new figure."""
     try:
-        from matplotlib import pyplot as plt
+        plt = imported("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError(
             f"plot.{function} needs matplotlib ({error}); install it with pip install 'flashcoreset[demo]'"

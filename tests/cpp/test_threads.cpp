@@ -1,10 +1,16 @@
 // The thread team: every index once, exceptions and cancellation come out on the caller and leave the team
 // usable.
 #include <atomic>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#if defined(__unix__)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 #include "check.h"
 #include "core/threads.h"
@@ -161,6 +167,34 @@ void test_lifetimes() {
   CHECK_EQUAL(sum.load(), 1600);
 }
 
+// A child inherits a team whose threads it has not: it starts its own, and neither use nor destruction waits
+// for the others.
+void test_forks() {
+#if defined(__unix__) && !defined(__SANITIZE_THREAD__)  // which forbids threads after a fork
+  for (const bool asleep : {false, true}) {
+    auto team = std::make_unique<fc::ThreadTeam>(3);
+    const auto total = [&] {
+      std::atomic<int64_t> sum{0};
+      team->parallel_for(1000, 7, [&](int, int64_t begin, int64_t end) { sum += end - begin; });
+      return sum.load();
+    };
+    CHECK_EQUAL(total(), 1000);
+    if (asleep) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(20);
+      const bool right = total() == 1000 && total() == 1000;
+      team.reset();
+      _exit(right ? 0 : 1);
+    }
+    int status = -1;
+    CHECK_EQUAL(waitpid(child, &status, 0), child);
+    CHECK_EQUAL(status, 0);
+    CHECK_EQUAL(total(), 1000);
+  }
+#endif
+}
+
 }  // namespace
 
 TEST_PROGRAM {
@@ -172,5 +206,6 @@ TEST_PROGRAM {
   test_cancellation();
   test_cancellation_of_the_last_chunk();
   test_lifetimes();
+  test_forks();
   return check::verdict("threads");
 }

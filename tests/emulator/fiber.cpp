@@ -17,6 +17,17 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#if defined(__SANITIZE_THREAD__)
+#define FC_THREAD_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define FC_THREAD_SANITIZER
+#endif
+#endif
+#if defined(FC_THREAD_SANITIZER)
+#include <sanitizer/tsan_interface.h>
+#endif
+
 #if !defined(FC_EMULATOR_UCONTEXT)
 // Saves what a callee must preserve on the stack, stores the stack pointer at *save, and takes up the stack
 // at `load`. The rounding mode and the like are every fiber's alike.
@@ -117,6 +128,9 @@ Fiber::Fiber(void (*run)()) : run_(run), bytes_(kStackBytes) {
     munmap(mapping_, guard + bytes_);
     throw std::bad_alloc();
   }
+#if defined(FC_THREAD_SANITIZER)
+  thread_ = __tsan_create_fiber(0);
+#endif
 #if defined(FC_EMULATOR_UCONTEXT)
   getcontext(&context_);
   context_.uc_stack.ss_sp = mapping_ + guard;
@@ -138,7 +152,11 @@ Fiber::Fiber(void (*run)()) : run_(run), bytes_(kStackBytes) {
 }
 
 Fiber::~Fiber() {
-  if (mapping_ != nullptr) munmap(mapping_, page_bytes() + bytes_);
+  if (mapping_ == nullptr) return;
+  munmap(mapping_, page_bytes() + bytes_);
+#if defined(FC_THREAD_SANITIZER)
+  __tsan_destroy_fiber(thread_);
+#endif
 }
 
 void Fiber::switch_to(Fiber& from, Fiber& to) {
@@ -146,6 +164,10 @@ void Fiber::switch_to(Fiber& from, Fiber& to) {
   entering = &to;
 #if defined(FC_ADDRESS_SANITIZER)
   __sanitizer_start_switch_fiber(&from.fake_stack_, to.bottom_, to.bytes_);
+#endif
+#if defined(FC_THREAD_SANITIZER)
+  if (from.mapping_ == nullptr) from.thread_ = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(to.thread_, 0);
 #endif
 #if defined(FC_EMULATOR_UCONTEXT)
   swapcontext(&from.context_, &to.context_);

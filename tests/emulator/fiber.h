@@ -45,6 +45,7 @@ class Fiber {
       nullptr;  // lowest address of the stack, and its size: the address sanitizer keeps track
   size_t bytes_ = 0;
   void* fake_stack_ = nullptr;  // the sanitizer's own, while the fiber is not running
+  void* thread_ = nullptr;      // what the thread sanitizer takes the fiber for
 #if defined(FC_EMULATOR_UCONTEXT)
   ucontext_t context_;
 #else

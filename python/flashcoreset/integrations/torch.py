@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashcoreset._errors import SlowPathWarning
+from flashcoreset._errors import SlowPathWarning, warn_caller
 from flashcoreset._tensor import FLOATING, as_int64, as_integer, as_number
 from flashcoreset._types import Coreset
+from flashcoreset.integrations._batches import cut, find_rows, known_rows, sample_losses, shifts_labels
 from flashcoreset.ops.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
 
 # Coefficients of shortened passes are those of whole ones but for rounding, of which half precision has much.
 _NEAR = 0.05
-
-IGNORED = -100  # the label of tokens that do not count, as everywhere in torch
 
 # Modules that project to values alone, by the last part of their names.
 _SEPARATE = ("v_proj", "value", "wv", "v")
@@ -59,12 +56,14 @@ class BatchSelector:
     layer's input; another one with -eps runs that layer, the final norm and the head alone (with more directions, all passes but the
     first do). On the first batch whole passes say whether that is enough; of a model that makes more of its earlier layers than
     the last one's input all passes are whole ones, and a `SlowPathWarning` says so. The losses of each sample are averaged over
-    its own tokens. The model runs in eval mode, without gradients; afterwards its parameters, modes and hooks are as they
+    its own tokens. Whether they are those of the next token or of the token itself is found on the first batch, by the model's own
+    loss. The model runs in eval mode, without gradients; afterwards its parameters, modes and hooks are as they
     were, whatever happens, and so is the state of the global random numbers.
 
     Args:
-        model: a causal language model called with a batch's entries as keywords, whose output is the logits [B, T, C], has
-            them as `logits`, or has them first: those of transformers, with or without peft's adapters. Decoder layers are
+        model: called with a batch's entries as keywords, with an output that is the logits [B, T, C] or [B, C], has
+            them as `logits`, or has them first: causal and masked language models, encoder-decoders and classifiers of tokens,
+            texts and images of transformers, with or without peft's adapters. Layers are
             members of an `nn.ModuleList`. Wrapped by DistributedDataParallel it is unwrapped.
         method: what chooses by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
             can be called.
@@ -76,17 +75,25 @@ class BatchSelector:
         resample: False: the same directions in every step, as in CoLM's published code. True: others in every step, by the
             number of the step.
         batch_size: how many rows run at a time; None: all. Coefficients do not depend on it but for rounding.
+        shift_labels: True: labels are the tokens, of which each is predicted from those before it. False: each label is predicted
+            in its own place. None: the one of these that is the model's own loss on the first batch; of a model without a loss,
+            what the labels are beside `input_ids`.
+        batch_keys: names of the entries of a batch that have a row for each sample and are cut where `batch_size` is below the
+            batch's; the labels always are. None: those that transformers' models document; the first batch tells of other
+            entries, since a part of it, run alone, must have the losses that it has within the whole batch, which
+            runs once for that.
 
     Attributes:
         parameter_name: what is perturbed.
         parameter: the tensor that is perturbed: the parameter itself, or a view of it.
         layer_name: the layer that is run again.
         method: the argument.
+        shift_labels: the argument, or what was found; None before.
         steps: how many batches have been evaluated.
 
     Raises:
         TypeError: for arguments of a wrong type, and a parameter that is not floating (quantised).
-        ValueError: for a wrong value; an encoder-decoder; a model in which no V-projection is found, with what was looked for; a fused
+        ValueError: for a wrong value; a model in which no V-projection is found, with what was looked for; a fused
             projection whose layout is not known.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
@@ -116,15 +123,13 @@ class BatchSelector:
         n_perturbations: int = 1,
         resample: bool = False,
         batch_size: int | None = None,
+        shift_labels: bool | None = None,
+        batch_keys: Iterable[str] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(
-                f"model must be a decoder, whose labels are its inputs, got the encoder-decoder {type(model).__name__}"
-            )
         if method is not None and not callable(getattr(method, "select", None)):
             raise TypeError(
                 f"method must have select(grads, groups), as fc.CoLM has, got {type(method).__name__}"
@@ -140,6 +145,13 @@ class BatchSelector:
             raise TypeError(f"resample must be a bool, got {resample!r} of type {type(resample).__name__}")
         self._resample = resample
         self._batch_size = None if batch_size is None else _at_least_one(batch_size, "batch_size")
+        if shift_labels is not None and not isinstance(shift_labels, bool):
+            raise TypeError(
+                f"shift_labels must be a bool or None, got {shift_labels!r} of type {type(shift_labels).__name__}"
+            )
+        self.shift_labels = shift_labels
+        self._batch_keys = None if batch_keys is None else _names(batch_keys)
+        self._found_rows: dict[str, bool] = {}  # of entries that were asked about
         self._model = model
         self.method = method
         self.steps = 0
@@ -166,16 +178,16 @@ class BatchSelector:
         """The gradient of each row's loss with respect to `parameter`, as coefficients of the directions.
 
         Args:
-            batch: what the model is called with, and "labels" [B, T]: the tokens themselves, which are shifted here, with
-                -100 where a token does not count. Matrices (and more dimensions) of B rows are cut into rows, other entries are
-                passed as they are. Everything is on the model's device.
+            batch: what the model is called with, and "labels" [B, T] or [B], with -100 where one does not count: those that the
+                model's own loss takes. Everything is on the model's device.
 
         Returns:
             `LowRankGradients` with coefficients [B, n_perturbations]: NaN for rows whose loss is not finite, and 0 for
             rows without a label.
 
         Raises:
-            TypeError, ValueError: for a batch without labels, or logits that do not fit to them.
+            TypeError, ValueError: for a batch without labels, or logits that do not fit to them; where it stays open which
+                entries have rows, or whether labels are shifted; for a model whose own loss is another one.
         """
         labels = _labels(batch)
         rows = len(labels)
@@ -183,11 +195,12 @@ class BatchSelector:
         step = rows if self._batch_size is None else self._batch_size
         parts = []
         with self._evaluation():
+            has_rows = self._has_rows(batch, step) if step < rows else {}
             for first in range(0, rows, step):
-                part = {
-                    name: value[first : first + step] if _has_rows(value, rows) else value
-                    for name, value in batch.items()
-                }
+                part = cut(batch, has_rows, slice(first, first + step)) if has_rows else dict(batch)
+                if self.shift_labels is None:
+                    with torch.no_grad():
+                        self.shift_labels = shifts_labels(self._model, self._inputs(part, labelled=True))
                 parts.append(
                     self._coefficients(part, seed) if self._is_checked else self._checked(part, seed)
                 )
@@ -251,22 +264,36 @@ class BatchSelector:
             self._is_checked = largest > 0
             return short
         self._is_checked, self._before = True, []
-        warnings.warn(
+        warn_caller(
             f"all of {type(self._model).__name__} runs in each pass of the selection, since its layers before {self.layer_name} do "
             "more than make the input of it",
             SlowPathWarning,
-            stacklevel=3,
         )
         return whole
+
+    def _has_rows(self, batch: Mapping[str, Any], step: int) -> dict[str, bool]:
+        known = {**self._found_rows, **known_rows(self._model, batch, self._batch_keys)}
+        with torch.no_grad():
+            found = find_rows(self._model, batch, known, step, lambda part: self._model(**self._inputs(part)))
+        self._found_rows |= {name: found[name] for name in found.keys() - known.keys()}
+        return found
+
+    def _inputs(self, batch: Mapping[str, Any], labelled: bool = False) -> dict[str, Any]:
+        """What the model is called with: the labels only if it makes its decoder's input of them, or `labelled`."""
+        config = getattr(self._model, "config", None)
+        inputs = dict(batch)
+        if not labelled and not getattr(config, "is_encoder_decoder", False):
+            del inputs["labels"]
+        if "use_cache" not in inputs and hasattr(config, "use_cache"):
+            inputs["use_cache"] = False
+        return inputs
 
     def _coefficients(
         self, batch: dict[str, Any], seed: int, before: Sequence[nn.Module] | None = None
     ) -> Tensor:
         """By passes that leave out the layers `before`, by default all before the parameter's."""
-        batch = dict(batch)
-        labels = batch.pop("labels")
-        if "use_cache" not in batch and hasattr(getattr(self._model, "config", None), "use_cache"):
-            batch["use_cache"] = False
+        labels, inputs = batch["labels"], self._inputs(batch)
+        shifted = self.shift_labels is not False
         bad = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
 
         with contextlib.ExitStack() as stack:
@@ -274,7 +301,7 @@ class BatchSelector:
 
             def losses() -> Tensor:
                 nonlocal bad
-                values = sample_losses(run(batch), labels)
+                values = sample_losses(run(inputs), labels, shifted)
                 unusable = ~torch.isfinite(values)
                 bad = bad | unusable
                 return values.masked_fill(unusable, 0)
@@ -296,41 +323,6 @@ class BatchSelector:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def sample_losses(output: Any, labels: Tensor) -> Tensor:
-    """The cross-entropy of each sample, averaged over its own tokens.
-
-    Args:
-        output: logits [B, T, C], or a model's output that has them as `logits` or first.
-        labels: [B, T] integers; position t is predicted from the logits at t - 1. -100 does not count.
-
-    Returns:
-        [B] float32 (float64 for float64 logits); 0 for a sample without labels.
-
-    Raises:
-        TypeError, ValueError: for logits that do not fit to the labels.
-
-    Example:
-        >>> import torch, flashcoreset as fc
-        >>> labels = torch.tensor([[0, 1, 1], [0, 1, -100]])
-        >>> fc.integrations.torch.sample_losses(torch.zeros(2, 3, 2), labels)
-        tensor([0.6931, 0.6931])
-    """
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, (tuple, list)):
-        logits = logits[0]
-    if not isinstance(logits, Tensor) or logits.dtype not in FLOATING:
-        raise TypeError(f"the model must return logits or have them first, got {type(logits).__name__}")
-    if logits.dim() != 3 or logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"the model's logits must have shape {[*labels.shape, 'C']} as the labels have, got {tuple(logits.shape)}"
-        )
-    wide = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
-    targets = labels[:, 1:].to(logits.device, torch.int64)
-    losses = F.cross_entropy(wide.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
-    count = (targets != IGNORED).sum(1).clamp(min=1)
-    return losses.sum(1) / count
 
 
 @contextmanager
@@ -511,14 +503,21 @@ def _labels(batch: Any) -> Tensor:
     ):
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"batch['labels'] must be an integer tensor, got {got}")
-    if labels.dim() != 2 or not len(labels) or labels.shape[1] < 2:
-        raise ValueError(f"batch['labels'] must have shape [B, T] with T >= 2, got {tuple(labels.shape)}")
+    if labels.dim() not in (1, 2) or not len(labels) or (labels.dim() == 2 and labels.shape[1] < 2):
+        raise ValueError(
+            f"batch['labels'] must have shape [B, T] with T >= 2, or [B], got {tuple(labels.shape)}"
+        )
     return labels
 
 
-def _has_rows(value: Any, rows: int) -> bool:
-    # Vectors belong to the sequence (positions), of which there may be as many as rows.
-    return isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
+def _names(keys: Any) -> frozenset[str]:
+    if isinstance(keys, (str, bytes)) or not isinstance(keys, Iterable):
+        raise TypeError(f"batch_keys must be several names or None, got {keys!r}")
+    names = list(keys)
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"batch_keys[{i}] must be a str, got {type(name).__name__}")
+    return frozenset(names)
 
 
 def _at_least_one(value: Any, name: str) -> int:

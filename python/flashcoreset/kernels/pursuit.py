@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashcoreset import _native
 from flashcoreset._tensor import check_finite
-from flashcoreset.reference.pursuit import LEAST_SQUARED_SINE, UNIT_NOISE
+from flashcoreset.reference.pursuit import LEAST_SQUARED_SINE, UNIT_NOISE, check_products
 
 _BATCH = 12  # columns of the Gram matrix at a time
 
@@ -34,9 +34,9 @@ class Launchers:
 
 
 class _Problem:
-    """The rows and what is known of them from the start."""
+    """The rows and what is known of them from the start; `unit_rows`: whether short ones count as much as long ones."""
 
-    def __init__(self, launchers: Launchers, g: Tensor, target: Tensor) -> None:
+    def __init__(self, launchers: Launchers, g: Tensor, target: Tensor, *, unit_rows: bool) -> None:
         check_finite(target, "target")
         g = g.detach()
         self.launchers = launchers
@@ -47,10 +47,7 @@ class _Problem:
         squares = torch.empty_like(self.correlation)
         launchers.squares(self.g, squares)
         self.norm = squares.sqrt()
-        fits = self.norm.isfinite().all() & self.correlation.isfinite().all()
-        if not (math.isfinite(self.target_norm) and bool(fits)):
-            check_finite(g, "g")
-            raise ValueError("g, target: products of their entries overflow; scale them down")
+        check_products(g, target, self.norm, self.target_norm, self.correlation, unit_rows)
 
     def products(self, vector: Tensor) -> Tensor:
         """[B] float64, of all rows with a vector [D] float64."""
@@ -142,7 +139,7 @@ def orthogonal_matching_pursuit(
     memory_budget: int,
 ) -> Found:
     """See `flashcoreset.kernels.cpu.orthogonal_matching_pursuit`."""
-    problem = _Problem(launchers, g, target)
+    problem = _Problem(launchers, g, target, unit_rows=False)
     count = columns_kept(len(g), k, memory_budget, orthogonal=True)
     streamed = count == 0  # every pick costs a pass over g
     columns = _GramColumns(problem, count)
@@ -201,7 +198,7 @@ def orthogonal_matching_pursuit(
 
 def frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, memory_budget: int) -> Found:
     """See `flashcoreset.kernels.cpu.frank_wolfe`."""
-    problem = _Problem(launchers, g, target)
+    problem = _Problem(launchers, g, target, unit_rows=True)
     columns = _GramColumns(problem, columns_kept(len(g), k, memory_budget, orthogonal=False))
     norm = problem.norm
     lengths = norm * problem.target_norm

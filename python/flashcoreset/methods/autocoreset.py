@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._imports import imported
 from flashcoreset._progress import Progress, Report, check_progress
 from flashcoreset._tensor import as_integer, as_vector, one_of
 from flashcoreset._types import Coreset
@@ -16,10 +17,10 @@ from flashcoreset.ops.loss_subsets import METHODS, equal_budgets, in_groups, uni
 from flashcoreset.ops.weighted_models import (
     CLUSTERS,
     LOSSES,
+    Fits,
     Loss,
     check_model,
     class_codes,
-    fitted,
     make_model,
     named_loss,
 )
@@ -55,8 +56,10 @@ def autocoreset(
         model: any object with scikit-learn's fit(X, y, sample_weight=...), which stays as it is (copies are
             fitted); or "kmeans" (8 clusters), "logistic_regression", "linear_svm" (squared hinge), "linear_regression".
         loss: a callable(model, X, y) that returns the losses [n] >= 0 of samples; or one of the names above, the loss
-            that these models minimise, of which the total is least for the fit on all samples (a penalty counts by
-            an n-th for each sample); or None: that of a `model` given by name.
+            that scikit-learn's own models of that kind minimise with all their parameters, of which the total is least
+            for the fit on all samples (a penalty counts by an n-th for each sample): KMeans or MiniBatchKMeans;
+            LogisticRegression; LinearSVC; LinearRegression, Ridge, Lasso or ElasticNet; or None: that of a `model` given
+            by name.
         k: the most samples to take, 1 <= k <= n.
         method: how subsets are drawn. "caratheodory": column sums match exactly, by `caratheodory` with max_size k on a
             random order. "importance": chances are the largest share that a sample has of a column. "median_of_means": of
@@ -75,7 +78,8 @@ def autocoreset(
         `groups` "budgets", a dict of label to count.
 
     Raises:
-        TypeError: for arguments of a wrong type, and a model without sample weights.
+        TypeError: for arguments of a wrong type, a model without sample weights, and a named loss that is not the
+            model's.
         ValueError: for options out of range, x and y of different lengths, a loss that is NaN, infinite, negative or not
             [n], k below the number of classes or groups, and subsets that lack a class draw after draw.
 
@@ -118,14 +122,14 @@ def autocoreset(
     # A group that is taken whole needs no matching.
     tightest = min((b for b, rows in zip(budgets, members, strict=True) if b < len(rows)), default=None)
 
+    threadpool_limits = imported("threadpoolctl").threadpool_limits
     start = time.perf_counter()
     rng = np.random.default_rng(seed)
     columns = np.empty((n, 0))
+    fits = Fits(model)
     totals: list[float] = []
     best: tuple[np.ndarray, np.ndarray] | None = None
     stopped, since = "columns", 0
-    from threadpoolctl import threadpool_limits
-
     # The number of threads would show in the last digits of fits.
     with threadpool_limits(1), Progress(progress, max(n_initial, tightest or 1), "autocoreset") as bar:
         while True:
@@ -138,7 +142,7 @@ def autocoreset(
                     raise ValueError(_too_few(k, "the first subset"))
             else:
                 rows, weights = _draw(method, columns, members, budgets, codes, rng)
-            fit = fitted(model, *samples.take(rows), weights)
+            fit = fits.fit(*samples.take(rows), weights)
             column = _checked(losses_of(fit, samples.x, samples.y), n)
             columns = np.concatenate([columns, column[:, None]], 1)
             with np.errstate(over="ignore"):
@@ -229,7 +233,7 @@ def _model_and_loss(model: Any, loss: Any, seed: int) -> tuple[Any, Loss]:
     if callable(loss):
         return model, loss
     one_of(loss, "loss", names)
-    return model, named_loss(loss)
+    return model, named_loss(loss, model)
 
 
 def _groups(groups: Any, n: int) -> tuple[list[int] | None, list[np.ndarray]]:

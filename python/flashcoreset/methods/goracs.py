@@ -28,6 +28,7 @@ from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.entropic_transport import solve_entropic
 from flashcoreset.ops.exact_transport import Transport, load_pot, solve
 from flashcoreset.ops.exchanges import Exchanges
+from flashcoreset.ops.scaling import exponent_into, scale
 from flashcoreset.ops.transport_costs import TransportCosts, cover_bytes, cover_picks
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 from flashcoreset.reference.goracs import IMPROVEMENT
@@ -289,6 +290,7 @@ def _select(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The chosen rows [k] of one problem and what is known of them."""
     start = time.perf_counter()
+    norms = scale(norms, exponent_into(float(norms.max()), (-1100, 500)))  # times lam they stay finite
     penalty = options.lam * norms / norms.max() if options.lam else torch.zeros_like(norms)
     costs = TransportCosts(train, valid, penalty, kernels, options.memory_budget)
     picks, made = cover_picks(costs, k, report)

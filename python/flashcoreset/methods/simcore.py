@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._imports import imported
 from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._progress import Progress, Report, check_progress
 from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype
@@ -19,7 +20,7 @@ from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 from flashcoreset.reference.philox import uniforms
 from flashcoreset.reference.simcore import normalize_rows
 
-_PER_TARGET = 50  # picks for each target point where no k is given
+_PER_TARGET = 50  # picks for each distinct target point where no k is given
 
 
 def simcore(
@@ -40,7 +41,7 @@ def simcore(
     """Takes from an open set the items that are most similar to a target set, round by round.
 
     The rows of both sets are scaled to unit length, the target is clustered by k-means and its centroids are
-    scaled to unit length. In a round every centroid takes its most similar item (by cosine) that no earlier
+    scaled to unit length. Target rows that are then equal are one point, which counts in k-means as often as it appears. In a round every centroid takes its most similar item (by cosine) that no earlier
     round took; two centroids may take the same item in one round, where it counts once. The value of a round
     is the mean over the centroids of the similarities taken. With `stop`, the value of round number
     `patience` times `stop_threshold` is the threshold, and the first later round whose value is below it is
@@ -54,12 +55,13 @@ def simcore(
             or an iterable of such batches [., d] that together are the open set: a list, a DataLoader
             without shuffling, an object whose `iter()` starts anew, a function that returns a new iterator,
             or an iterator (a generator), which can be read once only. A batch may also be a tuple or list
-            whose first entry is the matrix; batches without rows are passed over. Where batches come in another order at each
-            reading, as from a shuffling DataLoader, the indices mean nothing. An iterable is read once if n_clusters x k entries of 24 bytes
-            fit into 3/4 of `memory_budget`.
+            whose first entry is the matrix; batches without rows are passed over. The indices count the rows as they come, so a
+            DataLoader that shuffles, samples, drops or mixes rows is refused. An iterable is read once if n_clusters x k entries
+            of 24 bytes fit into 3/4 of `memory_budget`.
         target: [m, d], on the same device.
-        k: the number of items to take at most, 1 <= k <= n. None, with `stop`: 50 m, or n if that is less.
-        n_clusters: centroids; where m <= n_clusters every target point is one.
+        k: the number of items to take at most, 1 <= k <= n. None, with `stop`: 50 for each point of the target,
+            or n if that is less.
+        n_clusters: centroids; with no more points than that every target point is one.
         stop: whether a round of low value ends the selection.
         stop_threshold: share of the reference value, >= 0.
         patience: the round, counted from 1, whose value is the reference: 20 in the published code, 1 in the
@@ -83,8 +85,8 @@ def simcore(
     Raises:
         TypeError: for arguments of a wrong type.
         ValueError: for wrong shapes, options out of range, NaN or infinity, k > n, neither `stop` nor `k`, an
-            open set that changes from one reading to the next, and an iterator that would have to be read
-            again.
+            open set that changes from one reading to the next, an iterator that would have to be read
+            again, and a DataLoader whose rows do not come in the order of its data set.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Kim, Bae and Yun, "Coreset Sampling from Open-Set for Fine-Grained Self-Supervised Learning",
@@ -129,7 +131,8 @@ def simcore(
     check_finite(points, "target")
 
     dtype = compute_type(source, points)
-    centroids = _centroids(points.to(dtype), n_clusters, seed, n_init)
+    points, counts = _distinct(points.to(dtype))
+    centroids = _centroids(points, counts, n_clusters, seed, n_init)
     limit = k if k is not None else _PER_TARGET * points.shape[0]
     if source.rows is not None:
         limit = min(limit, source.rows)
@@ -185,23 +188,33 @@ def _select(
     return torch.cat(picks), info
 
 
-def _centroids(target: Tensor, n_clusters: int, seed: int, n_init: int) -> Tensor:
-    """[K, d], rows of unit length (or zero)."""
-    points = normalize_rows(target)
+def _distinct(target: Tensor) -> tuple[Tensor, np.ndarray]:
+    """The distinct rows of unit length (or zero) in the order of their first appearance, and how often each appears."""
+    points = normalize_rows(target) + 0.0  # -0.0 and 0.0 are the same
+    rows = np.ascontiguousarray(points.cpu().numpy())
+    _, first, counts = np.unique(
+        rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0],
+        return_index=True,
+        return_counts=True,
+    )
+    order = first.argsort()
+    return points[torch.from_numpy(first[order]).to(points.device)], counts[order]
+
+
+def _centroids(points: Tensor, counts: np.ndarray, n_clusters: int, seed: int, n_init: int) -> Tensor:
+    """[K, d], distinct rows of unit length (or zero)."""
     if points.shape[0] <= n_clusters:
         return points.contiguous()
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
-
-    kmeans = KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
+    threadpool_limits = imported("threadpoolctl").threadpool_limits
+    kmeans = imported("sklearn.cluster").KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
+    # A target that is repeated as a whole has the centroids of the one.
+    weights = counts // np.gcd.reduce(counts)
     with warnings.catch_warnings(), threadpool_limits(1):
-        # Fewer distinct points than clusters: some centroids are then equal and take the same items, which
-        # is harmless.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        kmeans.fit(points.cpu().numpy())
-    centers = torch.from_numpy(kmeans.cluster_centers_).to(target.device, target.dtype)
-    return normalize_rows(centers).contiguous()
+        # Points that differ by less than k-means can tell: some centroids are then equal.
+        warnings.simplefilter("ignore", imported("sklearn.exceptions").ConvergenceWarning)
+        kmeans.fit(points.cpu().numpy(), sample_weight=None if weights.max() == 1 else weights)
+    centers = torch.from_numpy(kmeans.cluster_centers_).to(points.device, points.dtype)
+    return _distinct(centers)[0].contiguous()
 
 
 def _at_least_one(value: Any, name: str) -> int:

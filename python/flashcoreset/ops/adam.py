@@ -132,6 +132,12 @@ class RankOneAdamState:
         if self.is_empty:
             m = torch.zeros(self.numel, dtype=dtype, device=device)
             return AdamState(m, m.clone(), self.step, self.betas, self.eps)
+        # No |z| is above 8.
+        for name, value, bound in (("mean", abs(self.mean), 8), ("mean_square", self.mean_square, 64)):
+            if value > torch.finfo(dtype).max / bound:
+                raise ValueError(
+                    f"{name} must be at most {torch.finfo(dtype).max / bound:.3g} in magnitude for {dtype}, got {value}"
+                )
         one = torch.ones(1, 1, dtype=dtype, device=device)
         z = LowRankGradients(one, self.seed, self.numel, backend).directions()[0]
         return AdamState(z * self.mean, z.square() * self.mean_square, self.step, self.betas, self.eps)
@@ -160,6 +166,7 @@ def check_betas(betas: Any) -> tuple[float, float]:
 
 def check_eps(eps: Any) -> float:
     number = as_number(eps, "eps")
-    if number <= 0:
-        raise ValueError(f"eps must be > 0, got {number}")
+    # Far above it the squares of updates would vanish.
+    if not 0 < number <= 1e100:
+        raise ValueError(f"eps must be > 0 and at most 1e100, got {number}")
     return number

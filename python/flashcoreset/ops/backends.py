@@ -8,6 +8,7 @@ import torch
 
 from flashcoreset import _native, kernels
 from flashcoreset._errors import BackendUnavailableError, no_sparse_kernel, warn_slow_path
+from flashcoreset._imports import imported
 from flashcoreset._tensor import one_of
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
@@ -94,9 +95,7 @@ def _module(backend: str) -> ModuleType:
         return kernels.cpu
     if backend == "cuda":
         return kernels.cuda
-    from flashcoreset.kernels import triton
-
-    return triton
+    return imported("flashcoreset.kernels.triton")
 
 
 def cuda_failure(device: torch.device) -> str | None:
@@ -111,7 +110,7 @@ def cuda_failure(device: torch.device) -> str | None:
 def triton_failure(device: torch.device) -> str | None:
     """Why the Triton kernels cannot take tensors on `device`, and what to do; None if they can."""
     try:
-        from flashcoreset.kernels import triton
+        triton = imported("flashcoreset.kernels.triton")
     except ImportError as error:
         return f"triton cannot be imported ({error}); install it with pip install triton"
     if device.type == "cuda" or (device.type == "cpu" and triton.INTERPRETED):

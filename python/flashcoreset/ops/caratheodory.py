@@ -12,6 +12,10 @@ from flashcoreset._tensor import as_int64, as_matrix, as_vector, check_weights, 
 from flashcoreset._types import Selection
 from flashcoreset.kernels import caratheodory as driver
 from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale
+
+# Of sums of so large numbers those of many rows may overflow.
+_HUGE = 2.0**900
 
 
 def caratheodory(
@@ -91,6 +95,10 @@ def _solve(x: Tensor, weights: Tensor | None, max_size: int, backend: str | None
         if not weights.any():
             raise ValueError(f"weights must not all be 0, got {len(weights)} zeros")
     indices, new_weights = kernels.caratheodory(x, weights, max_size=max_size)
+    if dtype == torch.float64 and largest_magnitude(x.index_select(0, indices)) > _HUGE:
+        # The kernels shrink all columns where one is huge, and then what is tiny is lost: each column by itself keeps all.
+        exponents = [exponent_into(most, (-400, 400)) for most in x.abs().amax(0).tolist()]
+        indices, new_weights = kernels.caratheodory(scale(x.T, exponents).T, weights, max_size=max_size)
     if 0 < max_size < len(indices):
         raise ValueError(
             f"max_size must be >= {len(indices)}, to which these rows can be reduced (rank + 1), got {max_size}"

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._imports import imported, pot
+
 CostBlocks = Callable[[], Iterator[tuple[slice, Tensor]]]
 
 _CELLS = 4  # cells for each source and sink that a run adds at most
@@ -51,13 +53,12 @@ def load_pot() -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of docstrings, when POT is compiled at its first import
-            import ot
+            return pot()
     except ImportError as error:
         raise ImportError(
             f"solver='exact' needs POT ({error}); install it with pip install 'flashcoreset[goracs]', or pass "
             "solver='sinkhorn'"
         ) from error
-    return ot
 
 
 def sink_duals(blocks: CostBlocks, u: Tensor, sinks: int) -> Tensor:
@@ -94,9 +95,7 @@ def solve(blocks: CostBlocks, u: Tensor, sinks: int, cells: tuple[Tensor, Tensor
         ImportError: without POT.
         RuntimeError: if POT's solver fails.
     """
-    from scipy.sparse import coo_array
-
-    ot = load_pot()
+    ot, coo_array = load_pot(), imported("scipy.sparse").coo_array
     k, device = len(u), u.device
     if k * sinks <= _DENSE:
         return _solve_dense(ot, blocks, u, sinks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +37,7 @@ from flashcoreset._types import Selection
 from flashcoreset.ops.backends import DEFAULTS, check_backend, choose_kernels
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.sampling import CandidateSampler
+from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
 
 METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
@@ -145,7 +146,7 @@ def facility_location(
     check_progress(progress)
     if is_traced(problem.x.values if isinstance(problem.x, Csr) else problem.x):
         return _call_op(problem, backend)
-    return Selection(*_solve(problem, backend, progress))
+    return Selection(*_solve_naming_offset(problem, backend, progress))
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that would cost 2 us a call
@@ -167,8 +168,9 @@ class _Problem:
     offset: float | None
     memory_budget: int
     # What is above all distances of an offset that is far above them: the kernels do without it, because the first gains would be
-    # rounded to the spacing of numbers near it.
+    # rounded to the spacing of numbers near it. They take `near` in its place.
     excess: float = 0.0
+    near: float | None = None
     found_offset: float | None = None  # by the kernels, where they were left to find one
 
     @property
@@ -314,7 +316,111 @@ def _check_budgets(budgets: Any, device: torch.device, k: Any) -> tuple[Tensor, 
 _Result = tuple[Tensor, Tensor, Tensor, Tensor, float, float | None]
 
 
+def _solve_naming_offset(
+    p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None
+) -> _Result:
+    try:
+        return _solve(p, backend, progress)
+    except ValueError as error:
+        if p.offset is None or not str(error).startswith("x: similarities times weights"):
+            raise
+        raise ValueError(f"{error}, or raise offset, {p.offset}") from None
+
+
+# Largest magnitudes of points whose squares and products, and those of points that are 2^20 times nearer, are normal numbers; and
+# what points beyond them are brought to.
+_SAFE = {torch.float32: (-40, 50), torch.float64: (-400, 480)}
+_SCALED_TO = {torch.float32: (-30, 30), torch.float64: (-300, 300)}
+
+
 def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
+    """Where squares or products leave the range of the type, points are scaled by a power of two, which is exact, and the
+    results are scaled back."""
+    if p.metric in ("cosine", "precomputed"):
+        return _solve_in_range(p, backend, progress)
+    # What the run itself tells of the range costs nothing, but of an offset that is given it tells nothing.
+    exponent = 0 if p.offset is None or p.metric == "l1" else _exponent(p)
+    if exponent == 0:
+        try:
+            result = _solve_in_range(p, backend, progress)
+        except ValueError:
+            exponent = _exponent(p)
+            if exponent == 0:
+                raise
+        else:
+            extreme = p.metric == "dot" and result[4] < 2.0 ** (2 * _SAFE[p.out_dtype][0])
+            if p.found_offset is not None:
+                extreme = _is_extreme(p, p.found_offset)
+            exponent = _exponent(p) if extreme else 0
+            if exponent == 0:
+                return result
+    return _solve_scaled(p, exponent, backend, progress)
+
+
+def _is_extreme(p: _Problem, offset: float) -> bool:
+    """Whether an upper bound of the distances is so small or large that their squares may have left the range."""
+    low, high = _SAFE[p.out_dtype]
+    power = 2 if p.metric == "sqeuclidean" else 1
+    # 1 stands for a bound of 0.
+    return p.metric != "l1" and (
+        offset == 1 or not 2.0 ** (power * low) < offset < 2.0 ** (power * (high + 10))
+    )
+
+
+def _exponent(p: _Problem) -> int:
+    """The power of two by which points have to be multiplied; 0 where their magnitudes are safe, and where they are not finite."""
+    assert isinstance(p.x, Tensor)
+    most = largest_magnitude(p.x, p.clients)
+    return exponent_into(most, _SAFE[p.out_dtype], _SCALED_TO[p.out_dtype])
+
+
+def _solve_scaled(
+    p: _Problem, exponent: int, backend: str | None, progress: Callable[[int, int], object] | bool | None
+) -> _Result:
+    dtype = p.out_dtype
+    limit = torch.finfo(dtype)
+    assert isinstance(p.x, Tensor)
+    offset = p.offset
+    if offset:
+        power = 2 * exponent if p.metric == "sqeuclidean" else exponent
+        if not limit.tiny <= times_power(offset, power) <= limit.max / 4:
+            raise ValueError(
+                f"offset: {offset} is too far from all distances to be added to them in {dtype}; leave it None, or scale x"
+            )
+        offset = times_power(offset, power)
+    scaled = replace(
+        p,
+        x=scale(p.x.to(dtype), exponent),
+        clients=None if p.clients is None else scale(p.clients.to(dtype), exponent),
+        offset=offset,
+    )
+    indices, gains, won, assignment, objective, found = _solve_in_range(
+        scaled, backend, progress, scaled=True
+    )
+    back = -exponent if p.metric in ("euclidean", "l1") else -2 * exponent
+    value = times_power(objective, back)
+    what = "distances" if p.metric in DISTANCES else "similarities"
+    if not value <= limit.max:
+        raise ValueError(
+            f"x: {what} of metric {p.metric!r} overflow {dtype}; scale the data down or use float64"
+        )
+    if objective != 0 and value < limit.tiny and p.metric in ("sqeuclidean", "dot"):
+        raise ValueError(
+            f"x: {what} of metric {p.metric!r} underflow {dtype}; scale the data up or use float64"
+        )
+    if p.offset is not None:
+        found = p.offset
+    elif found is not None:
+        found = times_power(found, back)
+    return indices, scale(gains, back), won, assignment, value, found
+
+
+def _solve_in_range(
+    p: _Problem,
+    backend: str | None,
+    progress: Callable[[int, int], object] | bool | None,
+    scaled: bool = False,
+) -> _Result:
     x, clients = p.x, p.clients
     kernels = choose_kernels(backend, x.device, "facility_location", sparse=isinstance(x, Csr))
     out_dtype = p.out_dtype
@@ -336,6 +442,8 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
         assert isinstance(x, Tensor)
         if offset is None and not on_device:
             offset = _default_offset(kernels, x, clients, p.metric)
+            if not scaled and _is_extreme(p, offset) and (exponent := _exponent(p)):
+                return _solve_scaled(p, exponent, backend, progress)
         if offset is not None:
             # The number that the kernel subtracts from, in its own precision.
             offset = float(torch.tensor(offset, dtype=out_dtype))
@@ -345,7 +453,8 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
                 and _is_far_above(kernels, x, clients, p.metric, offset)
             ):
                 near = torch.tensor(_default_offset(kernels, x, clients, p.metric), dtype=out_dtype)
-                p.excess = max(0.0, offset - float(near))
+                p.near = min(float(near), offset)
+                p.excess = offset - p.near
 
     if progress is None:
         result = _solve_checked(kernels, p, x, clients, members, offset, None)
@@ -353,8 +462,9 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
         with Progress(progress, p.k, "facility location") as bar:
             result = _solve_checked(kernels, p, x, clients, members, offset, bar)
     if not result[-1] <= torch.finfo(out_dtype).max:
+        lower = "" if p.offset is None else f", lower offset, {p.offset:.3g},"
         raise ValueError(
-            f"weights: the objective, {result[-1]:.3g}, overflows {out_dtype}; scale the weights down, "
+            f"weights: the objective, {result[-1]:.3g}, overflows {out_dtype}; scale the weights down{lower} "
             "or use float64"
         )
     return *result, p.found_offset if offset is None else offset
@@ -463,7 +573,7 @@ def _solve_one(
 def _kernel_offset(p: _Problem, offset: float | None) -> float | None:
     if p.metric not in DISTANCES:
         return 0.0
-    return None if offset is None else offset - p.excess
+    return offset if p.near is None else p.near
 
 
 def _step_stochastic(
@@ -478,7 +588,7 @@ def _step_stochastic(
 ) -> None:
     taken = set() if preselected is None else set(preselected.tolist())
     candidates = [j for j in range(n) if j not in taken]
-    size = max(1, math.ceil(len(candidates) / k * math.log(1 / p.epsilon)))
+    size = max(1, math.ceil(len(candidates) / k * -math.log(p.epsilon)))
     sampler = CandidateSampler(candidates, p.seed, first_row=done)
     for made in range(1, k + 1):
         sampler.remove(run.step_among(sampler.draw(size).to(device)))
@@ -520,7 +630,10 @@ def _serve(
     weights = torch.ones(m, dtype=torch.float64) if p.weights is None else p.weights.cpu()
     owner = assignment.cpu()
     won = torch.bincount(owner[owner >= 0], weights[owner >= 0], minlength=k)
-    objective = math.fsum((weights * (best.double() - floor.double()).cpu()).tolist())
+    try:
+        objective = math.fsum((weights * (best.double() - floor.double()).cpu()).tolist())
+    except OverflowError:
+        objective = math.inf
     return won.to(x.device, x.dtype), assignment, objective
 
 
@@ -643,7 +756,7 @@ def _op(
         data, k, clients, metric, weights, groups, named, preselected, method, epsilon, int(seed), offset,
         memory_budget,
     )  # fmt: skip
-    indices, gains, won, assignment, objective, used_offset = _solve(problem, backend, None)
+    indices, gains, won, assignment, objective, used_offset = _solve_naming_offset(problem, backend, None)
     scalars = [torch.tensor(v, dtype=torch.float64, device=x.device) for v in (objective, used_offset or 0.0)]
     return indices, gains, won, assignment, scalars[0], scalars[1]
 

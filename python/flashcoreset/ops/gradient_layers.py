@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Vector:
 
     values: Tensor  # [b, numel]
     first: int = 0
+    terms: Callable[[], Tensor] | None = None  # [b, ...]: what was added up, or as large; None for `values` themselves
 
 
 Gradient = Outer | Rows | Vector
@@ -61,13 +63,18 @@ class Layer:
             None where no wanted parameter is in `needs_input`. Gradients of one parameter come in parts, by samples.
         least_dims: dimensions of an input that has a batch.
         needs_input: the parameters whose gradients depend on the input; None for all of them.
+        names: of the parameters that are known; None for any.
         problem: why this very module cannot be taken, or None.
     """
 
     gradients: Callable[[Any, Collection[str], Any, Tensor, torch.dtype], Gradients]
     least_dims: Callable[[Any], int]
     needs_input: Collection[str] | None = ("weight",)
+    names: Collection[str] | None = ("weight", "bias")
     problem: Callable[[Any], str | None] = lambda module: None
+
+
+_OTHERWISE = ("forward", "_conv_forward", "_call_impl", "__call__")  # what says what a module computes
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -75,7 +82,9 @@ def layer_of(module: nn.Module) -> Layer | None:
     for kinds, layer in _TORCH:
         for kind in kinds:
             # A subclass with a forward of its own computes something else.
-            if isinstance(module, kind) and type(module).forward is kind.forward:
+            if isinstance(module, kind) and all(
+                getattr(type(module), name, None) is getattr(kind, name, None) for name in _OTHERWISE
+            ):
                 return layer
     name, home = type(module).__name__, type(module).__module__
     if name == "Conv1D" and home == "transformers.pytorch_utils":
@@ -86,6 +95,23 @@ def layer_of(module: nn.Module) -> Layer | None:
         own = list(module.parameters(recurse=False))
         return _ANY_NORM if own and not list(module.children()) else None
     return None
+
+
+def problem_of(module: nn.Module, layer: Layer | None, wanted: Collection[str]) -> str | None:
+    """Why gradients of `wanted` parameters of `module` cannot be taken, or None."""
+    replaced = next((name for name in _OTHERWISE if name in vars(module)), None)
+    if replaced is not None:
+        return f"its {replaced} was replaced, so that it may compute anything"
+    if layer is None:
+        return "its layer type is not supported"
+    if layer.names is not None:
+        for name in wanted:
+            if name not in layer.names:
+                return (
+                    f"its layer type has no parameter {name!r} (weight_norm, spectral_norm and prune make such ones, and compute "
+                    "the weight from them), which is not supported"
+                )
+    return layer.problem(module)
 
 
 def batch_statistics(module: nn.Module) -> bool:
@@ -104,7 +130,7 @@ def _linear(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torc
         x = x.reshape(g.shape[0], -1, x.shape[-1])
         yield from (("weight", Outer(a, b, first)) for a, b, first in _converted(x, g, dtype))
     if "bias" in wanted:
-        yield "bias", Vector(g.sum(1, dtype=dtype))
+        yield "bias", Vector(g.sum(1, dtype=dtype), terms=lambda: g)
 
 
 def _transposed_linear(
@@ -134,7 +160,7 @@ def _converted(x: Tensor, g: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tenso
 def _convolution(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype) -> Gradients:
     batch, groups = g.shape[0], module.groups
     if "bias" in wanted:
-        yield "bias", Vector(g.flatten(2).sum(2, dtype=dtype))
+        yield "bias", Vector(g.flatten(2).sum(2, dtype=dtype), terms=lambda: g)
     if "weight" not in wanted:
         return
     per_group = module.weight[0].numel()
@@ -151,7 +177,12 @@ def _convolution(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype:
             each = part.reshape(b, groups, -1, length) @ patches.reshape(
                 b, length, groups, per_group
             ).transpose(1, 2)
-            yield "weight", Vector(each.flatten(1), first)
+            yield "weight", Vector(each.flatten(1), first, partial(_terms, part, patches, per_group))
+
+
+def _terms(g: Tensor, patches: Tensor, per_group: int) -> Tensor:
+    """As large as the products of g [b, out, L] and what of each patch belongs to its group."""
+    return g * (patches.square().mean() * per_group).sqrt()
 
 
 def _patches(module: Any, x: Tensor, size: torch.Size) -> Tensor:
@@ -220,9 +251,10 @@ def _affine(
     """Weight and bias of the trailing dimensions `shape`."""
     batch, size = g.shape[0], torch.Size(shape).numel()
     if "weight" in wanted:
-        yield "weight", Vector((normalised() * g).reshape(batch, -1, size).sum(1))
+        terms = (normalised() * g).reshape(batch, -1, size)
+        yield "weight", Vector(terms.sum(1), terms=lambda: terms)
     if "bias" in wanted:
-        yield "bias", Vector(g.reshape(batch, -1, size).sum(1, dtype=dtype))
+        yield "bias", Vector(g.reshape(batch, -1, size).sum(1, dtype=dtype), terms=lambda: g)
 
 
 def _group_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype) -> Gradients:
@@ -242,9 +274,10 @@ def _channels(
     """Weight and bias of dimension 1."""
     batch, channels = g.shape[:2]
     if "weight" in wanted:
-        yield "weight", Vector((normalised() * g).reshape(batch, channels, -1).sum(2))
+        terms = (normalised() * g).reshape(batch, channels, -1)
+        yield "weight", Vector(terms.sum(2), terms=lambda: terms)
     if "bias" in wanted:
-        yield "bias", Vector(g.reshape(batch, channels, -1).sum(2, dtype=dtype))
+        yield "bias", Vector(g.reshape(batch, channels, -1).sum(2, dtype=dtype), terms=lambda: g)
 
 
 def _any_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype) -> Gradients:
@@ -260,11 +293,11 @@ def _any_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: to
 
     found = torch.func.vmap(gradient)(x.to(dtype), g.to(dtype))
     for name in wanted:
-        yield name, Vector(found[name].flatten(1))
+        yield name, Vector(found[name].flatten(1), terms=lambda: g)
 
 
 _TRANSPOSED_LINEAR = Layer(_transposed_linear, lambda module: 2)
-_ANY_NORM = Layer(_any_norm, lambda module: 2, needs_input=None)
+_ANY_NORM = Layer(_any_norm, lambda module: 2, needs_input=None, names=None)
 _TORCH: tuple[tuple[tuple[type[nn.Module], ...], Layer], ...] = (
     ((nn.Linear,), Layer(_linear, lambda module: 2)),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), Layer(_convolution, lambda module: len(module.kernel_size) + 2)),

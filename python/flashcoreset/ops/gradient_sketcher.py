@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import math
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,33 @@ from torch.utils.hooks import RemovableHandle
 
 from flashcoreset._tensor import FLOATING, compute_dtype, one_of
 from flashcoreset.ops.backends import check_backend, choose_kernels
-from flashcoreset.ops.gradient_layers import Gradient, Layer, Outer, Rows, batch_statistics, layer_of
-from flashcoreset.ops.gradient_norms import TiedEmbedding, add_explicit, squares
+from flashcoreset.ops.gradient_checks import (
+    Inputs,
+    Record,
+    State,
+    Sums,
+    Unavailable,
+    check_rows,
+    kept,
+    precision_of,
+    rehearsal,
+)
+from flashcoreset.ops.gradient_layers import (
+    Gradient,
+    Layer,
+    Outer,
+    Rows,
+    Vector,
+    batch_statistics,
+    layer_of,
+    problem_of,
+)
+from flashcoreset.ops.gradient_norms import SquaredNorms, TiedEmbedding, add_explicit, squares
 from flashcoreset.ops.gradient_products import add_products, add_rows
 from flashcoreset.ops.sketch import check_projection
 
 REDUCTIONS = ("mean", "sum")
+VERIFY = ("first", "always", "never")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +72,41 @@ class _Place:
     def __str__(self) -> str:
         return f"{type(self.module).__name__} {self.name!r}"
 
+    @property
+    def owner(self) -> str:
+        """As the checks' errors name it."""
+        return f"parameter {next(iter(self.targets.values())).name!r} of {self}"
+
 
 @dataclass(eq=False)
 class _Pass:
     """A forward pass, and what the backward passes through it have given so far."""
 
-    likely_batch: int | None = None  # as the model's input has it
-    batch: int | None = None  # as the layers have it
+    batch: int | None = None  # as the model's input has it, or the layers where it has none
     calls: Counter[str] = field(default_factory=Counter)  # of the layers that use a parameter
     looked_up: dict[str, list[Tensor]] = field(default_factory=dict)  # indices of embeddings, by parameter
     consumed: int = 0
     repeated: bool = False  # a second backward pass through the same graph
     out: Tensor | None = None  # [B, dim]
-    squares: Tensor | None = None  # [B] float64
-    scale: float = 1.0  # a power of two, by which `out` and `squares` have the gradients
+    squares: SquaredNorms | None = None
+    rows_checked: set[Any] = field(default_factory=set)  # forms of calls
+    to_sum: dict[Any, set[str]] = field(default_factory=dict)  # forms -> parameters whose sums are compared
     tied: dict[str, TiedEmbedding] = field(default_factory=dict)
     kept: dict[str, list[tuple[_Place, Tensor | None, Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Call:
+    """Of a module by the user: of the model, or of a part of it; other calls happen inside of it."""
+
+    module: nn.Module
+    form: Any
+    inputs: Inputs
+    batch: int | None
+    depth: int = 1
+    layers: set[str] = field(default_factory=set)  # that were called
+    record: Record | None = None
+    state: State | None = None  # as it was before
 
 
 class GradientSketcher:
@@ -91,11 +132,14 @@ class GradientSketcher:
             GradScaler, gives gradients that are.
         norms: whether norms are computed; without them sketches cost less.
         backend: None, "cpu", "cuda", "triton" or "torch", of the sketches.
+        verify: "first" checks the first batch of each form of calls (same kinds of inputs, same layers): that each row of a layer
+            belongs to the sample of its number, by forward passes with other samples of the batch (three at most), and that the
+            samples' gradients add up to the one that autograd computes. "always" checks every batch, "never" none.
 
     Layers: Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm, BatchNorm in eval mode, transformers'
     Conv1D, and other modules without children whose class is called ...RMSNorm or ...LayerNorm, or is a Norm of
-    transformers. LoRA adapters of peft consist of Linear and Conv layers. Inputs and outputs have the batch in dimension 0; an
-    output of size 1 there, which broadcasts over the batch, is expanded.
+    transformers. LoRA adapters of peft consist of Linear and Conv layers. Inputs and outputs have the batch in dimension 0, as
+    the model's first input has it; an output of size 1 there may be added to others, expanded or repeated over the batch.
 
     Attributes:
         offsets: dict: name of each wanted parameter -> where it begins in the flattened gradient.
@@ -104,10 +148,11 @@ class GradientSketcher:
     Raises:
         TypeError: for arguments of a wrong type, or parameters that are not floating.
         ValueError: for an option that does not exist, a pattern that matches nothing, a wanted parameter of a layer that is not
-            supported; in the forward pass for a batch dimension that is not dimension 0 or differs between layers, or a
-            BatchNorm in training mode.
-        RuntimeError: for `.sketches` or `.norms` before a backward pass, a backward pass without a forward pass inside
-            `with`, and parameters that are used outside of supported layers, when the results are read or `with` ends.
+            supported; in the forward pass for a layer whose rows are not the samples of the model's input, samples that
+            influence each other, a layer that is called with a second input, or a BatchNorm in training mode.
+        RuntimeError: for `.sketches` or `.norms` before a backward pass; when the results are read or `with` ends, for a backward
+            pass without a forward pass inside `with`, parameters that are used outside of supported layers, and per-sample
+            gradients that do not add up to autograd's.
         BackendUnavailableError: if `backend` cannot run here.
 
     Sources: Goodfellow, "Efficient per-example gradient computations", 2015; Li, Tramer, Liang and Hashimoto, "Large language
@@ -136,6 +181,7 @@ class GradientSketcher:
         reduction: str = "mean",
         norms: bool = True,
         backend: str | None = None,
+        verify: str = "first",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -144,6 +190,7 @@ class GradientSketcher:
                 "model must not be a DataParallel, whose replicas live for one call; use DistributedDataParallel"
             )
         one_of(reduction, "reduction", REDUCTIONS)
+        one_of(verify, "verify", VERIFY)
         if not isinstance(norms, bool):
             raise TypeError(f"norms must be a bool, got {norms!r} of type {type(norms).__name__}")
         if dim is None and not norms:
@@ -161,16 +208,22 @@ class GradientSketcher:
         (device,) = _same_device(wanted)
         self._model, self._dim, self._device = model, None if dim is None else columns, device
         self._options: dict[str, Any] = {"kind": kind, "seed": seed, "nnz": nnz}
-        self._norms, self._mean = norms, reduction == "mean"
+        self._norms, self._mean, self._verify = norms, reduction == "mean", verify
         self._targets = targets
         self._places = _places(model, targets)
         found = {compute_dtype(parameter.dtype) for parameter in wanted.values()}
         self._dtype = torch.float64 if torch.float64 in found else torch.float32
         self._kernels = choose_kernels(backend, device, "sketch")
         self._watch = _Watch(self)
+        self._rows_known: dict[Any, set[str]] = {}  # of forms of calls: layers whose rows were checked
+        self._sums_known: dict[Any, set[str]] = {}  # and parameters whose sums were
+        self._sums = Sums()
+        self._call: _Call | None = None
+        self._record: Record | None = None  # where calls of layers are noted
+        self._rehearsing = False
         self._handles: list[RemovableHandle] = []
         self._nodes: dict[int, Any] = {}  # of the wanted parameters, by their ids
-        self._begin(None)
+        self._begin()
 
     # ---- results
 
@@ -182,7 +235,7 @@ class GradientSketcher:
             raise RuntimeError("there are no sketches with dim=None; make the GradientSketcher with a dim")
         assert done.out is not None
         assert done.batch is not None
-        return _finite(done.out * (done.batch / done.scale if self._mean else 1 / done.scale), "sketches")
+        return _finite(done.out * (done.batch if self._mean else 1), "sketches")
 
     @property
     def norms(self) -> Tensor:
@@ -199,9 +252,9 @@ class GradientSketcher:
             )
         assert done.squares is not None
         assert done.batch is not None
-        out = (done.squares + self._shared(done)).sqrt()
-        out = out * (done.batch if self._mean else 1) / done.scale
-        return _finite(out.to(self._dtype), "norms")
+        found = done.squares.copy()
+        self._add_shared(done, found)
+        return _finite((found.norms() * (done.batch if self._mean else 1)).to(self._dtype), "norms")
 
     def _result(self) -> _Pass:
         self._check()
@@ -226,6 +279,21 @@ class GradientSketcher:
                 "has left the hooks out, call the model uncompiled), or leave the parameter out with parameters="
             )
 
+        if self._lost:
+            name, (owner, function) = next(iter(self._lost.items()))
+            raise RuntimeError(
+                f"parameter {name!r}: an output of {owner} has size 1 in dimension 0 and goes into {function}, whose gradient is "
+                "summed over the samples; add it to other tensors, expand or repeat it over the batch right away, or leave the parameter "
+                "out with parameters="
+            )
+        if self._differs:
+            name, (owner, off) = next(iter(self._differs.items()))
+            raise RuntimeError(
+                f"parameter {name!r} of {owner}: the samples' gradients do not add up to the gradient that autograd computed; "
+                f"they are off by {off:.2g} times its length. The layer, or a hook on it or on the parameter, computes something "
+                "else than its class says; leave the parameter out with parameters="
+            )
+
     # ---- hooks
 
     def __enter__(self) -> GradientSketcher:
@@ -242,10 +310,17 @@ class GradientSketcher:
                 raise ValueError(
                     f"parameter {target.name!r} no longer requires gradients; make a new GradientSketcher"
                 )
-        self._begin(None)
+        for place in self._places:
+            problem = problem_of(place.module, place.layer, place.targets)
+            if problem is not None:
+                raise ValueError(_refusal(place.name, place.module, next(iter(place.targets.values())), problem))
+        self._begin()
         self._nodes = {key: _node(target.parameter) for key, target in self._targets.items()}
         add = self._handles.append
-        add(self._model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        for name, module in _callable(self._model, self._places):
+            add(module.register_forward_pre_hook(partial(self._before_call, name), with_kwargs=True))
+            add(module.register_forward_hook(self._after_call))
+            add(module.register_forward_hook(self._end_call, always_call=True))
         for place in self._places:
             add(place.module.register_forward_pre_hook(self._before_layer))
             add(place.module.register_forward_hook(self._layer_hook(place), with_kwargs=True, prepend=True))
@@ -261,36 +336,118 @@ class GradientSketcher:
             handle.remove()
         self._handles.clear()
         self._nodes.clear()
+        self._single.clear()
+        self._sums.clear()
+        self._call = self._record = None
         if kind is None:
             self._check()
             if self._done is not None and self._done.squares is not None:
-                self._done.squares += self._shared(self._done)
+                self._add_shared(self._done, self._done.squares)
                 self._done.tied.clear()
                 self._done.kept.clear()
 
-    def _begin(self, likely_batch: int | None) -> None:
+    def _begin(self) -> None:
         """A new pass; at first, and after a backward pass."""
-        self._pass = _Pass(likely_batch)
+        self._pass = _Pass()
         self._done: _Pass | None = None if not self._handles else self._done
         self._arrived: set[str] = (
             set()
         )  # parameters whose layers' output gradients came, but not yet their own
         self._missed: dict[str, None] = {}
         self._direct: dict[str, str] = {}
+        self._lost: dict[str, tuple[str, str]] = {}  # parameters whose gradients came summed over the samples
+        self._differs: dict[str, tuple[str, float]] = {}  # parameters whose sums are others than autograd's
+        self._unsummed: set[str] = set()  # parameters of whose gradients not all was added up
+        self._single: dict[int, _Single] = {}  # outputs of size 1 for all samples, by their ids
         self._inside: nn.Module | None = None
 
-    def _new_forward(self, likely_batch: int | None = None) -> None:
-        if _in_backward():
-            return  # a checkpoint that is computed again
-        if self._pass.consumed:
-            self._begin(likely_batch)
-        elif likely_batch is not None:
-            self._pass.likely_batch = likely_batch
+    def _new_forward(self) -> None:
+        if self._pass.consumed and not _in_backward():  # else a checkpoint that is computed again
+            self._begin()
 
-    def _before_model(self, _: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        for value in () if _in_transform() else (*args, *keywords.values()):
-            if isinstance(value, Tensor) and value.dim():
-                return self._new_forward(value.shape[0])
+    def _before_call(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        if self._rehearsing or not self._handles or _in_transform():
+            return
+        if self._call is not None:
+            self._call.depth += self._call.module is module
+            return
+        self._new_forward()
+        inputs = Inputs(args, keywords)
+        main = inputs.main()
+        form = (name, module.training, inputs.form())
+        call = self._call = _Call(module, form, inputs, None if main is None else main.shape[0])
+        # Of a checkpoint, the first time that has gradients counts.
+        done = form in (self._pass.rows_checked if self._verify == "always" and _in_backward() else self._rows_known)
+        if self._checks(call) and (not done or (self._verify == "always" and not _in_backward())):
+            call.inputs, call.state = inputs.map(kept), State(self._device)
+            call.record = self._record = Record()
+
+    def _checks(self, call: _Call) -> bool:
+        """Whether there are rows to tell apart."""
+        return self._verify != "never" and torch.is_grad_enabled() and call.batch is not None and call.batch > 1
+
+    def _after_call(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        call = self._call
+        if call is None or call.module is not module or call.depth > 1 or self._rehearsing:
+            return
+        self._record = None
+        if not call.layers or self._verify == "never" or not torch.is_grad_enabled():
+            return
+        if call.batch is None:
+            raise ValueError(
+                f"{type(module).__name__} is called without tensors, so that its batch is not known; give it tensors with the batch in "
+                "dimension 0, or set verify='never' if row b of each layer belongs to sample b"
+            )
+        known = self._rows_known.get(call.form, set())
+        if self._checks(call) and (call.record is not None or not call.layers <= known):
+            self._check_rows(call, output)
+            self._rows_known[call.form] = known | call.layers
+            self._pass.rows_checked.add(call.form)
+        names = {t.name for place in self._places if place.owner in call.layers for t in place.targets.values()}
+        if self._verify == "first":
+            names -= self._sums_known.get(call.form, set())
+        if names:
+            self._pass.to_sum.setdefault(call.form, set()).update(names)
+
+    def _end_call(self, module: nn.Module, *_: Any) -> None:
+        call = self._call
+        if call is not None and call.module is module and not self._rehearsing:  # also when it raised
+            call.depth -= 1
+            if call.depth == 0:
+                self._call = self._record = None
+
+    def _check_rows(self, call: _Call, output: Any) -> None:
+        assert call.batch is not None
+        if call.record is None:  # layers that were not called before
+            call.state = State(self._device)
+            first = self._rehearse(call, Record(), call.inputs)
+        else:
+            first = call.record
+            first.add_outputs(output, call.batch)
+        first.check_outputs(output, call.batch)
+        check_rows(
+            call.inputs, call.batch, first, lambda inputs: self._rehearse(call, Record(like=first), inputs)
+        )
+
+    def _rehearse(self, call: _Call, record: Record, inputs: Inputs) -> Record:
+        """The call once more, with `inputs`; nothing of it stays."""
+        assert call.state is not None
+        main = inputs.main()
+        assert main is not None
+        single, self._single = self._single, {}
+        self._rehearsing, self._record = True, record
+        try:
+            with rehearsal(self._model, call.state, self._device):
+                inputs = inputs.map(kept)
+                record.add_outputs(call.module(*inputs.args, **inputs.keywords), main.shape[0])
+        except Exception as error:
+            raise Unavailable from error
+        finally:
+            self._single, self._rehearsing, self._record = single, False, None
+            self._inside = None
+        return record
 
     def _before_layer(self, module: nn.Module, _: tuple[Any, ...]) -> None:
         self._inside = module
@@ -308,8 +465,15 @@ class GradientSketcher:
             # Functions that torch.compile compiled inside `with` go on calling hooks that have been removed.
             if _in_transform() or not self._handles:
                 return None
+            x, *others = (*args, *keywords.values())
+            number = self._note(place, x, output)
+            if self._rehearsing:
+                if output.dim() and output.shape[0] == 1:
+                    self._single[id(output)] = _Single(weakref.ref(output), place, number)
+                return None
             self._new_forward()
-            x = args[0] if args else next(iter(keywords.values()))
+            if self._call is not None:
+                self._call.layers.add(place.owner)
             taken = torch.is_grad_enabled()
             if not _in_backward():
                 # Also under reentrant checkpoints, whose forward pass has no gradients.
@@ -319,12 +483,74 @@ class GradientSketcher:
                         self._pass.looked_up.setdefault(target.name, []).append(x.detach())
             if not taken or not output.requires_grad:
                 return None
-            x, output = self._with_batch(place, x, output)
+            if any(value is not None and value is not False for value in others):
+                raise ValueError(
+                    f"{place} is called with more than one input, which its gradients are not known for; leave its parameters out "
+                    "with parameters="
+                )
+            single = self._check_batch(place, x, output)
             saved = (x.detach(),) if keeps_input else ()
-            out: Tensor = _Capture.apply(output, _Use(self, self._pass, place, self._nodes_of(place)), *saved)
+            use = _Use(self, self._pass, place, self._nodes_of(place), [] if single else None)
+            out: Tensor = _Capture.apply(output, use, *saved)
+            if single:
+                self._single[id(out)] = _Single(weakref.ref(out), place, number, use)
             return out
 
         return hook
+
+    def _note(self, place: _Place, x: Any, output: Tensor) -> int:
+        """Notes a call for the comparison of rows; its number."""
+        record = self._record
+        if record is None:
+            return 0
+        number = record.add_call(place.owner)
+        if self._rehearsing or output.dim() == 0 or output.shape[0] != 1:
+            record.add(place.owner, number, "input", x)
+            if place.layer.names is None:  # as its class is anyone's
+                record.add(place.owner, number, "output", output)
+        return number
+
+    def _follow(self, function: Any, values: Iterable[Any], result: Any) -> None:
+        """Where outputs of size 1 in dimension 0 go."""
+        for value in values:
+            if isinstance(value, (tuple, list)):
+                self._follow(function, value, result)
+                continue
+            single = self._single.get(id(value)) if isinstance(value, Tensor) else None
+            if single is None or single.output() is not value:
+                continue
+            for made in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(made, Tensor) and made.requires_grad and made is not value:
+                    self._follow_one(single, value, made, getattr(function, "__name__", str(function)))
+
+    def _follow_one(self, single: _Single, value: Tensor, made: Tensor, function: str) -> None:
+        factor = _broadcast(value, made)
+        if factor is not None and self._record is not None:
+            self._record.add(single.place.owner, single.number, "broadcast output", made)
+        use = single.use
+        if use is None:
+            return
+        batch = self._call.batch if self._call is not None and self._call.batch != 1 else use.into.batch
+        node, shape = value.grad_fn, value.shape
+        if factor is None or made.shape[0] != (batch or use.into.batch):
+
+            def lost(_: Tensor) -> None:
+                for target in single.place.targets.values():
+                    self._lost.setdefault(target.name, (str(single.place), function))
+
+            made.register_hook(lost)
+            return
+
+        def part(gradients: tuple[Tensor | None, ...]) -> None:
+            g = gradients[0]
+            if g is not None and _gets_gradient(node):
+                g = g.detach() if factor == 1 else g.detach() * factor
+                lead = (len(g), *[1] * (g.dim() - 1 - len(shape)), *shape[g.dim() == len(shape) :])
+                assert use.parts is not None
+                use.parts.append(g.sum_to_size(lead).reshape(len(g), *shape[1:]))
+
+        assert made.grad_fn is not None
+        made.grad_fn.register_prehook(part)
 
     def _nodes_of(self, place: _Place) -> dict[str, Any]:
         """Of the parameters that the module has now: torch.func.functional_call puts others into it for a call."""
@@ -334,8 +560,8 @@ class GradientSketcher:
             found[name] = self._nodes.get(id(parameter)) or _node(parameter)
         return found
 
-    def _with_batch(self, place: _Place, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output with the batch in dimension 0."""
+    def _check_batch(self, place: _Place, x: Tensor, output: Tensor) -> bool:
+        """Whether the output is one for all samples."""
         least = place.layer.least_dims(place.module)
         if x.dim() < least:
             raise ValueError(
@@ -347,34 +573,64 @@ class GradientSketcher:
                 f"{place} normalises by the batch, where samples have no gradients of their own; put it in eval mode: .eval()"
             )
         current, size = self._pass, output.shape[0]
-        if size == 0:
+        if size == 0 or x.shape[0] != size:
             raise ValueError(
-                f"{place} must have an output with a batch of 1 or more in dimension 0, got shape {tuple(output.shape)}"
+                f"{place} must have an output with a batch of 1 or more in dimension 0, got shape {tuple(output.shape)} of an input "
+                f"of shape {tuple(x.shape)}"
             )
-        batch = current.batch or current.likely_batch
-        if size == 1 and batch is not None and batch > 1:
-            return x.expand(batch, *x.shape[1:]), output.expand(batch, *output.shape[1:])
-        if current.batch is None and size > 1:
+        model = None if self._call is None else self._call.batch
+        for batch, source in ((model, "as the model's input"), (current.batch, "as calls before it")):
+            if batch is not None and batch > 1 and size == 1:
+                return True
+            if batch is not None and size != batch:
+                raise ValueError(
+                    f"{place} must have an output with the batch of {batch} in dimension 0, {source}, got shape "
+                    f"{tuple(output.shape)}: rows that are no samples (flattened tokens, windows, time first) have no gradients a "
+                    "sample; leave its parameters out with parameters="
+                )
+        if size > 1:
             current.batch = size
-        if current.batch is not None and size != current.batch:
-            raise ValueError(
-                f"{place} must have an output with the batch of {current.batch} in dimension 0, as the layers before it, got "
-                f"shape {tuple(output.shape)}"
-            )
-        return x, output
+        return False
 
     def _parameter_hook(self, target: _Target) -> Callable[[Tensor], None]:
-        def hook(_: Tensor) -> None:
+        def hook(g: Tensor) -> None:
             # A checkpoint that was computed again for this gradient may have stopped inside a layer.
             self._inside = None
             if target.name in self._arrived:
                 self._arrived.remove(target.name)
             else:
                 self._missed[target.name] = None
+            if target.name in self._sums:
+                self._compare(target, g.detach())
+            self._unsummed.discard(target.name)
 
         return hook
 
     # ---- the backward pass
+
+    def _compare(self, target: _Target, g: Tensor) -> None:
+        """The samples' gradients that came, with autograd's."""
+        off = self._sums.pop(target.name, g)
+        if target.name in self._unsummed:
+            return
+        if off is not None:
+            places = [place for place in self._places if target in place.targets.values()]
+            self._differs[target.name] = (" and ".join(map(str, places)), off)
+            return
+        for form, names in self._pass.to_sum.items():
+            if target.name in names:
+                self._sums_known.setdefault(form, set()).add(target.name)
+
+    def _arrive(self, use: _Use, x: Tensor | None, g: Tensor) -> None:
+        if use.parts is None:
+            return self._consume(use, x, g)
+        parts, use.parts = use.parts, []
+        if parts:
+            return self._consume(use, x, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+        for name, target in use.place.targets.items():
+            if _gets_gradient(use.nodes[name]):
+                self._lost.setdefault(target.name, (str(use.place), "an operation that was not seen"))
+        return None
 
     def _consume(self, use: _Use, x: Tensor | None, g: Tensor) -> None:
         """Takes in the gradient of a layer's output, [B, ...]."""
@@ -395,8 +651,7 @@ class GradientSketcher:
             if not current.consumed:
                 if self._dim is not None:
                     current.out = g.new_zeros(current.batch, self._dim, dtype=self._dtype)
-                current.squares = g.new_zeros(current.batch, dtype=torch.float64)
-                current.scale = _scale(g)
+                current.squares = SquaredNorms(current.batch, g.device)
             current.consumed += 1
             current.repeated |= use.used
             use.used = True
@@ -404,24 +659,30 @@ class GradientSketcher:
             self._arrived.update(target.name for target in wanted.values())
             if not g.numel():
                 return  # sequences without positions
-            if current.scale != 1:
-                g = g * current.scale
+            if x is not None and len(x) != len(g):
+                x = x.expand(len(g), *x.shape[1:])  # of an output for all samples
+            summed = {name for name, target in wanted.items() if any(target.name in names for names in current.to_sum.values())}
+            self._unsummed.update(target.name for name, target in wanted.items() if name not in summed)
             shared = {name for name, target in wanted.items() if current.calls[target.name] > 1}
             for name, gradient in place.layer.gradients(place.module, wanted, x, g, self._dtype):
                 target = wanted[name]
+                if name in summed:
+                    self._sums.add(target.name, target.parameter.shape, gradient, self._precision(target, x, g))
                 if self._dim is not None:
                     self._add_sketch(current, gradient, target.offset)
                 if self._norms:
                     if name not in shared:
-                        first = getattr(gradient, "first", 0)
-                        found = squares(gradient)
                         assert current.squares is not None
-                        current.squares[first : first + len(found)] += found
+                        current.squares.add(squares(gradient), getattr(gradient, "first", 0))
                     elif (tied := self._tied(current, target)) is not None:
                         tied.add(gradient)
             for name, target in wanted.items():
                 if self._norms and name in shared and self._tied(current, target) is None:
                     current.kept.setdefault(target.name, []).append((place, x, g))
+
+    def _precision(self, target: _Target, x: Tensor | None, g: Tensor) -> float:
+        dtypes = [target.parameter.dtype, g.dtype] if x is None else [target.parameter.dtype, g.dtype, x.dtype]
+        return precision_of(*dtypes, device=self._device)
 
     def _watched(self, place: _Place, g: Tensor) -> Tensor:
         """`g`, whose own gradient would tell of a second derivative, to which parameters contribute past their modules."""
@@ -453,25 +714,21 @@ class GradientSketcher:
             current.tied[target.name] = TiedEmbedding(torch.cat(indices, 1).to(torch.int64))
         return current.tied[target.name]
 
-    def _shared(self, done: _Pass) -> Tensor:
-        """[B] float64: squared norms of the gradients of parameters that were used several times, which take all uses."""
-        assert done.squares is not None
-        found = torch.zeros_like(done.squares)
+    def _add_shared(self, done: _Pass, out: SquaredNorms) -> None:
+        """Adds squared norms of the gradients of parameters that were used several times, which take all uses."""
         with torch.no_grad():
             for tied in done.tied.values():
-                found += tied.total()
+                out.add_all(tied.total())
             for target in self._targets.values():
                 if target.name in done.kept:
-                    found += self._together(target, done.kept[target.name], len(found))
-        return found
+                    self._add_together(target, done.kept[target.name], out)
 
-    def _together(
-        self, target: _Target, uses: list[tuple[_Place, Tensor | None, Tensor]], batch: int
-    ) -> Tensor:
-        """[B] float64: squared norms of the sums over `uses`, of one sample's gradient at a time."""
-        found = torch.zeros(batch, dtype=torch.float64, device=self._device)
+    def _add_together(
+        self, target: _Target, uses: list[tuple[_Place, Tensor | None, Tensor]], out: SquaredNorms
+    ) -> None:
+        """Adds squared norms of the sums over `uses`, of one sample's gradient at a time."""
         whole = torch.empty(target.parameter.numel(), dtype=self._dtype, device=self._device)
-        for sample in range(batch):
+        for sample in range(len(uses[0][2])):
             whole.zero_()
             one = slice(sample, sample + 1)
             for place, x, g in uses:
@@ -479,8 +736,7 @@ class GradientSketcher:
                 own = None if x is None else x[one]
                 for _, gradient in place.layer.gradients(place.module, names, own, g[one], self._dtype):
                     add_explicit(gradient, whole)
-            found[sample] = whole.square().sum(dtype=torch.float64)
-        return found
+            out.add(squares(Vector(whole[None])), sample)
 
 
 @dataclass(eq=False)
@@ -493,7 +749,18 @@ class _Use:
     nodes: dict[
         str, Any
     ]  # where autograd takes the gradients of the wanted parameters to, by their names in the module
+    parts: list[Tensor] | None = None  # of an output for all samples: its gradients [B, ...], before they are summed
     used: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Single:
+    """An output of size 1 in dimension 0, for all samples."""
+
+    output: weakref.ref[Tensor]
+    place: _Place
+    number: int  # of the call, in the record
+    use: _Use | None = None
 
 
 class _Capture(torch.autograd.Function):
@@ -510,7 +777,7 @@ class _Capture(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        ctx.use.sketcher._consume(ctx.use, saved[0] if saved else None, g.detach())
+        ctx.use.sketcher._arrive(ctx.use, saved[0] if saved else None, g.detach())
         if torch.is_grad_enabled():  # create_graph=True
             g = ctx.use.sketcher._watched(ctx.use.place, g)
         return (g, None, *[None] * len(saved))
@@ -525,6 +792,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self._sketcher._single and torch.is_grad_enabled():
+            self._sketcher._follow(func, (*args, *(kwargs or {}).values()), result)
         if self._sketcher._inside is None and torch.is_grad_enabled():
             outputs = result if isinstance(result, (tuple, list)) else (result,)
             for target in self._used((*args, *(kwargs or {}).values())):
@@ -610,15 +879,45 @@ def _places(model: nn.Module, targets: dict[int, _Target]) -> list[_Place]:
         if not own:
             continue
         layer = layer_of(module)
-        target = next(iter(own.values()))
-        problem = "its layer type is not supported" if layer is None else layer.problem(module)
+        problem = problem_of(module, layer, own)
         if layer is None or problem is not None:
-            raise ValueError(
-                f"parameter {target.name!r} belongs to {type(module).__name__} {name!r}: {problem}; leave it out "
-                "with parameters="
-            )
+            raise ValueError(_refusal(name, module, next(iter(own.values())), problem))
         places.append(_Place(name, module, layer, own))
     return places
+
+
+def _refusal(name: str, module: nn.Module, target: _Target, problem: str | None) -> str:
+    return (
+        f"parameter {target.name!r} belongs to {type(module).__name__} {name!r}: {problem}; leave it out with "
+        "parameters="
+    )
+
+
+def _callable(model: nn.Module, places: list[_Place]) -> Iterator[tuple[str, nn.Module]]:
+    """What holds a place, and may be called."""
+    for name, module in model.named_modules():
+        inside = f"{name}." if name else ""
+        if any(place.name == name or place.name.startswith(inside) for place in places):
+            # Calls of DistributedDataParallel, which talk to other processes, are those of its module.
+            if not isinstance(module, nn.parallel.DistributedDataParallel):
+                yield name, module
+
+
+def _broadcast(value: Tensor, made: Tensor) -> float | None:
+    """By what `made`'s gradient is to be multiplied to give `value`'s, a row for each row of `made`, where `value` is only
+    broadcast; else None."""
+    source, node = value.grad_fn, made.grad_fn
+    if source is None or node is None or made.dim() < value.dim():
+        return None
+    edges = [i for i, (edge, _) in enumerate(node.next_functions) if edge is source]
+    if len(edges) != 1:
+        return None
+    name = node.name()
+    if name == "AddBackward0":
+        return 1.0 if edges[0] == 0 else float(node._saved_alpha)  # type: ignore[attr-defined]
+    if name == "ExpandBackward0" or (name == "RepeatBackward0" and made.shape[1:] == value.shape[1:]):
+        return 1.0
+    return None
 
 
 def _same_device(wanted: dict[str, nn.Parameter]) -> list[torch.device]:
@@ -647,16 +946,6 @@ def _gets_gradient(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # "A leaf node was passed", by torch.autograd.grad with regard to it
         return True
-
-
-def _scale(g: Tensor) -> float:
-    """1, or a power of two that brings gradients whose squares would leave the range of float32 near to 1."""
-    if not g.numel():
-        return 1.0
-    low, high = torch.aminmax(g)
-    exponent = math.frexp(max(-float(low), float(high)))[1]  # 0 for NaN and infinity
-    most = 500 if g.dtype == torch.float64 else 126
-    return 2.0 ** -min(max(exponent, -most), most) if abs(exponent) > 30 else 1.0
 
 
 def _in_transform() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import ModuleType
@@ -30,6 +30,7 @@ from flashcoreset.ops.backends import DEFAULTS, check_backend, choose_kernels
 from flashcoreset.ops.caratheodory import caratheodory
 from flashcoreset.ops.facility_location import check_picks, facility_location, group_members
 from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit, pursuit_bytes
+from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset.ops.zeroth_order import LowRankGradients
 from flashcoreset.reference.facility_location import DISTANCES
 from flashcoreset.reference.matching import BLOCK as REFERENCE_BLOCK
@@ -44,6 +45,9 @@ Asked = tuple[int, Tensor | None, Tensor | None, Tensor | None]  # k, groups, la
 _BLOCK_BYTES = 1 << 25  # of the gradients that are looked at together
 # The streamed path is left where eps moves no update by more than this part of it, as float32 sums may.
 _NEGLIGIBLE = 1e-6
+# Largest magnitudes of updates whose squares, and those of rows that are 2^100 times nearer, are normal numbers.
+_SAFE = (-400, 450)
+_MOST_WITH_SQUARE = 2.0**505
 
 
 def match_gradients(
@@ -251,6 +255,14 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
     kernels = choose_kernels(backend, g.values.device, "matching")
     if g.length is not None:
         _check_rows(problem, "g.coefficients")
+    if history is not None and g.dtype == torch.float64:
+        # Where a square is infinite, the update comes to 0.
+        most = largest_magnitude(g.values)
+        if _MOST_WITH_SQUARE < most < math.inf:
+            raise ValueError(
+                f"g: the squares of entries of up to {most:.3g}, which Adam's history holds, overflow float64; scale the gradients "
+                "down"
+            )
     dims, numbers, dense = None, None, history
     if isinstance(history, RankOneAdamState):
         if _along_one_direction(g, history):
@@ -352,13 +364,28 @@ def _offsets(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _sums_of_pairs(
-    problem: Problem, history: AdamState | None, kernels: ModuleType, metric: str
+    problem: Problem,
+    history: AdamState | None,
+    kernels: ModuleType,
+    metric: str,
+    exponents: list[int] | None = None,
 ) -> list[Tensor]:
-    """For each group its pairs' "l1", "sqeuclidean" or "dot" [members, members] float64, summed up over blocks of dimensions."""
-    g = problem.g
+    """For each group its pairs' "l1", "sqeuclidean" or "dot" [members, members] float64, summed up over blocks of dimensions; the
+    updates of all members [R] times 2^exponents."""
     sizes = [len(rows) for rows, _ in problem.members]
+    sums = [problem.members[0][0].new_zeros(size, size, dtype=torch.float64) for size in sizes]
+    for u in _blocks_of_updates(problem, history, kernels):
+        for total, rows in zip(
+            sums, (u if exponents is None else scale(u, exponents)).split(sizes), strict=True
+        ):
+            total += kernels.pairwise(rows, metric=metric)
+    return sums
+
+
+def _blocks_of_updates(problem: Problem, history: AdamState | None, kernels: ModuleType) -> Iterator[Tensor]:
+    """The updates of all members [R, some dimensions] float64, group after group."""
+    g = problem.g
     member, offset = _offsets(problem)
-    sums = [member.new_zeros(size, size, dtype=torch.float64) for size in sizes]
     step = max(1, _BLOCK_BYTES // (8 * g.count))
     for begin in range(0, g.numel, step):
         part = g.columns(begin, min(begin + step, g.numel))
@@ -369,9 +396,33 @@ def _sums_of_pairs(
             _, u = kernels.top_updates(part, m, v, _rule(history), member, offset, part.shape[1])
         except ValueError as error:
             raise _explained(problem, history, error) from None
-        for total, rows in zip(sums, u.split(sizes), strict=True):
-            total += kernels.pairwise(rows, metric=metric)
-    return sums
+        yield u
+
+
+def _scaled_sums(
+    problem: Problem, history: AdamState | None, kernels: ModuleType, metric: str, each_row: bool = False
+) -> tuple[list[Tensor], list[int]]:
+    """The sums of pairs of each group, and by which power of two the updates were multiplied for that because squares would leave
+    the range of float64. `each_row`: every row by itself, which does not change cosines."""
+    sums = _sums_of_pairs(problem, history, kernels, metric)
+    low, high = (2.0 ** (2 * end) for end in _SAFE)
+    sizes = [len(total) for total in sums]
+    for total in sums:
+        judged = total.diagonal() if each_row else total.amax()
+        if not bool(((judged >= low) & (judged <= high)).all()):
+            break
+    else:
+        return sums, [0] * len(sums)
+    most = torch.zeros(sum(sizes), dtype=torch.float64, device=sums[0].device)
+    for u in _blocks_of_updates(problem, history, kernels):
+        most = torch.maximum(most, u.abs().amax(1))
+    by_row = [exponent_into(value, _SAFE) for value in most.tolist()]
+    by_group = [exponent_into(float(part.max()), _SAFE) for part in most.split(sizes)]
+    if not any(by_row if each_row else by_group):
+        return sums, [0] * len(sums)
+    if not each_row:
+        by_row = [e for e, size in zip(by_group, sizes, strict=True) for _ in range(size)]
+    return _sums_of_pairs(problem, history, kernels, metric, by_row), by_group
 
 
 def _medoids_of_all_dimensions(
@@ -380,14 +431,11 @@ def _medoids_of_all_dimensions(
     metric = problem.metric
     summed = {"euclidean": "sqeuclidean", "cosine": "dot"}.get(metric, metric)
     parts = []
-    for total, (_, count) in zip(
-        _sums_of_pairs(problem, history, kernels, summed), problem.members, strict=True
-    ):
+    sums, exponents = _scaled_sums(problem, history, kernels, summed, each_row=metric == "cosine")
+    for total, exponent, (_, count) in zip(sums, exponents, problem.members, strict=True):
         most = float(total.max())  # where there is a NaN, it; no product is above the largest square
         if not 2 * most < math.inf:
-            raise ValueError(
-                f"g: sums over dimensions for metric {metric!r} overflow; scale the gradients down"
-            )
+            raise ValueError(_sums_overflow(metric))
         if metric == "cosine":
             norm = total.diagonal().sqrt()
             total = torch.where(total == 0, 0, total / (norm[:, None] * norm))
@@ -402,8 +450,24 @@ def _medoids_of_all_dimensions(
             found = facility_location(total, count, metric="precomputed", backend=backend)
         except ValueError as error:
             raise _of_g(error) from None
-        parts.append(replace(found, offset=offset_of))
+        parts.append(_scaled_back(replace(found, offset=offset_of), exponent, metric))
     return parts
+
+
+def _sums_overflow(metric: str) -> str:
+    return f"g: sums over dimensions for metric {metric!r} overflow; scale the gradients down"
+
+
+def _scaled_back(found: Selection, exponent: int, metric: str) -> Selection:
+    """The medoids of updates of which `found` are those times 2^exponent; squares of tiny ones may come to 0."""
+    if exponent == 0 or metric == "cosine":
+        return found
+    back = -exponent * (2 if metric in ("sqeuclidean", "dot") else 1)
+    objective = times_power(found.objective, back)
+    if not math.isfinite(objective):
+        raise ValueError(_sums_overflow(metric))
+    offset = None if found.offset is None else times_power(found.offset, back)
+    return replace(found, gains=scale(found.gains, back), objective=objective, offset=offset)
 
 
 def _as_short_rows(problem: Problem, history: AdamState | None, kernels: ModuleType) -> Iterable[Tensor]:
@@ -425,7 +489,8 @@ def _as_short_rows(problem: Problem, history: AdamState | None, kernels: ModuleT
             gram += z @ z.T
         factor = _factor(gram)
         return [g.values[rows].double() @ factor for rows, _ in problem.members]
-    return [_factor(total) for total in _sums_of_pairs(problem, history, kernels, "dot")]
+    sums, exponents = _scaled_sums(problem, history, kernels, "dot")
+    return [scale(_factor(total), -exponent) for total, exponent in zip(sums, exponents, strict=True)]
 
 
 def _factor(gram: Tensor) -> Tensor:
@@ -440,10 +505,13 @@ def _solve(problem: Problem, updates: Iterable[Tensor], backend: str | None) -> 
     for _, count in problem.members:
         u = next(groups)
         if problem.method == "medoid":
+            exponent = exponent_into(largest_magnitude(u), _SAFE)
+            rows = scale(u, exponent) if exponent else u
             try:
-                parts.append(facility_location(u, count, metric=problem.metric, backend=backend))
+                found = facility_location(rows, count, metric=problem.metric, backend=backend)
             except ValueError as error:
                 raise _of_g(error) from None
+            parts.append(_scaled_back(found, exponent, problem.metric))
         elif problem.method == "caratheodory":
             parts.append(_reduce(u, count, backend))
         else:
@@ -463,17 +531,23 @@ def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Sel
     # Some columns at a time, because torch converts what it sums up.
     step = max(1, _BLOCK_BYTES // (8 * len(u)))
     target = torch.cat([part.sum(0, dtype=torch.float64) for part in u.split(step, 1)])
+    most = largest_magnitude(target)
+    if not math.isfinite(most):
+        check_finite(u, "g")
+        raise ValueError(f"g: the sum of its rows overflows {torch.float64}; scale the gradients down")
     if problem.method == "omp":
         found = orthogonal_matching_pursuit(
             u, target, count, nonnegative=problem.nonnegative, ridge=problem.ridge, backend=backend
         )
     else:
         found = frank_wolfe(u, target, count, backend=backend)
-    left = found.residual_norms[-1] if len(found.residual_norms) else target.norm()
+    if len(found.residual_norms):
+        left = float(found.residual_norms[-1])
+    else:
+        exponent = exponent_into(most, _SAFE)
+        left = times_power(float(scale(target, exponent).norm()), -exponent)
     nowhere = torch.full((len(u),), -1, dtype=torch.int64, device=u.device)
-    return Selection(
-        found.indices, torch.zeros_like(found.weights), found.weights, nowhere, -float(left), None
-    )
+    return Selection(found.indices, torch.zeros_like(found.weights), found.weights, nowhere, -left, None)
 
 
 def _assemble(

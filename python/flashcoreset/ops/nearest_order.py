@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from flashcoreset import kernels
 from flashcoreset._progress import Progress
@@ -22,6 +23,44 @@ from flashcoreset.reference import simcore as reference
 _CHUNK = 64 * 2**20  # bytes of features handed to a kernel at a time
 _FINGERPRINT = 16  # every so many rows of a batch source are remembered in a checksum
 _TAKES = 1 << 16  # items that one call for rounds may take, so that Ctrl-C and progress get their turn
+
+
+def check_loader(value: Any, name: str) -> None:
+    """Raises ValueError for a DataLoader that does not give all rows of its data set in their order: positions in what it gives
+    would mean nothing."""
+    if not isinstance(value, DataLoader):
+        return
+    workers: int = value.num_workers
+    batches: Any = value.batch_sampler
+    sampler = value.sampler if batches is None else getattr(batches, "sampler", None)
+    if workers > 1 and not getattr(value, "in_order", True):
+        reason, remedy = "in_order=False takes batches as workers finish them", "in_order=True"
+    elif isinstance(value.dataset, IterableDataset):
+        # How it orders its rows is its own affair; it has no sampler of its own.
+        reason = f"its {workers} workers read an IterableDataset side by side" if workers > 1 else ""
+        remedy = "num_workers=0"
+    elif batches is not None and type(batches) is not BatchSampler:
+        reason, remedy = f"its batch_sampler is a {type(batches).__name__}", "batch_size=... in its place"
+    elif type(sampler) is not SequentialSampler:
+        reason, remedy = f"its sampler is a {type(sampler).__name__}", "shuffle=False and no sampler"
+    else:
+        reason = ""
+    if (
+        not reason
+        and batches is not None
+        and batches.drop_last
+        and not _divides(batches.batch_size, value.dataset)
+    ):
+        reason, remedy = "drop_last=True leaves rows out", "drop_last=False"
+    if reason:
+        raise ValueError(
+            f"{name} must be a DataLoader that gives every row in the order of its dataset, but {reason}, so that the "
+            f"indices would mean nothing; pass a DataLoader with {remedy}"
+        )
+
+
+def _divides(size: int, dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and len(dataset) % size == 0
 
 
 class RowSource:
@@ -42,6 +81,7 @@ class RowSource:
             self.rows = first.shape[0]
             self.once = False
         else:
+            check_loader(openset, "openset")
             iterable = hasattr(openset, "__iter__") and not isinstance(openset, (str, bytes, dict))
             if not iterable and not callable(openset):
                 raise TypeError(
@@ -78,6 +118,7 @@ class RowSource:
                 f"openset() must return an iterable of matrices, got a {type(batches).__name__}; pass that itself, "
                 "or return a list of it"
             )
+        check_loader(batches, "openset()")
         try:
             return iter(batches)
         except TypeError:
@@ -235,11 +276,14 @@ class Rounds:
         how many each round took, the rounds' values.
         """
         count = max(1, _TAKES // self._lists)
-        while True:
+        for attempt in range(2):
             items, counts, values = self._order.rounds(count, self._k)
             if counts or self._order.taken >= min(self._k, self._source.rows or 0):
                 return items, counts, values
-            self.read()
+            if attempt == 0:
+                self.read()
+        # A pass leaves every list an item that is free; with a similarity of NaN or -inf it need not.
+        raise ValueError("openset: a list has found no item that is free; similarities must be finite")
 
 
 def compute_type(source: RowSource, target: Tensor) -> torch.dtype:

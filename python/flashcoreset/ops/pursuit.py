@@ -11,6 +11,7 @@ from torch import Tensor
 from flashcoreset._tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype, is_traced
 from flashcoreset.kernels.pursuit import columns_kept
 from flashcoreset.ops.backends import check_backend, choose_kernels
+from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
 
 
@@ -70,7 +71,7 @@ def orthogonal_matching_pursuit(
 
     Raises:
         TypeError: for arguments of a wrong type.
-        ValueError: for wrong shapes, k or ridge out of range, NaN and infinity, entries whose products overflow.
+        ValueError: for wrong shapes, k or ridge out of range, NaN and infinity, weights that overflow.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Killamsetty, Sivasubramanian, Ramakrishnan, De and Iyer, "GRAD-MATCH: gradient matching based data subset
@@ -118,7 +119,7 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
 
     Raises:
         TypeError: for arguments of a wrong type.
-        ValueError: for wrong shapes, k out of range, NaN and infinity, entries whose products overflow.
+        ValueError: for wrong shapes, k out of range, NaN and infinity, weights that overflow.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Campbell and Broderick, "Bayesian coreset construction via greedy iterative geodesic ascent", ICML 2018,
@@ -150,23 +151,54 @@ def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Te
     return rows, b, k
 
 
+# Largest magnitudes of rows and target from which kernels take them.
+_SAFE = (-399, 460)
+_MOST_RIDGE = 2.0**900
+
+_Found = tuple[Tensor, Tensor, Tensor]
+
+
 def _solve_pursuit(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> _Found:
     kernels = choose_kernels(backend, g.device, "pursuit")
     rows = g.to(compute_dtype(g.dtype))
-    return _rounded(
-        rows.dtype,
-        *kernels.orthogonal_matching_pursuit(rows, target, k, nonnegative=nonnegative, ridge=ridge),
-    )
+
+    def solve(rows: Tensor, target: Tensor, exponent: int = 0) -> _Found:
+        by = times_power(ridge, 2 * exponent)
+        if by > max(ridge, _MOST_RIDGE):
+            raise ValueError(
+                f"ridge: {ridge} is so far above the squares of g that no weights are left; lower it"
+            )
+        return kernels.orthogonal_matching_pursuit(rows, target, k, nonnegative=nonnegative, ridge=by)
+
+    try:
+        found = solve(rows, target)
+    except ValueError:
+        exponent = exponent_into(largest_magnitude(rows), _SAFE)
+        of_target = exponent_into(largest_magnitude(target), _SAFE)
+        if exponent == of_target == 0:
+            raise
+        indices, weights, norms = solve(scale(rows, exponent), scale(target, of_target), exponent)
+        found = indices, scale(weights, exponent - of_target), scale(norms, -of_target)
+    return _rounded(rows.dtype, *found)
 
 
-def _solve_frank_wolfe(
-    g: Tensor, target: Tensor, k: int, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _solve_frank_wolfe(g: Tensor, target: Tensor, k: int, backend: str | None) -> _Found:
     kernels = choose_kernels(backend, g.device, "pursuit")
     rows = g.to(compute_dtype(g.dtype))
-    return _rounded(rows.dtype, *kernels.frank_wolfe(rows, target, k))
+    try:
+        found = kernels.frank_wolfe(rows, target, k)
+    except ValueError:
+        # Directions count: each row by itself.
+        exponents = [exponent_into(most, _SAFE) for most in rows.abs().amax(1).tolist()]
+        of_target = exponent_into(largest_magnitude(target), _SAFE)
+        if not any(exponents) and of_target == 0:
+            raise
+        indices, weights, norms = kernels.frank_wolfe(scale(rows, exponents), scale(target, of_target), k)
+        own = [exponents[row] - of_target for row in indices.tolist()]
+        found = indices, scale(weights, own), scale(norms, -of_target)
+    return _rounded(rows.dtype, *found)
 
 
 def _rounded(

@@ -26,9 +26,12 @@ from torch import Tensor
 
 from flashcoreset import kernels as _kernels
 from flashcoreset._tensor import Csr
+from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale
 from flashcoreset.reference.facility_location import gain_scale
 
 _BLOCK_BYTES, _LEAST_BYTES = 2**24, 2**18
+# Of the largest distance: that and those 2^-20 times as long have squares that are normal numbers.
+_SAFE = {torch.float32: (-40, 60), torch.float64: (-400, 500)}
 _SAMPLE = 128  # rows of which the share of live similarities is estimated
 
 
@@ -77,13 +80,16 @@ class TransportCosts:
         held = train.new_empty(n, clients) if fits else None
         self.held: Tensor | None = None
 
-        nearest, farthest, total = (torch.empty_like(penalty) for _ in range(3))
-        for begin in range(0, n, self.step):
-            rows = slice(begin, begin + self.step)
-            d = self._distances(rows, None if held is None else held[rows])
-            nearest[rows], farthest[rows] = d.amin(1).double(), d.amax(1).double()
-            total[rows] = d.sum(1).double()
+        nearest, farthest, total = self._extremes(penalty, held)
         largest = float(farthest.max())
+        # Costs are shares of the largest distance: a power of two, which brings squares into range, changes none.
+        low, high = _SAFE[train.dtype]
+        if not 2.0**low < largest < 2.0**high and (
+            exponent := exponent_into(largest_magnitude(train, valid), (low, high - 10))
+        ):
+            self._train, self._valid = scale(train, exponent), scale(valid, exponent)
+            nearest, farthest, total = self._extremes(penalty, held)
+            largest = float(farthest.max())
         if not largest <= torch.finfo(train.dtype).max:
             raise ValueError(
                 f"train: distances to valid overflow {train.dtype}; scale the features down or use float64"
@@ -104,6 +110,16 @@ class TransportCosts:
                 rows = slice(begin, begin + self.step)
                 self._to_similarities(held[rows], self._base[rows])
             self.held = held
+
+    def _extremes(self, like: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's least and largest distance and the sum of its distances, [n] as `like`; the distances go to `held` [n, V]."""
+        nearest, farthest, total = (torch.empty_like(like) for _ in range(3))
+        for begin in range(0, self.shape[0], self.step):
+            rows = slice(begin, begin + self.step)
+            d = self._distances(rows, None if held is None else held[rows])
+            nearest[rows], farthest[rows] = d.amin(1).double(), d.amax(1).double()
+            total[rows] = d.sum(1).double()
+        return nearest, farthest, total
 
     def _distances(self, rows: slice | Tensor, out: Tensor | None = None) -> Tensor:
         return self._kernels.pairwise(self._train[rows], self._valid, metric="euclidean", out=out)
@@ -298,7 +314,7 @@ def cover_picks(costs: TransportCosts, k: int, report: Any = None) -> tuple[Tens
     kept = cover.serving
     if len(kept) < k and cover.nearest_items() > k:
         # A pick adds at most one to those that serve, so k are never passed.
-        while len(kept) < k and not cover.complete:
+        while len(kept) < k and not cover.complete and len(cover.picks) < costs.shape[0]:
             if report is not None:
                 report(len(kept))
             cover.extend(k - len(kept))

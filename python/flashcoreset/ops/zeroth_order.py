@@ -181,6 +181,12 @@ def zeroth_order_gradients(
     eps = as_number(eps, "eps")
     if eps <= 0:
         raise ValueError(f"eps must be > 0, got {eps}")
+    for dtype in {tensor.dtype for tensor in tensors}:
+        limits = torch.finfo(dtype)
+        if not limits.tiny <= eps <= limits.max / 8:  # no number of a direction is above 8
+            raise ValueError(
+                f"eps must be in [{limits.tiny:.3g}, {limits.max / 8:.3g}] for parameters of {dtype}, got {eps}"
+            )
     seed = as_int64(seed, "seed")
     count = as_integer(n_perturbations, "n_perturbations")
     if not 1 <= count < 2**32:
@@ -212,6 +218,12 @@ def zeroth_order_gradients(
                     f"eps must be large enough for the differences of losses over 2 eps to be in range, got {eps}, by which "
                     f"they overflow {column.dtype}"
                 )
+            if not bool(column.any()) and not _moves(
+                tensors, originals, eps, partial(fill, seed=seed, first=p)
+            ):
+                raise ValueError(
+                    f"eps must be large enough to change the parameters in their types, got {eps}"
+                )
             columns.append(column)
     return LowRankGradients(torch.stack(columns, 1), seed, numel, backend)
 
@@ -231,6 +243,12 @@ def _move(tensors: list[Tensor], originals: list[Tensor], step: float, fill: Cal
             target.copy_(flat.view(target.shape))
         begin += flat.numel()
     torch.clear_autocast_cache()  # of the values before
+
+
+def _moves(tensors: list[Tensor], originals: list[Tensor], step: float, fill: Callable[..., None]) -> bool:
+    """Whether a step is more than rounding takes away."""
+    _move(tensors, originals, step, fill)
+    return not all(torch.equal(tensor, original) for tensor, original in zip(tensors, originals, strict=True))
 
 
 @contextmanager

@@ -63,6 +63,8 @@ def caratheodory(
         size = -(-len(rows) // (2 * (d + 2)))
         rho = _reduce(_sums(x[rows].to(torch.float64), w, size))
         w = w * rho.repeat_interleave(size)[: len(rows)]
+        if not (w.isfinite().all() and w.any()):  # rows would go, or stay, for no reason
+            raise ValueError("x, weights: sums of their products are not finite; scale them down")
         rows, w = rows[w > 0], w[w > 0]
     w = w * weights.max()
     if out is None:

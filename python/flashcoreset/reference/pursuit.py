@@ -13,6 +13,10 @@ DEPENDENT = 1e-10
 NOISE = 1e-12
 # The same for cosines between geodesics, and the least squared sine between a row and the direction.
 UNIT_NOISE, LEAST_SQUARED_SINE = 1e-10, 1e-8
+# Norms of rows and target between which products, and what NOISE of them leaves, are normal numbers.
+SMALLEST, LARGEST = 2.0**-400, 2.0**480
+
+_OVERFLOW = "g, target: products of their entries overflow; scale them down"
 
 Found = tuple[Tensor, Tensor, Tensor]
 
@@ -34,7 +38,7 @@ def orthogonal_matching_pursuit(
     Source: Killamsetty, Sivasubramanian, Ramakrishnan, De and Iyer, "GRAD-MATCH: gradient matching based data subset
     selection for efficient deep model training", ICML 2021, algorithm 2.
     """
-    rows, b, norms = _checked(g, target)
+    rows, b, norms = _checked(g, target, False)
     picks: list[int] = []
     weights = rows.new_zeros(0)
     free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -81,7 +85,7 @@ def frank_wolfe(g: Tensor, target: Tensor, k: int) -> Found:
     Source: Campbell and Broderick, "Bayesian coreset construction via greedy iterative geodesic ascent", ICML 2018,
     algorithm 1.
     """
-    rows, b, norms = _checked(g, target)
+    rows, b, norms = _checked(g, target, True)
     units = torch.where(norms[:, None] > 0, rows / norms[:, None], 0)
     goal = b / b.norm() if b.norm() > 0 else b
     cosines = (units * goal).sum(1)
@@ -114,24 +118,47 @@ def frank_wolfe(g: Tensor, target: Tensor, k: int) -> Found:
     return indices[kept], found[kept], torch.stack(residual_norms) if picks else rows.new_zeros(0)
 
 
-def _checked(g: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows and the target in float64, and the norms of the rows."""
+def _checked(g: Tensor, target: Tensor, unit_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows and the target in float64, and the norms of the rows; see `check_products`."""
     check_finite(target, "target")
     check_finite(g, "g")
     rows, b = g.double(), target.double()
     norms = (rows * rows).sum(1).sqrt()
-    if not (norms.isfinite().all() and b.norm().isfinite() and (rows * b).sum(1).isfinite().all()):
-        raise ValueError("g, target: products of their entries overflow; scale them down")
+    check_products(g, target, norms, float(b.norm()), (rows * b).sum(1), unit_rows)
     return rows, b, norms
+
+
+def check_products(
+    g: Tensor, target: Tensor, norms: Tensor, target_norm: float, correlation: Tensor, unit_rows: bool
+) -> None:
+    """Raises ValueError where products of the rows with each other or the target leave the range of float64, as the `norms` [B]
+    of rows and target and their `correlation` [B] tell; `unit_rows`: whether short rows count as much as long ones."""
+    fits = (norms >= SMALLEST) & (norms <= LARGEST) & correlation.isfinite()
+    if SMALLEST <= target_norm <= LARGEST and bool(fits.all()):
+        return
+    check_finite(g, "g")
+    if not (target_norm <= LARGEST and bool((norms <= LARGEST).all() & correlation.isfinite().all())):
+        raise ValueError(_OVERFLOW)
+    short = norms < SMALLEST
+    lost = (unit_rows or bool(short.all())) and bool(g[short].any())
+    if lost or (target_norm < SMALLEST and bool(target.any())):
+        raise ValueError("g, target: products of their entries underflow; scale them up")
 
 
 def _fit(rows: Tensor, b: Tensor, ridge: float) -> Tensor:
     """The w of least |rows' w - b|^2 + ridge |w|^2."""
     if len(rows) == 0:
         return rows.new_zeros(0)
-    penalty = ridge**0.5 * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    matrix, right = torch.cat([rows.T, penalty]), torch.cat([b, b.new_zeros(len(rows))])
-    return torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
+    # The penalty stands first, and the unknowns are w times its root: below the rows, or unscaled, a large one would cost the digits
+    # of these in the QR factors.
+    root = ridge**0.5
+    unit = max(1.0, root)
+    penalty = root / unit * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    matrix, right = torch.cat([penalty, rows.T / unit]), torch.cat([b.new_zeros(len(rows)), b])
+    found = torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0] / unit
+    if not found.isfinite().all():  # no row would leave the active set, again and again
+        raise ValueError(_OVERFLOW)
+    return found
 
 
 def _nonnegative_fit(rows: Tensor, b: Tensor, ridge: float, weights: Tensor) -> Tensor:

@@ -1,0 +1,153 @@
+// Where numbers and flags enter: each is checked once, here, under its argument's name, before anything is
+// done with it. Arrays enter by boundary.h.
+//
+// A binding takes an Integer, a Real or a Flag where it wants one, and asks it for its value with the GIL
+// held. What is of another type raises TypeError, what is out of range ValueError, whatever its size.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "core/checked.h"
+
+namespace fc {
+
+namespace py = pybind11;
+
+namespace detail {
+
+[[noreturn]] inline void refuse_type(const char* name, const char* expected, py::handle given) {
+  throw py::type_error(std::string(name) + ": expected " + expected + ", got " +
+                       Py_TYPE(given.ptr())->tp_name);
+}
+
+[[noreturn]] inline void refuse_number(const char* name, const std::string& expected,
+                                       const std::string& got) {
+  throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
+}
+
+}  // namespace detail
+
+// An argument of a call, which keeps it alive; not to be stored.
+struct Integer {
+  py::handle given;
+
+  // A thread more is more work to start than it could take off the others long before this number.
+  static constexpr int64_t kMostThreads = 4096;
+
+  // An int or what has __index__, but no bool, in [least, most].
+  int64_t in(const char* name, int64_t least, int64_t most = INT64_MAX) const {
+    PyObject* const object = given.ptr();
+    if (PyLong_CheckExact(object)) return within(name, object, least, most);
+    if (PyBool_Check(object) || !PyIndex_Check(object)) detail::refuse_type(name, "an integer", given);
+    const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+    if (!index) throw py::error_already_set();
+    return within(name, index.ptr(), least, most);
+  }
+
+  // How many of something that memory is made for, or that loops run over.
+  int64_t count(const char* name, int64_t least = 0) const { return in(name, least, kMostElements); }
+
+  int threads() const { return static_cast<int>(in("threads", 1, kMostThreads)); }
+  uint64_t seed() const { return static_cast<uint64_t>(in("seed", INT64_MIN)); }
+  // Bytes. More than there is is as good as all.
+  int64_t memory_budget() const { return in("memory_budget", 0); }
+  // The handle of a CUDA stream, which nobody but the driver can check.
+  uintptr_t stream() const { return static_cast<uintptr_t>(in("stream", 0)); }
+
+ private:
+  static int64_t within(const char* name, PyObject* integer, int64_t least, int64_t most) {
+    int overflow = 0;
+    const int64_t value = PyLong_AsLongLongAndOverflow(integer, &overflow);
+    if (overflow == 0 && value >= least && value <= most) return value;
+    const std::string expected =
+        most == INT64_MAX && least > INT64_MIN
+            ? "an integer >= " + std::to_string(least)
+            : "an integer in [" + std::to_string(least) + ", " + std::to_string(most) + "]";
+    detail::refuse_number(name, expected,
+                          overflow == 0  ? std::to_string(value)
+                          : overflow > 0 ? "one above 2^63"
+                                         : "one below -2^63");
+  }
+};
+
+struct Real {
+  py::handle given;
+
+  double finite(const char* name) const { return in(name, -DBL_MAX, DBL_MAX, "a finite number"); }
+  double not_negative(const char* name) const { return in(name, 0, DBL_MAX, "a finite number >= 0"); }
+  double positive(const char* name) const { return in(name, DBL_TRUE_MIN, DBL_MAX, "a finite number > 0"); }
+  double positive_or_infinite(const char* name) const {
+    return in(name, DBL_TRUE_MIN, HUGE_VAL, "a number > 0");
+  }
+
+ private:
+  // A float or what has __float__ or __index__, but no bool.
+  double in(const char* name, double least, double most, const char* expected) const {
+    PyObject* const object = given.ptr();
+    if (PyBool_Check(object)) detail::refuse_type(name, "a number", given);
+    const double value = PyFloat_AsDouble(object);
+    if (value == -1 && PyErr_Occurred()) {
+      py::error_already_set error;
+      if (error.matches(PyExc_OverflowError))
+        detail::refuse_number(name, expected, "an integer beyond float64");
+      if (error.matches(PyExc_TypeError)) detail::refuse_type(name, "a number", given);
+      throw error;
+    }
+    if (value >= least && value <= most) return value;
+    char text[32];
+    std::snprintf(text, sizeof(text), "%.17g", value);
+    detail::refuse_number(name, expected, text);
+  }
+};
+
+struct Flag {
+  py::handle given;
+
+  // True or False, or NumPy's.
+  bool on(const char* name) const {
+    if (given.ptr() == Py_True) return true;
+    if (given.ptr() == Py_False) return false;
+    const std::string type = Py_TYPE(given.ptr())->tp_name;
+    if (type != "numpy.bool" && type != "numpy.bool_") detail::refuse_type(name, "True or False", given);
+    return py::cast<bool>(given);
+  }
+};
+
+}  // namespace fc
+
+namespace pybind11::detail {
+
+// They take any object, since a type that pybind11 refuses is refused without the argument's name.
+template <>
+struct type_caster<fc::Integer> {
+  PYBIND11_TYPE_CASTER(fc::Integer, const_name("Integer"));
+  bool load(handle given, bool) {
+    value.given = given;
+    return true;
+  }
+};
+
+template <>
+struct type_caster<fc::Real> {
+  PYBIND11_TYPE_CASTER(fc::Real, const_name("Real"));
+  bool load(handle given, bool) {
+    value.given = given;
+    return true;
+  }
+};
+
+template <>
+struct type_caster<fc::Flag> {
+  PYBIND11_TYPE_CASTER(fc::Flag, const_name("Flag"));
+  bool load(handle given, bool) {
+    value.given = given;
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,59 @@
+"""Imports of large packages in the middle of a call."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from types import ModuleType
+
+_imported: dict[str, ModuleType] = {}
+
+
+def imported(name: str, environment: Mapping[str, str] | None = None) -> ModuleType:
+    """The module `name`, imported in a thread of its own if this is the first call for it.
+
+    Ctrl-C reaches the main thread alone: it ends the wait at once, and the import goes on to its end. An interrupted one would
+    leave modules half made, which native ones do not survive.
+
+    Args:
+        name: the module's full name.
+        environment: variables that are set while it is imported.
+
+    Raises:
+        ImportError: and whatever else the import raises.
+    """
+    module = _imported.get(name)
+    if module is not None and sys.modules.get(name) is module:
+        return module
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        before = {key: os.environ.get(key) for key in environment or ()}
+        os.environ.update(environment or {})
+        try:
+            _imported[name] = importlib.import_module(name)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
+
+    thread = threading.Thread(target=run, name=f"import {name}")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return _imported[name]
+
+
+def pot() -> ModuleType:
+    """POT without the array libraries that nobody has imported: it would import all that are installed, and JAX takes seconds."""
+    others = {"JAX": "jax", "TENSORFLOW": "tensorflow", "CUPY": "cupy"}
+    off = {f"POT_BACKEND_DISABLE_{key}": "1" for key, name in others.items() if name not in sys.modules}
+    return imported("ot", off)

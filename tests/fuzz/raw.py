@@ -1,0 +1,535 @@
+"""Random programs that call the compiled modules: what is called and with which arguments is read off their docstrings, so that
+a new one is called too, and a recipe says which arguments fit each other."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+from programs import (
+    Program,
+    Size,
+    Step,
+    Tensor,
+    Value,
+    array,
+    hostile_any,
+    hostile_array,
+    hostile_float,
+    hostile_int,
+    hostile_word,
+    literal,
+)
+from values import FINITE, FLOATS, HALVES, LAYOUTS
+
+POINTS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
+COSTS = ("cosine", "euclidean", "sqeuclidean", "l1")
+KINDS = ("rademacher", "gaussian", "sjlt", "srht")
+
+# Handles of the caller's, which nothing can check, and numbers on a GPU, which are left there unread.
+UNTOUCHED = {"stream"}
+TRUSTED = {
+    "rows",
+    "which",
+    "places",
+    "slots",
+    "kept",
+    "member",
+    "offset",
+    "chosen",
+    "dims",
+    "x_lengths",
+    "y_lengths",
+}
+# Sizes of work that nothing stored bounds: a large one would be done.
+LONG = {"length"}
+# What sets the emulator up, and what a module has beside its kernels.
+LEFT_OUT = {"set_schedule", "set_device", "set_current_device", "allocated_bytes", "unusable"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    kind: str  # "int", "float", "str", "bool" or "object"
+    optional: bool
+
+
+def parameters(function: object) -> list[Parameter]:
+    """Of a bound function, from the first line of its docstring; without `self`."""
+    text = (function.__doc__ or "").split("\n")[0]
+    inside = text[text.index("(") + 1 : text.rindex(") ->")]
+    found = []
+    # Types have commas in brackets of their own.
+    for part in re.split(r", (?=\w+: )", inside):
+        if ": " not in part:
+            continue
+        name, _, rest = part.partition(": ")
+        kind, equals, _ = rest.partition(" = ")
+        for known, mark in (
+            ("int", "SupportsInt"),
+            ("float", "SupportsFloat"),
+            ("str", "str"),
+            ("bool", "bool"),
+        ):
+            if mark in kind or kind == known:
+                kind = known
+                break
+        else:
+            kind = "float" if kind == "float | None" else "object"
+        if name != "self":
+            found.append(Parameter(name, kind, bool(equals)))
+    return found
+
+
+class Recipes:
+    """Arguments by name that fit each other, for each function and class. `r` makes all choices."""
+
+    def __init__(self, r: random.Random, on_device: bool) -> None:
+        self.r, self.on_device = r, on_device
+        most = r.choice((6, 6, 40, 150))
+        self.sizes = {name: r.randint(1, most) for name in "nmBCT"}
+        self.sizes.update({name: r.randint(1, r.choice((4, 40))) for name in "dkqG"})
+        self.sizes["D"] = r.randint(1, r.choice((8, 80, 1200)))
+        self.sizes["k"] = min(self.sizes["k"], self.sizes["n"])
+        self.dtype = r.choice(FLOATS)
+        self.real = r.choice(FLOATS + HALVES)
+
+    def any_array(self, *shape: int | str, dtype: str | None = None, plain: bool = False) -> Tensor:
+        r = self.r
+        return array(*shape, dtype=dtype or self.dtype, content=r.choice(FINITE), seed=r.randrange(100),
+                     layout="plain" if plain or self.on_device else r.choice(LAYOUTS))  # fmt: skip
+
+    def rows(self, *shape: int | str, dtype: str | None = None) -> Tensor:
+        """Rows that are contiguous."""
+        layout = "plain" if self.on_device else self.r.choice(("plain", "padded", "offset"))
+        return replace(self.any_array(*shape, dtype=dtype, plain=True), layout=layout)
+
+    def out(self, *shape: int | str, dtype: str | None = None, content: str = "zeros") -> Tensor:
+        return array(*shape, dtype=dtype or self.dtype, content=content)
+
+    def indices(self, *shape: int | str, below: str) -> Tensor:
+        return array(*shape, dtype="int64", content=f"below:{below}", seed=self.r.randrange(100))
+
+    def common(self) -> dict[str, Value]:
+        r = self.r
+        return {
+            "threads": literal(r.choice((1, 1, 2, 3, 8))),
+            "memory_budget": literal(r.choice((0, 1000, 100_000, 2**28))),
+            "stream": literal(0),
+            "seed": literal(r.choice((0, 1, r.randrange(2**63)))),
+            "shared_bytes": literal(r.choice((0, 48 * 1024, 160 * 1024))),
+            "symmetric": literal(False),
+            "one_scale": literal(r.random() < 0.3),
+            "expected_picks": literal(r.choice((1, 5, 2**63 - 1))),
+            "naive": literal(r.random() < 0.3),
+            "magnitude": literal(r.random() < 0.5),
+            "nonnegative": literal(r.random() < 0.5),
+            "ridge": literal(r.choice((0.0, 0.1))),
+            "transpose": literal(False),
+        }
+
+    # ---------------------------------------------------------------------------------------------- functions
+
+    def pairwise(self) -> dict[str, Value]:
+        return {"x": self.any_array("n", "d"), "y": self.any_array("m", "d"), "out": self.out("n", "m"),
+                "metric": literal(self.r.choice(POINTS))}  # fmt: skip
+
+    def _projection(self, dim: str) -> dict[str, Value]:
+        nnz = self.r.choice(("1", "1", f"min(3, {dim})", dim))
+        return {"kind": literal(self.r.choice(KINDS)), "nnz": Size(nnz), "offset": literal(0)}
+
+    def sketch(self) -> dict[str, Value]:
+        return {"x": self.any_array("B", "D"), "out": self.out("B", "d"), **self._projection("d")}
+
+    def projection_matrix(self) -> dict[str, Value]:
+        return {"out": self.out("D", "d"), **self._projection("d")}
+
+    def sketch_rows(self) -> dict[str, Value]:
+        return {"indices": self.indices("B", "q", below="n"), "g": self.any_array("B", "q", "d"),
+                "out": self.out("B", "k"), **self._projection("k"),
+                "kind": literal(self.r.choice(KINDS[:3]))}  # fmt: skip
+
+    def sample_scores(self) -> dict[str, Value]:
+        dtype = "float64" if self.real == "float64" else "float32"
+        return {"logits": self.any_array("n", "q", "C", dtype=self.real), "targets": self.indices("n", "q", below="C"),
+                "masked": literal(self.r.random() < 0.3), "out": self.out(5, "n", "q", dtype=dtype)}  # fmt: skip
+
+    def directions(self) -> dict[str, Value]:
+        begin, first = self.r.choice((0, 5, 2**40)), self.r.choice((0, 3, 2**31))
+        return {"out": self.out("q", "D"), "begin": literal(begin), "first": literal(first)}
+
+    def _gradients(self) -> tuple[dict[str, Value], str, str]:
+        """The arguments, the name of the number of dimensions and the history's dtype."""
+        if self.r.random() < 0.5:
+            dtype = "float64" if self.real == "float64" else "float32"
+            return {"g": self.any_array("n", "D", dtype=self.real), "length": Value("None")}, "D", dtype
+        return {"g": self.any_array("n", "q"), "length": Size("D")}, "D", self.dtype
+
+    def _updates(self) -> dict[str, Value]:
+        found, length, dtype = self._gradients()
+        history = self.r.random() < 0.6
+        self.sizes["G"] = min(self.sizes["G"], self.sizes["n"])
+        self.sizes["k"] = min(self.sizes["k"], self.sizes["D"])
+        content = self.r.choice(("normal", "zeros", "tiny"))
+        found |= {
+            "m": array(length, dtype=dtype, content=content) if history else Value("None"),
+            "v": array(length, dtype=dtype, content="positive") if history else Value("None"),
+            "member": array("n", dtype="int64", content="range"),
+            "offset": array("G + 1", dtype="int64", content="offsets:n"),
+            "dims": self.out("G", "k", dtype="int64"),
+        }
+        for name in ("m_scale", "m_step", "v_scale", "v_step", "eps"):
+            found[name] = literal(self.r.choice((0.1, 0.9, 1.0)))
+        return found
+
+    def top_updates(self) -> dict[str, Value]:
+        return {**self._updates(), "u": self.out("n", "k", dtype="float64")}
+
+    restrict_updates = top_updates
+
+    def top_dimensions(self) -> dict[str, Value]:
+        return {**self._updates(), "values": self.out("G", "k", dtype="float64"),
+                "refused": self.out(1, dtype="int64", content="whole:2**63 - 1")}  # fmt: skip
+
+    def update_history(self) -> dict[str, Value]:
+        found, length, dtype = self._gradients()
+        return {
+            **found,
+            "beta1": literal(0.9),
+            "beta2": literal(0.99),
+            "m": array(length, dtype=dtype),
+            "v": array(length, dtype=dtype, content="positive"),
+            "chosen": self.indices("k", below="n"),
+            "new_m": self.out(length, dtype=dtype),
+            "new_v": self.out(length, dtype=dtype),
+            "overflows": self.out(1, dtype="int64"),
+        }
+
+    def caratheodory(self) -> dict[str, Value]:
+        size = Size(self.r.choice(("0", "0", "k", "n")))
+        room = f"min(n, max(d + 1, {size.text}))"
+        weights = array("n", dtype="float64", content="positive", seed=self.r.randrange(100))
+        return {"x": self.any_array("n", "d", dtype=self.real), "max_size": size,
+                "weights": weights if self.r.random() < 0.5 else Value("None"),
+                "indices": self.out(room, dtype="int64"),
+                "new_weights": self.out(room, dtype="float64")}  # fmt: skip
+
+    def orthogonal_matching_pursuit(self) -> dict[str, Value]:
+        return {"g": self.rows("n", "D"), "target": self.any_array("D", dtype="float64", plain=True),
+                "indices": self.out("k", dtype="int64"), "weights": self.out("k", dtype="float64"),
+                "residual_norms": self.out("k", dtype="float64")}  # fmt: skip
+
+    frank_wolfe = orthogonal_matching_pursuit
+
+    def _batch(self) -> dict[str, Value]:
+        self.sizes["B"] = min(self.sizes["B"], 5)
+        self.sizes["n"], self.sizes["m"] = min(self.sizes["n"], 60), min(self.sizes["m"], 60)
+        costs = self.r.random() < 0.4
+        r = self.r
+        x = self.any_array("B", "n", "m" if costs else "d")
+        y = Value("None") if costs else self.any_array("B", "m", "d")
+        some = {
+            "x": x,
+            "y": y,
+            "a": array("B", "n", dtype="float64", content="shares", seed=r.randrange(100)),
+            "b": array("B", "m", dtype="float64", content="shares", seed=r.randrange(100)),
+            "metric": literal("precomputed" if costs else r.choice(COSTS)),
+            "reg": literal(r.choice((0.01, 0.1, 1.0, 10.0))),
+            "x_lengths": Value("None") if r.random() < 0.7 else array("B", dtype="int64", content="whole:n"),
+            "y_lengths": Value("None") if r.random() < 0.7 else array("B", dtype="int64", content="whole:m"),
+        }
+        return some
+
+    def _potentials(self) -> dict[str, Value]:
+        return {"f": array("B", "n", dtype="float64"), "g": array("B", "m", dtype="float64")}
+
+    def _relaxation(self) -> Value:
+        return Value(self.r.choice(("inf", "inf", "0.5", "10.0")))
+
+    def Sinkhorn(self) -> dict[str, Value]:
+        r = self.r
+        return {
+            **self._batch(),
+            **self._potentials(),
+            "reg_marginal_a": self._relaxation(),
+            "reg_marginal_b": self._relaxation(),
+            "max_iter": literal(r.choice((1, 2, 30))),
+            "tol": literal(r.choice((0.0, 1e-6, 1e-2))),
+            "warm": literal(r.random() < 0.3),
+            "scalars": self.out(3, "B", dtype="float64"),
+            "iterations": self.out("B", dtype="int64"),
+        }
+
+    def sinkhorn(self) -> dict[str, Value]:
+        """The CUDA module's, in one call."""
+        warm = self.r.random() < 0.3
+        numbers = {name: self.out("B", dtype="float64") for name in ("value", "transport_cost", "error")}
+        return {
+            **self._batch(),
+            **self._potentials(),
+            **numbers,
+            "reg_marginal": Value(f"({self._relaxation().text}, {self._relaxation().text})"),
+            "max_iter": literal(self.r.choice((1, 2, 30))),
+            "tol": literal(self.r.choice((0.0, 1e-6, 1e-2))),
+            "start_f": array("B", "n", dtype="float64") if warm else Value("None"),
+            "start_g": array("B", "m", dtype="float64") if warm else Value("None"),
+            "iterations": self.out("B", dtype="int64"),
+        }
+
+    def sinkhorn_plan(self) -> dict[str, Value]:
+        dtype = "float64" if self.on_device else self.dtype
+        return {**self._batch(), **self._potentials(), "out": self.out("B", "n", "m", dtype=dtype)}
+
+    def sinkhorn_apply(self) -> dict[str, Value]:
+        dtype = "float64" if self.on_device else self.dtype
+        transpose = self.r.random() < 0.5
+        long, short = ("n", "m") if transpose else ("m", "n")
+        return {**self._batch(), **self._potentials(), "transpose": literal(transpose),
+                "v": array("B", long, "k", dtype=dtype), "out": self.out("B", short, "k", dtype=dtype)}  # fmt: skip
+
+    def sum_runs(self) -> dict[str, Value]:
+        return {"x": self.any_array("n", "d", dtype=self.real), "rows": array("n", dtype="int64", content="range"),
+                "weights": array("n", dtype="float64", content="positive"), "centre": array("d", dtype="float64"),
+                "shrink": literal(1.0), "size": Size("T"),
+                "sums": self.out("(n + T - 1) // T", "1 + d", dtype="float64")}  # fmt: skip
+
+    def keep_runs(self) -> dict[str, Value]:
+        return {"n": Size("n * T"), "rows": Value("None"), "weights": Value("None"), "size": Size("T"),
+                "kept": array("k", dtype="int64", content="range"), "factors": array("k", dtype="float64"),
+                "new_rows": self.out("k * T", dtype="int64"),
+                "new_weights": self.out("k * T", dtype="float64")}  # fmt: skip
+
+    def products(self) -> dict[str, Value]:
+        return {"g": self.any_array("n", "D"), "rows": Value("None"), "vectors": self.any_array("m", "D"),
+                "which": self.indices("k", below="m"), "out": self.out("k", "n", dtype="float64"),
+                "places": array("k", dtype="int64", content="range")}  # fmt: skip
+
+    def squares(self) -> dict[str, Value]:
+        return {"g": self.any_array("n", "D"), "out": self.out("n", dtype="float64")}
+
+    def best_row(self) -> dict[str, Value]:
+        return {"start": array("n", dtype="float64"), "gram": array("m", "n", dtype="float64"),
+                "slots": self.indices("k", below="m"), "numbers": array("k + 1", dtype="float64"),
+                "norm": array("n", dtype="float64", content="positive"), "scores": self.out("n", dtype="float64"),
+                "found": self.out(2, dtype="float64")}  # fmt: skip
+
+    def residual(self) -> dict[str, Value]:
+        return {"g": self.any_array("n", "D"), "target": array("D", dtype="float64"),
+                "rows": self.indices("k", below="n"), "weights": array("k", dtype="float64"),
+                "out": self.out("D", dtype="float64")}  # fmt: skip
+
+    # ------------------------------------------------------------------------------- classes and their methods
+
+    def FacilityLocation(self) -> dict[str, Value]:
+        r = self.r
+        matrix = r.random() < 0.3
+        clients = "m" if matrix or r.random() < 0.4 else "n"
+        self._clients = clients
+        self.sizes["m"] += (
+            self.sizes["m"] == self.sizes["n"]
+        )  # a square matrix has clients that are candidates
+        some = {
+            "x": self.rows("n", "m") if matrix else self.any_array("n", "d"),
+            "clients": self.any_array("m", "d") if clients == "m" and not matrix else Value("None"),
+            "metric": literal("precomputed" if matrix else r.choice(POINTS)),
+            "weights": array(clients, dtype="float64", content="positive")
+            if r.random() < 0.4
+            else Value("None"),
+            "preselected": array(1, dtype="int64", content="whole:0") if r.random() < 0.2 else Value("None"),
+            "offset": literal(0.0 if matrix else 1000.0),
+        }
+        return some
+
+    def from_csr(self) -> dict[str, Value]:
+        self._clients = "m"
+        return {"indptr": array("n + 1", dtype="int64", content="range"), "values": self.any_array("n", plain=True),
+                "indices": self.indices("n", below="m"), "m": Size("m"), "weights": Value("None"),
+                "preselected": Value("None"), "self_clients": literal(False)}  # fmt: skip
+
+    def FacilityLocation_step(self) -> dict[str, Value]:
+        return {"count": Size("k")}
+
+    def step_among(self) -> dict[str, Value]:
+        return {
+            "candidates": array(
+                self.r.choice((1, "n")), dtype="int64", content=self.r.choice(("range", "whole:0"))
+            )
+        }
+
+    def FacilityLocation_finish(self) -> dict[str, Value]:
+        dtype = "float64" if self.on_device else self.r.choice(FLOATS)
+        return {"indices": self.out("k", dtype="int64"), "gains": self.out("k", dtype=dtype),
+                "weights": self.out("k", dtype=dtype), "assignment": self.out(self._clients, dtype="int64")}  # fmt: skip
+
+    def Sinkhorn_step(self) -> dict[str, Value]:
+        return {"iterations": literal(self.r.choice((1, 7, 100)))}
+
+    def NearestOrder(self) -> dict[str, Value]:
+        return {"centroids": self.any_array("q", "d")}
+
+    def of_similarities(self) -> dict[str, Value]:
+        return {"lists": Size("q"), "dtype": literal(self.dtype)}
+
+    def begin(self) -> dict[str, Value]:
+        return {"length": Size("m")}
+
+    def update(self) -> dict[str, Value]:
+        return {"x": self.rows("n", "d")}
+
+    def update_similarities(self) -> dict[str, Value]:
+        return {"s": self.rows("n", "q")}
+
+    def rounds(self) -> dict[str, Value]:
+        return {"k": Size("k"), "items": self.out("T * q", dtype="int64"), "counts": self.out("T", dtype="int64"),
+                "values": self.out("T", dtype="float64")}  # fmt: skip
+
+    def order(self) -> dict[str, Value]:
+        return {"list": literal(0), "items": self.out("m", dtype="int64"), "similarities": self.out("m")}
+
+    def ActiveSet(self) -> dict[str, Value]:
+        return {"target_norm": literal(1.0)}
+
+    def add(self) -> dict[str, Value]:
+        return {"products": array(1, dtype="float64", content="ones"), "correlation": literal(0.5)}
+
+    def ActiveSet_weights(self) -> dict[str, Value]:
+        return {"out": self.out(self.r.randrange(3), dtype="float64")}
+
+    def CaratheodoryReduction(self) -> dict[str, Value]:
+        return {"centre": array("d", dtype="float64", content="zeros"), "shrink": literal(1.0)}
+
+    def _sums(self, writable: bool = False) -> Value:
+        return array("k", "1 + d", dtype="float64", content="positive", seed=self.r.randrange(100))
+
+    def take_total(self) -> dict[str, Value]:
+        return {"sums": self._sums()}
+
+    move_to_mean = take_total
+
+    def factors(self) -> dict[str, Value]:
+        return {"sums": self._sums(), "out": self.out("k", dtype="float64")}
+
+    def rest(self) -> dict[str, Value]:
+        return {"x": self.any_array("n", "d"), "weights": array("n", dtype="float64", content="positive"),
+                "indices": self.out("min(n, d + 1)", dtype="int64"),
+                "new_weights": self.out("min(n, d + 1)", dtype="float64")}  # fmt: skip
+
+    def correct(self) -> dict[str, Value]:
+        return {"x": self.any_array("n", "d"), "weights": array("n", dtype="float64", content="positive"),
+                "sums": array("1 + d", dtype="float64", content="positive")}  # fmt: skip
+
+    def centre(self) -> dict[str, Value]:
+        return {"out": self.out("d", dtype="float64")}
+
+    def CaratheodorySampler(self) -> dict[str, Value]:
+        return {"weights": array("n", dtype="float64", content="positive"), "goal": Size("k")}
+
+    def push(self) -> dict[str, Value]:
+        return {"x": self.any_array("n", "d")}
+
+
+# What a class's objects are used for, in an order that makes sense; random programs shuffle a part of them.
+USES = {
+    "FacilityLocation": ("step", "finish"),
+    "NearestOrder": ("begin", "update", "update_similarities", "finish", "rounds", "order"),
+    "CaratheodoryReduction": ("take_total", "factors", "move_to_mean", "centre", "rest", "correct"),
+    "CaratheodorySampler": ("push", "finish"),
+    "ActiveSet": ("add", "weights"),
+    "Sinkhorn": ("total", "step", "step"),
+}
+
+
+def callables(module: ModuleType) -> dict[str, object]:
+    """Functions, classes and what else makes their objects, by name."""
+    found = {}
+    for name in sorted(vars(module)):
+        value = getattr(module, name)
+        if name.startswith("_") or name in LEFT_OUT or not callable(value):
+            continue
+        found[name] = value
+        if isinstance(value, type):
+            for other, member in vars(value).items():
+                if isinstance(member, staticmethod) and not other.startswith("_"):
+                    found[f"{name}.{other}"] = getattr(value, other)
+    return found
+
+
+def generate(seed: int, module: ModuleType, on_device: bool) -> Program:
+    """A program of a few calls of the module `m`: half of them of arguments that fit, with one or two that do not in the others."""
+    r = random.Random(seed)
+    recipes = Recipes(r, on_device)
+    names = callables(module)
+    name = r.choice(list(names))
+    steps = [_step(recipes, "a", f"m.{name}", name, names[name])]
+    kind = names[name] if isinstance(names[name], type) else getattr(module, name.partition(".")[0])
+    if isinstance(kind, type):
+        steps += _uses(recipes, kind)
+    if "CaratheodorySampler" in name and "CaratheodoryReduction" in names:
+        first = _step(
+            recipes, "b", "m.CaratheodoryReduction", "CaratheodoryReduction", names["CaratheodoryReduction"]
+        )
+        total = _step(recipes, "_", "b.take_total", "take_total", names["CaratheodoryReduction"].take_total)
+        changed = {**steps[0].arguments, "reduction": Value("b")}
+        steps = [first, total, replace(steps[0], arguments=changed), *steps[1:]]
+    for _ in range(r.choice((0, 1, 1, 2))):
+        i = r.randrange(len(steps))
+        steps[i] = _spoiled(r, steps[i], on_device)
+    return Program(recipes.sizes, tuple(steps), valid=False)
+
+
+def _uses(recipes: Recipes, kind: type) -> list[Step]:
+    r = recipes.r
+    uses = [name for name in USES.get(kind.__name__, ()) if hasattr(kind, name)]
+    others = [name for name in vars(kind) if not name.startswith("_") and name not in uses]
+    if others and r.random() < 0.3:
+        uses.insert(r.randrange(len(uses) + 1), r.choice(others))
+    if r.random() < 0.3:
+        uses = r.choices(uses, k=r.randint(0, 6)) if uses else []
+    steps = []
+    for name in uses:
+        member = vars(kind)[name]
+        if isinstance(member, property):
+            steps.append(Step("_", f"a.{name}", attribute=True))
+        elif not isinstance(member, staticmethod):
+            steps.append(_step(recipes, "_", f"a.{name}", name, member, kind.__name__))
+    return steps
+
+
+def _step(recipes: Recipes, result: str, target: str, name: str, function: object, owner: str = "") -> Step:
+    name = name.rpartition(".")[2]
+    signature = parameters(function.__init__ if isinstance(function, type) else function)
+    recipe = getattr(recipes, f"{owner}_{name}", None) or getattr(recipes, name, None)
+    known = recipes.common() | (recipe() if recipe is not None else {})
+    defaults = {"int": literal(1), "float": literal(1.0), "str": literal("cosine"), "bool": literal(False)}
+    arguments = {}
+    for parameter in signature:
+        if parameter.name in known:
+            arguments[parameter.name] = known[parameter.name]
+        elif not parameter.optional:
+            arguments[parameter.name] = defaults.get(parameter.kind, Value("None"))
+    return Step(result, target, arguments, sum(name.startswith("arg") for name in arguments))
+
+
+def _spoiled(r: random.Random, step: Step, on_device: bool) -> Step:
+    names = [name for name in step.arguments if name not in UNTOUCHED]
+    if not names:
+        return step
+    name = r.choice(names)
+    value = step.arguments[name]
+    if isinstance(value, Tensor):
+        other = hostile_array(r, value, trusted=on_device and name in TRUSTED)
+    elif value.text == "None" or r.random() < 0.1:
+        other = r.choice((hostile_any(r), array("n", "d"), array("n", dtype="int64", content="range")))
+        if on_device and name in TRUSTED:
+            other = hostile_any(r)
+    elif value.text in ("True", "False"):
+        other = r.choice((hostile_any(r), literal(value.text == "False")))
+    elif value.text[0] in "'\"":
+        other = r.choice((hostile_word(r), literal(r.choice((*POINTS, *KINDS, *FLOATS, "precomputed")))))
+    elif "." in value.text or value.text in ("inf", "nan") or "e-" in value.text:
+        other = hostile_float(r)
+    else:
+        other = hostile_int(r, 10_000 if name in LONG else None)
+    return replace(step, arguments={**step.arguments, name: other})

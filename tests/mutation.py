@@ -1,0 +1,412 @@
+"""Breaks the sources on purpose, one small change at a time, and counts how many of the changes the tests notice.
+
+    python tests/mutation.py --count 200 --seed 1 --out mutation.jsonl
+
+A mutant is one operator, bound or constant changed at random in the kernels or in the checks around them. It is built and the
+tests of its family run until one fails. Mutants that do not compile are drawn again and count for nothing; a test that no longer ends
+counts as a test that fails. All that is changed lies in a clone of the repository in a temporary folder, at the current commit; the
+environment must have what `make test` installs. `--workers 2` runs two at once, each in a clone of its own. A run that was stopped goes on
+where it was: mutants that the output file has are not tried again. Takes a minute for each mutant, so this is not part of `make test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import fnmatch
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SOURCES = (
+    "csrc/core/*.h",
+    "csrc/cpu/*",
+    "csrc/cuda/*",
+    "csrc/bindings/*",
+    "triton_kernels/*.py",
+    "python/flashcoreset/_*.py",
+    "python/flashcoreset/ops/*.py",
+    "python/flashcoreset/kernels/*.py",
+    "python/flashcoreset/methods/*.py",
+    "python/flashcoreset/reference/*.py",
+    "python/flashcoreset/integrations/*.py",
+)
+# What no test on this machine can run: other processors' code, the loading of CUDA's own libraries.
+LEFT_OUT = (
+    "csrc/core/print_isas.cpp",
+    "csrc/core/dlpack.h",
+    "csrc/cuda/runtime.h",
+    "csrc/bindings/processor.cpp",
+    "*/__init__.py",
+)
+
+# Which tests guard a file: the first pattern that fits. Test files in the order in which they are tried, quick ones first.
+TESTS = (
+    ("*sinkhorn*", "sinkhorn goracs"),
+    ("*transport*", "goracs sinkhorn"),
+    ("*goracs*|*exchanges*", "goracs"),
+    ("*nearest_order*|*simcore*", "nearest_order simcore"),
+    ("*scores*|*dynamics*", "scores dynamics ccs"),
+    ("*ccs*|*strata*", "ccs"),
+    ("*budgets*", "budgets matching colm"),
+    ("*adam*", "colm matching"),
+    ("*colm*", "colm"),
+    ("*autocoreset*|*loss_subsets*|*weighted_models*", "autocoreset"),
+    ("*tableau*|*caratheodory*", "caratheodory autocoreset"),
+    ("*pursuit*|*active_set*", "pursuit"),
+    ("*zeroth_order*|*directions*", "zeroth_order matching"),
+    ("*matching*|*bindings/gradients*|*core/gradients*", "matching"),
+    ("*gradient_*", "gradient_sketcher"),
+    ("*sketch*|*projection*|*philox*|*normal*", "sketch zeroth_order"),
+    ("*integrations/torch*", "integrations_torch"),
+    ("*integrations/transformers*", "integrations_transformers"),
+    ("*facility_location*|*sampling*|*live_lists*|*similarity_source*", "facility_location select"),
+    ("*pairwise*|*pack*|*tile*|*metric*", "facility_location nearest_order"),
+    (
+        "*kernels/*|*backends*",
+        "facility_location sinkhorn sketch scores matching caratheodory pursuit nearest_order",
+    ),
+    ("*_native*", "native_loader"),
+    ("*_memory*", "memory_estimate"),
+    (
+        "*",
+        "bindings boundary bad_input invariance edges facility_location sinkhorn sketch scores matching caratheodory pursuit",
+    ),
+)
+
+# What each token may become. A boundary that moves by one, a sign, a neighbour in meaning.
+OPERATORS = {
+    "<": ["<=", ">"], "<=": ["<", ">="], ">": [">=", "<"], ">=": [">", "<="], "==": ["!="], "!=": ["=="],
+    "+": ["-"], "-": ["+"], "*": ["/"], "/": ["*"], "//": ["*"], "%": ["*"], "+=": ["-="], "-=": ["+="], "*=": ["/="],
+    "&&": ["||"], "||": ["&&"], "and": ["or"], "or": ["and"],
+    "std::min": ["std::max"], "std::max": ["std::min"], "true": ["false"], "false": ["true"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one place: `before` at character `start` of `file` becomes `after`."""
+
+    file: str
+    line: int
+    start: int
+    before: str
+    after: str
+
+    def apply(self, text: str) -> str:
+        assert text[self.start :].startswith(self.before)
+        return text[: self.start] + self.after + text[self.start + len(self.before) :]
+
+
+def _number(text: str) -> list[str]:
+    """What a constant may become: small ones move by one, large ones double and halve."""
+    whole = re.fullmatch(r"(0|[1-9]\d*)([uUlL]*)", text)
+    if whole:
+        value = int(whole[1])
+        others = (value + 1, value - 1) if value <= 4 else (2 * value, value // 2)
+        return [f"{other}{whole[2]}" for other in others if other >= 0]
+    decimal = re.fullmatch(r"(\d*\.\d*(?:e[+-]?\d+)?|\d+e[+-]?\d+)(f?)", text)
+    return [f"{2 * float(decimal[1]) or 1.0!r}{decimal[2]}"] if decimal else []
+
+
+def cpp_mutants(file: str, text: str) -> Iterator[Mutant]:
+    """Every change of a C++ source. Operators are those with a space on both sides, as the formatter leaves binary ones."""
+    blank = re.sub(
+        r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])'|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|static_assert\(.*?\);|template <[^>\n]*>",
+        lambda found: re.sub(r"[^\n]", " ", found[0]),
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    pattern = r"(?<= )(?:[<>=!]=|[-+*]=|&&|\|\||[-+*/%<>])(?=\s)|\bstd::(?:min|max)\b|\b(?:true|false)\b|(?<![\w.])\d[\d.]*(?:e[+-]?\d+)?\w*"
+    for found in re.finditer(pattern, blank):
+        token = found[0]
+        for after in OPERATORS.get(token) or _number(token):
+            yield Mutant(file, text.count("\n", 0, found.start()) + 1, found.start(), token, after)
+
+
+def python_mutants(file: str, text: str) -> Iterator[Mutant]:
+    """Every change of a Python source: comparisons, arithmetic, boolean operators, `not`, numbers, True and False."""
+    lines = [0]
+    for line in text.encode().splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
+    data = text.encode()
+
+    def offset(line: int, column: int) -> int:
+        return len(data[: lines[line - 1] + column].decode())
+
+    def between(left: ast.expr, right: ast.expr) -> Iterator[Mutant]:
+        begin, end = (
+            offset(left.end_lineno or 0, left.end_col_offset or 0),
+            offset(right.lineno, right.col_offset),
+        )
+        found = re.search(
+            r"//|[<>=!]=|[-+*/%<>]|\band\b|\bor\b",
+            re.sub(r"#[^\n]*", lambda c: " " * len(c[0]), text[begin:end]),
+        )
+        if found and found[0] in OPERATORS:
+            for after in OPERATORS[found[0]]:
+                yield Mutant(file, left.end_lineno or 0, begin + found.start(), found[0], after)
+
+    tree = ast.parse(text)
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        for name in ("annotation", "returns")
+        if (part := getattr(node, name, None)) is not None
+        for inner in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.BitOr):
+            yield from between(node.left, node.right)
+        elif isinstance(node, ast.Compare):
+            for left, right in zip([node.left, *node.comparators], node.comparators, strict=False):
+                yield from between(left, right)
+        elif isinstance(node, ast.BoolOp):
+            for left, right in zip(node.values, node.values[1:], strict=False):
+                yield from between(left, right)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield Mutant(file, node.lineno, offset(node.lineno, node.col_offset), "not ", "")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+            start = offset(node.lineno, node.col_offset)
+            before = text[start : offset(node.end_lineno or 0, node.end_col_offset or 0)]
+            for after in [str(not node.value)] if isinstance(node.value, bool) else _number(before):
+                yield Mutant(file, node.lineno, start, before, after)
+
+
+def all_mutants(root: Path) -> list[Mutant]:
+    """Every change of every source, in one order."""
+    found = []
+    for pattern in SOURCES:
+        for path in sorted(root.glob(pattern)):
+            file = path.relative_to(root).as_posix()
+            if path.is_file() and not any(fnmatch.fnmatch(file, left_out) for left_out in LEFT_OUT):
+                make = python_mutants if path.suffix == ".py" else cpp_mutants
+                found += sorted(set(make(file, path.read_text())), key=lambda m: (m.start, m.after))
+    return found
+
+
+def families_of(file: str) -> list[str]:
+    """The families whose tests guard a file."""
+    return next(
+        names for patterns, names in TESTS if any(fnmatch.fnmatch(file, p) for p in patterns.split("|"))
+    ).split()
+
+
+def test_files(root: Path, file: str) -> list[str]:
+    """The test files that guard a source: those of its own backend where there are any, else those of all."""
+    plain, own, other = [], [], []
+    for family in families_of(file):
+        for path in sorted(root.glob(f"tests/test_{family}*.py")):
+            backend = path.stem.rpartition("_")[2]
+            if backend == "interrupt":
+                continue
+            kind = plain if backend not in ("cuda", "triton") else own if backend in file else other
+            kind.append(path.name)
+        if family == "facility_location":  # whose files for one backend have that backend's name alone
+            for backend in ("cuda", "triton"):
+                (own if backend in file else other).append(f"test_{backend}.py")
+    names = own or (plain if file.startswith("csrc/cpu") else plain + other)
+    return [f"tests/{name}" for name in dict.fromkeys(names)]
+
+
+class Workshop:
+    """A clone of the repository in which mutants are built and tested, one after the other."""
+
+    def __init__(self, folder: Path, jobs: int, passed: set[str]) -> None:
+        self.root = folder
+        self.jobs = jobs
+        self.passed = passed  # the test files that pass on the sources as they are
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(folder / "python"),
+            "FLASHCORESET_BUILD_ISAS": "native",
+            "FLASHCORESET_CUDA": "off",
+        }
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+        (folder / "python/flashcoreset/triton_kernels").symlink_to("../../triton_kernels")
+        cmakedir = [sys.executable, "-m", "pybind11", "--cmakedir"]
+        self.pybind = f"-Dpybind11_DIR={subprocess.check_output(cmakedir, text=True).strip()}"
+        # Which modules were built from a mutant, and have to be built anew before the next is tried.
+        self.stale = {"module", "emulated"}
+        if not self.build(set()):
+            raise RuntimeError("the sources do not build as they are")
+
+    def _make(self, folder: str, options: list[str], target: str) -> bool:
+        configure = ["cmake", "-G", "Ninja", "-B", folder, *options]
+        make = ["cmake", "--build", folder, "-j", str(self.jobs), "--target", target]
+        return all(
+            subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True).returncode == 0
+            for command in (configure, make)
+        )
+
+    def build(self, wanted: set[str]) -> bool:
+        """Builds these modules and those that are stale; False if something does not compile."""
+        kinds, self.stale = wanted | self.stale, wanted
+        if "module" in kinds:
+            if not self._make(
+                "build/module", ["-S", ".", self.pybind, f"-DPython_EXECUTABLE={sys.executable}"], "all"
+            ):
+                return False
+            for built in (self.root / "build/module").glob("*.so"):
+                (self.root / "python/flashcoreset" / built.name).write_bytes(built.read_bytes())
+        options = ["-S", "tests/cpp", "-DFLASHCORESET_EMULATED_MODULE=ON", self.pybind]
+        return "emulated" not in kinds or self._make("build/emulated", options, "_cuda_emulated")
+
+    def _run(self, command: list[str], limit: float) -> tuple[int | None, str]:
+        """The exit status, None if the command does not end, and what it printed."""
+        process = subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=limit)
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0]
+
+    def _pytest(self, test: str) -> str | None:
+        """The first test of a file that fails, or None if all pass."""
+        pytest = [sys.executable, "-m", "pytest", test, "-x", "-q", "-p", "no:cacheprovider", "--timeout=200"]
+        status, output = self._run(pytest, 1500)
+        if status in (0, 5):
+            return None
+        found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        return found[1] if found else f"{test}: exit status {status}"
+
+    def check(self, tests: list[str]) -> None:
+        """Raises RuntimeError if a test file fails on the sources as they are: it would catch every mutant."""
+        for test in tests:
+            if test not in self.passed:
+                if not self.build(set()):
+                    raise RuntimeError("the sources do not build any more as they are")
+                if (failed := self._pytest(test)) is not None:
+                    raise RuntimeError(f"{failed} fails without a mutant")
+                self.passed.add(test)
+
+    def failure(self, file: str) -> str | None:
+        """The first test that fails, or None if all pass. Python's first, whose build is there already."""
+        for test in test_files(self.root, file):
+            if (failed := self._pytest(test)) is not None:
+                return failed
+        if not file.startswith(("csrc/cpu", "csrc/core", "csrc/cuda")):
+            return None
+        prefix = "test_cuda_" if "/cuda" in file else "test_"
+        options = ["-S", "tests/cpp", "-DFLASHCORESET_TEST_ISAS=" + self._isa()]
+        for family in families_of(file):
+            if (self.root / f"tests/cpp/test_{family}.cpp").is_file():
+                target = prefix + family + ("" if "/cuda" in file else f"_{self._isa()}")
+                if not self._make("build/cpp", options, target):
+                    return f"{target} does not compile"
+                if self._run(["ctest", "--test-dir", "build/cpp", "-R", f"^{target}$"], 1500)[0] != 0:
+                    return target
+        return None
+
+    def _isa(self) -> str:
+        built = next((self.root / "python/flashcoreset").glob("_cpu_*.so"))
+        return built.name.partition(".")[0].removeprefix("_cpu_")
+
+    def try_out(self, mutant: Mutant) -> dict[str, object] | None:
+        """What became of a mutant; None if it does not compile."""
+        self.check(test_files(self.root, mutant.file))
+        self.check(test_files(self.root, mutant.file))
+        path = self.root / mutant.file
+        text = path.read_text()
+        path.write_text(mutant.apply(text))
+        try:
+            if path.suffix == ".py":
+                compile(path.read_text(), mutant.file, "exec")
+            kinds = set()
+            if mutant.file.startswith("csrc/") and "/cuda" not in mutant.file:
+                kinds.add("module")
+            if mutant.file.startswith(("csrc/cuda", "csrc/core", "csrc/bindings")):
+                kinds.add("emulated")
+            if not self.build(kinds):
+                return None
+            return {**asdict(mutant), "caught_by": self.failure(mutant.file)}
+        except SyntaxError:
+            return None
+        finally:
+            path.write_text(text)
+            # What Python compiled from the mutant may be of the same second and length as what it reads next.
+            for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
+                cached.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=200, help="how many mutants that compile (200)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only", default="*", help="a pattern of files, such as '*sinkhorn*'")
+    parser.add_argument("--out", type=Path, required=True, help="one JSON line for each mutant")
+    arguments = parser.parse_args()
+
+    mutants = [mutant for mutant in all_mutants(ROOT) if fnmatch.fnmatch(mutant.file, arguments.only)]
+    random.Random(arguments.seed).shuffle(mutants)
+    results = (
+        [json.loads(line) for line in arguments.out.read_text().splitlines()]
+        if arguments.out.is_file()
+        else []
+    )
+    tried = {(r["file"], r["start"], r["after"]) for r in results}
+    queue = iter([m for m in mutants if (m.file, m.start, m.after) not in tried])
+    results = [r for r in results if r["compiles"]]
+    lock = threading.Lock()
+    passed: set[str] = set()
+    print(f"{len(mutants)} possible mutants, {len(results)} tried before")
+
+    def work(folder: Path) -> None:
+        workshop = Workshop(folder, jobs=max(1, (os.cpu_count() or 1) // arguments.workers), passed=passed)
+        while True:
+            with lock:
+                if len(results) >= arguments.count or (mutant := next(queue, None)) is None:
+                    return
+            result = workshop.try_out(mutant)
+            with lock, arguments.out.open("a") as out:
+                out.write(json.dumps({**(result or asdict(mutant)), "compiles": result is not None}) + "\n")
+                if result is not None:
+                    results.append(result)
+                    print(
+                        f"{len(results)}: {mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}: {result['caught_by'] or 'SURVIVED'}",
+                        flush=True,
+                    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [
+            threading.Thread(target=work, args=(Path(folder) / str(i),)) for i in range(arguments.workers)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    survivors = [r for r in results if r["caught_by"] is None]
+    print(f"{len(results) - len(survivors)} of {len(results)} mutants caught")
+    for r in survivors:
+        print(f"  survived: {r['file']}:{r['line']}: {r['before']} -> {r['after']}")
+
+
+if __name__ == "__main__":
+    main()

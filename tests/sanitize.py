@@ -1,0 +1,124 @@
+"""Runs Python on modules that were built with sanitizers: python tests/sanitize.py address|thread [arguments of pytest].
+
+`make sanitize` builds them (tests/cpp, FLASHCORESET_CPU_MODULE) and runs TESTS, or what ARGS names, under both. The package of this
+tree is laid over the installed one, with the sanitized modules in place of its own, and the sanitizer's library is loaded first,
+as it has to be in a program that was built without. Nothing is suppressed but what the interpreter, torch and NumPy do on
+their own (tests/sanitizers/*.supp).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"address": ROOT / "build" / "sanitize-address", "thread": ROOT / "build" / "sanitize-thread"}
+
+# The table of tests that drive each binding, the emulated CUDA kernels among them. What trains models, starts processes without
+# the sanitizer or compares with other packages is left out: it calls the same kernels with the same arguments.
+TESTS = (
+    "test_boundary.py",
+    "test_bad_input.py",
+    "test_facility_location.py",
+    "test_facility_location_sampling.py",
+    "test_cuda.py",
+    "test_nearest_order.py",
+    "test_sinkhorn.py",
+    "test_sinkhorn_cuda.py",
+    "test_sketch.py",
+    "test_sketch_cuda.py",
+    "test_scores.py",
+    "test_matching.py",
+    "test_matching_cuda.py",
+    "test_zeroth_order.py",
+    "test_caratheodory.py",
+    "test_caratheodory_cuda.py",
+    "test_pursuit.py",
+    "test_pursuit_cuda.py",
+)
+
+
+def package(kind: str) -> Path:
+    """A folder to import flashcoreset from: this tree's sources with the sanitized modules. Made anew each time."""
+    built, place = FOLDERS[kind] / "modules", FOLDERS[kind] / "python"
+    modules = list(built.glob("_cpu_*.so"))
+    if len(modules) != 1:
+        raise SystemExit(
+            f"expected one sanitized module in {built}, found {len(modules)}: make sanitize builds it"
+        )
+    shutil.rmtree(place, ignore_errors=True)
+    folder = place / "flashcoreset"
+    folder.mkdir(parents=True)
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for source in (ROOT / "python" / "flashcoreset").iterdir():
+        if source.suffix != ".so" and source.name != "triton_kernels":
+            (folder / source.name).symlink_to(source)
+    (folder / "triton_kernels").symlink_to(ROOT / "triton_kernels")
+    for module in (*modules, built / f"_processor{suffix}"):
+        (folder / module.name).symlink_to(module)
+    return place
+
+
+def _library(name: str) -> str:
+    found = subprocess.run(
+        [os.environ.get("CXX", "c++"), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
+    path = found.stdout.strip()
+    if not os.path.isabs(path):
+        raise SystemExit(f"{name} is missing: install the sanitizers' libraries of the C++ compiler")
+    return os.path.realpath(path)
+
+
+def environment(kind: str) -> dict[str, str]:
+    """What a Python process is started with to run on the sanitized modules."""
+    suppressions = ROOT / "tests" / "sanitizers"
+    libraries = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[kind]
+    options = {
+        # torch and the interpreter keep what they allocate. Too large an allocation is an exception, as without the sanitizer.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0:hard_rss_limit_mb=8000",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": f"suppressions={suppressions / 'thread.supp'}:halt_on_error=1:report_signal_unsafe=0",
+    }
+    return {
+        **os.environ,
+        **options,
+        "LD_PRELOAD": " ".join(map(_library, libraries)),
+        "PYTHONPATH": str(package(kind)),
+        "FLASHCORESET_TEST_EMULATED": str(FOLDERS[kind] / "emulator"),
+        # torch's own team of threads is not what is tested, and the sanitizer does not know how it waits.
+        "OMP_NUM_THREADS": "1",
+        "PYTHONMALLOC": "malloc",
+    }
+
+
+def main() -> int:
+    kind, *arguments = sys.argv[1:] or ["none"]
+    if kind not in FOLDERS:
+        raise SystemExit(f"usage: sanitize.py {'|'.join(FOLDERS)} [arguments of pytest]")
+    tests = (
+        []
+        if any(not argument.startswith("-") for argument in arguments)
+        else [f"tests/{name}" for name in TESTS]
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "timeout=0",
+        "-s",
+        *arguments,
+        *tests,
+    ]
+    return subprocess.run(command, cwd=ROOT, env=environment(kind), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

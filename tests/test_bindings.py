@@ -1,0 +1,261 @@
+"""What the compiled modules' bindings are given: every number, in every binding, on the CPU and on the (emulated) GPU.
+
+The table of tests/binding_calls.py runs in a process of its own, whose last line names the call that ended it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import binding_calls
+import conftest
+import numpy as np
+import pytest
+import torch
+from binding_calls import HOSTILE, cases, numbers, signatures
+
+from flashcoreset import _native, reference
+
+WORKS, REFUSED = "works", ("TypeError", "ValueError")
+# What a parameter may be besides a number.
+MAY_BE_NONE = {("FacilityLocation.__init__", "offset"), ("top_updates", "length"), ("update_history", "length"),
+               ("top_dimensions", "length"), ("restrict_updates", "length")}  # fmt: skip
+MAY_BE_INFINITE = {"reg_marginal_a", "reg_marginal_b"}
+# These alone can't be negative, 0, or that large by what the others are.
+POSITIVE = {"threads", "length", "lists", "size", "n", "nnz", "goal", "max_iter", "iterations"}
+
+
+def module_of(which: str) -> ModuleType:
+    module = _native.module() if which == "cpu" else conftest._emulated_module()
+    if module is None:
+        pytest.fail("the emulated CUDA module is not built: make emulated")
+    return module
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    binding: str
+    parameter: str | None
+    value: str
+    outcome: str
+    message: str
+
+
+@functools.cache
+def outcomes(which: str) -> list[Outcome]:
+    """Of all calls, made in a process of their own."""
+    module = module_of(which)
+    name, path = module.__spec__.name.rpartition(".")[2], str(module.__file__)
+    found = subprocess.run(
+        [sys.executable, str(Path(binding_calls.__file__)), name, path],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    lines = [json.loads(line) for line in found.stdout.splitlines()]
+    assert found.returncode == 0, (
+        f"{lines[-1:]} ended the process with {found.returncode}: {found.stderr[-2000:]}"
+    )
+    results = [line for line in lines if "result" in line]
+    return [Outcome(*line["result"], line["outcome"], line["message"]) for line in results]
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def which(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_every_binding_says_what_it_takes(which: str) -> None:
+    """Numbers come in by csrc/bindings/arguments.h and by nothing else."""
+    allowed = {*binding_calls.KINDS, "object", "str", "tuple[object, object]"}
+    for binding, signature in signatures(module_of(which)).items():
+        for name, kind in signature:
+            assert kind in allowed or kind.endswith(".CaratheodoryReduction"), (binding, name, kind)
+
+
+def test_every_number_of_every_binding_is_in_the_table(which: str) -> None:
+    expected = set(cases(module_of(which)))
+    assert {(o.binding, o.parameter, o.value) for o in outcomes(which)} == expected
+    assert len(expected) > 500
+    unknown = {o.binding for o in outcomes(which) if o.outcome == "not in the table"}
+    assert not unknown, f"tests/binding_calls.py has no arguments for {sorted(unknown)}"
+    failed = [o for o in outcomes(which) if o.parameter is None and o.outcome != WORKS]
+    assert not failed
+
+
+def test_hostile_numbers_work_or_are_refused(which: str) -> None:
+    bad = [o for o in outcomes(which) if o.outcome not in (WORKS, *REFUSED, "MemoryError")]
+    assert not bad, bad[:10]
+
+
+def test_what_is_of_another_type_is_a_type_error_that_names_the_argument(which: str) -> None:
+    kinds = {
+        (binding, name): kind
+        for binding, signature in signatures(module_of(which)).items()
+        for name, kind in numbers(signature)
+    }
+    others = {
+        "Integer": ("1.5", "nan", "inf", "'3'", "None", "True", "b'x'"),
+        "Real": ("'3'", "None", "True", "b'x'"),
+        "Flag": tuple(set(HOSTILE) - {"True"}),
+    }
+    checked = 0
+    for o in outcomes(which):
+        if o.parameter is None or o.value not in others[kinds[o.binding, o.parameter]]:
+            continue
+        if o.value == "None" and (o.binding, o.parameter) in MAY_BE_NONE:
+            continue
+        assert o.outcome == "TypeError", o
+        assert re.match(f"{o.parameter}: expected .*, got {type(HOSTILE[o.value]).__name__}$", o.message), o
+        checked += 1
+    assert checked > 200
+
+
+def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: str) -> None:
+    kinds = {
+        (binding, name): kind
+        for binding, signature in signatures(module_of(which)).items()
+        for name, kind in numbers(signature)
+    }
+    for o in outcomes(which):
+        if o.parameter is None:
+            continue
+        kind, value = kinds[o.binding, o.parameter], HOSTILE[o.value]
+        beyond = False
+        if kind == "Integer" and type(value) is int:
+            least = 1 if o.parameter in POSITIVE else -1 if o.parameter == "shared_bytes" else 0
+            beyond = value >= 2**63 or value < (-(2**63) if o.parameter == "seed" else least)
+            beyond |= o.parameter in ("threads", "device", "count", "event_delay") and value == 2**70
+            beyond |= (
+                o.parameter in ("threads", "m", "lists", "n", "length")
+                and value >= 2**62
+                and "begin" not in o.binding
+            )
+        elif kind == "Real" and type(value) in (int, float):
+            beyond = o.value in ("nan", "10**400") or (
+                o.value == "inf" and o.parameter not in MAY_BE_INFINITE
+            )
+        if beyond:
+            assert o.outcome == "ValueError", o
+            assert re.match(f"{o.parameter}: expected .*, got ", o.message), o
+
+
+def test_working_arrays_that_fit_in_no_memory_are_a_memory_error() -> None:
+    found = {(o.binding, o.parameter, o.value): o.outcome for o in outcomes("cpu")}
+    assert found["FacilityLocation.from_csr", "m", "2**31"] == "MemoryError"
+    assert found["NearestOrder.of_similarities", "lists", "2**31"] == "MemoryError"
+
+
+# ----------------------------------------------------------------------------------------------- the cases one by one
+
+
+@pytest.fixture(params=_native.available_isas())
+def m(request: pytest.FixtureRequest) -> ModuleType:
+    return _native.load_isa(request.param)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 4097, 2**31])
+@pytest.mark.parametrize("kind", ["gaussian", "srht"])
+def test_a_number_of_threads_that_there_cannot_be(m: ModuleType, threads: int, kind: str) -> None:
+    x, out = torch.randn(22, 96), torch.empty(22, 600)
+    with pytest.raises(ValueError, match=rf"threads: expected an integer in \[1, 4096\], got {threads}"):
+        m.sketch(x, out, kind, 1, 0, 3, threads)
+
+
+@pytest.mark.parametrize("kind", reference.sketch.KINDS)
+def test_rows_without_columns_have_sketches_of_zeros(m: ModuleType, kind: str) -> None:
+    out = torch.full((3, 5), 7.0)
+    m.sketch(torch.empty(3, 0), out, kind, 1, 0, 1, 2)
+    assert torch.equal(out, torch.zeros(3, 5))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(m: ModuleType) -> None:
+    x = torch.randn(4, 9)
+    for one, two in ((np.int64(1), np.uint8(2)), (torch.tensor(1), torch.tensor(2, dtype=torch.int32))):
+        found, expected = torch.empty(2, 4, 8)
+        m.sketch(x, found, "sjlt", one, np.int32(0), two, one)
+        m.sketch(x, expected, "sjlt", 1, 0, 2, 1)
+        assert torch.equal(found, expected)
+    out = torch.empty(4, 4)
+    m.pairwise(x, x, out, "dot", 1, np.bool_(True))
+    for shrink in (1, np.float32(0.5), torch.tensor(2.0)):
+        m.CaratheodoryReduction(torch.zeros(2, dtype=torch.float64), shrink)
+
+
+def test_an_error_of_the_number_itself_comes_through(m: ModuleType) -> None:
+    class Broken:
+        def __index__(self) -> int:
+            raise KeyError("mine")
+
+        def __float__(self) -> float:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        m.NearestOrder(torch.ones(1, 1), Broken())
+    with pytest.raises(KeyError, match="mine"):
+        m.ActiveSet(True, Broken(), 1.0)
+
+
+def test_a_sparse_matrix_of_more_columns_than_there_can_be(m: ModuleType) -> None:
+    arrays = torch.tensor([0, 1, 2]), torch.tensor([0, 1]), torch.ones(2)
+    for columns in (2**62, 2**48 + 1):
+        with pytest.raises(ValueError, match=r"m: expected an integer in \[0, 281474976710656\], got"):
+            m.FacilityLocation.from_csr(*arrays, columns, None, None, False, 1 << 20, 1)
+
+
+@pytest.mark.parametrize("columns", [[0, 0], [1, 0], [0, 1, 1]])
+def test_a_sparse_row_that_has_a_column_twice(m: ModuleType, columns: list[int]) -> None:
+    """Its gain would be summed beyond the range that fixed-point numbers have."""
+    count = len(columns)
+    arrays = torch.tensor([0, count]), torch.tensor(columns), torch.ones(count)
+    run = m.FacilityLocation.from_csr(*arrays, 3, None, None, False, 1 << 20, 1)
+    with pytest.raises(ValueError, match="column indices must rise within a row, got"):
+        run.step(1, False)
+
+
+def test_directions_to_the_end_of_64_bits(m: ModuleType) -> None:
+    out = torch.empty(2, 5)
+    most = 2**63 - 1 - 2**16 - 5
+    for begin in (2**63 - 1, most + 1):
+        with pytest.raises(ValueError, match=rf"begin: expected an integer in \[0, {most}\], got {begin}"):
+            m.directions(out, 1, begin, 0, 1)
+    m.directions(out, 1, most, 2**32 - 2, 1)
+    expected = torch.empty(2, 5)
+    reference.zeroth_order.directions(expected, seed=1, begin=most, first=2**32 - 2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)  # the vector logarithm's last digits
+    with pytest.raises(ValueError, match=r"first: expected an integer in \[0, 4294967294\], got 4294967295"):
+        m.directions(out, 1, 0, 2**32 - 1, 1)
+
+
+def test_arrays_that_claim_more_elements_than_any_memory_has(m: ModuleType) -> None:
+    out = torch.empty(1, 1)
+    for shape in ((1, 2**50), (2**50, 0), (0, 2**62)):
+        wide = torch.zeros(1).expand(1, 2**50) if 0 not in shape else torch.empty(shape)
+        with pytest.raises(ValueError, match=r"x: expected an array of at most 2\^48 elements, got shape"):
+            m.pairwise(wide, wide, out, "dot", 1, False)
+
+
+def test_a_similarity_matrix_without_clients(m: ModuleType) -> None:
+    run = m.FacilityLocation(torch.empty(3, 0), None, "precomputed", None, None, 0.0, 1 << 20, 1, 9)
+    assert run.step(2, False) == 2
+
+
+@pytest.mark.parametrize("which", ["m_scale", "m_step", "v_scale", "v_step", "eps"])
+def test_a_rule_of_negative_numbers(m: ModuleType, which: str) -> None:
+    """With a negative m_step the bound of |u| was one of nothing, and lists stayed empty."""
+    rule = {"m_scale": 0.9, "m_step": 0.1, "v_scale": 0.9, "v_step": 0.1, "eps": 1e-8} | {which: -0.1}
+    with pytest.raises(ValueError, match=f"{which}: expected a finite number >= 0, got -0.1"):
+        m.top_updates(
+            g=torch.randn(2, 9), seed=0, length=None, m=torch.randn(9), v=torch.rand(9), **rule,
+            member=torch.tensor([0, 1]), offset=torch.tensor([0, 2]), dims=torch.zeros(1, 2, dtype=torch.int64),
+            u=torch.zeros(2, 2, dtype=torch.float64), threads=1,
+        )  # fmt: skip
