@@ -40,13 +40,14 @@ POINTERS = {
     **dict.fromkeys(("index", "owner", "gains"), "i64"),
     **dict.fromkeys(("our_count", "other_count", "row_count", "column_count"), "i64"),
     **dict.fromkeys(("stage_iterations_of", "iterations_of", "in_stage_of", "since_of"), "i64"),
-    **dict.fromkeys(("relaxed_of", "known", "state"), "i32"),
+    **dict.fromkeys(("accelerated_of", "translates_of", "state"), "i32"),
     **dict.fromkeys(("potential", "other_potential", "weight", "other_log_weight"), "fp64"),
-    **dict.fromkeys(("last", "before", "expected", "off", "masses", "costs", "product"), "fp64"),
+    **dict.fromkeys(("off", "lost", "masses", "costs", "product"), "fp64"),
     **dict.fromkeys(
         ("eps_of", "omega_of", "base_of", "carried", "mass_of", "reg_of", "tol_of", "rho_of"), "fp64"
     ),
-    **dict.fromkeys(("rows_off", "columns_off"), "fp64"),
+    **dict.fromkeys(("constant_of", "column_mass_of", "row_rho", "column_rho"), "fp64"),
+    **dict.fromkeys(("rows_off", "columns_off", "rows_lost", "columns_lost"), "fp64"),
     **dict.fromkeys(("targets", "refused"), "i64"),
 }
 # Of the tensors above, those that are elements of others, or rows of them: they may lie anywhere.
@@ -54,13 +55,16 @@ UNALIGNED = (
     "reg_of",
     "tol_of",
     "rho_of",
+    "row_rho",
+    "column_rho",
     "iterations_of",
     "in_stage_of",
     "since_of",
-    "known",
-    "state",
     "masses",
     "costs",
+    "lost",
+    "rows_lost",
+    "columns_lost",
 )
 SINKHORN = (half_iteration_kernel, marginal_kernel, apply_kernel)
 FORMS = ("dot", "euclidean", "l1")  # cosine is dot of other rows, sqeuclidean is euclidean without the root

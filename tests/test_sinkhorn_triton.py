@@ -112,7 +112,7 @@ def test_several_tiles_and_chains(metric: str, monkeypatch: pytest.MonkeyPatch) 
 @DTYPES
 def test_small_regularisation_is_annealed(dtype: torch.dtype) -> None:
     case = Case(1, 30, 20, metric="precomputed", dtype=dtype)
-    assert reference.Schedule(1.0, 1e3, 0.0, 13, True, False).eps > 1
+    assert reference.Schedule(1.0, 1e3, 0.0, 13, False).eps > 1
     assert torch.isfinite(case.compare(1e-3, max_iter=13).f).all()
 
 
@@ -251,9 +251,8 @@ def test_schedule(marginals: tuple[float, float]) -> None:
     rates = [[0.7, 0.9, 1.02], [0.2, 0.8, 0.85], [0.995, 0.97, 0.2]]
     tol = 1e-4
     run = run_of(3, spread, tol=tol, max_iter=most, reg_marginal=marginals)
-    balanced = marginals == BOTH
-    schedules = [reference.Schedule(1.0, s, tol, most, balanced, False) for s in spread]
-    errors, carried = [0.4, 0.8, 0.3], [0.0 if balanced else math.inf] * 3
+    schedules = [reference.Schedule(1.0, s, tol, most, False) for s in spread]
+    errors, carried = [0.4, 0.8, 0.3], [0.0] * 3
     running, orders = [True] * 3, set()
     for i in range(most):
         rows, columns = [0.75 * e for e in errors], [0.25 * e for e in errors]
@@ -268,7 +267,7 @@ def test_schedule(marginals: tuple[float, float]) -> None:
             orders.add(order)
             carried[p] = columns[p]
             if order == "new eps":
-                carried[p] = 0.0 if balanced else math.inf
+                carried[p] = 0.0
             expected = {"check": launchers.CHECKED, "stop": launchers.STOPPED}.get(order, launchers.RUNNING)
             assert state[p] == expected.value
             assert iterations[p] == schedule.iterations
@@ -277,8 +276,7 @@ def test_schedule(marginals: tuple[float, float]) -> None:
             running[p] = order in ("go on", "new eps")
         errors = [e * rates[p][min(i // 11, 2)] for p, e in enumerate(errors)]
     assert orders == {"go on", "new eps", "check", "stop"}
-    if balanced:
-        assert max(schedule.omega for schedule in schedules) > 1.05
+    assert max(schedule.omega for schedule in schedules) > 1.05
 
 
 def test_a_nan_ends_a_run() -> None:

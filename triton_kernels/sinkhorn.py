@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashcoreset.reference.sinkhorn import Schedule
+from flashcoreset.reference.sinkhorn import MOST_EXPONENT, Schedule
 from flashcoreset.triton_kernels.pairwise import Tile, pair_values
 
 # What a problem is at: to be iterated; to be evaluated, as it may have converged or as it ends; solved.
@@ -45,6 +45,7 @@ _STAGE_ERROR = tl.constexpr(Schedule.STAGE_ERROR)
 _PERIOD = tl.constexpr(Schedule.PERIOD)
 _MOST_OMEGA = tl.constexpr(Schedule.MOST_OMEGA)
 _INF = tl.constexpr(math.inf)
+_MOST_EXPONENT = tl.constexpr(MOST_EXPONENT)
 
 # Numbers that a program sums at a time.
 _SUMMED = tl.constexpr(256)
@@ -159,6 +160,34 @@ def damping_of(rho, eps):
     return 1.0 / (1.0 + eps / rho)
 
 
+@triton.jit
+def asked_of(potential, rho, mass):
+    """exp(-f / rho), the shares of their weights that potentials ask for; kept below infinity, which a plan may reach too."""
+    exponent = tl.where(mass > 0, -potential / rho, 0.0)
+    return tl.exp(tl.where(exponent < _MOST_EXPONENT, exponent, _MOST_EXPONENT))
+
+
+@triton.jit
+def expm1_of(x):
+    """exp(x) - 1 with the digits of x where that is small (Kahan's way, with the logarithm of the rounded exponential)."""
+    e = tl.exp(x)
+    plain = e - 1
+    log = tl.log(e)
+    rounded = (log != 0) & (tl.abs(x) < 1)
+    small = plain * (x / tl.where(rounded, log, 1.0))
+    return tl.where(e == 1, x, tl.where(rounded, small, plain))
+
+
+@triton.jit
+def log1p_of(x):
+    """log(1 + x), likewise."""
+    u = 1 + x
+    less = u - 1
+    inner = (less != 0) & (tl.abs(x) < 1)
+    small = tl.log(tl.where(inner, u, 1.0)) * (x / tl.where(inner, less, 1.0))
+    return tl.where(less == 0, x, tl.where(inner, small, tl.log(u)))
+
+
 @triton.jit(do_not_specialize=["size", "other_size", "tiles", "d"])
 def half_iteration_kernel(
     ours,  # points: [B, d, our_stride], panels; precomputed: [B, size, other_size] with these strides
@@ -173,13 +202,12 @@ def half_iteration_kernel(
     other_potential,  # [B, other_size] float64
     weight,  # [B, size] float64
     other_log_weight,  # [B, other_size] float64
-    last,  # [B, size] float64 the marginal when last seen, updated; balanced: not touched
-    before,  # [B, size] float64, becomes what `last` was
     off,  # [B, tiles] float64, becomes the error of the marginal, summed up by block
+    lost,  # [B, tiles] float64, becomes what is asked for from now on less the weights, likewise; balanced: not touched
     eps_of,  # [B] float64
     omega_of,  # [B] float64
     rho_of,  # float64
-    known,  # [B] int32 whether `last` holds anything
+    constant_of,  # [B] float64 what f has gained and g lost besides
     state,  # [B] int32
     size,
     other_size,
@@ -192,8 +220,9 @@ def half_iteration_kernel(
     BALANCED: tl.constexpr,
     AFTER: tl.constexpr,
 ):
-    """f_i <- lambda (f_i - omega eps S_i). The marginal is a_i exp(S_i), that of the plan before; AFTER: of the plan after,
-    a_i exp(S_i + (new f_i - f_i) / eps). Its error is what it differs from a_i by, or from what it was when last seen."""
+    """f_i <- (1 - omega) f_i + omega lambda (f_i - eps S_i). The marginal is a_i exp(S_i), that of the plan before; AFTER,
+    which the columns are: of the plan after, a_i exp(S_i + (new f_i - f_i) / eps). Its error is what it differs by from what
+    f_i, or the new f_i, asks for: a_i exp(-f_i / rho)."""
     p = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if tl.load(state + p) != RUNNING:
@@ -212,21 +241,27 @@ def half_iteration_kernel(
         METRIC, ROWS, COLS, ONE_CHAIN, False,
     )  # fmt: skip
     log_sum = most + tl.log(total)
-    new = damping_of(rho, eps) * (own - omega * eps * log_sum)
+    constant = tl.load(constant_of + p)
+    if AFTER:
+        constant = -constant
+    # The plan does not change with the constant, and the sum neither.
+    own += constant
+    damp = damping_of(rho, eps)
+    new = (1 - omega) * (1 - damp) * own + damp * (own - omega * eps * log_sum)
+    judged = own
     if AFTER:
         log_sum += (new - own) / eps
+        judged = new
     mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
     # Of nothing there is nothing, however large the sum.
     now = mass * tl.exp(tl.where(mass > 0, log_sum, 0.0))
     if BALANCED:
         error = tl.abs(now - mass)
     else:
-        seen = tl.load(last + p * size + rows, mask=inside, other=0.0)
-        seen = tl.where(tl.load(known + p) != 0, seen, _INF)
-        error = tl.abs(now - seen)
-        tl.store(before + p * size + rows, seen, mask=inside)
-        tl.store(last + p * size + rows, now, mask=inside)
-    tl.store(potential + p * size + rows, new, mask=inside)
+        error = tl.abs(now - mass * asked_of(judged, rho, mass))
+        more = tl.where(mass > 0, mass * expm1_of(tl.where(mass > 0, -new / rho, 0.0)), 0.0)
+        tl.store(lost + p * tiles + tile, tl.sum(tl.where(inside, more, 0.0), axis=0))
+    tl.store(potential + p * size + rows, new - constant, mask=inside)
     tl.store(off + p * tiles + tile, tl.sum(tl.where(inside, error, 0.0), axis=0))
 
 
@@ -244,12 +279,12 @@ def marginal_kernel(
     other_potential,
     weight,
     other_log_weight,
-    expected,  # [B, size] float64, what the marginal is compared with
     off,  # [B, tiles] float64, becomes the error of the marginal, summed up by block
     masses,  # [B, tiles] float64, becomes the mass of the marginal likewise
     costs,  # [B, tiles] float64, becomes <P, C> likewise
     eps_of,  # [B] float64
     rho_of,
+    constant_of,
     state,  # [B] int32
     size,
     other_size,
@@ -261,8 +296,9 @@ def marginal_kernel(
     ONE_CHAIN: tl.constexpr,
     COSTS: tl.constexpr,
 ):
-    """The marginal a_i exp(S_i) of the plan, sum_j P_ij C_ij with COSTS, and for a_i = 0 the potential that the other side
-    implies, f_i = lambda (f_i - eps S_i); of the problems that are to be evaluated."""
+    """The marginal a_i exp(S_i) of the plan and what it differs from a_i exp(-f_i / rho) by, sum_j P_ij C_ij with COSTS, which
+    the rows have, and for a_i = 0 the potential that the other side implies, f_i = lambda (f_i - eps S_i); of the problems
+    that are to be evaluated."""
     p = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     at = tl.load(state + p)
@@ -284,10 +320,14 @@ def marginal_kernel(
     log_sum = most + tl.log(total)
     mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
     heavy = mass > 0
+    constant = tl.load(constant_of + p)
+    if not COSTS:
+        constant = -constant
+    own += constant
     implied = damping_of(rho, eps) * (own - eps * log_sum)
-    tl.store(potential + p * size + rows, implied, mask=inside & (mass == 0))
+    tl.store(potential + p * size + rows, implied - constant, mask=inside & (mass == 0))
     now = mass * tl.exp(tl.where(heavy, log_sum, 0.0))
-    error = tl.abs(now - tl.load(expected + p * size + rows, mask=inside, other=0.0))
+    error = tl.abs(now - mass * asked_of(own, rho, mass))
     tl.store(off + p * tiles + tile, tl.sum(error, axis=0))
     tl.store(masses + p * tiles + tile, tl.sum(now, axis=0))
     if COSTS:
@@ -383,28 +423,46 @@ def schedule_kernel(
     reg_of,  # float64
     tol_of,  # float64
     max_iter,
+    rows_lost,  # [B, row_tiles] float64: what rows ask for less their weights, by block; balanced: not read
+    columns_lost,  # [B, column_tiles] float64
+    row_rho,  # float64
+    column_rho,  # float64
     mass_of,  # [B] float64
+    column_mass_of,  # [B] float64
     stage_iterations_of,  # [B] int64
-    relaxed_of,  # [B] int32
+    accelerated_of,  # [B] int32
+    translates_of,  # [B] int32
     eps_of,  # [B] float64, this and what follows: updated
     omega_of,  # [B] float64
     base_of,  # [B] float64
     carried,  # [B] float64: the error of the columns that the iteration before left
+    constant_of,  # [B] float64
     iterations_of,  # [B] int64
     in_stage_of,  # [B] int64
     since_of,  # [B] int64
-    known,  # [B] int32
     state,  # [B] int32
     ROWS: tl.constexpr,
     BALANCED: tl.constexpr,
 ):
-    """Schedule.after of problem p, whose error is that of the rows with which the iteration began and of the columns then."""
+    """Schedule.after of problem p, whose error is that of the rows with which the iteration began and of the columns then;
+    and the constant that is best for its new potentials."""
     p = tl.program_id(0).to(tl.int64)
     if tl.load(state + p) != RUNNING:
         return
     error = sum_of(rows_off + p * row_tiles, (tl.load(row_count + p) + ROWS - 1) // ROWS)
     error += tl.load(carried + p)
     after = sum_of(columns_off + p * column_tiles, (tl.load(column_count + p) + ROWS - 1) // ROWS)
+    one = tl.load(omega_of + p) / tl.load(omega_of + p)
+    if not BALANCED:
+        column_mass, row_mass = tl.load(column_mass_of + p), tl.load(mass_of + p)
+        lost_rows = sum_of(rows_lost + p * row_tiles, (tl.load(row_count + p) + ROWS - 1) // ROWS)
+        lost_columns = sum_of(columns_lost + p * column_tiles, (tl.load(column_count + p) + ROWS - 1) // ROWS)
+        logs = tl.log(row_mass) + log1p_of(lost_rows / row_mass)
+        logs -= tl.log(column_mass) + log1p_of(lost_columns / column_mass)
+        more = logs / (one / tl.load(row_rho) + one / tl.load(column_rho))
+        more = tl.where((more - more == 0) & (tl.load(translates_of + p) != 0), more, 0.0)
+        tl.store(constant_of + p, tl.load(constant_of + p) + more)
+        after += tl.abs(expm1_of(more / tl.load(column_rho))) * (column_mass + lost_columns)
     reg, tol, mass = tl.load(reg_of), tl.load(tol_of), tl.load(mass_of + p)
     eps, omega, base = tl.load(eps_of + p), tl.load(omega_of + p), tl.load(base_of + p)
     iterations, in_stage = tl.load(iterations_of + p) + 1, tl.load(in_stage_of + p) + 1
@@ -412,13 +470,12 @@ def schedule_kernel(
 
     annealed = eps > reg
     stage_over = (error <= _STAGE_ERROR * mass) | (in_stage >= tl.load(stage_iterations_of + p))
-    falls = annealed & stage_over
+    falls = annealed & stage_over & (iterations < max_iter)
     checks = (eps <= reg) & (error <= tol) & (tol > 0)
     ends = (iterations >= max_iter) | (error != error)
-    adapts = (tl.load(relaxed_of + p) != 0) & (falls == 0) & (checks == 0) & (ends == 0)
+    adapts = (tl.load(accelerated_of + p) != 0) & (falls == 0) & (checks == 0) & (ends == 0)
 
     # Constants as float64: bare ones would be float32 to where, minimum and maximum.
-    one = omega / omega
     early = (since == 0) & (error >= 0.5 * mass)
     due = since == _PERIOD
     measured = due & (base > 0) & (error > 0)
@@ -440,12 +497,7 @@ def schedule_kernel(
     tl.store(omega_of + p, tl.where(plainly, one, tl.where(adapts, new_omega, omega)))
     tl.store(since_of + p, tl.where(falls, 0, tl.where(adapts, new_since, since)))
     tl.store(base_of + p, tl.where(adapts, new_base, base))
-    if BALANCED:
-        tl.store(carried + p, tl.where(falls, 0.0, after))
-    else:
-        # Of another eps, marginals tell nothing.
-        tl.store(carried + p, tl.where(falls, _INF, after))
-        tl.store(known + p, tl.where(falls, 0, 1))
+    tl.store(carried + p, tl.where(falls, 0.0, after))
     ended = tl.where(ends, STOPPED, RUNNING)
     tl.store(state + p, tl.where(falls, RUNNING, tl.where(checks, CHECKED, ended)))
 
@@ -604,29 +656,42 @@ class Run:
         ).unbind()
         self._regs = weight.new_full((batch,), reg)
 
-        stages = (torch.log(spread / reg) / math.log(Schedule.FACTOR)).ceil() - 1
+        quotient = spread / reg
+        logs = torch.where(quotient < math.inf, quotient.log(), spread.log() - math.log(reg))
+        stages = (logs / math.log(Schedule.FACTOR)).ceil() - 1
         anneals = (spread > Schedule.ANNEALED_FROM * reg) & torch.isfinite(spread) & (2 * stages <= max_iter)
         if warm:
             anneals = torch.zeros_like(anneals)
         share = max_iter // (2 * torch.where(anneals, stages, 1)).long()
         self._stage_iterations = share.clamp(max=Schedule.STAGE_ITERATIONS)
-        relaxed = anneals | (tol > 0) if self._balanced else torch.zeros_like(anneals)
-        self._relaxed = relaxed.int()
-        self._mass = weight.sum(1)
+        accelerated = anneals | (tol > 0)
+        self._accelerated = accelerated.int()
+        columns_hold = math.isinf(reg_marginal[1])
+        self._translates = (accelerated | columns_hold).int() * (0 if self._balanced else 1)
+        self._masses = [side.weight.sum(1) for side in problems.sides]
         self._eps = torch.where(anneals, spread / Schedule.FACTOR, reg)
         self._omega = torch.ones_like(self._eps)
         self._base = torch.zeros_like(self._eps)
-        self._carried = weight.new_full((batch,), 0.0 if self._balanced else math.inf)
+        self._carried, self.constant = torch.zeros_like(self._eps), torch.zeros_like(self._eps)
         self.iterations, self._in_stage, self._since = torch.zeros(
             3, batch, dtype=torch.int64, device=device
         ).unbind()
-        self._known, self._state = torch.zeros(2, batch, dtype=torch.int32, device=device).unbind()
-
-        self._last = [weight.new_empty(batch, s.size if not self._balanced else 0) for s in problems.sides]
-        self._before = [torch.empty_like(last) for last in self._last]
-        # By side: errors of the marginal; its mass and <P, C> in the rows of the others. Blocks beyond a problem's size stay 0.
-        self._sums = [weight.new_zeros(3, batch, problems.tiles(side)) for side in (0, 1)]
+        self._state = torch.zeros(batch, dtype=torch.int32, device=device)
+        # By side: errors of the marginal; its mass and <P, C> in the rows of the others; what it asks for less its weights.
+        # Blocks beyond a problem's size stay 0.
+        self._sums = [weight.new_zeros(4, batch, problems.tiles(side)) for side in (0, 1)]
         self.error, self.mass, self.cost = weight.new_zeros(3, batch).unbind()
+
+    def potentials(self) -> list[Tensor]:
+        """f [B, n] and g [B, m], with what they have gained and lost besides."""
+        return [
+            torch.where(
+                torch.arange(side.size, device=constant.device) < side.count[:, None],
+                side.potential + constant[:, None],
+                side.potential,
+            )
+            for side, constant in zip(self._problems.sides, (self.constant, -self.constant), strict=True)
+        ]
 
     def look(self) -> tuple[list[int], list[int]]:
         """The state of each problem, and its iterations. Waits for the device."""
@@ -639,13 +704,12 @@ class Run:
         for _ in range(count):
             for side in (0, 1):
                 tensors = (
-                    self._last[side],
-                    self._before[side],
                     self._sums[side][0],
+                    self._sums[side][3],
                     self._eps,
                     self._omega,
                     self._rho[side],
-                    self._known,
+                    self.constant,
                     self._state,
                 )
                 problems.launch(
@@ -667,17 +731,21 @@ class Run:
                 self._reg,
                 self._tol_there,
                 self._max_iter,
-                self._mass,
+                self._sums[0][3],
+                self._sums[1][3],
+                *self._rho,
+                *self._masses,
                 self._stage_iterations,
-                self._relaxed,
+                self._accelerated,
+                self._translates,
                 self._eps,
                 self._omega,
                 self._base,
                 self._carried,
+                self.constant,
                 self.iterations,
                 self._in_stage,
                 self._since,
-                self._known,
                 self._state,
                 ROWS=self._problems.tile.rows,
                 BALANCED=self._balanced,
@@ -688,18 +756,15 @@ class Run:
         """The plans of the problems that may have converged or have ended: their errors, masses and costs, and the potentials
         that zero weights have. Those that did not converge after all go on, with plain iterations."""
         for side in (0, 1):
-            # The rows' marginal is that with which the last iteration began, the columns' likewise.
-            seen = self._last if side == 0 else self._before
-            expected = self._problems.sides[side].weight if self._balanced else seen[side]
             self._problems.launch(
                 marginal_kernel,
                 side,
-                (expected, *self._sums[side], self._regs, self._rho[side], self._state),
+                (*self._sums[side][:3], self._regs, self._rho[side], self.constant, self._state),
                 COSTS=side == 0,
             )
         checked = self._state == CHECKED.value
         evaluated = checked | (self._state == STOPPED.value)
-        (rows_off, mass, cost), (columns_off, _, _) = (sums.sum(2) for sums in self._sums)
+        (rows_off, mass, cost), (columns_off, _, _) = (sums[:3].sum(2) for sums in self._sums)
         for kept, value in ((self.error, rows_off + columns_off), (self.mass, mass), (self.cost, cost)):
             torch.where(evaluated, value, kept, out=kept)
         goes_on = checked & ~(self.error <= self._tol) & (self.iterations < self._max_iter)

@@ -1,5 +1,6 @@
 // The course of one Sinkhorn problem's iterations: when eps falls, by how much iterations are over-relaxed,
-// and when to stop. python/flashcoreset/reference/sinkhorn.py has the definition; every backend follows it.
+// and when to stop; and the numbers that potentials are moved and judged by.
+// python/flashcoreset/reference/sinkhorn.py has the definition; every backend follows it.
 #pragma once
 
 #include <cmath>
@@ -17,12 +18,15 @@ class SinkhornSchedule {
   static constexpr int64_t kStageIterations = 200, kPeriod = 10;
 
   SinkhornSchedule() = default;
-  FC_HOST_DEVICE SinkhornSchedule(double reg, double spread, double tol, int64_t max_iter, bool balanced,
-                                  bool warm, double mass = 1)
+  FC_HOST_DEVICE SinkhornSchedule(double reg, double spread, double tol, int64_t max_iter, bool warm,
+                                  double mass)
       : reg_(reg), tol_(tol), mass_(mass), max_iter_(max_iter) {
     int64_t stages = 0;
     if (!warm && spread > kAnnealedFrom * reg && spread < HUGE_VAL) {
-      stages = static_cast<int64_t>(ceil(log(spread / reg) / log(kFactor))) - 1;
+      // The quotient of two doubles may leave their range. Its logarithm may not: 1100 stages are the most.
+      const double quotient = spread / reg;
+      const double logs = quotient < HUGE_VAL ? log(quotient) : log(spread) - log(reg);
+      stages = static_cast<int64_t>(ceil(logs / log(kFactor))) - 1;
     }
     if (2 * stages > max_iter) stages = 0;
     eps_ = stages > 0 ? spread / kFactor : reg;
@@ -30,7 +34,7 @@ class SinkhornSchedule {
       stage_iterations_ = max_iter / (2 * stages);
       if (stage_iterations_ > kStageIterations) stage_iterations_ = kStageIterations;
     }
-    relaxed_ = balanced && (tol > 0 || stages > 0);
+    accelerated_ = tol > 0 || stages > 0;
   }
 
   FC_HOST_DEVICE double eps() const { return eps_; }
@@ -38,23 +42,29 @@ class SinkhornSchedule {
   FC_HOST_DEVICE int64_t iterations() const { return iterations_; }
   FC_HOST_DEVICE double tol() const { return tol_; }
 
+  // Whether iterations move a constant from one side's potentials to the other's.
+  FC_HOST_DEVICE bool translates(double rho_a, double rho_b) const {
+    const bool rows = rho_a < HUGE_VAL, columns = rho_b < HUGE_VAL;
+    return (rows || columns) && (accelerated_ || !columns);
+  }
+
   // What to do after an iteration that began with this error.
   FC_HOST_DEVICE SinkhornOrder after(double error) {
     ++iterations_;
     ++in_stage_;
-    if (eps_ > reg_) {
+    if (eps_ > reg_ && iterations_ < max_iter_) {
       if (error <= kStageError * mass_ || in_stage_ >= stage_iterations_) {
         eps_ = eps_ / kFactor > reg_ ? eps_ / kFactor : reg_;
         in_stage_ = 0;
         restart();
         return SinkhornOrder::kNewEps;
       }
-    } else if (error <= tol_ && tol_ > 0) {
+    } else if (!(eps_ > reg_) && error <= tol_ && tol_ > 0) {
       return SinkhornOrder::kCheck;
     }
     if (iterations_ >= max_iter_ || error != error) return SinkhornOrder::kStop;
-    if (relaxed_) adapt(error);
-    if (iterations_ + 1 == max_iter_) omega_ = 1;
+    if (accelerated_) adapt(error);
+    if (iterations_ == max_iter_ - 1) omega_ = 1;
     return SinkhornOrder::kGoOn;
   }
 
@@ -95,7 +105,29 @@ class SinkhornSchedule {
 
   double reg_ = 1, tol_ = 0, mass_ = 1, eps_ = 1, omega_ = 1, base_ = 0;
   int64_t max_iter_ = 0, stage_iterations_ = 0, iterations_ = 0, in_stage_ = 0, since_ = 0;
-  bool relaxed_ = false;
+  bool accelerated_ = false;
 };
+
+// The next potential of a line from the logarithm of its sum.
+FC_HOST_DEVICE inline double sinkhorn_moved(double potential, double log_sum, double eps, double omega,
+                                            double damp) {
+  return (1 - omega) * (1 - damp) * potential + damp * (potential - omega * eps * log_sum);
+}
+
+// exp(-f / rho): the share of its weight that a potential asks for. Kept below infinity, which a plan may
+// reach too.
+FC_HOST_DEVICE inline double sinkhorn_asked(double potential, double rho) {
+  const double exponent = -potential / rho;
+  return exp(exponent < 700 ? exponent : 700.0);
+}
+
+// The best constant for f to gain and g to lose, from the sums of the weights of each side and of weight
+// (exp(-potential / rho) - 1); 0 where it is no number.
+FC_HOST_DEVICE inline double sinkhorn_translation(double rho_a, double rho_b, double mass_a, double mass_b,
+                                                  double lost_a, double lost_b) {
+  const double logs = log(mass_a) + log1p(lost_a / mass_a) - (log(mass_b) + log1p(lost_b / mass_b));
+  const double constant = logs / (1 / rho_a + 1 / rho_b);
+  return constant - constant == 0 ? constant : 0.0;
+}
 
 }  // namespace fc

@@ -336,8 +336,9 @@ class Problem {
         costs_(batch, p, team),
         exponents_(costs_),
         chunks_(n_, width_),
-        schedule_(options.reg, spread_of(costs_, batch, p), options.tol, options.max_iter, balanced_,
-                  options.warm, mass_of(batch.a, p, n_)),
+        schedule_(options.reg, spread_of(costs_, batch, p), options.tol, options.max_iter, options.warm,
+                  mass_of(batch.a, p, n_)),
+        translates_(schedule_.translates(options.reg_marginal[0], options.reg_marginal[1])),
         matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
         blocks_(workspace.blocks(team.size() * kCostRows * width_)),
         a_(n_),
@@ -354,25 +355,22 @@ class Problem {
         next_v_(width_, T(1)),
         weighted_v_(width_),
         potentials_(width_) {
-    const double mass_b = mass_of(batch.b, p, m_);
     mass_a_ = mass_of(batch.a, p, n_);
+    mass_b_ = mass_of(batch.b, p, m_);
     for (int64_t i = 0; i < n_; ++i) a_[i] = batch.a(p, i);
     for (int64_t j = 0; j < m_; ++j) b_[j] = batch.b(p, j);
-    log_mass_b_ = std::log(mass_b);
-    ratio_ = mass_a_ / mass_b;
+    log_mass_b_ = std::log(mass_b_);
+    ratio_ = mass_a_ / mass_b_;
     for (int64_t i = 0; i < n_; ++i) row_weight_[i] = static_cast<T>(a_[i] / mass_a_);
-    for (int64_t j = 0; j < m_; ++j) column_weight_[j] = static_cast<T>(b_[j] / mass_b);
+    for (int64_t j = 0; j < m_; ++j) column_weight_[j] = static_cast<T>(b_[j] / mass_b_);
     if (options.warm) {
       for (int64_t i = 0; i < n_; ++i) f_[i] = result.f(p, i);
       for (int64_t j = 0; j < m_; ++j) g_[j] = result.g(p, j);
     }
-    if (!balanced_) {
-      for (Buffer<double>* rows : {&last_rows_, &now_rows_}) *rows = Buffer<double>(n_);
-      for (Buffer<double>* columns : {&last_columns_, &now_columns_}) *columns = Buffer<double>(m_);
-      row_pull_ = Buffer<T>(n_);
-      column_pull_ = Buffer<T>(width_, T(0));
-    }
-    forget_marginals();
+    if (balanced_) return;
+    chunk_lost_ = Buffer<double>(chunks_.count());
+    for (Buffer<T>* rows : {&row_pull_, &asked_, &next_asked_}) *rows = Buffer<T>(n_);
+    column_pull_ = Buffer<T>(width_, T(0));
   }
 
   // Goes on for up to `iterations`; returns whether the problem is solved. `stop`: another thread asks to
@@ -386,7 +384,7 @@ class Problem {
           break;
         case SinkhornOrder::kNewEps:
           absorb();
-          forget_marginals();
+          columns_off_ = 0;
           break;
         case SinkhornOrder::kCheck:
           if (evaluate() <= schedule_.tol() || !schedule_.disappointed()) return true;
@@ -421,13 +419,13 @@ class Problem {
     return sum;
   }
 
-  // How far marginals were off: the rows' of the plan that an iteration began with, the columns' of the one
-  // that it made.
+  // How far marginals were off what the potentials ask for: the rows' of the plan that an iteration began
+  // with, the columns' of the one that it made. And the weights' sums of exp(-potential / rho) - 1 after it.
   struct Off {
-    double rows = 0, columns = 0;
+    double rows = 0, columns = 0, lost_rows = 0, lost_columns = 0;
   };
 
-  // One iteration; returns the error of the plan that it began with.
+  // One iteration; returns a bound of the error of the potentials that it began with.
   double iterate() {
     Off off;
     bool done = false;
@@ -438,35 +436,46 @@ class Problem {
     if (!done) off = sweep();
     const double error = off.rows + columns_off_;
     columns_off_ = off.columns;
-    if (!balanced_) {
-      last_rows_.swap(now_rows_);
-      last_columns_.swap(now_columns_);  // now_columns_: of the plan that the iteration began with
-    }
+    if (translates_) columns_off_ += translate(off.lost_rows, off.lost_columns);
+    if (drifted_) absorb();
     return error;
   }
 
-  void forget_marginals() {
-    columns_off_ = balanced_ ? 0.0 : HUGE_VAL;
-    if (balanced_) return;
-    std::fill(last_rows_.data(), last_rows_.data() + n_, HUGE_VAL);
-    std::fill(last_columns_.data(), last_columns_.data() + m_, HUGE_VAL);
+  // Moves the best constant from the columns' potentials to the rows', which leaves the plan as it is;
+  // returns by how much more the columns are off.
+  double translate(double lost_rows, double lost_columns) {
+    const double constant = sinkhorn_translation(rho_a(), rho_b(), mass_a_, mass_b_, lost_rows, lost_columns);
+    if (constant == 0) return 0;
+    if (!(std::abs(constant / rho_a()) < 30)) absorb();
+    if (scaled_) {
+      moved_ += constant;
+      const T share = static_cast<T>(std::exp(-constant / rho_a()));
+      for (int64_t i = 0; i < n_; ++i) asked_[i] *= share;
+    } else {
+      for (int64_t i = 0; i < n_; ++i) f_[i] += constant;
+      for (int64_t j = 0; j < m_; ++j) g_[j] -= constant;
+    }
+    return (mass_b_ + lost_columns) * std::abs(std::expm1(constant / rho_b()));
   }
 
   // Puts the scalings into the potentials; the kernel matrix then has to be made anew.
   void absorb() {
     if (!scaled_) return;
-    for (int64_t i = 0; i < n_; ++i) f_[i] += made_at_ * std::log(static_cast<double>(u_[i]));
-    for (int64_t j = 0; j < m_; ++j) g_[j] += made_at_ * std::log(static_cast<double>(v_[j]));
-    scaled_ = false;
+    for (int64_t i = 0; i < n_; ++i) f_[i] += made_at_ * std::log(static_cast<double>(u_[i])) + moved_;
+    for (int64_t j = 0; j < m_; ++j) g_[j] += made_at_ * std::log(static_cast<double>(v_[j])) - moved_;
+    scaled_ = drifted_ = false;
+    moved_ = 0;
   }
 
-  double damp_rows(double eps) const { return damping(options_.reg_marginal[0], eps); }
-  double damp_columns(double eps) const { return damping(options_.reg_marginal[1], eps); }
+  double rho_a() const { return options_.reg_marginal[0]; }
+  double rho_b() const { return options_.reg_marginal[1]; }
+  double damp_rows(double eps) const { return damping(rho_a(), eps); }
+  double damp_columns(double eps) const { return damping(rho_b(), eps); }
   bool is_simple() const { return balanced_ && schedule_.omega() == 1; }
 
-  double sum_of_chunk_errors() const {
+  double sum_over_chunks(const Buffer<double>& of) const {
     double sum = 0;
-    for (int64_t c = 0; c < chunks_.count(); ++c) sum += chunk_error_[c];
+    for (int64_t c = 0; c < chunks_.count(); ++c) sum += of[c];
     return sum;
   }
 
@@ -487,28 +496,32 @@ class Problem {
         plain_chunk<kTogether>(c, sums, seen);
       }
       chunk_error_[c] = seen.error();
+      if (!balanced_) chunk_lost_[c] = seen.sum_of(seen.lost);
       if (!seen.sums.within(kLeast<T>, kMost<T>)) in_range.store(false, std::memory_order_relaxed);
       if (!seen.scalings.within(kLeastScaling, kMostScaling)) drifted.store(true, std::memory_order_relaxed);
     });
     Range<T> scalings;
     if (!in_range.load() || !scale_columns(off, scalings)) return false;
-    off.rows = sum_of_chunk_errors();
+    off.rows = sum_over_chunks(chunk_error_);
+    if (!balanced_) off.lost_rows = sum_over_chunks(chunk_lost_);
     u_.swap(next_u_);
     v_.swap(next_v_);
-    if (drifted.load() || !scalings.within(kLeastScaling, kMostScaling)) absorb();
+    asked_.swap(next_asked_);
+    drifted_ = drifted.load() || !scalings.within(kLeastScaling, kMostScaling);
     return true;
   }
 
   // What an iteration learns from the rows of a chunk.
   struct RowsSeen {
     Range<T> sums, scalings;
-    V off{};            // balanced: by how much the rows' sums are off, as shares of the mass
-    double change = 0;  // unbalanced: by how much they changed
+    V off{};   // by how much the rows' sums are off, as shares of the mass
+    V lost{};  // what they ask for from now on, less 1; likewise
     double mass = 1;
-    double error() const {
+    double error() const { return sum_of(off); }
+    double sum_of(V shares) const {
       double total = 0;
-      for (int l = 0; l < kW; ++l) total += static_cast<double>(off[l]);
-      return total * mass + change;
+      for (int l = 0; l < kW; ++l) total += static_cast<double>(shares[l]);
+      return total * mass;
     }
   };
 
@@ -546,15 +559,18 @@ class Problem {
   template <int kR>
   void scale_rows(int64_t i, const double* product, T* weighted, RowsSeen& rows) {
     constexpr int kL = kLanes<T>;
-    T sum[kL], old[kL], weight[kL], pull[kL] = {}, next[kL], seen[kL];
+    T sum[kL], old[kL], weight[kL], pull[kL] = {}, wish[kL] = {}, next[kL], ask[kL];
     for (int r = 0; r < kL; ++r) {
       sum[r] = r < kR ? static_cast<T>(product[r]) : T(1);
       old[r] = r < kR ? u_[i + r] : T(1);
       weight[r] = r < kR ? row_weight_[i + r] : T(0);
-      if (!balanced_ && r < kR) pull[r] = row_pull_[i + r];
+      if (!balanced_ && r < kR) {
+        pull[r] = row_pull_[i + r];
+        wish[r] = asked_[i + r];
+      }
     }
-    const V damp = simd::broadcast(static_cast<T>(damp_rows(made_at_))),
-            omega = simd::broadcast(static_cast<T>(schedule_.omega())), one = simd::broadcast(T(1)), zero{};
+    const V one = simd::broadcast(T(1)), zero{};
+    const Move move(made_at_, schedule_.omega(), rho_a(), -moved_);
     for (int l = 0; l < kL; l += kW) {
       const V u = simd::load(old + l), w = simd::load(weight + l);
       // A row without weight is 0 in the matrix, and stays as it is.
@@ -564,32 +580,51 @@ class Problem {
       if (is_simple()) {
         scaling = one / x;
       } else {
-        scaling = simd::exp<T>(simd::load(pull + l) + damp * (simd::log<T>(u) - omega * simd::log<T>(s)));
+        const V p = simd::load(pull + l), log_scaling = move.of(simd::log<T>(u), simd::log<T>(s), p);
+        scaling = simd::exp<T>(log_scaling);
         scaling = w > zero ? scaling : u;
+        if (!balanced_) {
+          const V off = w * simd::abs<T>(s - simd::load(wish + l)), lost = move.asked(log_scaling, p) - one;
+          rows.off += w > zero ? off : zero;
+          rows.lost += w > zero ? w * lost : zero;
+          simd::store(ask + l, lost + one);
+        }
       }
       rows.scalings.add(scaling);
       if (balanced_) rows.off += w * simd::abs<T>(s - one);
-      simd::store(seen + l, s);
       simd::store(next + l, scaling);
       simd::store(weighted + l, w * scaling);
     }
     std::copy(next, next + kR, next_u_.data() + i);
-    if (balanced_) return;
-    for (int r = 0; r < kR; ++r) {
-      now_rows_[i + r] = a_[i + r] * static_cast<double>(seen[r]);
-      rows.change += std::abs(now_rows_[i + r] - last_rows_[i + r]);
-    }
+    if (!balanced_) std::copy(ask, ask + kR, next_asked_.data() + i);
   }
+
+  // The move of one side in the plain domain, whose potentials are F - taken + eps log u, by `pull`, -F /
+  // rho.
+  struct Move {
+    V keep, step, moved, share;
+    Move(double eps, double omega, double rho, double taken) {
+      const double damp = damping(rho, eps);
+      keep = simd::broadcast(static_cast<T>((1 - omega) * (1 - damp) + damp));
+      step = simd::broadcast(static_cast<T>(omega * damp));
+      moved = simd::broadcast(static_cast<T>(taken / rho));
+      share = simd::broadcast(static_cast<T>(eps / rho));
+    }
+    // The next log u, from it and from the logarithm of what the line sums up to.
+    V of(V log_u, V log_sum, V pull) const { return step * (pull + moved) + (keep * log_u - step * log_sum); }
+    // exp(-potential / rho).
+    V asked(V log_u, V pull) const { return simd::exp<T>((pull + moved) - share * log_u); }
+  };
 
   // The next scalings of the columns from the chunks' sums; false if one of these leaves the range of the
   // type.
   bool scale_columns(Off& off, Range<T>& scalings) {
     chunks_.combine(column_sums_.data(), m_);
     for (int64_t j = 0; j < m_; ++j) next_v_[j] = static_cast<T>(ratio_ * column_sums_[j]);
-    const V damp = simd::broadcast(static_cast<T>(damp_columns(made_at_))),
-            omega = simd::broadcast(static_cast<T>(schedule_.omega())), one = simd::broadcast(T(1)), zero{};
+    const V one = simd::broadcast(T(1)), zero{};
+    const Move move(made_at_, schedule_.omega(), rho_b(), moved_);
     Range<T> range;
-    off.columns = 0;
+    off.columns = off.lost_columns = 0;
     for (int64_t j = 0; j < width_; j += kW) {
       const V w = simd::load(column_weight_.data() + j), v = simd::load(v_.data() + j);
       const V x = w > zero ? simd::load(next_v_.data() + j) : one / v;
@@ -600,11 +635,12 @@ class Problem {
         next = one / x;
       } else {
         const V pull = balanced_ ? zero : simd::load(column_pull_.data() + j);
-        next = simd::exp<T>(pull + damp * (simd::log<T>(v) - omega * simd::log<T>(s)));
+        const V log_scaling = move.of(simd::log<T>(v), simd::log<T>(s), pull);
+        next = simd::exp<T>(log_scaling);
         next = w > zero ? next : v;
-        const V after = x * next;
+        const V after = x * next, asked = balanced_ ? one : move.asked(log_scaling, pull);
         for (int l = 0; l < kW && j + l < m_; ++l)
-          off.columns += after_column(j + l, static_cast<double>(after[l]));
+          note_column(j + l, static_cast<double>(after[l]), static_cast<double>(asked[l]), off);
       }
       scalings.add(next);
       simd::store(next_v_.data() + j, next);
@@ -612,11 +648,12 @@ class Problem {
     return range.within(kLeast<T>, kMost<T>);
   }
 
-  // Notes that column j of the plan now sums up to b_j times `ratio`; returns by how much it is off.
-  double after_column(int64_t j, double ratio) {
-    if (balanced_) return b_[j] * std::abs(ratio - 1);
-    now_columns_[j] = b_[j] * ratio;
-    return std::abs(now_columns_[j] - last_columns_[j]);
+  // Notes that column j of the plan now sums up to b_j times `ratio`, of which its potential asks for
+  // `asked`.
+  void note_column(int64_t j, double ratio, double asked, Off& off) const {
+    if (!(b_[j] > 0)) return;
+    off.columns += b_[j] * std::abs(ratio - asked);
+    off.lost_columns += b_[j] * (asked - 1);
   }
 
   // ---- from the costs
@@ -628,7 +665,7 @@ class Problem {
     team_.parallel_for(chunks_.count(), 1, [&](int thread, int64_t c, int64_t) {
       T* const sums = chunks_.sums(c);
       std::fill(sums, sums + width_, T(0));
-      double error = 0;
+      double error = 0, lost = 0;
       for (int64_t i = chunks_.first(c); i < chunks_.last(c); i += kCostRows) {
         const int64_t count = std::min(kCostRows, chunks_.last(c) - i);
         T* const e = resident_ ? matrix_ + i * width_ : block(thread);
@@ -636,11 +673,12 @@ class Problem {
         T factor[kCostRows];
         bool tame = make_block(i, count, eps, e, logs);
         for (int64_t r = 0; r < count; ++r) {
-          next[r] = damp * (f_[i + r] - omega * eps * logs[r]);
+          next[r] = sinkhorn_moved(f_[i + r], logs[r], eps, omega, damp);
           const double exponent = (next[r] - f_[i + r]) / eps;
           tame = tame && std::abs(exponent) < 40;
           factor[r] = static_cast<T>(std::exp(exponent));
-          error += after_row(i + r, logs[r]);
+          error += row_off(i + r, logs[r]);
+          if (!balanced_ && a_[i + r] > 0) lost += a_[i + r] * std::expm1(-next[r] / rho_a());
           f_[i + r] = next[r];
         }
         if (!tame) {
@@ -656,8 +694,11 @@ class Problem {
         add_block(i, count, e, factor, sums);
       }
       chunk_error_[c] = error;
+      if (!balanced_) chunk_lost_[c] = lost;
     });
-    Off off{sum_of_chunk_errors(), 0};
+    Off off;
+    off.rows = sum_over_chunks(chunk_error_);
+    if (!balanced_) off.lost_rows = sum_over_chunks(chunk_lost_);
     move_columns(eps, off);
     return off;
   }
@@ -704,11 +745,11 @@ class Problem {
     });
   }
 
-  // Notes that row i of the plan sums up to a_i exp(log_sum); returns by how much it is off.
-  double after_row(int64_t i, double log_sum) {
-    if (balanced_) return a_[i] * std::abs(std::expm1(log_sum));
-    now_rows_[i] = a_[i] * std::exp(log_sum);
-    return std::abs(now_rows_[i] - last_rows_[i]);
+  // By how much row i of the plan, which sums up to a_i exp(log_sum), is off.
+  double row_off(int64_t i, double log_sum) const {
+    if (!(a_[i] > 0)) return 0;
+    if (std::isinf(rho_a())) return a_[i] * std::abs(std::expm1(log_sum));
+    return a_[i] * std::abs(std::exp(log_sum) - sinkhorn_asked(f_[i], rho_a()));
   }
 
   // The columns' half of a sweep.
@@ -726,16 +767,17 @@ class Problem {
     for (int64_t j = 0; j < m_; ++j) {
       if (!(b_[j] > 0)) {
         column_sums_[j] = 0;
-        if (!balanced_) now_columns_[j] = 0;
         continue;
       }
-      const double next = damp * (g_[j] - omega * eps * column_sums_[j]);
+      const double next = sinkhorn_moved(g_[j], column_sums_[j], eps, omega, damp);
       const double moved = (next - g_[j]) / eps;
-      if (!is_simple()) off.columns += after_column(j, std::exp(column_sums_[j] + moved));
+      if (!is_simple()) note_column(j, std::exp(column_sums_[j] + moved), sinkhorn_asked(next, rho_b()), off);
       near = near && std::abs(moved) < std::log(kMostScaling);
       column_sums_[j] = moved;
     }
-    if (!resident_ || !near) {
+    // The logarithm of a scaling, times eps, has too few digits for a potential that is small beside eps.
+    const bool fine = eps > std::min(rho_a(), rho_b());
+    if (!resident_ || !near || fine) {
       for (int64_t j = 0; j < m_; ++j) g_[j] += eps * column_sums_[j];
       return;
     }
@@ -744,8 +786,11 @@ class Problem {
     std::fill(u_.data(), u_.data() + n_, T(1));
     for (int64_t j = 0; j < m_; ++j) v_[j] = static_cast<T>(std::exp(column_sums_[j]));
     if (balanced_) return;
-    for (int64_t i = 0; i < n_; ++i) row_pull_[i] = static_cast<T>((damp_rows(eps) - 1) * f_[i] / eps);
-    for (int64_t j = 0; j < m_; ++j) column_pull_[j] = static_cast<T>((damp - 1) * g_[j] / eps);
+    for (int64_t i = 0; i < n_; ++i) {
+      row_pull_[i] = static_cast<T>(-f_[i] / rho_a());
+      asked_[i] = static_cast<T>(sinkhorn_asked(f_[i], rho_a()));
+    }
+    for (int64_t j = 0; j < m_; ++j) column_pull_[j] = static_cast<T>(-g_[j] / rho_b());
   }
 
   // log_sums[j] = T_j, taken in the log domain, for all columns, with and without weight.
@@ -804,24 +849,25 @@ class Problem {
       });
     });
     chunks_.combine(column_sums_.data(), m_);
+    if (translates_) translate_exactly();
     double error = 0, mass = 0, cost = 0, worth_a = 0, worth_b = 0;
     for (int64_t i = 0; i < n_; ++i) {
       const double row = a_[i] > 0 ? a_[i] * std::exp(rows[i]) : 0;
-      error += std::abs(row - (balanced_ ? a_[i] : last_rows_[i]));
-      mass += row;
-      cost += a_[i] > 0 ? a_[i] * costs[i] : 0;
       double& f = result_.f(p_, i);
       // A weight may also be 0 in the type of the scalings alone, where f then has not moved.
       f = row_weight_[i] > 0 ? f_[i] : damp_rows(reg) * (f_[i] - reg * rows[i]);
-      worth_a += a_[i] > 0 ? a_[i] * worth(f, options_.reg_marginal[0]) : 0;
+      error += std::abs(row - a_[i] * (balanced_ ? 1 : sinkhorn_asked(f, rho_a())));
+      mass += row;
+      cost += a_[i] > 0 ? a_[i] * costs[i] : 0;
+      worth_a += a_[i] > 0 ? a_[i] * worth(f, rho_a()) : 0;
     }
     bool some_weightless = false;
     for (int64_t j = 0; j < m_; ++j) {
       some_weightless = some_weightless || !(b_[j] > 0);
       const double column = b_[j] > 0 ? b_[j] * ratio_ * column_sums_[j] : 0;
-      error += std::abs(column - (balanced_ ? b_[j] : now_columns_[j]));
+      error += std::abs(column - b_[j] * (balanced_ ? 1 : sinkhorn_asked(g_[j], rho_b())));
       result_.g(p_, j) = g_[j];
-      worth_b += b_[j] > 0 ? b_[j] * worth(g_[j], options_.reg_marginal[1]) : 0;
+      worth_b += b_[j] > 0 ? b_[j] * worth(g_[j], rho_b()) : 0;
     }
     if (some_weightless) {
       soft_columns(reg, column_sums_.data());
@@ -829,12 +875,24 @@ class Problem {
         if (!(b_[j] > 0)) result_.g(p_, j) = damp_columns(reg) * (g_[j] - reg * column_sums_[j]);
       }
     }
-    const double mass_b = mass_a_ / ratio_;
-    result_.value[p_] = worth_a + worth_b - reg * (mass - mass_a_ * mass_b);
+    result_.value[p_] = worth_a + worth_b - reg * (mass - mass_a_ * mass_b_);
     result_.transport_cost[p_] = cost;
     result_.error[p_] = error;
     result_.iterations[p_] = schedule_.iterations();
     return error;
+  }
+
+  // translate(), from the potentials: sums in the type of the scalings leave the constant off by the rounding
+  // of 1 times rho.
+  void translate_exactly() {
+    double lost_rows = 0, lost_columns = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (row_weight_[i] > 0) lost_rows += a_[i] * std::expm1(-f_[i] / rho_a());
+    }
+    for (int64_t j = 0; j < m_; ++j) {
+      if (column_weight_[j] > 0) lost_columns += b_[j] * std::expm1(-g_[j] / rho_b());
+    }
+    translate(lost_rows, lost_columns);
   }
 
   // What a unit of weight adds to the dual objective.
@@ -864,6 +922,7 @@ class Problem {
   const Exponents<T> exponents_;
   Chunks<T> chunks_;
   SinkhornSchedule schedule_;
+  const bool translates_;
   T* const matrix_;  // K [n, width], where it is kept
   T* const blocks_;  // for each thread kCostRows rows of it
   Buffer<double> a_, b_, f_, g_;
@@ -872,14 +931,16 @@ class Problem {
   Buffer<T> row_weight_, column_weight_;  // of sum 1
   Buffer<T> u_, next_u_, v_, next_v_, weighted_v_;
   ColumnPotentials<T> potentials_;
-  double mass_a_ = 0, log_mass_b_ = 0, ratio_ = 1;
-  bool scaled_ = false;  // whether the plan is that of K, u and v, rather than of the potentials alone
-  double made_at_ = 1;   // the eps of K
+  double mass_a_ = 0, mass_b_ = 0, log_mass_b_ = 0, ratio_ = 1;
+  bool scaled_ = false;   // whether the plan is that of K, u and v, rather than of the potentials alone
+  bool drifted_ = false;  // whether u and v have to be absorbed
+  double made_at_ = 1;    // the eps of K
   double columns_off_ = 0;
-  // Unbalanced: the plan's marginals, of the last iteration and the one before, and the logarithms of what
-  // draws the scalings back towards potentials of 0.
-  Buffer<double> last_rows_, now_rows_, last_columns_, now_columns_;
-  Buffer<T> row_pull_, column_pull_;
+  // Unbalanced: -potential / rho when K was made, which draws the scalings back; exp(-f / rho) now; and what
+  // f has gained and g lost since K was made.
+  Buffer<double> chunk_lost_;
+  Buffer<T> row_pull_, column_pull_, asked_, next_asked_;
+  double moved_ = 0;
 };
 
 template <class T>

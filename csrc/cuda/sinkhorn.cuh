@@ -230,11 +230,26 @@ struct Task {
 
   __device__ double rho(bool of_columns) const { return of_columns ? options.rho_b : options.rho_a; }
   __device__ bool balanced() const { return options.rho_a == HUGE_VAL && options.rho_b == HUGE_VAL; }
+  __device__ SinkhornSchedule schedule(int64_t p) const {
+    return SinkhornSchedule(options.reg, facts[p].spread, options.tol, options.max_iter, options.f != nullptr,
+                            facts[p].mass[0]);
+  }
 };
 
 // lambda = rho / (rho + eps)
 __device__ __forceinline__ double damping(double rho, double eps) {
   return rho == HUGE_VAL ? 1.0 : rho / (rho + eps);
+}
+
+// By how much the sum `ratio` * weight of a line of the plan is off what its potential asks for.
+__device__ __forceinline__ double off_by(double weight, double ratio, double potential, double rho) {
+  if (!(weight > 0)) return 0;
+  return weight * fabs(ratio - (rho == HUGE_VAL ? 1.0 : sinkhorn_asked(potential, rho)));
+}
+
+// What a weight's potential asks for, less the weight.
+__device__ __forceinline__ double lost_by(double weight, double potential, double rho) {
+  return weight > 0 && rho < HUGE_VAL ? weight * expm1(-potential / rho) : 0.0;
 }
 
 // What a weight's potential counts in the dual.
@@ -263,7 +278,7 @@ constexpr int64_t fours(int64_t count) { return (count + 3) / 4 * 4; }
 template <class T>
 __host__ __device__ int64_t resident_bytes(int64_t rows, int64_t columns) {
   const int64_t longer = rows > columns ? rows : columns;
-  const int64_t doubles = (longer > kMostParts ? longer : kMostParts) + 3 * rows + 4 * columns;
+  const int64_t doubles = (longer > kMostParts ? longer : kMostParts) + 2 * rows + 2 * columns;
   const int64_t values = fours(rows) + fours(columns) + rows * (columns | 1);
   return (doubles + doubles % 2) * 8 + values * static_cast<int64_t>(sizeof(T));
 }

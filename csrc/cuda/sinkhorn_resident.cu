@@ -41,7 +41,6 @@ struct Lines {
   const double* weight;  // [count] in global memory
   double* potential;     // [count] absorbed
   double* scale;         // [count] u or v; while the matrix holds costs: potential + eps log weight
-  double* last;          // [count] the marginal that the next is compared with, unless that is the weight
   T* weighted;           // [count] weight * scale
 };
 
@@ -95,23 +94,14 @@ class Resident {
       : batch_(batch), task_(task), p_(p), schedule_(schedule), scratch_(shared) {
     const int n = batch.rows(p), m = batch.columns(p);
     double* const row_doubles = scratch_ + max(max(n, m), kMostParts);
-    double* const column_doubles = row_doubles + 3 * n;
-    before_ = column_doubles + 3 * m;
-    double* end = before_ + m;
+    double* const column_doubles = row_doubles + 2 * n;
+    double* end = column_doubles + 2 * m;
     if ((end - shared) % 2 != 0) ++end;
     T* const values = reinterpret_cast<T*>(end);
     width_ = m | 1;
     matrix_ = values + fours(n) + fours(m);
-    rows_ = {n,
-             best_parts(n, m),
-             width_,
-             1,
-             false,
-             batch.a + p * batch.n,
-             row_doubles,
-             row_doubles + n,
-             row_doubles + 2 * n,
-             values};
+    rows_ = {n,           best_parts(n, m), width_, 1, false, batch.a + p * batch.n,
+             row_doubles, row_doubles + n,  values};
     columns_ = {m,
                 best_parts(m, n),
                 1,
@@ -120,25 +110,22 @@ class Resident {
                 batch.b + p * batch.m,
                 column_doubles,
                 column_doubles + m,
-                column_doubles + 2 * m,
                 values + fours(n)};
   }
 
   __device__ void solve() {
     begin(rows_, task_.options.f == nullptr ? nullptr : task_.options.f + p_ * batch_.n);
     begin(columns_, task_.options.g == nullptr ? nullptr : task_.options.g + p_ * batch_.m);
-    if (threadIdx.x == 0) {
-      new (&schedule_) SinkhornSchedule(task_.options.reg, task_.facts[p_].spread, task_.options.tol,
-                                        task_.options.max_iter, task_.balanced(), task_.options.f != nullptr);
-    }
+    if (threadIdx.x == 0) new (&schedule_) SinkhornSchedule(task_.schedule(p_));
     __syncthreads();
+    const double rho_a = task_.options.rho_a, rho_b = task_.options.rho_b;
+    const bool translates = schedule_.translates(rho_a, rho_b);
     enum class Holds { kNothing, kCosts, kKernel };
     enum class Next { kRows, kColumns, kEvaluation };
     Holds holds = Holds::kNothing, wanted = Holds::kCosts;
     Next next = Next::kRows;
     SinkhornOrder order = SinkhornOrder::kGoOn;
-    double eps = schedule_.eps(), error = 0, columns_off = 0;
-    if (!task_.balanced()) forget(columns_off);
+    double eps = schedule_.eps(), error = 0, columns_off = 0, lost[2] = {};
     for (;;) {
       if (holds != wanted) {
         if (holds != Holds::kCosts) fill_costs();
@@ -165,6 +152,7 @@ class Resident {
         wanted = Holds::kCosts;
         continue;
       }
+      if (translates) lost[of_columns ? 1 : 0] = lost_of(lines, holds == Holds::kKernel, eps);
       if (drifted) {
         absorb(eps);
         holds = Holds::kNothing;
@@ -177,10 +165,12 @@ class Resident {
         continue;
       }
       columns_off = off;
+      if (translates) columns_off += translate(lost[0], lost[1]);
       next = Next::kRows;
       order = after(error);
       if (order == SinkhornOrder::kGoOn) {
-        wanted = Holds::kKernel;
+        // The logarithm of a scaling, times eps, has too few digits for a potential that is small beside eps.
+        if (eps <= fmin(rho_a, rho_b)) wanted = Holds::kKernel;
         continue;
       }
       wanted = Holds::kCosts;
@@ -188,7 +178,6 @@ class Resident {
       if (order == SinkhornOrder::kNewEps) {
         eps = schedule_.eps();
         columns_off = 0;
-        if (!task_.balanced()) forget(columns_off);
       } else {
         next = Next::kEvaluation;
       }
@@ -204,14 +193,30 @@ class Resident {
     }
   }
 
-  // Unbalanced: there is no plan yet to compare with.
-  __device__ void forget(double& columns_off) {
-    for (int l = thread(); l < rows_.count; l += kThreads) rows_.last[l] = HUGE_VAL;
-    for (int l = thread(); l < columns_.count; l += kThreads) {
-      columns_.last[l] = HUGE_VAL;
-      before_[l] = HUGE_VAL;
+  // What f has gained and g lost besides what the potentials in memory say: the plan does not change with it.
+  __device__ double constant_of(const Lines<T>& lines) const {
+    return lines.of_columns ? -constant_ : constant_;
+  }
+
+  // Moves the best constant from the columns to the rows; returns by how much more the columns are off.
+  __device__ double translate(double lost_rows, double lost_columns) {
+    const Facts& facts = task_.facts[p_];
+    const double rho_b = task_.options.rho_b;
+    const double more = sinkhorn_translation(task_.options.rho_a, rho_b, facts.mass[0], facts.mass[1],
+                                             lost_rows, lost_columns);
+    constant_ += more;
+    return (facts.mass[1] + lost_columns) * fabs(expm1(more / rho_b));
+  }
+
+  // The sum of what a side asks for, less its weights.
+  __device__ double lost_of(const Lines<T>& lines, bool scaled, double eps) {
+    const double rho = task_.rho(lines.of_columns);
+    double lost = 0;
+    for (int l = thread(); l < lines.count && rho < HUGE_VAL; l += kThreads) {
+      const double potential = lines.potential[l] + (scaled ? eps * log(lines.scale[l]) : 0.0);
+      lost += lost_by(lines.weight[l], potential + constant_of(lines), rho);
     }
-    columns_off = HUGE_VAL;
+    return block_sum(lost);
   }
 
   // The one thread's answer for all.
@@ -285,15 +290,6 @@ class Resident {
     return static_cast<int>(fours((others.count + lines.parts - 1) / lines.parts));
   }
 
-  // Notes the marginal of a line, and returns by how much it is off.
-  __device__ double note_marginal(const Lines<T>& lines, int l, double marginal) {
-    if (task_.balanced()) return fabs(marginal - lines.weight[l]);
-    const double off = fabs(marginal - lines.last[l]);
-    if (lines.of_columns) before_[l] = lines.last[l];
-    lines.last[l] = marginal;
-    return off;
-  }
-
   // Half an iteration from K. False: a sum is out of range, and nothing has changed.
   __device__ bool advance(const Lines<T>& lines, const Lines<T>& others, double eps, double& off,
                           bool& drifted) {
@@ -312,21 +308,24 @@ class Resident {
       scratch_[l] = sum;
     }
     if (!__syncthreads_and(in_range)) return false;
-    const double omega = schedule_.omega(), damp = damping(task_.rho(lines.of_columns), eps);
+    const double omega = schedule_.omega(), rho = task_.rho(lines.of_columns), damp = damping(rho, eps);
     double own_off = 0;
     bool own_drifted = false;
     for (int l = thread(); l < lines.count; l += kThreads) {
       const double sum = scratch_[l], scale = lines.scale[l];
-      double moved = 1 / sum;
+      // Of the plan that a row pass began with, and of the one that a column pass made.
+      double moved = 1 / sum, judged = 0;
       if (omega != 1 || damp != 1) {
-        const double log_scale = log(scale);
-        moved =
-            exp(damp * (log_scale - omega * (log_scale + log(sum))) + (damp - 1) * lines.potential[l] / eps);
+        const double log_scale = log(scale), potential = lines.potential[l] + constant_of(lines);
+        const double old = potential + eps * log_scale;
+        const double log_moved = ((1 - omega) * (1 - damp) + damp) * log_scale -
+                                 omega * (damp * (log_scale + log(sum)) + (1 - damp) * potential / eps);
+        moved = exp(log_moved);
+        judged = lines.of_columns ? potential + eps * log_moved : old;
       }
       lines.scale[l] = moved;
       lines.weighted[l] = static_cast<T>(lines.weight[l] * moved);
-      // Of the plan that a row pass began with, and of the one that a column pass made.
-      own_off += note_marginal(lines, l, lines.weight[l] * sum * (lines.of_columns ? moved : scale));
+      own_off += off_by(lines.weight[l], sum * (lines.of_columns ? moved : scale), judged, rho);
       own_drifted = own_drifted || !(moved >= 1 / kDrift && moved <= kDrift);
     }
     drifted = __syncthreads_or(own_drifted) != 0;
@@ -373,14 +372,14 @@ class Resident {
   // Half an iteration from the costs; returns by how much the marginals are off.
   __device__ double advance_from_costs(const Lines<T>& lines, const Lines<T>& others, double eps) {
     log_sums(lines, others, eps);
-    const double omega = schedule_.omega(), damp = damping(task_.rho(lines.of_columns), eps);
+    const double omega = schedule_.omega(), rho = task_.rho(lines.of_columns), damp = damping(rho, eps);
     double off = 0;
     for (int l = thread(); l < lines.count; l += kThreads) {
-      const double log_sum = scratch_[l], potential = lines.potential[l];
-      const double moved = damp * (potential - omega * eps * log_sum);
-      lines.potential[l] = moved;
-      off += note_marginal(
-          lines, l, lines.weight[l] * exp(log_sum + (lines.of_columns ? (moved - potential) / eps : 0)));
+      const double log_sum = scratch_[l], potential = lines.potential[l] + constant_of(lines);
+      const double moved = sinkhorn_moved(potential, log_sum, eps, omega, damp);
+      const double shift = lines.of_columns ? (moved - potential) / eps : 0;
+      off += off_by(lines.weight[l], exp(log_sum + shift), lines.of_columns ? moved : potential, rho);
+      lines.potential[l] = moved - constant_of(lines);
     }
     return block_sum(off);
   }
@@ -391,19 +390,20 @@ class Resident {
     Outcome found{0, 0, 0, 0, schedule_.iterations()};
     for (const bool of_columns : {false, true}) {
       const Lines<T> lines = of_columns ? columns_ : rows_, others = of_columns ? rows_ : columns_;
-      const double* const compared = task_.balanced() ? lines.weight : of_columns ? before_ : lines.last;
       log_sums(lines, others, task_.options.reg);
       if (!of_columns) found.transport_cost = block_sum(transport_cost());
       const double rho = task_.rho(of_columns), damp = damping(rho, task_.options.reg);
       double off = 0, dual = 0, mass = 0;
       for (int l = thread(); l < lines.count; l += kThreads) {
-        const double weight = lines.weight[l], potential = lines.potential[l];
-        const double marginal = weight > 0 ? weight * exp(scratch_[l]) : 0;
-        off += fabs(marginal - compared[l]);
+        const double weight = lines.weight[l], potential = lines.potential[l] + constant_of(lines);
+        const double ratio = exp(scratch_[l]);
+        off += off_by(weight, ratio, potential, rho);
         dual += worth(weight, potential, rho);
-        mass += marginal;
+        mass += weight > 0 ? weight * ratio : 0;
         // Nothing that is still to be read: a weight of 0 counts in no sum.
-        if (!(weight > 0)) lines.potential[l] = damp * (potential - task_.options.reg * scratch_[l]);
+        if (!(weight > 0)) {
+          lines.potential[l] = damp * (potential - task_.options.reg * scratch_[l]) - constant_of(lines);
+        }
       }
       found.error += block_sum(off);
       found.dual += block_sum(dual);
@@ -431,10 +431,10 @@ class Resident {
 
   __device__ void finish(const Outcome& found) {
     for (int l = thread(); l < rows_.count; l += kThreads) {
-      task_.result.f[p_ * batch_.n + l] = rows_.potential[l];
+      task_.result.f[p_ * batch_.n + l] = rows_.potential[l] + constant_;
     }
     for (int l = thread(); l < columns_.count; l += kThreads) {
-      task_.result.g[p_ * batch_.m + l] = columns_.potential[l];
+      task_.result.g[p_ * batch_.m + l] = columns_.potential[l] - constant_;
     }
     if (threadIdx.x == 0) write_outcome(task_, p_, found);
   }
@@ -444,10 +444,10 @@ class Resident {
   const int64_t p_;
   SinkhornSchedule& schedule_;
   double* const scratch_;  // [max(kMostParts, rows, columns)]
-  double* before_;         // [columns] unbalanced: the columns' marginals of one iteration earlier
   T* matrix_;              // [rows, width] costs or K
   int width_;
   Lines<T> rows_, columns_;
+  double constant_ = 0;  // what f has gained and g lost besides; the same in all threads
 };
 
 template <class T>

@@ -41,9 +41,9 @@ struct Partial {
   T most, sum;
 };
 
-// Sums over kThreads lines.
+// Sums over kThreads lines. `lost`: what they ask for, less their weights.
 struct Sums {
-  double off, dual, mass;
+  double off, dual, mass, lost;
 };
 
 // Rows or columns of a team's problem, in global memory. Capacities are those of the longest problem.
@@ -51,8 +51,6 @@ template <class T>
 struct Lines {
   Split<T>* plain;     // potentials
   Split<T>* weighted;  // potentials + eps log weight
-  double* last;        // the marginals that the next are compared with, unless these are the weights
-  double* before;      // columns: those of one iteration earlier
   Sums* sums;          // [ceil(lines / kThreads)]
 };
 
@@ -91,9 +89,8 @@ struct Workspace {
 template <class T>
 int64_t team_bytes(int64_t n, int64_t m, int64_t partials) {
   const int64_t chunks = ceiling(n, kThreads) + ceiling(m, kThreads);
-  const auto bytes =
-      static_cast<int64_t>((n + 2 * m + partials / kTileRows<T>)*sizeof(double) + chunks * sizeof(Sums) +
-                           2 * (n + m) * sizeof(Split<T>) + partials * sizeof(Partial<T>));
+  const auto bytes = static_cast<int64_t>(partials / kTileRows<T> * sizeof(double) + chunks * sizeof(Sums) +
+                                          2 * (n + m) * sizeof(Split<T>) + partials * sizeof(Partial<T>));
   return ceiling(bytes, 256) * 256;
 }
 
@@ -111,12 +108,7 @@ class Streaming {
         team_(static_cast<int>(blockIdx.x) / workspace.team_blocks),
         member_(static_cast<int>(blockIdx.x) % workspace.team_blocks) {
     const int64_t n = batch.n, m = batch.m;
-    auto* doubles = reinterpret_cast<double*>(workspace.memory + team_ * workspace.bytes);
-    rows_.last = doubles;
-    rows_.before = nullptr;
-    columns_.last = doubles + n;
-    columns_.before = doubles + n + m;
-    costs_ = doubles + n + 2 * m;
+    costs_ = reinterpret_cast<double*>(workspace.memory + team_ * workspace.bytes);
     rows_.sums = reinterpret_cast<Sums*>(costs_ + workspace.partials / kTileRows<T>);
     columns_.sums = rows_.sums + ceiling(n, kThreads);
     rows_.plain = reinterpret_cast<Split<T>*>(columns_.sums + ceiling(m, kThreads));
@@ -159,7 +151,6 @@ class Streaming {
   // Member by member: a reference chosen at run time would put both sides into memory.
   __device__ Lines<T> lines_of(bool of_columns) const {
     return {of_columns ? columns_.plain : rows_.plain, of_columns ? columns_.weighted : rows_.weighted,
-            of_columns ? columns_.last : rows_.last, of_columns ? columns_.before : rows_.before,
             of_columns ? columns_.sums : rows_.sums};
   }
   __device__ const double* weights_of(bool of_columns) const {
@@ -180,17 +171,15 @@ class Streaming {
     }
     round_ = Round::kBegin;
     fresh_ = true;
-    forget();
+    columns_off_ = constant_ = 0;
     __syncthreads();  // everyone is done with the schedule of the problem before
-    if (threadIdx.x == 0) {
-      new (&schedule_) SinkhornSchedule(task_.options.reg, task_.facts[p_].spread, task_.options.tol,
-                                        task_.options.max_iter, task_.balanced(), task_.options.f != nullptr);
-    }
+    if (threadIdx.x == 0) new (&schedule_) SinkhornSchedule(task_.schedule(p_));
     __syncthreads();
+    translates_ = schedule_.translates(task_.options.rho_a, task_.options.rho_b);
   }
 
-  // Unbalanced: there is no plan yet to compare with.
-  __device__ void forget() { columns_off_ = task_.balanced() ? 0 : HUGE_VAL; }
+  // What f has gained and g lost besides what the potentials in memory say: the plan does not change with it.
+  __device__ double constant_of(bool of_columns) const { return of_columns ? -constant_ : constant_; }
 
   // Potentials at the start of a problem or of a new eps.
   __device__ void begin(bool of_columns) {
@@ -202,8 +191,6 @@ class Streaming {
     for (int l = member_ * kThreads + thread(); l < count; l += step) {
       if (fresh_) potentials[l] = start == nullptr ? 0.0 : start[first + l];
       note_potential(lines, l, potentials[l], weights_of(of_columns)[l]);
-      lines.last[l] = HUGE_VAL;
-      if (of_columns) lines.before[l] = HUGE_VAL;
     }
   }
 
@@ -310,37 +297,30 @@ class Streaming {
     const double* const weights = weights_of(of_columns);
     double* const potentials = potentials_of(of_columns);
     const int count = count_of(of_columns), strips = tiling_of<T>(count, count_of(!of_columns)).strips;
-    const bool iterates = round_ == Round::kIteration, balanced = task_.balanced();
+    const bool iterates = round_ == Round::kIteration, translates = iterates && translates_;
     const double eps = schedule_.eps(), omega = iterates ? schedule_.omega() : 1;
-    const double rho = task_.rho(of_columns), damp = damping(rho, eps);
+    const double rho = task_.rho(of_columns), damp = damping(rho, eps), constant = constant_of(of_columns);
     for (int chunk = member_; chunk * kThreads < count; chunk += workspace_.team_blocks) {
       const int l = chunk * kThreads + thread();
       Sums own{};
       if (l < count) {
         const double log_of = log_sum(l, count, strips);
-        const double weight = weights[l], potential = potentials[l];
-        const double moved = damp * (potential - omega * eps * log_of);
-        double marginal = 0;
-        if (weight > 0) {
-          // Columns: of the plan that the iteration makes.
-          const double shift = iterates && of_columns ? (moved - potential) / eps : 0;
-          marginal = weight * exp(log_of + shift);
-        }
-        double compared = weight;
-        if (!balanced) compared = of_columns && !iterates ? lines.before[l] : lines.last[l];
-        own.off = fabs(marginal - compared);
-        if (iterates && !balanced) {
-          if (of_columns) lines.before[l] = compared;
-          lines.last[l] = marginal;
-        }
-        own.mass = marginal;
+        const double weight = weights[l], potential = potentials[l] + constant;
+        const double moved = sinkhorn_moved(potential, log_of, eps, omega, damp);
+        // Columns: of the plan that the iteration makes.
+        const bool made = iterates && of_columns;
+        const double ratio = exp(log_of + (made ? (moved - potential) / eps : 0));
+        own.off = off_by(weight, ratio, made ? moved : potential, rho);
+        own.mass = weight > 0 ? weight * ratio : 0;
         own.dual = iterates ? 0 : worth(weight, potential, rho);
+        own.lost = translates ? lost_by(weight, moved, rho) : 0;
         if (iterates || !(weight > 0)) {
-          potentials[l] = moved;
-          note_potential(lines, l, moved, weight);
+          potentials[l] = moved - constant;
+          note_potential(lines, l, moved - constant, weight);
         }
       }
       own.off = block_sum(own.off);
+      if (translates) own.lost = block_sum(own.lost);
       if (!iterates) {
         own.dual = block_sum(own.dual);
         own.mass = block_sum(own.mass);
@@ -349,10 +329,33 @@ class Streaming {
     }
   }
 
+  // To the potentials, at the end.
+  __device__ void add_constant() {
+    if (constant_ == 0) return;
+    for (const bool of_columns : {false, true}) {
+      double* const potentials = potentials_of(of_columns);
+      const int step = workspace_.team_blocks * kThreads, count = count_of(of_columns);
+      for (int l = member_ * kThreads + thread(); l < count; l += step)
+        potentials[l] += constant_of(of_columns);
+    }
+  }
+
   __device__ double total(const Sums* sums, int count, double Sums::* member) const {
     double own = 0;
     for (int chunk = thread(); chunk * kThreads < count; chunk += kThreads) own += sums[chunk].*member;
     return block_sum(own);
+  }
+
+  // Moves the best constant from the columns to the rows; returns by how much more the columns are off.
+  __device__ double translate() {
+    const Facts& facts = task_.facts[p_];
+    const double rho_b = task_.options.rho_b;
+    const double lost_rows = total(rows_.sums, count_of(false), &Sums::lost),
+                 lost_columns = total(columns_.sums, count_of(true), &Sums::lost);
+    const double more = sinkhorn_translation(task_.options.rho_a, rho_b, facts.mass[0], facts.mass[1],
+                                             lost_rows, lost_columns);
+    constant_ += more;
+    return (facts.mass[1] + lost_columns) * fabs(expm1(more / rho_b));
   }
 
   // What the round has come to, and what the next is for.
@@ -370,10 +373,11 @@ class Streaming {
       __syncthreads();
       order_ = order;
       columns_off_ = off;
+      if (translates_) columns_off_ += translate();
       if (order_ == SinkhornOrder::kNewEps) {
         round_ = Round::kBegin;
         fresh_ = false;
-        forget();
+        columns_off_ = 0;
       } else if (order_ != SinkhornOrder::kGoOn) {
         round_ = Round::kEvaluation;
       }
@@ -397,6 +401,7 @@ class Streaming {
       cost += costs_[work];
     found.transport_cost = block_sum(cost);
     if (leads()) write_outcome(task_, p_, found);
+    add_constant();
     take_next();
   }
 
@@ -415,6 +420,8 @@ class Streaming {
   bool fresh_ = true;
   SinkhornOrder order_ = SinkhornOrder::kGoOn;
   double columns_off_ = 0;
+  double constant_ = 0;  // see constant_of(); the same in all threads of the team
+  bool translates_ = false;
 };
 
 template <class T>

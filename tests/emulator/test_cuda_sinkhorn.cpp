@@ -145,12 +145,11 @@ Row expected(const Case& c, const Data<T>& data) {
   for (int64_t p = 0; p < c.batch; ++p) {
     const int64_t n = data.x_lengths[p], m = data.y_lengths[p];
     const double *a = data.a.data() + p * c.n, *b = data.b.data() + p * c.m;
-    std::vector<double> f(n, 0.0), g(m, 0.0), rows_last(a, a + n), columns_last(b, b + m), columns_before;
+    std::vector<double> f(n, 0.0), g(m, 0.0);
     if (c.warm) {
       f.assign(data.f.begin() + p * c.n, data.f.begin() + p * c.n + n);
       g.assign(data.g.begin() + p * c.m, data.g.begin() + p * c.m + m);
     }
-    const bool balanced = std::isinf(c.rho_a) && std::isinf(c.rho_b);
     const double damp_a = std::isinf(c.rho_a) ? 1 : c.rho_a / (c.rho_a + c.reg);
     const double damp_b = std::isinf(c.rho_b) ? 1 : c.rho_b / (c.rho_b + c.reg);
     const auto row_sum = [&](int64_t i) {
@@ -167,19 +166,19 @@ Row expected(const Case& c, const Data<T>& data) {
     };
     for (int64_t iteration = 0; iteration < c.max_iter; ++iteration) {
       std::vector<double> moved(n), sums(m);
-      for (int64_t i = 0; i < n; ++i) {
-        const double sum = row_sum(i);
-        if (!balanced) rows_last[i] = a[i] * std::exp(sum);
-        moved[i] = damp_a * (f[i] - c.reg * sum);
-      }
+      for (int64_t i = 0; i < n; ++i) moved[i] = damp_a * (f[i] - c.reg * row_sum(i));
       f = moved;
-      columns_before = columns_last;
       for (int64_t j = 0; j < m; ++j) sums[j] = column_sum(j);
-      for (int64_t j = 0; j < m; ++j) {
-        const double to = damp_b * (g[j] - c.reg * sums[j]);
-        if (!balanced) columns_last[j] = b[j] * std::exp(sums[j] + (to - g[j]) / c.reg);
-        g[j] = to;
-      }
+      for (int64_t j = 0; j < m; ++j) g[j] = damp_b * (g[j] - c.reg * sums[j]);
+    }
+    if (std::isinf(c.rho_b) && !std::isinf(c.rho_a)) {
+      // The best constant, which the plan does not know.
+      double asked = 0, mass = 0;
+      for (int64_t i = 0; i < n; ++i) asked += a[i] > 0 ? a[i] * std::exp(-f[i] / c.rho_a) : 0;
+      for (int64_t j = 0; j < m; ++j) mass += b[j];
+      const double constant = c.rho_a * std::log(asked / mass);
+      for (double& potential : f) potential += constant;
+      for (double& potential : g) potential -= constant;
     }
     double value = 0, cost = 0, error = 0, mass = 0, mass_a = 0, mass_b = 0;
     std::vector<double> row_sums(n), column_sums(m);
@@ -195,12 +194,13 @@ Row expected(const Case& c, const Data<T>& data) {
       const double now = a[i] > 0 ? a[i] * std::exp(row_sums[i]) : 0;
       mass += now;
       mass_a += a[i];
-      error += std::fabs(now - rows_last[i]);
+      error += std::fabs(now - a[i] * std::exp(-f[i] / c.rho_a));
       if (!(a[i] > 0)) f[i] = damp_a * (f[i] - c.reg * row_sums[i]);
       value += a[i] * (std::isinf(c.rho_a) ? f[i] : -c.rho_a * std::expm1(-f[i] / c.rho_a));
     }
     for (int64_t j = 0; j < m; ++j) {
-      error += std::fabs((b[j] > 0 ? b[j] * std::exp(column_sums[j]) : 0) - columns_before[j]);
+      const double now = b[j] > 0 ? b[j] * std::exp(column_sums[j]) : 0;
+      error += std::fabs(now - b[j] * std::exp(-g[j] / c.rho_b));
       mass_b += b[j];
       if (!(b[j] > 0)) g[j] = damp_b * (g[j] - c.reg * column_sums[j]);
       value += b[j] * (std::isinf(c.rho_b) ? g[j] : -c.rho_b * std::expm1(-g[j] / c.rho_b));

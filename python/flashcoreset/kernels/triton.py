@@ -321,7 +321,7 @@ def sinkhorn(
     if bool(too_large.any()):
         within = f" in problem {int(too_large.nonzero()[0])}" if batch > 1 else ""
         raise ValueError(f"x: costs overflow {x.dtype}{within}; scale the data down or use float64")
-    f, g = (side.potential for side in problems.sides)
+    f, g = run.potentials()
     value = dual_value(f, g, a, b, run.mass, reg, reg_marginal)
     return Solution(f, g, value, run.cost, run.error, run.iterations, run.error <= tol)
 

@@ -30,7 +30,7 @@ from flashcoreset._tensor import (
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.ops.sinkhorn_gradient import cost_gradients, weight_gradients
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
-from flashcoreset.reference.sinkhorn import Solution, settle
+from flashcoreset.reference.sinkhorn import Solution
 
 METRICS = ("sqeuclidean", "euclidean", "l1", "cosine", "precomputed")
 _INF = math.inf
@@ -586,9 +586,6 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
             x, y, a, b, reg=p.reg, metric=p.metric, reg_marginal=p.reg_marginal, x_lengths=p.x_lengths,
             y_lengths=p.y_lengths, max_iter=p.max_iter, tol=p.tol, f=p.f, g=p.g, memory_budget=p.memory_budget,
             report=report,
-        )  # fmt: skip
-        solution = settle(
-            solution, a, b, reg=p.reg, reg_marginal=p.reg_marginal, x_lengths=p.x_lengths, y_lengths=p.y_lengths
         )  # fmt: skip
     if p.tol > 0 and not bool(solution.converged.all()):
         failed = (~solution.converged).nonzero()[:, 0]

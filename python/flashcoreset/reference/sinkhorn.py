@@ -7,18 +7,35 @@ For costs C [n, m], weights a [n], b [m] and reg = eps > 0,
 with KL(p | q) = sum p log(p / q) - p + q; rho = inf asks for the marginal exactly (balanced). With potentials
 f [n] and g [m], P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps). One iteration is
 
-    S_i = log sum_j b_j exp((f_i + g_j - C_ij) / eps)    f_i <- lambda_a (f_i - omega eps S_i)
-    T_j = log sum_i a_i exp((f_i + g_j - C_ij) / eps)    g_j <- lambda_b (g_j - omega eps T_j)
+    S_i = log sum_j b_j exp((f_i + g_j - C_ij) / eps)    f_i <- (1 - omega) f_i + omega lambda_a (f_i - eps S_i)
+    T_j = log sum_i a_i exp((f_i + g_j - C_ij) / eps)    g_j <- (1 - omega) g_j + omega lambda_b (g_j - eps T_j)
 
-where lambda = rho / (rho + eps), 1 if balanced, and omega = 1 unless the iterations are over-relaxed.
-`Schedule` says when they are, when eps is annealed and when to stop. Everything is computed in float64.
+where lambda = rho / (rho + eps), 1 if balanced, and omega = 1 unless the iterations are over-relaxed. Then, if a marginal
+is relaxed, f gains and g loses a constant, which leaves the plan as it is: the best one, in closed form (`translation`).
+`Schedule` says when iterations are over-relaxed, when eps is annealed and when to stop. Everything is computed in float64.
+
+The error of potentials is the residual of both sides' optimality conditions, the slope of the dual objective:
+
+    sum_i |a_i exp(S_i) - a_i exp(-f_i / rho_a)| + sum_j |b_j exp(T_j) - b_j exp(-g_j / rho_b)|
+
+with exp(-f / rho) = 1 for a balanced marginal. The dual is concave, so potentials at which this is 0 are a solution, and no
+others are. (By how much the plan changes in an iteration says nothing: where each column's mass goes to one row, the plan
+stands still while the potentials drift by some eps an iteration.) An update with omega = 1 makes its own side's part exactly
+0: with f' = lambda (f - eps S), f' (1 / eps + 1 / rho) = f / eps - S, that is S + (f' - f) / eps = -f' / rho. The
+columns move last, so at the end of a plain iteration the rows alone are off, which the next pass over the rows sees before
+they move. After an over-relaxed one the columns are off too, by |b exp(T + (g' - g) / eps) - b exp(-g' / rho_b)|; and a
+constant c that g loses multiplies what it asks for by exp(c / rho_b), which adds at most sum_j b_j exp(-g'_j / rho_b)
+|exp(c / rho_b) - 1|. So iterations know a bound of the error of the potentials that they began with at no cost; where that
+comes to tol, the error itself is computed from the potentials at hand, and decides.
 
 Sources: Cuturi, "Sinkhorn distances", 2013; Chizat, Peyre, Schmitzer and Vialard, "Scaling algorithms for
 unbalanced optimal transport problems", 2018, and Schmitzer, "Stabilized sparse scaling algorithms for entropy
 regularized transport problems", 2019 (absorption, annealing); Thibault, Chizat, Dossal and Papadakis,
 "Overrelaxed Sinkhorn-Knopp algorithm for regularized optimal transport", 2021, and Lehmann, von Renesse, Sambale
 and Uschmajew, "A note on overrelaxation in the Sinkhorn algorithm", 2022 (over-relaxation; the optimal omega from
-the rate of convergence is Young's formula for successive over-relaxation).
+the rate of convergence is Young's formula for successive over-relaxation); Sejourne, Vialard and Peyre, "Faster unbalanced
+optimal transport: translation invariant Sinkhorn and 1-D Frank-Wolfe", 2022 (the constant, which plain iterations lose by
+a factor of lambda_a lambda_b each).
 """
 
 from __future__ import annotations
@@ -36,6 +53,9 @@ from flashcoreset.reference.facility_location import normalize_rows, values_of_r
 
 # Temporaries of a block of rows of costs: as many bytes as this, or as one row takes.
 _BLOCK_BYTES = 2**20
+
+# exp() of more leaves the range of float64.
+MOST_EXPONENT = 700.0
 
 
 class Solution(NamedTuple):
@@ -56,17 +76,16 @@ class Schedule:
 
     Annealing: where the costs range over more than ANNEALED_FROM times reg, the iterations start at a quarter of the
     range and eps falls by FACTOR whenever the marginals are off by STAGE_ERROR of the mass or after a stage's share of iterations.
-    Over-relaxation, in balanced problems: every PERIOD iterations the rate of convergence that was seen gives a better
+    Over-relaxation: every PERIOD iterations the rate of convergence that was seen gives a better
     omega; where the error grew, omega goes back towards 1. The last of `max_iter` iterations is a plain one: it leaves
     the columns exact, and so the best iterate, where an over-relaxed one leaves both sides off. With tol = 0 the plain iterations are made, unless they are
-    annealed.
+    annealed; without constants, but for rows alone that are relaxed, whose plans these leave as they are.
     """
 
     reg: float
     spread: float  # of the costs; a bound will do
     tol: float
     max_iter: int
-    balanced: bool
     warm: bool  # potentials are given
     mass: float = 1.0  # of the rows: what errors are compared with
 
@@ -80,12 +99,15 @@ class Schedule:
     def __post_init__(self) -> None:
         stages = 0
         if not self.warm and self.spread > self.ANNEALED_FROM * self.reg and math.isfinite(self.spread):
-            stages = math.ceil(math.log(self.spread / self.reg) / math.log(self.FACTOR)) - 1
+            # The quotient of two numbers of float64 may leave its range.
+            quotient = self.spread / self.reg
+            logs = math.log(quotient) if quotient < math.inf else math.log(self.spread) - math.log(self.reg)
+            stages = math.ceil(logs / math.log(self.FACTOR)) - 1
         if 2 * stages > self.max_iter:
             stages = 0
         self.eps = self.spread / self.FACTOR if stages else self.reg
         self.stage_iterations = min(self.STAGE_ITERATIONS, self.max_iter // (2 * stages)) if stages else 0
-        self.relaxed = self.balanced and (self.tol > 0 or stages > 0)
+        self.accelerated = self.tol > 0 or stages > 0
         self.omega = 1.0
         self.iterations = 0
         self._in_stage = 0
@@ -97,17 +119,17 @@ class Schedule:
         or "stop"."""
         self.iterations += 1
         self._in_stage += 1
-        if self.eps > self.reg:
+        if self.eps > self.reg and self.iterations < self.max_iter:
             if error <= self.STAGE_ERROR * self.mass or self._in_stage >= self.stage_iterations:
                 self.eps = max(self.eps / self.FACTOR, self.reg)
                 self._in_stage = 0
                 self._restart()
                 return "new eps"
-        elif error <= self.tol and self.tol > 0:
+        elif self.eps <= self.reg and error <= self.tol and self.tol > 0:
             return "check"
         if self.iterations >= self.max_iter or math.isnan(error):
             return "stop"
-        if self.relaxed:
+        if self.accelerated:
             self._adapt(error)
         if self.iterations + 1 == self.max_iter:
             self.omega = 1.0
@@ -228,46 +250,30 @@ def dual_value(
     return sides[0] + sides[1] - reg * (mass - a.sum(1) * b.sum(1))
 
 
-def settle(
-    found: Solution,
-    a: Tensor,
-    b: Tensor,
-    *,
-    reg: float,
-    reg_marginal: tuple[float, float],
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
-) -> Solution:
-    """`found` with the potentials of the largest dual value among those of its plan, where rows are relaxed and columns hold.
+def moved(potential: Tensor, log_sum: Tensor, eps: float, omega: float, damp: float) -> Tensor:
+    """The next potentials from S or T."""
+    return (1 - omega) * (1 - damp) * potential + damp * (potential - omega * eps * log_sum)
 
-    A constant added to f and taken from g then changes the value but not the plan, by which iterations stop: they leave any
-    constant. At the optimum sum a exp(-f / rho) is the plan's mass, sum b. (In the opposite case the update of f brings the
-    constant into the plan, and with both relaxed either does.)
+
+def asked(potential: Tensor, rho: float) -> Tensor | float:
+    """exp(-f / rho): the shares of their weights that potentials ask for. Kept below infinity, which a plan may reach too."""
+    return 1.0 if math.isinf(rho) else torch.exp((-potential / rho).clamp(max=MOST_EXPONENT))
+
+
+def translation(f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg_marginal: tuple[float, float]) -> float:
+    """The c for which f + c and g - c have the largest dual value: both sides then ask for the same mass,
+
+    A exp(-c / rho_a) = B exp(c / rho_b)    A = sum a exp(-f / rho_a)    B = sum b exp(-g / rho_b)
     """
-    rho = reg_marginal[0]
-    if math.isinf(rho) or not math.isinf(reg_marginal[1]):
-        return found
-    mass_a, mass_b = _in_order(a), _in_order(b)
-    exponent = a.log() - found.f / rho
-    most = exponent.amax(1, keepdim=True)
-    log_mass = most[:, 0] + _in_order((exponent - most).exp()).log()
-    shift = (rho * (log_mass - mass_b.log()))[:, None]
-    # What the other side implies for a weight of zero moves with that side.
-    f = found.f + torch.where(a > 0, 1.0, damping(rho, reg)) * shift
-    g = found.g - shift
-    f, g = (
-        side
-        if lengths is None
-        else torch.where(torch.arange(side.shape[1], device=side.device) < lengths[:, None], side, 0)
-        for side, lengths in ((f, x_lengths), (g, y_lengths))
-    )
-    value = rho * (mass_a - mass_b) + _in_order(b * g) - reg * mass_b * (1 - mass_a)
-    return found._replace(f=f, g=g, value=value)
-
-
-def _in_order(terms: Tensor) -> Tensor:
-    """The sums of rows [B, n], whose bits depend neither on the number of threads nor on zeros at the end."""
-    return terms.cumsum(1)[:, -1]
+    logs = []
+    for potential, weight, rho in zip((f, g), (a, b), reg_marginal, strict=True):
+        mass = float(weight.sum())
+        # By the difference from the weights, which keeps its digits where rho is large and c is a small difference of
+        # large numbers.
+        lost = float((weight * torch.expm1(-potential / rho)).nan_to_num(0.0).sum()) / mass
+        logs.append(math.log(mass) + math.log1p(lost) if -1 < lost < math.inf else -math.inf)
+    c = (logs[0] - logs[1]) / (1 / reg_marginal[0] + 1 / reg_marginal[1])
+    return c if math.isfinite(c) else 0.0
 
 
 def sinkhorn(
@@ -306,10 +312,7 @@ def sinkhorn(
     scalars = torch.zeros(4, batch, dtype=torch.float64)
     for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
         start = None if f is None or g is None else (f[p, r], g[p, c])
-        balanced = all(map(math.isinf, reg_marginal))
-        schedule = Schedule(
-            reg, costs.spread, tol, max_iter, balanced, start is not None, float(a[p, r].sum())
-        )
+        schedule = Schedule(reg, costs.spread, tol, max_iter, start is not None, float(a[p, r].sum()))
         own_report = None
         if report is not None:
             own_report = _of_problem(report, p, batch, max_iter)
@@ -339,51 +342,56 @@ def _solve(
     n, m = costs.shape
     f, g = start if start is not None else (a.new_zeros(n), b.new_zeros(m))
     f, g = f.clone(), g.clone()
-    # What the marginals are compared with: the weights, or those of an iteration before.
-    unknown_rows, unknown_columns = a.new_full((n,), math.inf), b.new_full((m,), math.inf)
-    last_rows, last_columns, columns_off = unknown_rows, unknown_columns, math.inf
-    if schedule.balanced:
-        last_rows, last_columns, columns_off = a, b, 0.0
+    relaxed = [not math.isinf(rho) for rho in reg_marginal]
+    translates = any(relaxed) and (schedule.accelerated or not relaxed[1])
+    columns_off = 0.0
     while True:
         eps, omega = schedule.eps, schedule.omega
         damp_a, damp_b = (damping(rho, eps) for rho in reg_marginal)
         row_sums, column_sums = a.new_empty(n), b.new_full((m,), -math.inf)
+        before = f.clone()
         for rows, cost in costs.blocks():
             exponent = (f[rows, None] + g - cost) / eps
             row_sums[rows] = torch.logsumexp(exponent + b.log(), 1)
-            new = damp_a * (f[rows] - omega * eps * row_sums[rows])
+            new = moved(f[rows], row_sums[rows], eps, omega, damp_a)
             exponent += ((new - f[rows]) / eps + a[rows].log())[:, None]
             f[rows] = new
             column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent, 0))
-        new = damp_b * (g - omega * eps * column_sums)
-        rows_before = a * row_sums.exp()  # of the plan that this iteration began with
-        columns_after = b * (column_sums + (new - g) / eps).exp()  # of the one that it made
+        new = moved(g, column_sums, eps, omega, damp_b)
+        # Of the plan that this iteration began with, and of the one that it made.
+        error = _off(a, row_sums, before, reg_marginal[0]) + columns_off
+        columns_off = _off(b, column_sums + (new - g) / eps, new, reg_marginal[1])
         g = new
-        error = float((rows_before - last_rows).abs().sum()) + columns_off
-        columns_off = float((columns_after - last_columns).abs().sum())
-        columns_before = last_columns
-        if not schedule.balanced:
-            last_rows, last_columns = rows_before, columns_after
+        if translates:
+            c = translation(f, g, a, b, reg_marginal)
+            if relaxed[1]:
+                columns_off += float((b * asked(g, reg_marginal[1])).sum()) * abs(
+                    math.expm1(c / reg_marginal[1])
+                )
+            f, g = f + c, g - c
         order = schedule.after(error)
         if report is not None:
             report(schedule.iterations)
         if order == "new eps":
-            columns_off = 0.0 if schedule.balanced else math.inf
-            if not schedule.balanced:
-                last_rows, last_columns = unknown_rows, unknown_columns
+            columns_off = 0.0  # as at the start: not known, and looked at before the end
         elif order != "go on":
-            f, g, rows_now, columns_now, total = _evaluate(costs, f, g, a, b, reg, reg_marginal)
-            error = float((rows_now - last_rows).abs().sum() + (columns_now - columns_before).abs().sum())
+            f, g, error, mass, total = _evaluate(costs, f, g, a, b, reg, reg_marginal)
             if order == "check" and not error <= schedule.tol and schedule.disappointed():
                 continue
-            value = dual_value(f[None], g[None], a[None], b[None], rows_now.sum(), reg, reg_marginal)
+            value = dual_value(f[None], g[None], a[None], b[None], mass, reg, reg_marginal)
             return f, g, float(value), total, error, schedule.iterations
+
+
+def _off(weight: Tensor, log_sum: Tensor, potential: Tensor, rho: float) -> float:
+    """By how much the sums weight exp(log_sum) of a plan are off what the potentials ask for."""
+    off = weight * (log_sum.exp() - asked(potential, rho)).abs()
+    return float(torch.where(weight > 0, off, 0).sum())  # of nothing there is nothing, however large the sums
 
 
 def _evaluate(
     costs: _Costs, f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg: float, reg_marginal: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """The potentials, those of zero weights made what the other side's imply; the marginals of the plan, and <P, C>."""
+) -> tuple[Tensor, Tensor, float, Tensor, float]:
+    """The potentials, those of zero weights made what the other side's imply; the error and the mass of the plan, and <P, C>."""
     row_sums, column_sums = torch.empty_like(f), g.new_full(g.shape, -math.inf)
     total = 0.0
     for rows, cost in costs.blocks():
@@ -394,10 +402,8 @@ def _evaluate(
     damp_a, damp_b = (damping(rho, reg) for rho in reg_marginal)
     f = torch.where(a > 0, f, damp_a * (f - reg * row_sums))
     g = torch.where(b > 0, g, damp_b * (g - reg * column_sums))
-    # Of nothing there is nothing, however large the sums.
-    rows_now = torch.where(a > 0, a * row_sums.exp(), 0)
-    columns_now = torch.where(b > 0, b * column_sums.exp(), 0)
-    return f, g, rows_now, columns_now, total
+    error = _off(a, row_sums, f, reg_marginal[0]) + _off(b, column_sums, g, reg_marginal[1])
+    return f, g, error, torch.where(a > 0, a * row_sums.exp(), 0).sum(), total
 
 
 def apply(
