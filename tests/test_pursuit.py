@@ -509,12 +509,6 @@ def check_overflow(backend: str, device: str) -> None:
     g = make_rows("normal", 5, 4).to(device)
     one = torch.ones(4, dtype=torch.float64, device=device)
     for solve in (orthogonal_matching_pursuit, frank_wolfe):
-        with pytest.raises(
-            ValueError, match="g, target: products of their entries overflow; scale them down"
-        ):
-            solve(1e200 * g, one, 2, backend=backend)
-        with pytest.raises(ValueError, match="g, target: products of their entries overflow"):
-            solve(g, 1e200 * one, 2, backend=backend)
         with pytest.raises(ValueError, match=r"weights of up to .* overflow torch.float32"):
             solve(1e-30 * g.float(), 1e30 * one, 2, backend=backend)
 

@@ -170,6 +170,7 @@ class _Problem:
     # What is above all distances of an offset that is far above them: the kernels do without it, because the first gains would be
     # rounded to the spacing of numbers near it.
     excess: float = 0.0
+    near: float = 0.0  # that bound, where there is an excess
     found_offset: float | None = None  # by the kernels, where they were left to find one
 
     @property
@@ -436,8 +437,8 @@ def _solve_in_range(
                 and not on_device
                 and _is_far_above(kernels, x, clients, p.metric, offset)
             ):
-                near = torch.tensor(_default_offset(kernels, x, clients, p.metric), dtype=out_dtype)
-                p.excess = max(0.0, offset - float(near))
+                p.near = float(torch.tensor(_default_offset(kernels, x, clients, p.metric), dtype=out_dtype))
+                p.excess = max(0.0, offset - p.near)
 
     if progress is None:
         result = _solve_checked(kernels, p, x, clients, members, offset, None)
@@ -555,7 +556,10 @@ def _solve_one(
 def _kernel_offset(p: _Problem, offset: float | None) -> float | None:
     if p.metric not in DISTANCES:
         return 0.0
-    return None if offset is None else offset - p.excess
+    if offset is None:
+        return None
+    # Beside a huge excess the difference would be lost.
+    return p.near if p.excess > 2.0**40 * p.near else offset - p.excess
 
 
 def _step_stochastic(
