@@ -149,7 +149,8 @@ def _fit(rows: Tensor, b: Tensor, ridge: float) -> Tensor:
         return rows.new_zeros(0)
     penalty = ridge**0.5 * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     matrix, right = torch.cat([rows.T, penalty]), torch.cat([b, b.new_zeros(len(rows))])
-    return torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0]
+    # The default on the CPU, "gelsy", pivots by memory that torch leaves as it is: its bits vary from call to call.
+    return torch.linalg.lstsq(matrix, right[:, None], driver="gels").solution[:, 0]
 
 
 def _nonnegative_fit(rows: Tensor, b: Tensor, ridge: float, weights: Tensor) -> Tensor:
