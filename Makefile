@@ -21,7 +21,7 @@ FAMILY ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python emulated test-aarch64 bench bench-compare gpu lint format wheel clean compiler
+.PHONY: help demo test test-cpp test-python test-large emulated test-aarch64 bench bench-compare gpu lint format wheel clean compiler
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test-cpp: $(VENV)/.tools compiler ## the C++ tests alone, plain and under the sa
 
 test-python: $(VENV)/.with-test emulated ## the Python tests alone; PYTEST_ARGS="-k simcore" narrows them
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-large: $(VENV)/.with-test ## inputs of more than 2^31 elements and of ten million rows: minutes, up to 6 GB
+	$(BIN)/python -m pytest tests/test_large.py -m slow --durations=0
 
 # The CUDA kernels as a module that the emulator runs: the Python tests take it for the GPU.
 emulated: $(VENV)/.tools compiler

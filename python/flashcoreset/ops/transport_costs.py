@@ -90,10 +90,6 @@ class TransportCosts:
             self._train, self._valid = scale(train, exponent), scale(valid, exponent)
             nearest, farthest, total = self._extremes(penalty, held)
             largest = float(farthest.max())
-        if not largest <= torch.finfo(train.dtype).max:
-            raise ValueError(
-                f"train: distances to valid overflow {train.dtype}; scale the features down or use float64"
-            )
         per_distance = 1 / largest if largest else 0.0
         low = float((nearest * per_distance - penalty).min())
         spread = float((farthest * per_distance - penalty).max()) - low
