@@ -153,8 +153,8 @@ def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: st
 
 def test_working_arrays_that_fit_in_no_memory_are_a_memory_error() -> None:
     found = {(o.binding, o.parameter, o.value): o.outcome for o in outcomes("cpu")}
-    assert found["FacilityLocation.from_csr", "m", "2**31"] == "MemoryError"
-    assert found["NearestOrder.of_similarities", "lists", "2**31"] == "MemoryError"
+    for binding, parameter in binding_calls.LARGE:
+        assert found[binding, parameter, "2**31"] == "MemoryError"
 
 
 # ----------------------------------------------------------------------------------------------- the cases one by one
