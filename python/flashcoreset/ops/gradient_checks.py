@@ -138,7 +138,8 @@ class Record:
         step = max(1, _PART // max(1, rows.shape[1]))
         for first in range(0, len(rows), step):
             some = rows[first : first + step].to(dtype)
-            projection[first : first + step] = some @ weights
+            with torch.autocast(x.device.type, enabled=False):
+                projection[first : first + step] = some @ weights
             norm[first : first + step] = torch.linalg.vector_norm(some, dim=1)
         seen = _Seen(tuple(x.shape), projection, norm, _eps(x.dtype))
         self.seen[owner, call, part if not number else f"{part} {number + 1}"] = seen
@@ -502,7 +503,8 @@ def _parts(gradient: Gradient) -> Iterator[Gradient]:
 
 def _product(x: Tensor, vectors: Tensor) -> Tensor:
     dtype = _arithmetic(x)
-    return (x.to(dtype) @ vectors.to(dtype)).double()
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.to(dtype) @ vectors.to(dtype)).double()
 
 
 def _squares(x: Tensor) -> Tensor:

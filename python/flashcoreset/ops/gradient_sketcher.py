@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -314,10 +315,13 @@ class GradientSketcher:
         self._begin()
         self._nodes = {key: _node(target.parameter) for key, target in self._targets.items()}
         add = self._handles.append
+        self._note = _uncompiled(self._note_call)
+        before, after = _uncompiled(self._before_call), _uncompiled(self._after_call)
+        end = _uncompiled(self._end_call)
         for name, module in _callable(self._model, self._places):
-            add(module.register_forward_pre_hook(partial(self._before_call, name), with_kwargs=True))
-            add(module.register_forward_hook(self._after_call))
-            add(module.register_forward_hook(self._end_call, always_call=True))
+            add(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            add(module.register_forward_hook(after))
+            add(module.register_forward_hook(end, always_call=True))
         for place in self._places:
             add(place.module.register_forward_pre_hook(self._before_layer))
             add(place.module.register_forward_hook(self._layer_hook(place), with_kwargs=True, prepend=True))
@@ -503,7 +507,7 @@ class GradientSketcher:
 
         return hook
 
-    def _note(self, place: _Place, x: Any, output: Tensor) -> int:
+    def _note_call(self, place: _Place, x: Any, output: Tensor) -> int:
         """Notes a call for the comparison of rows; its number."""
         record = self._record
         if record is None:
@@ -966,6 +970,12 @@ def _gets_gradient(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # "A leaf node was passed", by torch.autograd.grad with regard to it
         return True
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which torch.compile leaves alone where it is in use."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return function if dynamo is None else dynamo.disable(function)
 
 
 def _in_transform() -> bool:
