@@ -141,7 +141,7 @@ def table() -> dict[str, Callable[[], tuple[Call, Call]]]:
             facility_location(50, 5, backend="cpu"),
         ),
         "facility_location naive": lambda: (
-            facility_location(3_000, 500, backend="cpu", method="naive", memory_budget=0),
+            facility_location(2_000, 200, backend="cpu", method="naive", memory_budget=0),
             facility_location(50, 5, backend="cpu", method="naive"),
         ),
         "facility_location stochastic": lambda: (
@@ -156,7 +156,7 @@ def table() -> dict[str, Callable[[], tuple[Call, Call]]]:
         "sinkhorn of batches": lambda: (batches(2_000, 200), batches(5, 10)),
         "sinkhorn torch": lambda: (sinkhorn(1_000, 200, backend="torch"), sinkhorn(50, 10, backend="torch")),
         "sinkhorn_divergence": lambda: (divergence(1_500, 300), divergence(50, 10)),
-        "simcore": lambda: (simcore(60_000, 20_000), simcore(300, 20)),
+        "simcore": lambda: (simcore(30_000, 5_000), simcore(300, 20)),
         "simcore torch": lambda: (simcore(20_000, 2_000, backend="torch"), simcore(300, 20, backend="torch")),
         "goracs": lambda: (goracs(8_000, 100), goracs(100, 3)),
         "goracs sinkhorn": lambda: (goracs(2_000, 100, "sinkhorn"), goracs(100, 3, "sinkhorn")),
