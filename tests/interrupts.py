@@ -159,7 +159,7 @@ def table() -> dict[str, Callable[[], tuple[Call, Call]]]:
         "simcore": lambda: (simcore(30_000, 5_000), simcore(300, 20)),
         "simcore torch": lambda: (simcore(20_000, 2_000, backend="torch"), simcore(300, 20, backend="torch")),
         "goracs": lambda: (goracs(8_000, 100), goracs(100, 3)),
-        "goracs sinkhorn": lambda: (goracs(2_000, 100, "sinkhorn"), goracs(100, 3, "sinkhorn")),
+        "goracs sinkhorn": lambda: (goracs(1_000, 5, "sinkhorn"), goracs(100, 3, "sinkhorn")),
         "first goracs": lambda: (goracs(8_000, 100), goracs(100, 3)),
         "autocoreset": lambda: (autocoreset(20_000, 200), autocoreset(200, 20)),
         "caratheodory": lambda: (caratheodory(200_000, 60), caratheodory(300, 10)),
