@@ -14,7 +14,7 @@ import itertools
 import json
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,10 @@ class Call:
     rows: tuple[str, ...] = ()
     parts: int = 0
     layouts: bool = True
-    exact: frozenset[int] = field(
-        default_factory=frozenset
-    )  # floating results that are the same bits everywhere
+    exact: frozenset[int] = frozenset()  # floating results that are the same bits in every build and release
+    rounding: frozenset[int] = (
+        frozenset()
+    )  # results that are rounding errors themselves: differences of nearly equal numbers
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -89,7 +90,7 @@ def transport(**options: Any) -> Call:
     return Call(
         lambda: {"x": normal(3, 40, 5), "y": normal(4, 33, 5)},
         lambda x, y, **more: fc.sinkhorn(x, y, **{"reg": 0.5, "max_iter": 30, "tol": 0.0, **options, **more}),
-        budgets=(),
+        rounding=frozenset({4}),
     )
 
 
@@ -235,6 +236,7 @@ CALLS: dict[str, dict[str, Call]] = {
             lambda: {"x": normal(3, 5, 20, 4), "y": normal(4, 5, 17, 4)},
             lambda x, y, **more: fc.sinkhorn(x, y, reg=0.5, max_iter=20, tol=0.0, **more),
             rows=("x", "y"),
+            rounding=frozenset({4}),
         ),
     },
     "sinkhorn_divergence": {
@@ -309,7 +311,7 @@ CALLS: dict[str, dict[str, Call]] = {
     },
 }
 
-# Public names that are in no call above, and why.
+# Public names that are in no call above, and why; errors and warnings return nothing.
 NO_PROMISE = {
     "GradientSketcher": "reads the gradients of torch's own backward pass, whose products depend on threads and batches",
     "AdamState": "a value",
@@ -319,9 +321,6 @@ NO_PROMISE = {
     "SampleScores": "a value",
     "Selection": "a value",
     "Transport": "a value",
-    "BackendUnavailableError": "an error",
-    "ConvergenceWarning": "a warning",
-    "SlowPathWarning": "a warning",
     "__version__": "a string",
     "integrations": "a module; its selectors call the functions above",
     "kernels": "a module; what is under the functions above",
@@ -330,12 +329,15 @@ NO_PROMISE = {
 }
 
 
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Exception)
+
+
 def test_every_public_name_is_looked_after() -> None:
     named = CALLS.keys() | NO_PROMISE.keys()
-    assert set(fc.__all__) - named == set(), (
-        "add a call to CALLS, or the reason why there is none to NO_PROMISE"
-    )
-    assert named - set(fc.__all__) == set()
+    public = {name for name in fc.__all__ if not _is_error(getattr(fc, name))}
+    assert public - named == set(), "add a call to CALLS, or the reason why there is none to NO_PROMISE"
+    assert named - public == set()
     assert CALLS.keys() & NO_PROMISE.keys() == set()
 
 
@@ -462,17 +464,19 @@ LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
     "offset": offset,
     "read-only": read_only,
     "backwards": lambda x: np.flip(np.flip(x.numpy()).copy()),  # negative strides
-    "big-endian-free": lambda x: np.asfortranarray(x.numpy()),
 }  # fmt: skip
 
 
+SOME_LAYOUTS = ("transposed", "strided")  # where kernels are emulated or interpreted, which takes seconds
+
+
 @pytest.mark.parametrize(("call", "backend"), [p for p in ON if p.values[0].layouts and p.values[0].inputs()])
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_layouts(call: Call, backend: str, layout: str) -> None:
+def test_layouts(call: Call, backend: str) -> None:
     expected = results(call, backend)
-    laid = {name: LAYOUTS[layout](x) for name, x in call.inputs().items()}
-    same(expected, results(call, backend, laid))
+    for layout in LAYOUTS if backend in ("", *COMPILED) else SOME_LAYOUTS:
+        laid = {name: LAYOUTS[layout](x) for name, x in call.inputs().items()}
+        same(expected, results(call, backend, laid))
 
 
 @pytest.mark.parametrize(("call", "backend"), [p for p in ON if p.values[0].layouts and p.values[0].inputs()])
@@ -504,9 +508,10 @@ def test_fresh_processes() -> None:
 
 # ---- golden files
 
-# By how much floating results may differ from those of a release: builds without fused multiply-adds round each product (docs/numerics.md),
-# and products that a method makes with torch, and models that scikit-learn fits, are those of the library at hand.
-GOLDEN_SHARE = {torch.float32: 2e-5, torch.float64: 1e-5}
+# By how much floating results may differ from those of a release: a build without fused multiply-adds rounds each product, and the
+# width of its vectors decides the order of sums in losses and Sinkhorn iterations (docs/numerics.md). Between x86-64-v2, v3 and v4 that is
+# 2.5e-7 at most; methods that make products with torch or fit scikit-learn's models have those of the library at hand.
+GOLDEN_SHARE = 2e-6
 
 
 def told(call: Call) -> list[dict[str, Any]]:
@@ -535,13 +540,14 @@ def test_golden(family: str) -> None:
         for place, (a, b) in enumerate(zip(found, expected, strict=True)):
             where = f"{variant}, result {place}"
             assert (a["dtype"], a["shape"]) == (b["dtype"], b["shape"]), where
+            if place in call.rounding:
+                continue
             if place in call.exact or not a["dtype"].startswith("torch.float"):
                 assert a["values"] == b["values"], where
                 continue
             x, y = (
                 torch.tensor([float.fromhex(v) for v in r["values"]], dtype=torch.float64) for r in (a, b)
             )
-            share = GOLDEN_SHARE[torch.float64 if a["dtype"] == "torch.float64" else torch.float32]
             torch.testing.assert_close(
-                x, y, rtol=share, atol=share * float(y.abs().max() if len(y) else 0), msg=where
+                x, y, rtol=GOLDEN_SHARE, atol=GOLDEN_SHARE * float(y.abs().max() if len(y) else 0), msg=where
             )

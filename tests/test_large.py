@@ -120,7 +120,7 @@ def test_gradients_beyond_the_indices() -> None:
     g = zeros(3, count, dtype=np.float32)
     g[:, -2:] = [[1.0, 0.0], [1.1, 0.0], [-4.0, 2.0]]
     found = fc.match_gradients(g, 2, top=2)
-    assert found.dims.tolist() == [[count - 2, count - 1]]
+    assert found.dims.tolist() == [[count - 1, count - 2]]
     assert found.indices.tolist() == [0, 2]
     assert found.weights.tolist() == [2.0, 1.0]
 

@@ -619,7 +619,9 @@ def test_what_overflows_is_said_of_the_gradients(backend: str) -> None:
         with pytest.raises(ValueError, match=f"g: sums over dimensions for metric '{metric}' overflow"):
             fc.match_gradients(large, 1, metric=metric, top=top, backend=backend)
     for state, g in ((fc.RankOneAdamState(10), fc.LowRankGradients(large[:, :1], 0, 10)), (zeros, large)):
-        with pytest.raises(ValueError, match=r"g: the squares of entries of up to 3e.200, which Adam's history"):
+        with pytest.raises(
+            ValueError, match=r"g: the squares of entries of up to 3e.200, which Adam's history"
+        ):
             fc.match_gradients(g, 1, normalize=state, backend=backend)
     single = 1e30 * torch.tensor([[1.0, 2], [3, -1], [2, 2]])
     with pytest.raises(ValueError, match=r"g: gains or weights of up to .* overflow torch.float32; scale"):
