@@ -135,6 +135,8 @@ class Recipes:
             "method": literal(method),
             **self.maybe(0.4, top=Size("max(1, D // 2)")),
         }
+        if method == "caratheodory":  # as many as it takes
+            return some | {"k": Size("n")}
         some |= self.maybe(0.2, groups=self.labels("n"))
         if method == "medoid":
             some |= self.maybe(0.4, metric=literal(r.choice(POINTS)))
@@ -513,9 +515,8 @@ def _bytes(value: Any) -> bytes | None:
     if isinstance(value, np.ndarray):
         return value.tobytes()
     if type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu":
-        return (
-            value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        )
+        flat = value.detach().flatten().clone(memory_format=torch.contiguous_format)
+        return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
     return None
 
 
