@@ -28,11 +28,11 @@ def call(*arguments: str) -> None:
 # Programs are numbered, so these are the same ones each time.
 @pytest.mark.parametrize(("target", "programs"), [("public", 300), ("cpu", 1500), ("cuda", 400)])
 def test_random_calls(target: str, programs: int) -> None:
-    call(target, "--calls", str(programs), "--seed", "1", "--limit", "60")
+    call(target, "--calls", str(programs), "--seed", "1", "--limit", "300")
 
 
 @pytest.mark.parametrize("target", ["public", "cpu", "cuda"])
 def test_programs_that_failed_once(target: str) -> None:
     files = [str(path) for path in REGRESSIONS if path.name.startswith(f"{target}-")]
     assert files
-    call(target, "--limit", "60", "--run", *files)
+    call(target, "--limit", "300", "--run", *files)
