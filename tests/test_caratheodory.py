@@ -391,7 +391,10 @@ def test_the_parts_for_devices_check_their_arrays() -> None:
         (lambda: reduction.correct(numbers(5, 2), numbers(4), numbers(3)), "weights: expected shape"),
         (lambda: reduction.correct(numbers(5, 2), numbers(5), numbers(2)), "sums: expected shape"),
         (lambda: native.CaratheodorySampler(reduction, numbers(9, value=0.0), 3), "weights: expected finite"),
-        (lambda: native.CaratheodorySampler(reduction, numbers(9), 0), "goal: expected an integer >= 1, got 0"),
+        (
+            lambda: native.CaratheodorySampler(reduction, numbers(9), 0),
+            "goal: expected an integer >= 1, got 0",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             call()
