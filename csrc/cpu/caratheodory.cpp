@@ -333,7 +333,6 @@ class Reduction {
   void keep_positive() {
     int64_t kept = 0;
     for (int64_t r = 0; r < left(); ++r) {
-      require_number(weights_[r]);
       if (!(weights_[r] > 0)) continue;
       rows_[kept] = rows_[r];
       weights_[kept] = weights_[r];

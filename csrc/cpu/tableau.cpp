@@ -20,15 +20,19 @@ constexpr double kLeastPivot = 1e-3;
 
 bool all_finite(const double* x, int64_t count) {
   // v - v is 0 for finite values and NaN otherwise.
-  simd::Vec<double> sum{};
+  constexpr int64_t W = simd::kWidth<double>;
+  simd::Vec<double> sum[4] = {};
   double rest = 0;
   int64_t j = 0;
-  for (; j + simd::kWidth<double> <= count; j += simd::kWidth<double>) {
-    const simd::Vec<double> v = simd::load(x + j);
-    sum += v - v;
+  for (; j + 4 * W <= count; j += 4 * W) {
+    for (int v = 0; v < 4; ++v) {
+      const simd::Vec<double> value = simd::load(x + j + v * W);
+      sum[v] += value - value;
+    }
   }
   for (; j < count; ++j) rest += x[j] - x[j];
-  for (int lane = 0; lane < simd::kWidth<double>; ++lane) rest += sum[lane];
+  const simd::Vec<double> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (int lane = 0; lane < W; ++lane) rest += all[lane];
   return rest == 0;
 }
 
@@ -53,9 +57,7 @@ Tableau::Tableau(int64_t coordinates, int64_t vectors, bool extra, ThreadTeam& t
 }
 
 void Tableau::scale(const std::vector<double>& least, bool together) {
-  for (int64_t i = 0; i < rows_; ++i) {
-    if (!all_finite(row(i), width_)) refuse_sums();
-  }
+  if (!all_finite(row(0), rows_ * width_)) refuse_sums();
   const double of_all = together ? max_abs(row(1), (rows_ - 1) * width_) : 0;
   int64_t kept = 0;
   for (int64_t i = 0; i < rows_; ++i) {
