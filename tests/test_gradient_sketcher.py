@@ -953,10 +953,10 @@ class Positions(nn.Module):
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_what_broadcasts_over_the_batch_is_expanded(early: bool) -> None:
+def test_outputs_that_broadcast_over_the_batch(early: bool) -> None:
     model = seeded(lambda: Positions(early))
     check(model, classify, points(5, 4, 6), labels(5, 3))
-    assert tuple(model.position(torch.arange(4)[None]).shape) == (1, 4, 6)  # not outside
+    assert tuple(model.position(torch.arange(4)[None]).shape) == (1, 4, 6)  # nor inside
     # Called by its parts, a model does not say how large the batch is.
     sketcher = fc.GradientSketcher(model, DIM, backend="torch")
     with sketcher:

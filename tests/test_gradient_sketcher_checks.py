@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_gradient_sketcher import points, seeded
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -22,16 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(gradient_checkpointing|past_key_values).* is deprecated:FutureWarning"
 )
 CLOSE = 1e-5  # of norms, relative; the worst seen: 1e-6
-
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make()
-
-
-def points(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def whole(high: int, *shape: int) -> Tensor:
