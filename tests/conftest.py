@@ -41,6 +41,8 @@ LONG = (
     "test_packaging.py",
     "test_benchmarks.py",
     "test_integrations_transformers.py",
+    "test_interrupts.py",
+    "test_fork.py",
 )
 
 

@@ -161,7 +161,7 @@ def table() -> dict[str, Callable[[], tuple[Call, Call]]]:
         "goracs": lambda: (goracs(8_000, 100), goracs(100, 3)),
         "goracs sinkhorn": lambda: (goracs(1_000, 5, "sinkhorn"), goracs(100, 3, "sinkhorn")),
         "first goracs": lambda: (goracs(8_000, 100), goracs(100, 3)),
-        "autocoreset": lambda: (autocoreset(20_000, 200), autocoreset(200, 20)),
+        "autocoreset": lambda: (autocoreset(5_000, 100), autocoreset(200, 20)),
         "caratheodory": lambda: (caratheodory(200_000, 60), caratheodory(300, 10)),
         "match_gradients": lambda: (
             match(2_000, 4_000, 800, backend="cpu"),
@@ -203,7 +203,7 @@ def table() -> dict[str, Callable[[], tuple[Call, Call]]]:
 
 FRESH = "first goracs"
 LONGEST = 1.5  # seconds into a call
-PATIENCE = 120
+PATIENCE = 300
 
 
 def digest(result: torch.Tensor) -> str:

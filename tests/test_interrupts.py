@@ -31,7 +31,7 @@ try:
     print("not interrupted")
 except KeyboardInterrupt:
     print("interrupted", time.monotonic() - begin < 1)
-print(imported("slow_package").seen, imported("slow_package") is sys.modules["slow_package"], os.environ.get("SLOW"))
+print(imported("slow_package", {{"SLOW": "1"}}).seen, imported("slow_package") is sys.modules["slow_package"], os.environ.get("SLOW"))
 """
 
 

@@ -6,9 +6,13 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
+_WAIT = 0.05  # seconds
+
+_environment_lock = threading.Lock()
 _imported: dict[str, ModuleType] = {}
 
 
@@ -29,27 +33,41 @@ def imported(name: str, environment: Mapping[str, str] | None = None) -> ModuleT
     if module is not None and sys.modules.get(name) is module:
         return module
     errors: list[BaseException] = []
+    done = threading.Event()
 
     def run() -> None:
-        before = {key: os.environ.get(key) for key in environment or ()}
-        os.environ.update(environment or {})
         try:
-            _imported[name] = importlib.import_module(name)
+            with _with_environment(environment) if environment else nullcontext():
+                _imported[name] = importlib.import_module(name)
         except BaseException as error:
             errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name=f"import {name}").start()
+    # In short waits, since a signal that comes just before one begins is seen only after it. And no join(): interrupted, it takes
+    # the thread for ended.
+    while not done.wait(_WAIT):
+        pass
+    if errors:
+        raise errors[0]
+    return _imported[name]
+
+
+@contextmanager
+def _with_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    # One at a time, since a call after an interrupted one comes while that import still goes on.
+    with _environment_lock:
+        before = {key: os.environ.get(key) for key in variables}
+        os.environ.update(variables)
+        try:
+            yield
         finally:
             for key, value in before.items():
                 if value is None:
                     del os.environ[key]
                 else:
                     os.environ[key] = value
-
-    thread = threading.Thread(target=run, name=f"import {name}")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return _imported[name]
 
 
 def pot() -> ModuleType:

@@ -4,12 +4,12 @@ at first use."""
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import threading
 from types import ModuleType
 
 from flashcoreset._errors import BackendUnavailableError
+from flashcoreset._imports import imported
 
 # Best first. The names are those of FLASHCORESET_ISA; the modules are the package's own.
 MODULES = {
@@ -27,7 +27,8 @@ _REMEDY = "reinstall flashcoreset with a C++17 compiler present (pip install .),
 def _import(name: str) -> ModuleType | str:
     """The package's compiled module of that name, or why there is none."""
     try:
-        return importlib.import_module(f"flashcoreset.{name}")
+        # Where Ctrl-C doesn't reach: pybind11 makes an ImportError of it, and the build would count as missing.
+        return imported(f"flashcoreset.{name}")
     except ImportError as error:
         return f"{type(error).__name__}: {error}"
 
