@@ -26,6 +26,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -336,8 +337,8 @@ class Problem {
         costs_(batch, p, team),
         exponents_(costs_),
         chunks_(n_, width_),
-        schedule_(options.reg, spread_of(costs_, batch, p), options.tol, options.max_iter, options.warm,
-                  mass_of(batch.a, p, n_)),
+        schedule_(options.reg, spread_of(costs_, batch, p, options.reg), options.tol, options.max_iter,
+                  options.warm, mass_of(batch.a, p, n_)),
         translates_(schedule_.translates(options.reg_marginal[0], options.reg_marginal[1])),
         matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
         blocks_(workspace.blocks(team.size() * kCostRows * width_)),
@@ -400,17 +401,24 @@ class Problem {
   int64_t iterations() const { return schedule_.iterations(); }
 
  private:
-  // A bound of the costs' range; throws std::invalid_argument if that of the type is less.
-  static double spread_of(const CostTiles<T>& costs, const SinkhornBatch<T>& batch, int64_t p) {
+  // A bound of the costs' range; throws std::invalid_argument if they, or their exponents, leave that of the
+  // type.
+  static double spread_of(const CostTiles<T>& costs, const SinkhornBatch<T>& batch, int64_t p, double reg) {
     const double spread = costs.spread();
     // Euclidean distances are the roots of their squares.
     const bool squares = !batch.is_cost && !batch.cosine && batch.metric == Metric::kEuclidean;
     const double most = static_cast<double>(std::numeric_limits<T>::max());
-    if (spread <= (squares ? std::sqrt(most) : most)) return spread;
-    const std::string within = batch.count() > 1 ? " in problem " + std::to_string(p) : "";
-    throw std::invalid_argument(std::string("x: costs overflow torch.float") +
-                                (sizeof(T) == 4 ? "32" : "64") + within + "; scale the data down" +
-                                (sizeof(T) == 4 ? " or use float64" : ""));
+    const bool fits = spread <= (squares ? std::sqrt(most) : most);
+    if (fits && spread <= kSinkhornExponents * most * reg) return spread;
+    const std::string type = sizeof(T) == 4 ? "torch.float32" : "torch.float64",
+                      within = batch.count() > 1 ? " in problem " + std::to_string(p) : "",
+                      remedy = sizeof(T) == 4 ? " or use float64" : "";
+    if (!fits) {
+      throw std::invalid_argument("x: costs overflow " + type + within + "; scale the data down" + remedy);
+    }
+    char text[96];
+    std::snprintf(text, sizeof text, "reg: costs of %.3g in units of %.3g overflow ", spread, reg);
+    throw std::invalid_argument(text + type + within + "; raise reg" + remedy);
   }
 
   static double mass_of(const TensorView<const double, 2>& weights, int64_t p, int64_t count) {
@@ -951,7 +959,8 @@ class SinkhornRun final : public Sinkhorn {
         result_(result),
         options_(options),
         team_(options.threads, options.poll),
-        order_(batch.count()) {
+        order_(batch.count()),
+        units_(std::min(options.max_iter, INT64_MAX / batch.count())) {
     int64_t largest = 0, all = 0;
     std::vector<int64_t> size(batch.count());
     for (int64_t p = 0; p < batch.count(); ++p) {
@@ -972,7 +981,7 @@ class SinkhornRun final : public Sinkhorn {
     workspaces_.resize(one_a_thread_ ? options.threads : 1);
   }
 
-  int64_t total() const override { return batch_.count() * options_.max_iter; }
+  int64_t total() const override { return batch_.count() * units_; }
 
   int64_t step(int64_t iterations) override {
     iterations = std::max<int64_t>(iterations, 1);
@@ -981,7 +990,7 @@ class SinkhornRun final : public Sinkhorn {
     } else {
       one(iterations);
     }
-    return done_ * options_.max_iter + (problem_ ? problem_->iterations() : 0);
+    return done_ * units_ + (problem_ ? std::min(problem_->iterations(), units_) : 0);
   }
 
  private:
@@ -1016,6 +1025,7 @@ class SinkhornRun final : public Sinkhorn {
   const SinkhornOptions options_;
   ThreadTeam team_;
   std::vector<int64_t> order_;
+  const int64_t units_;  // what a problem counts for: its iterations, where the sum of all fits
   std::vector<Workspace<T>> workspaces_;
   bool one_a_thread_ = false;
   int64_t done_ = 0;  // problems, in `order_`

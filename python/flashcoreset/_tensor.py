@@ -82,7 +82,9 @@ def as_tensor(value: Any, name: str) -> Tensor:
     if hasattr(value, "__dlpack__"):
         try:
             return torch.from_dlpack(value)
-        except (BufferError, RuntimeError, TypeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a stranger's method raises
             raise TypeError(
                 f"{name}: the __dlpack__ of {type(value).__name__} could not be taken: {error}"
             ) from error
