@@ -18,10 +18,12 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python triton_kernels
 CPP_FILES := $(shell find csrc tests/cpp tests/emulator -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
                -o -name '*.h')
 FAMILY ?=
+SECONDS ?= 60
+TARGET ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python emulated test-aarch64 bench bench-compare gpu lint format wheel clean compiler
+.PHONY: help demo test test-cpp test-python test-large emulated sanitize fuzz test-aarch64 bench bench-compare gpu lint format wheel clean compiler
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,11 +46,33 @@ test-cpp: $(VENV)/.tools compiler ## the C++ tests alone, plain and under the sa
 test-python: $(VENV)/.with-test emulated ## the Python tests alone; PYTEST_ARGS="-k simcore" narrows them
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
+test-large: $(VENV)/.with-test ## inputs of more than 2^31 elements and of ten million rows: minutes, up to 6 GB
+	$(BIN)/python -m pytest tests/test_large.py -m slow --durations=0
+
 # The CUDA kernels as a module that the emulator runs: the Python tests take it for the GPU.
 emulated: $(VENV)/.tools compiler
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cpp -B build/emulated -DFLASHCORESET_EMULATED_MODULE=ON \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	$(BIN)/cmake --build build/emulated --target _cuda_emulated -j$(JOBS)
+
+# The bindings and the kernels as Python modules that the sanitizers watch: build/sanitize-address and build/sanitize-thread.
+sanitize: $(VENV)/.with-test compiler ## Python's tests of every binding and of the emulated CUDA kernels under the sanitizers
+	$(call sanitized,address,address$(comma)undefined)
+	$(call sanitized,thread,thread)
+	$(BIN)/python tests/sanitize.py address $(PYTEST_ARGS)
+	$(BIN)/python tests/sanitize.py thread $(PYTEST_ARGS)
+
+# The kernels' targets run under libFuzzer where there is Clang with it, else by a driver of their own.
+LIBFUZZER = $(shell echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' | \
+              clang++ -fsanitize=fuzzer,address -x c++ - -o /dev/null 2>/dev/null && echo ON || echo OFF)
+fuzz: $(VENV)/.with-test compiler ## fuzz the bindings and public functions: SECONDS=60 a target, TARGET="sketch public" for some
+	$(eval found := $(LIBFUZZER))
+	$(call sanitized,address,address$(comma)undefined)
+	$(if $(filter OFF,$(found)),@echo "there is no libFuzzer: a seeded driver runs the kernels; on Debian and Ubuntu: apt install clang libclang-rt-dev")
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(filter ON,$(found)),CXX=clang++) cmake -S tests/cpp -B build/fuzz-targets \
+	  -DFLASHCORESET_SANITIZE=address$(comma)undefined -DFLASHCORESET_LIBFUZZER=$(found)
+	$(BIN)/cmake --build build/fuzz-targets --target fuzz_targets -j$(JOBS)
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) --jobs $(JOBS) $(TARGET)
 
 test-aarch64: $(VENV)/.tools ## the C++ tests for 64-bit Arm, under qemu-user
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
@@ -92,6 +116,13 @@ define ctest
 PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cpp -B build/$(1) $(2)
 $(BIN)/cmake --build build/$(1) -j$(JOBS)
 $(BIN)/ctest --test-dir build/$(1) --output-on-failure -j$(JOBS)
+endef
+
+# $(call sanitized,folder,sanitizers): build the Python modules under build/sanitize-folder
+define sanitized
+PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/cpp -B build/sanitize-$(1) -DFLASHCORESET_SANITIZE=$(2) -DFLASHCORESET_CPU_MODULE=ON \
+  -DFLASHCORESET_EMULATED_MODULE=ON -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+$(BIN)/cmake --build build/sanitize-$(1) --target python_modules -j$(JOBS)
 endef
 
 $(VENV)/.made:

@@ -68,6 +68,8 @@ def _inputs(layers: int, width: int, batch: int, length: int, dim: int) -> Input
         "columns": torch.from_numpy(columns[:, 0]), "signs": torch.from_numpy(signs[:, 0]).float(), "model": model, "ids": ids,
         "loss": _loss, "dim": dim, "both": fc.GradientSketcher(model, dim),
         "sketches": fc.GradientSketcher(model, dim, norms=False), "norms": fc.GradientSketcher(model, None),
+        "always": fc.GradientSketcher(model, dim, norms=False, verify="always"),
+        "never": fc.GradientSketcher(model, dim, norms=False, verify="never"),
     }  # fmt: skip
 
 
@@ -95,6 +97,14 @@ def _same_loss(_: Inputs, ours: tuple[Tensor, fc.GradientSketcher], peer: Tensor
     if not torch.equal(ours[0], peer):
         raise Disagreement(f"losses {float(ours[0])} and {float(peer)}")
     return "same loss, bit for bit"
+
+
+def _same_loss_and_sketches(
+    inputs: Inputs, ours: tuple[Tensor, fc.GradientSketcher], peer: tuple[Tensor, fc.GradientSketcher]
+) -> str:
+    if not torch.equal(ours[1].sketches, peer[1].sketches):
+        raise Disagreement("sketches differ")
+    return f"{_same_loss(inputs, ours, peer[0])}; same sketches"
 
 
 def _same_sketches(_: Inputs, ours: Tensor, peer: Tensor) -> str:
@@ -132,6 +142,28 @@ ROWS = [
         title="forward and backward pass with both, 6 layers of width 256, 32 x 128 tokens",
         ours=_with("both"),
         goal=None,
+    ),
+    replace(
+        SKETCHES,
+        name="verified-first",
+        title="forward and backward pass with sketches (sjlt) of per-sample gradients to 4,096 that checks rows and sums, as on the "
+        "first batch, 6 layers of width 256, 32 x 128 tokens",
+        ours=_with("always"),
+        peer=_with("never"),
+        peer_name='the same with verify="never"',
+        check=_same_loss_and_sketches,
+        goal=None,
+    ),
+    replace(
+        SKETCHES,
+        name="verified-later",
+        title="forward and backward pass with sketches (sjlt) of per-sample gradients to 4,096 on batches after the first, which was "
+        "checked, 6 layers of width 256, 32 x 128 tokens",
+        ours=_with("sketches"),
+        peer=_with("never"),
+        peer_name='the same with verify="never"',
+        check=_same_loss_and_sketches,
+        goal=0.98,
     ),
     replace(
         SKETCHES,

@@ -468,6 +468,15 @@ def test_objectives_of_older_releases_are_refused(name: str, value: str, y: Any)
         LOSSES["logistic_regression"](model, X, y)
 
 
+@pytest.mark.parametrize("name", ["kmeans", "linear_svm", "linear_regression"])
+def test_losses_that_overflow_are_refused(name: str) -> None:
+    model = {"kmeans": KMeans(2), "linear_svm": LinearSVC(), "linear_regression": LinearRegression()}[
+        name
+    ].fit(X, TWO)
+    with pytest.raises(ValueError, match="loss must be finite and >= 0, got inf for sample"):
+        fc.autocoreset(1e200 * X, TWO, Recorder(), lambda _, x, y: LOSSES[name](model, x, y), 30)
+
+
 def test_targets_of_a_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"y must have shape \[400\], one class a sample, got \(400, 1\)"):
         LOSSES["linear_svm"](LinearSVC().fit(X, TWO), X, TWO[:, None])

@@ -214,6 +214,30 @@ def test_corrupt_sparse_matrix(crow: list[int], col: list[int], words: str, back
         fc.facility_location(broken, 1, metric="precomputed", backend=backend)
 
 
+@pytest.mark.parametrize("device", [(2, 0), None])
+def test_devices_that_arrays_say_they_are_on(device: Any) -> None:
+    """In a torch without CUDA an array on a GPU is an AssertionError of its own."""
+    if device == (2, 0) and torch.cuda.is_available():
+        device = (2, 1000)
+
+    class Elsewhere:
+        def __dlpack__(self, **keywords: Any) -> Any:
+            return torch.utils.dlpack.to_dlpack(X)
+
+        def __dlpack_device__(self) -> Any:
+            return device
+
+    for call in (
+        lambda x: fc.facility_location(x, 1),
+        lambda x: fc.facility_location(X, 1, weights=x),
+        lambda x: fc.sketch(x, 2),
+        lambda x: fc.ccs(x, 1),
+        lambda x: fc.allocate_budgets(x, 1),
+    ):
+        with pytest.raises(TypeError, match="__dlpack__ of Elsewhere could not be taken"):
+            call(Elsewhere())
+
+
 def test_vmap_is_an_error_not_a_crash() -> None:
     with pytest.raises((RuntimeError, ValueError)):
         torch.vmap(lambda x: fc.facility_location(x, 1).indices)(torch.ones(2, 6, 3))

@@ -116,6 +116,17 @@ def test_clients(option: str, features: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
 
 
+def test_precomputed_distance(tmp_path: Path) -> None:
+    d, out = np.random.default_rng(2).random((12, 9)), tmp_path / "out.npz"
+    np.save(tmp_path / "d.npy", d)
+    command = ("select", "facility-location", "--features", tmp_path / "d.npy", "-k", 3, "-o", out)
+    assert run(*command, "--metric", "precomputed_distance", "--offset", 2) == 0
+    arrays, info = read(out)
+    expected = fc.facility_location(2 - d, 3, metric="precomputed")
+    np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+    assert (info["offset"], info["objective"]) == (2, pytest.approx(expected.objective, rel=1e-12))
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_precomputed(sparse: bool, tmp_path: Path) -> None:
     s = np.random.default_rng(2).random((12, 9))

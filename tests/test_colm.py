@@ -229,3 +229,23 @@ def _state(betas: tuple[float, float]) -> dict[str, Any]:
     method.select(low_rank(40, 0))
     history: dict[str, Any] = method.state_dict()["history"]
     return history
+
+
+def test_kept_labels_that_no_sample_has() -> None:
+    """A batch may lack a kept label; that none of many has it is told once, and of a single call at once."""
+    g, groups = low_rank(40, 0), [0, 1] * 20
+    with pytest.warns(
+        UserWarning, match="keep_groups keeps nothing by 7: no sample of the batch has that label, but 0, 1"
+    ):
+        fc.select("colm", grads=g, k=4, top=50, groups=groups, keep_groups=[7, 1])
+    method = fc.CoLM(4, top=50, keep_groups=[7, 9, 1])
+    assert method.select(g, groups).info["unseen"] == [7, 9]
+    assert method.select(g, [9, *groups[1:]]).info["unseen"] == [7]
+    for _ in range(97):
+        method.select(g, groups)
+    with pytest.warns(
+        UserWarning, match="keep_groups keeps nothing by 7: no sample of 100 batches .*, but 0, 1"
+    ):
+        method.select(g, groups)
+    assert method.select(g, groups).info["unseen"] == [7]  # told once
+    assert method.select(g, [7, *groups[1:]]).info["unseen"] == []

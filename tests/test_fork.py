@@ -23,7 +23,7 @@ def outcomes(method: str) -> dict[str, str]:
         [sys.executable, str(SCRIPT), method],
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=600,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr

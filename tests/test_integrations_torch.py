@@ -586,6 +586,29 @@ def test_models_without_a_loss_tell_by_their_labels() -> None:
             BatchSelector(model).gradients({"input_ids": torch.ones_like(labels), "labels": labels})
 
 
+def test_broken_rows_do_not_hide_what_the_loss_is() -> None:
+    model, data = model_of_kind("masked"), batch_of_kind("masked")
+    model.cls.predictions.decoder.weight = nn.Parameter(model.cls.predictions.decoder.weight.detach().clone())
+    model.bert.embeddings.word_embeddings.weight.data[40] = torch.nan  # and not the head, which shares it
+    data["input_ids"][data["input_ids"] == 40] = 1
+    clean = BatchSelector(model).gradients(data).coefficients
+    data["input_ids"][2, 1] = 40
+    selector = BatchSelector(model)
+    found = selector.gradients(data).coefficients
+    assert selector.shift_labels is False
+    assert found[2].isnan()
+    torch.testing.assert_close(found[[0, 1, 3, 4, 5]], clean[[0, 1, 3, 4, 5]], rtol=0, atol=1e-9)
+    # A model without a loss is told by its labels, broken rows or not.
+    plain = Decoder()
+    plain.embedding.weight.data[40] = torch.nan
+    following = {"input_ids": batch()["input_ids"].clone(), "labels": torch.full((ROWS, LENGTH), -100)}
+    following["input_ids"][0, 0] = 40
+    following["labels"][:, :-1] = following["input_ids"][:, 1:]
+    selector = BatchSelector(plain)
+    assert selector.gradients(following).coefficients[0].isnan()
+    assert selector.shift_labels is False
+
+
 def test_equal_losses_in_both_senses() -> None:
     """A head of zeros has the loss log C whatever the labels are: then the labels tell."""
     model = language_model("llama")

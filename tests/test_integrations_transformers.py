@@ -443,6 +443,187 @@ def test_data_without_sources(tmp_path: Path) -> None:
     assert _label("broken \ud800", "") != _label("broken", "")
 
 
+class Classes:
+    """As `datasets.ClassLabel`."""
+
+    names = ("common", "other", "rare")
+
+    def str2int(self, name: str) -> int:
+        return self.names.index(name)
+
+    def int2str(self, label: int) -> str:
+        return self.names[label]
+
+
+class Columns(torch.utils.data.Dataset[dict[str, Any]]):
+    """As a `datasets.Dataset`: columns, and rows that are made of them."""
+
+    column_names = ("input_ids", "source")
+
+    def __init__(self, data: list[dict[str, Any]], features: Any = None, custom: bool = False) -> None:
+        self.data, self.features, self.format = data, features, {"type": "custom" if custom else None}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return dict(self.data[i])
+
+    def unique(self, column: str) -> list[Any]:
+        return list(dict.fromkeys(row[column] for row in self.data))
+
+
+def by_number() -> list[dict[str, Any]]:
+    return [{**row, "source": Classes.names.index(row["source"])} for row in rows()]
+
+
+def kept_rows(run: Recording) -> None:
+    """All rows of the rare source are kept."""
+    run.train()
+    for drawn, coreset in zip(run.drawn, run.coresets, strict=True):
+        rare = [i for i, row in enumerate(drawn) if row["source"] in ("rare", 2)]
+        assert coreset.indices.tolist()[: len(rare)] == rare[:K]
+    assert any(coreset.info["kept"] for coreset in run.coresets)
+
+
+def test_names_of_classes(tmp_path: Path) -> None:
+    features = {"source": Classes()}
+    for data, kept in (
+        (Columns(by_number(), features), ("rare",)),
+        (Columns(by_number(), features), (2,)),
+        (Columns(rows(), features, custom=True), ("rare",)),  # whose transform makes names of the numbers
+    ):
+        kept_rows(trainer(tmp_path, {"keep_sources": kept}, data))
+    with pytest.raises(
+        ValueError,
+        match=r"keep_sources\[0\] must be a class of the column 'source', 'common', 'other', 'rare', got 'rear'",
+    ):
+        trainer(tmp_path, {"keep_sources": ("rear",)}, Columns(by_number(), features))
+    only_two = [row for row in by_number() if row["source"] != 2]
+    with pytest.raises(
+        ValueError,
+        match=r"keep_sources\[0\] must be a source of the training data, which has 'common', 'other' in",
+    ):
+        trainer(tmp_path, {"keep_sources": ("rare",)}, Columns(only_two, features))
+
+
+@pytest.mark.parametrize("kind", [list, Columns])
+def test_sources_that_the_data_does_not_have(kind: Any, tmp_path: Path) -> None:
+    message = r"keep_sources\[1\] must be a source of the training data, which has 'common', 'other', 'rare' in the column 'source', got "
+    for source in ("rear", 2):
+        with pytest.raises(ValueError, match=message + repr(source)):
+            trainer(tmp_path, {"keep_sources": ("rare", source)}, kind(rows()))
+    with pytest.raises(ValueError, match=r"which has 0, 1, 2 in the column 'source', got 'rare'"):
+        trainer(tmp_path, data=kind(by_number()))
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Of which nothing is known beforehand."""
+
+    column_names = ("text",)
+
+    def __init__(self, data: list[dict[str, Any]]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Any:
+        return iter([dict(row) for row in self.data])
+
+
+@pytest.mark.parametrize(
+    "steps", [3, 8], ids=["the run", "the first epoch"]
+)  # 60 rows are five large batches
+def test_sources_that_a_stream_does_not_have(steps: int, tmp_path: Path) -> None:
+    where = "the run" if steps == 3 else "the first epoch"
+    run = trainer(tmp_path, {"keep_sources": ("rare", "rear")}, Stream(rows()), max_steps=steps)
+    with pytest.warns(
+        UserWarning,
+        match=f"keep_sources keeps nothing by 'rear': no row of {where} .* 'common', 'other', 'rare'",
+    ) as told:
+        run.train()
+    assert len([w for w in told if "keep_sources" in str(w.message)]) == 1
+    assert run.coresets[0].info["kept"] > 0
+    run = trainer(tmp_path, data=Stream(by_number()))
+    with pytest.raises(
+        ValueError, match="keep_sources must be of the type of the sources, which are 0, 1, 2, got 'rare'"
+    ):
+        run.train()
+
+
+def test_sources_that_come_late(tmp_path: Path) -> None:
+    """No batch has to have all of them."""
+    data = sorted(rows(), key=lambda row: row["source"] == "rare")
+    kept_rows(trainer(tmp_path, data=Stream(data), max_steps=5))
+
+
+def test_transforms_that_make_the_source(tmp_path: Path) -> None:
+    class Lazy(torch.utils.data.Dataset[dict[str, Any]]):
+        column_names = ("text",)
+
+        def __len__(self) -> int:
+            return 60
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return dict(rows()[i])
+
+    kept_rows(trainer(tmp_path, data=Lazy()))
+    kept_rows(trainer(tmp_path, data=Stream(rows())))
+
+
+class Translation(torch.utils.data.Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        tokens = [(i + 3 * j) % (VOCABULARY - 3) + 3 for j in range(6)]
+        return {"input_ids": tokens, "labels": tokens[::-1][:5], "source": i % 2}
+
+
+@pytest.mark.parametrize("kind", ["masked", "seq2seq"])
+def test_models_that_are_not_causal(kind: str, tmp_path: Path) -> None:
+    """By clusters' weights: the gradient is that of each row's own loss, as the model computes it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "masked":
+            network = transformers.BertForMaskedLM(transformers.BertConfig(
+                vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+            ))  # fmt: skip
+        else:
+            network = transformers.T5ForConditionalGeneration(transformers.T5Config(
+                vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0,
+                decoder_start_token_id=0,
+            ))  # fmt: skip
+
+    def hide(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        tokens = torch.tensor([feature["input_ids"] for feature in features])
+        if kind == "seq2seq":
+            return {"input_ids": tokens, "labels": torch.tensor([feature["labels"] for feature in features])}
+        hidden = torch.zeros_like(tokens, dtype=torch.bool)
+        hidden[:, ::2] = True
+        return {"input_ids": tokens.masked_fill(hidden, 1), "labels": tokens.masked_fill(~hidden, -100)}
+
+    colm = {"large_batch_size": LARGE, "top": 64, "weighting": "cluster"}
+    run = Recording(
+        network, arguments(tmp_path, max_steps=1, max_grad_norm=0), train_dataset=Translation(),
+        data_collator=hide, colm=CoLMConfig(**colm),
+    )  # fmt: skip
+    gradients: list[Tensor] = []
+    run.add_callback(Gradients(gradients))
+    reference = copy.deepcopy(run.model)
+    run.train()
+    assert run._selector.shift_labels is False
+    trained, coreset = run.trained[0], run.coresets[0]
+    losses = [
+        reference(input_ids=trained["input_ids"][i : i + 1], labels=trained["labels"][i : i + 1]).loss
+        for i in range(K)
+    ]
+    (torch.stack(losses) * coreset.weights / coreset.weights.mean()).mean().backward()
+    for found, parameter in zip(gradients, reference.parameters(), strict=True):
+        torch.testing.assert_close(
+            found, parameter.grad, rtol=1e-4, atol=1e-6
+        )  # float32's rounding, in another order
+
+
 def test_collators_that_join_samples(tmp_path: Path) -> None:
     def join(features: list[dict[str, Any]]) -> dict[str, Tensor]:
         tokens = torch.cat([torch.tensor(feature["input_ids"]) for feature in features])[None]

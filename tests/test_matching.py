@@ -614,14 +614,21 @@ def check_overflow(backend: str, device: str) -> None:
 
 def test_what_overflows_is_said_of_the_gradients(backend: str) -> None:
     large = 1e200 * torch.tensor([[1.0, 2], [3, -1], [2, 2]], dtype=torch.float64)
-    for metric in ("euclidean", "sqeuclidean", "cosine", "dot"):
+    zeros = fc.AdamState(*torch.zeros(2, 2, dtype=torch.float64), 1)
+    for metric, top in itertools.product(("sqeuclidean", "dot"), (None, 2)):
         with pytest.raises(ValueError, match=f"g: sums over dimensions for metric '{metric}' overflow"):
-            fc.match_gradients(large, 1, metric=metric, backend=backend)
-    with pytest.raises(ValueError, match="g: distances of metric 'euclidean' overflow"):
-        fc.match_gradients(large, 1, metric="euclidean", top=2, backend=backend)
+            fc.match_gradients(large, 1, metric=metric, top=top, backend=backend)
+    for state, g in ((fc.RankOneAdamState(10), fc.LowRankGradients(large[:, :1], 0, 10)), (zeros, large)):
+        with pytest.raises(
+            ValueError, match=r"g: the squares of entries of up to 3e.200, which Adam's history"
+        ):
+            fc.match_gradients(g, 1, normalize=state, backend=backend)
+    single = 1e30 * torch.tensor([[1.0, 2], [3, -1], [2, 2]])
+    with pytest.raises(ValueError, match=r"g: gains or weights of up to .* overflow torch.float32; scale"):
+        fc.match_gradients(single, 1, metric="dot", backend=backend)
     with pytest.raises(ValueError, match="g: the mean squares of the chosen rows overflow"):
         fc.match_gradients(
-            fc.LowRankGradients(large[:, :1], 0, 10), 1, normalize=fc.RankOneAdamState(10), backend=backend
+            single, 1, normalize=fc.AdamState(torch.zeros(2), torch.zeros(2), 1), backend=backend
         )
     one = torch.ones(2)
     history = fc.AdamState(one, torch.zeros(2), 1, eps=5e-324)

@@ -5,6 +5,8 @@ similarity matrix.
 from __future__ import annotations
 
 import threading
+import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from flashcoreset import _native
 from flashcoreset.kernels.nearest_order import NearestOrder
+from flashcoreset.ops.nearest_order import Rounds
 from flashcoreset.reference import simcore as reference
 
 CLASSES = [NearestOrder, reference.NearestOrder]
@@ -223,6 +226,23 @@ def test_misuse_is_an_error() -> None:
         native.order(3, one, torch.empty(1))
     with pytest.raises(ValueError, match="room for 1 entries"):
         native.order(0, one[:0], torch.empty(0))
+
+
+def test_a_list_that_never_finds_a_free_item_ends_the_rounds() -> None:
+    class Order:
+        taken = 0
+
+        def rounds(self, count: int, k: int) -> tuple[torch.Tensor, list[int], list[float]]:
+            return torch.empty(0, dtype=torch.int64), [], []
+
+    rounds: Any = object.__new__(Rounds)
+    rounds._order, rounds._lists, rounds._k = Order(), 3, 2
+    rounds._source = types.SimpleNamespace(rows=9)
+    reads: list[None] = []
+    rounds.read = lambda: reads.append(None)
+    with pytest.raises(ValueError, match="a list has found no item that is free"):
+        rounds.take()
+    assert len(reads) == 1
 
 
 def test_two_threads_of_the_caller_do_not_race() -> None:

@@ -76,7 +76,7 @@ void bind_cuda_caratheodory(py::module_& m) {
             new_rows(new_rows_array, "new_rows", kDevice),
             new_weights(new_weights_array, "new_weights", kDevice);
         const int device = kept.device_id();
-        const PyRuns runs(n.count("n"), size, rows, weights, device);
+        const PyRuns runs(n.count("n", 1), size, rows, weights, device);
         const auto which = compact_input<int64_t, 1>(kept, device);
         const auto times = compact_input<double, 1>(factors, device);
         factors.require_shape({which.size()});

@@ -65,8 +65,7 @@ void bind_cuda_matching(py::module_& module) {
             throw py::value_error("out: expected rows that are contiguous in memory");
           const DirectionsFrom from = directions_from(begin_number, first_number, result);
           const DeviceGuard guard(out.device_id());
-          without_gil(
-              [&, begin = begin, first = first] { cuda::directions<T>(seed, begin, first, result, stream); });
+          without_gil([&] { cuda::directions<T>(seed, from.begin, from.first, result, stream); });
         });
       },
       py::arg("out"), py::arg("seed"), py::arg("begin"), py::arg("first"), py::arg("stream"),

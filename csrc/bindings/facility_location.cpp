@@ -13,6 +13,13 @@
 namespace fc {
 namespace {
 
+template <class T>
+void require_offset(double offset) {
+  if (offset >= 0 && offset <= static_cast<double>(std::numeric_limits<T>::max())) return;
+  throw py::value_error("offset: expected a number >= 0 within the range of the features' type, got " +
+                        std::to_string(offset));
+}
+
 // The run and the arrays that it reads.
 class PyFacilityLocation {
   // One call at a time: another thread that calls meanwhile gets an error instead of a race.
@@ -48,17 +55,14 @@ class PyFacilityLocation {
               "clients: must be None for a precomputed matrix, whose columns are the clients");
         if (!view.has_contiguous_rows())
           throw py::value_error("x: expected rows that are contiguous in memory; pass a contiguous copy");
+        require_offset<T>(offset);
         options.self_clients = view.shape[0] == view.shape[1];
         read_options(view.shape[0], view.shape[1], weights, preselected, options);
         run_ = facility_location_matrix<T>(view, std::move(options));
         return;
       }
       const Metric kind = metric_from_name(metric);
-      if (is_distance(kind) &&
-          !(offset >= 0 && offset <= static_cast<double>(std::numeric_limits<T>::max()))) {
-        throw py::value_error("offset: expected a number >= 0 within the range of the features' type, got " +
-                              std::to_string(offset));
-      }
+      if (is_distance(kind)) require_offset<T>(offset);
       const auto use_threads_for = [&](int64_t m) {
         const double pairs = static_cast<double>(view.shape[0]) * static_cast<double>(m);
         options.threads = ThreadTeam::for_work(threads, pairs * static_cast<double>(view.shape[1]));

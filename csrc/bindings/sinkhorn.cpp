@@ -112,6 +112,7 @@ class PySinkhorn {
     dispatch_floating(batch_.x(), [&](auto zero) {
       using T = decltype(zero);
       const SinkhornBatch<T> batch = batch_.batch<T>();
+      checked_mul(batch.count(), options.max_iter);  // all problems' iterations are counted together
       f_.require_shape({batch.a.shape[0], batch.a.shape[1]});
       g_.require_shape({batch.b.shape[0], batch.b.shape[1]});
       scalars_.require_shape({3, batch.count()});

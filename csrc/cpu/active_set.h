@@ -40,8 +40,8 @@ class ActiveSet {
   double scale() const { return scale_; }
 
   // Takes in a row with products `products` [p + 1] with the picks and itself, and solves anew. False, and
-  // nothing has changed, for a row that depends on those in use. Throws std::invalid_argument for products that
-  // are not finite, and where the weights would not be.
+  // nothing has changed, for a row that depends on those in use. Throws std::invalid_argument for products
+  // that are not finite, and where the weights would not be.
   bool add(std::vector<double> products, double correlation);
 
   // |target - sum_i w_i g_i|^2; cancels where little is left of the target.

@@ -78,11 +78,6 @@ double value_of(X x) {
   }
 }
 
-[[noreturn]] void refuse_sums() {
-  throw std::invalid_argument("x, weights: sums of their products are not finite; scale them down");
-}
-
-// Loops that drop rows end only as long as weights are numbers.
 void require_number(double value) {
   if (!std::isfinite(value)) refuse_sums();
 }

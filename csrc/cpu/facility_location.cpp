@@ -664,7 +664,9 @@ std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2
 
 template <class T>
 std::unique_ptr<FacilityLocation> facility_location_matrix(TensorView<const T, 2> s, GreedyOptions options) {
-  return std::make_unique<Greedy<T>>(std::make_unique<MatrixSource<T>>(s), nullptr, false,
+  const bool distance = options.offset > 0;
+  const T floor = distance ? static_cast<T>(-options.offset) : T(0);
+  return std::make_unique<Greedy<T>>(std::make_unique<MatrixSource<T>>(s, floor), nullptr, distance,
                                      std::move(options));
 }
 

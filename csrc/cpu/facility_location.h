@@ -17,9 +17,9 @@ namespace fc {
 struct GreedyOptions {
   std::vector<double> weights;       // [m], finite and >= 0; empty for all 1
   std::vector<int64_t> preselected;  // candidates already chosen, distinct
-  double offset = 0;                 // distances: s = offset - distance
-  bool self_clients = false;         // the clients are the candidates
-  int64_t memory_budget = 0;         // bytes for whatever is larger than n + m
+  double offset = 0;  // of distances, and of matrices of negated distances, s = offset - distance; >= 0
+  bool self_clients = false;  // the clients are the candidates
+  int64_t memory_budget = 0;  // bytes for whatever is larger than n + m
   int64_t expected_picks =
       INT64_MAX;  // how many picks the run is meant to make; a wrong number costs time, not correctness
   int threads = 1;

@@ -178,7 +178,8 @@ struct Problem {
     for (int64_t i = 0; i < n; ++i) {
       if (norm[i] <= kLargest && std::isfinite(correlation[i])) {
         longest = std::max(longest, norm[i]);
-        if (norm[i] < kSmallest && !lost) lost = std::any_of(g.row(i), g.row(i) + d, [](X v) { return v != 0; });
+        if (norm[i] < kSmallest && !lost)
+          lost = std::any_of(g.row(i), g.row(i) + d, [](X v) { return v != 0; });
         continue;
       }
       for (int64_t k = 0; k < d; ++k) require_finite(g(i, k), "g", i, k);

@@ -577,8 +577,8 @@ class MatrixSource final : public Source<T> {
   static constexpr int kWidth = simd::kWidth<T>;
 
  public:
-  // s [n, m] with unit column stride.
-  explicit MatrixSource(TensorView<const T, 2> s) : s_(s) {}
+  // s [n, m] with unit column stride, and what takes the place of 0 below its entries.
+  MatrixSource(TensorView<const T, 2> s, T floor) : s_(s), floor_(floor) {}
   // A matrix of this object's own, whose values are known to be finite.
   MatrixSource(Buffer<T> own, int64_t n, int64_t m) : own_(std::move(own)), s_{own_.data(), {n, m}, {m, 1}} {}
 
@@ -607,7 +607,8 @@ class MatrixSource final : public Source<T> {
     });
     const double total = weights.empty() ? static_cast<double>(clients())
                                          : std::accumulate(weights.begin(), weights.end(), 0.0);
-    return total * static_cast<double>(*std::max_element(largest.begin(), largest.end()));
+    return total * (static_cast<double>(*std::max_element(largest.begin(), largest.end())) -
+                    static_cast<double>(floor_));
   }
 
   void evaluate(const int64_t* index, int64_t count, const Cover<T>& cover, LiveLists<T>* lists,
@@ -667,6 +668,7 @@ class MatrixSource final : public Source<T> {
 
   Buffer<T> own_;
   TensorView<const T, 2> s_;
+  const T floor_ = 0;
 };
 
 // ---- sparse rows

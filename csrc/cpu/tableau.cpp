@@ -18,6 +18,20 @@ constexpr int64_t kParts = 8;       // of a pivot that are worth a second thread
 // for rounding. After one as small as this T is no longer good.
 constexpr double kLeastPivot = 1e-3;
 
+bool all_finite(const double* x, int64_t count) {
+  // v - v is 0 for finite values and NaN otherwise.
+  simd::Vec<double> sum{};
+  double rest = 0;
+  int64_t j = 0;
+  for (; j + simd::kWidth<double> <= count; j += simd::kWidth<double>) {
+    const simd::Vec<double> v = simd::load(x + j);
+    sum += v - v;
+  }
+  for (; j < count; ++j) rest += x[j] - x[j];
+  for (int lane = 0; lane < simd::kWidth<double>; ++lane) rest += sum[lane];
+  return rest == 0;
+}
+
 }  // namespace
 
 struct Tableau::Leaving {
@@ -39,6 +53,9 @@ Tableau::Tableau(int64_t coordinates, int64_t vectors, bool extra, ThreadTeam& t
 }
 
 void Tableau::scale(const std::vector<double>& least, bool together) {
+  for (int64_t i = 0; i < rows_; ++i) {
+    if (!all_finite(row(i), width_)) refuse_sums();
+  }
   const double of_all = together ? max_abs(row(1), (rows_ - 1) * width_) : 0;
   int64_t kept = 0;
   for (int64_t i = 0; i < rows_; ++i) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "core/simd.h"
@@ -37,6 +38,11 @@ inline double max_abs(const double* x, int64_t count) {
   return most;
 }
 
+// Loops that drop rows end only as long as weights are numbers.
+[[noreturn]] inline void refuse_sums() {
+  throw std::invalid_argument("x, weights: sums of their products are not finite; scale them down");
+}
+
 // The vectors, one a column, and then T; column `extra`, if there is one, takes part in the elimination but
 // never enters the basis. A pivot costs a multiply-add for each number, and threads share large ones.
 class Tableau {
@@ -47,7 +53,7 @@ class Tableau {
   double* row(int64_t i) { return t_.data() + i * width_; }
 
   // Divides each coordinate by its largest magnitude (`together`: all but the first by that of all of these),
-  // or leaves it out if that is at most least[i].
+  // or leaves it out if that is at most least[i]. Throws std::invalid_argument for NaN and infinity.
   void scale(const std::vector<double>& least, bool together);
 
   // Turns columns into the basis and T.

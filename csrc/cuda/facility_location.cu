@@ -495,7 +495,8 @@ struct PrepareArguments {
   const double* weights;
   const double *candidate_norms, *client_norms;  // of dot products, else null
   bool matrix;
-  double upper;  // of similarities, above the floor, where neither tells: of distances it is the offset
+  double upper;  // of similarities, above the floor, where neither tells: of distances (also negated, in a
+                 // matrix) the offset
   bool distances, find_offset, trim_offset, self, squared;
   double largest;  // that a similarity may reach
   const BadAt* bad_at;
@@ -506,7 +507,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArguments a) {
   const int thread = static_cast<int>(threadIdx.x);
   Control* control = state.control;
-  if (a.matrix) a.upper = largest_of(*control, kOfMatrix);
+  if (a.matrix) {
+    control->offset = static_cast<double>(static_cast<T>(a.upper));
+    a.upper = largest_of(*control, kOfMatrix) + control->offset;
+  }
   if (a.find_offset || a.trim_offset) {
     const double found = offset_of<T>(*control, a.self, a.squared);
     double near = largest_of(*control, kOfNear);
@@ -908,6 +912,7 @@ class Greedy final : public FacilityLocation {
       if (prepare_arguments.find_offset || prepare_arguments.trim_offset) find_farthest(largest);
     } else {
       prepare_arguments.matrix = true;
+      prepare_arguments.upper = arguments_.offset;
       prepare_arguments.largest = std::numeric_limits<T>::max();
       launch(largest_of_matrix<T>, over(static_cast<int64_t>(state_.n) * state_.m), state_.matrix,
              state_.matrix_stride, state_.n, state_.m, largest + kOfMatrix, &bad_at->candidate);

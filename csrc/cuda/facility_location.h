@@ -15,7 +15,7 @@ struct GreedyArguments {
   const double* weights = nullptr;       // [m] on the device; null for all 1
   const int64_t* preselected = nullptr;  // [preselected_count] on the device
   int64_t preselected_count = 0;
-  double offset = 0;         // distances: s = offset - distance
+  double offset = 0;  // of distances, and of matrices of negated distances, s = offset - distance; >= 0
   bool find_offset = false;  // an upper bound of all distances instead, which finish() tells
   bool trim_offset =
       false;  // that bound in place of an offset far above it, beside which distances would be lost

@@ -9,7 +9,7 @@ Example:
 from importlib.metadata import version as _version
 
 from flashcoreset import integrations, kernels, plot
-from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, SlowPathWarning
+from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, InputWarning, SlowPathWarning
 from flashcoreset._forks import one_thread_in_children as _one_thread_in_children
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
@@ -37,6 +37,7 @@ __all__ = [
     "ConvergenceWarning",
     "Coreset",
     "GradientSketcher",
+    "InputWarning",
     "LowRankGradients",
     "RankOneAdamState",
     "SampleScores",

@@ -48,6 +48,16 @@ class ConvergenceWarning(UserWarning):
     """
 
 
+class InputWarning(UserWarning):
+    """An input is legal, but looks like something else than what it is taken for; the message says what, and how to pass
+    it as that.
+
+    Example:
+        >>> import warnings, flashcoreset as fc
+        >>> warnings.simplefilter("ignore", fc.InputWarning)
+    """
+
+
 # Frames of these lie between a call of the library and what it warns about: its own, those that bring its ops and hooks back to
 # it, and the trainer that it extends.
 _INSIDE = frozenset({"flashcoreset", "torch", "transformers", "accelerate", "contextlib"})

@@ -33,6 +33,20 @@ _INTEGERS = (
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
+# What torch raises on a __dlpack__ or __dlpack_device__ that is not what it should be, or of a device that it was built without.
+_MISLED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    LookupError,
+    RuntimeError,
+    SystemError,
+    TypeError,
+    ValueError,
+)
+
+
 class _Writable:
     """Shows a read-only array to NumPy as a writable one. torch has no read-only tensors and warns about such
     arrays; nothing here writes to its inputs."""
@@ -82,9 +96,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
     if hasattr(value, "__dlpack__"):
         try:
             return torch.from_dlpack(value)
-        except MemoryError:
-            raise
-        except Exception as error:  # whatever a stranger's method raises
+        except _MISLED as error:
             raise TypeError(
                 f"{name}: the __dlpack__ of {type(value).__name__} could not be taken: {error}"
             ) from error

@@ -31,10 +31,12 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset import _native
+from flashcoreset.methods.colm import nothing_kept
 from flashcoreset.ops.backends import cuda_failure, triton_failure
 
 FLOATS = "a float16, float32 or float64"
-METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
+POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
+MATRICES = ("precomputed", "precomputed_distance")
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 
@@ -136,7 +138,7 @@ def _load_features(text: str, option: str) -> np.ndarray:
     return load_array(text, option, kinds="f", ndim=2, wanted=f"{FLOATS} array [rows, features]")
 
 
-def _load_similarities(text: str, option: str) -> Any:
+def _load_matrix(text: str, option: str) -> Any:
     """A dense matrix, or a sparse one as scipy.sparse.save_npz writes it."""
     path, key = _split_key(text)
     _check_file(path, option)
@@ -333,8 +335,8 @@ def _facility_location(arguments: argparse.Namespace) -> _Chosen:
         arguments, "metric", "weights", "groups", "preselected", "method", "epsilon", "seed", "offset"
     )
     options |= _options(arguments, "backend", "progress", "memory_budget", "clients", "budgets")
-    precomputed = options.get("metric") == "precomputed"
-    x = (_load_similarities if precomputed else _load_features)(arguments.features, "--features")
+    is_matrix = options.get("metric") in MATRICES
+    x = (_load_matrix if is_matrix else _load_features)(arguments.features, "--features")
     if "clients" in options:
         options["clients"] = _load_features(options["clients"], "--target")
     if "budgets" in options:
@@ -424,6 +426,8 @@ def _colm(arguments: argparse.Namespace) -> _Chosen:
     elif hasattr(arguments, "seed"):
         raise CommandError("--seed: it makes the directions of coefficients; give their length as --numel")
     coreset = method.select(grads, groups)
+    if coreset.info["unseen"] and not hasattr(arguments, "state"):
+        warnings.warn(nothing_kept(coreset.info["unseen"], "--groups", torch.as_tensor(groups)), stacklevel=1)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     info = dict(coreset.info)
     dims = info.pop("dims")
@@ -772,7 +776,7 @@ def _add_colm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule", choices=("proportional", "balanced", "none"), help="for the sources' shares"
     )
-    parser.add_argument("--metric", choices=METRICS[:-1], help="default: l1")
+    parser.add_argument("--metric", choices=POINT_METRICS, help="default: l1")
     parser.add_argument("--betas", type=float, nargs=2, metavar=("BETA1", "BETA2"), help="Adam's")
     parser.add_argument("--eps", type=float, help="Adam's")
     parser.add_argument("--state", metavar="STATE.npz", help="Adam's history, as --save-state wrote it")
@@ -819,7 +823,7 @@ def _add_facility_location(parser: argparse.ArgumentParser) -> None:
         "--features",
         required=True,
         metavar="F",
-        help="candidates [n, d], or the similarities: F.npy, F.npz or F.npz:key",
+        help="candidates [n, d], or the similarities or distances: F.npy, F.npz or F.npz:key",
     )
     parser.add_argument(
         "--target",
@@ -829,7 +833,7 @@ def _add_facility_location(parser: argparse.ArgumentParser) -> None:
         help="clients [m, d] (default: the candidates themselves)",
     )
     _add_common(parser)
-    parser.add_argument("--metric", choices=METRICS)
+    parser.add_argument("--metric", choices=(*POINT_METRICS, *MATRICES))
     parser.add_argument("--weights", metavar="W", help="client weights [m]")
     parser.add_argument("--groups", metavar="G", help="integer labels [n]")
     parser.add_argument("--budgets", metavar="B", help="LABEL=COUNT,LABEL=COUNT,... or a file of counts")

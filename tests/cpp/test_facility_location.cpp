@@ -378,9 +378,24 @@ void test_all() {
 
 }  // namespace
 
+// Sizes that no memory holds, and rows whose sums would leave the range of fixed-point numbers.
+void test_sparse_of_any_size() {
+  const std::vector<int64_t> indptr{0, 2}, once{0, 2}, twice{1, 1};
+  const std::vector<float> values{1, 1};
+  for (const int64_t m : {int64_t{1} << 61, int64_t{1} << 62}) {
+    CHECK_THROWS(fc::facility_location_sparse<float>({1, m, indptr.data(), once.data(), values.data()}, {})
+                     ->step(1, false),
+                 std::bad_alloc);
+  }
+  CHECK_THROWS(fc::facility_location_sparse<float>({1, 3, indptr.data(), twice.data(), values.data()}, {})
+                   ->step(1, false),
+               std::invalid_argument);
+}
+
 TEST_PROGRAM {
   test_all<float>();
   test_all<double>();
   test_overflow();
+  test_sparse_of_any_size();
   return check::verdict("facility_location");
 }

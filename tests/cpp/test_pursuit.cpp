@@ -187,10 +187,34 @@ void test_refusals() {
 
 }  // namespace
 
+// What is no number is refused: no row would leave, and the fit would look for one for ever.
+void test_active_set_of_no_numbers() {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN(),
+                   kInf = std::numeric_limits<double>::infinity();
+  for (const bool nonnegative : {false, true}) {
+    for (const double bad : {kNan, kInf, -kInf}) {
+      for (int place = 0; place < 3; ++place) {
+        fc::ActiveSet set(nonnegative, 0.1, 1.0);
+        CHECK(set.add({1}, 0.5));
+        std::vector<double> products{0.5, 1};
+        if (place < 2) products[place] = bad;
+        CHECK_THROWS(set.add(products, place == 2 ? bad : 0.5), std::invalid_argument);
+      }
+    }
+    // Numbers whose weights are none.
+    fc::ActiveSet set(nonnegative, 0.0, 1.0);
+    CHECK_THROWS(set.add({1e-300}, 1e308), std::invalid_argument);
+    fc::ActiveSet two(nonnegative, 0.0, 1.0);
+    CHECK(two.add({1e-200}, 1e100));
+    CHECK_THROWS(two.add({1e-200 * (1 - 1e-9), 1e-200}, -1e200), std::invalid_argument);
+  }
+}
+
 TEST_PROGRAM {
   test_shapes<float>();
   test_shapes<double>();
   test_active_set();
+  test_active_set_of_no_numbers();
   test_refusals();
   return check::verdict("pursuit");
 }

@@ -121,7 +121,21 @@ void test_all() {
 
 }  // namespace
 
+void test_no_columns() {
+  for (const auto kind : {fc::SketchKind::kRademacher, fc::SketchKind::kGaussian, fc::SketchKind::kSjlt,
+                          fc::SketchKind::kSrht}) {
+    fc::Projection projection;
+    projection.kind = kind;
+    std::vector<float> out(6, 7.0f);
+    fc::ThreadTeam team(2);
+    fc::sketch<float>(fc::TensorView<const float, 2>::compact(static_cast<const float*>(nullptr), 2, 0),
+                      projection, fc::TensorView<float, 2>::compact(out.data(), 2, 3), team);
+    CHECK(out == std::vector<float>(6, 0.0f));
+  }
+}
+
 TEST_PROGRAM {
+  test_no_columns();
   test_signs();
   test_all<float>();
   test_all<double>();

@@ -144,7 +144,10 @@ class Target:
             return None  # the result of a line that was refused
         text = str(error)
         if isinstance(error, RuntimeError) and (
-            "allocate memory" in text or "in use by another thread" in text or "was interrupted" in text
+            "allocate memory" in text
+            or "in use by another thread" in text
+            or "was interrupted" in text
+            or "meta tensor" in text  # torch's words on its tensors that hold no data
         ):
             return None
         # What an argument raises while it is made, or because it is a liar, is the caller's own.

@@ -135,6 +135,8 @@ class Recipes:
             "method": literal(method),
             **self.maybe(0.4, top=Size("max(1, D // 2)")),
         }
+        if method == "caratheodory":  # as many as it takes
+            return some | {"k": Size("n")}
         some |= self.maybe(0.2, groups=self.labels("n"))
         if method == "medoid":
             some |= self.maybe(0.4, metric=literal(r.choice(POINTS)))
@@ -162,7 +164,7 @@ class Recipes:
             some |= self.maybe(0.4, y_lengths=array("B", dtype="int64", content="whole:max(1, m - 1)"))
         return (
             some
-            | {"reg": literal(r.choice((0.05, 0.3, 1.0, 10.0))), "max_iter": literal(r.choice((1, 20, 300)))}
+            | {"reg": literal(r.choice((0.05, 0.3, 1.0, 10.0))), "max_iter": literal(r.choice((1, 20, 100)))}
             | self.maybe(0.4, tol=literal(r.choice((0.0, 1e-9, 1e-3))))
         )
 
@@ -341,7 +343,10 @@ def generate(seed: int) -> Program:
         if "triton" in backends:  # which the interpreter runs
             recipes.sizes.update({size: min(length, 20) for size, length in recipes.sizes.items()})
             recipes.sizes["k"] = min(recipes.sizes["k"], 3)
-    steps: list[Step] = [Called("a", f"fc.{name}", getattr(recipes, name)(), backends=backends)]
+    arguments = getattr(recipes, name)()
+    if "triton" in backends and "max_iter" in arguments:
+        arguments["max_iter"] = literal(2)
+    steps: list[Step] = [Called("a", f"fc.{name}", arguments, backends=backends)]
     steps += [Step("_", use, attribute=True) for use in USES.get(name, ()) if r.random() < 0.7]
     for method in {"CoLM": ("select",), "TrainingDynamics": ("update", "scores")}.get(name, ()):
         for _ in range(r.choice((1, 1, 2))):
@@ -513,9 +518,8 @@ def _bytes(value: Any) -> bytes | None:
     if isinstance(value, np.ndarray):
         return value.tobytes()
     if type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu":
-        return (
-            value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        )
+        flat = value.detach().flatten().clone(memory_format=torch.contiguous_format)
+        return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
     return None
 
 

@@ -519,7 +519,7 @@ def _spoiled(r: random.Random, step: Step, on_device: bool) -> Step:
     name = r.choice(names)
     value = step.arguments[name]
     if isinstance(value, Tensor):
-        other = hostile_array(r, value, trusted=on_device and name in TRUSTED)
+        other = hostile_array(r, value, trusted=on_device and not TRUSTED.isdisjoint(step.arguments))
     elif value.text == "None" or r.random() < 0.1:
         other = r.choice((hostile_any(r), array("n", "d"), array("n", dtype="int64", content="range")))
         if on_device and name in TRUSTED:

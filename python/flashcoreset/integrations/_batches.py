@@ -117,18 +117,19 @@ def shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
     logits = logits_of(output)
     if own is not None and not torch.isfinite(own):
         # The loss of the rows that have one. What is not finite does not enter.
-        sums = [_loss_sums(logits, labels, shifted)[0] for shifted in (True, False)]
-        broken = ~torch.isfinite(torch.stack(sums)).all(0)
+        both = torch.stack([_loss_sums(logits, labels, shifted)[0] for shifted in (True, False)])
+        broken = ~torch.isfinite(both).all(0)
         if broken.any():
             where = broken.view(-1, *[1] * (labels.dim() - 1)).to(labels.device)
             batch = {**batch, "labels": labels.masked_fill(where, IGNORED)}
             own, output = own_loss(model, batch)
             logits, labels = logits_of(output), batch["labels"]
-    means = []
+    means, counted = [], 0
     for shifted in (True, False):
         sums, counts = _loss_sums(logits, labels, shifted)
         means.append(float(sums[counts > 0].double().sum() / counts.sum()))  # nan without a label
-    if means[0] != means[0] and means[1] != means[1]:
+        counted += int(counts.sum())
+    if not counted:
         return None
     name = type(model).__name__
     if own is None:
@@ -303,7 +304,8 @@ def _stays_open(names: list[str], batch: Mapping[str, Any], rows: int, fits: boo
 
 def _is_of_transformers(model: nn.Module) -> bool:
     """Also behind peft's wrapper. Without importing transformers."""
-    base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+    unwrapped: Any = getattr(model, "get_base_model", None)
+    base = unwrapped() if callable(unwrapped) else model
     return any(
         kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
         for kind in type(base).__mro__

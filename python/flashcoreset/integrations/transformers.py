@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ except ImportError as error:
 STATE_NAME = "coreset_selection.pt"
 _WEIGHTS = "coreset_weights"
 _WEIGHTINGS = ("mean", "cluster")
+_SHOWN = 20  # sources in a message
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class CoLMConfig:
     Args:
         large_batch_size: rows that are drawn, on each device, for a coreset of per_device_train_batch_size rows.
         source: the data set's column that tells a row's source, a string or an integer. None: there is one source.
-        keep_sources: the sources of which every row is kept.
+        keep_sources: the sources of which every row is kept. Names of the classes of a `ClassLabel` column are taken too. One that the
+            data does not have is an error where its sources are known beforehand (a list of rows, a column of a
+            `datasets.Dataset`), else a warning tells at the end of the first epoch, or of the run, or after 100 batches.
         rule, top, betas, adam_eps, metric: `rule`, `top`, `betas`, `eps` and `metric` of `fc.CoLM`. `top` is at most the number of
             perturbed parameters; None takes all.
         weighting: "mean": the loss of the coreset as the model computes it, as CoLM's published code does. "cluster": the
             mean over the rows of each row's own loss times the size of its cluster.
-        parameter, eps, n_perturbations, resample, seed: those of `fc.integrations.torch.BatchSelector`.
+        parameter, eps, n_perturbations, resample, seed, shift_labels, batch_keys: those of `fc.integrations.torch.BatchSelector`.
         forward_batch_size: rows that run at a time in the selection; None: per_device_train_batch_size, which takes less
             memory than the training step.
 
@@ -73,6 +77,8 @@ class CoLMConfig:
     resample: bool = False
     seed: int = 0
     forward_batch_size: int | None = None
+    shift_labels: bool | None = None
+    batch_keys: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if as_integer(self.large_batch_size, "large_batch_size") < 1:
@@ -184,7 +190,9 @@ class CoLMTrainer(Trainer):
             )
         columns = getattr(self.train_dataset, "column_names", None)
         if self.colm.source is not None and columns is not None and self.colm.source not in columns:
-            raise ValueError(_no_source(self.colm.source, columns))
+            row = _first_row(self.train_dataset)  # a transform may make it
+            if row is not None and self.colm.source not in row:
+                raise ValueError(_no_source(self.colm.source, columns))
 
     @property
     def _large_batch_size(self) -> int:
@@ -192,12 +200,15 @@ class CoLMTrainer(Trainer):
 
     def _new_selector(self) -> BatchSelector:
         colm, arguments = self.colm, self.args
-        method = CoLM(
+        self._classes = _class_labels(self.train_dataset, colm.source)
+        kept = self._kept_labels()
+        method = _CoLMOfSources(
             arguments.train_batch_size * arguments.world_size,
             top=colm.top,
             betas=colm.betas,
             eps=colm.adam_eps,
-            keep_groups=[_label(source, f"keep_sources[{i}]") for i, source in enumerate(colm.keep_sources)],
+            names=dict(zip(kept, colm.keep_sources, strict=True)),
+            keep_groups=kept,
             rule=colm.rule,
             metric=colm.metric,
         )
@@ -210,12 +221,39 @@ class CoLMTrainer(Trainer):
             n_perturbations=colm.n_perturbations,
             resample=colm.resample,
             batch_size=colm.forward_batch_size or arguments.train_batch_size,
+            shift_labels=colm.shift_labels,
+            batch_keys=colm.batch_keys,
         )
         if colm.top is not None and colm.top > selector.numel:
             raise ValueError(
                 f"top must be <= {selector.numel}, the size of {selector.parameter_name}, or None for all of it, got {colm.top}"
             )
         return selector
+
+    def _kept_labels(self) -> list[int]:
+        """Of keep_sources, which the data must have if its sources are known."""
+        kept = self.colm.keep_sources
+        labels = [self._label(source, f"keep_sources[{i}]") for i, source in enumerate(kept)]
+        known = _known_sources(self.train_dataset, self.colm.source) if kept else None
+        if known is None:
+            return labels
+        present = {self._label(source, self.colm.source or "") for source in known}
+        for i, (source, label) in enumerate(zip(kept, labels, strict=True)):
+            if label not in present:
+                raise ValueError(
+                    f"keep_sources[{i}] must be a source of the training data, which has {_listed(known)} in the column "
+                    f"{self.colm.source!r}, got {source!r}"
+                )
+        return labels
+
+    def _label(self, source: Any, name: str) -> int:
+        if self._classes is None or not isinstance(source, str):
+            return _label(source, name)
+        if source not in self._classes.names:
+            raise ValueError(
+                f"{name} must be a class of the column {self.colm.source!r}, {_listed(self._classes.names)}, got {source!r}"
+            )
+        return int(self._classes.str2int(source))
 
     def _start_clock(self) -> None:
         """Of selection and of whole optimizer steps, in seconds, since the last log."""
@@ -229,7 +267,9 @@ class CoLMTrainer(Trainer):
         # A run starts without a history; resuming loads it later. The model may be another one than before.
         self._selector = self._new_selector()
         self._start_clock()
-        return super()._inner_training_loop(*args, **kwargs)
+        output = super()._inner_training_loop(*args, **kwargs)
+        self._selector.method.warn_of_unseen("the run")
+        return output
 
     def get_train_dataloader(self) -> Any:
         """Large batches of rows that are not collated yet."""
@@ -263,8 +303,11 @@ class CoLMTrainer(Trainer):
         """Trainer's, or with weighting="cluster" the weighted mean of a coreset's losses."""
         if not isinstance(inputs, Mapping) or _WEIGHTS not in inputs:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        outputs = model(**{name: value for name, value in inputs.items() if name not in (_WEIGHTS, "labels")})
-        losses = sample_losses(outputs, inputs["labels"])
+        config = getattr(self.model, "config", None)
+        # An encoder-decoder makes its decoder's input of the labels.
+        left_out = (_WEIGHTS,) if getattr(config, "is_encoder_decoder", False) else (_WEIGHTS, "labels")
+        outputs = model(**{name: value for name, value in inputs.items() if name not in left_out})
+        losses = sample_losses(outputs, inputs["labels"], self._selector.shift_labels is not False)
         loss = (losses * inputs[_WEIGHTS].to(losses)).mean()
         return (loss, outputs) if return_outputs else loss
 
@@ -313,7 +356,11 @@ class CoLMTrainer(Trainer):
         coefficients = torch.cat([part[0] for part in parts])
         groups = None if sources is None else torch.cat([part[1] for part in parts])
         method = self._selector.method
+        if self.state.epoch is not None and self.state.epoch >= 1:
+            method.warn_of_unseen("the first epoch")
         if len(coefficients) <= method.k:
+            if groups is not None:
+                method._note(groups)
             coreset = Coreset(torch.arange(len(coefficients)), torch.ones(len(coefficients)), {})
         else:
             coreset = method.select(LowRankGradients(coefficients, g.seed, g.numel), groups)
@@ -336,9 +383,22 @@ class CoLMTrainer(Trainer):
                 raise ValueError(
                     _no_source(column, row if isinstance(row, Mapping) else [type(row).__name__])
                 )
-            labels.append(_label(row[column], f"the {column} of row {i}"))
+            labels.append(self._label(row[column], f"the {column} of row {i}"))
+            self._selector.method.name(row[column], labels[-1])
             features.append({name: value for name, value in row.items() if name != column})
+        self._check_kinds(row[column] for row in rows)
         return torch.tensor(labels), features
+
+    def _check_kinds(self, sources: Iterable[Any]) -> None:
+        """Strings never equal integers, whatever rows are still to come."""
+        kept = {isinstance(source, str) for source in self.colm.keep_sources}
+        if self._classes is not None or len(kept) != 1:
+            return
+        present = set(sources)
+        if not any(isinstance(source, str) in kept for source in present):
+            raise ValueError(
+                f"keep_sources must be of the type of the sources, which are {_listed(present)}, got {_listed(self.colm.keep_sources)}"
+            )
 
     def _gradients(self, features: list[Any]) -> LowRankGradients:
         # Copies, since collators may write into rows.
@@ -373,6 +433,35 @@ class CoLMTrainer(Trainer):
         return [_copied(chosen[place]) for place in range(rank, len(indices), world)], weights[rank::world]
 
 
+class _CoLMOfSources(CoLM):
+    """A CoLM that warns of kept sources by their names."""
+
+    def __init__(self, k: int, *, names: Mapping[int, Any], **options: Any) -> None:
+        super().__init__(k, **options)
+        self._names = dict(names)
+        self._present: dict[int, Any] = {}
+        self._has_warned = False
+
+    def name(self, source: Any, label: int) -> None:
+        if len(self._present) <= _SHOWN:
+            self._present[label] = source
+
+    def _warn(self, labels: Tensor) -> None:
+        self.warn_of_unseen(f"{self._batches} batches")
+
+    def warn_of_unseen(self, where: str) -> None:
+        """Once, if rows have come at all."""
+        if not self._unseen or self._has_warned or not self._batches:
+            return
+        self._has_warned = True
+        missing = [self._names[label] for label in sorted(self._unseen)]
+        warnings.warn(
+            f"keep_sources keeps nothing by {_listed(missing)}: no row of {where} has that source, but "
+            f"{_listed(self._present.values())}",
+            stacklevel=2,
+        )
+
+
 class Rows:
     """The rows of a batch, not collated: an object that data loaders pass on as it is."""
 
@@ -396,6 +485,44 @@ def _label(source: Any, name: str) -> int:
         encoded = source.encode(errors="surrogatepass")
         return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big") >> 1
     return as_int64(source, name)
+
+
+def _class_labels(data: Any, column: str | None) -> Any:
+    """The `ClassLabel` that tells the names of a column's integers, if the data set has one."""
+    features = getattr(data, "features", None)
+    feature = features.get(column) if isinstance(features, Mapping) else None
+    return feature if callable(getattr(feature, "str2int", None)) else None
+
+
+def _known_sources(data: Any, column: str | None) -> list[Any] | None:
+    """The sources of all rows, if they are known without making the rows."""
+    if isinstance(data, (list, tuple)):
+        found = [row[column] for row in data if isinstance(row, Mapping) and column in row]
+        # Of others each row tells, and what cannot be a source at all is an error there.
+        is_plain = all(
+            isinstance(source, str) or (type(source) is int and -(2**63) <= source < 2**63)
+            for source in found
+        )
+        return list(dict.fromkeys(found)) if found and is_plain else None
+    unique, form = getattr(data, "unique", None), getattr(data, "format", None)
+    is_transformed = isinstance(form, Mapping) and form.get("type") == "custom"
+    if callable(unique) and not is_transformed and column in (getattr(data, "column_names", None) or ()):
+        classes = _class_labels(data, column)
+        found = list(unique(column))
+        return found if classes is None else [classes.int2str(label) for label in found]
+    return None
+
+
+def _first_row(data: Any) -> Mapping[str, Any] | None:
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
+        return None
+    row = data[0]
+    return row if isinstance(row, Mapping) else None
+
+
+def _listed(sources: Iterable[Any]) -> str:
+    every = sorted(sources, key=lambda source: (isinstance(source, str), source))
+    return ", ".join(map(repr, every[:_SHOWN])) + (", ..." if len(every) > _SHOWN else "")
 
 
 def _no_source(column: str, columns: Any) -> str:

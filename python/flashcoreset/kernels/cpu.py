@@ -85,7 +85,7 @@ class FacilityLocation:
         metric: "cosine", "dot", "euclidean", "sqeuclidean", "l1" or "precomputed".
         weights: [m] float64, not negative; None for 1.
         preselected: [p] int64, candidates already in S.
-        offset: what distances are subtracted from.
+        offset: what distances are subtracted from: those of points, and those that a matrix holds negated.
         memory_budget: bytes for lists and matrices larger than n + m.
         expected_picks: how many picks are likely to be asked for in all, on which the order of the work is
             planned (the result does not depend on it); None: many.

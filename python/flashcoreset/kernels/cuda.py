@@ -106,7 +106,7 @@ class FacilityLocation:
         metric: "cosine", "dot", "euclidean", "sqeuclidean", "l1" or "precomputed".
         weights: [m] float64, not negative; None for 1.
         preselected: [p] int64, candidates already in S.
-        offset: what distances are subtracted from; None for an upper bound of all distances, found on the device
+        offset: what distances are subtracted from, those of points and those that a matrix holds negated; None for an upper bound of all distances, found on the device
             and told by `offset` after `finish`.
         memory_budget: not used: memory is proportional to the points.
         expected_picks: not used.

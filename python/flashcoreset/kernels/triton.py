@@ -122,7 +122,7 @@ class FacilityLocation:
         metric: "cosine", "dot", "euclidean", "sqeuclidean", "l1" or "precomputed".
         weights: [m] float64, not negative; None for 1.
         preselected: [p] int64, candidates already in S.
-        offset: what distances are subtracted from.
+        offset: what distances are subtracted from: those of points, and those that a matrix holds negated.
         memory_budget: similarities of points are kept if they take at most so many bytes, else computed as
             needed.
         expected_picks: how many picks are likely; not used, since nothing is prepared for later picks.
@@ -153,10 +153,11 @@ class FacilityLocation:
             m = clients.shape[0]
         device = x.device
         self._n, self._self_clients = n, clients is None and n == m
-        self._floor = torch.tensor(-offset if metric in DISTANCES else 0.0, dtype=x.dtype, device=device)
+        has_offset = metric in DISTANCES or (metric == "precomputed" and offset)
+        self._floor = torch.tensor(-offset if has_offset else 0.0, dtype=x.dtype, device=device)
         self._weights = torch.ones(m, dtype=torch.float64, device=device) if weights is None else weights
         if metric == "precomputed":
-            upper = bounds_of_matrix(x)
+            upper = bounds_of_matrix(x, float(self._floor))
         else:
             if metric == "cosine":
                 x, clients = normalize_rows(x), None if clients is None else normalize_rows(clients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
@@ -17,6 +18,8 @@ from flashcoreset.ops.backends import check_backend
 from flashcoreset.ops.budgets import RULES, allocate_budgets
 from flashcoreset.ops.matching import METRICS, Gradients, Problem, check_history, check_top, match_members
 
+_PATIENCE = 100  # batches in which a kept label is expected
+
 
 class CoLM:
     """Chooses, batch by batch, the samples to train on: all of small sources, and of the others medoids of the gradients as Adam
@@ -29,7 +32,8 @@ class CoLM:
         top: how many dimensions of a gradient count, those where a group's mean update is largest; no gradient may be shorter.
             None takes all.
         betas, eps: Adam's, as the optimizer has them.
-        keep_groups: labels of the sources of which every sample is kept.
+        keep_groups: labels of the sources of which every sample is kept. A batch may have none of them; of labels that no sample of the
+            first 100 batches has, a warning tells.
         rule: how what is left of k goes to the other sources: "proportional" and "balanced" are those of `allocate_budgets`,
             "none" matches them together.
         metric: what medoids are nearest by: "l1", "euclidean", "sqeuclidean", "cosine" or "dot".
@@ -88,6 +92,8 @@ class CoLM:
         check_backend(backend)
         self.rule, self.metric, self.backend = rule, metric, backend
         self.history: AdamState | RankOneAdamState | None = None
+        self._unseen = set(self.keep_groups)
+        self._batches = 0
 
     def select(self, grads: Any, groups: Any = None) -> Coreset:
         """The samples of a batch to train on.
@@ -104,7 +110,7 @@ class CoLM:
             order; `weights`, 1 for kept samples and the size of its cluster for a medoid; and `info`: "kept" (how many),
             "left_out" (the samples without a usable gradient), "budgets" (label -> count, of the matched sources; {None: count}
             with rule "none"), "dims" (the dimensions that counted, [sources, top] or None), "step" (the number of steps
-            made) and "seconds".
+            made), "unseen" (those of keep_groups of which no batch so far had a sample) and "seconds".
 
         Raises:
             TypeError, ValueError: for gradients of another length, dtype or device than before, labels of another length, fewer
@@ -121,6 +127,7 @@ class CoLM:
         labels = torch.zeros(g.count, dtype=torch.int64, device=device)
         if groups is not None:
             labels = as_vector(groups, "groups", device, integers=True, length=g.count)
+        self._note(labels)
         usable = _usable(g)
         if not bool(usable.any()):
             raise ValueError(
@@ -145,9 +152,22 @@ class CoLM:
                 "budgets": budgets,
                 "dims": dims,
                 "step": 0 if self.history is None else self.history.step - 1,
+                "unseen": sorted(self._unseen),
                 "seconds": time.perf_counter() - start,
             },
         )
+
+    def _note(self, labels: Tensor) -> None:
+        """Which of keep_groups have come; a warning where some have not for long."""
+        self._batches += 1
+        if not self._unseen:
+            return
+        self._unseen.difference_update(labels.unique().tolist())
+        if self._unseen and self._batches == _PATIENCE:
+            self._warn(labels)
+
+    def _warn(self, labels: Tensor) -> None:
+        warnings.warn(nothing_kept(self._unseen, f"{_PATIENCE} batches", labels), stacklevel=4)
 
     def _history_for(self, g: Gradients) -> AdamState | RankOneAdamState:
         if self.history is not None:
@@ -224,8 +244,21 @@ class CoLM:
 
 
 def colm(grads: Any, k: int, *, groups: Any = None, **options: Any) -> Coreset:
-    """`CoLM(k, **options).select(grads, groups)`: one batch, before which there was none."""
-    return CoLM(k, **options).select(grads, groups)
+    """`CoLM(k, **options).select(grads, groups)`: one batch, before which there was none, with a warning of keep_groups that have no
+    sample in it."""
+    coreset = CoLM(k, **options).select(grads, groups)
+    if coreset.info["unseen"]:
+        warnings.warn(
+            nothing_kept(coreset.info["unseen"], "the batch", torch.as_tensor(groups)), stacklevel=2
+        )
+    return coreset
+
+
+def nothing_kept(labels: Iterable[int], where: str, groups: Tensor) -> str:
+    """The warning of kept labels that no sample has."""
+    present = groups.unique().tolist()
+    listed = ", ".join(map(str, present[:20])) + (", ..." if len(present) > 20 else "")
+    return f"keep_groups keeps nothing by {', '.join(map(str, sorted(labels)))}: no sample of {where} has that label, but {listed}"
 
 
 def _usable(g: Gradients) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._errors import InputWarning, warn_caller
 from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._progress import Progress, check_progress
 from flashcoreset._tensor import (
@@ -40,10 +41,12 @@ from flashcoreset.ops.sampling import CandidateSampler
 from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
 
-METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", "precomputed")
+MATRICES = ("precomputed", "precomputed_distance")
+METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", *MATRICES)
 METHODS = ("lazy", "naive", "stochastic")
 
 _HUGE_PAGE = 2**21
+_FAR_ABOVE = 1000  # an offset so many times above distances could lose these beside it
 
 
 def facility_location(
@@ -70,12 +73,14 @@ def facility_location(
         x: [n, d] candidates, float16, bfloat16, float32 or float64 (half types compute in float32); a torch
             tensor, a NumPy array or an object with `__dlpack__`. It may require grad; the result does not.
             With metric="precomputed": s itself, [n candidates, m clients], also as a scipy CSR matrix or
-            torch sparse CSR tensor whose absent entries are 0.
+            torch sparse CSR tensor whose absent entries are 0. With metric="precomputed_distance": distances >= 0 of
+            that shape.
         k: how many to pick, 1 <= k <= the candidates that are not preselected. With `budgets`: their sum, or
             None.
         clients: [m, d], same dtype as `x`; default `x` (which, passed here itself, means the same).
         metric: "cosine" (0 for a zero row) and "dot" are s; "euclidean", "sqeuclidean" and "l1" make s =
-            offset - distance; "precomputed" takes `x` as s.
+            offset - distance; "precomputed" takes `x` as s, "precomputed_distance" as distances. A square matrix of
+            similarities with zeros on the diagonal alone, as distances have them, gets an `InputWarning`.
         weights: [m] client weights >= 0; default 1.
         groups: [n] integer labels: each label is its own problem over its own members (as candidates and,
             without `clients`, as clients). Picks come label by label, ascending. With `clients`, every
@@ -198,17 +203,15 @@ def _check(
     given = x
     x = _check_x(x, metric)
     # With groups, clients are everybody to each group; without, they are the default.
-    if clients is given and groups is None and metric != "precomputed":
+    if clients is given and groups is None and metric not in MATRICES:
         clients = None
     n, m = x.shape
     device = x.device
-    if metric == "precomputed":
+    if metric in MATRICES:
         if clients is not None:
-            raise ValueError(
-                "clients must be None with metric 'precomputed', where they are the columns of x"
-            )
+            raise ValueError(f"clients must be None with metric {metric!r}, where they are the columns of x")
         if groups is not None and n != m:
-            raise ValueError(f"x must be square for groups with metric 'precomputed', got shape {(n, m)}")
+            raise ValueError(f"x must be square for groups with metric {metric!r}, got shape {(n, m)}")
     elif clients is None:
         m = n
     else:
@@ -239,7 +242,7 @@ def _check(
     memory_budget = _check_memory_budget(memory_budget)
     if offset is not None:
         offset = as_number(offset, "offset")
-        if metric not in DISTANCES:
+        if metric not in DISTANCES and metric != "precomputed_distance":
             raise ValueError(f"offset is for distances; metric {metric!r} takes None, got {offset}")
         if not 0 <= offset <= torch.finfo(compute_dtype(x.dtype)).max:
             raise ValueError(f"offset must be >= 0 and in the range of the dtype of x, got {offset}")
@@ -290,7 +293,9 @@ def _check_x(x: Any, metric: str) -> Tensor | Csr:
     if not is_sparse(x):
         return as_matrix(x, "x")
     if metric != "precomputed":
-        raise TypeError(f"x must be dense for metric {metric!r}; a sparse matrix needs metric 'precomputed'")
+        raise TypeError(
+            f"x must be dense for metric {metric!r}; a sparse matrix is one of similarities, for metric 'precomputed'"
+        )
     return as_csr(x, "x")
 
 
@@ -320,7 +325,17 @@ def _solve_naming_offset(
     p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None
 ) -> _Result:
     try:
-        return _solve(p, backend, progress)
+        if p.metric == "precomputed_distance":
+            return _solve(_negated(p), backend, progress)
+        result = _solve(p, backend, progress)
+        # Afterwards, when a device has nothing left to wait for.
+        if p.metric == "precomputed" and isinstance(p.x, Tensor) and _looks_like_distances(p.x):
+            warn_caller(
+                "x has zeros on its diagonal and positive numbers elsewhere, as distances have, but metric 'precomputed' takes it "
+                "as similarities; for distances pass metric='precomputed_distance'",
+                InputWarning,
+            )
+        return result
     except ValueError as error:
         if p.offset is None or not str(error).startswith("x: similarities times weights"):
             raise
@@ -470,6 +485,32 @@ def _solve_in_range(
     return *result, p.found_offset if offset is None else offset
 
 
+def _negated(p: _Problem) -> _Problem:
+    """The problem of a matrix of distances as one of their negatives, which an offset puts above 0 inside the kernels."""
+    assert isinstance(p.x, Tensor)
+    least, most = (float(value) for value in p.x.aminmax())
+    if not (least >= 0 and most < math.inf):
+        check_finite(p.x, "x")
+        row, column = (p.x < 0).nonzero()[0].tolist()
+        raise ValueError(
+            f"x must be >= 0 with metric 'precomputed_distance', got {float(p.x[row, column])} at row {row}, column {column}"
+        )
+    dtype = p.out_dtype
+    above = min(most * 1.0001 or 1.0, torch.finfo(dtype).max)
+    near, offset = (float(torch.tensor(above if v is None else v, dtype=dtype)) for v in (None, p.offset))
+    if offset <= _FAR_ABOVE * near:
+        near = offset
+    return replace(p, x=-p.x.to(dtype), metric="precomputed", offset=offset, near=near, excess=offset - near)
+
+
+def _looks_like_distances(s: Tensor) -> bool:
+    """Whether a matrix is square and 0 on its diagonal alone, where all other numbers are positive."""
+    n, m = s.shape
+    if n != m or n == 1 or s[0, 0].item() != 0 or bool(s.diagonal().any()):
+        return False
+    return all(bool(((part > 0).sum(1) == n - 1).all()) for part in s.split(max(1, (1 << 22) // n)))
+
+
 def _solve_checked(
     kernels: ModuleType,
     p: _Problem,
@@ -571,7 +612,7 @@ def _solve_one(
 
 
 def _kernel_offset(p: _Problem, offset: float | None) -> float | None:
-    if p.metric not in DISTANCES:
+    if p.metric not in DISTANCES and offset is None:
         return 0.0
     return offset if p.near is None else p.near
 
@@ -657,7 +698,7 @@ def _default_offset(kernels: ModuleType, x: Tensor, clients: Tensor | None, metr
 def _is_far_above(kernels: ModuleType, x: Tensor, clients: Tensor | None, metric: str, offset: float) -> bool:
     """Whether `offset` is so much larger than some of the distances that float32 could lose these beside it."""
     few = (x if clients is None else clients)[:8]
-    return offset > 1000 * float(kernels.pairwise(x[:1], few, metric=metric).max())
+    return offset > _FAR_ABOVE * float(kernels.pairwise(x[:1], few, metric=metric).max())
 
 
 def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, metric: str) -> float:
@@ -787,7 +828,7 @@ def _fake(
     elif crow is not None:
         m = columns
     else:
-        m = x.shape[1] if metric == "precomputed" else x.shape[0]
+        m = x.shape[1] if metric in MATRICES else x.shape[0]
     floating = compute_dtype(x.dtype)
     return (
         x.new_empty(k, dtype=torch.int64),
@@ -809,7 +850,14 @@ def _call_op(p: _Problem, backend: str | None) -> Selection:
         p.preselected, p.method, p.epsilon, str(p.seed), p.offset, p.memory_budget, backend,
     )  # fmt: skip
     # The descriptor turns the 0-d tensors into numbers when they are read.
-    return Selection(indices, gains, won, assignment, objective, offset if p.metric in DISTANCES else None)
+    return Selection(
+        indices,
+        gains,
+        won,
+        assignment,
+        objective,
+        None if p.metric not in (*DISTANCES, "precomputed_distance") else offset,
+    )
 
 
 def _has_contiguous_rows(x: Tensor | np.ndarray) -> bool:
@@ -843,7 +891,7 @@ def _estimate(
     memory_budget = _check_memory_budget(memory_budget)
     dtype = as_dtype(dtype)
     n, d = as_shape(x, "x")
-    m = d if metric == "precomputed" else n
+    m = d if metric in MATRICES else n
     if clients is not None:
         m, width = as_shape(clients, "clients")
         if width != d:
@@ -852,15 +900,16 @@ def _estimate(
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and {n}, the candidates, got {k}")
     size, threads = compute_dtype(dtype).itemsize, torch.get_num_threads()
-    is_points, self_clients = metric != "precomputed", clients is None
+    is_points, self_clients = metric not in MATRICES, clients is None
     outputs = 40 * k + 8 * m
     # torch converts with threads of its own, which it may have to start.
     converted = (n * d + (0 if self_clients else m * d)) * size + 2**22 if dtype.itemsize < size else 0
     of_group = n * d * size + 24 * n if groups is not None else 0
     # A matrix whose rows are not contiguous is copied; shapes alone do not tell.
-    strided = metric == "precomputed" and isinstance(x, (Tensor, np.ndarray)) and not _has_contiguous_rows(x)
+    strided = metric in MATRICES and isinstance(x, (Tensor, np.ndarray)) and not _has_contiguous_rows(x)
     of_group += n * d * size if strided else 0
     pairs = n * m * size
+    of_group += pairs if metric == "precomputed_distance" else 0  # negated
     if backend is None and isinstance(x, Tensor):
         backend = DEFAULTS.get(x.device.type, ("torch",))[0]
     if backend == "cuda":

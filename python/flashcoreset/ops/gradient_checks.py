@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import random
 import warnings
 from collections import Counter
@@ -80,15 +81,15 @@ def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        made = copy.copy(value)
+        changed: Any = copy.copy(value)
         for key, inner in value.items():
-            made[key] = _map(inner, change)  # type: ignore[index]
-        return made
+            changed[key] = _map(inner, change)
+        return changed
     if isinstance(value, (tuple, list)):
-        inner = [_map(one, change) for one in value]
-        return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
+        parts = [_map(one, change) for one in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
+        made: Any = copy.copy(value)
         for part in dataclasses.fields(value):
             object.__setattr__(made, part.name, _map(getattr(value, part.name, None), change))
         return made
@@ -131,12 +132,14 @@ class Record:
     def add(self, owner: str, call: int, part: str, x: Tensor) -> None:
         number = sum(key[:2] == (owner, call) and key[2].startswith(part) for key in self.seen)
         rows = x.detach().reshape(x.shape[0], -1)
+        dtype = _arithmetic(rows)
         projection = torch.empty(len(rows), dtype=torch.float64, device=x.device)
-        norm, weights = torch.empty_like(projection), self._weight(rows)
+        norm, weights = torch.empty_like(projection), self._weight(rows).to(dtype)
         step = max(1, _PART // max(1, rows.shape[1]))
         for first in range(0, len(rows), step):
-            some = rows[first : first + step].double()
-            projection[first : first + step] = some @ weights
+            some = rows[first : first + step].to(dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                projection[first : first + step] = some @ weights
             norm[first : first + step] = torch.linalg.vector_norm(some, dim=1)
         seen = _Seen(tuple(x.shape), projection, norm, _eps(x.dtype))
         self.seen[owner, call, part if not number else f"{part} {number + 1}"] = seen
@@ -181,10 +184,7 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Callable[[Input
     """
     main = inputs.main()
     assert main is not None
-    # A tensor with as many rows by chance, such as a mask [T, T], is no sample's: then the main input alone is changed.
-    choices: list[Callable[[Tensor], bool]] = [lambda x: x.dim() > 0 and x.shape[0] == batch]
-    if sum(isinstance(value, Tensor) and choices[0](value) for _, value in inputs.leaves()) > 1:
-        choices.append(lambda x: x is main)
+    choices = _choices(inputs, main, batch)
     half = torch.zeros(batch, dtype=torch.bool)
     half[torch.randperm(batch, generator=torch.Generator().manual_seed(0))[: (batch + 1) // 2]] = True
     half = half.to(main.device)
@@ -205,7 +205,7 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Callable[[Input
                 problems[key] = found[key]
 
     _try(choices, replace, lambda: bool(problems))
-    advice = "leave it out with parameters=, or set verify='never' if row b does belong to sample b"
+    advice = "leave it out with parameters=, or set verify='never' if row b stands for sample b all the same"
     if problems:
         (owner, _, part), problem = next(iter(problems.items()))
         raise ValueError(f"{owner}: {problem.format(part=part)}; {advice}")
@@ -225,6 +225,22 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Callable[[Input
             f"{owner}: the {batch} rows of its {part}, of shape {first.seen[waiting[0]].shape}, are as many as there are samples by "
             f"chance: they stay as they are when samples are replaced or left out; {advice}"
         )
+
+
+def _choices(inputs: Inputs, main: Tensor, batch: int) -> list[Callable[[Tensor], bool]]:
+    """Which tensors may be the samples'. One that has as many rows by chance, such as a mask [T, T], is not: if it will not do with
+    all of them, others than the main input are left alone."""
+    tensors = [value for _, value in inputs.leaves() if isinstance(value, Tensor) and value.dim()]
+    others = [value for value in tensors if value.shape[0] == batch and value is not main]
+    few = range(1, len(others)) if len(others) <= 4 else ()
+    kept = [others, *(list(some) for n in reversed(few) for some in itertools.combinations(others, n))]
+    if others:
+        kept.append([])
+    return [_among([main, *some]) for some in kept]
+
+
+def _among(tensors: list[Tensor]) -> Callable[[Tensor], bool]:
+    return lambda x: any(x is one for one in tensors)
 
 
 def _try(
@@ -323,29 +339,26 @@ def kept(x: Tensor) -> Tensor:
 
 
 class State:
-    """Of the random numbers, with those of Python and NumPy."""
+    """What a forward pass depends on beside its inputs and parameters: random numbers, also of Python and NumPy, buffers and
+    other attributes of modules; of which there are copies."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.attributes = [(module, _own(vars(module), {})) for module in model.modules()]
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if self._device is not None else None
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
 
-    def restore(self) -> None:
+    def restore_random(self) -> None:
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
+            torch.cuda.set_rng_state(self._cuda, self.device)
         random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        np.random.set_state(self._numpy)  # noqa: NPY002
 
 
-@contextlib.contextmanager
-def rehearsal(model: nn.Module, state: State, device: torch.device) -> Iterator[None]:
-    """Calls of `model` in here have the random numbers of `state`, keep no activations, and leave nothing behind: neither in
-    buffers and other attributes of its modules nor in the random numbers."""
-    now = State(device)
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    copies: dict[int, Tensor] = {}
+def _own(attributes: dict[str, Any], copies: dict[int, Tensor]) -> dict[str, Any]:
+    """Copies of a module's buffers and of what its class has put there."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, nn.Parameter):
@@ -354,32 +367,56 @@ def rehearsal(model: nn.Module, state: State, device: torch.device) -> Iterator[
             return copies.setdefault(id(value), value.detach().clone())
         return copy.copy(value) if type(value) in (dict, list, set) else value
 
+    found = {name: copied(value) for name, value in attributes.items() if name not in _MODULE}
+    buffers = {name: copied(value) for name, value in attributes["_buffers"].items()}
+    return {**found, "_buffers": buffers}
+
+
+@contextlib.contextmanager
+def rehearsal(state: State) -> Iterator[None]:
+    """Calls of the model in here begin with `state`, keep no activations, and leave nothing behind."""
+
     def drop(_: Tensor) -> None:
         return None
 
     def refuse(_: None) -> Tensor:
         raise RuntimeError("a backward pass inside the forward pass")
 
+    now = State(nn.Module(), state.device)
+    before = [(module, dict(vars(module))) for module, _ in state.attributes]
+    copies: dict[int, Tensor] = {}
     try:
-        for module, attributes in before:
-            for name, value in attributes.items():
-                if name == "_buffers":
-                    vars(module)[name] = {key: copied(buffer) for key, buffer in value.items()}
-                elif name not in _OWN:
-                    vars(module)[name] = copied(value)
-        state.restore()
+        for module, attributes in state.attributes:
+            _assign(module, {**_only(vars(module)), **_own(attributes, copies)})
+        state.restore_random()
         with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(drop, refuse):
             warnings.simplefilter("ignore")
             yield
     finally:
         for module, attributes in before:
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-        now.restore()
+            _assign(module, attributes)
+        now.restore_random()
 
 
-_OWN = frozenset(vars(nn.Module()))  # attributes by which a module is one
+def _only(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name in _MODULE}
+
+
+def _assign(module: nn.Module, attributes: dict[str, Any]) -> None:
+    for name in vars(module).keys() - attributes.keys():
+        del vars(module)[name]
+    vars(module).update(attributes)
+
+
+_MODULE = frozenset(vars(nn.Module()))  # attributes by which a module is one
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    """float32 where the squares of x's numbers are normal ones, else float64."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not x.numel():
+        return torch.float64
+    low, high = torch.aminmax(x)
+    return torch.float32 if 1e-12 <= max(-float(low), float(high)) <= 1e12 else torch.float64
 
 
 # ---- sums
@@ -400,19 +437,17 @@ class Sums:
         sums, size, most = self._found.get(name, (u.new_zeros(_VECTORS), u.new_zeros(()), 0.0))
         for part in _parts(gradient):
             if isinstance(part, Outer):
-                a, g = part.a.double(), part.g.double()
-                sums = sums + ((g @ u) * (a @ v)).sum((0, 1))
-                size = size + (a.square().sum(2) * g.square().sum(2)).sum()
+                sums = sums + (_product(part.g, u) * _product(part.a, v)).sum((0, 1))
+                size = size + (_squares(part.a) * _squares(part.g)).sum()
             elif isinstance(part, Rows):
-                g = part.g.double()
-                sums = sums + (u[part.indices] * (g @ v)).sum((0, 1))
-                size = size + g.square().sum()
+                sums = sums + (u[part.indices] * _product(part.g, v)).sum((0, 1))
+                size = size + _squares(part.g).sum()
             else:
                 values = part.values.double()
                 sums = sums + ((values.sum(0).view(rows, columns) @ v) * u).sum(0)
                 size = size + values.square().sum()
                 if part.terms is not None:
-                    size = size + part.terms().double().square().sum()
+                    size = size + _squares(part.terms()).sum()
         self._found[name] = sums, size, max(most, precision)
 
     def pop(self, name: str, gradient: Tensor) -> float | None:
@@ -424,8 +459,8 @@ class Sums:
         step = max(1, _PART // columns)
         theirs = torch.zeros_like(sums)
         for first in range(0, rows, step):
-            some = g.reshape(rows, columns)[first : first + step].double()
-            theirs += ((some @ v) * u[first : first + step]).sum(0)
+            some = g.reshape(rows, columns)[first : first + step]
+            theirs += (_product(some, v) * u[first : first + step]).sum(0)
         off, size, own = torch.stack([_rms(sums - theirs), size.sqrt(), _rms(theirs)]).tolist()
         # Sums of n terms lose sqrt(n) roundings of the type they are in, of the size of the terms or of the whole; products of half
         # precision lose a few of theirs.
@@ -464,6 +499,17 @@ def _parts(gradient: Gradient) -> Iterator[Gradient]:
             yield Outer(gradient.a[here], gradient.g[here])
         else:
             yield Rows(gradient.indices[here], gradient.g[here], gradient.width)
+
+
+def _product(x: Tensor, vectors: Tensor) -> Tensor:
+    dtype = _arithmetic(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.to(dtype) @ vectors.to(dtype)).double()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Of the last dimension's lengths."""
+    return torch.linalg.vector_norm(x.to(_arithmetic(x)), dim=-1).double().square()
 
 
 def _rms(x: Tensor) -> Tensor:

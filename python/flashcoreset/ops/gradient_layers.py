@@ -47,7 +47,9 @@ class Vector:
 
     values: Tensor  # [b, numel]
     first: int = 0
-    terms: Callable[[], Tensor] | None = None  # [b, ...]: what was added up, or as large; None for `values` themselves
+    terms: Callable[[], Tensor] | None = (
+        None  # [b, ...]: what was added up, or as large; None for `values` themselves
+    )
 
 
 Gradient = Outer | Rows | Vector
@@ -97,20 +99,18 @@ def layer_of(module: nn.Module) -> Layer | None:
     return None
 
 
-def problem_of(module: nn.Module, layer: Layer | None, wanted: Collection[str]) -> str | None:
-    """Why gradients of `wanted` parameters of `module` cannot be taken, or None."""
-    replaced = next((name for name in _OTHERWISE if name in vars(module)), None)
+def problem_of(module: nn.Module, layer: Layer | None, name: str) -> str | None:
+    """Why gradients of the parameter `name` of `module` cannot be taken, or None."""
+    replaced = next((method for method in _OTHERWISE if method in vars(module)), None)
     if replaced is not None:
         return f"its {replaced} was replaced, so that it may compute anything"
     if layer is None:
         return "its layer type is not supported"
-    if layer.names is not None:
-        for name in wanted:
-            if name not in layer.names:
-                return (
-                    f"its layer type has no parameter {name!r} (weight_norm, spectral_norm and prune make such ones, and compute "
-                    "the weight from them), which is not supported"
-                )
+    if layer.names is not None and name not in layer.names:
+        return (
+            f"its layer type has no parameter {name!r} (weight_norm, spectral_norm and prune make such ones, of which they compute the "
+            "weight), which is not supported"
+        )
     return layer.problem(module)
 
 

@@ -101,7 +101,9 @@ def exponents(*parts: Tensor) -> Tensor:
     found = None
     for part in parts:
         rows = part.reshape(len(part), -1)
-        most = torch.linalg.vector_norm(rows, torch.inf, dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
+        most = (
+            torch.linalg.vector_norm(rows, torch.inf, dim=1) if rows.shape[1] else rows.new_zeros(len(rows))
+        )
         found = most if found is None else torch.maximum(found, most)
     assert found is not None
     found = found.where(found.isfinite(), 0)

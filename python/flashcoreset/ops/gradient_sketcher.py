@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class _Place:
     def __str__(self) -> str:
         return f"{type(self.module).__name__} {self.name!r}"
 
-    @property
+    @cached_property
     def owner(self) -> str:
         """As the checks' errors name it."""
         return f"parameter {next(iter(self.targets.values())).name!r} of {self}"
@@ -104,7 +105,7 @@ class _Call:
     inputs: Inputs
     batch: int | None
     depth: int = 1
-    layers: set[str] = field(default_factory=set)  # that were called
+    layers: set[_Place] = field(default_factory=set)  # that were called
     record: Record | None = None
     state: State | None = None  # as it was before
 
@@ -215,7 +216,7 @@ class GradientSketcher:
         self._dtype = torch.float64 if torch.float64 in found else torch.float32
         self._kernels = choose_kernels(backend, device, "sketch")
         self._watch = _Watch(self)
-        self._rows_known: dict[Any, set[str]] = {}  # of forms of calls: layers whose rows were checked
+        self._rows_known: dict[Any, set[_Place]] = {}  # of forms of calls: layers whose rows were checked
         self._sums_known: dict[Any, set[str]] = {}  # and parameters whose sums were
         self._sums = Sums()
         self._call: _Call | None = None
@@ -272,19 +273,18 @@ class GradientSketcher:
                 f"parameter {name!r} is used outside of a call of its module, by {function}: its per-sample gradients are "
                 "not known; use it through its module alone, or leave it out with parameters="
             )
-        if self._missed:
-            raise RuntimeError(
-                f"the gradient of parameter {next(iter(self._missed))!r} came from no call of its module that was seen: "
-                "run the forward pass inside `with sketcher:`, and call modules rather than their forward() (where torch.compile "
-                "has left the hooks out, call the model uncompiled), or leave the parameter out with parameters="
-            )
-
         if self._lost:
             name, (owner, function) = next(iter(self._lost.items()))
             raise RuntimeError(
                 f"parameter {name!r}: an output of {owner} has size 1 in dimension 0 and goes into {function}, whose gradient is "
                 "summed over the samples; add it to other tensors, expand or repeat it over the batch right away, or leave the parameter "
                 "out with parameters="
+            )
+        if self._missed:
+            raise RuntimeError(
+                f"the gradient of parameter {next(iter(self._missed))!r} came from no call of its module that was seen: "
+                "run the forward pass inside `with sketcher:`, and call modules rather than their forward() (where torch.compile "
+                "has left the hooks out, call the model uncompiled), or leave the parameter out with parameters="
             )
         if self._differs:
             name, (owner, off) = next(iter(self._differs.items()))
@@ -311,16 +311,17 @@ class GradientSketcher:
                     f"parameter {target.name!r} no longer requires gradients; make a new GradientSketcher"
                 )
         for place in self._places:
-            problem = problem_of(place.module, place.layer, place.targets)
-            if problem is not None:
-                raise ValueError(_refusal(place.name, place.module, next(iter(place.targets.values())), problem))
+            _refuse_problems(place.name, place.module, place.layer, place.targets)
         self._begin()
         self._nodes = {key: _node(target.parameter) for key, target in self._targets.items()}
         add = self._handles.append
+        self._note = _uncompiled(self._note_call)
+        before, after = _uncompiled(self._before_call), _uncompiled(self._after_call)
+        end = _uncompiled(self._end_call)
         for name, module in _callable(self._model, self._places):
-            add(module.register_forward_pre_hook(partial(self._before_call, name), with_kwargs=True))
-            add(module.register_forward_hook(self._after_call))
-            add(module.register_forward_hook(self._end_call, always_call=True))
+            add(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            add(module.register_forward_hook(after))
+            add(module.register_forward_hook(end, always_call=True))
         for place in self._places:
             add(place.module.register_forward_pre_hook(self._before_layer))
             add(place.module.register_forward_hook(self._layer_hook(place), with_kwargs=True, prepend=True))
@@ -379,14 +380,18 @@ class GradientSketcher:
         form = (name, module.training, inputs.form())
         call = self._call = _Call(module, form, inputs, None if main is None else main.shape[0])
         # Of a checkpoint, the first time that has gradients counts.
-        done = form in (self._pass.rows_checked if self._verify == "always" and _in_backward() else self._rows_known)
+        done = form in (
+            self._pass.rows_checked if self._verify == "always" and _in_backward() else self._rows_known
+        )
         if self._checks(call) and (not done or (self._verify == "always" and not _in_backward())):
-            call.inputs, call.state = inputs.map(kept), State(self._device)
+            call.inputs, call.state = inputs.map(kept), State(self._model, self._device)
             call.record = self._record = Record()
 
     def _checks(self, call: _Call) -> bool:
         """Whether there are rows to tell apart."""
-        return self._verify != "never" and torch.is_grad_enabled() and call.batch is not None and call.batch > 1
+        return (
+            self._verify != "never" and torch.is_grad_enabled() and call.batch is not None and call.batch > 1
+        )
 
     def _after_call(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         call = self._call
@@ -405,7 +410,7 @@ class GradientSketcher:
             self._check_rows(call, output)
             self._rows_known[call.form] = known | call.layers
             self._pass.rows_checked.add(call.form)
-        names = {t.name for place in self._places if place.owner in call.layers for t in place.targets.values()}
+        names = {target.name for place in call.layers for target in place.targets.values()}
         if self._verify == "first":
             names -= self._sums_known.get(call.form, set())
         if names:
@@ -421,7 +426,7 @@ class GradientSketcher:
     def _check_rows(self, call: _Call, output: Any) -> None:
         assert call.batch is not None
         if call.record is None:  # layers that were not called before
-            call.state = State(self._device)
+            call.state = State(self._model, self._device)
             first = self._rehearse(call, Record(), call.inputs)
         else:
             first = call.record
@@ -439,7 +444,7 @@ class GradientSketcher:
         single, self._single = self._single, {}
         self._rehearsing, self._record = True, record
         try:
-            with rehearsal(self._model, call.state, self._device):
+            with rehearsal(call.state):
                 inputs = inputs.map(kept)
                 record.add_outputs(call.module(*inputs.args, **inputs.keywords), main.shape[0])
         except Exception as error:
@@ -466,14 +471,18 @@ class GradientSketcher:
             if _in_transform() or not self._handles:
                 return None
             x, *others = (*args, *keywords.values())
+            out: Tensor
             number = self._note(place, x, output)
             if self._rehearsing:
+                if not output.requires_grad:
+                    return None
+                out = _Capture.apply(output, None)  # in the graph as it is outside of rehearsals
                 if output.dim() and output.shape[0] == 1:
-                    self._single[id(output)] = _Single(weakref.ref(output), place, number)
-                return None
+                    self._single[id(out)] = _Single(weakref.ref(out), place, number)
+                return out
             self._new_forward()
             if self._call is not None:
-                self._call.layers.add(place.owner)
+                self._call.layers.add(place)
             taken = torch.is_grad_enabled()
             if not _in_backward():
                 # Also under reentrant checkpoints, whose forward pass has no gradients.
@@ -491,14 +500,14 @@ class GradientSketcher:
             single = self._check_batch(place, x, output)
             saved = (x.detach(),) if keeps_input else ()
             use = _Use(self, self._pass, place, self._nodes_of(place), [] if single else None)
-            out: Tensor = _Capture.apply(output, use, *saved)
+            out = _Capture.apply(output, use, *saved)
             if single:
                 self._single[id(out)] = _Single(weakref.ref(out), place, number, use)
             return out
 
         return hook
 
-    def _note(self, place: _Place, x: Any, output: Tensor) -> int:
+    def _note_call(self, place: _Place, x: Any, output: Tensor) -> int:
         """Notes a call for the comparison of rows; its number."""
         record = self._record
         if record is None:
@@ -515,8 +524,9 @@ class GradientSketcher:
         for value in values:
             if isinstance(value, (tuple, list)):
                 self._follow(function, value, result)
+            if not isinstance(value, Tensor):
                 continue
-            single = self._single.get(id(value)) if isinstance(value, Tensor) else None
+            single = self._single.get(id(value))
             if single is None or single.output() is not value:
                 continue
             for made in result if isinstance(result, (tuple, list)) else (result,):
@@ -661,13 +671,19 @@ class GradientSketcher:
                 return  # sequences without positions
             if x is not None and len(x) != len(g):
                 x = x.expand(len(g), *x.shape[1:])  # of an output for all samples
-            summed = {name for name, target in wanted.items() if any(target.name in names for names in current.to_sum.values())}
+            summed = {
+                name
+                for name, target in wanted.items()
+                if any(target.name in names for names in current.to_sum.values())
+            }
             self._unsummed.update(target.name for name, target in wanted.items() if name not in summed)
             shared = {name for name, target in wanted.items() if current.calls[target.name] > 1}
             for name, gradient in place.layer.gradients(place.module, wanted, x, g, self._dtype):
                 target = wanted[name]
                 if name in summed:
-                    self._sums.add(target.name, target.parameter.shape, gradient, self._precision(target, x, g))
+                    self._sums.add(
+                        target.name, target.parameter.shape, gradient, self._precision(target, x, g)
+                    )
                 if self._dim is not None:
                     self._add_sketch(current, gradient, target.offset)
                 if self._norms:
@@ -681,7 +697,9 @@ class GradientSketcher:
                     current.kept.setdefault(target.name, []).append((place, x, g))
 
     def _precision(self, target: _Target, x: Tensor | None, g: Tensor) -> float:
-        dtypes = [target.parameter.dtype, g.dtype] if x is None else [target.parameter.dtype, g.dtype, x.dtype]
+        dtypes = (
+            [target.parameter.dtype, g.dtype] if x is None else [target.parameter.dtype, g.dtype, x.dtype]
+        )
         return precision_of(*dtypes, device=self._device)
 
     def _watched(self, place: _Place, g: Tensor) -> Tensor:
@@ -749,7 +767,9 @@ class _Use:
     nodes: dict[
         str, Any
     ]  # where autograd takes the gradients of the wanted parameters to, by their names in the module
-    parts: list[Tensor] | None = None  # of an output for all samples: its gradients [B, ...], before they are summed
+    parts: list[Tensor] | None = (
+        None  # of an output for all samples: its gradients [B, ...], before they are summed
+    )
     used: bool = False
 
 
@@ -768,7 +788,7 @@ class _Capture(torch.autograd.Function):
     tensor: checkpoints recompute it, and changes in place are noticed."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, use: _Use, *saved: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, use: _Use | None, *saved: Tensor) -> Tensor:
         ctx.use = use
         ctx.save_for_backward(*saved)
         # Were it `output` itself, autograd would make a view of it, which in-place activations must not change.
@@ -879,28 +899,32 @@ def _places(model: nn.Module, targets: dict[int, _Target]) -> list[_Place]:
         if not own:
             continue
         layer = layer_of(module)
-        problem = problem_of(module, layer, own)
-        if layer is None or problem is not None:
-            raise ValueError(_refusal(name, module, next(iter(own.values())), problem))
+        _refuse_problems(name, module, layer, own)
+        assert layer is not None
         places.append(_Place(name, module, layer, own))
     return places
 
 
-def _refusal(name: str, module: nn.Module, target: _Target, problem: str | None) -> str:
-    return (
-        f"parameter {target.name!r} belongs to {type(module).__name__} {name!r}: {problem}; leave it out with "
-        "parameters="
-    )
+def _refuse_problems(name: str, module: nn.Module, layer: Layer | None, targets: dict[str, _Target]) -> None:
+    for own, target in targets.items():
+        problem = problem_of(module, layer, own)
+        if problem is not None:
+            raise ValueError(
+                f"parameter {target.name!r} belongs to {type(module).__name__} {name!r}: {problem}; leave it out with "
+                "parameters="
+            )
 
 
 def _callable(model: nn.Module, places: list[_Place]) -> Iterator[tuple[str, nn.Module]]:
     """What holds a place, and may be called."""
+    holders = {""}
+    for place in places:
+        path = place.name.split(".")
+        holders.update(".".join(path[:depth]) for depth in range(1, len(path) + 1))
     for name, module in model.named_modules():
-        inside = f"{name}." if name else ""
-        if any(place.name == name or place.name.startswith(inside) for place in places):
-            # Calls of DistributedDataParallel, which talk to other processes, are those of its module.
-            if not isinstance(module, nn.parallel.DistributedDataParallel):
-                yield name, module
+        # Calls of DistributedDataParallel, which talk to other processes, are those of its module.
+        if name in holders and not isinstance(module, nn.parallel.DistributedDataParallel):
+            yield name, module
 
 
 def _broadcast(value: Tensor, made: Tensor) -> float | None:
@@ -946,6 +970,12 @@ def _gets_gradient(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # "A leaf node was passed", by torch.autograd.grad with regard to it
         return True
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which torch.compile leaves alone where it is in use."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return function if dynamo is None else dynamo.disable(function)
 
 
 def _in_transform() -> bool:

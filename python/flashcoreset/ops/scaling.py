@@ -13,7 +13,7 @@ def largest_magnitude(*tensors: Tensor | None) -> float:
     """Of all entries; infinite or NaN where one of these is."""
     most = 0.0
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None and tensor.numel():
             for end in torch.aminmax(tensor.detach()):
                 magnitude = abs(float(end))
                 most = magnitude if magnitude > most or magnitude != magnitude else most

@@ -83,17 +83,13 @@ class TransportCosts:
         nearest, farthest, total = self._extremes(penalty, held)
         largest = float(farthest.max())
         # Costs are shares of the largest distance: a power of two, which brings squares into range, changes none.
-        low, high = _SAFE[train.dtype]
-        if not 2.0**low < largest < 2.0**high and (
-            exponent := exponent_into(largest_magnitude(train, valid), (low, high - 10))
+        least, most = _SAFE[train.dtype]
+        if not 2.0**least < largest < 2.0**most and (
+            exponent := exponent_into(largest_magnitude(train, valid), (least, most - 10))
         ):
             self._train, self._valid = scale(train, exponent), scale(valid, exponent)
             nearest, farthest, total = self._extremes(penalty, held)
             largest = float(farthest.max())
-        if not largest <= torch.finfo(train.dtype).max:
-            raise ValueError(
-                f"train: distances to valid overflow {train.dtype}; scale the features down or use float64"
-            )
         per_distance = 1 / largest if largest else 0.0
         low = float((nearest * per_distance - penalty).min())
         spread = float((farthest * per_distance - penalty).max()) - low

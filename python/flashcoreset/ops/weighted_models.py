@@ -15,7 +15,7 @@ from flashcoreset._imports import imported
 
 Loss = Callable[[Any, Any, Any], Any]
 CLUSTERS = 8  # of "kmeans"
-_CHUNK = 2**20  # numbers of a dense copy of some samples
+_CHUNK = 2**16  # numbers of a dense copy of some samples
 
 # Whose losses the names are, by the place in scikit-learn. Subclasses may minimise something else.
 ESTIMATORS = {
@@ -31,6 +31,7 @@ ESTIMATORS = {
 }
 
 
+@np.errstate(over="ignore")  # what is infinite is refused later
 def squared_distances(model: Any, x: Any, y: Any) -> np.ndarray:
     """[n] squared distances to the nearest centre."""
     n = x.shape[0]
@@ -92,6 +93,7 @@ def _check_multi_class(model: Any, classes: int) -> None:
             )
 
 
+@np.errstate(over="ignore")  # what is infinite is refused later
 def hinge_losses(model: Any, x: Any, y: Any) -> np.ndarray:
     """[n] squared or plain hinge losses times the weights of classes, each with an n-th of the penalty / C; where there are more
     than two classes, the sum over the problems of each against the rest, or Crammer and Singer's."""
@@ -130,6 +132,7 @@ def _with_intercept(model: Any, l1: float, l2: float) -> tuple[float, float]:
     return l1 + np.abs(weights).sum(), l2 + np.square(weights).sum() / 2
 
 
+@np.errstate(over="ignore")  # what is infinite is refused later
 def squared_errors(model: Any, x: Any, y: Any) -> np.ndarray:
     """[n] squared errors, summed over the targets where there are several, each with an n-th of the penalty. That is twice the
     objective of `Lasso` and `ElasticNet` times n, which halve the mean of the squares."""

@@ -50,18 +50,23 @@ def caratheodory(
         ValueError: for NaN or infinity in `x`.
     """
     check_finite(x, "x")
+    if x.dtype == torch.float64:  # sums of huge columns stay finite
+        x = torch.where(x.abs().amax(0) > 2.0**900, x * 2.0**-200, x)
     n, d = x.shape
     if weights is None:
         weights = torch.ones(n, dtype=torch.float64, device=x.device)
     rows = (weights > 0).nonzero()[:, 0]
     w = weights[rows] / weights.max()
+    # Columns whose sums could overflow are shrunk, by a power of two: what vanishes was rounding beside their largest number.
+    most = x.abs().amax(0).to(torch.float64)
+    shrink = torch.where(most > 2.0**900, 2.0**-100, 1.0).to(torch.float64)
     if max_size > 0:
-        w = w * _even(_sums(x[rows].to(torch.float64), w, 1), w, max_size)
+        w = w * _even(_sums(x[rows].to(torch.float64) * shrink, w, 1), w, max_size)
         rows, w = rows[w > 0], w[w > 0]
     size = 0 if max_size > 0 else 2
     while size > 1:
         size = -(-len(rows) // (2 * (d + 2)))
-        rho = _reduce(_sums(x[rows].to(torch.float64), w, size))
+        rho = _reduce(_sums(x[rows].to(torch.float64) * shrink, w, size))
         w = w * rho.repeat_interleave(size)[: len(rows)]
         if not (w.isfinite().all() and w.any()):  # rows would go, or stay, for no reason
             raise ValueError("x, weights: sums of their products are not finite; scale them down")

@@ -100,9 +100,9 @@ def bounds_of_points(x: Tensor, clients: Tensor, metric: str, floor: float) -> T
     return torch.full((clients.shape[0],), bound, dtype=torch.float64, device=x.device)
 
 
-def bounds_of_matrix(s: Tensor) -> Tensor:
-    """[m] float64: for each column of `s` [n, m] a number not below its entries and 0."""
-    largest = max(0.0, float(s.max()))
+def bounds_of_matrix(s: Tensor, floor: float) -> Tensor:
+    """[m] float64: for each column of `s` [n, m] a number not below its entries and 0, less `floor` <= 0."""
+    largest = max(0.0, float(s.max())) - floor
     return torch.full((s.shape[1],), largest, dtype=torch.float64, device=s.device)
 
 
@@ -153,7 +153,7 @@ class _Matrix:
         return self._s[index]
 
     def upper_bounds(self, floor: float) -> Tensor:
-        return bounds_of_matrix(self._s)
+        return bounds_of_matrix(self._s, floor)
 
 
 class _Sparse:
@@ -189,7 +189,7 @@ class FacilityLocation:
         metric: "cosine", "dot", "euclidean", "sqeuclidean", "l1" or "precomputed".
         weights: [m] float64, not negative; None for 1.
         preselected: [p] int64, candidates already in S.
-        offset: what distances are subtracted from.
+        offset: what distances are subtracted from: those of points, and those that a matrix holds negated.
         memory_budget: similarities from points are kept if they take at most so many bytes, else computed as
             needed.
         expected_picks: for compiled kernels to plan with; ignored here.
@@ -220,7 +220,7 @@ class FacilityLocation:
             s = _Points(x, clients, metric)
         n, m = self._shape = s.shape
         self._self_clients = clients is None and n == m
-        floor = -offset if metric in DISTANCES else 0.0
+        floor = -offset if metric in DISTANCES or (metric == "precomputed" and offset) else 0.0
         self._weights = (
             torch.ones(m, dtype=torch.float64, device=s.device) if weights is None else weights.double()
         )

@@ -155,7 +155,8 @@ def _fit(rows: Tensor, b: Tensor, ridge: float) -> Tensor:
     unit = max(1.0, root)
     penalty = root / unit * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     matrix, right = torch.cat([penalty, rows.T / unit]), torch.cat([b.new_zeros(len(rows)), b])
-    found = torch.linalg.lstsq(matrix, right[:, None]).solution[:, 0] / unit
+    # The default on the CPU, "gelsy", pivots by memory that torch leaves as it is: its bits vary from call to call.
+    found = torch.linalg.lstsq(matrix, right[:, None], driver="gels").solution[:, 0] / unit
     if not found.isfinite().all():  # no row would leave the active set, again and again
         raise ValueError(_OVERFLOW)
     return found

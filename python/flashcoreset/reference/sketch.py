@@ -152,7 +152,7 @@ def sketch(x: Tensor, dim: int, *, kind: str, seed: int, offset: int, nnz: int) 
         part = x[:, begin : begin + step]
         number = _consecutive(offset + begin, part.shape[1])
         matrix = _matrix(number, dim, kind, seed, nnz, x.dtype).to(x.device)
-        # Row by row, in memory of its own: the bits of a product of matrices depend on how many rows there are.
+        # Row by row, and no matrix product: its bits depend on how many rows there are, and on the number of threads.
         for sums, row in zip(out, part, strict=True):
-            sums += row.clone(memory_format=torch.contiguous_format) @ matrix
+            sums += (row[:, None] * matrix).sum(0)
     return out
