@@ -494,14 +494,15 @@ class Problem {
   bool plain(Off& off) {
     for (int64_t j = 0; j < width_; ++j) weighted_v_[j] = column_weight_[j] * v_[j];
     std::atomic<bool> in_range{true}, drifted{false};
+    const Move move(made_at_, schedule_.omega(), rho_a(), -moved_);
     team_.parallel_for(chunks_.count(), 1, [&](int, int64_t c, int64_t) {
       T* const sums = chunks_.sums(c);
       std::fill(sums, sums + width_, T(0));
       RowsSeen seen;
       if (width_ <= kShort) {
-        plain_chunk<2 * kTogether>(c, sums, seen);
+        plain_chunk<2 * kTogether>(c, move, sums, seen);
       } else {
-        plain_chunk<kTogether>(c, sums, seen);
+        plain_chunk<kTogether>(c, move, sums, seen);
       }
       chunk_error_[c] = seen.error();
       if (!balanced_) chunk_lost_[c] = seen.sum_of(seen.lost);
@@ -517,94 +518,6 @@ class Problem {
     asked_.swap(next_asked_);
     drifted_ = drifted.load() || !scalings.within(kLeastScaling, kMostScaling);
     return true;
-  }
-
-  // What an iteration learns from the rows of a chunk.
-  struct RowsSeen {
-    Range<T> sums, scalings;
-    V off{};   // by how much the rows' sums are off, as shares of the mass
-    V lost{};  // what they ask for from now on, less 1; likewise
-    double mass = 1;
-    double error() const { return sum_of(off); }
-    double sum_of(V shares) const {
-      double total = 0;
-      for (int l = 0; l < kW; ++l) total += static_cast<double>(shares[l]);
-      return total * mass;
-    }
-  };
-
-  // The rows of a chunk, some together. Where two groups of them fit the first-level cache, the columns' sums
-  // of one are taken while the next comes from memory.
-  template <int kGroup>
-  void plain_chunk(int64_t c, T* sums, RowsSeen& seen) {
-    const bool overlap = 2 * kGroup * width_ * static_cast<int64_t>(sizeof(T)) <= kFirstCache;
-    const T *x = weighted_v_.data(), *before = nullptr;
-    T weighted[kLanes<T>];
-    seen.mass = mass_a_;
-    const int64_t first = chunks_.first(c);
-    for_rows_together<kGroup>(chunks_.last(c) - first, [&](int64_t r, auto together) {
-      constexpr int kR = decltype(together)::value;
-      const T* const rows = matrix_ + (first + r) * width_;
-      double product[kR] = {};
-      if (before == nullptr) {
-        add_products<kR>(rows, width_, x, width_, product);
-      } else {
-        pass<kR, kGroup>(rows, before, width_, x, weighted, width_, product, sums);
-      }
-      scale_rows<kR>(first + r, product, weighted, seen);
-      if (overlap && kR == kGroup) {
-        before = rows;
-      } else {
-        add_rows<kR>(rows, width_, weighted, width_, sums);
-        before = nullptr;
-      }
-    });
-    if (before != nullptr) add_rows<kGroup>(before, width_, weighted, width_, sums);
-  }
-
-  // The next scalings of kR rows from their `product` with the columns' scalings, `weighted` with the rows'
-  // weights.
-  template <int kR>
-  void scale_rows(int64_t i, const double* product, T* weighted, RowsSeen& rows) {
-    constexpr int kL = kLanes<T>;
-    T sum[kL], old[kL], weight[kL], pull[kL] = {}, wish[kL] = {}, next[kL], ask[kL];
-    for (int r = 0; r < kL; ++r) {
-      sum[r] = r < kR ? static_cast<T>(product[r]) : T(1);
-      old[r] = r < kR ? u_[i + r] : T(1);
-      weight[r] = r < kR ? row_weight_[i + r] : T(0);
-      if (!balanced_ && r < kR) {
-        pull[r] = row_pull_[i + r];
-        wish[r] = asked_[i + r];
-      }
-    }
-    const V one = simd::broadcast(T(1)), zero{};
-    const Move move(made_at_, schedule_.omega(), rho_a(), -moved_);
-    for (int l = 0; l < kL; l += kW) {
-      const V u = simd::load(old + l), w = simd::load(weight + l);
-      // A row without weight is 0 in the matrix, and stays as it is.
-      const V x = w > zero ? simd::load(sum + l) : one / u, s = u * x;
-      rows.sums.add(s);
-      V scaling;
-      if (is_simple()) {
-        scaling = one / x;
-      } else {
-        const V p = simd::load(pull + l), log_scaling = move.of(simd::log<T>(u), simd::log<T>(s), p);
-        scaling = simd::exp<T>(log_scaling);
-        scaling = w > zero ? scaling : u;
-        if (!balanced_) {
-          const V off = w * simd::abs<T>(s - simd::load(wish + l)), lost = move.asked(log_scaling, p) - one;
-          rows.off += w > zero ? off : zero;
-          rows.lost += w > zero ? w * lost : zero;
-          simd::store(ask + l, lost + one);
-        }
-      }
-      rows.scalings.add(scaling);
-      if (balanced_) rows.off += w * simd::abs<T>(s - one);
-      simd::store(next + l, scaling);
-      simd::store(weighted + l, w * scaling);
-    }
-    std::copy(next, next + kR, next_u_.data() + i);
-    if (!balanced_) std::copy(ask, ask + kR, next_asked_.data() + i);
   }
 
   // The move of one side in the plain domain, whose potentials are F - taken + eps log u, by `pull`, -F /
@@ -623,6 +536,94 @@ class Problem {
     // exp(-potential / rho).
     V asked(V log_u, V pull) const { return simd::exp<T>((pull + moved) - share * log_u); }
   };
+
+  // What an iteration learns from the rows of a chunk.
+  struct RowsSeen {
+    Range<T> sums, scalings;
+    V off{};   // by how much the rows' sums are off, as shares of the mass
+    V lost{};  // what they ask for from now on, less 1; likewise
+    double mass = 1;
+    double error() const { return sum_of(off); }
+    double sum_of(V shares) const {
+      double total = 0;
+      for (int l = 0; l < kW; ++l) total += static_cast<double>(shares[l]);
+      return total * mass;
+    }
+  };
+
+  // The rows of a chunk, some together. Where two groups of them fit the first-level cache, the columns' sums
+  // of one are taken while the next comes from memory.
+  template <int kGroup>
+  void plain_chunk(int64_t c, const Move& move, T* sums, RowsSeen& seen) {
+    const bool overlap = 2 * kGroup * width_ * static_cast<int64_t>(sizeof(T)) <= kFirstCache;
+    const T *x = weighted_v_.data(), *before = nullptr;
+    T weighted[kLanes<T>];
+    seen.mass = mass_a_;
+    const int64_t first = chunks_.first(c);
+    for_rows_together<kGroup>(chunks_.last(c) - first, [&](int64_t r, auto together) {
+      constexpr int kR = decltype(together)::value;
+      const T* const rows = matrix_ + (first + r) * width_;
+      double product[kR] = {};
+      if (before == nullptr) {
+        add_products<kR>(rows, width_, x, width_, product);
+      } else {
+        pass<kR, kGroup>(rows, before, width_, x, weighted, width_, product, sums);
+      }
+      scale_rows<kR>(first + r, product, move, weighted, seen);
+      if (overlap && kR == kGroup) {
+        before = rows;
+      } else {
+        add_rows<kR>(rows, width_, weighted, width_, sums);
+        before = nullptr;
+      }
+    });
+    if (before != nullptr) add_rows<kGroup>(before, width_, weighted, width_, sums);
+  }
+
+  // The next scalings of kR rows from their `product` with the columns' scalings, `weighted` with the rows'
+  // weights.
+  template <int kR>
+  void scale_rows(int64_t i, const double* product, const Move& move, T* weighted, RowsSeen& rows) {
+    constexpr int kL = kLanes<T>;
+    T sum[kL], old[kL], weight[kL], pull[kL], asked[kL], next[kL], next_asked[kL];
+    for (int r = 0; r < kL; ++r) {
+      sum[r] = r < kR ? static_cast<T>(product[r]) : T(1);
+      old[r] = r < kR ? u_[i + r] : T(1);
+      weight[r] = r < kR ? row_weight_[i + r] : T(0);
+    }
+    for (int r = 0; r < kL && !balanced_; ++r) {
+      pull[r] = r < kR ? row_pull_[i + r] : T(0);
+      asked[r] = r < kR ? asked_[i + r] : T(0);
+    }
+    const V one = simd::broadcast(T(1)), zero{};
+    for (int l = 0; l < kL; l += kW) {
+      const V u = simd::load(old + l), w = simd::load(weight + l);
+      // A row without weight is 0 in the matrix, and stays as it is.
+      const V x = w > zero ? simd::load(sum + l) : one / u, s = u * x;
+      rows.sums.add(s);
+      V scaling;
+      if (is_simple()) {
+        scaling = one / x;
+      } else {
+        const V p = balanced_ ? zero : simd::load(pull + l);
+        const V log_scaling = move.of(simd::log<T>(u), simd::log<T>(s), p);
+        scaling = simd::exp<T>(log_scaling);
+        scaling = w > zero ? scaling : u;
+        if (!balanced_) {
+          const V now = move.asked(log_scaling, p);
+          rows.off += w > zero ? w * simd::abs<T>(s - simd::load(asked + l)) : zero;
+          rows.lost += w > zero ? w * (now - one) : zero;
+          simd::store(next_asked + l, now);
+        }
+      }
+      rows.scalings.add(scaling);
+      if (balanced_) rows.off += w * simd::abs<T>(s - one);
+      simd::store(next + l, scaling);
+      simd::store(weighted + l, w * scaling);
+    }
+    std::copy(next, next + kR, next_u_.data() + i);
+    if (!balanced_) std::copy(next_asked, next_asked + kR, next_asked_.data() + i);
+  }
 
   // The next scalings of the columns from the chunks' sums; false if one of these leaves the range of the
   // type.
@@ -647,8 +648,13 @@ class Problem {
         next = simd::exp<T>(log_scaling);
         next = w > zero ? next : v;
         const V after = x * next, asked = balanced_ ? one : move.asked(log_scaling, pull);
-        for (int l = 0; l < kW && j + l < m_; ++l)
-          note_column(j + l, static_cast<double>(after[l]), static_cast<double>(asked[l]), off);
+        for (int l = 0; l < kW && j + l < m_; ++l) {
+          if (balanced_) {
+            off.columns += b_[j + l] * std::abs(static_cast<double>(after[l]) - 1);
+          } else {
+            note_column(j + l, static_cast<double>(after[l]), static_cast<double>(asked[l]), off);
+          }
+        }
       }
       scalings.add(next);
       simd::store(next_v_.data() + j, next);
