@@ -129,8 +129,8 @@ class Problems {
 
 // What is wrong or None, the argument, problem, row, column.
 py::tuple tuple_of(const cuda::SinkhornVerdict& verdict) {
-  static constexpr const char* kKinds[] = {nullptr,     "not finite", "weight",
-                                           "no weight", "unequal",    "overflow"};
+  static constexpr const char* kKinds[] = {nullptr,   "not finite", "weight",   "no weight",
+                                           "unequal", "overflow",   "small reg"};
   const char* kind = kKinds[verdict.kind];
   const bool of_points = verdict.kind == cuda::SinkhornVerdict::kNotFinite;
   const char* const argument = of_points ? (verdict.second ? "y" : "x") : (verdict.second ? "b" : "a");

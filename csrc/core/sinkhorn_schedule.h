@@ -108,6 +108,10 @@ class SinkhornSchedule {
   bool accelerated_ = false;
 };
 
+// Costs that range over more than this times reg and the largest number of their type have exponents that
+// overflow.
+inline constexpr double kSinkhornExponents = 1e-3;
+
 // The next potential of a line from the logarithm of its sum.
 FC_HOST_DEVICE inline double sinkhorn_moved(double potential, double log_sum, double eps, double omega,
                                             double damp) {

@@ -26,6 +26,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -336,8 +337,8 @@ class Problem {
         costs_(batch, p, team),
         exponents_(costs_),
         chunks_(n_, width_),
-        schedule_(options.reg, spread_of(costs_, batch, p), options.tol, options.max_iter, options.warm,
-                  mass_of(batch.a, p, n_)),
+        schedule_(options.reg, spread_of(costs_, batch, p, options.reg), options.tol, options.max_iter,
+                  options.warm, mass_of(batch.a, p, n_)),
         translates_(schedule_.translates(options.reg_marginal[0], options.reg_marginal[1])),
         matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
         blocks_(workspace.blocks(team.size() * kCostRows * width_)),
@@ -400,17 +401,24 @@ class Problem {
   int64_t iterations() const { return schedule_.iterations(); }
 
  private:
-  // A bound of the costs' range; throws std::invalid_argument if that of the type is less.
-  static double spread_of(const CostTiles<T>& costs, const SinkhornBatch<T>& batch, int64_t p) {
+  // A bound of the costs' range; throws std::invalid_argument if they, or their exponents, leave that of the
+  // type.
+  static double spread_of(const CostTiles<T>& costs, const SinkhornBatch<T>& batch, int64_t p, double reg) {
     const double spread = costs.spread();
     // Euclidean distances are the roots of their squares.
     const bool squares = !batch.is_cost && !batch.cosine && batch.metric == Metric::kEuclidean;
     const double most = static_cast<double>(std::numeric_limits<T>::max());
-    if (spread <= (squares ? std::sqrt(most) : most)) return spread;
-    const std::string within = batch.count() > 1 ? " in problem " + std::to_string(p) : "";
-    throw std::invalid_argument(std::string("x: costs overflow torch.float") +
-                                (sizeof(T) == 4 ? "32" : "64") + within + "; scale the data down" +
-                                (sizeof(T) == 4 ? " or use float64" : ""));
+    const bool fits = spread <= (squares ? std::sqrt(most) : most);
+    if (fits && spread <= kSinkhornExponents * most * reg) return spread;
+    const std::string type = sizeof(T) == 4 ? "torch.float32" : "torch.float64",
+                      within = batch.count() > 1 ? " in problem " + std::to_string(p) : "",
+                      remedy = sizeof(T) == 4 ? " or use float64" : "";
+    if (!fits) {
+      throw std::invalid_argument("x: costs overflow " + type + within + "; scale the data down" + remedy);
+    }
+    char text[96];
+    std::snprintf(text, sizeof text, "reg: costs of %.3g in units of %.3g overflow ", spread, reg);
+    throw std::invalid_argument(text + type + within + "; raise reg" + remedy);
   }
 
   static double mass_of(const TensorView<const double, 2>& weights, int64_t p, int64_t count) {
@@ -486,14 +494,15 @@ class Problem {
   bool plain(Off& off) {
     for (int64_t j = 0; j < width_; ++j) weighted_v_[j] = column_weight_[j] * v_[j];
     std::atomic<bool> in_range{true}, drifted{false};
+    const Move move(made_at_, schedule_.omega(), rho_a(), -moved_);
     team_.parallel_for(chunks_.count(), 1, [&](int, int64_t c, int64_t) {
       T* const sums = chunks_.sums(c);
       std::fill(sums, sums + width_, T(0));
       RowsSeen seen;
       if (width_ <= kShort) {
-        plain_chunk<2 * kTogether>(c, sums, seen);
+        plain_chunk<2 * kTogether>(c, move, sums, seen);
       } else {
-        plain_chunk<kTogether>(c, sums, seen);
+        plain_chunk<kTogether>(c, move, sums, seen);
       }
       chunk_error_[c] = seen.error();
       if (!balanced_) chunk_lost_[c] = seen.sum_of(seen.lost);
@@ -509,94 +518,6 @@ class Problem {
     asked_.swap(next_asked_);
     drifted_ = drifted.load() || !scalings.within(kLeastScaling, kMostScaling);
     return true;
-  }
-
-  // What an iteration learns from the rows of a chunk.
-  struct RowsSeen {
-    Range<T> sums, scalings;
-    V off{};   // by how much the rows' sums are off, as shares of the mass
-    V lost{};  // what they ask for from now on, less 1; likewise
-    double mass = 1;
-    double error() const { return sum_of(off); }
-    double sum_of(V shares) const {
-      double total = 0;
-      for (int l = 0; l < kW; ++l) total += static_cast<double>(shares[l]);
-      return total * mass;
-    }
-  };
-
-  // The rows of a chunk, some together. Where two groups of them fit the first-level cache, the columns' sums
-  // of one are taken while the next comes from memory.
-  template <int kGroup>
-  void plain_chunk(int64_t c, T* sums, RowsSeen& seen) {
-    const bool overlap = 2 * kGroup * width_ * static_cast<int64_t>(sizeof(T)) <= kFirstCache;
-    const T *x = weighted_v_.data(), *before = nullptr;
-    T weighted[kLanes<T>];
-    seen.mass = mass_a_;
-    const int64_t first = chunks_.first(c);
-    for_rows_together<kGroup>(chunks_.last(c) - first, [&](int64_t r, auto together) {
-      constexpr int kR = decltype(together)::value;
-      const T* const rows = matrix_ + (first + r) * width_;
-      double product[kR] = {};
-      if (before == nullptr) {
-        add_products<kR>(rows, width_, x, width_, product);
-      } else {
-        pass<kR, kGroup>(rows, before, width_, x, weighted, width_, product, sums);
-      }
-      scale_rows<kR>(first + r, product, weighted, seen);
-      if (overlap && kR == kGroup) {
-        before = rows;
-      } else {
-        add_rows<kR>(rows, width_, weighted, width_, sums);
-        before = nullptr;
-      }
-    });
-    if (before != nullptr) add_rows<kGroup>(before, width_, weighted, width_, sums);
-  }
-
-  // The next scalings of kR rows from their `product` with the columns' scalings, `weighted` with the rows'
-  // weights.
-  template <int kR>
-  void scale_rows(int64_t i, const double* product, T* weighted, RowsSeen& rows) {
-    constexpr int kL = kLanes<T>;
-    T sum[kL], old[kL], weight[kL], pull[kL] = {}, wish[kL] = {}, next[kL], ask[kL];
-    for (int r = 0; r < kL; ++r) {
-      sum[r] = r < kR ? static_cast<T>(product[r]) : T(1);
-      old[r] = r < kR ? u_[i + r] : T(1);
-      weight[r] = r < kR ? row_weight_[i + r] : T(0);
-      if (!balanced_ && r < kR) {
-        pull[r] = row_pull_[i + r];
-        wish[r] = asked_[i + r];
-      }
-    }
-    const V one = simd::broadcast(T(1)), zero{};
-    const Move move(made_at_, schedule_.omega(), rho_a(), -moved_);
-    for (int l = 0; l < kL; l += kW) {
-      const V u = simd::load(old + l), w = simd::load(weight + l);
-      // A row without weight is 0 in the matrix, and stays as it is.
-      const V x = w > zero ? simd::load(sum + l) : one / u, s = u * x;
-      rows.sums.add(s);
-      V scaling;
-      if (is_simple()) {
-        scaling = one / x;
-      } else {
-        const V p = simd::load(pull + l), log_scaling = move.of(simd::log<T>(u), simd::log<T>(s), p);
-        scaling = simd::exp<T>(log_scaling);
-        scaling = w > zero ? scaling : u;
-        if (!balanced_) {
-          const V off = w * simd::abs<T>(s - simd::load(wish + l)), lost = move.asked(log_scaling, p) - one;
-          rows.off += w > zero ? off : zero;
-          rows.lost += w > zero ? w * lost : zero;
-          simd::store(ask + l, lost + one);
-        }
-      }
-      rows.scalings.add(scaling);
-      if (balanced_) rows.off += w * simd::abs<T>(s - one);
-      simd::store(next + l, scaling);
-      simd::store(weighted + l, w * scaling);
-    }
-    std::copy(next, next + kR, next_u_.data() + i);
-    if (!balanced_) std::copy(ask, ask + kR, next_asked_.data() + i);
   }
 
   // The move of one side in the plain domain, whose potentials are F - taken + eps log u, by `pull`, -F /
@@ -615,6 +536,94 @@ class Problem {
     // exp(-potential / rho).
     V asked(V log_u, V pull) const { return simd::exp<T>((pull + moved) - share * log_u); }
   };
+
+  // What an iteration learns from the rows of a chunk.
+  struct RowsSeen {
+    Range<T> sums, scalings;
+    V off{};   // by how much the rows' sums are off, as shares of the mass
+    V lost{};  // what they ask for from now on, less 1; likewise
+    double mass = 1;
+    double error() const { return sum_of(off); }
+    double sum_of(V shares) const {
+      double total = 0;
+      for (int l = 0; l < kW; ++l) total += static_cast<double>(shares[l]);
+      return total * mass;
+    }
+  };
+
+  // The rows of a chunk, some together. Where two groups of them fit the first-level cache, the columns' sums
+  // of one are taken while the next comes from memory.
+  template <int kGroup>
+  void plain_chunk(int64_t c, const Move& move, T* sums, RowsSeen& seen) {
+    const bool overlap = 2 * kGroup * width_ * static_cast<int64_t>(sizeof(T)) <= kFirstCache;
+    const T *x = weighted_v_.data(), *before = nullptr;
+    T weighted[kLanes<T>];
+    seen.mass = mass_a_;
+    const int64_t first = chunks_.first(c);
+    for_rows_together<kGroup>(chunks_.last(c) - first, [&](int64_t r, auto together) {
+      constexpr int kR = decltype(together)::value;
+      const T* const rows = matrix_ + (first + r) * width_;
+      double product[kR] = {};
+      if (before == nullptr) {
+        add_products<kR>(rows, width_, x, width_, product);
+      } else {
+        pass<kR, kGroup>(rows, before, width_, x, weighted, width_, product, sums);
+      }
+      scale_rows<kR>(first + r, product, move, weighted, seen);
+      if (overlap && kR == kGroup) {
+        before = rows;
+      } else {
+        add_rows<kR>(rows, width_, weighted, width_, sums);
+        before = nullptr;
+      }
+    });
+    if (before != nullptr) add_rows<kGroup>(before, width_, weighted, width_, sums);
+  }
+
+  // The next scalings of kR rows from their `product` with the columns' scalings, `weighted` with the rows'
+  // weights.
+  template <int kR>
+  void scale_rows(int64_t i, const double* product, const Move& move, T* weighted, RowsSeen& rows) {
+    constexpr int kL = kLanes<T>;
+    T sum[kL], old[kL], weight[kL], pull[kL], asked[kL], next[kL], next_asked[kL];
+    for (int r = 0; r < kL; ++r) {
+      sum[r] = r < kR ? static_cast<T>(product[r]) : T(1);
+      old[r] = r < kR ? u_[i + r] : T(1);
+      weight[r] = r < kR ? row_weight_[i + r] : T(0);
+    }
+    for (int r = 0; r < kL && !balanced_; ++r) {
+      pull[r] = r < kR ? row_pull_[i + r] : T(0);
+      asked[r] = r < kR ? asked_[i + r] : T(0);
+    }
+    const V one = simd::broadcast(T(1)), zero{};
+    for (int l = 0; l < kL; l += kW) {
+      const V u = simd::load(old + l), w = simd::load(weight + l);
+      // A row without weight is 0 in the matrix, and stays as it is.
+      const V x = w > zero ? simd::load(sum + l) : one / u, s = u * x;
+      rows.sums.add(s);
+      V scaling;
+      if (is_simple()) {
+        scaling = one / x;
+      } else {
+        const V p = balanced_ ? zero : simd::load(pull + l);
+        const V log_scaling = move.of(simd::log<T>(u), simd::log<T>(s), p);
+        scaling = simd::exp<T>(log_scaling);
+        scaling = w > zero ? scaling : u;
+        if (!balanced_) {
+          const V now = move.asked(log_scaling, p);
+          rows.off += w > zero ? w * simd::abs<T>(s - simd::load(asked + l)) : zero;
+          rows.lost += w > zero ? w * (now - one) : zero;
+          simd::store(next_asked + l, now);
+        }
+      }
+      rows.scalings.add(scaling);
+      if (balanced_) rows.off += w * simd::abs<T>(s - one);
+      simd::store(next + l, scaling);
+      simd::store(weighted + l, w * scaling);
+    }
+    std::copy(next, next + kR, next_u_.data() + i);
+    if (!balanced_) std::copy(next_asked, next_asked + kR, next_asked_.data() + i);
+  }
 
   // The next scalings of the columns from the chunks' sums; false if one of these leaves the range of the
   // type.
@@ -639,8 +648,13 @@ class Problem {
         next = simd::exp<T>(log_scaling);
         next = w > zero ? next : v;
         const V after = x * next, asked = balanced_ ? one : move.asked(log_scaling, pull);
-        for (int l = 0; l < kW && j + l < m_; ++l)
-          note_column(j + l, static_cast<double>(after[l]), static_cast<double>(asked[l]), off);
+        for (int l = 0; l < kW && j + l < m_; ++l) {
+          if (balanced_) {
+            off.columns += b_[j + l] * std::abs(static_cast<double>(after[l]) - 1);
+          } else {
+            note_column(j + l, static_cast<double>(after[l]), static_cast<double>(asked[l]), off);
+          }
+        }
       }
       scalings.add(next);
       simd::store(next_v_.data() + j, next);
@@ -951,7 +965,8 @@ class SinkhornRun final : public Sinkhorn {
         result_(result),
         options_(options),
         team_(options.threads, options.poll),
-        order_(batch.count()) {
+        order_(batch.count()),
+        units_(std::min(options.max_iter, INT64_MAX / batch.count())) {
     int64_t largest = 0, all = 0;
     std::vector<int64_t> size(batch.count());
     for (int64_t p = 0; p < batch.count(); ++p) {
@@ -972,7 +987,7 @@ class SinkhornRun final : public Sinkhorn {
     workspaces_.resize(one_a_thread_ ? options.threads : 1);
   }
 
-  int64_t total() const override { return batch_.count() * options_.max_iter; }
+  int64_t total() const override { return batch_.count() * units_; }
 
   int64_t step(int64_t iterations) override {
     iterations = std::max<int64_t>(iterations, 1);
@@ -981,7 +996,7 @@ class SinkhornRun final : public Sinkhorn {
     } else {
       one(iterations);
     }
-    return done_ * options_.max_iter + (problem_ ? problem_->iterations() : 0);
+    return done_ * units_ + (problem_ ? std::min(problem_->iterations(), units_) : 0);
   }
 
  private:
@@ -1016,6 +1031,7 @@ class SinkhornRun final : public Sinkhorn {
   const SinkhornOptions options_;
   ThreadTeam team_;
   std::vector<int64_t> order_;
+  const int64_t units_;  // what a problem counts for: its iterations, where the sum of all fits
   std::vector<Workspace<T>> workspaces_;
   bool one_a_thread_ = false;
   int64_t done_ = 0;  // problems, in `order_`

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
 // The rest of facts and faults: a block for each problem.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    weigh(SinkhornProblems<T> problems, bool balanced, Facts* facts, Faults* faults) {
+    weigh(SinkhornProblems<T> problems, double reg, bool balanced, Facts* facts, Faults* faults) {
   const int64_t p = blockIdx.x;
   Facts& own = facts[p];
   double mass[2];
@@ -108,7 +108,11 @@ __global__ void __launch_bounds__(kThreads)
   if (balanced && !(fabs(mass[0] - mass[1]) <= kUnequal * fmax(mass[0], mass[1]))) {
     lower(&faults->unequal_weight, p);
   }
-  if (!(spread <= static_cast<double>(std::numeric_limits<T>::max()))) lower(&faults->overflow, p);
+  const double most = static_cast<double>(std::numeric_limits<T>::max());
+  // Euclidean distances are the roots of their squares.
+  const bool squares = points && problems.metric == Metric::kEuclidean;
+  if (!(spread <= (squares ? sqrt(most) : most))) lower(&faults->overflow, p);
+  if (!(spread <= kSinkhornExponents * most * reg)) lower(&faults->small_reg, p);
 }
 
 // plain [count, lines] = potentials, weighted = potentials + reg log weight
@@ -293,6 +297,7 @@ SinkhornVerdict verdict_of(const Faults& faults, const SinkhornProblems<T>& prob
   found(faults.no_weight[1], SinkhornVerdict::kNoWeight, true, 1, 1);
   found(faults.unequal_weight, SinkhornVerdict::kUnequalWeight, false, 1, 1);
   found(faults.overflow, SinkhornVerdict::kOverflow, false, 1, 1);
+  found(faults.small_reg, SinkhornVerdict::kSmallReg, false, 1, 1);
   return verdict;
 }
 
@@ -345,7 +350,7 @@ SinkhornVerdict sinkhorn(const SinkhornProblems<T>& problems, const SinkhornOpti
          problems, slices, facts.data(), faults.data());
   const bool balanced = std::isinf(options.rho_a) && std::isinf(options.rho_b);
   launch(weigh<T>, {dim3(static_cast<unsigned>(problems.batch)), dim3(kThreads), 0, stream}, problems,
-         balanced, facts.data(), faults.data());
+         options.reg, balanced, facts.data(), faults.data());
 
   const Packed<T> packed(problems, stream);
   const Task task{options, result, facts.data(), faults.data()};

@@ -48,11 +48,12 @@ struct Faults {
   unsigned long long values[2];     // in x, y: (problem * rows + row) * columns + column
   unsigned long long weights[2];    // in a, b: problem * rows + row
   unsigned long long no_weight[2];  // problem
-  unsigned long long unequal_weight, overflow;
+  unsigned long long unequal_weight, overflow, small_reg;
 
   __host__ __device__ bool any() const {
     return values[0] != kNone || values[1] != kNone || weights[0] != kNone || weights[1] != kNone ||
-           no_weight[0] != kNone || no_weight[1] != kNone || unequal_weight != kNone || overflow != kNone;
+           no_weight[0] != kNone || no_weight[1] != kNone || unequal_weight != kNone || overflow != kNone ||
+           small_reg != kNone;
   }
 };
 

@@ -51,7 +51,8 @@ struct SinkhornVerdict {
     kBadWeight,      // in a or b: negative, NaN or infinite
     kNoWeight,       // the sum of a or b is 0, or too large for a number
     kUnequalWeight,  // of balanced problems, by more than one part in 10^4
-    kOverflow        // the costs leave the range of the type
+    kOverflow,       // the costs leave the range of the type
+    kSmallReg        // their exponents do
   };
   Kind kind = kFine;
   bool second = false;

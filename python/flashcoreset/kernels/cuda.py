@@ -332,7 +332,12 @@ def _sinkhorn_fault(
         return f"{argument} must have a finite sum > 0; its sum is not{within}"
     if wrong == "unequal":
         return f"a and b must have equal sums where both marginals are balanced; they differ by more than 1 in 10^4{within}"
-    return f"x: costs overflow {tensors['x'].dtype}{within}; scale the data down or use float64"  # type: ignore[union-attr]
+    assert tensors["x"] is not None
+    dtype = tensors["x"].dtype
+    remedy = " or use float64" if dtype == torch.float32 else ""
+    if wrong == "small reg":
+        return f"reg: costs in units of it overflow {dtype}{within}; raise reg{remedy}"
+    return f"x: costs overflow {dtype}{within}; scale the data down{remedy}"
 
 
 def _named(value: float) -> str:

@@ -25,7 +25,7 @@ from flashcoreset.reference.facility_location import (
 )
 from flashcoreset.reference.matching import OVERFLOW, Rule, refuse
 from flashcoreset.reference.scores import check_logits, check_targets
-from flashcoreset.reference.sinkhorn import Solution, dual_value
+from flashcoreset.reference.sinkhorn import Solution, dual_value, range_fault
 from flashcoreset.triton_kernels.caratheodory import launch_keep, launch_sums
 from flashcoreset.triton_kernels.facility_location import Similarities
 from flashcoreset.triton_kernels.matching import (
@@ -304,8 +304,12 @@ def sinkhorn(
     start = None if f is None or g is None else (f, g)
     problems = _problems(x, y, metric, counts, start, (a, b))
     spread = _spread(x, y, metric, counts)
-    run = Run(problems, reg, reg_marginal, tol, max_iter, spread, start is not None)
     batch = a.shape[0]
+    for p, largest in enumerate(spread.tolist()):
+        fault = range_fault(largest, reg, metric, x.dtype, f" in problem {p}" if batch > 1 else "")
+        if fault is not None:
+            raise ValueError(fault)
+    run = Run(problems, reg, reg_marginal, tol, max_iter, spread, start is not None)
     state, iterations = [RUNNING.value] * batch, [0] * batch
     while RUNNING.value in state:
         least = min(i for i, s in zip(iterations, state, strict=True) if s == RUNNING.value)
@@ -317,10 +321,6 @@ def sinkhorn(
         if report is not None:
             done = sum(i if s == RUNNING.value else max_iter for i, s in zip(iterations, state, strict=True))
             report(done, batch * max_iter)
-    too_large = torch.isnan(run.error) & (spread > torch.finfo(x.dtype).max)
-    if bool(too_large.any()):
-        within = f" in problem {int(too_large.nonzero()[0])}" if batch > 1 else ""
-        raise ValueError(f"x: costs overflow {x.dtype}{within}; scale the data down or use float64")
     f, g = run.potentials()
     value = dual_value(f, g, a, b, run.mass, reg, reg_marginal)
     return Solution(f, g, value, run.cost, run.error, run.iterations, run.error <= tol)

@@ -4,7 +4,6 @@ theorem."""
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._errors import ConvergenceWarning
+from flashcoreset._errors import ConvergenceWarning, warn_caller
 from flashcoreset._memory import as_dtype, as_shape, register_estimate
 from flashcoreset._progress import Progress, check_progress
 from flashcoreset._tensor import (
@@ -38,6 +37,13 @@ _INF = math.inf
 # Sums of weights that differ by less, relatively, are taken for the same number, rounded.
 _SAME_MASS = 1e-4
 
+# Potentials of so many times costs or reg leave 7 digits for these in float64.
+_DIGITS = 1e9
+# A penalty of so many times costs and reg holds its marginal to all digits of float64, nearly.
+_LARGEST_RHO = 1e12
+# Of a smaller one, times the larger of 1 and reg, potentials are no normal numbers.
+_LEAST_RHO = 1e-290
+
 
 @dataclass(frozen=True, eq=False)
 class Transport:
@@ -49,8 +55,8 @@ class Transport:
         value: scalar or [B]: the optimum of <P, C> + reg KL(P | a x b), plus the penalties of the marginals where
             these are relaxed, as the dual objective has it; differentiable in x, y, the costs, a and b.
         transport_cost: scalar or [B]: <P, C>.
-        error: scalar or [B]: the L1 error of both marginals of `plan()`; with `reg_marginal` by how much these changed
-            in the last iteration, in L1.
+        error: scalar or [B]: the L1 error of both marginals of `plan()`; with `reg_marginal` what they differ by from
+            what the potentials ask for, a exp(-f / rho) and b exp(-g / rho), in L1: 0 at the solution alone.
         iterations: scalar or [B] int64.
         converged: scalar or [B] bool: whether `error` came to `tol`.
 
@@ -119,9 +125,7 @@ class Transport:
     def _apply(self, value: Any, transpose: bool) -> Tensor:
         p = self._problem
         x, y, a, b = p.arrays()
-        v = as_tensor(value, "v")
-        if v.dtype not in FLOATING:
-            raise TypeError(f"v must hold floating numbers, got dtype {str(v.dtype).removeprefix('torch.')}")
+        v = _floating(as_tensor(value, "v"), "v")
         same_device(v, "v", x.device)
         size = (a if transpose else b).shape[1]
         outer = (x.shape[0], size) if p.batched else (size,)
@@ -218,13 +222,15 @@ def sinkhorn(
         metric: C_ij = |x_i - y_j|^2 ("sqeuclidean"), |x_i - y_j| ("euclidean"), sum_k |x_ik - y_jk| ("l1"),
             1 - cos(x_i, y_j) ("cosine"; 1 for a zero row), or given ("precomputed").
         reg_marginal: None for balanced transport. A number rho > 0 relaxes both marginals to a penalty
-            rho KL(P 1 | a) + rho KL(P^T 1 | b); a pair (rho_a, rho_b) each on its own, None for a marginal that holds.
+            rho KL(P 1 | a) + rho KL(P^T 1 | b); a pair (rho_a, rho_b) each on its own, None for a marginal that holds,
+            as it does from 1e12 times costs and reg on.
         x_lengths, y_lengths: [B] integers, the sizes of the problems of a batch in x and y; what lies beyond them (the
             padding, which may be NaN) is not read and costs no work.
         max_iter: the most iterations a problem takes.
-        tol: a problem stops when its marginals are off by this much in L1 (see `Transport.error`). 0 makes exactly
+        tol: a problem stops when its `Transport.error`, an L1 distance of marginals, is at most this. 0 makes exactly
             `max_iter` iterations, plain ones where reg is at least 1/500 of the costs' range, without a warning.
-        warm_start: a `Transport` of problems of the same sizes, or potentials (f, g), to start from.
+        warm_start: a `Transport` of problems of the same sizes, or potentials (f, g), to start from: at most 1e9 times the
+            costs or reg.
         backend: None (the fastest that can run), "cpu", "cuda", "triton" or "torch" (the reference).
         progress: None, True (a bar on stderr) or a callable(done, total), in iterations.
         memory_budget: bytes that a matrix [n, m] of one problem may take; else it is made anew, a block at a time, in
@@ -244,8 +250,8 @@ def sinkhorn(
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Cuturi, "Sinkhorn distances", 2013; Chizat et al., "Scaling algorithms for unbalanced optimal transport
-    problems", 2018. Iterations with tol > 0 are over-relaxed (Thibault et al., 2021), and start from a larger reg where
-    it is small (docs/sinkhorn.md).
+    problems", 2018. Iterations with tol > 0 are over-relaxed (Thibault et al., 2021), those of relaxed marginals
+    translation invariant (Sejourne et al., 2022), and they start from a larger reg where it is small (docs/sinkhorn.md).
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -286,6 +292,9 @@ def sinkhorn_divergence(
     Returns:
         A scalar, or [B] for a batch; differentiable in x, y, a and b.
 
+    Warns:
+        ConvergenceWarning: for each of the three transports that did not come to `tol`.
+
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `sinkhorn`.
 
@@ -320,7 +329,7 @@ def sinkhorn_divergence(
         masses = [
             1.0 if weights is None else weights.sum(1).to(result.dtype) for weights in (cross.a, cross.b)
         ]
-        extra = 0.5 * reg * (masses[0] - masses[1]) ** 2
+        extra = 0.5 * cross.reg * (masses[0] - masses[1]) ** 2
         result = result + (extra if cross.batched or not isinstance(extra, Tensor) else extra[0])
     return result
 
@@ -378,6 +387,9 @@ def _check(
         expected = "> 0" if reg <= 0 else f"at least {least:.3g}; scale the data up"
         raise ValueError(f"reg must be {expected}, got {reg}")
     rho = _check_reg_marginal(reg_marginal)
+    least = _LEAST_RHO * max(1.0, reg)
+    if min(rho) < least:
+        raise ValueError(f"reg_marginal must be at least {least:.3g}, got {min(rho)}; scale the data up")
     max_iter = as_integer(max_iter, "max_iter")
     if not 1 <= max_iter < 2**40:
         raise ValueError(f"max_iter must be >= 1 and below 2^40, got {max_iter}")
@@ -426,6 +438,16 @@ def _points(value: Any, name: str) -> tuple[Tensor, bool]:
     return tensor if batched else tensor[None], batched
 
 
+def _floating(tensor: Tensor, name: str) -> Tensor:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must hold floating numbers, got dtype {str(tensor.dtype).removeprefix('torch.')}"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    return tensor
+
+
 def _weight_argument(
     value: Any, name: str, device: torch.device, batch: int, size: int, batched: bool
 ) -> Tensor | None:
@@ -438,11 +460,7 @@ def _weight_argument(
             raise TypeError(
                 f"{name} must hold numbers, in a list of rows for a batch, got a {type(value).__name__}: {error}"
             ) from None
-    tensor = _keep_graph(value, name)
-    if tensor.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} must hold floating numbers, got dtype {str(tensor.dtype).removeprefix('torch.')}"
-        )
+    tensor = _floating(_keep_graph(value, name), name)
     same_device(tensor, name, device)
     wanted = (batch, size) if batched else (size,)
     if tensor.shape != wanted:
@@ -486,13 +504,10 @@ def _check_warm_start(
         raise TypeError(f"warm_start must be None, a Transport or a pair (f, g), got {type(value).__name__}")
     result = []
     for potential, name, size in zip(value, ("f", "g"), (n, m), strict=True):
-        tensor = as_tensor(potential, f"warm_start: {name}")
+        tensor = _floating(as_tensor(potential, f"warm_start: {name}"), f"warm_start: {name}")
         wanted = (batch, size) if batched else (size,)
-        if tensor.dtype not in FLOATING or tensor.shape != wanted:
-            raise ValueError(
-                f"warm_start: {name} must hold floating numbers of shape {list(wanted)}, got {tensor.dtype} "
-                f"{tuple(tensor.shape)}"
-            )
+        if tensor.shape != wanted:
+            raise ValueError(f"warm_start: {name} must have shape {list(wanted)}, got {tuple(tensor.shape)}")
         same_device(tensor, f"warm_start: {name}", device)
         result.append((tensor if batched else tensor[None]).to(torch.float64))
     return result[0], result[1]
@@ -570,6 +585,83 @@ def _check_potentials(p: _Problem) -> None:
         if not bool(torch.isfinite(seen).all()):
             problem = int((~torch.isfinite(seen)).nonzero()[0, 0])
             raise ValueError(f"warm_start: {name} must be finite{_of(p, problem)}")
+    _check_warm_range(p)
+
+
+def _largest_costs(p: _Problem) -> Tensor:
+    """[B] float64: at least the largest |C_ij| of each problem. Takes a pass over the data: for what is far out alone."""
+    sides = [p.x] if p.y is None else [p.x, p.y]
+    if p.metric == "cosine":
+        return torch.full((p.x.shape[0],), 2.0, dtype=torch.float64, device=p.x.device)
+    most = []
+    for points, lengths in zip(sides, (p.x_lengths, p.y_lengths), strict=False):
+        values = points.detach().double().abs()
+        if lengths is not None:
+            values = torch.where(_mask(lengths, values.shape[1])[:, :, None], values, 0)
+        if p.y is None:
+            if p.y_lengths is not None:
+                values = torch.where(_mask(p.y_lengths, values.shape[2])[:, None], values, 0)
+            most.append(values.amax((1, 2)))
+            continue
+        largest = values.amax(2)  # squares of the others may overflow
+        far = (values / torch.where(largest > 0, largest, 1)[:, :, None]).norm(
+            1 if p.metric == "l1" else 2, dim=2
+        )
+        most.append((far * largest).amax(1))
+    total = sum(most[1:], most[0])
+    return total**2 if p.metric == "sqeuclidean" else total
+
+
+def _check_warm_range(p: _Problem) -> None:
+    """Potentials that are far larger than costs and reg leave no digits for these, whatever an iteration makes of them."""
+    for potential, lengths, name, size in (
+        (p.f, p.x_lengths, "f", p.sizes[0]),
+        (p.g, p.y_lengths, "g", p.sizes[1]),
+    ):
+        if potential is None:
+            continue
+        seen = potential if lengths is None else torch.where(_mask(lengths, size), potential, 0)
+        most = seen.abs().amax(1)
+        if not bool((most > _DIGITS * p.reg).any()):
+            continue
+        allowed = _DIGITS * _largest_costs(p).clamp(min=p.reg)
+        if bool((most > allowed).any()):
+            worst = int((most > allowed).nonzero()[0])
+            raise ValueError(
+                f"warm_start: {name} must be potentials of costs like these, at most {float(allowed[worst]):.3g} for reg "
+                f"{p.reg:.3g}, got {float(most[worst]):.3g}{_of(p, worst)}"
+            )
+
+
+def _with_marginals_that_hold(p: _Problem) -> _Problem:
+    """`p` with None for a reg_marginal so large beside costs and reg that nothing of the marginal would be relaxed; refused
+    where the potentials would be too large for the digits that costs need."""
+    if not any(_DIGITS * p.reg < rho < _INF for rho in p.reg_marginal):
+        return p
+    largest = float(_largest_costs(p).max())
+    if not largest < _INF:
+        return p  # refused by the kernels, by name
+    scale = max(p.reg, largest)
+    kept = [_INF if rho > _LARGEST_RHO * scale else rho for rho in p.reg_marginal]
+    (n, m), (batch, device) = p.sizes, (p.x.shape[0], p.x.device)
+    masses = [
+        _weights(given, lengths, batch, size, device).sum(1)
+        for given, lengths, size in ((p.a, p.x_lengths, n), (p.b, p.y_lengths, m))
+    ]
+    # The constant that differing masses ask for.
+    rho = 1 / sum(1 / max(r, 1e-300) for r in p.reg_marginal)
+    constant = rho * (masses[0].log() - masses[1].log()).abs()
+    far = constant > _DIGITS * scale
+    if all(map(math.isinf, kept)):
+        far = (masses[0] - masses[1]).abs() > 1e-12 * torch.maximum(*masses)  # more than rounding
+    if bool(far.any()):
+        problem = int(far.nonzero()[0])
+        given = ", ".join("None" if r == _INF else f"{r:.3g}" for r in p.reg_marginal)
+        raise ValueError(
+            f"reg_marginal of {given} all but holds the marginals, whose sums differ: a has {float(masses[0][problem]):.6g}, "
+            f"b {float(masses[1][problem]):.6g}{_of(p, problem)}; scale one of them, or make reg_marginal smaller"
+        )
+    return replace(p, reg_marginal=(kept[0], kept[1]))
 
 
 def _of(p: _Problem, problem: int) -> str:
@@ -579,6 +671,7 @@ def _of(p: _Problem, problem: int) -> str:
 def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) -> Solution:
     kernels = choose_kernels(p.backend, p.x.device, "sinkhorn")
     _check_values(p, weights_too=not getattr(kernels, "CHECKS_VALUES", False))
+    p = _with_marginals_that_hold(p)
     x, y, a, b = p.arrays()
     with torch.no_grad(), Progress(progress, p.max_iter * x.shape[0], "sinkhorn") as bar:
         report = (lambda done, total: bar.update(done)) if bar.active else None
@@ -595,11 +688,10 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
             if p.batched
             else "sinkhorn"
         )
-        warnings.warn(
-            f"{who} did not converge in {p.max_iter} iterations: marginal error {worst:.3g}, tol {p.tol:.3g}; raise "
-            "max_iter, tol or reg",
+        warn_caller(
+            f"{who} did not converge in {p.max_iter} iterations: error {worst:.3g}, tol {p.tol:.3g}; raise max_iter, tol "
+            "or reg",
             ConvergenceWarning,
-            stacklevel=4,
         )
     return solution
 

@@ -33,8 +33,8 @@ def weight_gradients(
     if math.isinf(rho):
         slope = potential - reg * (1 - other_mass)
     else:
-        kept = torch.exp(-potential / rho)
-        slope = rho * (1 - kept) - reg * (kept - other_mass)
+        less = torch.expm1(-potential / rho)  # keeps its digits where rho is large
+        slope = -rho * less - reg * (1 + less - other_mass)
     return of_value[:, None] * slope
 
 

@@ -54,6 +54,9 @@ from flashcoreset.reference.facility_location import normalize_rows, values_of_r
 # Temporaries of a block of rows of costs: as many bytes as this, or as one row takes.
 _BLOCK_BYTES = 2**20
 
+# Exponents, sums of potentials and costs in units of reg, are below this part of what a type holds.
+EXPONENTS = 1e-3
+
 # exp() of more leaves the range of float64.
 MOST_EXPONENT = 700.0
 
@@ -233,6 +236,19 @@ def _problems(
         yield p, slice(0, r), slice(0, c), _Costs(own, other, metric, memory_budget)
 
 
+def range_fault(spread: float, reg: float, metric: str, dtype: torch.dtype, within: str) -> str | None:
+    """What to say of costs that range over `spread` (or so much at the most) where they, or their exponents in units of reg,
+    leave the range of the data's type; None where they do not."""
+    most = torch.finfo(dtype).max
+    remedy = " or use float64" if dtype == torch.float32 else ""
+    # Euclidean distances are the roots of their squares.
+    if not spread <= (math.sqrt(most) if metric == "euclidean" else most):
+        return f"x: costs overflow {dtype}{within}; scale the data down{remedy}"
+    if not spread <= EXPONENTS * most * reg:
+        return f"reg: costs of {spread:.3g} in units of {reg:.3g} overflow {dtype}{within}; raise reg{remedy}"
+    return None
+
+
 def damping(rho: float, eps: float) -> float:
     """lambda = rho / (rho + eps); 1 for a balanced marginal."""
     return 1.0 if math.isinf(rho) else rho / (rho + eps)
@@ -311,6 +327,9 @@ def sinkhorn(
     out_f, out_g = torch.zeros_like(a), torch.zeros_like(b)
     scalars = torch.zeros(4, batch, dtype=torch.float64)
     for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
+        fault = range_fault(costs.spread, reg, metric, x.dtype, f" in problem {p}" if batch > 1 else "")
+        if fault is not None:
+            raise ValueError(fault)
         start = None if f is None or g is None else (f[p, r], g[p, c])
         schedule = Schedule(reg, costs.spread, tol, max_iter, start is not None, float(a[p, r].sum()))
         own_report = None
