@@ -86,6 +86,7 @@ def environment(kind: str) -> dict[str, str]:
     return {
         **os.environ,
         **options,
+        "FLASHCORESET_SANITIZER": kind,
         "LD_PRELOAD": " ".join(map(_library, libraries)),
         "PYTHONPATH": str(package(kind)),
         "FLASHCORESET_TEST_EMULATED": str(FOLDERS[kind] / "emulator"),
