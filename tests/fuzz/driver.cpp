@@ -1,6 +1,6 @@
 // Runs a fuzz target over seeded random inputs of all lengths, for compilers without libFuzzer: the same
-// inputs every time, or as many as FC_FUZZ_SECONDS allow from the input FC_FUZZ_FIRST on. The number of one that
-// ends the program is printed: FC_FUZZ_FIRST=number runs it again.
+// inputs every time, or as many as FC_FUZZ_SECONDS allow from the input FC_FUZZ_FIRST on. The number of one
+// that ends the program is printed: FC_FUZZ_FIRST=number runs it again.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
