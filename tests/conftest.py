@@ -33,7 +33,9 @@ from cases import DEVICE
 
 from flashcoreset import _native, kernels
 
-BACKENDS = ["torch", *(f"cpu-{isa}" for isa in _native.available_isas())]
+# Of the reference nothing is compiled here: sanitizers (tests/sanitize.py) have nothing to watch in it.
+REFERENCE = [] if "FLASHCORESET_SANITIZER" in os.environ else ["torch"]
+BACKENDS = [*REFERENCE, *(f"cpu-{isa}" for isa in _native.available_isas())]
 
 # Few tests that take long: begun last, one of these would keep a single process busy while the others have nothing left.
 LONG = (

@@ -8,8 +8,8 @@ their own (tests/sanitizers/*.supp).
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -43,23 +43,27 @@ TESTS = (
 
 
 def package(kind: str) -> Path:
-    """A folder to import flashcoreset from: this tree's sources with the sanitized modules. Made anew each time."""
+    """A folder to import flashcoreset from: links to this tree's sources and the sanitized modules. Others may be using it."""
     built, place = FOLDERS[kind] / "modules", FOLDERS[kind] / "python"
     modules = list(built.glob("_cpu_*.so"))
     if len(modules) != 1:
         raise SystemExit(
             f"expected one sanitized module in {built}, found {len(modules)}: make sanitize builds it"
         )
-    shutil.rmtree(place, ignore_errors=True)
     folder = place / "flashcoreset"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    for source in (ROOT / "python" / "flashcoreset").iterdir():
-        if source.suffix != ".so" and source.name != "triton_kernels":
-            (folder / source.name).symlink_to(source)
-    (folder / "triton_kernels").symlink_to(ROOT / "triton_kernels")
-    for module in (*modules, built / f"_processor{suffix}"):
-        (folder / module.name).symlink_to(module)
+    sources = [path for path in (ROOT / "python" / "flashcoreset").iterdir() if path.suffix != ".so"]
+    wanted = {
+        path.name: path
+        for path in (*sources, ROOT / "triton_kernels", *modules, built / f"_processor{suffix}")
+    }
+    for link in folder.iterdir():
+        if link.name not in wanted:
+            link.unlink(missing_ok=True)
+    for name, path in wanted.items():
+        with contextlib.suppress(FileExistsError):
+            (folder / name).symlink_to(path)
     return place
 
 
@@ -79,13 +83,14 @@ def environment(kind: str) -> dict[str, str]:
     libraries = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[kind]
     options = {
         # torch and the interpreter keep what they allocate. Too large an allocation is an exception, as without the sanitizer.
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0:hard_rss_limit_mb=8000",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:hard_rss_limit_mb=8000",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": f"suppressions={suppressions / 'thread.supp'}:halt_on_error=1:report_signal_unsafe=0",
     }
     return {
         **os.environ,
         **options,
+        "FLASHCORESET_SANITIZER": kind,
         "LD_PRELOAD": " ".join(map(_library, libraries)),
         "PYTHONPATH": str(package(kind)),
         "FLASHCORESET_TEST_EMULATED": str(FOLDERS[kind] / "emulator"),
@@ -99,11 +104,8 @@ def main() -> int:
     kind, *arguments = sys.argv[1:] or ["none"]
     if kind not in FOLDERS:
         raise SystemExit(f"usage: sanitize.py {'|'.join(FOLDERS)} [arguments of pytest]")
-    tests = (
-        []
-        if any(not argument.startswith("-") for argument in arguments)
-        else [f"tests/{name}" for name in TESTS]
-    )
+    named = any(argument.partition("::")[0].endswith(".py") for argument in arguments)
+    tests = [] if named else [f"tests/{name}" for name in TESTS]
     command = [
         sys.executable,
         "-m",

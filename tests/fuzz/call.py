@@ -66,11 +66,7 @@ def _prepared(options: argparse.Namespace) -> None:
         import sanitize
 
         if os.environ.get("FLASHCORESET_SANITIZER") != options.sanitizer:
-            wanted = {
-                **sanitize.environment(options.sanitizer),
-                **wanted,
-                "FLASHCORESET_SANITIZER": options.sanitizer,
-            }
+            wanted = {**sanitize.environment(options.sanitizer), **wanted}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 

@@ -57,7 +57,9 @@ struct Array {
 
   Array(Input& in, int64_t n, int64_t d, bool any, bool contiguous_rows) : values(in.numbers<T>(n * d, any)) {
     const bool transposed = !contiguous_rows && in.coin(), backwards = in.coin();
-    const int64_t row = transposed ? 1 : d, column = transposed ? n : 1;
+    // As the bindings' views: nothing is stepped over where there is nothing.
+    const int64_t step = n * d == 0 ? 0 : 1;
+    const int64_t row = step * (transposed ? 1 : d), column = step * (transposed ? n : 1);
     view = {
         values.data() + (backwards && n > 0 ? (n - 1) * row : 0), {n, d}, {backwards ? -row : row, column}};
   }

@@ -45,6 +45,7 @@ TRUSTED = {
 }
 # Sizes of work that nothing stored bounds: a large one would be done.
 LONG = {"length"}
+LONG_ON_DEVICE = {"max_iter"}  # where the CPU's binding goes step by step
 # What sets the emulator up, and what a module has beside its kernels.
 LEFT_OUT = {"set_schedule", "set_device", "set_current_device", "allocated_bytes", "unusable"}
 
@@ -67,13 +68,13 @@ def parameters(function: object) -> list[Parameter]:
             continue
         name, _, rest = part.partition(": ")
         kind, equals, _ = rest.partition(" = ")
-        for known, mark in (
-            ("int", "SupportsInt"),
-            ("float", "SupportsFloat"),
-            ("str", "str"),
-            ("bool", "bool"),
+        for known, marks in (
+            ("int", ("SupportsInt", "Integer")),
+            ("float", ("SupportsFloat", "Real")),
+            ("str", ("str",)),
+            ("bool", ("bool", "Flag")),
         ):
-            if mark in kind or kind == known:
+            if kind == known or any(mark in kind for mark in marks):
                 kind = known
                 break
         else:
@@ -531,5 +532,5 @@ def _spoiled(r: random.Random, step: Step, on_device: bool) -> Step:
     elif "." in value.text or value.text in ("inf", "nan") or "e-" in value.text:
         other = hostile_float(r)
     else:
-        other = hostile_int(r, 10_000 if name in LONG else None)
+        other = hostile_int(r, 10_000 if name in (LONG | LONG_ON_DEVICE if on_device else LONG) else None)
     return replace(step, arguments={**step.arguments, name: other})

@@ -67,16 +67,17 @@ def run_caller(name: str, seconds: float, seed: int) -> tuple[str, int, str]:
 
 
 def run_kernel(name: str, program: Path, seconds: float, seed: int) -> tuple[str, int, str]:
-    """libFuzzer ends at a fault: it goes on with what is left of the time, from the inputs it has kept."""
+    """libFuzzer ends at a fault: it goes on with what is left of the time, from the inputs it has kept, until it meets faults that it has
+    met already again and again."""
     folder = LOGS / name
     folder.mkdir(exist_ok=True)
-    log, until, inputs, faults = LOGS / f"{name}.log", time.monotonic() + seconds, 0, []
+    log, until, inputs, faults = LOGS / f"{name}.log", time.monotonic() + seconds, 0, {}
     with_libfuzzer = b"LLVMFuzzerRunDriver" in program.read_bytes()
-    first = seed << 32
-    while (left := int(until - time.monotonic())) > 0 and len(faults) < 20:
+    first, again = seed << 32, 0
+    while (left := int(until - time.monotonic())) > 0 and again < 20:
         if with_libfuzzer:
             command = [str(program), f"-max_total_time={left}", "-print_final_stats=1", "-timeout=60", "-rss_limit_mb=4096",
-                       f"-artifact_prefix={folder}/", "-verbosity=0", f"-seed={seed + 1 + len(faults)}", str(folder)]  # fmt: skip
+                       f"-artifact_prefix={folder}/", "-verbosity=0", f"-seed={seed + 1 + len(faults) + again}", str(folder)]  # fmt: skip
             text = _output(command, ABORT, log, left)
             counted = re.search(r"number_of_executed_units: (\d+)", text)
             inputs += int(counted[1]) if counted else 0
@@ -93,9 +94,13 @@ def run_kernel(name: str, program: Path, seconds: float, seed: int) -> tuple[str
             first = int(failed[1]) + 1 if failed else first + inputs
         if failed is None:
             break
-        error = re.search(r"(?:runtime error|ERROR: \w+|SUMMARY): .*", text)
-        faults.append(f"{error[0] if error else 'abort'}: {failed[1]}")
-    return f"{inputs:,} inputs", len(faults), "\n".join(faults)
+        error = re.search(r"(?:\S+:\d+:\d+: runtime error|ERROR: \w+|SUMMARY): .*", text)
+        fault = error[0] if error else "abort"
+        if fault.replace(str(ROOT) + "/", "") in faults:
+            again += 1
+        else:
+            faults[fault.replace(str(ROOT) + "/", "")] = failed[1]
+    return f"{inputs:,} inputs", len(faults), "\n".join(f"{what}: {where}" for what, where in faults.items())
 
 
 def main() -> int:
