@@ -440,6 +440,15 @@ def test_batches(call: Call, backend: str) -> None:
         same(expected, [torch.cat(part) for part in zip(*parts, strict=True)])
 
 
+@pytest.mark.parametrize("kind", ["sjlt", "srht"])
+def test_rows_of_half_types_that_are_converted_in_parts(kind: str) -> None:
+    """So many that they come to float32 in several pieces."""
+    x = torch.zeros(3000, 33_000, dtype=torch.float16)
+    x[-1] = normal(35, 33_000).half()
+    found = fc.sketch(x, 3, kind=kind, seed=2)
+    same([found[-1:]], [fc.sketch(x[-1:], 3, kind=kind, seed=2)])
+
+
 def read_only(x: Tensor) -> np.ndarray:
     array = x.numpy().copy()
     array.flags.writeable = False

@@ -15,6 +15,7 @@ from flashcoreset.reference.sketch import KINDS, ROWS_AT_ONCE
 _MOST_COLUMNS = 2**31
 _MOST_ENTRIES = 2**60  # of a matrix
 _CONVERTED = 64 * 2**20  # bytes of half-precision input that are converted at a time
+_COLUMNS = 1 << 18  # of a row that are converted together
 
 
 def sketch(
@@ -158,12 +159,15 @@ def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backen
             out: Tensor = kernels.sketch(x, dim, kind=kind, seed=seed, offset=offset, nnz=nnz)
         else:
             out = x.new_zeros(x.shape[0], dim, dtype=dtype)
-            step = max(1024, _CONVERTED // (dtype.itemsize * x.shape[0]) // 1024 * 1024)
-            for begin in range(0, x.shape[1], step):
-                out += kernels.sketch(
-                    x[:, begin : begin + step].to(dtype),  # without a name, so that it is gone before the next
-                    dim, kind=kind, seed=seed, offset=offset + begin, nnz=nnz,
-                )  # fmt: skip
+            # Columns are cut in the same places whatever the number of rows, on which a row's bits must not depend.
+            rows = max(1, _CONVERTED // (dtype.itemsize * min(x.shape[1], _COLUMNS)))
+            for first in range(0, x.shape[0], rows):
+                for begin in range(0, x.shape[1], _COLUMNS):
+                    out[first : first + rows] += kernels.sketch(
+                        # Without a name, so that it is gone before the next.
+                        x[first : first + rows, begin : begin + _COLUMNS].to(dtype),
+                        dim, kind=kind, seed=seed, offset=offset + begin, nnz=nnz,
+                    )  # fmt: skip
         # What is not finite in a row is not finite in its sketch, which is shorter to look through.
         if not bool(torch.isfinite(out).all()):
             check_finite(x, "x")
