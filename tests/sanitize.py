@@ -21,6 +21,7 @@ FOLDERS = {"address": ROOT / "build" / "sanitize-address", "thread": ROOT / "bui
 # The table of tests that drive each binding, the emulated CUDA kernels among them. What trains models, starts processes without
 # the sanitizer or compares with other packages is left out: it calls the same kernels with the same arguments.
 TESTS = (
+    "test_bindings.py",
     "test_boundary.py",
     "test_bad_input.py",
     "test_facility_location.py",
