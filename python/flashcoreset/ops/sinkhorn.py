@@ -507,7 +507,9 @@ def _check_warm_start(
         tensor = _floating(as_tensor(potential, f"warm_start: {name}"), f"warm_start: {name}")
         wanted = (batch, size) if batched else (size,)
         if tensor.shape != wanted:
-            raise ValueError(f"warm_start: {name} must have shape {list(wanted)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"warm_start: {name} must have shape {list(wanted)}, got shape {tuple(tensor.shape)}"
+            )
         same_device(tensor, f"warm_start: {name}", device)
         result.append((tensor if batched else tensor[None]).to(torch.float64))
     return result[0], result[1]
