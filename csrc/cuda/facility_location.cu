@@ -507,10 +507,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArguments a) {
   const int thread = static_cast<int>(threadIdx.x);
   Control* control = state.control;
-  if (a.matrix) {
-    control->offset = static_cast<double>(static_cast<T>(a.upper));
-    a.upper = largest_of(*control, kOfMatrix) + control->offset;
-  }
+  const double offset_of_matrix = a.matrix ? static_cast<double>(static_cast<T>(a.upper)) : 0;
+  if (a.matrix) a.upper = largest_of(*control, kOfMatrix) + offset_of_matrix;
   if (a.find_offset || a.trim_offset) {
     const double found = offset_of<T>(*control, a.self, a.squared);
     double near = largest_of(*control, kOfNear);
@@ -545,6 +543,7 @@ __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArgum
     most_upper = a.upper;
     bound = total * a.upper;
   }
+  if (a.matrix) control->offset = offset_of_matrix;
   if (a.distances) control->offset = static_cast<double>(static_cast<T>(a.upper));
   const unsigned long long none = ~0ull;
   const BadAt& bad = *a.bad_at;

@@ -220,7 +220,7 @@ class Recipes:
         self.sizes["k"] = min(max(self.sizes["k"], 6), self.sizes["n"])
         y = array("n", dtype="float64", seed=3)
         return {"x": array("n", "d", dtype="float64", seed=self.r.randrange(100)), "y": y,
-                "model": Value("ridge()"), "loss": literal("linear_regression"), "k": Size("k"), **self.seed()}  # fmt: skip
+                "model": Value("ridge()"), "loss": Value("squared_errors"), "k": Size("k"), **self.seed()}  # fmt: skip
 
     def select(self) -> dict[str, Value]:
         name = self.r.choice(("ccs", "simcore"))
@@ -426,6 +426,10 @@ class Ridge:
 
     def predict(self, x: Any) -> Any:
         return np.column_stack([x, np.ones(len(x))]) @ self.coef_
+
+
+def squared_errors(model: Ridge, x: Any, y: Any) -> Any:
+    return np.square(model.predict(x) - y)
 
 
 def network() -> torch.nn.Module:
@@ -691,6 +695,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Any], None]] = {
 SPACE = {
     "called": called,
     "ridge": Ridge,
+    "squared_errors": squared_errors,
     "network": network,
     "one_step": one_step,
     "losses": LOSSES,
