@@ -327,6 +327,15 @@ def test_exponents_that_overflow_are_refused(solver: Callable[..., fc.Transport]
         solver(cost, reg=1e-30, metric="precomputed")
 
 
+def test_a_reg_below_the_digits_of_costs_is_refused(solver: Callable[..., fc.Transport]) -> None:
+    # f + g - C is about 1e-16 of rounding here, which is 1e14 in units of reg: infinite plans, or empty ones.
+    x, y = (
+        torch.randn(20, n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (3, 4)
+    )
+    with pytest.raises(ValueError, match=r"^reg: 1e-30 is so small beside the costs of problem \d+ that"):
+        solver(x, y, reg=1e-30, max_iter=1)
+
+
 def test_a_small_reg_in_float64(solver: Callable[..., fc.Transport]) -> None:
     cost = torch.tensor([[0.0, 1e10], [1e10, 0.0]])
     # Of what fits, the optimum is what little entropy leaves of it.

@@ -682,7 +682,15 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
             y_lengths=p.y_lengths, max_iter=p.max_iter, tol=p.tol, f=p.f, g=p.g, memory_budget=p.memory_budget,
             report=report,
         )  # fmt: skip
-    if p.tol > 0 and not bool(solution.converged.all()):
+    if p.tol > 0 and bool(solution.converged.all()):
+        return solution
+    lost = ~(solution.value + solution.error).isfinite()
+    if bool(lost.any()):
+        raise ValueError(
+            f"reg: {p.reg:.3g} is so small beside the costs{_of(p, int(lost.nonzero()[0]))} that costs and potentials in units of "
+            "it differ by rounding alone; raise reg"
+        )
+    if p.tol > 0:
         failed = (~solution.converged).nonzero()[:, 0]
         worst = float(solution.error[failed].max())
         who = (
