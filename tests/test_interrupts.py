@@ -44,6 +44,27 @@ def test_an_import_goes_on_when_the_call_is_interrupted(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["interrupted True", "1 True None"]
 
 
+FORK = """
+import os, signal, sys, threading, time
+sys.path.insert(0, {folder!r})
+import flashcoreset
+from flashcoreset._imports import imported
+thread = threading.Thread(target=imported, args=("slow_package",))
+thread.start()
+time.sleep(0.2)
+if os.fork() == 0:
+    signal.alarm(20)  # a lock of the import that the child inherits is held for ever
+    os._exit(imported("slow_package").seen == 1)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_fork_waits_for_an_import_that_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "slow_package.py").write_text("import time\nseen = 1\nfor _ in range(100): time.sleep(0.01)\n")
+    done = processes.run(FORK.format(folder=str(tmp_path)))
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
 def test_imports_from_another_thread_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashcoreset._imports import imported
 

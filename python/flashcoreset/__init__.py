@@ -11,6 +11,7 @@ from importlib.metadata import version as _version
 from flashcoreset import integrations, kernels, plot
 from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, InputWarning, SlowPathWarning
 from flashcoreset._forks import one_thread_in_children as _one_thread_in_children
+from flashcoreset._imports import finish_before_forks as _finish_imports_before_forks
 from flashcoreset._memory import memory_estimate
 from flashcoreset._types import Coreset, Selection
 from flashcoreset.methods import CoLM, autocoreset, ccs, goracs, select, simcore, top_scores
@@ -29,6 +30,7 @@ from flashcoreset.ops.zeroth_order import LowRankGradients, zeroth_order_gradien
 __version__ = _version("flashcoreset")
 
 _one_thread_in_children()
+_finish_imports_before_forks()
 
 __all__ = [
     "AdamState",

@@ -11,9 +11,11 @@ from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 _WAIT = 0.05  # seconds
+_LONGEST_IMPORT = 60.0  # seconds
 
 _environment_lock = threading.Lock()
 _imported: dict[str, ModuleType] = {}
+_running: dict[threading.Thread, threading.Event] = {}
 
 
 def imported(name: str, environment: Mapping[str, str] | None = None) -> ModuleType:
@@ -43,8 +45,11 @@ def imported(name: str, environment: Mapping[str, str] | None = None) -> ModuleT
             errors.append(error)
         finally:
             done.set()
+            del _running[thread]
 
-    threading.Thread(target=run, name=f"import {name}").start()
+    thread = threading.Thread(target=run, name=f"import {name}")
+    _running[thread] = done
+    thread.start()
     # In short waits, since a signal that comes just before one begins is seen only after it. And no join(): interrupted, it takes
     # the thread for ended.
     while not done.wait(_WAIT):
@@ -52,6 +57,19 @@ def imported(name: str, environment: Mapping[str, str] | None = None) -> ModuleT
     if errors:
         raise errors[0]
     return _imported[name]
+
+
+def finish_before_forks() -> None:
+    """From now on, forks wait for imports that an interrupted call has left running: the child would inherit the lock of the
+    module, and not the thread that lets go of it."""
+
+    def finish() -> None:
+        for thread, done in list(_running.items()):
+            if thread is not threading.current_thread():
+                done.wait(_LONGEST_IMPORT)
+
+    if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+        os.register_at_fork(before=finish)
 
 
 @contextmanager
