@@ -603,3 +603,29 @@ def test_losses_that_overflow_are_refused() -> None:
     a = torch.full((2, 5), 3e38)
     with pytest.raises(ValueError, match=r"^loss_fn must return finite losses"):
         fc.zeroth_order_gradients(lambda: a @ (w * 1e4), [w], eps=1.0)
+
+
+@pytest.mark.parametrize("method", ["omp", "frank_wolfe"])
+def test_a_residual_beyond_its_type_is_refused(backend: str, method: str) -> None:
+    # The target's norm is 3e38 sqrt(8), beyond float32; weights are 1.
+    with pytest.raises(ValueError, match=r"overflow torch\.float32; scale"):
+        fc.match_gradients(on(backend, torch.eye(10) * 3e38), 2, method=method, backend=backend)
+    fc.match_gradients(on(backend, torch.eye(10) * 1e38), 2, method=method, backend=backend)
+
+
+def test_distances_beyond_their_type_are_refused_under_small_weights(backend: str) -> None:
+    # Squared distances of 1e308 and more: the objective fits, but not an offset above them.
+    x = points(6, 3, 1) * 1e154
+    with pytest.raises(ValueError, match=r"x: distances of metric 'sqeuclidean' overflow torch\.float64"):
+        fc.facility_location(
+            on(backend, x), 2, metric="sqeuclidean", weights=torch.full((6,), 1e-5), backend=backend
+        )
+
+
+def test_a_transport_whose_mass_overflows_is_refused(backend: str) -> None:
+    # reg * sum a * sum b is 1e318, though the plan has a mass of 1e160.
+    cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    a = torch.tensor([3e159, 7e159], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"not finite: .* scale the weights down"):
+        fc.sinkhorn(on(backend, cost), a=on(backend, a), b=on(backend, a.flip(0)), reg=0.01, metric="precomputed",
+                    tol=1e154, backend=backend)  # fmt: skip

@@ -3,6 +3,9 @@
 //
 // A binding takes an Integer, a Real or a Flag where it wants one, and asks it for its value with the GIL
 // held. What is of another type raises TypeError, what is out of range ValueError, whatever its size.
+//
+// What runs code of the caller's (__index__, __float__, __bool__) runs before the binding does: it could
+// resize an array whose memory the binding has taken.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "core/checked.h"
 
@@ -32,21 +36,28 @@ namespace detail {
 
 }  // namespace detail
 
-// An argument of a call, which keeps it alive; not to be stored.
 struct Integer {
-  py::handle given;
+  py::object given;  // an int, or what is none
+
+  static Integer of(py::handle argument) {
+    PyObject* const object = argument.ptr();
+    if (PyLong_CheckExact(object) || PyBool_Check(object) || !PyIndex_Check(object))
+      return {py::reinterpret_borrow<py::object>(argument)};
+    auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
+    if (index) return {std::move(index)};
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
+    PyErr_Clear();  // such as of an array of several numbers
+    return {py::reinterpret_borrow<py::object>(argument)};
+  }
 
   // A thread more is more work to start than it could take off the others long before this number.
   static constexpr int64_t kMostThreads = 4096;
 
   // An int or what has __index__, but no bool, in [least, most].
   int64_t in(const char* name, int64_t least, int64_t most = INT64_MAX) const {
-    PyObject* const object = given.ptr();
-    if (PyLong_CheckExact(object)) return within(name, object, least, most);
-    if (PyBool_Check(object) || !PyIndex_Check(object)) detail::refuse_type(name, "an integer", given);
-    const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(object));
-    if (!index) throw py::error_already_set();
-    return within(name, index.ptr(), least, most);
+    if (!PyLong_Check(given.ptr()) || PyBool_Check(given.ptr()))
+      detail::refuse_type(name, "an integer", given);
+    return within(name, given.ptr(), least, most);
   }
 
   // How many of something that memory is made for, or that loops run over.
@@ -76,7 +87,19 @@ struct Integer {
 };
 
 struct Real {
-  py::handle given;
+  py::object given;  // a float or an int, or what is neither
+
+  static Real of(py::handle argument) {
+    PyObject* const object = argument.ptr();
+    if (PyFloat_CheckExact(object) || PyLong_Check(object))
+      return {py::reinterpret_borrow<py::object>(argument)};
+    const double value = PyFloat_AsDouble(object);
+    if (value != -1 || !PyErr_Occurred()) return {py::float_(value)};
+    if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_OverflowError))
+      throw py::error_already_set();
+    PyErr_Clear();
+    return {py::reinterpret_borrow<py::object>(argument)};
+  }
 
   double finite(const char* name) const { return in(name, -DBL_MAX, DBL_MAX, "a finite number"); }
   double not_negative(const char* name) const { return in(name, 0, DBL_MAX, "a finite number >= 0"); }
@@ -89,14 +112,12 @@ struct Real {
   // A float or what has __float__ or __index__, but no bool.
   double in(const char* name, double least, double most, const char* expected) const {
     PyObject* const object = given.ptr();
-    if (PyBool_Check(object)) detail::refuse_type(name, "a number", given);
-    const double value = PyFloat_AsDouble(object);
+    if (PyBool_Check(object) || !(PyFloat_Check(object) || PyLong_Check(object)))
+      detail::refuse_type(name, "a number", given);
+    const double value = PyFloat_Check(object) ? PyFloat_AS_DOUBLE(object) : PyLong_AsDouble(object);
     if (value == -1 && PyErr_Occurred()) {
-      py::error_already_set error;
-      if (error.matches(PyExc_OverflowError))
-        detail::refuse_number(name, expected, "an integer beyond float64");
-      if (error.matches(PyExc_TypeError)) detail::refuse_type(name, "a number", given);
-      throw error;
+      PyErr_Clear();
+      detail::refuse_number(name, expected, "an integer beyond float64");
     }
     if (value >= least && value <= most) return value;
     char text[32];
@@ -106,15 +127,20 @@ struct Real {
 };
 
 struct Flag {
-  py::handle given;
+  py::object given;  // True or False, or what is neither
 
-  // True or False, or NumPy's.
+  // NumPy's bools are taken too.
+  static Flag of(py::handle argument) {
+    if (!PyBool_Check(argument.ptr())) {
+      const std::string type = Py_TYPE(argument.ptr())->tp_name;
+      if (type == "numpy.bool" || type == "numpy.bool_") return {py::bool_(py::cast<bool>(argument))};
+    }
+    return {py::reinterpret_borrow<py::object>(argument)};
+  }
+
   bool on(const char* name) const {
-    if (given.ptr() == Py_True) return true;
-    if (given.ptr() == Py_False) return false;
-    const std::string type = Py_TYPE(given.ptr())->tp_name;
-    if (type != "numpy.bool" && type != "numpy.bool_") detail::refuse_type(name, "True or False", given);
-    return py::cast<bool>(given);
+    if (!PyBool_Check(given.ptr())) detail::refuse_type(name, "True or False", given);
+    return given.ptr() == Py_True;
   }
 };
 
@@ -127,7 +153,7 @@ template <>
 struct type_caster<fc::Integer> {
   PYBIND11_TYPE_CASTER(fc::Integer, const_name("Integer"));
   bool load(handle given, bool) {
-    value.given = given;
+    value = fc::Integer::of(given);
     return true;
   }
 };
@@ -136,7 +162,7 @@ template <>
 struct type_caster<fc::Real> {
   PYBIND11_TYPE_CASTER(fc::Real, const_name("Real"));
   bool load(handle given, bool) {
-    value.given = given;
+    value = fc::Real::of(given);
     return true;
   }
 };
@@ -145,7 +171,7 @@ template <>
 struct type_caster<fc::Flag> {
   PYBIND11_TYPE_CASTER(fc::Flag, const_name("Flag"));
   bool load(handle given, bool) {
-    value.given = given;
+    value = fc::Flag::of(given);
     return true;
   }
 };

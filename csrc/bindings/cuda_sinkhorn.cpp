@@ -148,8 +148,8 @@ py::tuple sinkhorn(py::object x, py::object y, const std::string& metric, py::ob
   const int64_t batch = problems.batch(), n = problems.n(), m = problems.m();
   cuda::SinkhornOptions options;
   options.reg = reg.positive("reg");
-  options.rho_a = Real{reg_marginal.first}.positive_or_infinite("reg_marginal");
-  options.rho_b = Real{reg_marginal.second}.positive_or_infinite("reg_marginal");
+  options.rho_a = Real::of(reg_marginal.first).positive_or_infinite("reg_marginal");
+  options.rho_b = Real::of(reg_marginal.second).positive_or_infinite("reg_marginal");
   options.tol = tol.not_negative("tol");
   options.max_iter = max_iter.in("max_iter", 1, int64_t{1} << 40);
   if (!start_f.is_none() && !start_g.is_none()) {

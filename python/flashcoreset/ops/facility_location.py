@@ -415,7 +415,9 @@ def _solve_scaled(
     back = -exponent if p.metric in ("euclidean", "l1") else -2 * exponent
     value = times_power(objective, back)
     what = "distances" if p.metric in DISTANCES else "similarities"
-    if not value <= limit.max:
+    if p.offset is None and found is not None:
+        found = times_power(found, back)
+    if not max(value, found or 0.0) <= limit.max:
         raise ValueError(
             f"x: {what} of metric {p.metric!r} overflow {dtype}; scale the data down or use float64"
         )
@@ -425,8 +427,6 @@ def _solve_scaled(
         )
     if p.offset is not None:
         found = p.offset
-    elif found is not None:
-        found = times_power(found, back)
     return indices, scale(gains, back), won, assignment, value, found
 
 

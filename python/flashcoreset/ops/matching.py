@@ -556,7 +556,9 @@ def _assemble(
     """The groups' selections as one, with one offset for all, and the state after a step with the rows chosen."""
     g = problem.g
     for part in parts:
-        most = max(part.objective, largest_magnitude(part.weights) if problem.method != "medoid" else 0.0)
+        most = max(
+            abs(part.objective), largest_magnitude(part.weights) if problem.method != "medoid" else 0.0
+        )
         if most > torch.finfo(g.dtype).max:
             raise ValueError(
                 f"g: gains or weights of up to {most:.3g} overflow {g.dtype}; scale the gradients, or use float64"

@@ -204,11 +204,16 @@ def _solve_frank_wolfe(g: Tensor, target: Tensor, k: int, backend: str | None) -
 def _rounded(
     dtype: torch.dtype, indices: Tensor, weights: Tensor, residual_norms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rounded = weights.to(dtype)
+    rounded, norms = weights.to(dtype), residual_norms.to(dtype)
     if not rounded.isfinite().all():
         most = float(weights.abs().max())
         raise ValueError(f"weights of up to {most:.3g} overflow {dtype}; scale g up or target down")
-    return indices, rounded, residual_norms.to(dtype)
+    if not norms.isfinite().all():
+        most = float(residual_norms.max())
+        raise ValueError(
+            f"norms of what is left of target, of up to {most:.3g}, overflow {dtype}; scale g and target down"
+        )
+    return indices, rounded, norms
 
 
 def _padded(k: int, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

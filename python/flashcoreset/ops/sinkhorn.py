@@ -682,13 +682,14 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
             y_lengths=p.y_lengths, max_iter=p.max_iter, tol=p.tol, f=p.f, g=p.g, memory_budget=p.memory_budget,
             report=report,
         )  # fmt: skip
-    if p.tol > 0 and bool(solution.converged.all()):
+    if p.tol > 0 and bool((solution.converged & solution.value.isfinite()).all()):
         return solution
     lost = ~(solution.value + solution.error).isfinite()
     if bool(lost.any()):
         raise ValueError(
-            f"reg: {p.reg:.3g} is so small beside the costs{_of(p, int(lost.nonzero()[0]))} that costs and potentials in units of "
-            "it differ by rounding alone; raise reg"
+            f"reg: value or error{_of(p, int(lost.nonzero()[0]))} is not finite: {p.reg:.3g} is so small beside the costs that "
+            "costs and potentials in units of it differ by rounding alone, or the masses of a and b are so large that the plan's "
+            "overflows; raise reg, or scale the weights down"
         )
     if p.tol > 0:
         failed = (~solution.converged).nonzero()[:, 0]
