@@ -372,22 +372,18 @@ class _Trial:
             base = again(inputs, self._still) if alike else first
         self._inputs, self._base, self._seen = inputs, base, base.of(batch)
         self._open = set(self._seen)  # what has not been seen with other samples, in its own shape
-        self._mixed: dict[
-            int, Tensor
-        ] = {}  # outputs -> which of their entries changed with half of the samples
 
     def run(self) -> None:
         batch = self._batch
         if self._exact:
             order = _cycle(batch)
-            self._compare(self._again(self._permuted(order), self._still), order, None)
+            self._compare(self._again(self._permuted(order), self._still), order, replaced=False)
         for number, rows in enumerate(_halves(batch, all_bits=not self._exact)):
-            needed = not self._exact or self._open or (number == 1 and self._mixed)
-            if self.problems or (number and not needed):
+            if self.problems or (number and self._exact and not self._open):
                 break
             source = _others(rows)
             record = self._again(self._permuted(source), self._still)
-            self._compare(record, source, number)
+            self._compare(record, source, replaced=True)
         for key, row in self._stood.items():
             if key in self._moved:
                 self._add_wrong(key, row)
@@ -433,8 +429,8 @@ class _Trial:
         taken = {id(tensors[i]) for i in self._numbers}
         return inputs.map(lambda x: _again(x, change(x)) if id(x) in taken else x)
 
-    def _compare(self, record: Record, source: Tensor, half: int | None) -> None:
-        """With a pass whose row b has the sample `source[b]`; `half` is its number where samples were replaced."""
+    def _compare(self, record: Record, source: Tensor, replaced: bool) -> None:
+        """With a pass whose row b has the sample `source[b]`, all of the samples or, where some were `replaced`, not."""
         other = {key: record.seen.get(key) for key in self._seen}
         same_shapes = all(
             one is not None and one.shape == self._seen[key].shape for key, one in other.items()
@@ -443,24 +439,24 @@ class _Trial:
             owner, _, part = key
             after = other[key]
             if after is None or after.shape != seen.shape:
-                if half is None or (after is not None and after.shape[0] != seen.shape[0]):
+                if not replaced or (after is not None and after.shape[0] != seen.shape[0]):
                     self.problems.setdefault(
                         owner,
                         f"the number of rows of its {part}, of shape {seen.shape}, depends on which samples are in the batch, so "
                         "that they are no samples (experts, selected tokens)",
                     )
                 continue
-            self._open -= {key} if half is not None else set()
+            self._open -= {key} if replaced else set()
             wrong = self._wrong(seen, after, source, same_shapes)
-            if _moves(seen, after, source):
+            if _moves(seen, after):
                 self._moved.add(key)
             elif wrong is not None:  # for now: positions, which never move, or rows in an order of their own
                 self._stood.setdefault(key, wrong)
                 continue
             if wrong is not None:
                 self._add_wrong(key, wrong)
-        if half is not None and len(record.outputs) == len(self._base.outputs):
-            self._compare_outputs(record, source, half, same_shapes)
+        if replaced and len(record.outputs) == len(self._base.outputs):
+            self._compare_outputs(record, source, same_shapes)
 
     def _add_wrong(self, key: _Key, row: int) -> None:
         owner, _, part = key
@@ -479,8 +475,7 @@ class _Trial:
         # The same operations on the same shapes: equal but for sums in another order, of which half precision leaves little.
         tight = seen.precision * (64 if seen.precision < 1e-6 else 4)
         # In another place of the batch there are other sums, all the way up to here; but rows of other samples are farther off.
-        precision = max(one.precision for one in [seen, *self._seen.values()])
-        loose = precision * (1024 if precision < 1e-6 else 8)
+        loose = _loose(max(one.precision for one in [seen, *self._seen.values()]))
         apart = torch.where(stays & same_shapes, tight, loose) * norm
         apart = torch.maximum(apart, (seen.projection - old).norm(dim=1) / 10)
         wrong = ~_close(old, new, apart)
@@ -488,33 +483,49 @@ class _Trial:
             wrong &= stays
         return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
 
-    def _compare_outputs(self, record: Record, source: Tensor, half: int, same_shapes: bool) -> None:
-        """Outputs whose rows are samples, or of which no entry changes with both halves of the samples (time first, constants, tokens)."""
+    def _compare_outputs(self, record: Record, source: Tensor, same_shapes: bool) -> None:
+        """Samples that were replaced by others give what those gave, wherever the output has them; a constant gives nothing new."""
         batch, outputs = self._batch, self._base.outputs
         whole = any(x.shape[0] % batch == 0 for x in outputs)
-        for i, (before, after) in enumerate(zip(outputs, record.outputs, strict=True)):
-            if before.shape != after.shape or (whole and before.shape[0] != batch):
+        for before, after in zip(outputs, record.outputs, strict=True):
+            if whole and before.shape[0] != batch:
                 continue
-            if half == 0:
-                if before.shape[0] == batch:
-                    seen, other = self._base.see(before), self._base.see(after)
-                    if self._wrong(seen, other, source, same_shapes) is None:
-                        continue
-                self._mixed[i] = _changed(before, after)
-            elif half == 1 and i in self._mixed:
-                both = self._mixed[i] & _changed(before, after)
-                if not bool(both.any()):
+            if before.dim() == after.dim():
+                places = [i for i, size in enumerate(before.shape) if size == batch == after.shape[i]]
+                if any(
+                    self._wrong(*self._sides(before, after, i), source, same_shapes) is None for i in places
+                ):
                     continue
-                shape, row = (
-                    tuple(before.shape),
-                    int(both.flatten(1).any(1).nonzero()[0]) if both.dim() > 1 else 0,
-                )
-                self.problems[_MODEL] = (
-                    f"row {row} of its output, of shape {shape}, changes with other samples than sample {row}: samples influence each other"
-                    if whole
-                    else f"the model's input has {batch} rows, but its output the shape {shape}, which samples influence together: rows of the "
-                    "input are no samples"
-                )
+            row = self._new_row(before, after)
+            if row is None:
+                continue
+            self.problems[_MODEL] = (
+                f"row {row} of its output, of shape {tuple(after.shape)}, changes with other samples than sample {row}: samples influence "
+                "each other"
+                if whole
+                else f"the model's input has {batch} rows, but its output the shape {tuple(before.shape)}, where samples influence each "
+                "other: rows of the input are no samples"
+            )
+
+    def _sides(self, before: Tensor, after: Tensor, dim: int) -> tuple[_Seen, _Seen]:
+        return self._base.see(before.movedim(dim, 0)), self._base.see(after.movedim(dim, 0))
+
+    def _new_row(self, before: Tensor, after: Tensor) -> int | None:
+        """Where vectors came up that had not been there."""
+        wide = before.shape[-1] if before.dim() > 1 else 1
+        if not self._exact or not after.numel():
+            return 0 if before.shape == after.shape and before.shape[0] == self._batch else None
+        seen, other = self._base.see(before.reshape(-1, wide)), self._base.see(after.reshape(-1, wide))
+        some = torch.linspace(0, len(other.norm) - 1, min(len(other.norm), 1024)).long().to(after.device)
+        found, norm = other.projection[some].nan_to_num(), other.norm[some].nan_to_num()
+        apart = _loose(max(seen.precision, *(one.precision for one in self._seen.values()), 0.0)) * norm
+        off = torch.cdist(found, seen.projection.nan_to_num()).amin(1) > apart
+        return int(some[off][0]) * wide // max(1, after[0].numel()) if bool(off.any()) else None
+
+
+def _loose(precision: float) -> float:
+    """How far apart, in relation to their norms, rows may be that a sample gives in other places of the batch."""
+    return precision * (1024 if precision < 1e-6 else 8)
 
 
 def _shapes(record: Record, batch: int) -> dict[_Key, tuple[int, ...]]:
@@ -527,19 +538,10 @@ def _close(a: Tensor, b: Tensor, apart: Tensor) -> Tensor:
     return same.all(1) | ((a - b).norm(dim=1) <= apart)
 
 
-def _moves(seen: _Seen, after: _Seen, source: Tensor) -> bool:
-    """Whether rows changed that other samples are in."""
-    source = source.to(seen.norm.device)
-    here = source == torch.arange(len(source), device=source.device)
+def _moves(seen: _Seen, after: _Seen) -> bool:
+    """Whether rows changed."""
     apart = seen.precision * (64 if seen.precision < 1e-6 else 4) * torch.maximum(seen.norm, after.norm)
-    return bool((~_close(seen.projection, after.projection, apart) & ~here).any())
-
-
-def _changed(before: Tensor, after: Tensor) -> Tensor:
-    """Which entries."""
-    apart = _eps(before.dtype) * (64 if _eps(before.dtype) < 1e-6 else 4)
-    size = torch.maximum(before.abs(), after.abs()).amax(-1, keepdim=True)
-    return ~(((before - after).abs() <= apart * size) | (before == after) | (before.isnan() & after.isnan()))
+    return not bool(_close(seen.projection, after.projection, apart).all())
 
 
 def _cycle(batch: int) -> Tensor:
