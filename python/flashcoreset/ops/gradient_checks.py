@@ -224,7 +224,8 @@ class _Seen:
     shape: tuple[int, ...]
     projection: Tensor  # [rows, _PROJECTIONS] float64
     norm: Tensor  # [rows] float64
-    precision: float
+    precision: float  # of its type
+    arithmetic: float  # precision of the operations that made it
 
 
 _Key = tuple[str, int, str]  # whose, in which of its calls, what
@@ -262,7 +263,8 @@ class Record:
             norm[first : first + step] = torch.linalg.vector_norm(some, dim=1)
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return _Seen(tuple(x.shape), projection, norm, precision_of(x.dtype, autocast, device=x.device))
+        arithmetic = precision_of(x.dtype, autocast, device=x.device)
+        return _Seen(tuple(x.shape), projection, norm, _eps(x.dtype), arithmetic)
 
     def add_outputs(self, outputs: Any) -> None:
         """The model's own."""
@@ -321,7 +323,8 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Again) -> None:
             f"with other samples of the batch ({type(cause).__name__}: {cause}); set verify='never' if row b of each layer "
             "belongs to sample b"
         ) from cause
-    owner, problem = next(iter(min(found, key=len).items()))
+    # A layer can be left out.
+    owner, problem = next(iter(min(found, key=lambda problems: (_MODEL in problems, len(problems))).items()))
     advice = (
         "give the model inputs with the batch in dimension 0, or set verify='never' if samples have gradients of their own all the same"
         if owner == _MODEL
@@ -359,17 +362,15 @@ class _Trial:
         self._moved: set[_Key] = set()
         self._stood: dict[_Key, int] = {}  # what once did not move -> a row that should have
         self._exact = True
-        base = first
         alike = all(bool((_bits(x) == _bits(x[:1])).all()) for x in taken)
         if alike:
             inputs = self._change(inputs, _spread)
+        base = None if alike else first
         if first.drawn:
-            self._still = True
             base = again(inputs, True)
-            if base.drawn or _shapes(base, batch) != _shapes(first, batch):
-                self._still = self._exact = False
-        if alike or not self._exact:
-            base = again(inputs, self._still) if alike else first
+            self._still = self._exact = not base.drawn and _shapes(base, batch) == _shapes(first, batch)
+            base = base if self._exact else None if alike else first
+        base = base or again(inputs, self._still)
         self._inputs, self._base, self._seen = inputs, base, base.of(batch)
         self._open = set(self._seen)  # what has not been seen with other samples, in its own shape
 
@@ -413,11 +414,9 @@ class _Trial:
 
     def _by_chance(self, keys: list[_Key], doubt: str) -> dict[str, str]:
         return {
-            key[
-                0
-            ]: f"the {self._batch} rows of its {key[2]}, of shape {self._seen[key].shape}, are as many as there are samples by "
-            f"chance: {doubt}"
-            for key in reversed(keys)
+            owner: f"the {self._batch} rows of its {part}, of shape {self._seen[owner, call, part].shape}, are as many as there are "
+            f"samples by chance: {doubt}"
+            for owner, call, part in reversed(keys)
         }
 
     def _permuted(self, source: Tensor) -> Inputs:
@@ -475,13 +474,17 @@ class _Trial:
         # The same operations on the same shapes: equal but for sums in another order, of which half precision leaves little.
         tight = seen.precision * (64 if seen.precision < 1e-6 else 4)
         # In another place of the batch there are other sums, all the way up to here; but rows of other samples are farther off.
-        loose = _loose(max(one.precision for one in [seen, *self._seen.values()]))
-        apart = torch.where(stays & same_shapes, tight, loose) * norm
+        apart = torch.where(stays & same_shapes, tight, self._loose(seen)) * norm
         apart = torch.maximum(apart, (seen.projection - old).norm(dim=1) / 10)
         wrong = ~_close(old, new, apart)
         if not self._exact:
             wrong &= stays
         return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
+
+    def _loose(self, seen: _Seen) -> float:
+        """How far apart, in relation to their norms, rows may be that a sample gives in other places of the batch."""
+        precision = max(one.arithmetic for one in [seen, *self._seen.values()])
+        return precision * (1024 if precision < 1e-6 else 8)
 
     def _compare_outputs(self, record: Record, source: Tensor, same_shapes: bool) -> None:
         """Samples that were replaced by others give what those gave, wherever the output has them; a constant gives nothing new."""
@@ -518,14 +521,9 @@ class _Trial:
         seen, other = self._base.see(before.reshape(-1, wide)), self._base.see(after.reshape(-1, wide))
         some = torch.linspace(0, len(other.norm) - 1, min(len(other.norm), 1024)).long().to(after.device)
         found, norm = other.projection[some].nan_to_num(), other.norm[some].nan_to_num()
-        apart = _loose(max(seen.precision, *(one.precision for one in self._seen.values()), 0.0)) * norm
+        apart = self._loose(seen) * norm
         off = torch.cdist(found, seen.projection.nan_to_num()).amin(1) > apart
         return int(some[off][0]) * wide // max(1, after[0].numel()) if bool(off.any()) else None
-
-
-def _loose(precision: float) -> float:
-    """How far apart, in relation to their norms, rows may be that a sample gives in other places of the batch."""
-    return precision * (1024 if precision < 1e-6 else 8)
 
 
 def _shapes(record: Record, batch: int) -> dict[_Key, tuple[int, ...]]:
@@ -694,6 +692,8 @@ def _own(module: nn.Module, attributes: dict[str, Any], memo: dict[int, Any]) ->
     """Copies of a module's buffers and of what its class has put there."""
 
     def copied(name: str, value: Any) -> Any:
+        if value is None or type(value) in (bool, int, float, str):
+            return value
         return _copied(
             value, lambda x: x.detach().clone(), memo, f"{type(module).__name__}'s attribute {name!r}"
         )

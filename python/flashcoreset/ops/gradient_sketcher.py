@@ -137,7 +137,7 @@ class GradientSketcher:
         norms: whether norms are computed; without them sketches cost less.
         backend: None, "cpu", "cuda", "triton" or "torch", of the sketches.
         verify: "first" checks the first batch of each form of calls (same kinds of inputs, same layers): that each row of a layer
-            belongs to the sample of its number, by forward passes with other samples of the batch (three at most), and that the
+            belongs to the sample of its number, by forward passes with the samples in other places (two to four), and that the
             samples' gradients add up to the one that autograd computes. "always" checks every batch, "never" none.
 
     Layers: Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm, BatchNorm in eval mode, transformers'
