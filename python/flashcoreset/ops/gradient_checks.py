@@ -475,7 +475,8 @@ class _Trial:
         tight = seen.precision * (64 if seen.precision < 1e-6 else 4)
         # In another place of the batch there are other sums, all the way up to here; but rows of other samples are farther off.
         apart = torch.where(stays & same_shapes, tight, self._loose(seen)) * norm
-        apart = torch.maximum(apart, (seen.projection - old).norm(dim=1) / 10)
+        gap = (seen.projection - old).norm(dim=1).nan_to_num(0, 0)
+        apart = torch.maximum(apart, gap / 10)
         wrong = ~_close(old, new, apart)
         if not self._exact:
             wrong &= stays
