@@ -372,6 +372,7 @@ class _Trial:
             base = base if self._exact else None if alike else first
         base = base or again(inputs, self._still)
         self._inputs, self._base, self._seen = inputs, base, base.of(batch)
+        self._arithmetic = max((one.arithmetic for one in self._seen.values()), default=0.0)
         self._open = set(self._seen)  # what has not been seen with other samples, in its own shape
 
     def run(self) -> None:
@@ -484,7 +485,7 @@ class _Trial:
 
     def _loose(self, seen: _Seen) -> float:
         """How far apart, in relation to their norms, rows may be that a sample gives in other places of the batch."""
-        precision = max(one.arithmetic for one in [seen, *self._seen.values()])
+        precision = max(seen.arithmetic, self._arithmetic)
         return precision * (1024 if precision < 1e-6 else 8)
 
     def _compare_outputs(self, record: Record, source: Tensor, same_shapes: bool) -> None:
