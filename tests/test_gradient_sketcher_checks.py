@@ -3,8 +3,12 @@ batches of one."""
 
 from __future__ import annotations
 
+import itertools
 import random
+import threading
+import types
 import warnings
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -344,10 +348,9 @@ def test_inputs_that_say_nothing() -> None:
         r"Called is called without tensors, so that its batch is not known.*verify='never'", texts, "a", "bc"
     )
     assert run(texts, "a", "bc", verify="never").norms.shape == (2,)
-    once = Called(
-        layer, lambda layer, x, seen: layer(x) if seen.add(len(seen)) is None and len(seen) == 1 else 1 / 0
-    )
-    refused(r"failed when it was run again.*ZeroDivisionError.*verify='never'", once, points(5, 4), set())
+    calls: list[int] = []
+    once = Called(layer, lambda layer, x: 1 / 0 if calls else layer(x).add(calls.append(1) or 0))
+    refused(r"failed when it was run again.*ZeroDivisionError.*verify='never'", once, points(5, 4))
 
 
 # ---- layers that are not what their class says
@@ -533,7 +536,9 @@ def test_transformer_layers(length: int, training: bool) -> None:
     parameters = ["*linear*", "*norm*", "head.*"]
     x = points(5, length, 8)
     for model in (seeded(lambda: Encoder(False)), seeded(lambda: nn.TransformerEncoderLayer(8, 2, 16))):
-        message = r"'.*linear1.weight' of Linear '.*linear1': row 0 of its input|Linear '.*linear1' must have"
+        message = (
+            r"'.*linear1.weight' of Linear '.*linear1': row \d of its input|Linear '.*linear1' must have"
+        )
         refused(
             message,
             model.train(training),
@@ -816,3 +821,321 @@ def test_layers_that_are_called_later_are_checked_then() -> None:
         sketcher,
     ):
         outer(whole(20, 6, 6))
+
+
+# ---- which inputs are the samples', and in what order
+
+
+def each(
+    model: nn.Module,
+    samples: int,
+    call: Callable[[Tensor], Any],
+    loss: Callable[[Any, Tensor], Tensor] = lambda output, _: curved(output),
+    **options: Any,
+) -> None:
+    """Norms are those of batches of one; `call` takes the samples' numbers, `loss` gives [len(numbers)]."""
+    sketcher = fc.GradientSketcher(model, None, **{"backend": "torch", "reduction": "sum", **options})
+    with sketcher:
+        loss(call(torch.arange(samples)), torch.arange(samples)).sum().backward()
+    wanted = [dict(model.named_parameters())[name] for name in sketcher.offsets]
+    rows = []
+    for b in range(samples):
+        one = torch.tensor([b])
+        found = torch.autograd.grad(
+            loss(call(one), one).sum(), wanted, allow_unused=True, materialize_grads=True
+        )
+        rows.append(torch.cat([g.flatten() for g in found]).norm())
+    expected = torch.stack(rows)
+    assert ((sketcher.norms - expected).abs() <= CLOSE * expected).all()
+
+
+class Two(nn.Module):
+    """A layer for each of two inputs, which `use` combines."""
+
+    def __init__(self, use: Callable[[nn.Module, nn.Module, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.c, self.use = nn.Linear(6, 4), nn.Linear(5, 4), use
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.use(self.a, self.c, x, other)
+
+
+def test_a_second_input_that_has_as_many_rows_by_chance() -> None:
+    x, other = points(5, 6), points(5, 5, seed=4)
+    classes = seeded(lambda: Two(lambda a, c, x, y: a(x) @ c(y).T))
+    for wanted in (None, "c.*"):
+        refused("'c.weight' of Linear 'c': the 5 rows of its input", classes, x, other, parameters=wanted)
+    each(classes, 5, lambda i: classes(x[i], other), parameters="a.*")
+    time = seeded(lambda: Two(lambda a, c, x, y: a(x) * c(y).tanh().transpose(0, 1).mean(1)))
+    refused(r"the model: row \d of its output", time, x, points(5, 5, 5))
+    rolled = seeded(lambda: Two(lambda a, c, x, y: a(x) * c(y.roll(1, 0)).tanh().roll(-1, 0)))
+    refused(r"'c.weight' of Linear 'c': row \d of its input", rolled, x, other)
+    pairs = seeded(lambda: Two(lambda a, c, x, y: a(x) * c(y)))
+    check(pairs, x, other)
+
+
+class Ordered(nn.Module):
+    """A layer whose rows are in an order of their own, which the output is not."""
+
+    def __init__(self, order: Callable[..., Tensor], change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.order, self.change, self.drop = nn.Linear(6, 4), order, change, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, *lengths: Tensor) -> Tensor:
+        order = self.order(x, *lengths)
+        return self.layer(self.drop(self.change(x[order]))).tanh()[order.argsort()]
+
+
+ORDERS: dict[str, Callable[..., Tensor]] = {
+    "flip": lambda x: torch.arange(len(x)).flip(0),
+    "roll": lambda x: torch.arange(len(x)).roll(1),
+    "pairs": lambda x: torch.arange(len(x)) ^ 1 if len(x) % 2 == 0 else torch.arange(len(x)).roll(2),
+    "sorted": lambda x: x[:, 0].argsort(),
+}
+NOISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "dropout": lambda x: F.dropout(x, 0.3),
+    "numbers": lambda x: x + 0.1 * torch.randn_like(x),
+}
+
+
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_in_an_order_of_their_own(noise: str, training: bool) -> None:
+    """Also where the first batch happens to be in order already: the next one would not be."""
+    for samples in (2, 3, 4, 8, 9):
+        x = points(samples, 6)
+        for name, order in ORDERS.items():
+            if noise == "numbers" and name == "sorted" and samples < 4:
+                continue  # so few samples change their places by replacing some only with luck
+            model = seeded(lambda order=order: Ordered(order, NOISE[noise])).train(training)
+            refused(r"'layer.weight' of Linear 'layer': row \d of its input", model, x)
+            if name == "sorted" and noise != "numbers":
+                refused(r"Linear 'layer': row \d of its input", model, x[x[:, 0].argsort()])
+        model = seeded(lambda: Ordered(lambda rows: torch.arange(len(rows)), NOISE[noise])).train(training)
+        assert run(model, x).norms.shape == (samples,)
+
+
+def test_rows_in_the_order_of_a_second_input() -> None:
+    model = seeded(lambda: Ordered(lambda x, lengths: lengths.argsort(), NOISE["none"])).eval()
+    for lengths in itertools.permutations(range(4)):
+        refused("of Linear 'layer'", model, points(4, 6), torch.tensor(lengths))
+
+
+def test_samples_that_differ_in_another_input_alone() -> None:
+    layer, labels = seeded(lambda: nn.Linear(4, 3)), torch.ones(4, dtype=torch.long)
+    flipped = Called(layer, lambda layer, _, x: layer(x.flip(0)).flip(0))
+    refused(r"Linear 'layer': row \d of its input", flipped, labels, points(4, 4))
+    check(Called(layer, lambda layer, labels, x: layer(x) * labels[:, None]), labels, points(4, 4))
+
+
+def test_positions_after_a_batch_of_one_position() -> None:
+    for verify in ("first", "always"):
+        model = seeded(lambda: Learned(torch.arange))
+        sketcher = fc.GradientSketcher(model, None, parameters="position.*", verify=verify)
+        with sketcher:
+            curved(model(whole(20, 6, 1))).sum().backward()
+        with pytest.raises(ValueError, match="Embedding 'position': the 6 rows of its input"), sketcher:
+            model(whole(20, 6, 6))
+
+
+# ---- correct models that look otherwise
+
+
+@pytest.mark.parametrize("samples", [1, 4, 5])
+def test_a_batch_beside_tensors_with_more_rows(samples: int) -> None:
+    """Of one sample too, as an epoch's last batch may be."""
+    x, mask, ids = points(samples, 5, 4), torch.ones(5, 5).tril(), whole(20, samples, 5)
+    model = Called(seeded(lambda: nn.Linear(4, 3)), lambda layer, x, mask: mask @ layer(x))
+    each(model, samples, lambda i: model(x[i], mask))
+
+    class Positioned(Learned):
+        def forward(self, place: Tensor, ids: Tensor) -> Tensor:
+            return self.head((self.embed(ids) + self.position(place)).tanh())
+
+    positioned = seeded(lambda: Positioned(torch.arange))
+    each(positioned, samples, lambda i: positioned(torch.arange(5)[None], ids[i]))
+    llama = transformer("Llama", "ForCausalLM").eval()
+    each(
+        llama,
+        samples,
+        lambda i: llama(input_ids=ids[i], cache_position=torch.arange(5)),
+        lambda output, _: curved(output.logits),
+    )
+
+
+def test_outputs_that_are_not_the_layers_rows() -> None:
+    x = points(4, 4, 6)
+    layer = seeded(lambda: nn.Linear(6, 3))
+    time = Called(layer, lambda layer, x: layer(x).tanh().transpose(0, 1))
+    for steps in (3, 4):
+        each(
+            time,
+            4,
+            lambda i, steps=steps: time(x[i, :steps]),
+            lambda output, _: curved(output.transpose(0, 1)),
+        )
+    active = torch.arange(4) < torch.tensor([2, 3, 1, 4])[:, None]
+    tokens = Called(layer, lambda layer, x, mask: layer(x).tanh()[mask])
+    for mask in (active, active & (torch.arange(4) == 0), active & active.flip(0)):
+
+        def loss(output: Tensor, i: Tensor, mask: Tensor = mask) -> Tensor:
+            return output.new_zeros(len(i)).index_add(0, mask[i].nonzero()[:, 0], output.square().sum(1))
+
+        each(tokens, 4, lambda i, mask=mask: tokens(x[i], mask[i]), loss)
+    table = points(4, 3)
+    constant = Called(layer, lambda layer, x: (layer(x), table))
+    each(constant, 4, lambda i: constant(x[i]), lambda output, _: curved(output[0]))
+    for mixed in (
+        lambda layer, x: layer(x).flatten(1) @ layer(x).flatten(1).T,
+        lambda layer, x: layer(x) + layer(x).sum(0),
+    ):
+        refused(r"the model: row \d of its output", Called(layer, mixed), x)
+
+
+class Trimmed(nn.Module):
+    """Leaves out padding that all samples have, of each of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.drop = nn.Embedding(20, 6), nn.Linear(6, 4), nn.Dropout(0.5)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        cut = [ids[:, : int((ids != 0).sum(1).max())] for ids in inputs]
+        return sum(
+            (self.head(self.drop(self.embed(ids))).tanh() * (ids != 0)[..., None]).sum(1) for ids in cut
+        )
+
+
+def test_padding_that_is_left_out() -> None:
+    model = seeded(Trimmed)
+    for seed in range(4):
+        ids, other = 1 + whole(19, 5, 6), 1 + whole(19, 5, 7).flip(0)
+        lengths = torch.randint(1, 6, (2, 5), generator=torch.Generator().manual_seed(seed))
+        lengths[0, seed], lengths[1, (2 * seed + 1) % 5] = 6, 7  # one is the longest
+        ids = ids * (torch.arange(6) < lengths[0][:, None])
+        other = other * (torch.arange(7) < lengths[1][:, None])
+        check(model.eval(), ids)
+        check(model.eval(), ids, other)
+        assert run(model.train(), ids, other).norms.shape == (5,)
+
+
+# ---- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_that_autograd_rounds(dtype: torch.dtype) -> None:
+    """torch adds up gradients of norms and embeddings in half precision: the more terms, the less is left."""
+    for shape in ((4, 16), (8, 32), (8, 128), (16, 300)):
+        norm, x = nn.LayerNorm(16).to(dtype), points(*shape, 16).to(dtype)
+        sketcher = fc.GradientSketcher(norm, None, backend="torch")
+        with sketcher:
+            (norm(x).float() * points(16)).sum((1, 2)).mean().backward()
+        exact = nn.LayerNorm(16).double()
+        (exact(x.double()) * points(16)).sum((1, 2)).mean().backward()
+        sketcher = fc.GradientSketcher(norm, 64, backend="torch", reduction="sum")
+        with sketcher:
+            (norm(x).float() * points(16)).sum((1, 2)).mean().backward()
+        expected = fc.sketch(
+            torch.cat([p.grad for p in exact.parameters()])[None], 64, kind="sjlt", backend="torch"
+        )[0]
+        off = (sketcher.sketches.sum(0).double() - expected).norm() / expected.norm()
+        assert off <= 2e-2 if dtype == torch.bfloat16 else off <= 2e-3  # the gradient g is rounded
+        table = nn.Embedding(2, 16).to(dtype)
+        with fc.GradientSketcher(table, None, backend="torch"):
+            one = torch.zeros(shape, dtype=torch.long)
+            (table(one).float() * points(*shape, 16).abs()).sum((1, 2)).mean().backward()
+    wrong = nn.Linear(16, 4).to(dtype)
+    wrong.bias.register_hook(lambda g: 1.26 * g)
+    with (
+        pytest.raises(RuntimeError, match="parameter 'bias' of Linear '': the samples' gradients"),
+        fc.GradientSketcher(wrong, None, backend="torch"),
+    ):
+        (wrong(points(16, 300, 16).to(dtype)).float() * points(4)).sum((1, 2)).mean().backward()
+    small = nn.LayerNorm(16).to(dtype)
+    small.weight.register_hook(lambda g: 3 * g)
+    with (
+        pytest.raises(RuntimeError, match="parameter 'weight' of LayerNorm ''"),
+        fc.GradientSketcher(small, None, backend="torch"),
+    ):
+        (small(points(5, 4, 16).to(dtype)).float() * points(16)).sum((1, 2)).mean().backward()
+
+
+# ---- what a model keeps
+
+
+class Keeping(nn.Module):
+    """Keeps what it has seen in objects of every kind, and draws numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.queue, self.counts = deque(maxlen=9), defaultdict(int)
+        self.object, self.held = types.SimpleNamespace(n=0, inner=[]), {"mean": torch.zeros(4)}
+        self.tensors, self.hidden = [torch.zeros(())], [nn.BatchNorm1d(4)]
+        self.generator, self.numpy = torch.Generator().manual_seed(5), np.random.default_rng(5)
+        self.python, self.lock = random.Random(5), threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.lock:
+            self.queue.append(len(x))
+        self.counts["calls"] += 1
+        self.object.n += 1
+        self.object.inner.append(self.object.n)
+        self.held["mean"].add_(x.detach().mean(0))
+        self.tensors[0] = self.tensors[0] + 1
+        self.hidden[0](x.detach())
+        noise = torch.rand(x.shape, generator=self.generator) + float(self.numpy.random())
+        return self.layer(x * noise * self.python.random())
+
+    def kept(self) -> list[Any]:
+        return [
+            list(self.queue),
+            dict(self.counts),
+            self.object.n,
+            self.object.inner,
+            self.held["mean"].tolist(),
+            self.tensors[0].item(),
+            self.hidden[0].running_mean.tolist(),
+            self.generator.get_state().tolist(),
+            self.numpy.bit_generator.state,
+            self.python.random(),
+        ]
+
+
+def test_what_a_model_keeps_in_objects() -> None:
+    model, plain, x = seeded(Keeping), seeded(Keeping), points(5, 4)
+    objects = [model.queue, model.counts, model.object, model.held, model.generator, model.numpy]
+    run(model, x, verify="always"), run(model, x)
+    outputs = plain(x), plain(x)
+    after = [model.queue, model.counts, model.object, model.held, model.generator, model.numpy]
+    assert all(one is other for one, other in zip(objects, after, strict=True))
+    assert model.kept() == plain.kept()
+    assert not torch.equal(*outputs)
+
+
+def test_objects_among_the_inputs() -> None:
+    class Cache:
+        def __init__(self) -> None:
+            self.states: list[Tensor] = []
+
+    def cached(layer: nn.Module, x: Tensor, cache: Any) -> Tensor:
+        cache.states.append(layer(x))
+        return torch.cat(cache.states, 1)
+
+    model, cache = Called(seeded(lambda: nn.Linear(4, 3)), cached), Cache()
+    cache.states.append(points(5, 2))
+    run(model, points(5, 4), cache)
+    assert len(cache.states) == 2
+    mapped = Called(seeded(lambda: nn.Linear(4, 3)), lambda layer, inputs: layer(inputs["x"]))
+    x = points(5, 4)
+    each(mapped, 5, lambda i: mapped(types.MappingProxyType({"x": x[i]})))
+
+    def endless() -> Any:
+        yield 1
+
+    generated = Called(mapped.layer, lambda layer, x, numbers: layer(x))
+    refused(r"an input of type generator cannot be copied.*verify='never'", generated, x, endless())
+    assert run(generated, x, endless(), verify="never").norms.shape == (5,)
+    mapped.numbers = endless()
+    refused(r"Called's attribute 'numbers' of type generator cannot be copied", mapped, {"x": x})

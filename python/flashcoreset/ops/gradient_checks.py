@@ -1,9 +1,9 @@
 """What GradientSketcher finds out about a model rather than believe it: whose sample each row of a layer is, and whether the
 samples' gradients add up to what autograd has.
 
-Rows: the forward pass runs again with some samples' inputs replaced by others' of the batch, under the same random numbers and
-in the same shapes. Rows of those samples change, and no others. Where none changes (token types that are all alike) or could,
-it runs once more with one sample fewer: such a layer then has one row fewer.
+Rows: the forward pass runs again with the samples in another order, which has to be the order of each layer's rows, and with some
+samples in the place of others, where each row still has to be what its new sample gave in the first pass. Where nothing moves
+(token types that are all alike) or could, it runs once more with one sample fewer: such a layer then has one row fewer.
 
 Sums: both sides of sum_b G_b = G are taken between a few random vectors u, v, as u^T G v, which needs no G_b: E (u^T D v)^2 = |D|^2.
 """
@@ -13,22 +13,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import random
+import types
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flashcoreset.ops.gradient_layers import Gradient, Outer, Rows, Vector
 
 _PART = 1 << 22  # entries that are converted at a time
 _VECTORS = 16
+_PROJECTIONS = 4
+_NOTHING_LEFT = 0.25  # of autograd's sum in half precision: that it is another says nothing
 
 
 # ---- a model's inputs: tensors in containers of any depth
@@ -42,16 +49,27 @@ class Inputs:
     keywords: dict[str, Any]
 
     def map(self, change: Callable[[Tensor], Any]) -> Inputs:
-        return Inputs(_map(self.args, change), _map(self.keywords, change))
+        """With other tensors, also inside of objects, of which there are copies."""
+        memo = _memo([self.args, self.keywords])[0]
+        return Inputs(_map(self.args, change, memo), _map(self.keywords, change, memo))
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         yield from _leaves(self.args, "")
         yield from _leaves(self.keywords, "")
 
+    def tensors(self) -> list[Tensor]:
+        """With dimensions; also inside of objects, which come last."""
+        found = [value for _, value in self.leaves() if isinstance(value, Tensor)]
+        found += [value for value in _reach([self.args, self.keywords]) if isinstance(value, Tensor)]
+        return list({id(value): value for value in found if value.dim()}.values())
+
     def main(self) -> Tensor | None:
-        """The one whose first dimension is the batch: the first that has more than one row there, or the first."""
-        tensors = [value for _, value in self.leaves() if isinstance(value, Tensor) and value.dim()]
-        return next((value for value in tensors if value.shape[0] != 1), tensors[0] if tensors else None)
+        """The one whose first dimension is the batch: the first that is no position of all samples, or the first."""
+        tensors = [
+            (path, value) for path, value in self.leaves() if isinstance(value, Tensor) and value.dim()
+        ]
+        found = (value for path, value in tensors if not _for_all(path, value))
+        return next(found, tensors[0][1] if tensors else None)
 
     def form(self) -> tuple[Any, ...]:
         """What calls of one form have in common: everything but sizes and numbers."""
@@ -77,23 +95,119 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _map(value: Any, change: Callable[[Tensor], Any]) -> Any:
+def _for_all(path: str, value: Tensor) -> bool:
+    """Whether `value`, of size 1, are positions rather than a batch of one: by its name, or counting up."""
+    if value.shape[0] != 1:
+        return False
+    if "position" in path:
+        return True
+    if value.dim() < 2 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        return False
+    return value.shape[-1] > 1 and bool((value.diff(dim=-1) == 1).all())
+
+
+def _map(value: Any, change: Callable[[Tensor], Any], memo: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, types.MappingProxyType):
+        return types.MappingProxyType({key: _map(inner, change, memo) for key, inner in value.items()})
     if isinstance(value, Mapping):
         changed: Any = copy.copy(value)
         for key, inner in value.items():
-            changed[key] = _map(inner, change)
+            changed[key] = _map(inner, change, memo)
         return changed
     if isinstance(value, (tuple, list)):
-        parts = [_map(one, change) for one in value]
+        parts = [_map(one, change, memo) for one in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         made: Any = copy.copy(value)
         for part in dataclasses.fields(value):
-            object.__setattr__(made, part.name, _map(getattr(value, part.name, None), change))
+            object.__setattr__(made, part.name, _map(getattr(value, part.name, None), change, memo))
         return made
-    return value
+    return _copied(value, change, memo, "an input")
+
+
+# ---- copies
+
+
+class _Tensors(TorchFunctionMode):
+    """Copies of objects have what `change` makes of their tensors, whatever the graph that those are in."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self._change = change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        x, memo = args
+        if id(x) not in memo:
+            memo[id(x)] = self._change(x)
+        return memo[id(x)]
+
+
+def _copied(value: Any, change: Callable[[Tensor], Any], memo: dict[int, Any], what: str) -> Any:
+    try:
+        with _Tensors(change):
+            return copy.deepcopy(value, memo)
+    except Exception as error:
+        raise ValueError(
+            f"{what} of type {type(value).__name__} cannot be copied ({type(error).__name__}: {error}), so that the forward passes "
+            "that check whose sample each row is might change it; set verify='never' if row b of each layer belongs to sample b"
+        ) from error
+
+
+_HOMES = ("torch", "_thread", "threading", "weakref")
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _reach(values: Iterable[Any]) -> Iterator[Any]:
+    """What can be reached through containers and attributes; of modules, themselves."""
+    waiting, seen = list(values), {}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        yield value
+        if _left_alone(value) or isinstance(value, (Tensor, nn.Module)):
+            continue
+        if isinstance(value, Mapping):
+            waiting += list(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            waiting += list(value)
+        elif isinstance(value, functools.partial):
+            waiting += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            waiting.append(value.__self__)
+        waiting += list(getattr(value, "__dict__", {}).values())
+
+
+def _left_alone(value: Any) -> bool:
+    """Whether copies refer to `value` itself: classes, functions, generators, marks, what belongs to torch or to threads."""
+    kind = type(value)
+    if kind in (object, types.ModuleType, types.FunctionType, *weakref.ProxyTypes):
+        return True
+    if isinstance(value, (type, *_GENERATORS)):
+        return True
+    return kind.__module__.split(".")[0] in _HOMES and not isinstance(
+        value, (tuple, Mapping, Tensor, nn.Module)
+    )
+
+
+def _memo(values: Iterable[Any]) -> tuple[dict[int, Any], list[Any], list[nn.Module]]:
+    """For deepcopy: what is not to be copied; the random generators and the modules among it."""
+    memo: dict[int, Any] = {}
+    generators, modules = [], []
+    for value in _reach(values):
+        alone = _left_alone(value)
+        if alone or isinstance(value, (nn.Module, nn.Parameter)):
+            memo[id(value)] = value
+        if alone and isinstance(value, _GENERATORS):
+            generators.append(value)
+        elif not alone and isinstance(value, nn.Module):
+            modules.append(value)
+    return memo, generators, modules
 
 
 # ---- rows
@@ -105,12 +219,13 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A tensor, by its shape and, a row each, a projection and its norm."""
+    """A tensor, by its shape and, a row each, projections and its norm."""
 
     shape: tuple[int, ...]
-    projection: Tensor  # [rows] float64
+    projection: Tensor  # [rows, _PROJECTIONS] float64
     norm: Tensor  # [rows] float64
-    precision: float
+    precision: float  # of its type
+    arithmetic: float  # precision of the operations that made it
 
 
 _Key = tuple[str, int, str]  # whose, in which of its calls, what
@@ -121,6 +236,8 @@ class Record:
 
     def __init__(self, like: Record | None = None) -> None:
         self.seen: dict[_Key, _Seen] = {}
+        self.outputs: list[Tensor] = []  # the model's own
+        self.drawn = False  # random numbers
         self._calls: Counter[str] = Counter()
         self._weights: dict[torch.device, Tensor] = {} if like is None else like._weights
 
@@ -131,191 +248,337 @@ class Record:
 
     def add(self, owner: str, call: int, part: str, x: Tensor) -> None:
         number = sum(key[:2] == (owner, call) and key[2].startswith(part) for key in self.seen)
+        self.seen[owner, call, part if not number else f"{part} {number + 1}"] = self.see(x)
+
+    def see(self, x: Tensor) -> _Seen:
         rows = x.detach().reshape(x.shape[0], -1)
         dtype = _arithmetic(rows)
-        projection = torch.empty(len(rows), dtype=torch.float64, device=x.device)
-        norm, weights = torch.empty_like(projection), self._weight(rows).to(dtype)
+        projection = torch.empty(len(rows), _PROJECTIONS, dtype=torch.float64, device=x.device)
+        norm, weights = projection.new_empty(len(rows)), self._weight(rows).to(dtype)
         step = max(1, _PART // max(1, rows.shape[1]))
         for first in range(0, len(rows), step):
             some = rows[first : first + step].to(dtype)
             with torch.autocast(x.device.type, enabled=False):
                 projection[first : first + step] = some @ weights
             norm[first : first + step] = torch.linalg.vector_norm(some, dim=1)
-        seen = _Seen(tuple(x.shape), projection, norm, _eps(x.dtype))
-        self.seen[owner, call, part if not number else f"{part} {number + 1}"] = seen
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        arithmetic = precision_of(x.dtype, autocast, device=x.device)
+        return _Seen(tuple(x.shape), projection, norm, _eps(x.dtype), arithmetic)
 
-    def add_outputs(self, outputs: Any, batch: int) -> None:
+    def add_outputs(self, outputs: Any) -> None:
         """The model's own."""
-        for value in _outputs(outputs):
-            if value.shape[0] == batch:
-                self.add("the model", 1, "output", value)
+        found = [value for _, value in _leaves(outputs, "") if isinstance(value, Tensor) and value.dim()]
+        self.outputs = [value.detach() for value in found if value.is_floating_point() and value.numel() > 1]
 
-    def check_outputs(self, outputs: Any, batch: int) -> None:
-        """Raises ValueError where fewer rows come out of the model than went in."""
-        found = _outputs(outputs)
-        if found and not any(value.shape[0] % batch == 0 for value in found):
-            raise ValueError(
-                f"the model's input has {batch} rows, but its output the shape {tuple(found[0].shape)}: rows of the input are "
-                "no samples; give the model inputs with the batch in dimension 0, or set verify='never'"
-            )
+    def of(self, batch: int) -> dict[_Key, _Seen]:
+        return {key: seen for key, seen in self.seen.items() if seen.shape[0] == batch}
 
     def _weight(self, rows: Tensor) -> Tensor:
-        """A number for each column; those of a shorter row are the first of a longer one's."""
+        """Some numbers for each column; those of a shorter row are the first of a longer one's."""
         length = rows.shape[1]
         kept = self._weights.get(rows.device)
         if kept is None or len(kept) < length:
             places = torch.arange(2 * length + 1, dtype=torch.float64, device=rows.device)
-            kept = self._weights[rows.device] = (places * places * 0.7390851332151607).cos_()
+            factors = places.new_tensor(
+                [0.7390851332151607, 0.5671432904097838, 0.3678794411714423, 0.8767262153950624]
+            )
+            kept = self._weights[rows.device] = (places * places)[:, None].mul(factors).cos_()
         return kept[:length]
 
 
-def _outputs(outputs: Any) -> list[Tensor]:
-    found = [value for _, value in _leaves(outputs, "") if isinstance(value, Tensor) and value.dim()]
-    return [value for value in found if value.is_floating_point() and value.numel() > 1]
+Again = Callable[[Inputs, bool], Record]
 
 
-def check_rows(inputs: Inputs, batch: int, first: Record, again: Callable[[Inputs], Record]) -> None:
+def check_rows(inputs: Inputs, batch: int, first: Record, again: Again) -> None:
     """Raises ValueError where a row of a layer does not belong to the sample of its number.
 
     Args:
         inputs: of the model.
         first: of the forward pass with them.
-        again: runs it with other inputs; `Unavailable` where that fails.
+        again: runs it with other inputs, and with or without dropout; `Unavailable` where that fails.
     """
     main = inputs.main()
     assert main is not None
-    choices = _choices(inputs, main, batch)
-    half = torch.zeros(batch, dtype=torch.bool)
-    half[torch.randperm(batch, generator=torch.Generator().manual_seed(0))[: (batch + 1) // 2]] = True
-    half = half.to(main.device)
-
-    problems: dict[_Key, str] = dict.fromkeys(first.seen, "")
-    moved: set[_Key] = set()
-
-    def replace(takes: Callable[[Tensor], bool]) -> None:
-        found: dict[_Key, str] = {}
-        changed: set[_Key] = set()
-        for rows in (half, ~half):
-            _compare(first, again(_replaced(inputs, main, rows, takes)), rows, found, changed)
-        moved.update(changed & (set(problems) - set(found)))
-        for key in list(problems):
-            if key not in found:
-                del problems[key]
-            elif not problems[key]:
-                problems[key] = found[key]
-
-    _try(choices, replace, lambda: bool(problems))
-    advice = "leave it out with parameters=, or set verify='never' if row b stands for sample b all the same"
-    if problems:
-        (owner, _, part), problem = next(iter(problems.items()))
-        raise ValueError(f"{owner}: {problem.format(part=part)}; {advice}")
-
-    waiting = [key for key, seen in first.seen.items() if key not in moved and len(seen.projection)]
-
-    def shorten(takes: Callable[[Tensor], bool]) -> None:
-        record = again(inputs.map(lambda x: _again(x, x.detach()[:-1]) if takes(x) else x))
-        waiting[:] = [
-            key for key in waiting if key not in record.seen or record.seen[key].shape[0] != batch - 1
-        ]
-
-    _try(choices, shorten, lambda: bool(waiting))
-    if waiting:
-        owner, _, part = waiting[0]
-        raise ValueError(
-            f"{owner}: the {batch} rows of its {part}, of shape {first.seen[waiting[0]].shape}, are as many as there are samples by "
-            f"chance: they stay as they are when samples are replaced or left out; {advice}"
-        )
-
-
-def _choices(inputs: Inputs, main: Tensor, batch: int) -> list[Callable[[Tensor], bool]]:
-    """Which tensors may be the samples'. One that has as many rows by chance, such as a mask [T, T], is not: if it will not do with
-    all of them, others than the main input are left alone."""
-    tensors = [value for _, value in inputs.leaves() if isinstance(value, Tensor) and value.dim()]
-    others = [value for value in tensors if value.shape[0] == batch and value is not main]
-    few = range(1, len(others)) if len(others) <= 4 else ()
-    kept = [others, *(list(some) for n in reversed(few) for some in itertools.combinations(others, n))]
-    if others:
-        kept.append([])
-    return [_among([main, *some]) for some in kept]
-
-
-def _among(tensors: list[Tensor]) -> Callable[[Tensor], bool]:
-    return lambda x: any(x is one for one in tensors)
-
-
-def _try(
-    choices: Sequence[Callable[[Tensor], bool]],
-    trial: Callable[[Callable[[Tensor], bool]], None],
-    unsettled: Callable[[], bool],
-) -> None:
-    """The choices one after the other, as long as something is unsettled; one of them has to work."""
-    failures = []
-    for takes in choices:
-        if not unsettled():
-            return
+    found: list[dict[str, str]] = []
+    failures: list[Unavailable] = []
+    for number, taken in enumerate(_choices(inputs, main, batch)):
         try:
-            trial(takes)
+            trial = _Trial(inputs, taken, batch, first, again)
+            trial.run()
         except Unavailable as error:
             failures.append(error)
-    if len(failures) == len(choices):
+            continue
+        if not trial.problems:
+            trial.settle(every=number > 0)
+        if not trial.problems:
+            return
+        found.append(trial.problems)
+        if trial.standing:
+            break  # the samples of fewer inputs move less
+    if not found:
         cause = failures[0].__cause__
         raise ValueError(
             "whose sample each row of a layer is could not be found out, since the forward pass failed when it was run again "
             f"with other samples of the batch ({type(cause).__name__}: {cause}); set verify='never' if row b of each layer "
             "belongs to sample b"
         ) from cause
+    # A layer can be left out.
+    owner, problem = next(iter(min(found, key=lambda problems: (_MODEL in problems, len(problems))).items()))
+    advice = (
+        "give the model inputs with the batch in dimension 0, or set verify='never' if samples have gradients of their own all the same"
+        if owner == _MODEL
+        else "leave it out with parameters=, or set verify='never' if row b stands for sample b all the same"
+    )
+    raise ValueError(f"{owner}: {problem}; {advice}")
 
 
-def _compare(
-    before: Record, after: Record, replaced: Tensor, problems: dict[_Key, str], changed: set[_Key]
-) -> None:
-    for key, seen in before.seen.items():
-        other = after.seen.get(key)
-        if other is None or other.shape != seen.shape:
-            problems[key] = (
-                f"the number of rows of its {{part}}, of shape {seen.shape}, depends on which samples are in the batch, so "
-                "that they are no samples (experts, selected tokens)"
+_MODEL = "the model"
+
+
+def _choices(inputs: Inputs, main: Tensor, batch: int) -> list[list[Tensor]]:
+    """Which tensors may be the samples'. One that has as many rows by chance, such as a mask [T, T], is not: if it will not do with
+    all of them, others than the main input are left alone."""
+    others = [value for value in inputs.tensors() if value.shape[0] == batch and value is not main]
+    few = range(1, len(others)) if len(others) <= 4 else ()
+    kept = [others, *(list(some) for n in reversed(few) for some in itertools.combinations(others, n))]
+    if others:
+        kept.append([])
+    return [[main, *some] for some in kept]
+
+
+class _Trial:
+    """Of a choice of the inputs that are the samples': the same one for all layers and outputs.
+
+    Where the model draws random numbers, a row that moves is comparable only without dropout; where it draws some even then, it is
+    only asked which rows stay as they are, for every bit of their numbers.
+    """
+
+    def __init__(self, inputs: Inputs, taken: list[Tensor], batch: int, first: Record, again: Again) -> None:
+        self._batch, self._again, self._still = batch, again, False
+        self._numbers = [i for i, value in enumerate(inputs.tensors()) if any(value is x for x in taken)]
+        self.problems: dict[str, str] = {}  # by owner
+        self.standing = False  # problems are that rows do not move
+        self._moved: set[_Key] = set()
+        self._stood: dict[_Key, int] = {}  # what once did not move -> a row that should have
+        self._exact = True
+        alike = all(bool((_bits(x) == _bits(x[:1])).all()) for x in taken)
+        if alike:
+            inputs = self._change(inputs, _spread)
+        base = None if alike else first
+        if first.drawn:
+            base = again(inputs, True)
+            self._still = self._exact = not base.drawn and _shapes(base, batch) == _shapes(first, batch)
+            base = base if self._exact else None if alike else first
+        base = base or again(inputs, self._still)
+        self._inputs, self._base, self._seen = inputs, base, base.of(batch)
+        self._arithmetic = max((one.arithmetic for one in self._seen.values()), default=0.0)
+        self._open = set(self._seen)  # what has not been seen with other samples, in its own shape
+
+    def run(self) -> None:
+        batch = self._batch
+        if self._exact:
+            order = _cycle(batch)
+            self._compare(self._again(self._permuted(order), self._still), order, replaced=False)
+        for number, rows in enumerate(_halves(batch, all_bits=not self._exact)):
+            if self.problems or (number and self._exact and not self._open):
+                break
+            source = _others(rows)
+            record = self._again(self._permuted(source), self._still)
+            self._compare(record, source, replaced=True)
+        for key, row in self._stood.items():
+            if key in self._moved:
+                self._add_wrong(key, row)
+        for owner, call, part in () if self.problems else self._open:
+            self.problems[owner] = (
+                f"the shape {self._seen[owner, call, part].shape} of its {part} depends on which samples are in the batch, so that it "
+                "could not be found out whether they influence each other"
             )
-            continue
-        differs = _differs(seen, other)
-        if bool((differs & ~replaced).any()):
-            row = int((differs & ~replaced).nonzero()[0])
-            problems[key] = (
-                f"row {row} of its {{part}}, of shape {seen.shape}, changes with other samples than sample {row}: rows are no "
-                "samples there (time or tokens first, windows, nodes), or samples influence each other"
+
+    def settle(self, every: bool) -> None:
+        """What has not moved must have one row fewer with one sample fewer; `every` layer where other inputs have as many rows
+        and keep them, lest those decide on the order."""
+        waiting = [key for key, seen in self._seen.items() if every or key not in self._moved]
+        waiting = [key for key in waiting if len(self._seen[key].norm)]
+        if not waiting:
+            return
+        doubt = "they stay as they are when samples are replaced or left out"
+        try:
+            seen = self._again(self._change(self._inputs, lambda x: x.detach()[:-1]), self._still).seen
+        except Unavailable as error:
+            self.problems = self._by_chance(
+                waiting, f"with one sample fewer the model fails ({error.__cause__})"
             )
-        elif bool(differs.any()):
-            changed.add(key)
+            return
+        waiting = [key for key in waiting if key in seen and seen[key].shape[0] != self._batch - 1]
+        self.problems, self.standing = self._by_chance(waiting, doubt), bool(waiting)
+
+    def _by_chance(self, keys: list[_Key], doubt: str) -> dict[str, str]:
+        return {
+            owner: f"the {self._batch} rows of its {part}, of shape {self._seen[owner, call, part].shape}, are as many as there are "
+            f"samples by chance: {doubt}"
+            for owner, call, part in reversed(keys)
+        }
+
+    def _permuted(self, source: Tensor) -> Inputs:
+        """With the sample `source[b]` in row b."""
+        return self._change(self._inputs, lambda x: x.detach()[source.to(x.device)])
+
+    def _change(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+        tensors = inputs.tensors()
+        taken = {id(tensors[i]) for i in self._numbers}
+        return inputs.map(lambda x: _again(x, change(x)) if id(x) in taken else x)
+
+    def _compare(self, record: Record, source: Tensor, replaced: bool) -> None:
+        """With a pass whose row b has the sample `source[b]`, all of the samples or, where some were `replaced`, not."""
+        other = {key: record.seen.get(key) for key in self._seen}
+        same_shapes = all(
+            one is not None and one.shape == self._seen[key].shape for key, one in other.items()
+        )
+        for key, seen in self._seen.items():
+            owner, _, part = key
+            after = other[key]
+            if after is None or after.shape != seen.shape:
+                if not replaced or (after is not None and after.shape[0] != seen.shape[0]):
+                    self.problems.setdefault(
+                        owner,
+                        f"the number of rows of its {part}, of shape {seen.shape}, depends on which samples are in the batch, so "
+                        "that they are no samples (experts, selected tokens)",
+                    )
+                continue
+            self._open -= {key} if replaced else set()
+            wrong = self._wrong(seen, after, source, same_shapes)
+            if _moves(seen, after):
+                self._moved.add(key)
+            elif wrong is not None:  # for now: positions, which never move, or rows in an order of their own
+                self._stood.setdefault(key, wrong)
+                continue
+            if wrong is not None:
+                self._add_wrong(key, wrong)
+        if replaced and len(record.outputs) == len(self._base.outputs):
+            self._compare_outputs(record, source, same_shapes)
+
+    def _add_wrong(self, key: _Key, row: int) -> None:
+        owner, _, part = key
+        self.problems.setdefault(
+            owner,
+            f"row {row} of its {part}, of shape {self._seen[key].shape}, changes with other samples than sample {row}: rows are no "
+            "samples there (time or tokens first, windows, nodes, another order), or samples influence each other",
+        )
+
+    def _wrong(self, seen: _Seen, after: _Seen, source: Tensor, same_shapes: bool) -> int | None:
+        """A row that is not what its sample gave before."""
+        source = source.to(seen.norm.device)
+        stays = source == torch.arange(len(source), device=source.device)
+        old, new = seen.projection[source], after.projection
+        norm = torch.maximum(seen.norm[source], after.norm)
+        # The same operations on the same shapes: equal but for sums in another order, of which half precision leaves little.
+        tight = seen.precision * (64 if seen.precision < 1e-6 else 4)
+        # In another place of the batch there are other sums, all the way up to here; but rows of other samples are farther off.
+        apart = torch.where(stays & same_shapes, tight, self._loose(seen)) * norm
+        gap = (seen.projection - old).norm(dim=1).nan_to_num(0, 0)
+        apart = torch.maximum(apart, gap / 10)
+        wrong = ~_close(old, new, apart)
+        if not self._exact:
+            wrong &= stays
+        return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
+
+    def _loose(self, seen: _Seen) -> float:
+        """How far apart, in relation to their norms, rows may be that a sample gives in other places of the batch."""
+        precision = max(seen.arithmetic, self._arithmetic)
+        return precision * (1024 if precision < 1e-6 else 8)
+
+    def _compare_outputs(self, record: Record, source: Tensor, same_shapes: bool) -> None:
+        """Samples that were replaced by others give what those gave, wherever the output has them; a constant gives nothing new."""
+        batch, outputs = self._batch, self._base.outputs
+        whole = any(x.shape[0] % batch == 0 for x in outputs)
+        for before, after in zip(outputs, record.outputs, strict=True):
+            if whole and before.shape[0] != batch:
+                continue
+            if before.dim() == after.dim():
+                places = [i for i, size in enumerate(before.shape) if size == batch == after.shape[i]]
+                if any(
+                    self._wrong(*self._sides(before, after, i), source, same_shapes) is None for i in places
+                ):
+                    continue
+            row = self._new_row(before, after)
+            if row is None:
+                continue
+            self.problems[_MODEL] = (
+                f"row {row} of its output, of shape {tuple(after.shape)}, changes with other samples than sample {row}: samples influence "
+                "each other"
+                if whole
+                else f"the model's input has {batch} rows, but its output the shape {tuple(before.shape)}, where samples influence each "
+                "other: rows of the input are no samples"
+            )
+
+    def _sides(self, before: Tensor, after: Tensor, dim: int) -> tuple[_Seen, _Seen]:
+        return self._base.see(before.movedim(dim, 0)), self._base.see(after.movedim(dim, 0))
+
+    def _new_row(self, before: Tensor, after: Tensor) -> int | None:
+        """Where vectors came up that had not been there."""
+        wide = before.shape[-1] if before.dim() > 1 else 1
+        if not self._exact or not after.numel():
+            return 0 if before.shape == after.shape and before.shape[0] == self._batch else None
+        seen, other = self._base.see(before.reshape(-1, wide)), self._base.see(after.reshape(-1, wide))
+        some = torch.linspace(0, len(other.norm) - 1, min(len(other.norm), 1024)).long().to(after.device)
+        found, norm = other.projection[some].nan_to_num(), other.norm[some].nan_to_num()
+        apart = self._loose(seen) * norm
+        off = torch.cdist(found, seen.projection.nan_to_num()).amin(1) > apart
+        return int(some[off][0]) * wide // max(1, after[0].numel()) if bool(off.any()) else None
 
 
-def _differs(before: _Seen, after: _Seen) -> Tensor:
-    """[rows] bool."""
-    a, b = before.projection, after.projection
-    # The same operations on the same shapes: equal but for sums in another order, of which half precision leaves little.
-    apart = before.precision * (64 if before.precision < 1e-6 else 4)
-    same = (a - b).abs() <= apart * torch.maximum(before.norm, after.norm)
-    return ~(same | (a == b) | (a.isnan() & b.isnan()))
+def _shapes(record: Record, batch: int) -> dict[_Key, tuple[int, ...]]:
+    return {key: seen.shape for key, seen in record.of(batch).items()}
 
 
-def _replaced(inputs: Inputs, main: Tensor, rows: Tensor, takes: Callable[[Tensor], bool]) -> Inputs:
-    """With other samples of the batch in `rows`."""
-    batch = len(rows)
-    here = torch.arange(batch, device=rows.device)
-    source, waiting, flat = here.clone(), rows.clone(), main.detach().reshape(batch, -1)
-    for shift in range(1, min(batch, 9)):
-        other = (here + shift) % batch
-        now = waiting & (flat != flat[other]).any(1)
-        source, waiting = torch.where(now, other, source), waiting & ~now
+def _close(a: Tensor, b: Tensor, apart: Tensor) -> Tensor:
+    """[rows] bool, of [rows, projections]."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return same.all(1) | ((a - b).norm(dim=1) <= apart)
 
-    def change(x: Tensor) -> Tensor:
-        if not takes(x):
-            return x
-        new = x.detach()[source.to(x.device)]
-        if x is main and bool(waiting.any()):  # samples that are all alike
-            new[waiting] = _unlike(new[waiting])
-        return _again(x, new)
 
-    return inputs.map(change)
+def _moves(seen: _Seen, after: _Seen) -> bool:
+    """Whether rows changed."""
+    apart = seen.precision * (64 if seen.precision < 1e-6 else 4) * torch.maximum(seen.norm, after.norm)
+    return not bool(_close(seen.projection, after.projection, apart).all())
+
+
+def _cycle(batch: int) -> Tensor:
+    """An order in which all samples follow each other in one ring: only other turns of the ring go with it, and none of those goes
+    with `_others` of a sample, so that no fixed order of a layer's rows passes for the samples' own."""
+    ring = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    order = torch.empty_like(ring)
+    order[ring] = ring.roll(1)
+    return order
+
+
+def _halves(batch: int, all_bits: bool) -> Iterator[Tensor]:
+    """[batch] bool: rows whose samples are replaced, and then the other rows."""
+    number = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    for bit in range((batch - 1).bit_length() if all_bits else 1):
+        rows = (number >> bit) % 2 == 0
+        yield rows
+        yield ~rows
+    for one in range(0 if all_bits else min(batch, 4)):
+        yield torch.arange(batch) == one
+
+
+def _others(rows: Tensor) -> Tensor:
+    """Samples for all rows: in `rows` one of the others'."""
+    return torch.where(rows, (~rows).nonzero()[0], torch.arange(len(rows)))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().nan_to_num() if x.is_floating_point() else x.detach()
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Of samples that are all alike: other values in half of them."""
+    x = x.detach().clone()
+    rows = next(_halves(len(x), False)).to(x.device)
+    x[rows] = _unlike(x[rows])
+    return x
 
 
 def _unlike(x: Tensor) -> Tensor:
@@ -338,43 +601,113 @@ def kept(x: Tensor) -> Tensor:
     return _again(x, x.detach().clone())
 
 
+class Randomness:
+    """States of generators: of torch, Python and NumPy, and of `others`."""
+
+    def __init__(self, others: list[Any], device: torch.device) -> None:
+        self._others, self._device = others, device
+        self._states = self._now()
+
+    def _now(self) -> list[Any]:
+        own = [_generator_state(one) for one in self._others]
+        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        return [torch.get_rng_state(), cuda, random.getstate(), np.random.get_state(), *own]  # noqa: NPY002
+
+    def restore(self) -> None:
+        cpu, cuda, python, numpy, *own = self._states
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self._device)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for one, state in zip(self._others, own, strict=True):
+            _set_generator(one, state)
+
+    def drawn(self) -> bool:
+        """Whether random numbers were drawn since."""
+        return not _equal(self._states, self._now())
+
+    def of_now(self) -> Randomness:
+        return Randomness(self._others, self._device)
+
+
+def _generator_state(one: Any) -> Any:
+    if isinstance(one, np.random.Generator):
+        return copy.deepcopy(one.bit_generator.state)
+    return one.getstate() if isinstance(one, random.Random) else one.get_state()
+
+
+def _set_generator(one: Any, state: Any) -> None:
+    if isinstance(one, np.random.Generator):
+        one.bit_generator.state = state
+    elif isinstance(one, random.Random):
+        one.setstate(state)
+    else:
+        one.set_state(state)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, Mapping):
+        return all(_equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, (tuple, list)):
+        return all(map(_equal, a, b))
+    return bool(a == b)
+
+
 class State:
-    """What a forward pass depends on beside its inputs and parameters: random numbers, also of Python and NumPy, buffers and
-    other attributes of modules; of which there are copies."""
+    """What a forward pass depends on beside its inputs and parameters: random numbers, also of Python, NumPy and generators of the
+    model's own, buffers and other attributes of modules, also of those that are in no list of modules; of which there are copies."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.device = device
-        self.attributes = [(module, _own(vars(module), {})) for module in model.modules()]
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        modules: dict[int, nn.Module] = {}
+        waiting: list[nn.Module] = [model]
+        self._memo: dict[int, Any] = {}
+        generators: list[Any] = []
+        while waiting:
+            for module in waiting.pop().modules():
+                if id(module) in modules or isinstance(module, nn.parallel.DistributedDataParallel):
+                    continue
+                modules[id(module)] = module
+                memo, found, hidden = _memo(
+                    value for name, value in vars(module).items() if name not in _MODULE
+                )
+                self._memo.update(memo)
+                generators += found
+                waiting += hidden
+        self._memo.update((id(p), p) for module in modules.values() for p in module.parameters(recurse=False))
+        self._memo.update(modules)
+        self.random = Randomness(list({id(one): one for one in generators}.values()), device)
+        memo = dict(self._memo)
+        self._attributes = [(module, _own(module, vars(module), memo)) for module in modules.values()]
 
-    def restore_random(self) -> None:
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self.device)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
+    def attributes(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """Copies, which a forward pass may change."""
+        memo = dict(self._memo)
+        return [(module, _own(module, own, memo)) for module, own in self._attributes]
 
 
-def _own(attributes: dict[str, Any], copies: dict[int, Tensor]) -> dict[str, Any]:
+def _own(module: nn.Module, attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     """Copies of a module's buffers and of what its class has put there."""
 
-    def copied(value: Any) -> Any:
-        if isinstance(value, nn.Parameter):
+    def copied(name: str, value: Any) -> Any:
+        if value is None or type(value) in (bool, int, float, str):
             return value
-        if isinstance(value, Tensor):
-            return copies.setdefault(id(value), value.detach().clone())
-        return copy.copy(value) if type(value) in (dict, list, set) else value
+        return _copied(
+            value, lambda x: x.detach().clone(), memo, f"{type(module).__name__}'s attribute {name!r}"
+        )
 
-    found = {name: copied(value) for name, value in attributes.items() if name not in _MODULE}
-    buffers = {name: copied(value) for name, value in attributes["_buffers"].items()}
+    found = {name: copied(name, value) for name, value in attributes.items() if name not in _MODULE}
+    buffers = {name: copied(name, value) for name, value in attributes["_buffers"].items()}
     return {**found, "_buffers": buffers}
 
 
 @contextlib.contextmanager
-def rehearsal(state: State) -> Iterator[None]:
-    """Calls of the model in here begin with `state`, keep no activations, and leave nothing behind."""
+def rehearsal(state: State, still: bool) -> Iterator[None]:
+    """Calls of the model in here begin with `state`, keep no activations, and leave nothing behind; `still`: as in eval mode."""
 
     def drop(_: Tensor) -> None:
         return None
@@ -382,20 +715,39 @@ def rehearsal(state: State) -> Iterator[None]:
     def refuse(_: None) -> Tensor:
         raise RuntimeError("a backward pass inside the forward pass")
 
-    now = State(nn.Module(), state.device)
-    before = [(module, dict(vars(module))) for module, _ in state.attributes]
-    copies: dict[int, Tensor] = {}
+    now, attributes = state.random.of_now(), state.attributes()
+    before = [(module, dict(vars(module))) for module, _ in attributes]
     try:
-        for module, attributes in state.attributes:
-            _assign(module, {**_only(vars(module)), **_own(attributes, copies)})
-        state.restore_random()
+        for module, own in attributes:
+            _assign(module, {**_only(vars(module)), **own, **({"training": False} if still else {})})
+        state.random.restore()
         with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(drop, refuse):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for module, attributes in before:
-            _assign(module, attributes)
-        now.restore_random()
+        for module, own in before:
+            _assign(module, own)
+        now.restore()
+
+
+_DROPOUTS = {
+    getattr(F, name)
+    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+}
+
+
+def without_dropout(
+    function: Any, args: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call of `function` in which nothing is dropped."""
+    if function in _DROPOUTS:
+        x = args[0] if args else keywords["input"]
+        return (x,), {"p": 0.0, "training": False}
+    if function is F.scaled_dot_product_attention:
+        return (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args, {
+            name: value for name, value in keywords.items() if name != "dropout_p"
+        }
+    return args, keywords
 
 
 def _only(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -426,15 +778,18 @@ class Sums:
     """Of the samples' gradients of parameters, between random vectors."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self._found: dict[str, tuple[Tensor, Tensor, float, float]] = {}
         self._vectors: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def add(self, name: str, shape: torch.Size, gradient: Gradient, precision: float) -> None:
-        """Of the parameter `name` of `shape`, computed in arithmetic of a relative `precision`."""
+    def add(
+        self, name: str, shape: torch.Size, gradient: Gradient, precision: float, rounded: float = 0.0
+    ) -> None:
+        """Of the parameter `name` of `shape`, computed in arithmetic of a relative `precision`; `rounded` is the part of itself
+        that autograd's may lose where it adds up in half precision."""
         rows, columns = _matrix(shape)
         device = (gradient.values if isinstance(gradient, Vector) else gradient.g).device
         u, v = self._normal(rows, 0, device), self._normal(columns, 1, device)
-        sums, size, most = self._found.get(name, (u.new_zeros(_VECTORS), u.new_zeros(()), 0.0))
+        sums, size, most, lost = self._found.get(name, (u.new_zeros(_VECTORS), u.new_zeros(()), 0.0, 0.0))
         for part in _parts(gradient):
             if isinstance(part, Outer):
                 sums = sums + (_product(part.g, u) * _product(part.a, v)).sum((0, 1))
@@ -448,11 +803,13 @@ class Sums:
                 size = size + values.square().sum()
                 if part.terms is not None:
                     size = size + _squares(part.terms()).sum()
-        self._found[name] = sums, size, max(most, precision)
+        self._found[name] = sums, size, max(most, precision), lost + rounded
 
     def pop(self, name: str, gradient: Tensor) -> float | None:
         """How far `gradient`, autograd's, is from the sum, in relation to it, if that is more than rounding; forgets the sum."""
-        sums, size, precision = self._found.pop(name)
+        sums, size, precision, rounded = self._found.pop(name)
+        if rounded >= _NOTHING_LEFT:
+            return None
         g = gradient.to_dense() if gradient.is_sparse else gradient
         rows, columns = _matrix(g.shape)
         u, v = self._normal(rows, 0, g.device), self._normal(columns, 1, g.device)
@@ -464,7 +821,7 @@ class Sums:
         off, size, own = torch.stack([_rms(sums - theirs), size.sqrt(), _rms(theirs)]).tolist()
         # Sums of n terms lose sqrt(n) roundings of the type they are in, of the size of the terms or of the whole; products of half
         # precision lose a few of theirs.
-        allowed = 4096 * precision if precision <= 2e-7 else max(8 * precision, 5e-4)
+        allowed = 4096 * precision if precision <= 2e-7 else max(8 * precision, 5e-4, rounded)
         return off / max(own, 1e-300) if off > allowed * max(size, own) else None
 
     def clear(self) -> None:

@@ -28,6 +28,7 @@ from flashcoreset.ops.gradient_checks import (
     kept,
     precision_of,
     rehearsal,
+    without_dropout,
 )
 from flashcoreset.ops.gradient_layers import (
     Gradient,
@@ -105,7 +106,9 @@ class _Call:
     inputs: Inputs
     batch: int | None
     depth: int = 1
-    layers: set[_Place] = field(default_factory=set)  # that were called
+    layers: set[tuple[_Place, bool]] = field(
+        default_factory=set
+    )  # that were called, and whether for all samples at once
     record: Record | None = None
     state: State | None = None  # as it was before
 
@@ -134,7 +137,7 @@ class GradientSketcher:
         norms: whether norms are computed; without them sketches cost less.
         backend: None, "cpu", "cuda", "triton" or "torch", of the sketches.
         verify: "first" checks the first batch of each form of calls (same kinds of inputs, same layers): that each row of a layer
-            belongs to the sample of its number, by forward passes with other samples of the batch (three at most), and that the
+            belongs to the sample of its number, by forward passes with the samples in other places (two to four), and that the
             samples' gradients add up to the one that autograd computes. "always" checks every batch, "never" none.
 
     Layers: Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm, BatchNorm in eval mode, transformers'
@@ -216,12 +219,14 @@ class GradientSketcher:
         self._dtype = torch.float64 if torch.float64 in found else torch.float32
         self._kernels = choose_kernels(backend, device, "sketch")
         self._watch = _Watch(self)
-        self._rows_known: dict[Any, set[_Place]] = {}  # of forms of calls: layers whose rows were checked
+        self._rows_known: dict[
+            Any, set[tuple[_Place, bool]]
+        ] = {}  # of forms of calls: layers whose rows were checked
         self._sums_known: dict[Any, set[str]] = {}  # and parameters whose sums were
         self._sums = Sums()
         self._call: _Call | None = None
         self._record: Record | None = None  # where calls of layers are noted
-        self._rehearsing = False
+        self._rehearsing = self._still = False
         self._handles: list[RemovableHandle] = []
         self._nodes: dict[int, Any] = {}  # of the wanted parameters, by their ids
         self._begin()
@@ -410,7 +415,7 @@ class GradientSketcher:
             self._check_rows(call, output)
             self._rows_known[call.form] = known | call.layers
             self._pass.rows_checked.add(call.form)
-        names = {target.name for place in call.layers for target in place.targets.values()}
+        names = {target.name for place, _ in call.layers for target in place.targets.values()}
         if self._verify == "first":
             names -= self._sums_known.get(call.form, set())
         if names:
@@ -427,30 +432,31 @@ class GradientSketcher:
         assert call.batch is not None
         if call.record is None:  # layers that were not called before
             call.state = State(self._model, self._device)
-            first = self._rehearse(call, Record(), call.inputs)
+            first = self._rehearse(call, Record(), call.inputs.map(kept))
         else:
+            assert call.state is not None
             first = call.record
-            first.add_outputs(output, call.batch)
-        first.check_outputs(output, call.batch)
-        check_rows(
-            call.inputs, call.batch, first, lambda inputs: self._rehearse(call, Record(like=first), inputs)
-        )
+            first.drawn = call.state.random.drawn()
+            first.add_outputs(output)
 
-    def _rehearse(self, call: _Call, record: Record, inputs: Inputs) -> Record:
+        def again(inputs: Inputs, still: bool) -> Record:
+            return self._rehearse(call, Record(like=first), inputs.map(kept), still)
+
+        check_rows(call.inputs, call.batch, first, again)
+
+    def _rehearse(self, call: _Call, record: Record, inputs: Inputs, still: bool = False) -> Record:
         """The call once more, with `inputs`; nothing of it stays."""
         assert call.state is not None
-        main = inputs.main()
-        assert main is not None
         single, self._single = self._single, {}
-        self._rehearsing, self._record = True, record
+        self._rehearsing, self._record, self._still = True, record, still
         try:
-            with rehearsal(call.state):
-                inputs = inputs.map(kept)
-                record.add_outputs(call.module(*inputs.args, **inputs.keywords), main.shape[0])
+            with rehearsal(call.state, still):
+                record.add_outputs(call.module(*inputs.args, **inputs.keywords))
+                record.drawn = call.state.random.drawn()
         except Exception as error:
             raise Unavailable from error
         finally:
-            self._single, self._rehearsing, self._record = single, False, None
+            self._single, self._rehearsing, self._record, self._still = single, False, None, False
             self._inside = None
         return record
 
@@ -481,8 +487,10 @@ class GradientSketcher:
                     self._single[id(out)] = _Single(weakref.ref(out), place, number)
                 return out
             self._new_forward()
-            if self._call is not None:
-                self._call.layers.add(place)
+            if self._call is not None and (output.dim() == 0 or output.shape[0] != 1):
+                self._call.layers.add((place, False))
+            elif self._call is not None:
+                self._call.layers.add((place, True))
             taken = torch.is_grad_enabled()
             if not _in_backward():
                 # Also under reentrant checkpoints, whose forward pass has no gradients.
@@ -682,7 +690,11 @@ class GradientSketcher:
                 target = wanted[name]
                 if name in summed:
                     self._sums.add(
-                        target.name, target.parameter.shape, gradient, self._precision(target, x, g)
+                        target.name,
+                        target.parameter.shape,
+                        gradient,
+                        self._precision(target, x, g),
+                        _rounded(place, gradient, g),
                     )
                 if self._dim is not None:
                     self._add_sketch(current, gradient, target.offset)
@@ -811,6 +823,8 @@ class _Watch(TorchFunctionMode):
         self._sketcher = sketcher
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._sketcher._still:
+            args, kwargs = without_dropout(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         if self._sketcher._single and torch.is_grad_enabled():
             self._sketcher._follow(func, (*args, *(kwargs or {}).values()), result)
@@ -951,6 +965,17 @@ def _same_device(wanted: dict[str, nn.Parameter]) -> list[torch.device]:
             f"parameters must be on one device, got {devices[0]} and {devices[1]}; make a GradientSketcher for each"
         )
     return devices
+
+
+def _rounded(place: _Place, gradient: Gradient, g: Tensor) -> float:
+    """What autograd may lose of a sum of n terms that it adds up one by one in the type of `g`, n eps: torch does so in half
+    precision for embeddings and norms; sums and products of matrices are in float32."""
+    if g.dtype not in (torch.float16, torch.bfloat16) or isinstance(gradient, Outer):
+        return 0.0
+    if isinstance(place.module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return 0.0
+    terms = g.numel() / (gradient.width if isinstance(gradient, Rows) else gradient.values.shape[1])
+    return terms * torch.finfo(g.dtype).eps
 
 
 def _in_backward() -> bool:
