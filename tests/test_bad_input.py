@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], list[str]]] = 
     "k bool": (X, True, {}, TypeError, ["k", "True"]),
     "k bool tensor": (X, torch.tensor(True), {}, TypeError, ["k", "tensor(True)"]),
     "x nested": (torch.nested.nested_tensor([X, X[:2]], layout=torch.jagged), 1, {}, TypeError, ["x", "nested"]),
-    "x vanishing": (X * 1e-20, 1, options(metric="dot"), ValueError, ["x", "smallest", "scale"]),
+    "x vanishing": (X * 1e-22, 1, options(metric="dot"), ValueError, ["x", "underflow", "scale the data up"]),
     "weights overflow": (X, 1, options(weights=[1e38] * 6), ValueError, ["weights", "6e+38", "float32"]),
     "gains overflow": (X, 1, options(metric="dot", weights=[1e37] * 6), ValueError, ["weights", "overflow"]),
     "metric None": (X, 1, options(metric=None), TypeError, ["metric", "str", "None"]),

@@ -134,7 +134,7 @@ def test_the_binding_checks_its_arrays() -> None:
     for wrong, words in (
         ({"rows": 5}, "sums: expected shape"),
         ({"columns": 3}, "sums: expected shape"),
-        ({"size": 0}, "size: expected at least 1, got 0"),
+        ({"size": 0}, "size: expected an integer >= 1, got 0"),
         ({"weights": 19}, "weights: expected shape"),
         ({"centre": 2}, "centre: expected shape"),
     ):

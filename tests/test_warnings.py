@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import warnings
+from importlib.machinery import BuiltinImporter
 
 import numpy as np
 import pytest
@@ -57,6 +58,15 @@ def test_with_nothing_outside_it_stands_at_the_first_frame(monkeypatch):
         _errors.warn_caller("text", UserWarning)
     assert len(caught) == 1
     assert caught[0].filename != __file__
+
+
+def test_a_session_without_a_source_is_warned():
+    # As in `python` and `python -c`, whose __main__ is said to be built in and has no source to look up.
+    code = "from flashcoreset._errors import warn_caller\nwarn_caller('text', UserWarning)\n"
+    session = {"__name__": "__main__", "__loader__": BuiltinImporter}
+    with pytest.warns(UserWarning, match="text") as caught:
+        exec(compile(code, "<stdin>", "exec"), session)
+    assert [(w.filename, w.lineno) for w in caught] == [("<stdin>", 2)]
 
 
 def test_warnings_of_models_stand_at_the_call_once():

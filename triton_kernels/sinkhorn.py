@@ -308,7 +308,7 @@ def marginal_kernel(
     first_row = tile.to(tl.int64) * ROWS
     if first_row >= n:
         return
-    eps, rho = tl.load(eps_of + p), tl.load(rho_of)
+    eps = tl.load(eps_of + p)
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < n
     own = tl.load(potential + p * size + rows, mask=inside, other=0.0)
@@ -317,6 +317,7 @@ def marginal_kernel(
         other_potential + p * other_size, other_log_weight + p * other_size, first_row, n, m, d, eps,
         METRIC, ROWS, COLS, ONE_CHAIN, COSTS,
     )  # fmt: skip
+    rho = tl.load(rho_of)
     log_sum = most + tl.log(total)
     mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
     heavy = mass > 0

@@ -99,12 +99,13 @@ template <class T>
 class Streaming {
  public:
   __device__ Streaming(const Batch<T>& batch, const Task& task, const Workspace& workspace, int64_t shared,
-                       SinkhornSchedule& schedule)
+                       SinkhornSchedule& schedule, double& columns_off)
       : batch_(batch),
         task_(task),
         workspace_(workspace),
         shared_(shared),
         schedule_(schedule),
+        columns_off_(columns_off),
         team_(static_cast<int>(blockIdx.x) / workspace.team_blocks),
         member_(static_cast<int>(blockIdx.x) % workspace.team_blocks) {
     const int64_t n = batch.n, m = batch.m;
@@ -171,11 +172,17 @@ class Streaming {
     }
     round_ = Round::kBegin;
     fresh_ = true;
-    columns_off_ = constant_ = 0;
+    constant_ = 0;
     __syncthreads();  // everyone is done with the schedule of the problem before
-    if (threadIdx.x == 0) new (&schedule_) SinkhornSchedule(task_.schedule(p_));
+    if (threadIdx.x == 0) {
+      new (&schedule_) SinkhornSchedule(task_.schedule(p_));
+      columns_off_ = 0;
+    }
     __syncthreads();
-    translates_ = schedule_.translates(task_.options.rho_a, task_.options.rho_b);
+  }
+
+  __device__ bool translates() const {
+    return schedule_.translates(task_.options.rho_a, task_.options.rho_b);
   }
 
   // What f has gained and g lost besides what the potentials in memory say: the plan does not change with it.
@@ -297,7 +304,7 @@ class Streaming {
     const double* const weights = weights_of(of_columns);
     double* const potentials = potentials_of(of_columns);
     const int count = count_of(of_columns), strips = tiling_of<T>(count, count_of(!of_columns)).strips;
-    const bool iterates = round_ == Round::kIteration, translates = iterates && translates_;
+    const bool iterates = round_ == Round::kIteration, translates = iterates && this->translates();
     const double eps = schedule_.eps(), omega = iterates ? schedule_.omega() : 1;
     const double rho = task_.rho(of_columns), damp = damping(rho, eps), constant = constant_of(of_columns);
     for (int chunk = member_; chunk * kThreads < count; chunk += workspace_.team_blocks) {
@@ -332,11 +339,14 @@ class Streaming {
   // To the potentials, at the end.
   __device__ void add_constant() {
     if (constant_ == 0) return;
-    for (const bool of_columns : {false, true}) {
-      double* const potentials = potentials_of(of_columns);
-      const int step = workspace_.team_blocks * kThreads, count = count_of(of_columns);
+    const int step = workspace_.team_blocks * kThreads;
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      double* const potentials = potentials_of(side == 1);
+      const int count = count_of(side == 1);
+#pragma unroll 1
       for (int l = member_ * kThreads + thread(); l < count; l += step)
-        potentials[l] += constant_of(of_columns);
+        potentials[l] += constant_of(side == 1);
     }
   }
 
@@ -372,12 +382,11 @@ class Streaming {
       if (threadIdx.x == 0) order = schedule_.after(rows_off + columns_off_);
       __syncthreads();
       order_ = order;
-      columns_off_ = off;
-      if (translates_) columns_off_ += translate();
+      const double more = translates() ? translate() : 0;
+      if (threadIdx.x == 0) columns_off_ = order_ == SinkhornOrder::kNewEps ? 0 : off + more;
       if (order_ == SinkhornOrder::kNewEps) {
         round_ = Round::kBegin;
         fresh_ = false;
-        columns_off_ = 0;
       } else if (order_ != SinkhornOrder::kGoOn) {
         round_ = Round::kEvaluation;
       }
@@ -410,6 +419,7 @@ class Streaming {
   const Workspace& workspace_;
   const int64_t shared_;
   SinkhornSchedule& schedule_;
+  double& columns_off_;  // in the plan of the last iteration; the first thread's
   const int team_, member_;
   Lines<T> rows_, columns_;
   double* costs_;        // [works of a column pass]
@@ -419,17 +429,17 @@ class Streaming {
   Round round_ = Round::kBegin;
   bool fresh_ = true;
   SinkhornOrder order_ = SinkhornOrder::kGoOn;
-  double columns_off_ = 0;
   double constant_ = 0;  // see constant_of(); the same in all threads of the team
-  bool translates_ = false;
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
     solve_streaming(Batch<T> batch, Task task, Workspace workspace, int64_t shared) {
   FC_SHARED(double, schedule, [kScheduleDoubles]);
+  FC_SHARED(double, columns_off, );
   if (task.faults->any()) return;
-  Streaming<T>(batch, task, workspace, shared, *reinterpret_cast<SinkhornSchedule*>(schedule)).solve_all();
+  Streaming<T>(batch, task, workspace, shared, *reinterpret_cast<SinkhornSchedule*>(schedule), columns_off)
+      .solve_all();
 }
 
 __global__ void set_active(int* active, int teams) { *active = teams; }

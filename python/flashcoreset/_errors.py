@@ -77,7 +77,6 @@ def warn_caller(message: str, category: type[Warning]) -> None:
         frame.f_lineno,
         names.get("__name__", "<string>"),
         names.setdefault("__warningregistry__", {}),
-        names,
     )
 
 

@@ -203,7 +203,7 @@ def _estimate(
     check_backend(backend)
     size = compute_dtype(dtype).itemsize
     out = batch * dim * size
-    converted = min(_CONVERTED, batch * columns * size) if dtype.itemsize < size else 0
+    converted = min(_CONVERTED, batch * min(columns, _COLUMNS) * size) if dtype.itemsize < size else 0
     if backend == "torch":
         rows = max(1, min(columns, ROWS_AT_ONCE // dim))
         return 2 * out + converted + rows * (dim + 128) * (_REFERENCE[kind] * 3 // 2 + size)
