@@ -629,3 +629,22 @@ def test_a_transport_whose_mass_overflows_is_refused(backend: str) -> None:
     with pytest.raises(ValueError, match=r"not finite: .* scale the weights down"):
         fc.sinkhorn(on(backend, cost), a=on(backend, a), b=on(backend, a.flip(0)), reg=0.01, metric="precomputed",
                     tol=1e154, backend=backend)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "far", "metric"),
+    [(torch.float32, 1e30, "euclidean"), (torch.float32, 1e9, "sqeuclidean"), (torch.float64, 1e200, "l1")],
+)
+def test_one_far_point_that_hides_all_others_is_refused(
+    backend: str, dtype: torch.dtype, far: float, metric: str
+) -> None:
+    # Gains are whole numbers of units of the first one's 2^-61: those of the other points, of about 7, would be 0.
+    x = points(24, 3, 0)
+    x[5] = far
+    with pytest.raises(
+        ValueError, match=r"x: the distance between row .* is lost beside the largest distance"
+    ):
+        fc.facility_location(on(backend, x.to(dtype)), 4, metric=metric, backend=backend)
+    x[5] = 1e3
+    picks = fc.facility_location(on(backend, x.to(dtype)), 4, metric=metric, backend=backend).indices
+    assert 5 in picks.tolist()

@@ -482,7 +482,34 @@ def _solve_in_range(
             f"weights: the objective, {result[-1]:.3g}, overflows {out_dtype}; scale the weights down{lower} "
             "or use float64"
         )
+    _check_resolution(p, *result[:2], result[3])
     return *result, p.found_offset if offset is None else offset
+
+
+def _check_resolution(p: _Problem, indices: Tensor, gains: Tensor, assignment: Tensor) -> None:
+    """Raises ValueError where the differences of some points are lost beside the distance of another. A pick is worth at least what
+    any point would gain by being picked itself, and so at least what that still is after the last pick."""
+    if p.metric not in DISTANCES or p.clients is not None or p.groups is not None or p.method == "stochastic":
+        return
+    if len(gains) < 2 or not (least := float(gains.min())) < 2.0**-40 * float(gains[0]):
+        return
+    x = p.x
+    assert isinstance(x, Tensor)
+    served = (assignment >= 0).nonzero()[:, 0]
+    for rows in served.split(max(1, 2**20 // x.shape[1])):
+        own = x[rows].double()
+        apart = (own - x[indices[assignment[rows]]].double()).abs()
+        # What is small beside the points themselves may be rounding.
+        told = apart.amax(1) > 2.0**-8 * own.abs().amax(1)
+        distance = apart.sum(1) if p.metric == "l1" else apart.square().sum(1)
+        if p.metric == "euclidean":
+            distance = distance.sqrt()
+        worth = torch.where(told, distance if p.weights is None else distance * p.weights[rows], 0)
+        if float(worth.max()) > 2 * least:
+            raise ValueError(
+                f"x: the distance between row {int(rows[int(worth.argmax())])} and its pick is lost beside the largest distance, so "
+                "that picks would be arbitrary; leave out rows that are 10^6 times farther away than the others (float64: 10^12)"
+            )
 
 
 def _negated(p: _Problem) -> _Problem:
