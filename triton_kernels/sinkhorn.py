@@ -325,11 +325,11 @@ def marginal_kernel(
     if not COSTS:
         constant = -constant
     own += constant
-    implied = damping_of(rho, eps) * (own - eps * log_sum)
-    tl.store(potential + p * size + rows, implied - constant, mask=inside & (mass == 0))
     now = mass * tl.exp(tl.where(heavy, log_sum, 0.0))
     error = tl.abs(now - mass * asked_of(own, rho, mass))
     tl.store(off + p * tiles + tile, tl.sum(error, axis=0))
+    implied = damping_of(rho, eps) * (own - eps * log_sum)
+    tl.store(potential + p * size + rows, implied - constant, mask=inside & (mass == 0))
     tl.store(masses + p * tiles + tile, tl.sum(now, axis=0))
     if COSTS:
         moved = mass * (tl.exp(tl.where(heavy, most, 0.0)) * cost)
