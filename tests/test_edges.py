@@ -469,11 +469,10 @@ LOGITS_OF = {
 }
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", LOGITS_OF, ids=name_of)
 def test_sample_scores(backend: str, dtype: torch.dtype) -> None:
     """Losses to their own precision, probabilities to that of 1."""
-    if backend == "cuda":
-        pytest.skip("the family has no CUDA kernels")
     x = torch.tensor(LOGITS_OF[dtype], dtype=dtype)
     z = long(x)
     shifted = z - z.max(1, keepdims=True)
@@ -500,10 +499,9 @@ def test_sample_scores(backend: str, dtype: torch.dtype) -> None:
         assert not (found.correct.cpu().numpy() & ~largest).any()
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_infinite_logits_are_refused(backend: str, value: float) -> None:
-    if backend == "cuda":
-        pytest.skip("the family has no CUDA kernels")
     x = on(backend, torch.tensor([[0.0, 1.0], [value, 0.0]]))
     with pytest.raises(ValueError, match=r"^logits must be finite, got .* at sample 1, class 0"):
         fc.sample_scores(x, on(backend, torch.tensor([0, 0])), backend=backend)

@@ -26,13 +26,9 @@ from programs import (
     hostile_word,
     literal,
 )
-from values import FINITE, FLOATS, HALVES, LAYOUTS
+from values import COSTS, FINITE, FLOATS, HALVES, KINDS, LAYOUTS, POINTS
 
 import flashcoreset as fc
-
-POINTS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
-COSTS = ("cosine", "euclidean", "sqeuclidean", "l1")
-KINDS = ("rademacher", "gaussian", "sjlt", "srht")
 
 # What the work, or what is allocated, is as large as: a large one would be taken at its word.
 LONG = {"max_iter", "n_init", "max_exchanges", "n_candidates", "n_clusters", "n_initial", "dim", "D", "numel", "n_perturbations",

@@ -22,11 +22,7 @@ from programs import (
     hostile_word,
     literal,
 )
-from values import FINITE, FLOATS, HALVES, LAYOUTS
-
-POINTS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
-COSTS = ("cosine", "euclidean", "sqeuclidean", "l1")
-KINDS = ("rademacher", "gaussian", "sjlt", "srht")
+from values import COSTS, FINITE, FLOATS, HALVES, KINDS, LAYOUTS, POINTS
 
 # Handles of the caller's, which nothing can check, and numbers on a GPU, which are left there unread.
 UNTOUCHED = {"stream"}

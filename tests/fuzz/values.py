@@ -15,6 +15,10 @@ HALVES = ("float16", "bfloat16")
 # What a number of one of these contents is; see `tensor`.
 FINITE = ("normal", "ties", "zeros", "ones", "mixed")
 EXTREME = ("tiny", "huge", "denormal", "largest", "bits", "nan", "inf")
+# Metrics of points, those of costs, and kinds of sketches.
+POINTS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
+COSTS = ("cosine", "euclidean", "sqeuclidean", "l1")
+KINDS = ("rademacher", "gaussian", "sjlt", "srht")
 LAYOUTS = ("plain", "transposed", "strided", "offset", "padded")
 HOSTILE_LAYOUTS = (
     "broadcast",
