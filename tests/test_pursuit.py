@@ -518,6 +518,21 @@ def test_overflow_is_refused(backend: str) -> None:
     check_overflow(backend, "cpu")
 
 
+def check_weights_that_round_to_zero(backend: str, device: str) -> None:
+    """A weight of 1e-50 is none in float32, so its row is no pick; in float64 it is."""
+    for dtype, expected in ((torch.float32, [1]), (torch.float64, [0, 1])):
+        g = torch.tensor([[1e30, 0.0], [0.0, 1e-30]], dtype=dtype, device=device)
+        target = torch.tensor([1e-20, 1e-20], dtype=torch.float64, device=device)
+        for solve in (orthogonal_matching_pursuit, frank_wolfe):
+            found = solve(g, target, 2, backend=backend)
+            assert sorted(found.indices.tolist()) == expected
+            assert found.weights.all()
+
+
+def test_weights_that_round_to_zero(backend: str) -> None:
+    check_weights_that_round_to_zero(backend, "cpu")
+
+
 G, GOAL = torch.ones(4, 3), torch.ones(3)
 BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "g int": ((G.int(), GOAL, 1), {}, TypeError, "g must have dtype float16, .*, got int32"),

@@ -21,6 +21,7 @@ from test_pursuit import (
     check_needs_the_cpu_module,
     check_opcheck_and_compile,
     check_overflow,
+    check_weights_that_round_to_zero,
     check_pursuit,
     check_ties,
     check_views,
@@ -116,6 +117,10 @@ def test_nan_and_infinity_are_refused(value: float, dtype: torch.dtype) -> None:
 
 def test_overflow_is_refused() -> None:
     check_overflow("cuda", DEVICE)
+
+
+def test_weights_that_round_to_zero() -> None:
+    check_weights_that_round_to_zero("cuda", DEVICE)
 
 
 def test_schedules_change_no_bit() -> None:

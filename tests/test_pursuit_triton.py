@@ -25,6 +25,7 @@ from test_pursuit import (
     check_needs_the_cpu_module,
     check_opcheck_and_compile,
     check_overflow,
+    check_weights_that_round_to_zero,
     check_pursuit,
     check_ties,
     check_views,
@@ -124,6 +125,10 @@ def test_nan_and_infinity_are_refused(value: float, dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # NumPy's, in the interpreter
 def test_overflow_is_refused() -> None:
     check_overflow("triton", DEVICE)
+
+
+def test_weights_that_round_to_zero() -> None:
+    check_weights_that_round_to_zero("triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

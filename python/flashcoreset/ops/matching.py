@@ -29,7 +29,7 @@ from flashcoreset.ops.adam import AdamState, RankOneAdamState
 from flashcoreset.ops.backends import DEFAULTS, check_backend, choose_kernels
 from flashcoreset.ops.caratheodory import caratheodory
 from flashcoreset.ops.facility_location import check_picks, facility_location, group_members
-from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit, pursuit_bytes
+from flashcoreset.ops.pursuit import pursuit_bytes, solve_frank_wolfe, solve_pursuit
 from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset.ops.zeroth_order import LowRankGradients
 from flashcoreset.reference.facility_location import DISTANCES
@@ -535,19 +535,23 @@ def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Sel
     if not math.isfinite(most):
         check_finite(u, "g")
         raise ValueError(f"g: the sum of its rows overflows {torch.float64}; scale the gradients down")
+    # In float64 until all groups are put together: a norm on the way to the last may leave the range of g's type.
     if problem.method == "omp":
-        found = orthogonal_matching_pursuit(
-            u, target, count, nonnegative=problem.nonnegative, ridge=problem.ridge, backend=backend
+        indices, weights, norms = solve_pursuit(
+            u, target, count, problem.nonnegative, problem.ridge, backend
         )
     else:
-        found = frank_wolfe(u, target, count, backend=backend)
-    if len(found.residual_norms):
-        left = float(found.residual_norms[-1])
+        indices, weights, norms = solve_frank_wolfe(u, target, count, backend)
+    if len(norms):
+        left = float(norms[-1])
     else:
         exponent = exponent_into(most, _SAFE)
         left = times_power(float(scale(target, exponent).norm()), -exponent)
+    used = weights.to(problem.g.dtype) != 0
+    if not used.all():
+        indices, weights = indices[used], weights[used]
     nowhere = torch.full((len(u),), -1, dtype=torch.int64, device=u.device)
-    return Selection(found.indices, torch.zeros_like(found.weights), found.weights, nowhere, -left, None)
+    return Selection(indices, torch.zeros_like(weights), weights, nowhere, -left, None)
 
 
 def _assemble(

@@ -97,7 +97,7 @@ def orthogonal_matching_pursuit(
     if is_traced(rows):
         solve = torch.ops.flashcoreset.orthogonal_matching_pursuit
         return Pursuit(*solve(rows, b, k, nonnegative, ridge, backend))
-    return Pursuit(*_solve_pursuit(rows, b, k, nonnegative, ridge, backend))
+    return Pursuit(*_rounded(rows.dtype, *solve_pursuit(rows, b, k, nonnegative, ridge, backend)))
 
 
 def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> Pursuit:
@@ -135,7 +135,7 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
     rows, b, k = _check(g, target, k, backend)
     if is_traced(rows):
         return Pursuit(*torch.ops.flashcoreset.frank_wolfe(rows, b, k, backend))
-    return Pursuit(*_solve_frank_wolfe(rows, b, k, backend))
+    return Pursuit(*_rounded(rows.dtype, *solve_frank_wolfe(rows, b, k, backend)))
 
 
 def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Tensor, int]:
@@ -158,9 +158,10 @@ _MOST_RIDGE = 2.0**900
 _Found = tuple[Tensor, Tensor, Tensor]
 
 
-def _solve_pursuit(
+def solve_pursuit(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> _Found:
+    """Indices, weights and residual norms, both in float64, of arguments that were checked."""
     kernels = choose_kernels(backend, g.device, "pursuit")
     rows = g.to(compute_dtype(g.dtype))
 
@@ -181,10 +182,11 @@ def _solve_pursuit(
             raise
         indices, weights, norms = solve(scale(rows, exponent), scale(target, of_target), exponent)
         found = indices, scale(weights, exponent - of_target), scale(norms, -of_target)
-    return _rounded(rows.dtype, *found)
+    return found
 
 
-def _solve_frank_wolfe(g: Tensor, target: Tensor, k: int, backend: str | None) -> _Found:
+def solve_frank_wolfe(g: Tensor, target: Tensor, k: int, backend: str | None) -> _Found:
+    """Indices, weights and residual norms, both in float64, of arguments that were checked."""
     kernels = choose_kernels(backend, g.device, "pursuit")
     rows = g.to(compute_dtype(g.dtype))
     try:
@@ -198,12 +200,14 @@ def _solve_frank_wolfe(g: Tensor, target: Tensor, k: int, backend: str | None) -
         indices, weights, norms = kernels.frank_wolfe(scale(rows, exponents), scale(target, of_target), k)
         own = [exponents[row] - of_target for row in indices.tolist()]
         found = indices, scale(weights, own), scale(norms, -of_target)
-    return _rounded(rows.dtype, *found)
+    return found
 
 
 def _rounded(
     dtype: torch.dtype, indices: Tensor, weights: Tensor, residual_norms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The results in the type of rows of `dtype`; a pick whose weight rounds to 0 in that type is left out."""
+    dtype = compute_dtype(dtype)
     rounded, norms = weights.to(dtype), residual_norms.to(dtype)
     if not rounded.isfinite().all():
         most = float(weights.abs().max())
@@ -213,6 +217,8 @@ def _rounded(
         raise ValueError(
             f"norms of what is left of target, of up to {most:.3g}, overflow {dtype}; scale g and target down"
         )
+    if not rounded.all():
+        indices, rounded = indices[rounded != 0], rounded[rounded != 0]
     return indices, rounded, norms
 
 
@@ -262,12 +268,12 @@ torch.library.define(
 def _pursuit_op(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _padded(k, _solve_pursuit(g, target, k, nonnegative, ridge, backend))
+    return _padded(k, _rounded(g.dtype, *solve_pursuit(g, target, k, nonnegative, ridge, backend)))
 
 
 @torch.library.impl(_FRANK_WOLFE, "default")
 def _frank_wolfe_op(g: Tensor, target: Tensor, k: int, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _padded(k, _solve_frank_wolfe(g, target, k, backend))
+    return _padded(k, _rounded(g.dtype, *solve_frank_wolfe(g, target, k, backend)))
 
 
 @torch.library.register_fake(_PURSUIT)
