@@ -112,8 +112,8 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
             "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "offset": 9.0, "stream": 0,
         },
         "sinkhorn": points | solve | {
-            "reg_marginal": (1.0, 1.0), "start_f": None, "start_g": None, "f": f64(2, 4), "g": f64(2, 5), "value": f64(2),
-            "transport_cost": f64(2), "error": f64(2), "iterations": zeros(2), "shared_bytes": -1, "stream": 0,
+            "reg_marginal_a": 1.0, "reg_marginal_b": 1.0, "start_f": None, "start_g": None, "f": f64(2, 4), "g": f64(2, 5), "value": f64(2),
+            "transport_cost": f64(2), "error": f64(2), "tolerance": f64(2), "iterations": zeros(2), "shared_bytes": -1, "stream": 0,
         },
         "top_dimensions": estimates | rule | groups | {
             "dims": zeros(2, 3), "values": f64(2, 3), "refused": i64(2**62), "stream": 0,
@@ -156,7 +156,7 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "NearestOrder.order": {"list": 0, "items": zeros(9), "similarities": f32(9)},
         "Sinkhorn.__init__": points | solve | {
             "reg_marginal_a": 1.0, "reg_marginal_b": 1.0, "warm": False, "memory_budget": 1 << 20, "threads": 2, "f": f64(2, 4),
-            "g": f64(2, 5), "scalars": f64(3, 2), "iterations": zeros(2),
+            "g": f64(2, 5), "scalars": f64(4, 2), "iterations": zeros(2),
         },
         "Sinkhorn.step": {"iterations": 5},
         "sketch_rows": {"indices": zeros(2, 3), "g": f32(2, 3, 4), "out": f32(2, 8)} | projection | where,

@@ -76,7 +76,7 @@ def which(request: pytest.FixtureRequest) -> str:
 
 def test_every_binding_says_what_it_takes(which: str) -> None:
     """Numbers come in by csrc/bindings/arguments.h and by nothing else."""
-    allowed = {*binding_calls.KINDS, "object", "str", "tuple[object, object]"}
+    allowed = {*binding_calls.KINDS, "object", "str"}
     for binding, signature in signatures(module_of(which)).items():
         for name, kind in signature:
             assert kind in allowed or kind.endswith(".CaratheodoryReduction"), (binding, name, kind)

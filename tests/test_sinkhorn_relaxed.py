@@ -308,6 +308,30 @@ def test_points_whose_distances_overflow_half(solver: Callable[..., fc.Transport
 
 
 @WITH_TRITON
+@pytest.mark.parametrize("marginals", [(None, None), (0.5, None), (None, 0.5), (0.2, 4.0)], ids=str)
+def test_masses_far_below_one(marginals: Pair, solver: Callable[..., fc.Transport]) -> None:
+    """An error of 1e-6 is all of a mass of 1e-6: tol is a share of the smaller mass, in each problem of a batch by itself."""
+    cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    left, right = torch.tensor([0.3, 0.7]).double(), torch.tensor([0.7, 0.3]).double()
+    masses = [(1.0, 1.0), (1e-6, 1e-6), (1e-30, 1e-30)]
+    if marginals != (None, None):
+        masses += [(1.0, 1e-6), (1e-6, 1.0)]
+    a, b = (torch.stack([side * pair[k] for pair in masses]) for k, side in enumerate((left, right)))
+    options: dict[str, Any] = {"metric": "precomputed", "reg": 0.05, "reg_marginal": marginals}
+    batch = solver(cost.expand(len(masses), 2, 2), a=a, b=b, **options)
+    assert batch.converged.all()
+    for p, pair in enumerate(masses):
+        found = solver(cost, a=a[p], b=b[p], **options)
+        assert found.converged and torch.equal(found.f, batch.f[p]) and torch.equal(found.g, batch.g[p])
+        assert residual(found, a[p], b[p], marginals) <= 2e-6 * min(pair)
+        assert float(found.error) <= 1e-6 * min(pair)
+        if marginals == (None, None):
+            # The plan is in proportion; -reg log(mass) of it comes from KL(P | a b).
+            value, _, _ = optimum(cost.numpy(), left.numpy(), right.numpy(), 0.05, marginals)
+            expected = value - 0.05 * (math.log(pair[0]) + 1 - pair[0])
+            assert float(found.value) / pair[0] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "l1", "precomputed"])
 def test_costs_that_overflow_are_refused(metric: str, solver: Callable[..., fc.Transport]) -> None:
     # Squares of 1e20, differences of 2e38 and more.

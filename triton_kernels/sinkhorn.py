@@ -422,7 +422,7 @@ def schedule_kernel(
     row_tiles,
     column_tiles,
     reg_of,  # float64
-    tol_of,  # float64
+    tol_of,  # [B] float64
     max_iter,
     rows_lost,  # [B, row_tiles] float64: what rows ask for less their weights, by block; balanced: not read
     columns_lost,  # [B, column_tiles] float64
@@ -464,7 +464,7 @@ def schedule_kernel(
         more = tl.where((more - more == 0) & (tl.load(translates_of + p) != 0), more, 0.0)
         tl.store(constant_of + p, tl.load(constant_of + p) + more)
         after += tl.abs(expm1_of(more / tl.load(column_rho))) * (column_mass + lost_columns)
-    reg, tol, mass = tl.load(reg_of), tl.load(tol_of), tl.load(mass_of + p)
+    reg, tol, mass = tl.load(reg_of), tl.load(tol_of + p), tl.load(mass_of + p)
     eps, omega, base = tl.load(eps_of + p), tl.load(omega_of + p), tl.load(base_of + p)
     iterations, in_stage = tl.load(iterations_of + p) + 1, tl.load(in_stage_of + p) + 1
     since = tl.load(since_of + p)
@@ -648,12 +648,12 @@ class Run:
         spread: Tensor,
         warm: bool,
     ) -> None:
-        self._problems, self._max_iter, self._tol = problems, max_iter, tol
+        self._problems, self._max_iter = problems, max_iter
         self._balanced = all(map(math.isinf, reg_marginal))
         weight = problems.sides[0].weight
         batch, device = weight.shape[0], weight.device
-        self._reg, self._tol_there, *self._rho = torch.tensor(
-            [reg, tol, *reg_marginal], dtype=torch.float64, device=device
+        self._reg, *self._rho = torch.tensor(
+            [reg, *reg_marginal], dtype=torch.float64, device=device
         ).unbind()
         self._regs = weight.new_full((batch,), reg)
 
@@ -670,6 +670,8 @@ class Run:
         columns_hold = math.isinf(reg_marginal[1])
         self._translates = (accelerated | columns_hold).int() * (0 if self._balanced else 1)
         self._masses = [side.weight.sum(1) for side in problems.sides]
+        # The error at which each problem is solved; masses below 1 have errors in proportion.
+        self.tolerance = tol * torch.minimum(*self._masses).clamp(max=1)
         self._eps = torch.where(anneals, spread / Schedule.FACTOR, reg)
         self._omega = torch.ones_like(self._eps)
         self._base = torch.zeros_like(self._eps)
@@ -730,7 +732,7 @@ class Run:
                 self._problems.tiles(0),
                 self._problems.tiles(1),
                 self._reg,
-                self._tol_there,
+                self.tolerance,
                 self._max_iter,
                 self._sums[0][3],
                 self._sums[1][3],
@@ -768,7 +770,7 @@ class Run:
         (rows_off, mass, cost), (columns_off, _, _) = (sums[:3].sum(2) for sums in self._sums)
         for kept, value in ((self.error, rows_off + columns_off), (self.mass, mass), (self.cost, cost)):
             torch.where(evaluated, value, kept, out=kept)
-        goes_on = checked & ~(self.error <= self._tol) & (self.iterations < self._max_iter)
+        goes_on = checked & ~(self.error <= self.tolerance) & (self.iterations < self._max_iter)
         self._omega.masked_fill_(goes_on, 1)
         self._since.masked_fill_(goes_on, 0)
         self._state.masked_fill_(evaluated, DONE.value).masked_fill_(goes_on, RUNNING.value)

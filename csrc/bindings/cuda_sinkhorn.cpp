@@ -139,17 +139,16 @@ py::tuple tuple_of(const cuda::SinkhornVerdict& verdict) {
 }
 
 py::tuple sinkhorn(py::object x, py::object y, const std::string& metric, py::object a, py::object b,
-                   py::object x_lengths, py::object y_lengths, Real reg,
-                   const std::pair<py::object, py::object>& reg_marginal, Integer max_iter, Real tol,
-                   py::object start_f, py::object start_g, py::object f, py::object g, py::object value,
-                   py::object transport_cost, py::object error, py::object iterations, Integer shared_bytes,
-                   Integer stream) {
+                   py::object x_lengths, py::object y_lengths, Real reg, Real reg_marginal_a,
+                   Real reg_marginal_b, Integer max_iter, Real tol, py::object start_f, py::object start_g,
+                   py::object f, py::object g, py::object value, py::object transport_cost, py::object error,
+                   py::object tolerance, py::object iterations, Integer shared_bytes, Integer stream) {
   Problems problems(x, y, metric, a, b, x_lengths, y_lengths);
   const int64_t batch = problems.batch(), n = problems.n(), m = problems.m();
   cuda::SinkhornOptions options;
   options.reg = reg.positive("reg");
-  options.rho_a = Real::of(reg_marginal.first).positive_or_infinite("reg_marginal");
-  options.rho_b = Real::of(reg_marginal.second).positive_or_infinite("reg_marginal");
+  options.rho_a = reg_marginal_a.positive_or_infinite("reg_marginal_a");
+  options.rho_b = reg_marginal_b.positive_or_infinite("reg_marginal_b");
   options.tol = tol.not_negative("tol");
   options.max_iter = max_iter.in("max_iter", 1, int64_t{1} << 40);
   if (!start_f.is_none() && !start_g.is_none()) {
@@ -164,6 +163,7 @@ py::tuple sinkhorn(py::object x, py::object y, const std::string& metric, py::ob
   result.value = problems.output<double>(value, "value", {batch});
   result.transport_cost = problems.output<double>(transport_cost, "transport_cost", {batch});
   result.error = problems.output<double>(error, "error", {batch});
+  result.tol = problems.output<double>(tolerance, "tolerance", {batch});
   result.iterations = problems.output<int64_t>(iterations, "iterations", {batch});
   cuda::SinkhornVerdict verdict;
   dispatch_floating(problems.x(), [&](auto zero) {
@@ -221,10 +221,11 @@ void sinkhorn_plan(py::object x, py::object y, const std::string& metric, py::ob
 
 void bind_cuda_sinkhorn(py::module_& m) {
   m.def("sinkhorn", &sinkhorn, py::arg("x"), py::arg("y"), py::arg("metric"), py::arg("a"), py::arg("b"),
-        py::arg("x_lengths"), py::arg("y_lengths"), py::arg("reg"), py::arg("reg_marginal"),
-        py::arg("max_iter"), py::arg("tol"), py::arg("start_f"), py::arg("start_g"), py::arg("f"),
-        py::arg("g"), py::arg("value"), py::arg("transport_cost"), py::arg("error"), py::arg("iterations"),
-        py::arg("shared_bytes"), py::arg("stream"),
+        py::arg("x_lengths"), py::arg("y_lengths"), py::arg("reg"), py::arg("reg_marginal_a"),
+        py::arg("reg_marginal_b"), py::arg("max_iter"), py::arg("tol"), py::arg("start_f"),
+        py::arg("start_g"), py::arg("f"), py::arg("g"), py::arg("value"), py::arg("transport_cost"),
+        py::arg("error"), py::arg("tolerance"), py::arg("iterations"), py::arg("shared_bytes"),
+        py::arg("stream"),
         "Writes f, g and a number a problem; waits; returns (what is wrong or None, argument, problem, row, "
         "column).");
   m.def("sinkhorn_apply", &sinkhorn_apply, py::arg("x"), py::arg("y"), py::arg("metric"), py::arg("a"),

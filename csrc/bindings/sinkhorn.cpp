@@ -115,7 +115,7 @@ class PySinkhorn {
       checked_mul(batch.count(), options.max_iter);  // all problems' iterations are counted together
       f_.require_shape({batch.a.shape[0], batch.a.shape[1]});
       g_.require_shape({batch.b.shape[0], batch.b.shape[1]});
-      scalars_.require_shape({3, batch.count()});
+      scalars_.require_shape({4, batch.count()});
       iterations_.require_shape({batch.count()});
       const auto numbers = scalars_.output<double, 2>();
       const auto counts = iterations_.output<int64_t, 1>();
@@ -125,6 +125,7 @@ class PySinkhorn {
       result.value = numbers.data;
       result.transport_cost = numbers.data + batch.count();
       result.error = numbers.data + 2 * batch.count();
+      result.tol = numbers.data + 3 * batch.count();
       result.iterations = counts.data;
       run_ = without_gil([&] { return make_sinkhorn<T>(batch, result, options); });
     });
@@ -173,9 +174,8 @@ void bind_sinkhorn(py::module_& m) {
            py::arg("y_lengths"), py::arg("reg"), py::arg("reg_marginal_a"), py::arg("reg_marginal_b"),
            py::arg("max_iter"), py::arg("tol"), py::arg("warm"), py::arg("memory_budget"), py::arg("threads"),
            py::arg("f"), py::arg("g"), py::arg("scalars"), py::arg("iterations"),
-           "f [B, n], g [B, m] float64: potentials, written at the end; scalars [3, B] float64: value, "
-           "transport cost "
-           "and error; iterations [B] int64.")
+           "f [B, n], g [B, m] float64: potentials, written at the end; scalars [4, B] float64: value, "
+           "transport cost, error and the error at which the problem is solved; iterations [B] int64.")
       .def("total", &PySinkhorn::total, "The most iterations that all problems together may take.")
       .def("step", &PySinkhorn::step, py::arg("iterations"),
            "Goes on for about so many iterations; returns how many of the total are done or no longer "

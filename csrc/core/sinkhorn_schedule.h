@@ -10,6 +10,12 @@
 
 namespace fc {
 
+// The error at which a problem is solved: masses below 1 have errors in proportion.
+FC_HOST_DEVICE inline double sinkhorn_tolerance(double tol, double mass_a, double mass_b) {
+  const double least = mass_a < mass_b ? mass_a : mass_b;
+  return least < 1 ? tol * least : tol;
+}
+
 enum class SinkhornOrder { kGoOn, kNewEps, kCheck, kStop };
 
 class SinkhornSchedule {
@@ -18,9 +24,10 @@ class SinkhornSchedule {
   static constexpr int64_t kStageIterations = 200, kPeriod = 10;
 
   SinkhornSchedule() = default;
+  // The masses of the weights a, with which errors of the stages are compared, and b.
   FC_HOST_DEVICE SinkhornSchedule(double reg, double spread, double tol, int64_t max_iter, bool warm,
-                                  double mass)
-      : reg_(reg), tol_(tol), mass_(mass), max_iter_(max_iter) {
+                                  double mass_a, double mass_b)
+      : reg_(reg), tol_(sinkhorn_tolerance(tol, mass_a, mass_b)), mass_(mass_a), max_iter_(max_iter) {
     int64_t stages = 0;
     if (!warm && spread > kAnnealedFrom * reg && spread < HUGE_VAL) {
       // The quotient of two doubles may leave their range. Its logarithm may not: 1100 stages are the most.

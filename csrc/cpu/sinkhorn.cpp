@@ -338,7 +338,7 @@ class Problem {
         exponents_(costs_),
         chunks_(n_, width_),
         schedule_(options.reg, spread_of(costs_, batch, p, options.reg), options.tol, options.max_iter,
-                  options.warm, mass_of(batch.a, p, n_)),
+                  options.warm, mass_of(batch.a, p, n_), mass_of(batch.b, p, m_)),
         translates_(schedule_.translates(options.reg_marginal[0], options.reg_marginal[1])),
         matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
         blocks_(workspace.blocks(team.size() * kCostRows * width_)),
@@ -892,6 +892,7 @@ class Problem {
     result_.value[p_] = worth_a + worth_b - reg * (mass - mass_a_ * mass_b_);
     result_.transport_cost[p_] = cost;
     result_.error[p_] = error;
+    result_.tol[p_] = schedule_.tol();
     result_.iterations[p_] = schedule_.iterations();
     return error;
   }

@@ -43,8 +43,9 @@ struct SinkhornOptions {
 // Where the results go; potentials are also where a warm start comes from.
 struct SinkhornResult {
   TensorView<double, 2> f, g;  // [B, n], [B, m]; entries beyond a problem's size are left alone
-  double *value = nullptr, *transport_cost = nullptr, *error = nullptr;  // [B]
-  int64_t* iterations = nullptr;                                         // [B]
+  // [B]; tol: the error at which each problem is solved.
+  double *value = nullptr, *transport_cost = nullptr, *error = nullptr, *tol = nullptr;
+  int64_t* iterations = nullptr;  // [B]
 };
 
 class Sinkhorn {

@@ -40,6 +40,7 @@ struct SinkhornResult {
   double* f = nullptr;  // [batch, n]
   double* g = nullptr;  // [batch, m]
   double *value = nullptr, *transport_cost = nullptr, *error = nullptr;
+  double* tol = nullptr;  // the error at which each problem is solved
   int64_t* iterations = nullptr;
 };
 

@@ -135,7 +135,7 @@ class Resident {
       if (next == Next::kEvaluation) {
         const Outcome found = evaluate();
         const bool goes_on =
-            order == SinkhornOrder::kCheck && !(found.error <= task_.options.tol) && disappointed();
+            order == SinkhornOrder::kCheck && !(found.error <= schedule_.tol()) && disappointed();
         if (!goes_on) return finish(found);
         next = Next::kRows;
         continue;

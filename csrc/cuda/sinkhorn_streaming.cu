@@ -395,7 +395,7 @@ class Streaming {
     Outcome found{rows_off + off, 0, 0, 0, schedule_.iterations()};
     found.dual = total(rows_.sums, n, &Sums::dual) + total(columns_.sums, m, &Sums::dual);
     found.mass = total(rows_.sums, n, &Sums::mass);
-    if (order_ == SinkhornOrder::kCheck && !(found.error <= task_.options.tol)) {
+    if (order_ == SinkhornOrder::kCheck && !(found.error <= schedule_.tol())) {
       __syncthreads();
       if (threadIdx.x == 0) go_on = schedule_.disappointed();
       __syncthreads();

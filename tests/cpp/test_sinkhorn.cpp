@@ -21,7 +21,7 @@ using fc::TensorView;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 struct Solved {
-  std::vector<double> f, g, value, cost, error;
+  std::vector<double> f, g, value, cost, error, tol;
   std::vector<int64_t> iterations;
 };
 
@@ -87,12 +87,14 @@ struct Case {
     s.value.resize(count);
     s.cost.resize(count);
     s.error.resize(count);
+    s.tol.resize(count);
     s.iterations.resize(count);
     fc::SinkhornResult result{TensorView<double, 2>::compact(s.f.data(), count, n),
                               TensorView<double, 2>::compact(s.g.data(), count, m)};
     result.value = s.value.data();
     result.transport_cost = s.cost.data();
     result.error = s.error.data();
+    result.tol = s.tol.data();
     result.iterations = s.iterations.data();
     const auto run = fc::make_sinkhorn<T>(batch, result, options);
     int64_t done = 0;

@@ -27,6 +27,7 @@ Found solve(const fc::SinkhornBatch<T>& batch, const fc::SinkhornOptions& option
   result.value = found.scalars.data();
   result.transport_cost = found.scalars.data() + count;
   result.error = found.scalars.data() + 2 * count;
+  result.tol = found.scalars.data() + 3 * count;
   result.iterations = found.iterations.data();
   const auto run = fc::make_sinkhorn<T>(batch, result, options);
   int64_t done = 0;
@@ -70,7 +71,7 @@ void run(fuzz::Input& in) {
   options.tol = in.coin() ? 0 : 1e-4;
   options.memory_budget = in.coin() ? 0 : 1 << 20;
   options.threads = static_cast<int>(1 + in.below(3));
-  Found start{std::vector<double>(count * n), std::vector<double>(count * m), std::vector<double>(3 * count),
+  Found start{std::vector<double>(count * n), std::vector<double>(count * m), std::vector<double>(4 * count),
               std::vector<int64_t>(count)};
   options.warm = in.coin();
   for (double& f : start.f) f = options.warm ? in.number<double>(any) : 0;

@@ -255,19 +255,20 @@ class Recipes:
             "max_iter": literal(r.choice((1, 2, 30))),
             "tol": literal(r.choice((0.0, 1e-6, 1e-2))),
             "warm": literal(r.random() < 0.3),
-            "scalars": self.out(3, "B", dtype="float64"),
+            "scalars": self.out(4, "B", dtype="float64"),
             "iterations": self.out("B", dtype="int64"),
         }
 
     def sinkhorn(self) -> dict[str, Value]:
         """The CUDA module's, in one call."""
         warm = self.r.random() < 0.3
-        numbers = {name: self.out("B", dtype="float64") for name in ("value", "transport_cost", "error")}
+        numbers = {name: self.out("B", dtype="float64") for name in ("value", "transport_cost", "error", "tolerance")}
         return {
             **self._batch(),
             **self._potentials(),
             **numbers,
-            "reg_marginal": Value(f"({self._relaxation().text}, {self._relaxation().text})"),
+            "reg_marginal_a": self._relaxation(),
+            "reg_marginal_b": self._relaxation(),
             "max_iter": literal(self.r.choice((1, 2, 30))),
             "tol": literal(self.r.choice((0.0, 1e-6, 1e-2))),
             "start_f": array("B", "n", dtype="float64") if warm else Value("None"),

@@ -236,7 +236,7 @@ def sinkhorn(
     f = torch.zeros_like(a) if f is None or not warm else f.clone()
     g = torch.zeros_like(b) if g is None or not warm else g.clone()
     batch = a.shape[0]
-    scalars = torch.empty(3, batch, dtype=torch.float64)
+    scalars = torch.empty(4, batch, dtype=torch.float64)
     iterations = torch.empty(batch, dtype=torch.int64)
     run = _native.module().Sinkhorn(
         *_batch(x, y, a, b, metric, x_lengths, y_lengths),
@@ -259,8 +259,8 @@ def sinkhorn(
         done = run.step(part)
         if report is not None:
             report(done, total)
-    value, transport_cost, error = scalars
-    return Solution(f, g, value, transport_cost, error, iterations, error <= tol)
+    value, transport_cost, error, tolerance = scalars
+    return Solution(f, g, value, transport_cost, error, iterations, error <= tolerance)
 
 
 def sinkhorn_apply(

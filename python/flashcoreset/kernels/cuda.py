@@ -283,20 +283,15 @@ def sinkhorn(
             zero or of unequal sums.
     """
     batch = len(a)
-    value, transport_cost, error = a.new_empty(3, batch).unbind()
-    outputs = (
-        torch.zeros_like(a, memory_format=torch.contiguous_format),
-        torch.zeros_like(b, memory_format=torch.contiguous_format),
-        value,
-        transport_cost,
-        error,
-        torch.empty(batch, dtype=torch.int64, device=a.device),
-    )
+    value, transport_cost, error, tolerance = a.new_empty(4, batch).unbind()
+    found_f, found_g = (torch.zeros_like(weights, memory_format=torch.contiguous_format) for weights in (a, b))
+    iterations = torch.empty(batch, dtype=torch.int64, device=a.device)
+    outputs = (found_f, found_g, value, transport_cost, error, tolerance, iterations)
     wrong, argument, problem, row, column = _with_memory(
         lambda: _native.cuda_module().sinkhorn(
             *_problems(x, y, metric, a, b, x_lengths, y_lengths),
             reg,
-            reg_marginal,
+            *reg_marginal,
             max_iter,
             tol,
             None if f is None else _compact(f),
@@ -311,7 +306,7 @@ def sinkhorn(
         raise ValueError(_sinkhorn_fault(wrong, argument, tensors, problem, row, column))
     if report is not None:
         report(batch * max_iter, batch * max_iter)
-    return Solution(*outputs, converged=error <= tol)
+    return Solution(found_f, found_g, value, transport_cost, error, iterations, error <= tolerance)
 
 
 def _sinkhorn_fault(

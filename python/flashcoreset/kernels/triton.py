@@ -323,7 +323,7 @@ def sinkhorn(
             report(done, batch * max_iter)
     f, g = run.potentials()
     value = dual_value(f, g, a, b, run.mass, reg, reg_marginal)
-    return Solution(f, g, value, run.cost, run.error, run.iterations, run.error <= tol)
+    return Solution(f, g, value, run.cost, run.error, run.iterations, run.error <= run.tolerance)
 
 
 def sinkhorn_apply(

@@ -90,7 +90,8 @@ class Schedule:
     tol: float
     max_iter: int
     warm: bool  # potentials are given
-    mass: float = 1.0  # of the rows: what errors are compared with
+    mass: float = 1.0  # of the rows: what errors of the stages are compared with
+    column_mass: float = 1.0
 
     ANNEALED_FROM = 500.0
     FACTOR = 4.0
@@ -111,6 +112,8 @@ class Schedule:
         self.eps = self.spread / self.FACTOR if stages else self.reg
         self.stage_iterations = min(self.STAGE_ITERATIONS, self.max_iter // (2 * stages)) if stages else 0
         self.accelerated = self.tol > 0 or stages > 0
+        # The error at which the problem is solved; masses below 1 have errors in proportion.
+        self.tolerance = self.tol * min(1.0, self.mass, self.column_mass)
         self.omega = 1.0
         self.iterations = 0
         self._in_stage = 0
@@ -128,7 +131,7 @@ class Schedule:
                 self._in_stage = 0
                 self._restart()
                 return "new eps"
-        elif self.eps <= self.reg and error <= self.tol and self.tol > 0:
+        elif self.eps <= self.reg and error <= self.tolerance and self.tolerance > 0:
             return "check"
         if self.iterations >= self.max_iter or math.isnan(error):
             return "stop"
@@ -325,23 +328,24 @@ def sinkhorn(
     """
     batch = a.shape[0]
     out_f, out_g = torch.zeros_like(a), torch.zeros_like(b)
-    scalars = torch.zeros(4, batch, dtype=torch.float64)
+    scalars = torch.zeros(5, batch, dtype=torch.float64)
     for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
         fault = range_fault(costs.spread, reg, metric, x.dtype, f" in problem {p}" if batch > 1 else "")
         if fault is not None:
             raise ValueError(fault)
         start = None if f is None or g is None else (f[p, r], g[p, c])
-        schedule = Schedule(reg, costs.spread, tol, max_iter, start is not None, float(a[p, r].sum()))
+        masses = float(a[p, r].sum()), float(b[p, c].sum())
+        schedule = Schedule(reg, costs.spread, tol, max_iter, start is not None, *masses)
         own_report = None
         if report is not None:
             own_report = _of_problem(report, p, batch, max_iter)
         out_f[p, r], out_g[p, c], *found = _solve(
             costs, a[p, r], b[p, c], reg, reg_marginal, schedule, start, own_report
         )
-        scalars[:, p] = torch.tensor(found, dtype=torch.float64)
+        scalars[:, p] = torch.tensor([*found, schedule.tolerance], dtype=torch.float64)
     scalars = scalars.to(a.device)
-    value, transport_cost, error, iterations = scalars
-    return Solution(out_f, out_g, value, transport_cost, error, iterations.long(), error <= tol)
+    value, transport_cost, error, iterations, tolerance = scalars
+    return Solution(out_f, out_g, value, transport_cost, error, iterations.long(), error <= tolerance)
 
 
 def _of_problem(report: Callable[[int, int], None], p: int, batch: int, most: int) -> Callable[[int], None]:
@@ -395,7 +399,7 @@ def _solve(
             columns_off = 0.0  # as at the start: not known, and looked at before the end
         elif order != "go on":
             f, g, error, mass, total = _evaluate(costs, f, g, a, b, reg, reg_marginal)
-            if order == "check" and not error <= schedule.tol and schedule.disappointed():
+            if order == "check" and not error <= schedule.tolerance and schedule.disappointed():
                 continue
             value = dual_value(f[None], g[None], a[None], b[None], mass, reg, reg_marginal)
             return f, g, float(value), total, error, schedule.iterations
