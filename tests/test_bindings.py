@@ -263,6 +263,21 @@ def test_a_rule_of_negative_numbers(m: ModuleType, which: str) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("which", ["m_scale", "m_step", "v_scale", "v_step", "eps"])
+def test_minus_zero_is_zero(m: ModuleType, which: str) -> None:
+    """With a v_step of -0 the bound of |u| was -inf, and lists stayed empty."""
+    found = []
+    for zero in (0.0, -0.0):
+        rule = {"m_scale": 0.9, "m_step": 0.1, "v_scale": 0.9, "v_step": 0.1, "eps": 1e-8} | {which: zero}
+        dims, u = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.float64)
+        m.top_updates(
+            g=torch.arange(18.0).reshape(2, 9), seed=0, length=None, m=torch.arange(9.0), v=torch.ones(9), **rule,
+            member=torch.tensor([0, 1]), offset=torch.tensor([0, 2]), dims=dims, u=u, threads=1,
+        )  # fmt: skip
+        found.append((dims.tolist(), u.tolist()))
+    assert found[0] == found[1]
+
+
 def in_a_process(m: ModuleType, code: str) -> subprocess.CompletedProcess[str]:
     """For calls that once never returned and cannot be interrupted."""
     name = m.__name__.rpartition(".")[2]

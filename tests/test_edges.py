@@ -639,10 +639,79 @@ def test_one_far_point_that_hides_all_others_is_refused(
     # Gains are whole numbers of units of the first one's 2^-61: those of the other points, of about 7, would be 0.
     x = points(24, 3, 0)
     x[5] = far
-    with pytest.raises(
-        ValueError, match=r"x: the distance between row .* is lost beside the largest distance"
-    ):
+    with pytest.raises(ValueError, match=r"^x: gains of .* are lost beside distances whose sum is"):
         fc.facility_location(on(backend, x.to(dtype)), 4, metric=metric, backend=backend)
     x[5] = 1e3
     picks = fc.facility_location(on(backend, x.to(dtype)), 4, metric=metric, backend=backend).indices
     assert 5 in picks.tolist()
+
+
+LOST: dict[str, dict[str, Any]] = {
+    "distances": {"metric": "euclidean"},
+    "clients": {"metric": "euclidean", "clients": 24},
+    "weights": {"metric": "sqeuclidean", "weights": 24},
+    "groups": {"metric": "l1", "groups": torch.arange(24) % 2},
+    "preselected": {"metric": "euclidean", "preselected": torch.tensor([5, 9])},
+    "stochastic": {"metric": "euclidean", "method": "stochastic"},
+    "an offset": {"metric": "euclidean", "offset": 1e33},
+    "dot": {"metric": "dot"},
+    "similarities": {"metric": "precomputed"},
+    "costs": {"metric": "precomputed_distance"},
+}
+
+
+@pytest.mark.parametrize("case", LOST, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_gains_that_are_lost_are_refused(backend: str, dtype: torch.dtype, case: str) -> None:
+    """The same problems with a row that is far away, but not too far, have picks that float64 arithmetic has too."""
+    options = dict(LOST[case])
+    for far in (1e4, 1e17 if options["metric"] == "dot" else 1e30):
+        if options["metric"] == "sqeuclidean":
+            far = min(far, 1e17)
+        x = points(24, 3, 0).abs() + 0.1
+        x[5] = far
+        given = {name: options[name] for name in ("clients", "weights") if name in options}
+        if "clients" in given:
+            given["clients"] = torch.cat([x[5:6], points(given["clients"], 3, 4).abs()])
+        if "weights" in given:
+            given["weights"] = torch.linspace(0.5, 1, 24, dtype=torch.float64)
+        metric = options["metric"]
+        if metric == "precomputed":
+            x = torch.rand(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            x[5, 5] = far
+        elif metric == "dot":
+            x[:, 0], x[5] = 0, torch.tensor([far, 0, 0])
+        elif metric == "precomputed_distance":
+            x = torch.cdist(x, x)
+        arguments = {**options, **given}
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                kept = value.to(dtype) if name == "clients" else value
+                arguments[name] = on(backend, kept)
+
+        def run(x: torch.Tensor = x, arguments: dict[str, Any] = arguments) -> fc.Selection:
+            return fc.facility_location(on(backend, x.to(dtype)), 6, backend=backend, **arguments)
+
+        if far > 1e4:
+            with pytest.raises(
+                ValueError, match=r"^x: gains of .* are lost beside (distances|similarities) whose sum is"
+            ):
+                run()
+            continue
+        assert float(run().gains[1]) > 0
+
+
+@pytest.mark.parametrize("exponent", [-960, -1000, -1010])
+def test_near_ties_of_tiny_distances_of_l1(backend: str, exponent: int) -> None:
+    """Gains that differ in their last digits only, which a unit that underflows cannot tell apart."""
+    x = points(12, 2, 9)
+    x[6:] = x[:6] * (1 + 2.0**-40)
+    near = fc.facility_location(x, 6, metric="l1", backend="torch")
+    for options in ({}, {"offset": math.ldexp(near.offset, exponent)}):
+        found = fc.facility_location(
+            on(backend, times_power(x, exponent)), 6, metric="l1", backend=backend, **options
+        )
+        assert found.indices.tolist() == near.indices.tolist()
+        assert times_power(found.gains.cpu(), -exponent).tolist() == pytest.approx(
+            near.gains.tolist(), rel=1e-9
+        )

@@ -102,7 +102,8 @@ struct Real {
   }
 
   double finite(const char* name) const { return in(name, -DBL_MAX, DBL_MAX, "a finite number"); }
-  double not_negative(const char* name) const { return in(name, 0, DBL_MAX, "a finite number >= 0"); }
+  // Never -0, whose quotients and roots have the other sign.
+  double not_negative(const char* name) const { return in(name, 0, DBL_MAX, "a finite number >= 0") + 0.0; }
   double positive(const char* name) const { return in(name, DBL_TRUE_MIN, DBL_MAX, "a finite number > 0"); }
   double positive_or_infinite(const char* name) const {
     return in(name, DBL_TRUE_MIN, HUGE_VAL, "a number > 0");

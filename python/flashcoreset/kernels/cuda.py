@@ -284,7 +284,9 @@ def sinkhorn(
     """
     batch = len(a)
     value, transport_cost, error, tolerance = a.new_empty(4, batch).unbind()
-    found_f, found_g = (torch.zeros_like(weights, memory_format=torch.contiguous_format) for weights in (a, b))
+    found_f, found_g = (
+        torch.zeros_like(weights, memory_format=torch.contiguous_format) for weights in (a, b)
+    )
     iterations = torch.empty(batch, dtype=torch.int64, device=a.device)
     outputs = (found_f, found_g, value, transport_cost, error, tolerance, iterations)
     wrong, argument, problem, row, column = _with_memory(

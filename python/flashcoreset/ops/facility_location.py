@@ -37,6 +37,7 @@ from flashcoreset._tensor import (
 from flashcoreset._types import Selection
 from flashcoreset.ops.backends import DEFAULTS, check_backend, choose_kernels
 from flashcoreset.ops.budgets import allocate_budgets
+from flashcoreset.ops.lost_gains import check_gains
 from flashcoreset.ops.sampling import CandidateSampler
 from flashcoreset.ops.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET, DISTANCES
@@ -346,6 +347,8 @@ def _solve_naming_offset(
 # what points beyond them are brought to.
 _SAFE = {torch.float32: (-40, 50), torch.float64: (-400, 480)}
 _SCALED_TO = {torch.float32: (-30, 30), torch.float64: (-300, 300)}
+# Sums of distances "l1" are taken of numbers of any magnitude, but 2^-61 of them has to be a normal number.
+_LEAST_L1 = 2.0**-900
 
 
 def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
@@ -354,7 +357,8 @@ def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], obje
     if p.metric in ("cosine", "precomputed"):
         return _solve_in_range(p, backend, progress)
     # What the run itself tells of the range costs nothing, but of an offset that is given it tells nothing.
-    exponent = 0 if p.offset is None or p.metric == "l1" else _exponent(p)
+    of_l1 = p.metric == "l1" and not (p.offset and _is_extreme(p, p.offset))
+    exponent = 0 if p.offset is None or of_l1 else _exponent(p)
     if exponent == 0:
         try:
             result = _solve_in_range(p, backend, progress)
@@ -376,10 +380,11 @@ def _is_extreme(p: _Problem, offset: float) -> bool:
     """Whether an upper bound of the distances is so small or large that their squares may have left the range."""
     low, high = _SAFE[p.out_dtype]
     power = 2 if p.metric == "sqeuclidean" else 1
+    if p.metric == "l1":
+        # No squares, but the unit of gains has to be a normal number too.
+        return p.out_dtype == torch.float64 and offset < _LEAST_L1
     # 1 stands for a bound of 0.
-    return p.metric != "l1" and (
-        offset == 1 or not 2.0 ** (power * low) < offset < 2.0 ** (power * (high + 10))
-    )
+    return offset == 1 or not 2.0 ** (power * low) < offset < 2.0 ** (power * (high + 10))
 
 
 def _exponent(p: _Problem) -> int:
@@ -482,34 +487,7 @@ def _solve_in_range(
             f"weights: the objective, {result[-1]:.3g}, overflows {out_dtype}; scale the weights down{lower} "
             "or use float64"
         )
-    _check_resolution(p, *result[:2], result[3])
     return *result, p.found_offset if offset is None else offset
-
-
-def _check_resolution(p: _Problem, indices: Tensor, gains: Tensor, assignment: Tensor) -> None:
-    """Raises ValueError where the differences of some points are lost beside the distance of another. A pick is worth at least what
-    any point would gain by being picked itself, and so at least what that still is after the last pick."""
-    if p.metric not in DISTANCES or p.clients is not None or p.groups is not None or p.method == "stochastic":
-        return
-    if len(gains) < 2 or not (least := float(gains.min())) < 2.0**-40 * float(gains[0]):
-        return
-    x = p.x
-    assert isinstance(x, Tensor)
-    served = (assignment >= 0).nonzero()[:, 0]
-    for rows in served.split(max(1, 2**20 // x.shape[1])):
-        own = x[rows].double()
-        apart = (own - x[indices[assignment[rows]]].double()).abs()
-        # What is small beside the points themselves may be rounding.
-        told = apart.amax(1) > 2.0**-8 * own.abs().amax(1)
-        distance = apart.sum(1) if p.metric == "l1" else apart.square().sum(1)
-        if p.metric == "euclidean":
-            distance = distance.sqrt()
-        worth = torch.where(told, distance if p.weights is None else distance * p.weights[rows], 0)
-        if float(worth.max()) > 2 * least:
-            raise ValueError(
-                f"x: the distance between row {int(rows[int(worth.argmax())])} and its pick is lost beside the largest distance, so "
-                "that picks would be arbitrary; leave out rows that are 10^6 times farther away than the others (float64: 10^12)"
-            )
 
 
 def _negated(p: _Problem) -> _Problem:
@@ -630,6 +608,9 @@ def _solve_one(
         bar.update(done + k)
     if p.metric in DISTANCES and offset is None:
         p.found_offset = run.offset
+    inside = _kernel_offset(p, offset)
+    inside = run.offset if inside is None else inside
+    check_gains(x, clients, p.metric, weights, preselected, indices, gains, inside, p.method == "stochastic")
     if p.excess:
         constant = p.excess * (float(m) if weights is None else float(weights.sum()))
         objective += constant

@@ -537,9 +537,7 @@ def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Sel
         raise ValueError(f"g: the sum of its rows overflows {torch.float64}; scale the gradients down")
     # In float64 until all groups are put together: a norm on the way to the last may leave the range of g's type.
     if problem.method == "omp":
-        indices, weights, norms = solve_pursuit(
-            u, target, count, problem.nonnegative, problem.ridge, backend
-        )
+        indices, weights, norms = solve_pursuit(u, target, count, problem.nonnegative, problem.ridge, backend)
     else:
         indices, weights, norms = solve_frank_wolfe(u, target, count, backend)
     if len(norms):
