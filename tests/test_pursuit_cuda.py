@@ -21,10 +21,10 @@ from test_pursuit import (
     check_needs_the_cpu_module,
     check_opcheck_and_compile,
     check_overflow,
-    check_weights_that_round_to_zero,
     check_pursuit,
     check_ties,
     check_views,
+    check_weights_that_round_to_zero,
     make_rows,
     normal,
 )

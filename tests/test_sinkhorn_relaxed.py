@@ -322,7 +322,9 @@ def test_masses_far_below_one(marginals: Pair, solver: Callable[..., fc.Transpor
     assert batch.converged.all()
     for p, pair in enumerate(masses):
         found = solver(cost, a=a[p], b=b[p], **options)
-        assert found.converged and torch.equal(found.f, batch.f[p]) and torch.equal(found.g, batch.g[p])
+        assert found.converged
+        assert torch.equal(found.f, batch.f[p])
+        assert torch.equal(found.g, batch.g[p])
         assert residual(found, a[p], b[p], marginals) <= 2e-6 * min(pair)
         assert float(found.error) <= 1e-6 * min(pair)
         if marginals == (None, None):

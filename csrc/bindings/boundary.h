@@ -105,14 +105,19 @@ class ArrayArgument {
 
   // A view to read from.
   template <class T, int Rank>
-  TensorView<const T, Rank> input() const {
+  TensorView<const T, Rank> input() const& {
     return view<T, Rank>();
   }
+  // What the view shows may go away with the argument.
+  template <class T, int Rank>
+  TensorView<const T, Rank> input() const&& = delete;
+  template <class T, int Rank>
+  TensorView<T, Rank> output() const&& = delete;
 
   // A view to write to. The memory must be writable, and no element may be stored in two places' turn:
   // threads write it.
   template <class T, int Rank>
-  TensorView<T, Rank> output() const {
+  TensorView<T, Rank> output() const& {
     const TensorView<T, Rank> result = view<T, Rank>();
     if (is_read_only())
       throw py::value_error(prefix() + "expected a writable array, got a read-only one; pass a copy");

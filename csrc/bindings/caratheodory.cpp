@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "bindings/bindings.h"
@@ -120,6 +121,7 @@ class PyReduction {
   }
 
   // Weights [n] > 0.
+  static TensorView<const double, 1> positive(ArrayArgument&& weights, int64_t n) = delete;
   static TensorView<const double, 1> positive(const ArrayArgument& weights, int64_t n) {
     const auto w = weights.input<double, 1>();
     weights.require_shape({n});
@@ -229,9 +231,11 @@ void bind_caratheodory(py::module_& m) {
           if (n == 0 || d == 0) throw py::value_error("x: expected at least 1 row and 1 column");
           indices.require_shape({std::min(n, std::max(d + 1, max_size))});
           new_weights.require_shape({out.shape[0]});
+          std::optional<ArrayArgument> weights_argument;  // holds what the view shows
           TensorView<const double, 1> weights{};
           if (!weights_array.is_none()) {
-            weights = PyReduction::positive(ArrayArgument(weights_array, "weights"), n);
+            weights_argument.emplace(weights_array, "weights");
+            weights = PyReduction::positive(*weights_argument, n);
           }
           const WeightedRows found = without_gil([&] {
             ThreadTeam team(threads, signal_poll());
