@@ -334,6 +334,19 @@ def test_masses_far_below_one(marginals: Pair, solver: Callable[..., fc.Transpor
             assert float(found.value) / pair[0] == pytest.approx(expected, rel=1e-5)
 
 
+@WITH_TRITON
+def test_masses_that_differ_are_refused_if_balanced(solver: Callable[..., fc.Transport]) -> None:
+    """On a GPU the weights had been made equal before anything looked at them."""
+    x, b = torch.zeros(2, 3, 1), torch.full((2, 3), 1 / 3).double()
+    b[1, 2] += 2e-4
+    for options in ({"b": b}, {"a": torch.ones(2, 3).double(), "b": 3 * b}):
+        with pytest.raises(
+            ValueError, match=r"a and b must have the same sum for balanced .* of problem 1; scale"
+        ):
+            solver(x, x, reg=1.0, **options)
+        assert solver(x, x, reg=1.0, reg_marginal=(None, 1.0), **options).converged.all()
+
+
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "l1", "precomputed"])
 def test_costs_that_overflow_are_refused(metric: str, solver: Callable[..., fc.Transport]) -> None:
     # Squares of 1e20, differences of 2e38 and more.

@@ -106,13 +106,19 @@ def as_tensor(value: Any, name: str) -> Tensor:
     )
 
 
-def as_matrix(value: Any, name: str) -> Tensor:
-    """`value` as a dense floating tensor [rows, columns], neither of them 0."""
+def as_dense(value: Any, name: str) -> Tensor:
+    """`value` as a detached tensor that is not sparse."""
     tensor = as_tensor(value, name)
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {_dtype(tensor)}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    return tensor
+
+
+def as_matrix(value: Any, name: str) -> Tensor:
+    """`value` as a dense floating tensor [rows, columns], neither of them 0."""
+    tensor = as_dense(value, name)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {_dtype(tensor)}")
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
     rows, columns = tensor.shape
@@ -128,13 +134,11 @@ def as_vector(
     if isinstance(value, (list, tuple, range)):
         tensor = _from_sequence(value, name, integers).to(device)
     else:
-        tensor = as_tensor(value, name)
+        tensor = as_dense(value, name)
     if integers and tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must hold integers, got dtype {_dtype(tensor)}")
     if not integers and tensor.dtype not in FLOATING and tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must hold real numbers, got dtype {_dtype(tensor)}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.dim() != 1 or (length is not None and tensor.shape[0] != length):
         expected = "[n]" if length is None else f"[{length}]"
         raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
@@ -151,11 +155,9 @@ def as_integers(value: Any, name: str, shape: tuple[int, ...], whose: str, devic
     if isinstance(value, (list, tuple, range)):
         tensor = _from_sequence(value, name, True).to(device)
     else:
-        tensor = as_tensor(value, name)
+        tensor = as_dense(value, name)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must hold integers, got dtype {_dtype(tensor)}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {shape} as {whose} has it, got {tuple(tensor.shape)}")
     if tensor.device != device:
@@ -249,6 +251,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def is_traced(*tensors: Tensor) -> bool:
     """Whether a graph is being made: by torch.compile, or from tensors that are not plain ones (fake, meta, wrapped)."""
     return torch.compiler.is_compiling() or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+
+
+def check_not_meta(tensor: Tensor, name: str) -> None:
+    """Raises ValueError for a tensor without values where the shape of a result depends on these."""
+    if tensor.is_meta and type(tensor) in _PLAIN and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"{name} is on the meta device, but how many rows are chosen depends on its values; pass tensors that have values, or "
+            "work in a FakeTensorMode"
+        )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from inspect import signature
@@ -438,7 +439,8 @@ def one_step(sketcher: fc.GradientSketcher, batch: int) -> None:
     model, x = sketcher.model if hasattr(sketcher, "model") else sketcher._model, torch.randn(batch, 3)
     with sketcher:
         model(x).square().sum(1).mean().backward()
-    norms, sketches = sketcher.norms, sketcher.sketches
+    norms = sketcher.norms
+    sketches = sketcher.sketches if sketcher._dim is not None else None
     _require(len(norms) == batch and (sketches is None or len(sketches) == batch), "a row for each sample")
     _require(bool(torch.isfinite(norms).all()), "finite norms")
 
@@ -480,7 +482,9 @@ def called(
     if not results:
         raise next(iter(refusals.values()))
     for backend, error in refusals.items():
-        if not isinstance(error, (fc.BackendUnavailableError, MemoryError)):
+        if not isinstance(error, (fc.BackendUnavailableError, MemoryError)) and not AT_THE_END.search(
+            str(error)
+        ):
             raise WrongError(
                 f"{backend} refuses what {next(iter(results))} takes: {type(error).__name__}: {error}"
             )
@@ -501,6 +505,8 @@ def called(
     return next(iter(results.values()))
 
 
+# A backend whose numbers end earlier than another's may say so.
+AT_THE_END = re.compile("go beyond the range of|differ by rounding alone")
 # Products with NaN are NaN, as documented.
 NAN_IN_NAN_OUT = ("sketch", "LowRankGradients", "zeroth_order_gradients")
 # Of equal choices, or choices equal within rounding, backends may take different ones, and an entropy near 0 has few digits:

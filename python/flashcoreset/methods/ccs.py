@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._memory import as_dtype, as_shape, register_estimate
-from flashcoreset._tensor import as_integer, as_number, as_tensor, as_vector, compute_dtype
+from flashcoreset._tensor import as_dense, as_integer, as_number, as_vector, compute_dtype
 from flashcoreset._types import Coreset
 from flashcoreset.ops.budgets import allocate_budgets
 from flashcoreset.ops.strata import cut, draw, lowest, random_keys
@@ -179,7 +179,7 @@ def _values(value: Any, name: str, length: int | None = None) -> tuple[np.ndarra
     """[n] float64, without NaN; the device that they came from, and the dtype of weights for them."""
     device, dtype = torch.device("cpu"), torch.float32
     if not isinstance(value, (list, tuple, range)):
-        value = as_tensor(value, name)
+        value = as_dense(value, name)
         device, dtype = value.device, compute_dtype(value.dtype)
     vector = as_vector(value, name, device, integers=False, length=length).cpu().numpy()
     if len(vector) == 0:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_int64, as_integer, as_number, as_tensor
+from flashcoreset._tensor import as_dense, as_int64, as_integer, as_number
 from flashcoreset.ops.zeroth_order import LowRankGradients
 
 
@@ -40,7 +40,7 @@ class AdamState:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        m, v = as_tensor(self.m, "m"), as_tensor(self.v, "v")
+        m, v = as_dense(self.m, "m"), as_dense(self.v, "v")
         for name, tensor in (("m", m), ("v", v)):
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{name} must have dtype float32 or float64, got {tensor.dtype}")

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from flashcoreset._memory import as_shape, register_estimate
-from flashcoreset._tensor import as_int64, as_matrix, as_vector, check_weights, compute_dtype, is_traced
+from flashcoreset._tensor import (
+    as_int64,
+    as_matrix,
+    as_vector,
+    check_not_meta,
+    check_weights,
+    compute_dtype,
+    is_traced,
+)
 from flashcoreset._types import Selection
 from flashcoreset.kernels import caratheodory as driver
 from flashcoreset.ops.backends import check_backend, choose_kernels
@@ -72,6 +80,7 @@ def caratheodory(
         if limit < 1:
             raise ValueError(f"max_size must be >= 1, got {limit}")
     if is_traced(points):
+        check_not_meta(points, "x")
         indices, new_weights = torch.ops.flashcoreset.caratheodory(points, weights, limit, backend)
     else:
         indices, new_weights = _solve(points, weights, limit, backend)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_integer, as_tensor, as_vector
+from flashcoreset._tensor import as_dense, as_integer, as_vector
 from flashcoreset.ops.backends import check_backend
 from flashcoreset.ops.scores import sample_scores
 
@@ -84,7 +84,7 @@ class TrainingDynamics:
         """
         check_backend(backend)
         epoch = _at_least(epoch, "epoch", 0)
-        x = as_tensor(logits, "logits")
+        x = as_dense(logits, "logits")
         if x.dim() != 2:
             raise ValueError(f"logits must have shape [samples, classes], got {tuple(x.shape)}")
         cpu = torch.device("cpu")

@@ -20,6 +20,7 @@ from flashcoreset._tensor import (
     as_number,
     as_vector,
     check_finite,
+    check_not_meta,
     compute_dtype,
     is_traced,
     one_of,
@@ -120,6 +121,8 @@ def match_gradients(
     problem, asked = _check(g, k, normalize, top, groups, budgets, metric, method, nonnegative, ridge)
     check_backend(backend)
     if is_traced(problem.g.values):
+        if problem.method != "medoid" or (problem.top is not None and groups is not None):
+            check_not_meta(problem.g.values, "g")
         return _call_op(problem, asked, backend)
     return match_members(problem, backend)
 

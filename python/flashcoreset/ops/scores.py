@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._memory import as_dtype, as_shape, register_estimate
-from flashcoreset._tensor import FLOATING, as_integers, as_tensor, compute_dtype, is_traced
+from flashcoreset._tensor import FLOATING, as_dense, as_integers, compute_dtype, is_traced
 from flashcoreset.ops.backends import check_backend, choose_kernels
 from flashcoreset.reference.scores import check_targets, mean_over_tokens
 
@@ -94,12 +94,10 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
 
 
 def _check(logits: Any, targets: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    x = as_tensor(logits, "logits")
+    x = as_dense(logits, "logits")
     if x.dtype not in FLOATING:
         got = str(x.dtype).removeprefix("torch.")
         raise TypeError(f"logits must have dtype float16, bfloat16, float32 or float64, got {got}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"logits must be a dense tensor, got layout {x.layout}")
     if x.dim() not in (2, 3) or 0 in x.shape:
         raise ValueError(
             f"logits must have shape [samples, classes] or [samples, tokens, classes], each >= 1, got {tuple(x.shape)}"
@@ -112,7 +110,7 @@ def _check(logits: Any, targets: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor
         raise ValueError(
             f"mask is for logits [samples, tokens, classes], got it with logits of shape {tuple(x.shape)}"
         )
-    m = as_tensor(mask, "mask")
+    m = as_dense(mask, "mask")
     if m.dtype == torch.bool:
         m = m.to(torch.uint8)
     return x, t, as_integers(m, "mask", rows, "logits", x.device)

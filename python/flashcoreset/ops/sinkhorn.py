@@ -544,8 +544,13 @@ def _check_values(p: _Problem, weights_too: bool) -> None:
             worst = int(((lengths < 1) | (lengths > size)).nonzero()[0])
             raise ValueError(f"{name} must be in [1, {size}], got {int(lengths[worst])} for problem {worst}")
     _check_potentials(p)
-    if not weights_too:
-        return
+    if weights_too:
+        _check_weights(p)
+    _check_masses(p)
+
+
+def _check_weights(p: _Problem) -> None:
+    n, m = p.sizes
     for given, lengths, name, size in ((p.a, p.x_lengths, "a", n), (p.b, p.y_lengths, "b", m)):
         if given is None:
             continue
@@ -563,6 +568,11 @@ def _check_values(p: _Problem, weights_too: bool) -> None:
             )
         if bool(torch.isinf(total).any()):
             raise ValueError(f"{name} must have a finite sum{_of(p, int(torch.isinf(total).nonzero()[0]))}")
+
+
+def _check_masses(p: _Problem) -> None:
+    """Before `_Problem.arrays` makes the masses of balanced problems equal."""
+    n, m = p.sizes
     if all(map(math.isinf, p.reg_marginal)) and (p.a is not None or p.b is not None):
         batch, device = p.x.shape[0], p.x.device
         masses = [

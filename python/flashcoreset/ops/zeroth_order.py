@@ -16,10 +16,10 @@ from torch import Tensor
 
 from flashcoreset._tensor import (
     FLOATING,
+    as_dense,
     as_int64,
     as_integer,
     as_number,
-    as_tensor,
     compute_dtype,
     is_traced,
 )
@@ -58,7 +58,7 @@ class LowRankGradients:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        coefficients = as_tensor(self.coefficients, "coefficients")
+        coefficients = as_dense(self.coefficients, "coefficients")
         if coefficients.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"coefficients must have dtype float32 or float64, got {coefficients.dtype}")
         if coefficients.dim() != 2 or 0 in coefficients.shape:
