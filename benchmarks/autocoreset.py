@@ -22,7 +22,7 @@ import flashcoreset as fc
 from benchmarks import peers
 from benchmarks.checks import Disagreement
 from benchmarks.harness import Inputs, Row
-from flashcoreset.ops.weighted_models import LOSSES, make_model
+from flashcoreset.methods.autocoreset.weighted_models import LOSSES, make_model
 
 SIZES = (50, 100, 150, 200, 250, 300)
 TRIALS = 16

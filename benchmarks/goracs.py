@@ -14,7 +14,7 @@ import flashcoreset as fc
 from benchmarks import data
 from benchmarks.checks import Disagreement
 from benchmarks.harness import Inputs, Row, Work
-from flashcoreset.reference import goracs as straightforward
+from flashcoreset.methods.goracs import reference as straightforward
 
 SLICES = (
     100  # the straightforward algorithm at the published size takes this many times what is measured of it

@@ -203,7 +203,7 @@ def pairwise_row(metric: str, backend: str, found: dict[str, float]) -> Row:
 def matching_row(backend: str, found: dict[str, float]) -> Row:
     """A row of gradient matching: which dimensions count of low-rank gradients, and the updates there."""
     from flashcoreset import kernels
-    from flashcoreset.reference.matching import Rule
+    from flashcoreset.matching.rule import Rule
 
     count, numel, groups, top = 128, 655_360, 4, 2_560
     coefficients, m, v = torch.randn(count, 1), 0.1 * torch.randn(numel), torch.rand(numel)

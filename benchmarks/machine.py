@@ -81,13 +81,13 @@ def _cpu_model() -> str:
 @functools.cache
 def hardware() -> dict[str, object]:
     """Processor, cores, threads used and the build of our kernels that this process took."""
-    from flashcoreset import _native
+    from flashcoreset._core import native
 
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "isa": _native.module().ISA,
+        "isa": native.module().ISA,
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -13,7 +13,7 @@ import flashcoreset as fc
 from benchmarks import peers
 from benchmarks.checks import Disagreement
 from benchmarks.harness import Inputs, Row
-from flashcoreset.reference.matching import Rule
+from flashcoreset.matching.rule import Rule
 
 STEP, BETAS, EPS = 7, (0.9, 0.999), 1e-8
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import peers
 from benchmarks.checks import Disagreement
 from benchmarks.harness import Inputs, Row, Work
-from flashcoreset.ops.pursuit import Pursuit, frank_wolfe, orthogonal_matching_pursuit
+from flashcoreset.pursuit import Pursuit, frank_wolfe, orthogonal_matching_pursuit
 
 _TOLERANCE = 1e-4  # of weights in float32
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import data, peers
 from benchmarks.checks import Disagreement, counted
 from benchmarks.harness import Inputs, Row, Work
-from flashcoreset.kernels.nearest_order import NearestOrder
+from flashcoreset.nearest_order.cpu import NearestOrder
 
 
 def _similarities(n: int, lists: int, k: int) -> Inputs:

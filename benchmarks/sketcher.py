@@ -16,7 +16,7 @@ import flashcoreset as fc
 from benchmarks import peers
 from benchmarks.checks import Disagreement
 from benchmarks.harness import Inputs, Row
-from flashcoreset.reference.sketch import sjlt_entries
+from flashcoreset.sketch.reference import sjlt_entries
 
 VOCABULARY, HEADS = 1_000, 4
 

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashcoreset.reference.sketch import KINDS
+from flashcoreset.sketch.kinds import KINDS
 from flashcoreset.triton_kernels import caratheodory, matching, pursuit, sketch
 from flashcoreset.triton_kernels.facility_location import gains_kernel, update_kernel
 from flashcoreset.triton_kernels.pairwise import Tile, pairwise_kernel

@@ -31,11 +31,11 @@ import pytest
 import torch
 from cases import DEVICE
 
-from flashcoreset import _native, kernels
+from flashcoreset._core import cuda, native
 
 # Of the reference nothing is compiled here: sanitizers (tests/sanitize.py) have nothing to watch in it.
 REFERENCE = [] if "FLASHCORESET_SANITIZER" in os.environ else ["torch"]
-BACKENDS = [*REFERENCE, *(f"cpu-{isa}" for isa in _native.available_isas())]
+BACKENDS = [*REFERENCE, *(f"cpu-{isa}" for isa in native.available_isas())]
 
 # Few tests that take long: begun last, one of these would keep a single process busy while the others have nothing left.
 LONG = (
@@ -57,7 +57,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The name of a backend; for "cpu" the build in use is the one that the test's id names."""
     name, _, isa = request.param.partition("-")
     if isa:
-        monkeypatch.setattr(_native, "_loaded", _native.load_isa(isa))
+        monkeypatch.setattr(native, "_loaded", native.load_isa(isa))
     return name
 
 
@@ -78,9 +78,9 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     module = _emulated_module()
     if module is None:
         pytest.fail("the emulated CUDA module is not built: make emulated")
-    monkeypatch.setattr(_native, "cuda_failure", lambda device=0: None)
-    monkeypatch.setattr(_native, "cuda_module", lambda device=0: module)
-    monkeypatch.setattr(kernels.cuda, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(native, "cuda_failure", lambda device=0: None)
+    monkeypatch.setattr(native, "cuda_module", lambda device=0: module)
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import flashcoreset as fc
 from flashcoreset import kernels
-from flashcoreset.kernels.nearest_order import NearestOrder
+from flashcoreset.nearest_order.cpu import NearestOrder
 
 LIMIT = 60  # seconds for one call in a child, which take a fraction of one
 

@@ -35,12 +35,8 @@ SOURCES = (
     "csrc/cuda/*",
     "csrc/bindings/*",
     "triton_kernels/*.py",
-    "python/flashcoreset/_*.py",
-    "python/flashcoreset/ops/*.py",
-    "python/flashcoreset/kernels/*.py",
-    "python/flashcoreset/methods/*.py",
-    "python/flashcoreset/reference/*.py",
-    "python/flashcoreset/integrations/*.py",
+    "python/flashcoreset/*/*.py",
+    "python/flashcoreset/methods/*/*.py",
 )
 # What no test on this machine can run: other processors' code, the loading of CUDA's own libraries.
 LEFT_OUT = (
@@ -48,7 +44,8 @@ LEFT_OUT = (
     "csrc/core/dlpack.h",
     "csrc/cuda/runtime.h",
     "csrc/bindings/processor.cpp",
-    "*/__init__.py",
+    "triton_kernels/__init__.py",
+    "python/flashcoreset/__init__.py",
 )
 
 # Which tests guard a file: the first pattern that fits. Test files in the order in which they are tried, quick ones first.
@@ -67,18 +64,18 @@ TESTS = (
     ("*pursuit*|*active_set*", "pursuit"),
     ("*zeroth_order*|*directions*", "zeroth_order matching"),
     ("*matching*|*bindings/gradients*|*core/gradients*", "matching"),
-    ("*gradient_*", "gradient_sketcher"),
+    ("*gradients/*", "gradient_sketcher"),
     ("*sketch*|*projection*|*philox*|*normal*", "sketch zeroth_order"),
     ("*integrations/torch*", "integrations_torch"),
     ("*integrations/transformers*", "integrations_transformers"),
     ("*facility_location*|*sampling*|*live_lists*|*similarity_source*", "facility_location select"),
     ("*pairwise*|*pack*|*tile*|*metric*", "facility_location nearest_order"),
     (
-        "*kernels/*|*backends*",
+        "*kernels/*|*dispatch*",
         "facility_location sinkhorn sketch scores matching caratheodory pursuit nearest_order",
     ),
-    ("*_native*", "native_loader"),
-    ("*_memory*", "memory_estimate"),
+    ("*/native.py", "native_loader"),
+    ("*/memory.py", "memory_estimate"),
     (
         "*",
         "bindings boundary bad_input invariance edges facility_location sinkhorn sketch scores matching caratheodory pursuit",

@@ -35,8 +35,13 @@ from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils import check_random_state
 
 import flashcoreset as fc
-from flashcoreset.ops.loss_subsets import METHODS, equal_budgets, in_groups, uniform_with_classes
-from flashcoreset.ops.weighted_models import LOSSES, make_model, named_loss
+from flashcoreset.methods.autocoreset.loss_subsets import (
+    METHODS,
+    equal_budgets,
+    in_groups,
+    uniform_with_classes,
+)
+from flashcoreset.methods.autocoreset.weighted_models import LOSSES, make_model, named_loss
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((400, 4))

@@ -22,7 +22,9 @@ import pytest
 import torch
 from binding_calls import HOSTILE, cases, numbers, signatures
 
-from flashcoreset import _native, reference
+from flashcoreset._core import native
+from flashcoreset.directions.reference import directions
+from flashcoreset.sketch.kinds import KINDS
 
 WORKS, REFUSED = "works", ("TypeError", "ValueError")
 # What a parameter may be besides a number.
@@ -34,7 +36,7 @@ POSITIVE = {"threads", "length", "lists", "size", "n", "nnz", "goal", "max_iter"
 
 
 def module_of(which: str) -> ModuleType:
-    module = _native.module() if which == "cpu" else conftest._emulated_module()
+    module = native.module() if which == "cpu" else conftest._emulated_module()
     if module is None:
         pytest.fail("the emulated CUDA module is not built: make emulated")
     return module
@@ -160,9 +162,9 @@ def test_working_arrays_that_fit_in_no_memory_are_a_memory_error() -> None:
 # ----------------------------------------------------------------------------------------------- the cases one by one
 
 
-@pytest.fixture(params=_native.available_isas())
+@pytest.fixture(params=native.available_isas())
 def m(request: pytest.FixtureRequest) -> ModuleType:
-    return _native.load_isa(request.param)
+    return native.load_isa(request.param)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 4097, 2**31])
@@ -173,7 +175,7 @@ def test_a_number_of_threads_that_there_cannot_be(m: ModuleType, threads: int, k
         m.sketch(x, out, kind, 1, 0, 3, threads)
 
 
-@pytest.mark.parametrize("kind", reference.sketch.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_without_columns_have_sketches_of_zeros(m: ModuleType, kind: str) -> None:
     out = torch.full((3, 5), 7.0)
     m.sketch(torch.empty(3, 0), out, kind, 1, 0, 1, 2)
@@ -232,7 +234,7 @@ def test_directions_to_the_end_of_64_bits(m: ModuleType) -> None:
             m.directions(out, 1, begin, 0, 1)
     m.directions(out, 1, most, 2**32 - 2, 1)
     expected = torch.empty(2, 5)
-    reference.zeroth_order.directions(expected, seed=1, begin=most, first=2**32 - 2)
+    directions(expected, seed=1, begin=most, first=2**32 - 2)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)  # the vector logarithm's last digits
     with pytest.raises(ValueError, match=r"first: expected an integer in \[0, 4294967294\], got 4294967295"):
         m.directions(out, 1, 0, 2**32 - 1, 1)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashcoreset import _native
+from flashcoreset._core import native
 
 FLOATS = [np.float32, np.float64]
 
@@ -29,9 +29,9 @@ needs_read_only = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=_native.available_isas())
+@pytest.fixture(scope="module", params=native.available_isas())
 def m(request: pytest.FixtureRequest) -> ModuleType:
-    return _native.load_isa(request.param)
+    return native.load_isa(request.param)
 
 
 def dot(m: ModuleType, x: Any, y: Any = None, out: Any = None) -> Any:

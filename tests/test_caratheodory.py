@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flashcoreset as fc
-from flashcoreset import _native, kernels
+from flashcoreset import kernels
+from flashcoreset._core import native
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the sums of magnitudes. Worst seen of float64: 9e-15 (d = 1,000); float32 weights are rounded by up to 6e-8.
@@ -367,14 +368,14 @@ def test_the_binding_checks_its_arrays() -> None:
 
 
 def test_the_parts_for_devices_check_their_arrays() -> None:
-    native, capsule = _native.module(), torch.utils.dlpack.to_dlpack
+    module, capsule = native.module(), torch.utils.dlpack.to_dlpack
 
     def numbers(*shape: int, value: float = 1.0) -> Any:
         return capsule(torch.full(shape, value, dtype=torch.float64))
 
     with pytest.raises(ValueError, match="centre: expected at least 1 number"):
-        native.CaratheodoryReduction(numbers(0), 1.0)
-    reduction = native.CaratheodoryReduction(numbers(2, value=0.0), 1.0)
+        module.CaratheodoryReduction(numbers(0), 1.0)
+    reduction = module.CaratheodoryReduction(numbers(2, value=0.0), 1.0)
     assert reduction.most_runs == 12
     with pytest.raises(ValueError, match="sums: expected a total weight > 0 first"):
         reduction.factors(numbers(4, 3), numbers(4))
@@ -390,9 +391,9 @@ def test_the_parts_for_devices_check_their_arrays() -> None:
         (lambda: reduction.correct(numbers(5, 3), numbers(5), numbers(3)), "x: expected shape"),
         (lambda: reduction.correct(numbers(5, 2), numbers(4), numbers(3)), "weights: expected shape"),
         (lambda: reduction.correct(numbers(5, 2), numbers(5), numbers(2)), "sums: expected shape"),
-        (lambda: native.CaratheodorySampler(reduction, numbers(9, value=0.0), 3), "weights: expected finite"),
+        (lambda: module.CaratheodorySampler(reduction, numbers(9, value=0.0), 3), "weights: expected finite"),
         (
-            lambda: native.CaratheodorySampler(reduction, numbers(9), 0),
+            lambda: module.CaratheodorySampler(reduction, numbers(9), 0),
             "goal: expected an integer >= 1, got 0",
         ),
     ):
@@ -406,7 +407,7 @@ def test_the_parts_for_devices_check_their_arrays() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             reduction.rest(numbers(*x), numbers(w), capsule(places[:out]), capsule(weights))
-    sampler = native.CaratheodorySampler(reduction, numbers(9), 4)
+    sampler = module.CaratheodorySampler(reduction, numbers(9), 4)
     with pytest.raises(ValueError, match="x: expected no more rows than weights"):
         sampler.push(numbers(10, 2))
     with pytest.raises(ValueError, match="x: expected shape"):

@@ -20,8 +20,8 @@ from test_caratheodory import (
 )
 
 import flashcoreset as fc
-from flashcoreset import _native
-from flashcoreset.kernels import caratheodory as driver
+from flashcoreset._core import native
+from flashcoreset.caratheodory import on_device as driver
 from flashcoreset.kernels import cuda
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
@@ -60,7 +60,7 @@ def test_the_way_to_the_host() -> None:
 
 @pytest.mark.usefixtures("all_on_device")
 def test_schedules_change_no_bit() -> None:
-    module = _native.cuda_module()
+    module = native.cuda_module()
     x = random(3_000, 9)
     found = []
     for schedule in ("reverse", "random:7", "forward"):
@@ -89,7 +89,7 @@ def test_gradients_are_matched_exactly() -> None:
 
 
 def test_without_the_compiled_cpu_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "failure", lambda: "no compiled CPU module could be loaded (broken)")
+    monkeypatch.setattr(native, "failure", lambda: "no compiled CPU module could be loaded (broken)")
     with pytest.raises(
         fc.BackendUnavailableError, match=r"backend 'cuda': of caratheodory sums of runs .*\(broken\)"
     ):
@@ -100,7 +100,7 @@ def test_without_the_compiled_cpu_module(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("all_on_device")
 def test_memory_is_that_of_partial_sums() -> None:
     x = random(60_000, 3)
-    module = _native.cuda_module()
+    module = native.cuda_module()
     before = module.allocated_bytes()
     try:
         module.set_device(bytes=before + 2 * 8 * 4 * (60_000 // 256 + 16))
@@ -114,12 +114,12 @@ def test_memory_is_that_of_partial_sums() -> None:
 
 
 def test_the_binding_checks_its_arrays() -> None:
-    native = _native.cuda_module()
+    module = native.cuda_module()
     x = random(20, 3).to(DEVICE)
     capsule = torch.utils.dlpack.to_dlpack
 
     def sums(rows: int = 4, columns: int = 4, size: int = 5, weights: int = 20, centre: int = 3) -> None:
-        native.sum_runs(
+        module.sum_runs(
             capsule(x),
             None,
             capsule(x.new_ones(weights)),
@@ -143,7 +143,7 @@ def test_the_binding_checks_its_arrays() -> None:
     kept = torch.tensor([0, 2], device=DEVICE)
 
     def keep(count: int, factors: int = 2) -> None:
-        native.keep_runs(
+        module.keep_runs(
             20,
             None,
             None,

@@ -24,8 +24,8 @@ if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
 
 import flashcoreset as fc
-from flashcoreset import _native
-from flashcoreset.kernels import caratheodory as driver
+from flashcoreset._core import native
+from flashcoreset.caratheodory import on_device as driver
 from flashcoreset.kernels import triton as kernels
 from flashcoreset.triton_kernels import caratheodory as launchers
 
@@ -95,7 +95,7 @@ def test_gradients_are_matched_exactly() -> None:
 
 
 def test_without_the_compiled_cpu_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "failure", lambda: "no compiled CPU module could be loaded (broken)")
+    monkeypatch.setattr(native, "failure", lambda: "no compiled CPU module could be loaded (broken)")
     with pytest.raises(
         fc.BackendUnavailableError, match=r"backend 'triton': of caratheodory sums of runs .*\(broken\)"
     ):

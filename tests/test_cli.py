@@ -835,18 +835,18 @@ def test_warnings_are_one_line(
 
 
 def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashcoreset import _native
+    from flashcoreset._core import native
 
     assert run("info") == 0
     out = capsys.readouterr().out
     assert out.startswith(f"flashcoreset {fc.__version__} (Python ")
-    for name in ("torch", "cpu", "cuda", "triton", *_native.MODULES):
+    for name in ("torch", "cpu", "cuda", "triton", *native.MODULES):
         assert f"\n  {name:<10}  " in out
     assert torch.__version__ in out
     assert out.count("in use") == 1
-    for isa in _native.available_isas():
+    for isa in native.available_isas():
         assert f"{isa:<10}  missing" not in out
-    monkeypatch.setattr(_native, "_loaded", None)
+    monkeypatch.setattr(native, "_loaded", None)
     monkeypatch.setenv("FLASHCORESET_ISA", "z80")
     assert run("info") == 0
     assert "missing: FLASHCORESET_ISA=z80" in capsys.readouterr().out

@@ -35,7 +35,7 @@ from cases import (
 from test_boundary import Handmade
 
 import flashcoreset as fc
-from flashcoreset import _native
+from flashcoreset._core import native
 
 emulated = pytest.mark.usefixtures("emulated_cuda")
 only_emulated = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def test_follows_the_definition(case: Case) -> None:
     worst_error(case, selection)
     reference = fc.facility_location(case.x, case.k, backend="cpu", **case.options)
     assert selection.gains.dtype == reference.gains.dtype
-    if _native.module().ISA == "x86-64-v2":
+    if native.module().ISA == "x86-64-v2":
         return  # which has no fused multiply-add, so that its picks may differ where gains tie
     assert torch.equal(selection.indices, reference.indices)
     assert torch.equal(selection.gains, reference.gains)
@@ -62,7 +62,7 @@ def test_follows_the_definition(case: Case) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 def test_schedules_methods_and_sizes_agree_bit_for_bit(metric: str) -> None:
     x = points(60, 60 if metric == "precomputed" else 5, 3, torch.float32)
-    module = _native.cuda_module()
+    module = native.cuda_module()
     emulated = hasattr(module, "set_schedule")
     selections = []
     for schedule in ("forward", "reverse", "random:7"):
@@ -194,10 +194,10 @@ def test_sparse_matrices_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @emulated
 def test_sparse_matrices_on_a_device_fall_back_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashcoreset import _errors
-    from flashcoreset.ops import backends
+    from flashcoreset._core import dispatch as backends
+    from flashcoreset._core import errors
 
-    monkeypatch.setattr(_errors, "_reported", set())
+    monkeypatch.setattr(errors, "_reported", set())
     monkeypatch.setitem(backends.DEFAULTS, DEVICE, backends.DEFAULTS["cuda"])
     with pytest.warns(fc.SlowPathWarning, match="no cuda kernel for sparse.*no triton kernel for sparse"):
         selection = fc.facility_location(sparse_on_device(), 2, metric="precomputed")
@@ -293,7 +293,7 @@ def test_an_offset_far_above_all_distances(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_a_device_the_reason_is_named() -> None:
-    if _native.cuda_failure() is None:
+    if native.cuda_failure() is None:
         pytest.skip("there is a CUDA device")
     with pytest.raises(
         fc.BackendUnavailableError,
@@ -303,7 +303,7 @@ def test_without_a_device_the_reason_is_named() -> None:
 
 
 def test_the_module_is_built_where_there_is_a_compiler() -> None:
-    module = _native._import("_cuda")
+    module = native._import("_cuda")
     if isinstance(module, str):
         pytest.skip("built without nvcc")
     assert module.ARCHITECTURES
@@ -327,7 +327,7 @@ SINKHORN_STACK = 256
 
 def test_no_kernel_spills() -> None:
     """Registers that do not suffice show as a stack; the kernels run close to what a thread has."""
-    module = _native._import("_cuda")
+    module = native._import("_cuda")
     if isinstance(module, str):
         pytest.skip("built without nvcc")
     if (reader := cuobjdump()) is None:
@@ -343,7 +343,7 @@ def test_no_kernel_spills() -> None:
 @pytest.fixture
 def device(emulated_cuda: None) -> Iterator[ModuleType]:
     """The emulated module, whose device a test may change."""
-    module = _native.cuda_module()
+    module = native.cuda_module()
     yield module
     module.set_device()
 

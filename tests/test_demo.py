@@ -12,7 +12,10 @@ import torch
 from matplotlib.image import imread
 
 import flashcoreset as fc
-from flashcoreset import cli, demo, demo_batches, demo_fits, demo_pruning
+from flashcoreset import cli, demo
+from flashcoreset.demo import batches as demo_batches
+from flashcoreset.demo import fits as demo_fits
+from flashcoreset.demo import pruning as demo_pruning
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from cases import DEVICE, DISTANCES, POINT_METRICS, points
 from torch import Tensor
 
 import flashcoreset as fc
-from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit
+from flashcoreset.pursuit import frank_wolfe, orthogonal_matching_pursuit
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

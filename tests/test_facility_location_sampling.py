@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashcoreset.ops.sampling import CandidateSampler
-from flashcoreset.reference.philox import philox4x32, uniforms
+from flashcoreset._core.philox import philox4x32, uniforms
+from flashcoreset.facility_location.sampling import CandidateSampler
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,10 @@ import torch
 from scipy.stats import spearmanr
 
 import flashcoreset as fc
-from flashcoreset import kernels
-from flashcoreset.methods.goracs import class_budgets
-from flashcoreset.ops import exact_transport
-from flashcoreset.ops.exchanges import Exchanges
-from flashcoreset.ops.transport_costs import TransportCosts
-from flashcoreset.reference import goracs as reference
+from flashcoreset.facility_location import cpu
+from flashcoreset.methods.goracs import class_budgets, exact_transport, reference
+from flashcoreset.methods.goracs.exchanges import Exchanges
+from flashcoreset.methods.goracs.transport_costs import TransportCosts
 
 matplotlib.use("Agg")
 ot = exact_transport.load_pot()
@@ -328,7 +326,7 @@ def test_costs_are_those_of_the_definition() -> None:
     expected = reference.costs(train, valid, norms, 0.5)
     penalty = torch.from_numpy(0.5 * norms / norms.max())
     for budget in (1, 2**28):
-        costs = TransportCosts(torch.from_numpy(train), torch.from_numpy(valid), penalty, kernels.cpu, budget)
+        costs = TransportCosts(torch.from_numpy(train), torch.from_numpy(valid), penalty, cpu, budget)
         np.testing.assert_allclose(costs.costs(slice(0, 50)).numpy(), expected, atol=1e-12)
         assert (costs.held is None) == (budget == 1)
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flashcoreset as fc
+from flashcoreset.gradients.zeroth_order import seed_of_call
 from flashcoreset.integrations.torch import BatchSelector, sample_losses
-from flashcoreset.ops.zeroth_order import seed_of_call
 
 VOCABULARY, ROWS, LENGTH = 41, 6, 9
 

@@ -21,7 +21,7 @@ def test_ctrl_c_ends_the_call_within_a_second(name: str) -> None:
 IMPORT = """
 import os, signal, sys, threading, time
 sys.path.insert(0, {folder!r})
-from flashcoreset._imports import imported
+from flashcoreset._core.imports import imported
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 begin = time.monotonic()
 try:
@@ -46,7 +46,7 @@ FORK = """
 import os, signal, sys, threading, time
 sys.path.insert(0, {folder!r})
 import flashcoreset
-from flashcoreset._imports import imported
+from flashcoreset._core.imports import imported
 thread = threading.Thread(target=imported, args=("slow_package",))
 thread.start()
 time.sleep(0.2)
@@ -66,7 +66,7 @@ def test_a_fork_waits_for_an_import_that_goes_on(tmp_path: Path) -> None:
 
 
 def test_imports_from_another_thread_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashcoreset._imports import imported
+    from flashcoreset._core.imports import imported
 
     (tmp_path / "quick_package.py").write_text("here = 1\n")
     (tmp_path / "broken_package.py").write_text("import no_such_package\n")
@@ -84,7 +84,7 @@ def test_imports_from_another_thread_and_errors(tmp_path: Path, monkeypatch: pyt
 def test_pot_is_imported_without_other_array_libraries() -> None:
     code = (
         "import sys, os\n"
-        "from flashcoreset.ops.exact_transport import load_pot\n"
+        "from flashcoreset.methods.goracs.exact_transport import load_pot\n"
         "ot = load_pot()\n"
         "assert ot.emd and not {'jax', 'tensorflow', 'cupy'} & set(sys.modules)\n"
         "assert not [name for name in os.environ if name.startswith('POT_BACKEND')]\n"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import flashcoreset as fc
-from flashcoreset.reference import zeroth_order
+from flashcoreset.directions import reference as zeroth_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

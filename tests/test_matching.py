@@ -17,8 +17,8 @@ from torch import Tensor
 
 import flashcoreset as fc
 from flashcoreset import kernels
-from flashcoreset.ops.pursuit import orthogonal_matching_pursuit
-from flashcoreset.reference.matching import Rule
+from flashcoreset.matching.rule import Rule
+from flashcoreset.pursuit import orthogonal_matching_pursuit
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 Check = Callable[[str, str], None]

@@ -9,9 +9,10 @@ import torch
 from cases import DEVICE
 from test_matching import BETAS, CHECKS, EPS, Check, normal
 
-from flashcoreset import _native, kernels
+from flashcoreset import kernels
+from flashcoreset._core import native
 from flashcoreset.kernels import cuda
-from flashcoreset.reference.matching import Rule
+from flashcoreset.matching.rule import Rule
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -38,7 +39,7 @@ def test_schedules_and_layout_change_no_bit() -> None:
     given = problem()
     g, m, v = (given[name] for name in "gmv")
     wide, twice = torch.cat([g, g], 1)[:, : g.shape[1]], torch.stack([m, v], 1)
-    module = _native.cuda_module()
+    module = native.cuda_module()
     emulated = hasattr(module, "set_schedule")
     results = []
     for schedule in ("reverse", "random:7", "forward"):
@@ -56,7 +57,7 @@ def test_schedules_and_layout_change_no_bit() -> None:
 
 def test_bits_are_those_of_the_cpu() -> None:
     """Sums go by the same order, of rows in float64: means that tie there tie here."""
-    if _native.module().ISA == "x86-64-v2":
+    if native.module().ISA == "x86-64-v2":
         pytest.skip("that build has no fused multiply-add")
     given = {
         name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in problem().items()
@@ -75,7 +76,7 @@ def test_memory_is_that_of_the_lists() -> None:
     m, v = torch.zeros(numel), torch.ones(numel)
     member, offset = torch.arange(count), torch.tensor([0, count])
     rule = Rule.adam(4, BETAS, EPS)
-    module = _native.cuda_module()
+    module = native.cuda_module()
     before = module.allocated_bytes()
     try:
         module.set_device(bytes=before + 24 * (numel + 10) + 100)

@@ -15,7 +15,7 @@ if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
 
 from flashcoreset.kernels import triton as kernels
-from flashcoreset.reference.matching import Rule
+from flashcoreset.matching.rule import Rule
 from flashcoreset.triton_kernels import matching as launchers
 
 

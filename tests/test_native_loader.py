@@ -9,17 +9,17 @@ import torch
 from processes import run
 
 import flashcoreset as fc
-from flashcoreset import _errors, _native
+from flashcoreset._core import errors, native
 
-ISA = "from flashcoreset import _native; print(_native.module().ISA)"
+ISA = "from flashcoreset import _native; print(native.module().ISA)"
 
 
 def test_the_best_build_is_taken() -> None:
     result = run(ISA, FLASHCORESET_ISA="")
-    assert result.stdout.strip().replace("_", "-") == _native.available_isas()[0].replace("_", "-")
+    assert result.stdout.strip().replace("_", "-") == native.available_isas()[0].replace("_", "-")
 
 
-@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("isa", native.available_isas())
 def test_the_environment_forces_a_build(isa: str) -> None:
     assert run(ISA, FLASHCORESET_ISA=isa).stdout.strip().replace("_", "-") == isa.replace("_", "-")
 
@@ -29,15 +29,15 @@ def test_an_unknown_build_lists_the_names() -> None:
     result = run(call, FLASHCORESET_ISA="avx9000")
     assert result.returncode == 1
     assert "ValueError" in result.stderr
-    assert all(name in result.stderr for name in ("FLASHCORESET_ISA", "avx9000", *_native.MODULES))
+    assert all(name in result.stderr for name in ("FLASHCORESET_ISA", "avx9000", *native.MODULES))
 
 
 def test_a_build_for_another_processor_says_so() -> None:
-    foreign = "x86-64-v2" if "aarch64" in _native.available_isas() else "aarch64"
+    foreign = "x86-64-v2" if "aarch64" in native.available_isas() else "aarch64"
     with pytest.raises(
         fc.BackendUnavailableError, match=f"{foreign} cannot be used here.*processor.*available: "
     ):
-        _native.load_isa(foreign)
+        native.load_isa(foreign)
     result = run(ISA, FLASHCORESET_ISA=foreign)
     assert result.returncode == 1
     assert f"BackendUnavailableError: FLASHCORESET_ISA={foreign}" in result.stderr
@@ -51,14 +51,14 @@ def test_import_loads_no_kernels() -> None:
 @pytest.fixture
 def without_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the package had been installed without its compiled modules."""
-    monkeypatch.setattr(_native, "_loaded", None)
-    monkeypatch.setattr(_native, "_failure", None)
-    monkeypatch.setattr(_native, "_import", lambda name: "ImportError: no compiled module here")
-    monkeypatch.setattr(_errors, "_reported", set())
+    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setattr(native, "_failure", None)
+    monkeypatch.setattr(native, "_import", lambda name: "ImportError: no compiled module here")
+    monkeypatch.setattr(errors, "_reported", set())
     monkeypatch.delenv("FLASHCORESET_ISA", raising=False)
-    _native.unavailable_reason.cache_clear()
+    native.unavailable_reason.cache_clear()
     yield
-    _native.unavailable_reason.cache_clear()
+    native.unavailable_reason.cache_clear()
 
 
 @pytest.mark.usefixtures("without_modules")

@@ -14,10 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashcoreset import _native
-from flashcoreset.kernels.nearest_order import NearestOrder
-from flashcoreset.ops.nearest_order import Rounds
-from flashcoreset.reference import simcore as reference
+from flashcoreset._core import native
+from flashcoreset.nearest_order import Rounds, reference
+from flashcoreset.nearest_order.cpu import NearestOrder
 
 CLASSES = [NearestOrder, reference.NearestOrder]
 
@@ -85,10 +84,10 @@ def test_rounds_match_brute_force(cls: type, problem: tuple) -> None:
     assert run(cls, s, k, lengths, cuts) == brute_force(s.numpy(), k)
 
 
-@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("isa", native.available_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_isas_and_threads_agree(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "module", lambda: _native.load_isa(isa))
+    monkeypatch.setattr(native, "module", lambda: native.load_isa(isa))
     generator = torch.Generator().manual_seed(1)
     # Several slices, several cuts of a list, a width that fills no vector, and many ties.
     s = torch.randint(-50, 50, (9000, 97), generator=generator).to(dtype) / 64
@@ -104,13 +103,13 @@ def test_isas_and_threads_agree(isa: str, dtype: torch.dtype, monkeypatch: pytes
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("isa", native.available_isas())
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 5), (97, 13, 33), (1025, 100, 64), (300, 25, 700)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_similarities_from_features(
     isa: str, shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_native, "module", lambda: _native.load_isa(isa))
+    monkeypatch.setattr(native, "module", lambda: native.load_isa(isa))
     n, lists, d = shape
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n, d, generator=generator, dtype=dtype)
@@ -211,21 +210,21 @@ def test_misuse_is_an_error() -> None:
         NearestOrder.of_similarities(3, torch.float16)
     with pytest.raises(ValueError, match="centroids must be finite, got NaN at row 1, column 0"):
         NearestOrder(torch.tensor([[1.0], [float("nan")]]))
-    native = _native.module().NearestOrder(torch.eye(3), 1)
-    native.begin(1)
-    native.update(torch.eye(3))
-    native.finish()
+    made = native.module().NearestOrder(torch.eye(3), 1)
+    made.begin(1)
+    made.update(torch.eye(3))
+    made.finish()
     one, counts, values = (
         torch.empty(1, dtype=torch.int64),
         torch.empty(1, dtype=torch.int64),
         torch.empty(1).double(),
     )
     with pytest.raises(ValueError, match="room for 1 rounds of up to 3 items"):
-        native.rounds(3, one, counts, values)
+        made.rounds(3, one, counts, values)
     with pytest.raises(ValueError, match=r"list: expected an index in \[0, 3\), got 3"):
-        native.order(3, one, torch.empty(1))
+        made.order(3, one, torch.empty(1))
     with pytest.raises(ValueError, match="room for 1 entries"):
-        native.order(0, one[:0], torch.empty(0))
+        made.order(0, one[:0], torch.empty(0))
 
 
 def test_a_list_that_never_finds_a_free_item_ends_the_rounds() -> None:

@@ -20,7 +20,7 @@ import torch
 from cases import on_device
 
 import flashcoreset as fc
-from flashcoreset.ops.sampling import CandidateSampler
+from flashcoreset.facility_location.sampling import CandidateSampler
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.rand(14, 3, generator=GENERATOR)

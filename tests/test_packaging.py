@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import flashcoreset as fc
-from flashcoreset import _native
+from flashcoreset._core import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,7 +106,7 @@ def test_wheel(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == python
     assert "flashcoreset/py.typed" in names
     modules = {Path(name).name.partition(".")[0] for name in names if name.endswith(".so")}
-    assert modules == {"_processor", _native.MODULES[_native.available_isas()[0]]}
+    assert modules == {"_processor", native.MODULES[native.available_isas()[0]]}
     assert f"flashcoreset-{version()}.dist-info/licenses/LICENSE" in names
     assert metadata["Version"] == version()
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -115,8 +115,8 @@ def test_wheel(wheel: Path) -> None:
 
 
 def test_all_builds_are_installed() -> None:
-    architecture = [isa for isa in _native.MODULES if isa.startswith(platform.machine().replace("_", "-"))]
-    installed = [isa for isa in _native.MODULES if find_spec(f"flashcoreset.{_native.MODULES[isa]}")]
+    architecture = [isa for isa in native.MODULES if isa.startswith(platform.machine().replace("_", "-"))]
+    installed = [isa for isa in native.MODULES if find_spec(f"flashcoreset.{native.MODULES[isa]}")]
     assert installed == (architecture or ["generic"])
 
 

@@ -13,9 +13,9 @@ import torch
 from cases import on_device, to_cpu
 
 import flashcoreset as fc
-from flashcoreset import _native
+from flashcoreset._core import native
 
-BACKENDS = ["torch", *(f"cpu-{isa}" for isa in _native.available_isas()), "cuda", "triton"]
+BACKENDS = ["torch", *(f"cpu-{isa}" for isa in native.available_isas()), "cuda", "triton"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 N = 41
 # On a grid distances are exact in every type, and many of them tie.
@@ -32,7 +32,7 @@ def distances(clients: torch.Tensor | None = None) -> torch.Tensor:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     name, _, isa = request.param.partition("-")
     if isa:
-        monkeypatch.setattr(_native, "_loaded", _native.load_isa(isa))
+        monkeypatch.setattr(native, "_loaded", native.load_isa(isa))
     if name == "cuda":
         request.getfixturevalue("emulated_cuda")
     return name

@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import flashcoreset as fc
-from flashcoreset import _native, kernels
-from flashcoreset.ops.pursuit import Pursuit, frank_wolfe, orthogonal_matching_pursuit, pursuit_bytes
+from flashcoreset import kernels
+from flashcoreset._core import native
+from flashcoreset.pursuit import Pursuit, frank_wolfe, orthogonal_matching_pursuit, pursuit_bytes
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIZES = [(1, 1), (7, 3), (7, 97), (40, 1), (97, 40), (130, 1025), (1025, 33)]
@@ -457,7 +458,7 @@ def test_opcheck_and_compile(name: str | None) -> None:
 
 LONG_CALL = """
 import torch
-from flashcoreset.ops.pursuit import frank_wolfe, orthogonal_matching_pursuit
+from flashcoreset.pursuit import frank_wolfe, orthogonal_matching_pursuit
 g = torch.randn(60_000, 1000, generator=torch.Generator().manual_seed(0))
 print("ready", flush=True)
 try:
@@ -576,7 +577,7 @@ def test_the_compiled_call_checks_what_it_is_given() -> None:
 
 def check_needs_the_cpu_module(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernels of a GPU find the picks, the CPU module fits their weights."""
-    monkeypatch.setattr(_native, "failure", lambda: "no compiled CPU module could be loaded")
+    monkeypatch.setattr(native, "failure", lambda: "no compiled CPU module could be loaded")
     said = f"backend '{backend}': of pursuit the weights are fitted on the host, .* no compiled CPU module"
     for solve in (orthogonal_matching_pursuit, frank_wolfe):
         with pytest.raises(fc.BackendUnavailableError, match=said):

@@ -29,8 +29,8 @@ from test_pursuit import (
     normal,
 )
 
-from flashcoreset import _native
-from flashcoreset.kernels import cuda as kernels
+from flashcoreset._core import native
+from flashcoreset.pursuit import cuda as kernels
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda", "one_thread")
 
@@ -125,7 +125,7 @@ def test_weights_that_round_to_zero() -> None:
 
 def test_schedules_change_no_bit() -> None:
     g = make_rows("clustered", 50, 300).float().to(DEVICE)
-    module, emulated = _native.cuda_module(), DEVICE == "cpu"
+    module, emulated = native.cuda_module(), DEVICE == "cpu"
     results = []
     for schedule in ("reverse", "random:7", "forward"):
         if emulated:
@@ -162,7 +162,7 @@ def test_long_rows_are_summed_in_pieces(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the emulated device alone can be made a poorer one")
 def test_memory_that_is_not_there_is_told() -> None:
-    module = _native.cuda_module()
+    module = native.cuda_module()
     before = module.allocated_bytes()
     g = normal(5, 9_001)
     try:

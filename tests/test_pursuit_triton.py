@@ -35,7 +35,7 @@ from test_pursuit import (
 if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
 
-from flashcoreset.kernels import triton as kernels
+from flashcoreset.pursuit import triton as kernels
 from flashcoreset.triton_kernels import pursuit as launchers
 
 pytestmark = pytest.mark.usefixtures("one_thread")

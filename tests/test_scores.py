@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import flashcoreset as fc
-from flashcoreset import _native, kernels
+from flashcoreset import kernels
+from flashcoreset._core import native
 
 NAMES = ("loss", "entropy", "margin", "el2n", "correct")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,11 +34,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The name of a backend; for "cpu" the build in use is the one that the test's id names."""
     name, _, isa = request.param.partition("-")
     if isa:
-        monkeypatch.setattr(_native, "_loaded", _native.load_isa(isa))
+        monkeypatch.setattr(native, "_loaded", native.load_isa(isa))
     if name == "triton":
         if platform.machine() != "x86_64":
             pytest.skip("triton is published for x86-64 alone")
-        from flashcoreset.kernels.triton import INTERPRETED
+        from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
         if not INTERPRETED:
             pytest.skip("tests/test_triton.py runs it on a GPU")

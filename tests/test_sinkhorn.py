@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import flashcoreset as fc
 from flashcoreset import kernels
-from flashcoreset.reference.sinkhorn import Schedule
+from flashcoreset.sinkhorn.schedule import Schedule
 
 # Compiling POT's sources warns of their escape sequences.
 with warnings.catch_warnings():

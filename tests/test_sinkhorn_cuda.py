@@ -11,8 +11,7 @@ import torch
 from cases import DEVICE
 from torch import Tensor
 
-from flashcoreset.kernels import cuda
-from flashcoreset.reference import sinkhorn as reference
+from flashcoreset.sinkhorn import cuda, reference
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -266,7 +265,9 @@ def test_small_regularisation(
     single = dtype == torch.float32
     assert abs(float(shown - got.error)) <= (2e-7 if single else 1e-13)  # seen: 3e-8, 9e-15
     assert bool(got.converged) == (tol > 0)
-    exact = reference.plan(case.x.cpu(), host(case.y), a, b, want.f, want.g, reg=reg, metric="sqeuclidean")
+    exact = reference.sinkhorn_plan(
+        case.x.cpu(), host(case.y), a, b, want.f, want.g, reg=reg, metric="sqeuclidean"
+    )
     assert float((plan - exact).abs().sum()) <= (5e-6 if single else 2e-12)  # seen: 1.4e-6, 4e-13
 
 
@@ -312,11 +313,11 @@ def test_products_with_plans(dtype: torch.dtype) -> None:
     # Of entries of at most 1e-3 each; float32: their costs' rounding over reg, 1e-6 of them.
     tolerance = {"rtol": 5e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-16}
     for got, want in (
-        (cuda.sinkhorn_plan(*arguments, **more), reference.plan(*plain, **more)),
-        (cuda.sinkhorn_apply(*arguments, v.to(DEVICE), **more), reference.apply(*plain, v, **more)),
+        (cuda.sinkhorn_plan(*arguments, **more), reference.sinkhorn_plan(*plain, **more)),
+        (cuda.sinkhorn_apply(*arguments, v.to(DEVICE), **more), reference.sinkhorn_apply(*plain, v, **more)),
         (
             cuda.sinkhorn_apply(*arguments, u.to(DEVICE), transpose=True, **more),
-            reference.apply(*plain, u, transpose=True, **more),
+            reference.sinkhorn_apply(*plain, u, transpose=True, **more),
         ),
     ):
         assert got.dtype == torch.float64

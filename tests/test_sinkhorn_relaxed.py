@@ -15,8 +15,8 @@ import torch
 from cases import DEVICE
 
 import flashcoreset as fc
-from flashcoreset import kernels
-from flashcoreset.reference.sinkhorn import Schedule
+from flashcoreset.sinkhorn import cuda
+from flashcoreset.sinkhorn.schedule import Schedule
 
 INF = math.inf
 BACKENDS = ["torch", "cpu", "cuda", "cuda streamed"]
@@ -32,7 +32,7 @@ def solver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     if backend == "cuda":
         request.getfixturevalue("emulated_cuda")
         if request.param != backend:
-            monkeypatch.setattr(kernels.cuda, "SINKHORN_SHARED_BYTES", 0)
+            monkeypatch.setattr(cuda, "SINKHORN_SHARED_BYTES", 0)
     device = DEVICE if backend in ("cuda", "triton") else "cpu"
 
     def solve(*arrays: Any, **options: Any) -> fc.Transport:

@@ -15,12 +15,12 @@ from cases import DEVICE, on_device
 from torch import Tensor
 
 import flashcoreset as fc
-from flashcoreset.reference import sinkhorn as reference
+from flashcoreset.sinkhorn import reference
 
 if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
 
-from flashcoreset.kernels import triton as kernels
+from flashcoreset.sinkhorn import triton as kernels
 from flashcoreset.triton_kernels import sinkhorn as launchers
 from flashcoreset.triton_kernels.pairwise import Tile
 
@@ -208,7 +208,7 @@ def test_products_with_the_plan(metric: str, dtype: torch.dtype, monkeypatch: py
     there = [on_device(t) for t in arguments]
     options: dict[str, Any] = {"reg": reg, "metric": metric, **lengths}
     moved = {name: on_device(value) for name, value in options.items()}
-    plan = reference.plan(*arguments, **options)
+    plan = reference.sinkhorn_plan(*arguments, **options)
     # A plan is off by what the rounding of a cost is of reg, and of the exponent.
     within = {torch.float32: 1e-5, torch.float64: 1e-13}[dtype] * float(plan.max())
     torch.testing.assert_close(kernels.sinkhorn_plan(*there, **moved).cpu(), plan, rtol=0, atol=within)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import flashcoreset as fc
 from flashcoreset import kernels
-from flashcoreset.reference.philox import philox4x32
-from flashcoreset.reference.sketch import hadamard_block
+from flashcoreset._core.philox import philox4x32
+from flashcoreset.sketch.kinds import hadamard_block
 
 KINDS = ["rademacher", "gaussian", "sjlt", "srht"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

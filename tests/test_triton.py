@@ -26,12 +26,12 @@ from cases import (
 )
 
 import flashcoreset as fc
-from flashcoreset import _native
+from flashcoreset._core import native
 
 if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
 
-from flashcoreset.kernels import triton as kernels
+from flashcoreset.facility_location import triton as kernels
 from flashcoreset.triton_kernels import facility_location as launchers
 from flashcoreset.triton_kernels.pairwise import Tile
 
@@ -121,9 +121,9 @@ def test_values_are_those_of_a_cpu_that_rounds_alike(
     """The chain of operations is the CPU kernels', bit for bit: of the build without fused multiply-adds where Triton's
     interpreter has none, of one with them on a device. (Cosine is that of rows which torch brought to unit length.)"""
     isa = "x86-64-v2" if DEVICE == "cpu" else "x86-64-v3"
-    if isa not in _native.available_isas():
+    if isa not in native.available_isas():
         pytest.skip("this processor has no fused multiply-add")
-    monkeypatch.setattr(_native, "_loaded", _native.load_isa(isa))
+    monkeypatch.setattr(native, "_loaded", native.load_isa(isa))
     for d in (3, 300):
         x = points(30, d, d, dtype)
         expected = fc.kernels.cpu.pairwise(x, metric=metric)
@@ -244,7 +244,7 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
 
 
 def test_other_devices_are_refused() -> None:
-    from flashcoreset.ops.backends import triton_failure
+    from flashcoreset._core.dispatch import triton_failure
 
     assert "backend='torch'" in str(triton_failure(torch.device("meta")))
     assert triton_failure(torch.device("cuda")) is None

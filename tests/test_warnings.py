@@ -12,7 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import flashcoreset as fc
-from flashcoreset import _errors
+from flashcoreset._core import errors
 
 
 def _line() -> int:
@@ -30,16 +30,16 @@ def _at_this_line(category: type[Warning]):
 
 
 def test_the_slow_path_stands_at_the_call(monkeypatch):
-    monkeypatch.setattr(_errors, "_reported", set())
-    monkeypatch.setattr("flashcoreset.ops.backends.DEFAULTS", {})
+    monkeypatch.setattr(errors, "_reported", set())
+    monkeypatch.setattr("flashcoreset._core.dispatch.DEFAULTS", {})
     x = torch.eye(3)
     with _at_this_line(fc.SlowPathWarning):
         fc.facility_location(x, 1)
 
 
 def test_a_call_from_a_users_module_inside_torch_stands_in_the_module(monkeypatch):
-    monkeypatch.setattr("flashcoreset.ops.backends.DEFAULTS", {})
-    monkeypatch.setattr(_errors, "_reported", set())
+    monkeypatch.setattr("flashcoreset._core.dispatch.DEFAULTS", {})
+    monkeypatch.setattr(errors, "_reported", set())
 
     class Module(torch.nn.Module):
         def forward(self, x):
@@ -53,16 +53,16 @@ def test_a_call_from_a_users_module_inside_torch_stands_in_the_module(monkeypatc
 
 
 def test_with_nothing_outside_it_stands_at_the_first_frame(monkeypatch):
-    monkeypatch.setattr(_errors, "_package", lambda frame: "torch")
+    monkeypatch.setattr(errors, "_package", lambda frame: "torch")
     with pytest.warns(UserWarning, match="text") as caught:
-        _errors.warn_caller("text", UserWarning)
+        errors.warn_caller("text", UserWarning)
     assert len(caught) == 1
     assert caught[0].filename != __file__
 
 
 def test_a_session_without_a_source_is_warned():
     # As in `python` and `python -c`, whose __main__ is said to be built in and has no source to look up.
-    code = "from flashcoreset._errors import warn_caller\nwarn_caller('text', UserWarning)\n"
+    code = "from flashcoreset._core.errors import warn_caller\nwarn_caller('text', UserWarning)\n"
     session = {"__name__": "__main__", "__loader__": BuiltinImporter}
     with pytest.warns(UserWarning, match="text") as caught:
         exec(compile(code, "<stdin>", "exec"), session)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flashcoreset as fc
-from flashcoreset.ops import zeroth_order
+from flashcoreset.gradients import zeroth_order
 
 SEEDS = (0, 7, -3, 2**63 - 1)
 

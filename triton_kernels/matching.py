@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashcoreset.reference.matching import Rule
-from flashcoreset.reference.zeroth_order import STREAM
+from flashcoreset.directions import STREAM
+from flashcoreset.matching.rule import Rule
 from flashcoreset.triton_kernels.pairwise import INTERPRETED
 from flashcoreset.triton_kernels.sketch import (
     in_turn,

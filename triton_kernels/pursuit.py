@@ -1,5 +1,5 @@
 """What matching pursuit and Frank-Wolfe read off the rows of G [B, D]; see csrc/cpu/pursuit.cpp for the algorithms and
-flashcoreset/kernels/pursuit.py for the loop around these kernels.
+flashcoreset/pursuit/on_device.py for the loop around these kernels.
 
     products    out_vi = g_i . y_v. A program takes a block of rows and up to four vectors y, and runs through the columns in
                 pieces: sums lane by lane in float64 (products of float32 numbers are exact), reduced at the end of a piece.

@@ -1,4 +1,4 @@
-"""Batches of Sinkhorn iterations, from points or from costs; see python/flashcoreset/reference/sinkhorn.py for the
+"""Batches of Sinkhorn iterations, from points or from costs; see python/flashcoreset/sinkhorn/reference.py for the
 definition.
 
 For each row i of a problem (a column, in the transposed problem: the same kernel with the sides swapped)
@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashcoreset.reference.sinkhorn import MOST_EXPONENT, Schedule
+from flashcoreset.sinkhorn.schedule import MOST_EXPONENT, Schedule
 from flashcoreset.triton_kernels.pairwise import Tile, pair_values
 
 # What a problem is at: to be iterated; to be evaluated, as it may have converged or as it ends; solved.

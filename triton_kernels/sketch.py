@@ -3,7 +3,7 @@
     out_bc = sum over columns i of x of x_bi P_(offset + i)c
 
 A program has a tile of rows of x and outputs, and a piece of the columns of x. It makes the tile of P that some columns need
-from the generator's words (`flashcoreset.reference.sketch` defines them) and multiplies:
+from the generator's words (`flashcoreset.sketch.reference` defines them) and multiplies:
 
     rademacher   one random block a row of P: the 128 signs of a tile's outputs
     gaussian     one block for four outputs; Box and Muller's formula in float64, rounded to float32
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashcoreset.reference.sketch import KINDS, hadamard_block
+from flashcoreset.sketch.kinds import KINDS, hadamard_block
 from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
 # Columns of x between two additions in float64.

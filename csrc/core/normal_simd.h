@@ -1,6 +1,6 @@
 // Standard normal numbers, several at once, from the words of philox_simd.h.
 //
-// python/flashcoreset/reference/sketch.py has the formula (Box and Muller's, its angles cut into quadrants).
+// python/flashcoreset/sketch/reference.py has the formula (Box and Muller's, its angles cut into quadrants).
 // Cost of a pair and vector: a logarithm, a square root and two polynomials, in double.
 #pragma once
 

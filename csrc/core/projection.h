@@ -1,4 +1,4 @@
-// What a random projection is given by; python/flashcoreset/reference/sketch.py defines the matrices.
+// What a random projection is given by; python/flashcoreset/sketch/reference.py defines the matrices.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // The course of one Sinkhorn problem's iterations: when eps falls, by how much iterations are over-relaxed,
 // and when to stop; and the numbers that potentials are moved and judged by.
-// python/flashcoreset/reference/sinkhorn.py has the definition; every backend follows it.
+// python/flashcoreset/sinkhorn/reference.py has the definition; every backend follows it.
 #pragma once
 
 #include <cmath>

@@ -6,7 +6,7 @@
 // The rows in use (all of them, or those with w > 0) have a Cholesky factor L L' = K + ridge I and y = L^-1
 // c: a row that enters adds a row to L, one that leaves takes a row out, and rotations make L triangular
 // again. Each of it costs O(p^2), as does L' w = y. Kernels for a GPU, which find the picks, fit weights by
-// it too (python/flashcoreset/kernels/pursuit.py).
+// it too (python/flashcoreset/pursuit/on_device.py).
 //
 // The non-negative problem is solved exactly, by the active-set method of Lawson and Hanson ("Solving least
 // squares problems", 1974, chapter 23) from the solution before: a row whose weight would turn negative

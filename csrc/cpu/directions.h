@@ -1,6 +1,6 @@
 // The random directions of zeroth-order gradients, of which nothing is stored.
 //
-// python/flashcoreset/reference/zeroth_order.py defines every number.
+// python/flashcoreset/directions/reference.py defines every number.
 #pragma once
 
 #include <cstdint>

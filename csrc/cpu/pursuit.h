@@ -1,6 +1,6 @@
 // Orthogonal matching pursuit and Frank-Wolfe (GIGA): few rows whose weighted sum is close to a target.
 //
-// See pursuit.cpp for the algorithms and their cost, python/flashcoreset/reference/pursuit.py for the
+// See pursuit.cpp for the algorithms and their cost, python/flashcoreset/pursuit/reference.py for the
 // definition.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Batched entropic optimal transport. python/flashcoreset/reference/sinkhorn.py has the definition,
+// Batched entropic optimal transport. python/flashcoreset/sinkhorn/reference.py has the definition,
 // sinkhorn.cpp the algorithm and its cost.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Normal numbers from random words, on the device; python/flashcoreset/reference/sketch.py defines them.
+// Normal numbers from random words, on the device; python/flashcoreset/sketch/reference.py defines them.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
 // What matching pursuit and Frank-Wolfe read off the rows of G [B, D] on the GPU; the loop around it, in
-// python/flashcoreset/kernels/pursuit.py, fits the weights on the host. Arrays are on the device, work goes
+// python/flashcoreset/pursuit/on_device.py, fits the weights on the host. Arrays are on the device, work goes
 // to `stream`, and nothing waits.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Batched entropic optimal transport on the GPU. python/flashcoreset/reference/sinkhorn.py has the
+// Batched entropic optimal transport on the GPU. python/flashcoreset/sinkhorn/reference.py has the
 // definition, sinkhorn.cu says how the work is shared out.
 #pragma once
 

@@ -9,23 +9,28 @@ Example:
 from importlib.metadata import version as _version
 
 from flashcoreset import integrations, kernels, plot
-from flashcoreset._errors import BackendUnavailableError, ConvergenceWarning, InputWarning, SlowPathWarning
-from flashcoreset._forks import one_thread_in_children as _one_thread_in_children
-from flashcoreset._imports import finish_before_forks as _finish_imports_before_forks
-from flashcoreset._memory import memory_estimate
-from flashcoreset._types import Coreset, Selection
+from flashcoreset._core.budgets import allocate_budgets
+from flashcoreset._core.errors import (
+    BackendUnavailableError,
+    ConvergenceWarning,
+    InputWarning,
+    SlowPathWarning,
+)
+from flashcoreset._core.forks import one_thread_in_children as _one_thread_in_children
+from flashcoreset._core.imports import finish_before_forks as _finish_imports_before_forks
+from flashcoreset._core.memory import memory_estimate
+from flashcoreset._core.results import Coreset, Selection
+from flashcoreset.caratheodory import caratheodory
+from flashcoreset.facility_location import facility_location
+from flashcoreset.gradients.adam import AdamState, RankOneAdamState
+from flashcoreset.gradients.sketcher import GradientSketcher
+from flashcoreset.gradients.zeroth_order import LowRankGradients, zeroth_order_gradients
+from flashcoreset.matching import match_gradients
 from flashcoreset.methods import CoLM, autocoreset, ccs, goracs, select, simcore, top_scores
-from flashcoreset.ops.adam import AdamState, RankOneAdamState
-from flashcoreset.ops.budgets import allocate_budgets
-from flashcoreset.ops.caratheodory import caratheodory
-from flashcoreset.ops.dynamics import TrainingDynamics
-from flashcoreset.ops.facility_location import facility_location
-from flashcoreset.ops.gradient_sketcher import GradientSketcher
-from flashcoreset.ops.matching import match_gradients
-from flashcoreset.ops.scores import SampleScores, sample_scores
-from flashcoreset.ops.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
-from flashcoreset.ops.sketch import projection_matrix, sketch
-from flashcoreset.ops.zeroth_order import LowRankGradients, zeroth_order_gradients
+from flashcoreset.scores import SampleScores, sample_scores
+from flashcoreset.scores.dynamics import TrainingDynamics
+from flashcoreset.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
+from flashcoreset.sketch import projection_matrix, sketch
 
 __version__ = _version("flashcoreset")
 

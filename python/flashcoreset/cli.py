@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 import flashcoreset as fc
-from flashcoreset import _native
+from flashcoreset._core import native
+from flashcoreset._core.dispatch import cuda_failure, triton_failure
 from flashcoreset.methods.colm import nothing_kept
-from flashcoreset.ops.backends import cuda_failure, triton_failure
 
 FLOATS = "a float16, float32 or float64"
 POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
@@ -536,16 +536,16 @@ def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 def _info(_: argparse.Namespace) -> int:
     try:
-        used = _native.module().ISA
+        used = native.module().ISA
         cpu = f"available ({used})"
     except (ValueError, fc.BackendUnavailableError) as error:
         used = None
         cpu = f"missing: {error}"
-    available = _native.available_isas()
+    available = native.available_isas()
     isas = []
-    for isa in _native.MODULES:
+    for isa in native.MODULES:
         state = "in use" if isa == used else "available"
-        isas.append((isa, state if isa in available else f"missing: {_native.unavailable_reason(isa)}"))
+        isas.append((isa, state if isa in available else f"missing: {native.unavailable_reason(isa)}"))
     gpus = [
         (f"cuda:{index}", torch.cuda.get_device_name(index)) for index in range(torch.cuda.device_count())
     ]
@@ -558,7 +558,7 @@ def _info(_: argparse.Namespace) -> int:
         "available" if failure is None else f"missing: {failure}"
         for failure in (triton_failure(where), cuda_failure(where))
     )
-    if (built := _native.cuda_architectures()) is not None:
+    if (built := native.cuda_architectures()) is not None:
         cuda += f" (built for {built})"
     backends = [("torch", "available"), ("cpu", cpu), ("cuda", cuda), ("triton", triton)]
     _print_table("backends", backends)
@@ -606,10 +606,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     for module in ("matplotlib", "ot"):
         if importlib.util.find_spec(module) is None:
             raise CommandError(f"demo: {module} is missing: pip install 'flashcoreset[demo]'")
-    from flashcoreset import demo, demo_batches, demo_fits, demo_pruning
+    from flashcoreset import demo
+    from flashcoreset.demo import batches, fits, pruning
 
     shown = ("first picks", "strata", "training curves", "errors")
-    parts: tuple[ModuleType, ...] = (demo, demo_pruning, demo_batches, demo_fits)
+    parts: tuple[ModuleType, ...] = (demo, pruning, batches, fits)
     for part, out, title in zip(parts, outs, shown, strict=True):
         result = part.run()
         print(part.table(result))

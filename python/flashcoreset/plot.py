@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from flashcoreset._imports import imported
-from flashcoreset._types import Coreset
+from flashcoreset._core.imports import imported
+from flashcoreset._core.results import Coreset
 
 
 def descent(coreset: Coreset, ax: Any = None) -> Any:

@@ -82,7 +82,7 @@ class Target:
         from conftest import _emulated_module
 
         import flashcoreset
-        from flashcoreset import _native, kernels
+        from flashcoreset._core import cuda, native
 
         torch.set_num_threads(1)
         self.name = name
@@ -99,9 +99,9 @@ class Target:
         if emulated is None:
             raise SystemExit("the emulated CUDA module is not built: make emulated")
         if name == "public":
-            _native.cuda_failure = lambda device=0: None
-            _native.cuda_module = lambda device=0: emulated
-            kernels.cuda.DEVICE_TYPE = "cpu"
+            native.cuda_failure = lambda device=0: None
+            native.cuda_module = lambda device=0: emulated
+            cuda.DEVICE_TYPE = "cpu"
             import ot  # noqa: F401 - seconds, which each process would take again
             import public
             import sklearn.cluster  # noqa: F401
@@ -111,7 +111,7 @@ class Target:
         else:
             import raw
 
-            module = self.space["m"] = emulated if name == "cuda" else _native.module()
+            module = self.space["m"] = emulated if name == "cuda" else native.module()
             self.generate = lambda seed: raw.generate(seed, module, name == "cuda")
 
     def run(

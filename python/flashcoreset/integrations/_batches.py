@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashcoreset._tensor import FLOATING
+from flashcoreset._core.tensor import FLOATING
 
 IGNORED = -100  # the label of tokens that do not count, as everywhere in torch
 

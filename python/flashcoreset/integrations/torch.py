@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashcoreset._errors import SlowPathWarning, warn_caller
-from flashcoreset._tensor import FLOATING, as_int64, as_integer, as_number
-from flashcoreset._types import Coreset
+from flashcoreset._core.errors import SlowPathWarning, warn_caller
+from flashcoreset._core.results import Coreset
+from flashcoreset._core.tensor import FLOATING, as_int64, as_integer, as_number
+from flashcoreset.gradients.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
 from flashcoreset.integrations._batches import cut, find_rows, known_rows, sample_losses, shifts_labels
-from flashcoreset.ops.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
 
 # Coefficients of shortened passes are those of whole ones but for rounding, of which half precision has much.
 _NEAR = 0.05

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_int64, as_integer, one_of
-from flashcoreset._types import Coreset
+from flashcoreset._core.results import Coreset
+from flashcoreset._core.tensor import as_int64, as_integer, one_of
+from flashcoreset.gradients.zeroth_order import LowRankGradients
 from flashcoreset.integrations.torch import BatchSelector, sample_losses
 from flashcoreset.methods.colm import CoLM
-from flashcoreset.ops.zeroth_order import LowRankGradients
 
 try:
     from accelerate.utils import gather_object

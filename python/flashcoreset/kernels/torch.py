@@ -1,16 +1,15 @@
-"""The reference behind the names of the compiled kernels."""
+"""The reference of all families, behind the names of the compiled kernels."""
 
-from flashcoreset.reference.caratheodory import caratheodory
-from flashcoreset.reference.facility_location import FacilityLocation, pairwise
-from flashcoreset.reference.matching import top_updates, update_history
-from flashcoreset.reference.pursuit import frank_wolfe, orthogonal_matching_pursuit
-from flashcoreset.reference.scores import sample_scores
-from flashcoreset.reference.simcore import NearestOrder
-from flashcoreset.reference.sinkhorn import apply as sinkhorn_apply
-from flashcoreset.reference.sinkhorn import plan as sinkhorn_plan
-from flashcoreset.reference.sinkhorn import sinkhorn
-from flashcoreset.reference.sketch import projection_matrix, sketch
-from flashcoreset.reference.zeroth_order import directions
+from flashcoreset.caratheodory.reference import caratheodory
+from flashcoreset.directions.reference import directions
+from flashcoreset.facility_location.reference import FacilityLocation
+from flashcoreset.matching.reference import top_updates, update_history
+from flashcoreset.nearest_order.reference import NearestOrder
+from flashcoreset.pairwise.reference import pairwise
+from flashcoreset.pursuit.reference import frank_wolfe, orthogonal_matching_pursuit
+from flashcoreset.scores.reference import sample_scores
+from flashcoreset.sinkhorn.reference import sinkhorn, sinkhorn_apply, sinkhorn_plan
+from flashcoreset.sketch.reference import projection_matrix, sketch
 
 __all__ = [
     "FacilityLocation",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flashcoreset._types import Coreset
+from flashcoreset._core.results import Coreset
 from flashcoreset.methods.autocoreset import autocoreset
 from flashcoreset.methods.ccs import ccs, top_scores
 from flashcoreset.methods.colm import CoLM, colm

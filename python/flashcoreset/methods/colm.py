@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._tensor import as_int64, as_integer, as_vector, one_of
-from flashcoreset._types import Coreset
-from flashcoreset.ops.adam import AdamState, RankOneAdamState, check_betas, check_eps
-from flashcoreset.ops.backends import check_backend
-from flashcoreset.ops.budgets import RULES, allocate_budgets
-from flashcoreset.ops.matching import METRICS, Gradients, Problem, check_history, check_top, match_members
+from flashcoreset._core.budgets import RULES, allocate_budgets
+from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.results import Coreset
+from flashcoreset._core.tensor import as_int64, as_integer, as_vector, one_of
+from flashcoreset.gradients.adam import AdamState, RankOneAdamState, check_betas, check_eps
+from flashcoreset.matching import METRICS, Gradients, Problem, check_history, check_top, match_members
 
 _PATIENCE = 100  # batches in which a kept label is expected
 

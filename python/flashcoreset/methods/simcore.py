@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcoreset._imports import imported
-from flashcoreset._memory import as_dtype, as_shape, register_estimate
-from flashcoreset._progress import Progress, Report, check_progress
-from flashcoreset._tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype
-from flashcoreset._types import Coreset
-from flashcoreset.ops.backends import check_backend, choose_kernels
-from flashcoreset.ops.nearest_order import Rounds, RowSource, chunk_rows, compute_type, list_bytes
-from flashcoreset.reference.facility_location import DEFAULT_MEMORY_BUDGET
-from flashcoreset.reference.philox import uniforms
-from flashcoreset.reference.simcore import normalize_rows
+from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
+from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.imports import imported
+from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
+from flashcoreset._core.philox import uniforms
+from flashcoreset._core.progress import Progress, Report, check_progress
+from flashcoreset._core.results import Coreset
+from flashcoreset._core.tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype
+from flashcoreset.nearest_order import Rounds, RowSource, chunk_rows, compute_type, list_bytes
+from flashcoreset.nearest_order.rows import normalize_rows
 
 _PER_TARGET = 50  # picks for each distinct target point where no k is given
 

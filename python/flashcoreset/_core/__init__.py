@@ -1,0 +1,1 @@
+"""What every family stands on: tensors in, errors, progress, the compiled modules, memory, the choice of a backend."""

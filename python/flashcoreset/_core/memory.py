@@ -1,0 +1,83 @@
+"""memory_estimate: the peak memory of a call before it is made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from flashcoreset._core.tensor import FLOATING, as_integer
+
+Estimator = Callable[..., int]
+_estimators: dict[str, Estimator] = {}
+
+
+def register_estimate(name: str) -> Callable[[Estimator], Estimator]:
+    """Makes the decorated function(*shapes, **keywords) -> bytes the estimate for the public function
+    `name`."""
+
+    def register(estimator: Estimator) -> Estimator:
+        _estimators[name] = estimator
+        return estimator
+
+    return register
+
+
+def memory_estimate(fn: Callable[..., Any] | str, *shapes: Any, **kw: Any) -> int:
+    """An upper bound of the bytes that a call allocates at its peak, outputs included, the arguments
+    themselves not.
+
+    Args:
+        fn: a public function, or its name.
+        shapes: the shapes of its tensor arguments in order, as tuples (a tensor or array stands for its
+            shape): for facility_location `x` and, optionally, `clients`. Numbers that the call takes in between, as
+            `dim` of sketch, stand in their places.
+        kw: as for the call; also `dtype`, the dtype of the tensors (default torch.float32). A keyword that is
+            a tensor in the call may be that tensor or its shape.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        TypeError: if `fn` has no estimate, for an unknown keyword or a wrong type.
+        ValueError: for shapes and options that the call itself would refuse.
+
+    Example:
+        >>> import flashcoreset as fc
+        >>> fc.memory_estimate(fc.facility_location, (100_000, 128), k=1000) < 2**30
+        True
+    """
+    name = fn if isinstance(fn, str) else getattr(fn, "__name__", repr(fn))
+    estimator = _estimators.get(name)
+    if estimator is None:
+        raise TypeError(f"fn must be one of {', '.join(sorted(_estimators))} or its name, got {name}")
+    try:
+        inspect.signature(estimator).bind(*shapes, **kw)
+    except TypeError as error:
+        raise TypeError(f"memory_estimate of {name}: {error}") from None
+    return estimator(*shapes, **kw)
+
+
+def as_dtype(value: Any) -> torch.dtype:
+    """A floating type of the library, given as torch's or NumPy's or by name."""
+    name = (
+        str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else np.dtype(value).name
+    )
+    for dtype in FLOATING:
+        if name == str(dtype).removeprefix("torch."):
+            return dtype
+    raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {value!r}")
+
+
+def as_shape(value: Any, name: str, dimensions: int = 2) -> tuple[int, ...]:
+    """The shape that `value`, a shape or something that has one, stands for."""
+    shape = getattr(value, "shape", value)
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"{name} must be a shape such as (1000, 64), got {value!r}")
+    shape = tuple(as_integer(size, f"a size in the shape of {name}") for size in shape)
+    if len(shape) != dimensions or min(shape) < 1:
+        raise ValueError(f"{name} must have {dimensions} dimensions, each >= 1, got {shape}")
+    return shape

@@ -1,0 +1,303 @@
+"""AutoCoreset: a weighted subset on which any model with sample weights trains as on all data."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashcoreset._core.imports import imported
+from flashcoreset._core.progress import Progress, Report, check_progress
+from flashcoreset._core.results import Coreset
+from flashcoreset._core.tensor import as_integer, as_vector, one_of
+from flashcoreset.methods.autocoreset.loss_subsets import (
+    METHODS,
+    equal_budgets,
+    in_groups,
+    uniform_with_classes,
+)
+from flashcoreset.methods.autocoreset.weighted_models import (
+    CLUSTERS,
+    LOSSES,
+    Fits,
+    Loss,
+    check_model,
+    class_codes,
+    make_model,
+    named_loss,
+)
+
+_REDRAWS = 100  # of a subset that lacks a class
+
+
+def autocoreset(
+    x: Any,
+    y: Any,
+    model: Any,
+    loss: Any,
+    k: int,
+    *,
+    method: str = "caratheodory",
+    n_initial: int = 3,
+    patience: int = 5,
+    groups: Any = None,
+    seed: int = 0,
+    progress: Report | bool | None = None,
+) -> Coreset:
+    """A weighted subset of k samples on which the model fits as on all of them, found from its losses alone.
+
+    `n_initial` models are fitted on uniform samples (with every class in each), and their losses on all samples are the
+    first columns of a matrix. Then, again and again, a weighted subset is drawn whose column sums match those of all samples,
+    a model is fitted on it, and its losses become a further column. The subset whose model has the least total loss on all
+    samples is returned, the first ones included. It ends after `patience` rounds without gain, or when there are as many
+    columns as samples in the subset.
+
+    Args:
+        x: [n, ...] samples, in any form that the model takes: an array or tensor, a sparse matrix, a data frame.
+        y: [n] targets, or None. Of a model that is not scikit-learn's, integers, bools and strings are classes.
+        model: any object with scikit-learn's fit(X, y, sample_weight=...), which stays as it is (copies are
+            fitted); or "kmeans" (8 clusters), "logistic_regression", "linear_svm" (squared hinge), "linear_regression".
+        loss: a callable(model, X, y) that returns the losses [n] >= 0 of samples; or one of the names above, the loss
+            that scikit-learn's own models of that kind minimise with all their parameters, of which the total is least
+            for the fit on all samples (a penalty counts by an n-th for each sample): KMeans or MiniBatchKMeans;
+            LogisticRegression; LinearSVC; LinearRegression, Ridge, Lasso or ElasticNet; or None: that of a `model` given
+            by name.
+        k: the most samples to take, 1 <= k <= n.
+        method: how subsets are drawn. "caratheodory": column sums match exactly, by `caratheodory` with max_size k on a
+            random order. "importance": chances are the largest share that a sample has of a column. "median_of_means": of
+            several uniform samples the one with the most central column means. "uniform": uniform samples.
+        n_initial: the number of first models, >= 1.
+        patience: the number of rounds without gain to end after, >= 1.
+        groups: [n] integer labels, or None. Each group has k // G samples in a subset, the remainder goes to the largest;
+            column sums match in each of them, and weights sum to its size.
+        seed: 0 <= seed < 2^64. Models have random states of their own; the named ones take theirs from here.
+        progress: None, True or a callable(done, total) of columns; `total` is the most there can be.
+
+    Returns:
+        Coreset: `indices` ascending, at most k, distinct; `weights` > 0, their sum is n (float32 where x is); and `info`:
+        "losses" (the total loss of every fit's model on all samples, in order), "fits" and "rounds" (how many, with and
+        without the first), "best" (which fit won), "loss" (its total), "stopped" ("patience" or "columns"), "seconds"; with
+        `groups` "budgets", a dict of label to count.
+
+    Raises:
+        TypeError: for arguments of a wrong type, a model without sample weights, and a named loss that is not the
+            model's.
+        ValueError: for options out of range, x and y of different lengths, a loss that is NaN, infinite, negative or not
+            [n], k below the number of classes or groups, and subsets that lack a class draw after draw.
+
+    Source: Maalouf, Tukan, Braverman and Rus, "AutoCoreset: an automatic practical coreset construction framework",
+    ICML 2023. The published code returns duplicates, weights of 0, and weights that sum to 0.76 to 1.3 n.
+
+    Example:
+        >>> import numpy as np, flashcoreset as fc
+        >>> rng = np.random.default_rng(0)
+        >>> x = rng.standard_normal((1000, 5))
+        >>> y = x @ np.arange(5) + rng.standard_normal(1000)
+        >>> coreset = fc.autocoreset(x, y, "linear_regression", None, 50)
+        >>> len(coreset.indices), round(float(coreset.weights.sum()), 6)
+        (50, 1000.0)
+    """
+    one_of(method, "method", tuple(METHODS))
+    k, n_initial, patience = (
+        _at_least_one(value, name)
+        for value, name in ((k, "k"), (n_initial, "n_initial"), (patience, "patience"))
+    )
+    seed = as_integer(seed, "seed")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    check_progress(progress)
+    named = model if isinstance(model, str) else None
+    model, losses_of = _model_and_loss(model, loss, seed)
+    samples = _Samples(x, y)
+    n = samples.n
+    if k > n:
+        raise ValueError(f"k must be <= the {n} samples, got {k}")
+    if named == "kmeans" and k < CLUSTERS:
+        raise ValueError(f"k must be >= the {CLUSTERS} clusters of kmeans, got {k}")
+    codes = class_codes(model, samples.y)
+    if codes is not None and k <= codes.max():
+        raise ValueError(f"k must be >= the {codes.max() + 1} classes of y, got {k}")
+    labels, members = _groups(groups, n)
+    if k < len(members):
+        raise ValueError(f"k must be >= the {len(members)} groups, got {k}")
+    budgets = equal_budgets([len(rows) for rows in members], k)
+    # A group that is taken whole needs no matching.
+    tightest = min((b for b, rows in zip(budgets, members, strict=True) if b < len(rows)), default=None)
+
+    threadpool_limits = imported("threadpoolctl").threadpool_limits
+    start = time.perf_counter()
+    rng = np.random.default_rng(seed)
+    columns = np.empty((n, 0))
+    fits = Fits(model)
+    totals: list[float] = []
+    best: tuple[np.ndarray, np.ndarray] | None = None
+    stopped, since = "columns", 0
+    # The number of threads would show in the last digits of fits.
+    with threadpool_limits(1), Progress(progress, max(n_initial, tightest or 1), "autocoreset") as bar:
+        while True:
+            first = len(totals) < n_initial
+            if not first and (tightest is None or columns.shape[1] >= tightest):
+                break
+            if first:
+                rows, weights = uniform_with_classes(codes, members, budgets, rng)
+                if _lacks_a_class(codes, rows):
+                    raise ValueError(_too_few(k, "the first subset"))
+            else:
+                rows, weights = _draw(method, columns, members, budgets, codes, rng)
+            fit = fits.fit(*samples.take(rows), weights)
+            column = _checked(losses_of(fit, samples.x, samples.y), n)
+            columns = np.concatenate([columns, column[:, None]], 1)
+            with np.errstate(over="ignore"):
+                total = float(column.sum())
+            if not total * n < np.inf:
+                raise ValueError(
+                    f"loss: the total over all samples, {total:.3g}, is too large; scale losses down"
+                )
+            improved = not totals or total < min(totals)
+            totals.append(total)
+            if improved:
+                best = rows, weights
+            bar.update(len(totals))
+            since = 0 if improved or first else since + 1
+            if since == patience:
+                stopped = "patience"
+                break
+    assert best is not None
+    info: dict[str, Any] = {
+        "losses": totals,
+        "fits": len(totals),
+        "rounds": len(totals) - n_initial,
+        "best": int(np.argmin(totals)),
+        "loss": min(totals),
+        "stopped": stopped,
+        "seconds": time.perf_counter() - start,
+    }
+    if labels is not None:
+        info["budgets"] = dict(zip(labels, budgets, strict=True))
+    indices = torch.from_numpy(best[0]).to(samples.device)
+    return Coreset(indices, torch.from_numpy(best[1]).to(samples.device, samples.dtype), info)
+
+
+class _Samples:
+    """x and y as models take them."""
+
+    def __init__(self, x: Any, y: Any) -> None:
+        self.device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+        self.x = _rows(x, "x")
+        self.y = None if y is None else _rows(y, "y")
+        self.n = self.x.shape[0]
+        if self.n == 0:
+            raise ValueError("x must have at least 1 sample, got 0")
+        if self.y is not None and self.y.shape[0] != self.n:
+            raise ValueError(f"y must have {self.n} entries as x has samples, got {self.y.shape[0]}")
+        narrow = getattr(self.x, "dtype", None) in (np.float16, np.float32)
+        self.dtype = torch.float32 if narrow else torch.float64
+
+    def take(self, rows: np.ndarray) -> tuple[Any, Any]:
+        return _at(self.x, rows), None if self.y is None else _at(self.y, rows)
+
+
+def _rows(value: Any, name: str) -> Any:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    elif hasattr(value, "tocsr"):
+        value = value.tocsr()
+    elif not hasattr(value, "iloc"):
+        try:
+            value = np.asarray(value)
+        except ValueError:
+            raise ValueError(f"{name} must be an array, got a nested list of unequal lengths") from None
+    if not value.shape:
+        raise TypeError(f"{name} must be an array of samples, got {value!r}")
+    return value
+
+
+def _at(value: Any, rows: np.ndarray) -> Any:
+    return value.iloc[rows] if hasattr(value, "iloc") else value[rows]
+
+
+def _model_and_loss(model: Any, loss: Any, seed: int) -> tuple[Any, Loss]:
+    names = tuple(LOSSES)
+    if isinstance(model, str):
+        one_of(model, "model", names)
+    else:
+        check_model(model)
+    if loss is None:
+        if not isinstance(model, str):
+            raise TypeError(
+                f"loss must be a callable(model, X, y) or one of {', '.join(names)} where model is given as an object, got "
+                "None"
+            )
+        loss = model
+    if isinstance(model, str):
+        model = make_model(model, seed)
+    if callable(loss):
+        return model, loss
+    one_of(loss, "loss", names)
+    return model, named_loss(loss, model)
+
+
+def _groups(groups: Any, n: int) -> tuple[list[int] | None, list[np.ndarray]]:
+    """The labels, ascending, and each one's rows."""
+    if groups is None:
+        return None, [np.arange(n)]
+    device = groups.device if isinstance(groups, Tensor) else torch.device("cpu")
+    codes = as_vector(groups, "groups", device, integers=True, length=n).cpu().numpy()
+    labels = np.unique(codes).tolist()
+    return labels, [np.flatnonzero(codes == label) for label in labels]
+
+
+def _draw(
+    method: str,
+    columns: np.ndarray,
+    members: list[np.ndarray],
+    budgets: list[int],
+    codes: np.ndarray | None,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A subset in which no class is missing."""
+    for _ in range(_REDRAWS):
+        rows, weights = in_groups(method, columns, members, budgets, rng)
+        if not _lacks_a_class(codes, rows):
+            return rows, weights
+    raise ValueError(_too_few(sum(budgets), f"{_REDRAWS} subsets"))
+
+
+def _lacks_a_class(codes: np.ndarray | None, rows: np.ndarray) -> bool:
+    return codes is not None and len(np.unique(codes[rows])) <= codes.max()
+
+
+def _too_few(k: int, what: str) -> str:
+    return f"k must be large enough for every class, got {k}, of which {what} lacked one; pass groups=y"
+
+
+def _checked(losses: Any, n: int) -> np.ndarray:
+    """[n] float64 losses, all finite and >= 0."""
+    if isinstance(losses, Tensor):
+        losses = losses.detach().cpu()
+        losses = (losses if losses.is_complex() else losses.double()).numpy()
+    try:
+        array = np.asarray(losses)
+        if array.dtype.kind == "c":
+            raise TypeError
+        values = array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"loss must return real numbers [{n}], got {type(losses).__name__}") from None
+    if values.shape != (n,):
+        raise ValueError(f"loss must return shape ({n},), one number a sample, got {values.shape}")
+    bad = ~(values >= 0) | np.isinf(values)
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(f"loss must be finite and >= 0, got {values[i]} for sample {i}")
+    return values
+
+
+def _at_least_one(value: Any, name: str) -> int:
+    number = as_integer(value, name)
+    if number < 1:
+        raise ValueError(f"{name} must be >= 1, got {number}")
+    return number

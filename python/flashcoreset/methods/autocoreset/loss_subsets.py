@@ -1,0 +1,146 @@
+"""Weighted subsets of rows whose weighted column sums are close to, or exactly, those of a whole loss matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from flashcoreset.caratheodory import caratheodory
+
+Subset = tuple[np.ndarray, np.ndarray]
+_GROUPS = 9  # of the median of means
+
+
+def exact(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
+    """At most k rows of losses [n, c] with exactly the column sums, k > c, by a Carathéodory reduction of the rows in random
+    order that stops at k.
+
+    With chances p_i as those of `importance`, the vectors (losses_i, 1) / p_i with weights p_i have the sums that are to be
+    kept. `caratheodory` leaves most of the weights that it keeps equal, so those of rows come out nearly as 1 / p_i: an
+    importance sample balanced on the columns.
+    """
+    # The total of the chances is one more sum to keep; where there is no room for it, all are the same.
+    chance = _chances(losses) if k > losses.shape[1] + 1 else np.ones(len(losses))
+    order = rng.permutation(len(losses))
+    vectors = np.concatenate([losses, np.ones((len(losses), 1))], 1) / chance[:, None]
+    subset = caratheodory(torch.from_numpy(vectors[order]), torch.from_numpy(chance[order]), k)
+    taken = order[subset.indices.numpy()]
+    return taken, subset.weights.numpy() / chance[taken]
+
+
+def importance(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
+    """k rows, the chance of a row being proportional to the largest share that it has of a column (or of the rows), and
+    its weight to the inverse: systematic sampling in random order, so none is drawn twice."""
+    n = len(losses)
+    chance = _chances(losses)
+    # Rows that would have a chance above 1 are taken, and the others share what is left.
+    certain = np.zeros(n, dtype=bool)
+    while True:
+        left = k - np.count_nonzero(certain)
+        inclusion = np.where(certain, 1.0, chance * (left / chance[~certain].sum()))
+        above = ~certain & (inclusion > 1)
+        if not above.any():
+            break
+        certain |= above
+    order = rng.permutation(n)
+    ends = np.cumsum(inclusion[order])
+    ends *= k / ends[-1]
+    ends[-1] = k
+    starts = np.concatenate([[0.0], ends[:-1]])
+    offset = rng.random()
+    taken = order[np.floor(ends - offset) > np.floor(starts - offset)]
+    weights = 1 / inclusion[taken]
+    return taken, weights * (n / weights.sum())
+
+
+def _chances(losses: np.ndarray) -> np.ndarray:
+    """[n] the largest share of each row of a column's sum, or its share of the rows."""
+    n = len(losses)
+    totals = losses.sum(0)
+    shares = np.divide(losses, totals, out=np.full(losses.shape, 1 / n), where=totals > 0)
+    return shares.max(1, initial=0) + 1 / n
+
+
+def median_of_means(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
+    """Of some uniform samples the one whose column means are the nearest to those of most others: that of the least median
+    distance. Columns count relative to their means."""
+    scale = losses.mean(0)
+    scaled = losses / np.where(scale > 0, scale, 1)
+    samples = [rng.choice(len(losses), k, replace=False) for _ in range(_GROUPS)]
+    means = np.stack([scaled[rows].mean(0) for rows in samples])
+    distances = np.linalg.norm(means[:, None] - means, axis=2)
+    rows = samples[int(np.median(distances, axis=1).argmin())]
+    return rows, np.full(k, len(losses) / k)
+
+
+def uniform(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
+    """k rows without replacement, of equal weights."""
+    return rng.choice(len(losses), k, replace=False), np.full(k, len(losses) / k)
+
+
+METHODS: dict[str, Callable[[np.ndarray, int, np.random.Generator], Subset]] = {
+    "caratheodory": exact,
+    "importance": importance,
+    "median_of_means": median_of_means,
+    "uniform": uniform,
+}
+
+
+def in_groups(
+    method: str, losses: np.ndarray, groups: list[np.ndarray], budgets: list[int], rng: np.random.Generator
+) -> Subset:
+    """Rows, ascending, and weights, which sum to a group's size in each of `groups` (rows each); a group gives at most its
+    budget, and all of itself where that is no less."""
+    rows, weights = [], []
+    for members, budget in zip(groups, budgets, strict=True):
+        if budget >= len(members):
+            rows.append(members)
+            weights.append(np.ones(len(members)))
+        elif budget > 0:
+            taken, weight = METHODS[method](losses[members], budget, rng)
+            rows.append(members[taken])
+            weights.append(weight)
+    chosen, weight = np.concatenate(rows), np.concatenate(weights)
+    order = np.argsort(chosen)
+    return chosen[order], weight[order]
+
+
+def equal_budgets(sizes: list[int], k: int) -> list[int]:
+    """k // G for each group, the remainder for the largest (of equal ones the first); what a group cannot give, the largest
+    of the others do."""
+    budgets = [min(size, k // len(sizes)) for size in sizes]
+    left = min(k, sum(sizes)) - sum(budgets)
+    for group in sorted(range(len(sizes)), key=lambda g: -sizes[g]):
+        more = min(left, sizes[group] - budgets[group])
+        budgets[group] += more
+        left -= more
+    return budgets
+
+
+def uniform_with_classes(
+    codes: np.ndarray | None, groups: list[np.ndarray], budgets: list[int], rng: np.random.Generator
+) -> Subset:
+    """Rows without replacement, ascending: of each of `groups` (rows each) its budget, of equal weights that sum to its size; of
+    each class in `codes` [n] (0, 1, ...) at least one, the rarest first, if a group with such rows has a budget left."""
+    n = sum(len(members) for members in groups)
+    order = rng.permutation(n)
+    group_of = np.empty(n, dtype=np.int64)
+    for group, members in enumerate(groups):
+        group_of[members] = group
+    left, weight_of = (
+        np.array(budgets),
+        np.array([len(m) / max(1, b) for m, b in zip(groups, budgets, strict=True)]),
+    )
+    taken = np.zeros(n, dtype=bool)
+    if codes is not None:
+        for code in np.bincount(codes).argsort(kind="stable"):
+            able = order[(codes[order] == code) & (left[group_of[order]] > 0)]
+            taken[able[:1]] = True
+            left[group_of[able[:1]]] -= 1
+    for group in range(len(groups)):
+        others = order[(group_of[order] == group) & ~taken[order]]
+        taken[others[: left[group]]] = True
+    rows = taken.nonzero()[0]
+    return rows, weight_of[group_of[rows]]

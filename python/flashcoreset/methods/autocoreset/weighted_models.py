@@ -1,0 +1,275 @@
+"""scikit-learn's models with sample weights, and the per-sample losses that they minimise, by name."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from flashcoreset._core.errors import warn_caller
+from flashcoreset._core.imports import imported
+
+Loss = Callable[[Any, Any, Any], Any]
+CLUSTERS = 8  # of "kmeans"
+_CHUNK = 2**16  # numbers of a dense copy of some samples
+
+# Whose losses the names are, by the place in scikit-learn. Subclasses may minimise something else.
+ESTIMATORS = {
+    "kmeans": ("cluster.KMeans", "cluster.MiniBatchKMeans"),
+    "logistic_regression": ("linear_model.LogisticRegression",),
+    "linear_svm": ("svm.LinearSVC",),
+    "linear_regression": (
+        "linear_model.LinearRegression",
+        "linear_model.Ridge",
+        "linear_model.Lasso",
+        "linear_model.ElasticNet",
+    ),
+}
+
+
+@np.errstate(over="ignore")  # what is infinite is refused later
+def squared_distances(model: Any, x: Any, y: Any) -> np.ndarray:
+    """[n] squared distances to the nearest centre."""
+    n = x.shape[0]
+    centers = model.cluster_centers_.astype(np.float64)
+    middle = centers.mean(0)
+    centers -= middle  # squares of large coordinates would leave nothing of small distances
+    norms = np.square(centers).sum(1)
+    losses = np.empty(n)
+    step = max(1, _CHUNK // max(centers.shape))
+    for begin in range(0, n, step):
+        points = _dense(x, slice(begin, begin + step)) - middle
+        nearest = (norms - 2 * points @ centers.T).argmin(1)
+        losses[begin : begin + step] = np.square(points - centers[nearest]).sum(1)
+    return losses
+
+
+def log_losses(model: Any, x: Any, y: Any) -> np.ndarray:
+    """[n] cross-entropies in nats times the weights of classes, each with an n-th of the penalty / C."""
+    z, own = _decisions(model, x, y)
+    _check_multi_class(model, len(model.classes_))
+    if z.shape[1] == 1:
+        losses = np.logaddexp(0, np.where(own == 1, -z[:, 0], z[:, 0]))
+    else:
+        above = z - z[np.arange(len(z)), own][:, None]
+        above[np.arange(len(z)), own] = -np.inf
+        top = above.max(1)
+        losses = np.logaddexp(0, top + np.log(np.exp(above - top[:, None]).sum(1)))
+    l1, l2 = np.abs(model.coef_).sum(), np.square(model.coef_).sum() / 2
+    if model.solver == "liblinear" and model.fit_intercept:
+        l1, l2 = _with_intercept(model, l1, l2)
+    ratio = _l1_ratio(model)
+    penalty = 0.0 if ratio is None else (ratio * l1 + (1 - ratio) * l2) / model.C
+    return losses * _class_weights(model, y)[own] + penalty / len(z)
+
+
+def _l1_ratio(model: Any) -> float | None:
+    """The share of the l1 norm in LogisticRegression's penalty; None where it has no penalty."""
+    # Newer releases tell the kind of the penalty by l1_ratio and C alone.
+    penalty = getattr(model, "penalty", "deprecated")
+    if penalty is None:
+        return None
+    if penalty in ("l1", "l2"):
+        return float(penalty == "l1")
+    return model.l1_ratio or 0.0
+
+
+def _check_multi_class(model: Any, classes: int) -> None:
+    """Releases before 1.8 can fit each class of several against the rest, and two classes as if they were several."""
+    other = (
+        (("multi_class", "multinomial"),)
+        if classes == 2
+        else (("multi_class", "ovr"), ("solver", "liblinear"))
+    )
+    for name, value in other:
+        if getattr(model, name, None) == value:
+            raise ValueError(
+                f"loss 'logistic_regression' is that of scikit-learn's default for {classes} classes, got "
+                f"{name}={value!r}; leave {name} out or pass a callable(model, X, y)"
+            )
+
+
+@np.errstate(over="ignore")  # what is infinite is refused later
+def hinge_losses(model: Any, x: Any, y: Any) -> np.ndarray:
+    """[n] squared or plain hinge losses times the weights of classes, each with an n-th of the penalty / C; where there are more
+    than two classes, the sum over the problems of each against the rest, or Crammer and Singer's."""
+    z, own = _decisions(model, x, y)
+    weights = _class_weights(model, y)
+    l1, l2 = np.abs(model.coef_).sum(), np.square(model.coef_).sum() / 2
+    if model.fit_intercept:
+        l1, l2 = _with_intercept(model, l1, l2)
+    rows = np.arange(len(z))
+    if model.multi_class == "crammer_singer":
+        # It is given neither penalty nor loss. Of two classes the difference is kept, and each has half of it.
+        penalty = l2 / 2 if z.shape[1] == 1 else l2
+        if z.shape[1] == 1:
+            violations = 1 - np.where(own == 1, z[:, 0], -z[:, 0])
+        else:
+            violations = 1 + z - z[rows, own][:, None]
+            violations[rows, own] = 0
+            violations = violations.max(1)
+        losses = np.maximum(0, violations) * weights[own]
+    else:
+        penalty = l1 if model.penalty == "l1" else l2
+        if z.shape[1] == 1:
+            signs, cost = np.where(own == 1, 1, -1)[:, None], weights[own][:, None]
+        else:
+            # The rest has a weight of 1, whatever those of its classes.
+            is_own = np.arange(z.shape[1]) == own[:, None]
+            signs, cost = np.where(is_own, 1, -1), np.where(is_own, weights, 1)
+        hinge = np.maximum(0, 1 - signs * z)
+        losses = (cost * (np.square(hinge) if model.loss == "squared_hinge" else hinge)).sum(1)
+    return losses + penalty / (model.C * len(z))
+
+
+def _with_intercept(model: Any, l1: float, l2: float) -> tuple[float, float]:
+    """Penalties of liblinear, to which the intercept is the weight of one more feature, a constant."""
+    weights = np.asarray(model.intercept_, dtype=np.float64) / model.intercept_scaling
+    return l1 + np.abs(weights).sum(), l2 + np.square(weights).sum() / 2
+
+
+@np.errstate(over="ignore")  # what is infinite is refused later
+def squared_errors(model: Any, x: Any, y: Any) -> np.ndarray:
+    """[n] squared errors, summed over the targets where there are several, each with an n-th of the penalty. That is twice the
+    objective of `Lasso` and `ElasticNet` times n, which halve the mean of the squares."""
+    n = x.shape[0]
+    targets, predictions = (
+        np.asarray(values, dtype=np.float64).reshape(n, -1) for values in (y, model.predict(x))
+    )
+    if targets.shape != predictions.shape:
+        raise ValueError(
+            f"y must have {predictions.shape[1]} targets as model predicts, got {targets.shape[1]}"
+        )
+    losses = np.square(predictions - targets).sum(1)
+    kind, coef = type(model).__name__, model.coef_
+    if kind == "LinearRegression":
+        return losses
+    if kind == "Ridge":
+        squares = np.square(np.atleast_2d(coef)).sum(1)  # of each target
+        return losses + (np.ravel(model.alpha) * squares).sum() / n
+    if hasattr(coef, "toarray"):
+        coef = coef.toarray()
+    ratio = 1.0 if kind == "Lasso" else model.l1_ratio
+    return losses + model.alpha * (2 * ratio * np.abs(coef).sum() + (1 - ratio) * np.square(coef).sum())
+
+
+def _dense(x: Any, rows: slice) -> np.ndarray:
+    some = x.iloc[rows] if hasattr(x, "iloc") else x[rows]
+    return np.asarray(some.toarray() if hasattr(some, "toarray") else some, dtype=np.float64)
+
+
+def _decisions(model: Any, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The decision function [n, classes], or [n, 1] for two, and the places [n] of the samples' classes."""
+    if np.ndim(y) != 1 or len(y) != x.shape[0]:
+        raise ValueError(f"y must have shape [{x.shape[0]}], one class a sample, got {np.shape(y)}")
+    z = np.asarray(model.decision_function(x), dtype=np.float64)
+    return z.reshape(len(z), -1), _class_places(model, y)
+
+
+def _class_places(model: Any, y: Any) -> np.ndarray:
+    places = np.searchsorted(model.classes_, y).clip(max=len(model.classes_) - 1)
+    unknown = model.classes_[places] != y
+    if unknown.any():
+        raise ValueError(
+            f"model knows no class {np.asarray(y)[unknown][0]}, which none of the samples it was fitted on has; "
+            "pass groups=y to have every class in the subset"
+        )
+    return places
+
+
+def _class_weights(model: Any, y: Any) -> np.ndarray:
+    """Of each of the model's classes; "balanced" ones are those of all samples."""
+    compute_class_weight = imported("sklearn.utils.class_weight").compute_class_weight
+    weights = compute_class_weight(model.class_weight, classes=model.classes_, y=np.asarray(y))
+    return np.asarray(weights, dtype=np.float64)
+
+
+LOSSES: dict[str, Loss] = {
+    "kmeans": squared_distances,
+    "logistic_regression": log_losses,
+    "linear_svm": hinge_losses,
+    "linear_regression": squared_errors,
+}
+
+
+def named_loss(name: str, model: Any) -> Loss:
+    """The losses of a name, those of the kind of `model`; TypeError where that minimises something else."""
+    places = [place.split(".") for place in ESTIMATORS[name]]
+    if not any(type(model) is getattr(imported(f"sklearn.{m}"), c) for m, c in places):
+        raise TypeError(
+            f"loss {name!r} is what scikit-learn's own {' or '.join(c for _, c in places)} minimises, got "
+            f"{type(model).__module__}.{type(model).__qualname__}; pass a callable(model, X, y) for it"
+        )
+    return LOSSES[name]
+
+
+def make_model(name: str, seed: int) -> Any:
+    """The model of a name, not fitted."""
+    if name == "kmeans":
+        return imported("sklearn.cluster").KMeans(n_clusters=CLUSTERS, n_init=3, random_state=seed % 2**32)
+    if name == "linear_regression":
+        return imported("sklearn.linear_model").LinearRegression()
+    if name == "linear_svm":
+        # It makes no use of it, but without one would take a number from NumPy's global state.
+        return imported("sklearn.svm").LinearSVC(dual=False, max_iter=10_000, random_state=seed % 2**32)
+    return imported("sklearn.linear_model").LogisticRegression(max_iter=10_000)
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError unless `model` has fit(X, y, sample_weight=...)."""
+    fit = getattr(model, "fit", None)
+    if isinstance(model, type) or not callable(fit):
+        raise TypeError(
+            f"model must be one of {', '.join(LOSSES)} or an object with fit(X, y, sample_weight=...), got "
+            f"{model.__name__ + ', a class' if isinstance(model, type) else type(model).__name__}"
+        )
+    parameters = inspect.signature(fit).parameters
+    if "sample_weight" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            f"model must have fit(X, y, sample_weight=...), got {type(model).__name__}, whose fit takes "
+            f"{', '.join(parameters) or 'nothing'}"
+        )
+
+
+class Fits:
+    """Fits copies of `model` to weighted samples."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._is_sklearn = type(model).__module__.partition(".")[0] == "sklearn"
+        self._warned: set[tuple[type[Warning], str]] = set()
+
+    def fit(self, x: Any, y: Any, weights: np.ndarray) -> Any:
+        """A fitted copy. What scikit-learn's models warn of stands at the line that called the library, once for all fits."""
+        if hasattr(self._model, "get_params"):
+            fresh = imported("sklearn.base").clone(self._model)
+        else:
+            fresh = copy.deepcopy(self._model)
+        if not self._is_sklearn:
+            fresh.fit(x, y, sample_weight=weights)
+            return fresh
+        with warnings.catch_warnings(record=True) as caught:
+            fresh.fit(x, y, sample_weight=weights)
+        for warning in caught:
+            kind = warning.category, str(warning.message)
+            if kind not in self._warned:
+                self._warned.add(kind)
+                warn_caller(kind[1], kind[0])
+        return fresh
+
+
+def class_codes(model: Any, y: Any) -> np.ndarray | None:
+    """[n] the classes of `y` as 0, 1, ..., or None where the model is no classifier."""
+    if y is None or np.ndim(y) != 1:
+        return None
+    kind = np.asarray(y).dtype.kind
+    if hasattr(model, "__sklearn_tags__"):
+        if not imported("sklearn.base").is_classifier(model):
+            return None
+    elif kind not in "biuUSO":
+        return None
+    return np.unique(np.asarray(y), return_inverse=True)[1]

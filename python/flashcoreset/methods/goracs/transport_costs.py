@@ -1,0 +1,319 @@
+"""The costs of GORACS, C [n, V], without the matrix: rows on demand, and the greedy cover.
+
+    C_sv = (D_sv / max D - p_s - low) / (high - low)        D: Euclidean distances; low, high: C in [0, 1]
+
+One pass over D yields max D and every row's extremes, of which low and high follow. Rows are computed in
+blocks by the `pairwise` kernel, whose values do not depend on the block, so nothing here depends on
+`memory_budget`.
+
+The cover is facility location of the similarities 1 - C, which are no metric's because of p. Where they do not
+fit the budget, its first picks are made by lazy evaluation of streamed rows, with the gains of the kernels:
+sums of integers. A similarity that does not exceed what its validation item has reached cannot matter again.
+As soon as the others fit, one pass lists them, and the kernel goes on with the sparse matrix; what was reached
+is one more row of it, preselected. So the picks are those that the dense matrix would give, bit for bit. (A
+list of all entries above a fixed threshold would change the first picks, and l1 or a further coordinate cannot
+express p.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale
+from flashcoreset._core.tensor import Csr
+from flashcoreset.facility_location import cpu, reference
+from flashcoreset.facility_location.gains import gain_scale
+
+_BLOCK_BYTES, _LEAST_BYTES = 2**24, 2**18
+# Of the largest distance: that and those 2^-20 times as long have squares that are normal numbers.
+_SAFE = {torch.float32: (-40, 60), torch.float64: (-400, 500)}
+_SAMPLE = 128  # rows of which the share of live similarities is estimated
+
+
+def block_rows(columns: int, size: int, memory_budget: int) -> int:
+    """Rows of a block: with its temporaries it takes about a quarter of the budget, or what is small anyway."""
+    return max(1, min(_BLOCK_BYTES, max(_LEAST_BYTES, memory_budget // 16)) // (columns * size))
+
+
+def list_capacity(rows: int, columns: int, size: int, memory_budget: int) -> int:
+    """Live similarities that may be listed: entries of 8 + size bytes, held twice while they are put together, in
+    half of the budget, or what is small beside the arguments."""
+    return max(rows + columns, memory_budget // 2 // (2 * (8 + size)))
+
+
+def cover_bytes(n: int, clients: int, d: int, size: int, memory_budget: int) -> int:
+    """Bytes that TransportCosts and Cover take at their peak."""
+    pairs = n * clients * size
+    held = pairs if pairs <= memory_budget // 2 else 0
+    lists = 0 if held else 2 * (8 + size) * min(list_capacity(n, clients, size, memory_budget), n * clients)
+    sample = 0 if held else min(n, _SAMPLE) * clients * size
+    block = 4 * min(n, block_rows(clients, size, memory_budget)) * clients * 8
+    return held + lists + sample + memory_budget // 4 + block + 150 * n + 64 * clients + 2**22
+
+
+class TransportCosts:
+    """Similarities 1 - C [n, V] and costs C of training and validation items.
+
+    Args:
+        train: [n, d] float32 or float64.
+        valid: [V, d], the same type.
+        penalty: [n] float64, what is subtracted from the distances divided by the largest.
+        kernels: those of facility location.
+        memory_budget: bytes; the similarities are held if they take at most half of it.
+    """
+
+    def __init__(
+        self, train: Tensor, valid: Tensor, penalty: Tensor, kernels: ModuleType, memory_budget: int
+    ) -> None:
+        self._train, self._valid, self._kernels = train, valid, kernels
+        self.memory_budget = memory_budget
+        self.shape = (train.shape[0], valid.shape[0])
+        n, clients = self.shape
+        size = train.element_size()
+        self.step = block_rows(clients, size, memory_budget)
+        fits = n * clients * size <= memory_budget // 2
+        held = train.new_empty(n, clients) if fits else None
+        self.held: Tensor | None = None
+
+        nearest, farthest, total = self._extremes(penalty, held)
+        largest = float(farthest.max())
+        # Costs are shares of the largest distance: a power of two, which brings squares into range, changes none.
+        least, most = _SAFE[train.dtype]
+        if not 2.0**least < largest < 2.0**most and (
+            exponent := exponent_into(largest_magnitude(train, valid), (least, most - 10))
+        ):
+            self._train, self._valid = scale(train, exponent), scale(valid, exponent)
+            nearest, farthest, total = self._extremes(penalty, held)
+            largest = float(farthest.max())
+        per_distance = 1 / largest if largest else 0.0
+        low = float((nearest * per_distance - penalty).min())
+        spread = float((farthest * per_distance - penalty).max()) - low
+        unit = 1 / spread if spread > 0 else 0.0
+        base = 1 + (penalty + low) * unit if spread > 0 else torch.ones_like(penalty)
+        self._slope = per_distance * unit
+        self._base = base.to(train.dtype)
+        # Bounds of the sums of a row's similarities: each of these, and the sum of distances (which torch takes in
+        # a cascade), is off by a few units of its last place.
+        slack = 64 * torch.finfo(train.dtype).eps * clients
+        self._sums = (clients * base - self._slope * total).clamp_min_(0) + slack
+        if held is not None:
+            for begin in range(0, n, self.step):
+                rows = slice(begin, begin + self.step)
+                self._to_similarities(held[rows], self._base[rows])
+            self.held = held
+
+    def _extremes(self, like: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's least and largest distance and the sum of its distances, [n] as `like`; the distances go to `held` [n, V]."""
+        nearest, farthest, total = (torch.empty_like(like) for _ in range(3))
+        for begin in range(0, self.shape[0], self.step):
+            rows = slice(begin, begin + self.step)
+            d = self._distances(rows, None if held is None else held[rows])
+            nearest[rows], farthest[rows] = d.amin(1).double(), d.amax(1).double()
+            total[rows] = d.sum(1).double()
+        return nearest, farthest, total
+
+    def _distances(self, rows: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        return self._kernels.pairwise(self._train[rows], self._valid, metric="euclidean", out=out)
+
+    def _to_similarities(self, distances: Tensor, base: Tensor) -> Tensor:
+        # One rounding after another, never fused, on whatever block.
+        return distances.mul_(-self._slope).add_(base[:, None]).clamp_(0, 1)
+
+    def similarities(self, rows: slice | Tensor) -> Tensor:
+        """1 - C of some rows, [r, V]; not to be written to."""
+        if self.held is not None:
+            return self.held[rows]
+        return self._to_similarities(self._distances(rows), self._base[rows])
+
+    def costs(self, rows: slice | Tensor) -> Tensor:
+        """C of some rows, [r, V]."""
+        return 1 - self.similarities(rows)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """The similarities of all rows, block by block."""
+        for begin in range(0, self.shape[0], self.step):
+            rows = slice(begin, min(begin + self.step, self.shape[0]))
+            yield rows, self.similarities(rows)
+
+    def sum_bounds(self) -> Tensor:
+        """[n] float64, for each row a number not below the sum of its similarities."""
+        return self._sums
+
+
+class Cover:
+    """The greedy cover of the validation items, advanced pick by pick.
+
+    Attributes:
+        picks: training items in the order in which they were picked.
+        owner: [V] int64, the place in `picks` of the pick that serves each validation item (the earlier of equals).
+        complete: no training item would serve any validation item at a smaller cost.
+    """
+
+    def __init__(self, costs: TransportCosts) -> None:
+        self._costs = costs
+        n, clients = costs.shape
+        device, dtype = costs.sum_bounds().device, costs.similarities(slice(0, 1)).dtype
+        self.picks: list[int] = []
+        self.owner = torch.full((clients,), -1, dtype=torch.int64, device=device)
+        self.complete = False
+        self._best = torch.zeros(clients, dtype=dtype, device=device)
+        self._nearest: Tensor | None = None
+        self._run: Any = None
+        self._run_picks = 0
+        if costs.held is not None:
+            self._run = costs._kernels.FacilityLocation(
+                costs.held, metric="precomputed", memory_budget=costs.memory_budget // 4
+            )
+            return
+        ones = torch.ones(clients, dtype=torch.float64, device=device)
+        # The largest similarity is 1, so this is the scale that the kernel finds.
+        scale = gain_scale(ones, ones, "precomputed", dtype)
+        self._scaled_weights = (ones * scale).to(dtype)
+        self._bounds = (costs.sum_bounds() * scale).ceil_().to(torch.int64)
+        count = max(1, min(n, _SAMPLE, costs.memory_budget // 16 // (clients * dtype.itemsize)))
+        rows = torch.linspace(0, n - 1, count, dtype=torch.float64).round_().to(device, torch.int64)
+        self._sample = costs.similarities(rows)
+        self._capacity = list_capacity(n, clients, dtype.itemsize, costs.memory_budget)
+        self._wanted_share = 0.8 * self._capacity / (n * clients)
+
+    @property
+    def serving(self) -> list[int]:
+        """Places in `picks` of those that serve at least one validation item, ascending."""
+        return self.owner[self.owner >= 0].unique().tolist()
+
+    def nearest_items(self) -> int:
+        """How many training items are nearest to any validation item (the lowest of equals)."""
+        if self._nearest is None:
+            self._list_live(capacity=0)
+        assert self._nearest is not None
+        return len(self._nearest.unique())
+
+    def extend(self, count: int) -> None:
+        """Makes up to `count` further picks."""
+        count = min(count, self._costs.shape[0] - len(self.picks))
+        while self._run is None and count:
+            if float((self._sample > self._best).double().mean()) <= self._wanted_share:
+                self._run = self._sparse_run()
+            if self._run is None:
+                self._serve([self._streamed_pick()])
+                count -= 1
+        if count:
+            self._serve(self._kernel_picks(count))
+
+    def _serve(self, picks: list[int]) -> None:
+        for begin in range(0, len(picks), self._costs.step):
+            some = picks[begin : begin + self._costs.step]
+            rows = self._costs.similarities(torch.tensor(some, device=self.owner.device))
+            for pick, row in zip(some, rows, strict=True):
+                better = row > self._best
+                if not self.picks:
+                    better = torch.ones_like(better)
+                elif not better.any():
+                    self.complete = True
+                self.owner[better] = len(self.picks)
+                self._best = torch.where(better, row, self._best)
+                self.picks.append(pick)
+
+    def _streamed_pick(self) -> int:
+        """The candidate of the largest gain: stale gains are upper bounds, so only those are evaluated that reach
+        the largest fresh one."""
+        fresh = torch.zeros_like(self._bounds, dtype=torch.bool)
+        self._bounds[self.picks] = -1
+        size = 16
+        while True:
+            reached = int(torch.where(fresh, self._bounds, 0).max())
+            stale = (~fresh & (self._bounds >= reached)).nonzero()[:, 0]
+            if len(stale) == 0:
+                return int((fresh & (self._bounds == reached)).nonzero()[0])
+            batch = stale[torch.argsort(self._bounds[stale], descending=True, stable=True)[:size]]
+            self._bounds[batch] = self._gains(self._costs.similarities(batch))
+            fresh[batch] = True
+            size = min(2 * size, self._costs.step)
+
+    def _gains(self, similarities: Tensor) -> Tensor:
+        terms = (similarities - self._best).clamp_min_(0).mul_(self._scaled_weights)
+        return terms.to(torch.int64).sum(1)
+
+    def _list_live(self, capacity: int) -> Csr | None:
+        """The similarities that exceed what is reached, or None if there are more than `capacity`; the last row is
+        what is reached. Also finds the nearest items."""
+        n, clients = self._costs.shape
+        device = self.owner.device
+        most = torch.full_like(self._best, -1)
+        nearest = torch.zeros_like(self.owner)
+        counts = torch.zeros(n + 2, dtype=torch.int64, device=device)
+        columns: list[Tensor] = []
+        values: list[Tensor] = []
+        total = 0
+        for rows, s in self._costs.blocks():
+            top = s.amax(0)
+            numbers = torch.arange(rows.start, rows.stop, device=device)[:, None]
+            for column in (top > most).nonzero()[:, 0].split(4096):
+                first = torch.where(s[:, column] == top[column], numbers, n).amin(0)
+                nearest[column] = first
+            most = torch.maximum(most, top)
+            if total <= capacity and capacity:
+                live = s > self._best
+                counts[rows.start + 1 : rows.stop + 1] = live.sum(1)
+                total += int(counts[rows.start + 1 : rows.stop + 1].sum())
+                if total > capacity:
+                    columns, values = [], []
+                    continue
+                columns.append(live.nonzero()[:, 1])
+                values.append(s[live])
+        self._nearest = nearest
+        if total > capacity or not capacity:
+            return None
+        counts[n + 1] = clients
+        columns.append(torch.arange(clients, device=device))
+        values.append(self._best)
+        return Csr(counts.cumsum(0), torch.cat(columns), torch.cat(values), (n + 1, clients))
+
+    def _sparse_run(self) -> Any:
+        live = self._list_live(self._capacity)
+        if live is None:
+            self._wanted_share /= 2  # the sample was not like the rest
+            return None
+        n = self._costs.shape[0]
+        fixed = torch.tensor([*self.picks, n], dtype=torch.int64, device=self.owner.device)
+        # Sparse matrices are taken by these two alone.
+        kernels = self._costs._kernels
+        kernels = kernels if kernels in (cpu, reference) else reference
+        del self._sample, self._bounds
+        self._live = live  # the kernel reads it in place
+        return kernels.FacilityLocation(
+            live, metric="precomputed", preselected=fixed, memory_budget=self._costs.memory_budget // 4
+        )
+
+    def _kernel_picks(self, count: int) -> list[int]:
+        done, dtype, device = self._run_picks, self._best.dtype, self.owner.device
+        total = self._run.step(count)
+        indices = torch.empty(total, dtype=torch.int64, device=device)
+        gains = torch.empty(total, dtype=dtype, device=device)
+        self._run.finish(indices, gains, torch.empty_like(gains), torch.empty_like(self.owner))
+        self._run_picks = total
+        return indices[done:].tolist()
+
+
+def cover_picks(costs: TransportCosts, k: int, report: Any = None) -> tuple[Tensor, int]:
+    """Stage 1 of GORACS: the `k` picks kept, in the order in which they were made, and how many were made.
+
+    `report(done)` gets the number of picks that serve a validation item.
+    """
+    cover = Cover(costs)
+    cover.extend(k)
+    kept = cover.serving
+    if len(kept) < k and cover.nearest_items() > k:
+        # A pick adds at most one to those that serve, so k are never passed.
+        while len(kept) < k and not cover.complete and len(cover.picks) < costs.shape[0]:
+            if report is not None:
+                report(len(kept))
+            cover.extend(k - len(kept))
+            kept = cover.serving
+    places = kept if len(kept) == k else range(k)
+    return torch.tensor([cover.picks[place] for place in places], device=cover.owner.device), len(cover.picks)

@@ -1,1 +1,0 @@
-"""One file a kernel family: check arguments, allocate, call the chosen kernel, wrap the result."""

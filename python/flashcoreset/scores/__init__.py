@@ -1,0 +1,187 @@
+"""Scores of samples from a classifier's outputs: arguments checked, the chosen kernel called, tokens averaged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
+from flashcoreset._core.tensor import FLOATING, as_dense, as_integers, compute_dtype, is_traced
+from flashcoreset.scores.checks import check_targets, mean_over_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class SampleScores:
+    """What `sample_scores` returns: five numbers a sample.
+
+    Attributes:
+        loss: [N], the cross-entropy -log p_t, in nats.
+        entropy: [N], of the predicted probabilities, in nats.
+        margin: [N], p_t less the largest probability of another class, in [-1, 1].
+        el2n: [N], the Euclidean norm of p - onehot(t), in [0, sqrt(2)].
+        correct: [N] bool, whether the prediction is the target; for logits of tokens [N] floating, the share of
+            tokens that are predicted correctly.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> scores = fc.sample_scores(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
+        >>> scores.correct
+        tensor([ True, False])
+    """
+
+    loss: Tensor
+    entropy: Tensor
+    margin: Tensor
+    el2n: Tensor
+    correct: Tensor
+
+
+def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str | None = None) -> SampleScores:
+    """Loss, entropy, margin, EL2N and correctness of every sample, from one reading of the logits.
+
+    With p = softmax(logits) and the target t: loss = -log p_t, entropy = -sum_j p_j log p_j, margin = p_t -
+    max_{j != t} p_j (the largest probability of no other class counts as 0), el2n = |p - onehot(t)|_2, correct =
+    whether t is the class of the largest logit, of equal ones the lowest. Of logits [N, T, C] each is the mean over
+    a sample's tokens. Nothing is differentiable.
+
+    Args:
+        logits: [N, C], or [N, T, C] for T tokens a sample; float16, bfloat16, float32 or float64 (half types
+            compute in float32). Strides may be any: logits[:, :-1] costs no copy.
+        targets: [N] or [N, T] integers in [0, C).
+        mask: [N, T], bool or integers 0 and 1, for logits [N, T, C]: which tokens count, at least one in each
+            sample. Logits and targets of the others may be anything (NaN, -100) and are not read by the
+            compiled kernels. None: all count.
+        backend: None, "cpu", "triton" (on CUDA tensors) or "torch".
+
+    Returns:
+        SampleScores, each [N]: float64 for float64 logits, else float32; `correct` is bool for logits [N, C] and
+        a share of tokens for [N, T, C].
+
+    Raises:
+        TypeError: for arguments of a wrong type.
+        ValueError: for wrong shapes, NaN or infinity in the logits, targets out of range, a mask that is not 0
+            and 1, and a sample of which no token counts.
+        BackendUnavailableError: if `backend` was named and cannot run here.
+
+    Source: Paul, Ganguli and Dziugaite, "Deep learning on a data diet: finding important examples early in
+    training", NeurIPS 2021, definition 2.2 (EL2N); Pleiss, Zhang, Elenberg and Weinberger, "Identifying
+    mislabeled data using the area under the margin ranking", NeurIPS 2020 (margin, here of probabilities).
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [8.0, 0.0, 0.0, 0.0]])
+        >>> scores = fc.sample_scores(logits, torch.tensor([0, 0]))
+        >>> scores.margin
+        tensor([0.0000, 0.9987])
+        >>> tokens = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))
+        >>> targets = torch.tensor([[3, 1, 4, -100, -100], [1, 5, 9, 2, 6]])
+        >>> fc.sample_scores(tokens, targets, targets >= 0).loss.shape
+        torch.Size([2])
+    """
+    check_backend(backend)
+    x, t, m = _check(logits, targets, mask)
+    if is_traced(x):
+        found = torch.ops.flashcoreset.sample_scores(x, t, m, backend)
+    else:
+        found = _solve(x, t, m, backend)
+    loss, entropy, margin, el2n, correct = found.unbind()
+    return SampleScores(loss, entropy, margin, el2n, correct > 0 if x.dim() == 2 else correct)
+
+
+def _check(logits: Any, targets: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = as_dense(logits, "logits")
+    if x.dtype not in FLOATING:
+        got = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"logits must have dtype float16, bfloat16, float32 or float64, got {got}")
+    if x.dim() not in (2, 3) or 0 in x.shape:
+        raise ValueError(
+            f"logits must have shape [samples, classes] or [samples, tokens, classes], each >= 1, got {tuple(x.shape)}"
+        )
+    rows = tuple(x.shape[:-1])
+    t = as_integers(targets, "targets", rows, "logits", x.device)
+    if mask is None:
+        return x, t, None
+    if x.dim() == 2:
+        raise ValueError(
+            f"mask is for logits [samples, tokens, classes], got it with logits of shape {tuple(x.shape)}"
+        )
+    m = as_dense(mask, "mask")
+    if m.dtype == torch.bool:
+        m = m.to(torch.uint8)
+    return x, t, as_integers(m, "mask", rows, "logits", x.device)
+
+
+def _solve(logits: Tensor, targets: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
+    """The scores [5, N], in the order of the attributes of SampleScores."""
+    kernels = choose_kernels(backend, logits.device, "scores")
+    kept = None
+    if mask is not None:
+        kept = _checked_mask(mask)
+        check_targets(targets, ~kept, logits.shape[-1])
+        targets = torch.where(kept, targets, -1)
+    if logits.dim() == 2:
+        logits, targets = logits.unsqueeze(1), targets.unsqueeze(1)
+        return kernels.sample_scores(logits, targets)[:, :, 0]
+    scores = kernels.sample_scores(logits, targets, masked=kept is not None)
+    return mean_over_tokens(scores, kept)
+
+
+def _checked_mask(mask: Tensor) -> Tensor:
+    """`mask` [N, T] as bool."""
+    bad = (mask != 0) & (mask != 1)
+    if bad.any():
+        i, token = bad.nonzero()[0].tolist()
+        raise ValueError(f"mask must hold 0 and 1, got {int(mask[i, token])} at sample {i}, token {token}")
+    kept = mask == 1
+    empty = ~kept.any(1)
+    if empty.any():
+        raise ValueError(
+            f"mask must keep at least one token of every sample, got none at sample {int(empty.nonzero()[0])}"
+        )
+    return kept
+
+
+# The torch op: what torch.compile and fake tensors see.
+
+_NAME = "flashcoreset::sample_scores"
+torch.library.define(_NAME, "(Tensor logits, Tensor targets, Tensor? mask, str? backend) -> Tensor")
+torch.library.impl(_NAME, "default")(_solve)
+
+
+@torch.library.register_fake(_NAME)
+def _fake(logits: Tensor, targets: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
+    return logits.new_empty(5, logits.shape[0], dtype=compute_dtype(logits.dtype))
+
+
+@register_estimate("sample_scores")
+def _estimate(
+    logits: Any,
+    targets: Any = None,
+    mask: Any = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> int:
+    """Bytes of one call; see `memory_estimate`."""
+    check_backend(backend)
+    dtype = as_dtype(dtype)
+    shape = as_shape(logits, "logits", 3 if len(getattr(logits, "shape", logits)) == 3 else 2)
+    for name, value in (("targets", targets), ("mask", mask)):
+        if value is not None and as_shape(value, name, len(shape) - 1) != shape[:-1]:
+            raise ValueError(
+                f"{name} must have shape {shape[:-1]} as logits has it, got {as_shape(value, name, len(shape) - 1)}"
+            )
+    rows, classes = math.prod(shape[:-1]), shape[-1]
+    size = compute_dtype(dtype).itemsize
+    scores = 5 * rows * size
+    # The means over tokens: in float64, with cumulative sums; a mask's masks.
+    means = 2 * 5 * rows * 8 if len(shape) == 3 else 0
+    masks = 32 * rows if mask is not None else 2 * rows
+    if backend == "torch":
+        return scores * 2 + means + masks + rows * classes * (9 * size + 12)
+    return scores + means + masks + torch.get_num_threads() * (1 << 16)

@@ -1,0 +1,154 @@
+"""The course of a problem's iterations, what a solution holds, and its value: the same on every backend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Exponents, sums of potentials and costs in units of reg, are below this part of what a type holds.
+EXPONENTS = 1e-3
+# exp() of more leaves the range of float64.
+MOST_EXPONENT = 700.0
+
+
+class Solution(NamedTuple):
+    """What every backend's `sinkhorn` returns: potentials in float64, 0 in the padding, and one entry a problem."""
+
+    f: Tensor  # [B, n] float64
+    g: Tensor  # [B, m] float64
+    value: Tensor  # [B] float64
+    transport_cost: Tensor  # [B] float64
+    error: Tensor  # [B] float64
+    iterations: Tensor  # [B] int64
+    converged: Tensor  # [B] bool
+
+
+@dataclass
+class Schedule:
+    """The course of one problem's iterations, the same on every backend (csrc/core/sinkhorn_schedule.h).
+
+    Annealing: where the costs range over more than ANNEALED_FROM times reg, the iterations start at a quarter of the
+    range and eps falls by FACTOR whenever the marginals are off by STAGE_ERROR of the mass or after a stage's share of iterations.
+    Over-relaxation: every PERIOD iterations the rate of convergence that was seen gives a better
+    omega; where the error grew, omega goes back towards 1. The last of `max_iter` iterations is a plain one: it leaves
+    the columns exact, and so the best iterate, where an over-relaxed one leaves both sides off. With tol = 0 the plain iterations are made, unless they are
+    annealed; without constants, but for rows alone that are relaxed, whose plans these leave as they are.
+    """
+
+    reg: float
+    spread: float  # of the costs; a bound will do
+    tol: float
+    max_iter: int
+    warm: bool  # potentials are given
+    mass: float = 1.0  # of the rows: what errors of the stages are compared with
+    column_mass: float = 1.0
+
+    ANNEALED_FROM = 500.0
+    FACTOR = 4.0
+    STAGE_ERROR = 0.02
+    STAGE_ITERATIONS = 200
+    PERIOD = 10
+    MOST_OMEGA = 1.95
+
+    def __post_init__(self) -> None:
+        stages = 0
+        if not self.warm and self.spread > self.ANNEALED_FROM * self.reg and math.isfinite(self.spread):
+            # The quotient of two numbers of float64 may leave its range.
+            quotient = self.spread / self.reg
+            logs = math.log(quotient) if quotient < math.inf else math.log(self.spread) - math.log(self.reg)
+            stages = math.ceil(logs / math.log(self.FACTOR)) - 1
+        if 2 * stages > self.max_iter:
+            stages = 0
+        self.eps = self.spread / self.FACTOR if stages else self.reg
+        self.stage_iterations = min(self.STAGE_ITERATIONS, self.max_iter // (2 * stages)) if stages else 0
+        self.accelerated = self.tol > 0 or stages > 0
+        # The error at which the problem is solved; masses below 1 have errors in proportion.
+        self.tolerance = self.tol * min(1.0, self.mass, self.column_mass)
+        self.omega = 1.0
+        self.iterations = 0
+        self._in_stage = 0
+        self._since = 0
+        self._base = 0.0
+
+    def after(self, error: float) -> str:
+        """What to do after an iteration that began with this error: "go on", "new eps", "check" (whether it has converged)
+        or "stop"."""
+        self.iterations += 1
+        self._in_stage += 1
+        if self.eps > self.reg and self.iterations < self.max_iter:
+            if error <= self.STAGE_ERROR * self.mass or self._in_stage >= self.stage_iterations:
+                self.eps = max(self.eps / self.FACTOR, self.reg)
+                self._in_stage = 0
+                self._restart()
+                return "new eps"
+        elif self.eps <= self.reg and error <= self.tolerance and self.tolerance > 0:
+            return "check"
+        if self.iterations >= self.max_iter or math.isnan(error):
+            return "stop"
+        if self.accelerated:
+            self._adapt(error)
+        if self.iterations + 1 == self.max_iter:
+            self.omega = 1.0
+        return "go on"
+
+    def disappointed(self) -> bool:
+        """After a check that failed: go on with plain iterations. Returns whether any are left."""
+        self._restart()
+        return self.iterations < self.max_iter
+
+    def _restart(self) -> None:
+        self.omega = 1.0
+        self._since = 0
+
+    def _adapt(self, error: float) -> None:
+        if self._since == 0:
+            if error >= 0.5 * self.mass:
+                return
+            self._base = error
+        elif self._since == self.PERIOD:
+            rate = (error / self._base) ** (1 / self.PERIOD) if self._base > 0 else 0.0
+            if rate >= 1:
+                self.omega = 1 + 0.7 * (self.omega - 1)
+            elif rate > self.omega - 1:
+                # Of plain iterations, by Young's relation between their rate and that at omega.
+                plain = min((rate + self.omega - 1) ** 2 / (rate * self.omega**2), 0.9999)
+                self.omega = min(max(self.omega, 2 / (1 + math.sqrt(1 - plain))), self.MOST_OMEGA)
+            else:
+                self.omega = 1 + 0.95 * (self.omega - 1)
+            self._base = error
+            self._since = 0
+        self._since += 1
+
+
+def range_fault(spread: float, reg: float, metric: str, dtype: torch.dtype, within: str) -> str | None:
+    """What to say of costs that range over `spread` (or so much at the most) where they, or their exponents in units of reg,
+    leave the range of the data's type; None where they do not."""
+    most = torch.finfo(dtype).max
+    remedy = " or use float64" if dtype == torch.float32 else ""
+    # Euclidean distances are the roots of their squares.
+    if not spread <= (math.sqrt(most) if metric == "euclidean" else most):
+        return f"x: costs overflow {dtype}{within}; scale the data down{remedy}"
+    if not spread <= EXPONENTS * most * reg:
+        return f"reg: costs of {spread:.3g} in units of {reg:.3g} overflow {dtype}{within}; raise reg{remedy}"
+    return None
+
+
+def dual_value(
+    f: Tensor, g: Tensor, a: Tensor, b: Tensor, mass: Tensor, reg: float, reg_marginal: tuple[float, float]
+) -> Tensor:
+    """The dual objective [B] at potentials f [B, n], g [B, m] of plans of total `mass` [B]."""
+    sides = []
+    for potential, weight, rho in zip((f, g), (a, b), reg_marginal, strict=True):
+        worth = potential if math.isinf(rho) else -rho * torch.expm1(-potential / rho)
+        # Where there is no weight, the potential may be anything.
+        sides.append(torch.where(weight > 0, weight * worth, 0).sum(1))
+    return sides[0] + sides[1] - reg * (mass - a.sum(1) * b.sum(1))
+
+
+def asked(potential: Tensor, rho: float) -> Tensor | float:
+    """exp(-f / rho): the shares of their weights that potentials ask for. Kept below infinity, which a plan may reach too."""
+    return 1.0 if math.isinf(rho) else torch.exp((-potential / rho).clamp(max=MOST_EXPONENT))

@@ -1,0 +1,247 @@
+"""Random projections of gradients and other long rows: arguments, backends and the torch op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
+from flashcoreset._core.tensor import as_int64, as_integer, as_matrix, check_finite, compute_dtype, one_of
+from flashcoreset.sketch.kinds import KINDS, ROWS_AT_ONCE
+
+_MOST_COLUMNS = 2**31
+_MOST_ENTRIES = 2**60  # of a matrix
+_CONVERTED = 64 * 2**20  # bytes of half-precision input that are converted at a time
+_COLUMNS = 1 << 18  # of a row that are converted together
+
+
+def sketch(
+    x: Any,
+    dim: int,
+    *,
+    kind: str = "rademacher",
+    seed: int = 0,
+    offset: int = 0,
+    nnz: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Rows of `x`, projected to `dim` dimensions: x @ projection_matrix(D, dim, ...), without forming that matrix.
+
+    Squared lengths and inner products of the rows are kept in expectation over `seed`, with a relative standard deviation of
+    about sqrt(2 / dim). The matrix is a function of (kind, seed, row, column): one seed gives the same one on every backend,
+    for every batch size, chunking and thread count, in this and later releases (`flashcoreset.sketch.reference` defines it).
+
+    Args:
+        x: [B, D], float16, bfloat16, float32 or float64; half types are computed in float32.
+        dim: columns of the result, 1 to 2^31.
+        kind: "rademacher" (random signs; Achlioptas, 2003) or "gaussian": dense, B D dim multiply-adds; "sjlt": `nnz` entries a
+            row of the matrix (Kane and Nelson, 2014), B D nnz; "srht": blocks of N rows, a power of two between 1,024 and
+            4,096, by fast Hadamard transforms (Ailon and Chazelle, 2009), B D (log N + dim / N).
+        seed: a 64-bit integer.
+        offset: the row of the matrix that column 0 of `x` belongs to, so that columns may come in pieces:
+            sketch(x) = sketch(x[:, :c]) + sketch(x[:, c:], offset=c), up to rounding. (srht costs least where pieces begin at
+            multiples of N.)
+        nnz: of "sjlt", at most `dim`; more of them lower the variance of short or sparse rows.
+        backend: None, "cpu", "cuda", "triton" or "torch".
+
+    Returns:
+        [B, dim], float32, or float64 for float64 inputs. Not differentiable.
+
+    Raises:
+        TypeError: for arguments of a wrong type.
+        ValueError: for a wrong shape or option, NaN or infinity in `x`, or sums beyond the range of the result's dtype.
+        BackendUnavailableError: if `backend` cannot run here.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> x = torch.ones(2, 1000)
+        >>> pieces = fc.sketch(x[:, :300], 64, kind="sjlt") + fc.sketch(x[:, 300:], 64, kind="sjlt", offset=300)
+        >>> torch.allclose(fc.sketch(x, 64, kind="sjlt"), pieces)
+        True
+    """
+    matrix = as_matrix(x, "x")
+    dim, seed, offset, nnz = check_projection(matrix.shape[1], dim, kind, seed, offset, nnz)
+    check_backend(backend)
+    return torch.ops.flashcoreset.sketch(matrix, dim, kind, seed, offset, nnz, backend)
+
+
+def projection_matrix(
+    D: int,
+    dim: int,
+    *,
+    kind: str = "rademacher",
+    seed: int = 0,
+    offset: int = 0,
+    nnz: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The matrix that `sketch` multiplies by: rows offset to offset + D of the projection. For tests and small D.
+
+    Entries are the same bits on every backend ("gaussian": to 2 units in the last place).
+
+    Args:
+        D: rows, at least 1.
+        dim, kind, seed, offset, nnz, backend: as for `sketch`.
+        dtype: torch.float32 or torch.float64; float16 and bfloat16 round float32's entries.
+        device: of the result; None is the CPU.
+
+    Returns:
+        [D, dim].
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: as `sketch`.
+
+    Example:
+        >>> import flashcoreset as fc
+        >>> fc.projection_matrix(1000, 16).square().sum(1)[:3]
+        tensor([1., 1., 1.])
+    """
+    rows = as_integer(D, "D")
+    if rows < 1:
+        raise ValueError(f"D must be at least 1, got {rows}")
+    dim, seed, offset, nnz = check_projection(rows, dim, kind, seed, offset, nnz)
+    check_backend(backend)
+    dtype, place = as_dtype(dtype), _device(device)
+    if rows * dim >= _MOST_ENTRIES:
+        raise ValueError(f"D times dim must be below 2^60, got {rows} * {dim}")
+    kernels = choose_kernels(backend, place, "sketch")
+    found: Tensor = kernels.projection_matrix(
+        rows, dim, kind=kind, seed=seed, offset=offset, nnz=nnz, dtype=compute_dtype(dtype), device=place
+    )
+    return found.to(dtype)
+
+
+def check_projection(
+    rows: int, dim: Any, kind: Any, seed: Any, offset: Any, nnz: Any
+) -> tuple[int, int, int, int]:
+    """`dim`, `seed`, `offset` and `nnz` as integers in their ranges."""
+    dim, offset, nnz = as_integer(dim, "dim"), as_integer(offset, "offset"), as_integer(nnz, "nnz")
+    one_of(kind, "kind", KINDS)
+    if not 1 <= dim <= _MOST_COLUMNS:
+        raise ValueError(f"dim must be in [1, 2^31], got {dim}")
+    if not 0 <= offset < 2**63 - rows:
+        raise ValueError(f"offset must be >= 0, and its sum with the {rows} columns below 2^63, got {offset}")
+    if not 1 <= nnz <= dim:
+        raise ValueError(f"nnz must be in [1, dim] = [1, {dim}], got {nnz}")
+    return dim, as_int64(seed, "seed"), offset, nnz
+
+
+def _device(value: Any) -> torch.device:
+    """The device, which torch can use here."""
+    try:
+        place = torch.device("cpu" if value is None else value)
+        torch.empty(0, device=place)
+    except TypeError:
+        raise TypeError(f"device must be a torch.device or its name, got {value!r}") from None
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+        raise ValueError(f"device must be one that torch can use here, got {str(value)!r}: {error}") from None
+    return place
+
+
+_NAME = "flashcoreset::sketch"
+torch.library.define(
+    _NAME, "(Tensor x, int dim, str kind, int seed, int offset, int nnz, str? backend) -> Tensor"
+)
+
+
+@torch.library.impl(_NAME, "default")
+def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backend: str | None) -> Tensor:
+    dim, seed, offset, nnz = check_projection(x.shape[1], dim, kind, seed, offset, nnz)
+    kernels = choose_kernels(backend, x.device, "sketch")
+    dtype = compute_dtype(x.dtype)
+    with torch.no_grad():
+        if x.dtype in (dtype, *getattr(kernels, "SKETCH_TAKES", ())):
+            out: Tensor = kernels.sketch(x, dim, kind=kind, seed=seed, offset=offset, nnz=nnz)
+        else:
+            out = x.new_zeros(x.shape[0], dim, dtype=dtype)
+            # Columns are cut in the same places whatever the number of rows, on which a row's bits must not depend.
+            rows = max(1, _CONVERTED // (dtype.itemsize * min(x.shape[1], _COLUMNS)))
+            for first in range(0, x.shape[0], rows):
+                for begin in range(0, x.shape[1], _COLUMNS):
+                    out[first : first + rows] += kernels.sketch(
+                        # Without a name, so that it is gone before the next.
+                        x[first : first + rows, begin : begin + _COLUMNS].to(dtype),
+                        dim, kind=kind, seed=seed, offset=offset + begin, nnz=nnz,
+                    )  # fmt: skip
+        # What is not finite in a row is not finite in its sketch, which is shorter to look through.
+        if not bool(torch.isfinite(out).all()):
+            check_finite(x, "x")
+            raise ValueError(f"x: sums of its rows go beyond the range of {dtype}; scale it down")
+    return out
+
+
+@torch.library.register_fake(_NAME)
+def _fake(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backend: str | None) -> Tensor:
+    return x.new_empty(x.shape[0], dim, dtype=compute_dtype(x.dtype))
+
+
+# Bytes of random words, bits and numbers for an entry of the reference's matrix.
+_REFERENCE = {"rademacher": 14, "gaussian": 50, "sjlt": 1, "srht": 22}
+
+
+@register_estimate("sketch")
+def _estimate(
+    x: Any,
+    dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kind: str = "rademacher",
+    seed: int = 0,
+    offset: int = 0,
+    nnz: int = 1,
+    backend: str | None = None,
+) -> int:
+    """Bytes of one call; see `memory_estimate`. Terms are named after what the kernels allocate."""
+    dtype = as_dtype(dtype)
+    batch, columns = as_shape(x, "x")
+    dim, _, _, nnz = check_projection(columns, dim, kind, seed, offset, nnz)
+    check_backend(backend)
+    size = compute_dtype(dtype).itemsize
+    out = batch * dim * size
+    converted = min(_CONVERTED, batch * min(columns, _COLUMNS) * size) if dtype.itemsize < size else 0
+    if backend == "torch":
+        rows = max(1, min(columns, ROWS_AT_ONCE // dim))
+        return 2 * out + converted + rows * (dim + 128) * (_REFERENCE[kind] * 3 // 2 + size)
+    dense = kind in ("rademacher", "gaussian")
+    # The cuts of csrc/cpu/sketch.cpp.
+    most = 32 if dense else 8
+    pieces = min(max(columns // 2048, 1), min(max(most * 512 // dim, 1), most))
+    each, threads = 256 if dense else 32, torch.get_num_threads()
+    rows = min(batch, max(4, min((1 << 20) // dim // pieces, each * (1 if dense else threads))))
+    partial = pieces * rows * dim * 8
+    together = min(rows if rows < 8 else rows + 15, each)
+    split = threads if pieces > 1 or rows * columns * nnz >= 1 << 16 else 1
+    # (Allocators keep those of the slab before.)
+    sums = threads * together * min(dim, 512) * 8 if dense else 2 * split * together * dim * size
+    scratch = sums + threads * ((1 << 20) + 1024 * nnz)
+    # What is not finite is looked for in the result: its absolute values and three masks.
+    return (2 if converted else 1) * out + converted + scratch + max(partial, out + 3 * batch * dim)
+
+
+@register_estimate("projection_matrix")
+def _matrix_estimate(
+    D: int,
+    dim: int,
+    *,
+    kind: str = "rademacher",
+    seed: int = 0,
+    offset: int = 0,
+    nnz: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> int:
+    rows = as_integer(D, "D")
+    if rows < 1:
+        raise ValueError(f"D must be at least 1, got {rows}")
+    dim, _, _, nnz = check_projection(rows, dim, kind, seed, offset, nnz)
+    check_backend(backend)
+    dtype = as_dtype(dtype)
+    size = compute_dtype(dtype).itemsize
+    made = rows * dim * ((_REFERENCE[kind] if backend == "torch" else 0) + size)
+    return made + (rows * dim * dtype.itemsize if dtype.itemsize < size else 0) + (1 << 20)

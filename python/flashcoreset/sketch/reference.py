@@ -1,0 +1,150 @@
+"""Random projections: their matrices, entry by entry, and the products with them.
+
+Row i of the matrix belongs to column i of the input, counted from the start of what is sketched, `offset` included. Every
+entry is a function of (kind, seed, row, column) and of nothing else. Random words are Philox4x32-10 blocks of the key `seed`;
+the counter is (row low, row high, block, kind), with the kinds numbered as in KINDS:
+
+- rademacher: +-1 / sqrt(dim). Bit c % 32 of word c % 128 / 32 of block c / 128 of the row is set where column c is negative
+  (Achlioptas, "Database-friendly random projections", 2003).
+- gaussian: n / sqrt(dim), n standard normal by Box and Muller's formula: words 0 and 1 of block c / 4 give columns 4b and
+  4b + 1, words 2 and 3 the next two. n is a float32 number, whatever the precision of the product.
+- sjlt: `nnz` entries +-1 / sqrt(nnz) a row, one in each of `nnz` nearly equal blocks of columns (Kane and Nelson, "Sparser
+  Johnson-Lindenstrauss transforms", 2014). Words 2e and 2e + 1 of the row (word w is word w % 4 of block w / 4) say where
+  in its block entry e is, and by their lowest bit its sign.
+- srht: rows in blocks of N, a power of two; block b is sqrt(1 / dim) D H_b: D random signs (bit i % 128 of counter row i / 128
+  for row i), H_b `dim` columns of the N x N Hadamard matrix (Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform",
+  2009; blockwise: Balabanov, Beaupere, Grigori and Lederer, "Block subsampled randomized Hadamard transform for low-rank
+  approximation on distributed architectures", 2023). Column c is drawn from the c-th of `dim` equal parts of the N while
+  dim <= N, else from all of them, by word c % 4 of block 1 + c / 4 of counter row b.
+
+All of them keep squared lengths and inner products in expectation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashcoreset._core.philox import philox4x32
+from flashcoreset.sketch.kinds import KINDS, ROWS_AT_ONCE, hadamard_block
+
+
+def _words(kind: str, seed: int, rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Words [rows, blocks, 4] of the counters (row, block)."""
+    counter = np.empty((len(rows), len(blocks), 4), dtype=np.uint32)
+    counter[..., 0] = (rows & 0xFFFFFFFF)[:, None]
+    counter[..., 1] = (rows >> 32)[:, None]
+    counter[..., 2] = blocks
+    counter[..., 3] = KINDS.index(kind)
+    return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+
+
+def _bits(words: np.ndarray) -> np.ndarray:
+    """Bits [rows, 32 * words], the lowest first."""
+    rows, count = words.shape
+    return (words[:, :, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).reshape(rows, 32 * count)
+
+
+def box_muller(words: np.ndarray) -> np.ndarray:
+    """Box and Muller's pairs of normal numbers from pairs of words [..., 2], as float32.
+
+    Angles are cut into quadrants exactly, so that numbers near 0 have all their digits.
+    """
+    radius = np.sqrt(-2 * np.log((words[..., 0].astype(np.float64) + 1) * 2.0**-32))
+    turn = (words[..., 1].astype(np.float64) + 0.5) * 2.0**-30
+    quadrant = turn.astype(np.int64)
+    part = turn - quadrant
+    sine, cosine = np.sin(part * (np.pi / 2)), np.sin((1 - part) * (np.pi / 2))
+    odd = quadrant % 2 == 1
+    x = np.where(odd, sine, cosine) * np.where((quadrant == 1) | (quadrant == 2), -1, 1)
+    y = np.where(odd, cosine, sine) * np.where(quadrant >= 2, -1, 1)
+    return (np.stack([x, y], axis=-1) * radius[..., None]).astype(np.float32)
+
+
+def sjlt_entries(seed: int, dim: int, nnz: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns [rows, nnz] and signs [rows, nnz] (+1 or -1) of the sparse matrix's entries."""
+    words = _words("sjlt", seed, rows, np.arange((nnz + 1) // 2)).reshape(len(rows), -1).astype(np.int64)
+    begin = np.arange(nnz + 1, dtype=np.int64) * dim // nnz
+    columns = begin[:-1] + (words[:, 0 : 2 * nnz : 2] * np.diff(begin) >> 32)
+    return columns, 1 - 2 * (words[:, 1 : 2 * nnz : 2] & 1)
+
+
+def _hadamard(seed: int, dim: int, rows: np.ndarray) -> np.ndarray:
+    """Signs [rows, dim] of srht's entries, as 0 (+) and 1."""
+    size = hadamard_block(dim)
+    words = _words("srht", seed, rows >> 7, np.zeros(1, np.int64))[:, 0]
+    own = _bits(words)[np.arange(len(rows)), rows & 127]
+    block = rows // size
+    columns = np.arange(dim, dtype=np.int64)
+    if dim <= size:
+        begin, width = columns * size // dim, (columns + 1) * size // dim - columns * size // dim
+    else:
+        begin, width = np.zeros(dim, np.int64), np.full(dim, size)
+    numbers, which = np.unique(block, return_inverse=True)
+    drawn = _words("srht", seed, numbers, 1 + np.arange((dim + 3) // 4)).reshape(len(numbers), -1)[:, :dim]
+    picked = begin + (drawn.astype(np.int64) * width >> 32)
+    shared = picked[which] & (rows % size)[:, None]
+    for shift in (8, 4, 2, 1):  # 12 bits at most
+        shared ^= shared >> shift
+    return (shared & 1) ^ own[:, None]
+
+
+def projection_matrix(
+    rows: int,
+    dim: int,
+    *,
+    kind: str,
+    seed: int,
+    offset: int,
+    nnz: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The matrix [rows, dim] on `device`, its first row being row `offset` of the projection."""
+    return _matrix(_consecutive(offset, rows), dim, kind, seed, nnz, dtype).to(device)
+
+
+def _consecutive(begin: int, count: int) -> np.ndarray:
+    return begin + np.arange(count, dtype=np.int64)
+
+
+def _matrix(number: np.ndarray, dim: int, kind: str, seed: int, nnz: int, dtype: torch.dtype) -> Tensor:
+    """The rows with the numbers `number` [rows] int64."""
+    rows = len(number)
+    if kind == "gaussian":
+        words = _words(kind, seed, number, np.arange((dim + 3) // 4))
+        normal = box_muller(words.reshape(rows, -1, 2)).reshape(rows, -1)[:, :dim]
+        return torch.from_numpy(normal).to(dtype) * _scale(dim, dtype)
+    if kind == "sjlt":
+        columns, signs = sjlt_entries(seed, dim, nnz, number)
+        matrix = torch.zeros(rows, dim, dtype=dtype)
+        return matrix.scatter_(
+            1, torch.from_numpy(columns), torch.from_numpy(signs).to(dtype) * _scale(nnz, dtype)
+        )
+    if kind == "rademacher":
+        words = _words(kind, seed, number, np.arange((dim + 127) // 128))
+        negative = _bits(words.reshape(rows, -1))[:, :dim]
+    else:
+        negative = _hadamard(seed, dim, number)
+    return (1 - 2 * torch.from_numpy(negative.astype(np.int8))).to(dtype) * _scale(dim, dtype)
+
+
+def _scale(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(1 / math.sqrt(count), dtype=torch.float64).to(dtype)
+
+
+def sketch(x: Tensor, dim: int, *, kind: str, seed: int, offset: int, nnz: int) -> Tensor:
+    """x [B, D] times the matrix [D, dim], in the dtype of `x`, a part of the rows at a time."""
+    out = x.new_zeros(x.shape[0], dim)
+    step = max(1, ROWS_AT_ONCE // dim)
+    for begin in range(0, x.shape[1], step):
+        part = x[:, begin : begin + step]
+        number = _consecutive(offset + begin, part.shape[1])
+        matrix = _matrix(number, dim, kind, seed, nnz, x.dtype).to(x.device)
+        # Row by row, and no matrix product: its bits depend on how many rows there are, and on the number of threads.
+        for sums, row in zip(out, part, strict=True):
+            sums += (row[:, None] * matrix).sum(0)
+    return out
