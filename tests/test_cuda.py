@@ -235,6 +235,22 @@ def test_a_sample_has_open_candidates_alone() -> None:
 
 
 @emulated
+def test_picks_after_a_sample_that_was_refused() -> None:
+    """The refusal had stayed on the device: later picks were not made, and what had been in the memory was taken for them."""
+    x = on_device(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)))
+    found = []
+    for refused in (False, True):
+        run = Run(x, metric="euclidean", preselected=on_device(torch.tensor([4])), offset=9.0)
+        if refused:
+            with pytest.raises(ValueError, match=r"that are not chosen yet, got 4$"):
+                run.step_among(on_device(torch.tensor([4])))
+        assert run.step(3) == 3
+        indices, gains, objective = finished(run, 3, 9)
+        found.append((indices.tolist(), gains.tolist(), objective))
+    assert found[0] == found[1]
+
+
+@emulated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_nothing_to_compute(dtype: torch.dtype) -> None:
     nobody, nowhere = on_device(torch.empty(0, 3, dtype=dtype)), on_device(torch.empty(3, 0, dtype=dtype))

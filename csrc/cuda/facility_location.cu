@@ -763,6 +763,9 @@ class Greedy final : public FacilityLocation {
     pace_.launched(picks_ + 1);
     const Control control = read_control();
     if (control.refused) {
+      // Else later picks would be refused with it.
+      check(cudaMemsetAsync(&state_.control->refused, 0, sizeof control.refused, stream_),
+            "clearing device memory");
       throw std::invalid_argument("candidates: expected indices in [0, " + std::to_string(state_.n) +
                                   ") that are not chosen yet, got " + std::to_string(control.refused_as));
     }

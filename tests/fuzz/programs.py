@@ -176,8 +176,8 @@ def hostile_word(r: random.Random) -> Value:
     return Value(r.choice(WORDS))
 
 
-def hostile_any(r: random.Random) -> Value:
-    if r.random() < 0.5:
+def hostile_any(r: random.Random, trusted: bool = False) -> Value:
+    if not trusted and r.random() < 0.5:
         return Value(f"Liar({r.choice(values.LIES)!r})")
     return Value(r.choice(OTHERS))
 
@@ -186,7 +186,7 @@ def hostile_array(r: random.Random, value: Value, trusted: bool = False) -> Valu
     """The array with one thing wrong, or something else in its place. `trusted`: numbers of the call's arrays are indices that are
     not checked, by design, so that no array may lose entries."""
     if not isinstance(value, Tensor) or r.random() < 0.15:
-        return hostile_any(r)
+        return hostile_any(r, trusted)  # an array of another size would be too short for the indices
     kind = r.randrange(6)
     if kind == 0 and value.shape:
         axis = r.randrange(len(value.shape))

@@ -184,7 +184,8 @@ class Recipes:
     def top_updates(self) -> dict[str, Value]:
         return {**self._updates(), "u": self.out("n", "k", dtype="float64")}
 
-    restrict_updates = top_updates
+    def restrict_updates(self) -> dict[str, Value]:
+        return self.top_updates() | {"dims": self.indices("G", "k", below="D")}
 
     def top_dimensions(self) -> dict[str, Value]:
         return {**self._updates(), "values": self.out("G", "k", dtype="float64"),
