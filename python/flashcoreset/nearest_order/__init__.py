@@ -16,8 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from flashcoreset._core.dispatch import choose_kernels
 from flashcoreset._core.progress import Progress
 from flashcoreset._core.tensor import as_matrix, compute_dtype
-from flashcoreset.nearest_order import reference
-from flashcoreset.nearest_order.cpu import NearestOrder
+from flashcoreset.nearest_order import cpu
 
 _CHUNK = 64 * 2**20  # bytes of features handed to a kernel at a time
 _FINGERPRINT = 16  # every so many rows of a batch source are remembered in a checksum
@@ -228,8 +227,7 @@ class Rounds:
         progress: Progress,
     ) -> None:
         chosen = choose_kernels(backend, source.device, "nearest_order")
-        slow = chosen is reference
-        self._order = reference.NearestOrder(centroids) if slow else NearestOrder(centroids)
+        self._order = chosen.NearestOrder(centroids)
         self._source = source
         self._dtype = centroids.dtype
         self._lists = len(centroids)
@@ -238,7 +236,7 @@ class Rounds:
         self._budget = memory_budget
         itemsize = centroids.dtype.itemsize
         self._chunk = chunk_rows(source.columns, self._lists, itemsize, memory_budget)
-        entry = list_bytes(self._lists, itemsize, "torch" if slow else "cpu")
+        entry = list_bytes(self._lists, itemsize, "cpu" if chosen is cpu else "torch")
         self._longest = max(1, (memory_budget - memory_budget // 4) // entry)
         self._length = 0
 

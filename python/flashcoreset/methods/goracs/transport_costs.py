@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import choose_kernels
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale
 from flashcoreset._core.tensor import Csr
-from flashcoreset.facility_location import cpu, reference
+from flashcoreset.facility_location import cpu
 from flashcoreset.facility_location.gains import gain_scale
 
 _BLOCK_BYTES, _LEAST_BYTES = 2**24, 2**18
@@ -283,7 +284,8 @@ class Cover:
         fixed = torch.tensor([*self.picks, n], dtype=torch.int64, device=self.owner.device)
         # Sparse matrices are taken by these two alone.
         kernels = self._costs._kernels
-        kernels = kernels if kernels in (cpu, reference) else reference
+        if kernels is not cpu:
+            kernels = choose_kernels("torch", self.owner.device, "facility_location")
         del self._sample, self._bounds
         self._live = live  # the kernel reads it in place
         return kernels.FacilityLocation(
