@@ -857,6 +857,11 @@ def test_bench_outside_a_checkout(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     expect_error(capsys, "run this in a checkout", "bench")
+    # Another project's are not run.
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__main__.py").touch()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\n')
+    expect_error(capsys, "run this in a checkout", "bench")
 
 
 @pytest.mark.parametrize("code", [0, 1])
@@ -865,6 +870,7 @@ def test_bench_runs_the_checkout_s_benchmarks(
 ) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "deeper").mkdir()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "flashcoreset"\n')
     (tmp_path / "benchmarks" / "__main__.py").write_text(
         f"import pathlib, sys; pathlib.Path('seen').write_text(' '.join(sys.argv[1:])); sys.exit({code})"
     )

@@ -568,10 +568,18 @@ def _info(_: argparse.Namespace) -> int:
     return 0
 
 
+def _is_checkout(folder: Path) -> bool:
+    """Whether the folder is this project's source tree: another project's benchmarks are not to be run."""
+    try:
+        project = (folder / "pyproject.toml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return '\nname = "flashcoreset"\n' in project and (folder / "benchmarks" / "__main__.py").is_file()
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     here = Path.cwd()
-    roots = (folder for folder in (here, *here.parents) if (folder / "benchmarks" / "__main__.py").is_file())
-    root = next(roots, None)
+    root = next((folder for folder in (here, *here.parents) if _is_checkout(folder)), None)
     if root is None:
         raise CommandError(
             "bench: the benchmarks come with the source tree, not with the package; run this in a checkout"

@@ -126,7 +126,7 @@ def sinkhorn_apply(
     transpose: bool = False,
     x_lengths: Tensor | None = None,
     y_lengths: Tensor | None = None,
-    memory_budget: int = 0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
     """P v [B, n, k] of the plans with potentials f, g for v [B, m, k] of the dtype of `x`; with `transpose` P^T v
     [B, m, k] for v [B, n, k]. The plan is made 24 rows at a time, whatever the `memory_budget`.

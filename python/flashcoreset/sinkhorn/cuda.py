@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core import native
+from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.cuda import compact, optional_compact, stream, with_memory
 from flashcoreset._core.native import capsule
 from flashcoreset.pairwise.cuda import pairwise
@@ -62,7 +63,7 @@ def sinkhorn(
     tol: float = 1e-6,
     f: Tensor | None = None,
     g: Tensor | None = None,
-    memory_budget: int = 0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     report: Callable[[int, int], None] | None = None,
 ) -> Solution:
     """Solves a batch of problems on the device; see `flashcoreset.sinkhorn.reference` for the definition.
@@ -92,7 +93,7 @@ def sinkhorn(
     iterations = torch.empty(batch, dtype=torch.int64, device=a.device)
     outputs = (found_f, found_g, value, transport_cost, error, tolerance, iterations)
     wrong, argument, problem, row, column = with_memory(
-        lambda: native.cuda_module().sinkhorn(
+        lambda: native.cuda_module(x.device.index or 0).sinkhorn(
             *_problems(x, y, metric, a, b, x_lengths, y_lengths),
             reg,
             *reg_marginal,
@@ -157,13 +158,13 @@ def sinkhorn_apply(
     transpose: bool = False,
     x_lengths: Tensor | None = None,
     y_lengths: Tensor | None = None,
-    memory_budget: int = 0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
     """P v [B, n, k] float64 of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
     [B, n, k]. Rows beyond a problem's size are 0. Does not wait for the device; `memory_budget` is not used."""
     out = a.new_empty(len(a), (b if transpose else a).shape[1], v.shape[2])
     with_memory(
-        lambda: native.cuda_module().sinkhorn_apply(
+        lambda: native.cuda_module(x.device.index or 0).sinkhorn_apply(
             *_problems(x, y, metric, a, b, x_lengths, y_lengths),
             reg,
             compact(f),
@@ -193,7 +194,7 @@ def sinkhorn_plan(
     """P [B, n, m] float64 of the plans with potentials f, g; 0 beyond a problem's size. Does not wait for the device."""
     out = a.new_empty(*a.shape, b.shape[1])
     with_memory(
-        lambda: native.cuda_module().sinkhorn_plan(
+        lambda: native.cuda_module(x.device.index or 0).sinkhorn_plan(
             *_problems(x, y, metric, a, b, x_lengths, y_lengths),
             reg,
             compact(f),

@@ -46,6 +46,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.tensor import check_finite
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import pairwise as pairwise
@@ -166,7 +167,7 @@ def sinkhorn(
     tol: float = 1e-6,
     f: Tensor | None = None,
     g: Tensor | None = None,
-    memory_budget: int = 0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
     report: Callable[[int, int], None] | None = None,
 ) -> Solution:
     """Solves a batch of problems, one after the other.
@@ -299,7 +300,7 @@ def sinkhorn_apply(
     transpose: bool = False,
     x_lengths: Tensor | None = None,
     y_lengths: Tensor | None = None,
-    memory_budget: int = 0,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
     """P v [B, n, k] of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
     [B, n, k]. Rows beyond a problem's size are 0."""
