@@ -31,13 +31,12 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset._core import native
-from flashcoreset._core.dispatch import cuda_failure, triton_failure
+from flashcoreset._core.dispatch import BACKENDS, FAMILIES, cuda_failure, takes_of, triton_failure
 from flashcoreset.methods.colm import nothing_kept
 
 FLOATS = "a float16, float32 or float64"
 POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
 MATRICES = ("precomputed", "precomputed_distance")
-BACKENDS = ("cpu", "cuda", "triton", "torch")
 
 
 class CommandError(Exception):
@@ -534,6 +533,26 @@ def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
         print(f"  {name:<10}  {text}")
 
 
+def _print_families() -> None:
+    """What each backend has kernels for, and what these take beside dense float32 and float64."""
+    print("families, and what their kernels take beside dense float32 and float64")
+    print(f"  {'':<20}" + "".join(f"{backend:<10}" for backend in BACKENDS))
+    for family, backends in FAMILIES.items():
+        cells = []
+        for backend in BACKENDS:
+            try:
+                takes = takes_of(backend, family) if backend in backends else None
+            except ImportError:
+                cells.append("missing")
+                continue
+            if takes is None:
+                cells.append("-")
+            else:
+                more = [word for word, there in (("sparse", takes.sparse), ("half", takes.half)) if there]
+                cells.append("+".join(more) or "yes")
+        print(f"  {family:<20}" + "".join(f"{cell:<10}" for cell in cells).rstrip())
+
+
 def _info(_: argparse.Namespace) -> int:
     try:
         used = native.module().ISA
@@ -563,6 +582,7 @@ def _info(_: argparse.Namespace) -> int:
     backends = [("torch", "available"), ("cpu", cpu), ("cuda", cuda), ("triton", triton)]
     _print_table("backends", backends)
     _print_table("instruction sets of the cpu backend", isas)
+    _print_families()
     threads = f"{_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads used"
     _print_table("devices", [("cpu", threads), *(gpus or [("cuda", f"none: {no_gpu}")])])
     return 0

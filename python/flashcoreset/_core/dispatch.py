@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -11,6 +12,25 @@ from flashcoreset._core import cuda, native
 from flashcoreset._core.errors import BackendUnavailableError, no_sparse_kernel, warn_slow_path
 from flashcoreset._core.imports import imported
 from flashcoreset._core.tensor import one_of
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a backend's kernels of one family take beside dense tensors of float32 and float64 on its device.
+
+    Attributes:
+        sparse: matrices in CSR form.
+        half: float16 and bfloat16 as they are; for others they are converted first.
+        checks_values: the kernels look at weights, preselected candidates and offsets on the device, where a look from outside would
+            have to wait for it.
+        host: what a small part of the work, done on the host by the compiled CPU module, is; None if there is none.
+    """
+
+    sparse: bool = False
+    half: bool = False
+    checks_values: bool = False
+    host: str | None = None
+
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
@@ -27,12 +47,6 @@ FAMILIES = {
     "pairwise": ("cpu", "cuda", "triton", "torch"),
     "caratheodory": ("cpu", "cuda", "triton", "torch"),
     "pursuit": ("cpu", "cuda", "triton", "torch"),
-}
-NO_SPARSE = ("cuda", "triton")
-# Families whose kernels for a GPU leave a small part to the compiled CPU module, and what part that is.
-WITH_THE_HOST = {
-    "caratheodory": "sums of runs are reduced",
-    "pursuit": "the weights are fitted",
 }
 DEFAULTS = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
@@ -79,13 +93,16 @@ def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> s
         )
     if backend == "torch":
         return None
-    if sparse and backend in NO_SPARSE:
-        return no_sparse_kernel(backend)
     if backend in ("cuda", "triton"):
         reason = cuda_failure(device) if backend == "cuda" else triton_failure(device)
-        if reason is None and family in WITH_THE_HOST and (missing := native.failure()) is not None:
-            return f"of {family} {WITH_THE_HOST[family]} on the host, by the compiled CPU module: {missing}"
-        return reason
+        if reason is not None:
+            return reason
+        takes = takes_of(backend, family)
+        if sparse and not takes.sparse:
+            return no_sparse_kernel(backend)
+        if takes.host is not None and (missing := native.failure()) is not None:
+            return f"of {family} {takes.host} on the host, by the compiled CPU module: {missing}"
+        return None
     if device.type != "cpu":
         return f"the compiled CPU kernels do not take tensors on {device}; move them with .cpu(), or pass backend='torch'"
     return native.failure()
@@ -94,6 +111,16 @@ def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> s
 @functools.cache
 def _module(backend: str, family: str) -> ModuleType:
     return imported(f"flashcoreset.{family}.{'reference' if backend == 'torch' else backend}")
+
+
+def takes_of(backend: str, family: str) -> Takes:
+    """What the kernels of `backend` for `family`, which are there, take.
+
+    Raises:
+        ImportError: if the backend needs a package that is missing.
+    """
+    takes: Takes = _module(backend, family).TAKES
+    return takes
 
 
 def cuda_failure(device: torch.device) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_shape, register_estimate
 from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale
@@ -21,6 +21,7 @@ from flashcoreset._core.tensor import (
     is_traced,
 )
 from flashcoreset.caratheodory import on_device as driver
+from flashcoreset.caratheodory.backend import choose
 
 # Of sums of so large numbers those of many rows may overflow.
 _HUGE = 2.0**900
@@ -97,7 +98,7 @@ def caratheodory(
 
 def _solve(x: Tensor, weights: Tensor | None, max_size: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """The rows taken [k] and their weights [k]."""
-    kernels = choose_kernels(backend, x.device, "caratheodory")
+    kernels = choose(backend, x.device)
     dtype = compute_dtype(x.dtype)
     if weights is not None:
         check_weights(weights, dtype)

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core import native
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule, optional_capsule
 
-__all__ = ["caratheodory"]
+__all__ = ["TAKES", "caratheodory"]
+
+TAKES = Takes()
 
 
 def caratheodory(

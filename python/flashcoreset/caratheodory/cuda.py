@@ -6,10 +6,13 @@ from torch import Tensor
 
 from flashcoreset._core import native
 from flashcoreset._core.cuda import optional_compact, stream, with_memory
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 from flashcoreset.caratheodory.on_device import reduce_on_device
 
-__all__ = ["caratheodory"]
+__all__ = ["TAKES", "caratheodory"]
+
+TAKES = Takes(host="sums of runs are reduced")
 
 
 def caratheodory(

@@ -26,8 +26,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.philox import uniforms
 from flashcoreset._core.tensor import check_finite
+
+TAKES = Takes()
 
 _EPS = torch.finfo(torch.float64).eps
 

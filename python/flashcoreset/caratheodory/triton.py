@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.caratheodory.on_device import reduce_on_device
 from flashcoreset.triton_kernels.caratheodory import launch_keep, launch_sums
 
-__all__ = ["caratheodory"]
+__all__ = ["TAKES", "caratheodory"]
+
+TAKES = Takes(host="sums of runs are reduced")
 
 
 def caratheodory(

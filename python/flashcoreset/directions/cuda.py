@@ -6,9 +6,12 @@ from torch import Tensor
 
 from flashcoreset._core import native
 from flashcoreset._core.cuda import stream
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 
-__all__ = ["directions"]
+__all__ = ["TAKES", "directions"]
+
+TAKES = Takes()
 
 
 def directions(out: Tensor, *, seed: int, begin: int, first: int = 0) -> None:

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.philox import philox4x32
 from flashcoreset.directions import STREAM
 from flashcoreset.sketch.reference import box_muller
+
+TAKES = Takes()
 
 
 def directions(out: Tensor, *, seed: int, begin: int, first: int = 0) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.triton_kernels.matching import (
     launch_directions,
 )
 
-__all__ = ["directions"]
+__all__ = ["TAKES", "directions"]
+
+TAKES = Takes()
 
 
 def directions(out: Tensor, *, seed: int, begin: int, first: int = 0) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
-from flashcoreset._core.dispatch import DEFAULTS, check_backend, choose_kernels
+from flashcoreset._core.dispatch import DEFAULTS, check_backend
 from flashcoreset._core.errors import InputWarning, warn_caller
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.progress import Progress, check_progress
@@ -39,6 +38,7 @@ from flashcoreset._core.tensor import (
     one_of,
     same_device,
 )
+from flashcoreset.facility_location.backend import Kernels, Run, choose
 from flashcoreset.facility_location.lost_gains import check_gains
 from flashcoreset.facility_location.sampling import CandidateSampler
 
@@ -442,13 +442,13 @@ def _solve_in_range(
     scaled: bool = False,
 ) -> _Result:
     x, clients = p.x, p.clients
-    kernels = choose_kernels(backend, x.device, "facility_location", sparse=isinstance(x, Csr))
+    kernels = choose(backend, x.device, sparse=isinstance(x, Csr))
     out_dtype = p.out_dtype
     if x.dtype != out_dtype:
         x = Csr(x.crow, x.col, x.values.to(out_dtype), x.shape) if isinstance(x, Csr) else x.to(out_dtype)
         clients = None if clients is None else clients.to(out_dtype)
     # Groups are taken apart here, so their values are looked at here.
-    on_device = p.groups is None and getattr(kernels, "CHECKS_VALUES", False)
+    on_device = p.groups is None and kernels.TAKES.checks_values
     if p.weights is not None and not on_device:
         check_weights(p.weights, out_dtype)
     if p.preselected is not None and not on_device:
@@ -517,7 +517,7 @@ def _looks_like_distances(s: Tensor) -> bool:
 
 
 def _solve_checked(
-    kernels: ModuleType,
+    kernels: Kernels,
     p: _Problem,
     x: Tensor | Csr,
     clients: Tensor | None,
@@ -560,7 +560,7 @@ def _solve_checked(
 
 
 def _solve_one(
-    kernels: ModuleType,
+    kernels: Kernels,
     p: _Problem,
     x: Tensor | Csr,
     clients: Tensor | None,
@@ -599,7 +599,7 @@ def _solve_one(
         while made < k:
             made = run.step(min(chunk, k - made), p.method == "naive")
             # Kernels on a device start picks that are made later.
-            completed = getattr(run, "completed", made)
+            completed = run.completed
             bar.update(done + completed)
         if completed < k:
             unseen = True
@@ -610,6 +610,7 @@ def _solve_one(
         p.found_offset = run.offset
     inside = _kernel_offset(p, offset)
     inside = run.offset if inside is None else inside
+    assert inside is not None
     check_gains(x, clients, p.metric, weights, preselected, indices, gains, inside, p.method == "stochastic")
     if p.excess:
         constant = p.excess * (float(m) if weights is None else float(weights.sum()))
@@ -626,7 +627,7 @@ def _kernel_offset(p: _Problem, offset: float | None) -> float | None:
 
 
 def _step_stochastic(
-    run: Any,
+    run: Run,
     p: _Problem,
     n: int,
     preselected: Tensor | None,
@@ -652,7 +653,7 @@ def _part(x: Tensor | Csr, rows: Tensor, square: bool) -> Tensor | Csr:
 
 
 def _serve(
-    kernels: ModuleType, p: _Problem, x: Tensor, clients: Tensor, indices: Tensor, offset: float | None
+    kernels: Kernels, p: _Problem, x: Tensor, clients: Tensor, indices: Tensor, offset: float | None
 ) -> tuple[Tensor, Tensor, float]:
     """Weights, assignment and f(S) of the picks of all groups together, over clients that are not the
     candidates."""
@@ -686,7 +687,7 @@ def _serve(
     return won.to(x.device, x.dtype), assignment, objective
 
 
-def _default_offset(kernels: ModuleType, x: Tensor, clients: Tensor | None, metric: str) -> float:
+def _default_offset(kernels: Kernels, x: Tensor, clients: Tensor | None, metric: str) -> float:
     """An upper bound of all distances: through the first client, by the triangle inequality."""
     plain = "euclidean" if metric == "sqeuclidean" else metric
     if clients is None:
@@ -703,13 +704,13 @@ def _default_offset(kernels: ModuleType, x: Tensor, clients: Tensor | None, metr
     return offset or 1.0
 
 
-def _is_far_above(kernels: ModuleType, x: Tensor, clients: Tensor | None, metric: str, offset: float) -> bool:
+def _is_far_above(kernels: Kernels, x: Tensor, clients: Tensor | None, metric: str, offset: float) -> bool:
     """Whether `offset` is so much larger than some of the distances that float32 could lose these beside it."""
     few = (x if clients is None else clients)[:8]
     return offset > _FAR_ABOVE * float(kernels.pairwise(x[:1], few, metric=metric).max())
 
 
-def _farthest(kernels: ModuleType, point: Tensor, points: Tensor, name: str, metric: str) -> float:
+def _farthest(kernels: Kernels, point: Tensor, points: Tensor, name: str, metric: str) -> float:
     """The largest distance from `point` to `points`; NaN and infinity in these are refused under their name."""
     try:
         farthest = float(kernels.pairwise(point, points, metric=metric).max())

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from flashcoreset._core import native
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule, optional_capsule
 from flashcoreset._core.tensor import Csr
 from flashcoreset.pairwise.cpu import pairwise
 
-__all__ = ["FacilityLocation", "pairwise"]
+__all__ = ["TAKES", "FacilityLocation", "pairwise"]
+
+TAKES = Takes(sparse=True)
 
 
 _MANY = 2**63 - 1
@@ -57,10 +60,12 @@ class FacilityLocation:
         metric: str = "cosine",
         weights: Tensor | None = None,
         preselected: Tensor | None = None,
-        offset: float = 0.0,
+        offset: float | None = 0.0,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         expected_picks: int | None = None,
     ) -> None:
+        assert offset is not None  # kernels that check values find one
+        self.offset, self.completed = offset, 0
         made = native.module().FacilityLocation
         threads = torch.get_num_threads()
         if isinstance(x, Csr):
@@ -94,7 +99,8 @@ class FacilityLocation:
     def step(self, count: int, naive: bool = False) -> int:
         """Makes up to `count` further picks; `naive` evaluates every candidate for each. Returns the number
         of picks so far."""
-        return self._run.step(count, naive)
+        self.completed = made = int(self._run.step(count, naive))
+        return made
 
     def step_among(self, candidates: Tensor) -> int:
         """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the

@@ -7,16 +7,15 @@ from torch import Tensor
 from flashcoreset._core import native
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
 from flashcoreset._core.cuda import optional_compact, stream, with_memory
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._core.native import capsule
 from flashcoreset._core.tensor import Csr, check_finite, check_preselected, check_weights
 from flashcoreset.pairwise.cuda import pairwise
 
-__all__ = ["CHECKS_VALUES", "FacilityLocation", "pairwise"]
+__all__ = ["TAKES", "FacilityLocation", "pairwise"]
 
-
-# The kernels look at weights and preselected candidates, and find an offset, on the device: a look from here would wait for it.
-CHECKS_VALUES = True
+TAKES = Takes(checks_values=True)
 
 
 class FacilityLocation:

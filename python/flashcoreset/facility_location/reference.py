@@ -29,11 +29,14 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import Csr, check_finite
 from flashcoreset.facility_location.gains import bounds_of_matrix, bounds_of_points, gain_scale
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import _blocks, values_of_rows
 from flashcoreset.pairwise.reference import pairwise as pairwise
+
+TAKES = Takes(sparse=True)
 
 
 class _Similarities(Protocol):
@@ -136,10 +139,12 @@ class FacilityLocation:
         metric: str = "cosine",
         weights: Tensor | None = None,
         preselected: Tensor | None = None,
-        offset: float = 0.0,
+        offset: float | None = 0.0,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         expected_picks: int | None = None,
     ) -> None:
+        assert offset is not None  # kernels that check values find one
+        self.offset, self.completed = offset, 0
         s: _Similarities
         if isinstance(x, Csr):
             s = _Sparse(x)
@@ -212,7 +217,8 @@ class FacilityLocation:
             else:
                 j, gain = self._pop_best()
             self._pick(j, gain)
-        return len(self._picks)
+        self.completed = len(self._picks)
+        return self.completed
 
     def _pop_best(self) -> tuple[int, int]:
         if self._queue is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._core.tensor import Csr, check_finite
 from flashcoreset.facility_location.gains import bounds_of_matrix, bounds_of_points, gain_scale
@@ -16,7 +17,9 @@ from flashcoreset.pairwise.triton import pairwise
 from flashcoreset.triton_kernels.facility_location import Similarities
 from flashcoreset.triton_kernels.pairwise import launch_pairwise, panel
 
-__all__ = ["FacilityLocation", "pairwise"]
+__all__ = ["TAKES", "FacilityLocation", "pairwise"]
+
+TAKES = Takes()
 
 
 # Candidates that a lazy pick looks at first, a tile of them at least: fewer would take as long.
@@ -51,10 +54,12 @@ class FacilityLocation:
         metric: str = "cosine",
         weights: Tensor | None = None,
         preselected: Tensor | None = None,
-        offset: float = 0.0,
+        offset: float | None = 0.0,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         expected_picks: int | None = None,
     ) -> None:
+        assert offset is not None  # kernels that check values find one
+        self.offset, self.completed = offset, 0
         if isinstance(x, Csr):
             raise BackendUnavailableError(f"backend 'triton': {no_sparse_kernel('triton')}")
         check_finite(x, "x")
@@ -97,7 +102,8 @@ class FacilityLocation:
         of picks so far."""
         for _ in range(min(count, self._left)):
             self._pick(*self._find_best(self._n if naive or not self._picks else _BATCH))
-        return len(self._picks)
+        self.completed = len(self._picks)
+        return self.completed
 
     def _find_best(self, batch: int) -> tuple[int, int]:
         """The candidate of the largest gain, the lowest of those, and the gain; `batch` candidates are

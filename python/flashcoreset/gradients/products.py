@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashcoreset.sketch import cpu
+from flashcoreset.sketch.backend import Kernels
+
 _TILE = 1 << 22  # entries: what the caches that processors share hold
 
 
-def add_products(
-    kernels: ModuleType, a: Tensor, g: Tensor, out: Tensor, *, offset: int, **options: Any
-) -> None:
+def add_products(kernels: Kernels, a: Tensor, g: Tensor, out: Tensor, *, offset: int, **options: Any) -> None:
     """out[b] += the sketch of sum_t g[b, t] a[b, t]^T, a matrix [rows, columns] flattened row by row, which begins at row
     `offset` of the projection; a tile of its rows at a time.
 
@@ -27,16 +27,16 @@ def add_products(
 
 
 def add_rows(
-    kernels: ModuleType, indices: Tensor, g: Tensor, out: Tensor, *, offset: int, **options: Any
+    kernels: Kernels, indices: Tensor, g: Tensor, out: Tensor, *, offset: int, **options: Any
 ) -> None:
     """out[b] += the sum over t of the sketch of g[b, t], row indices[b, t] of a matrix of g's width that is flattened row by
     row and begins at row `offset` of the projection.
 
-    indices [B, T] int64, g [B, T, width] and out [B, dim] of one dtype, float32 or float64. Kernels that have `sketch_rows`
+    indices [B, T] int64, g [B, T, width] and out [B, dim] of one dtype, float32 or float64. The compiled CPU kernels
     compute the rows that are named; for others, tiles of all rows between the least and the largest number are formed.
     """
-    if hasattr(kernels, "sketch_rows"):
-        kernels.sketch_rows(indices, g, out, offset=offset, **options)
+    if kernels is cpu:
+        cpu.sketch_rows(indices, g, out, offset=offset, **options)
         return
     batch, width = g.shape[0], g.shape[2]
     step = max(1, _TILE // (batch * width))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.tensor import FLOATING, compute_dtype, one_of
 from flashcoreset.gradients.checks import (
     Inputs,
@@ -43,6 +43,7 @@ from flashcoreset.gradients.layers import (
 from flashcoreset.gradients.norms import SquaredNorms, TiedEmbedding, add_explicit, squares
 from flashcoreset.gradients.products import add_products, add_rows
 from flashcoreset.sketch import check_projection
+from flashcoreset.sketch.backend import choose
 
 REDUCTIONS = ("mean", "sum")
 VERIFY = ("first", "always", "never")
@@ -217,7 +218,7 @@ class GradientSketcher:
         self._places = _places(model, targets)
         found = {compute_dtype(parameter.dtype) for parameter in wanted.values()}
         self._dtype = torch.float64 if torch.float64 in found else torch.float32
-        self._kernels = choose_kernels(backend, device, "sketch")
+        self._kernels = choose(backend, device)
         self._watch = _Watch(self)
         self._rows_known: dict[
             Any, set[tuple[_Place, bool]]
@@ -731,7 +732,7 @@ class GradientSketcher:
             add_products(self._kernels, gradient.a, gradient.g, here, offset=offset, **self._options)
         else:
             here = out[gradient.first : gradient.first + len(gradient.values)]
-            here += self._kernels.sketch(gradient.values, self._dim, offset=offset, **self._options)
+            here += self._kernels.sketch(gradient.values, out.shape[1], offset=offset, **self._options)
 
     def _tied(self, current: _Pass, target: _Target) -> TiedEmbedding | None:
         """Of a parameter that embeddings and exactly one other layer use."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.philox import philox4x32
 from flashcoreset._core.tensor import (
     FLOATING,
@@ -25,6 +25,7 @@ from flashcoreset._core.tensor import (
     compute_dtype,
     is_traced,
 )
+from flashcoreset.directions.backend import choose
 
 _CHUNK = 1 << 20  # elements of a direction that are formed at a time
 
@@ -110,7 +111,7 @@ class LowRankGradients:
 def _directions(like: Tensor, seed: int, begin: int, end: int, backend: str | None) -> Tensor:
     """[q, end - begin], a row for each of the columns of `like`."""
     out = like.new_empty(like.shape[1], end - begin)
-    choose_kernels(backend, like.device, "directions").directions(out, seed=seed, begin=begin)
+    choose(backend, like.device).directions(out, seed=seed, begin=begin)
     return out
 
 
@@ -195,7 +196,7 @@ def zeroth_order_gradients(
         raise TypeError(f"resample must be a bool, got {resample!r} of type {type(resample).__name__}")
     check_backend(backend)
     device = tensors[0].device
-    fill = choose_kernels(backend, device, "directions").directions
+    fill = choose(backend, device).directions
     if resample:
         seed = _next_seed(seed)
     numel = sum(tensor.numel() for tensor in tensors)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DISTANCES
-from flashcoreset._core.dispatch import DEFAULTS, check_backend, choose_kernels
+from flashcoreset._core.dispatch import DEFAULTS, check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, memory_estimate, register_estimate
 from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale, times_power
@@ -33,6 +32,7 @@ from flashcoreset.caratheodory import caratheodory
 from flashcoreset.facility_location import check_picks, facility_location, group_members
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.gradients.zeroth_order import LowRankGradients
+from flashcoreset.matching.backend import Kernels, choose
 from flashcoreset.matching.rule import BLOCK as REFERENCE_BLOCK
 from flashcoreset.matching.rule import OVERFLOW, Rule
 from flashcoreset.matching.rule import check_history as check_moments
@@ -255,7 +255,7 @@ def check_history(history: Any, g: Gradients, name: str) -> AdamState | RankOneA
 def match_members(problem: Problem, backend: str | None) -> Selection:
     """Solves a checked problem."""
     g, history = problem.g, problem.history
-    kernels = choose_kernels(backend, g.values.device, "matching")
+    kernels = choose(backend, g.values.device)
     if g.length is not None:
         _check_rows(problem, "g.coefficients")
     if history is not None and g.dtype == torch.float64:
@@ -344,7 +344,7 @@ def _rule(history: AdamState | None) -> Rule | None:
     return None if history is None else Rule.adam(history.step, history.betas, history.eps)
 
 
-def _top_updates(problem: Problem, history: AdamState | None, kernels: ModuleType) -> tuple[Tensor, Tensor]:
+def _top_updates(problem: Problem, history: AdamState | None, kernels: Kernels) -> tuple[Tensor, Tensor]:
     g = problem.g
     assert problem.top is not None
     found: tuple[Tensor, Tensor] = kernels.top_updates(
@@ -369,7 +369,7 @@ def _offsets(problem: Problem) -> tuple[Tensor, Tensor]:
 def _sums_of_pairs(
     problem: Problem,
     history: AdamState | None,
-    kernels: ModuleType,
+    kernels: Kernels,
     metric: str,
     exponents: list[int] | None = None,
 ) -> list[Tensor]:
@@ -385,7 +385,7 @@ def _sums_of_pairs(
     return sums
 
 
-def _blocks_of_updates(problem: Problem, history: AdamState | None, kernels: ModuleType) -> Iterator[Tensor]:
+def _blocks_of_updates(problem: Problem, history: AdamState | None, kernels: Kernels) -> Iterator[Tensor]:
     """The updates of all members [R, some dimensions] float64, group after group."""
     g = problem.g
     member, offset = _offsets(problem)
@@ -403,7 +403,7 @@ def _blocks_of_updates(problem: Problem, history: AdamState | None, kernels: Mod
 
 
 def _scaled_sums(
-    problem: Problem, history: AdamState | None, kernels: ModuleType, metric: str, each_row: bool = False
+    problem: Problem, history: AdamState | None, kernels: Kernels, metric: str, each_row: bool = False
 ) -> tuple[list[Tensor], list[int]]:
     """The sums of pairs of each group, and by which power of two the updates were multiplied for that because squares would leave
     the range of float64. `each_row`: every row by itself, which does not change cosines."""
@@ -429,7 +429,7 @@ def _scaled_sums(
 
 
 def _medoids_of_all_dimensions(
-    problem: Problem, history: AdamState | None, kernels: ModuleType, backend: str | None
+    problem: Problem, history: AdamState | None, kernels: Kernels, backend: str | None
 ) -> list[Selection]:
     metric = problem.metric
     summed = {"euclidean": "sqeuclidean", "cosine": "dot"}.get(metric, metric)
@@ -473,7 +473,7 @@ def _scaled_back(found: Selection, exponent: int, metric: str) -> Selection:
     return replace(found, gains=scale(found.gains, back), objective=objective, offset=offset)
 
 
-def _as_short_rows(problem: Problem, history: AdamState | None, kernels: ModuleType) -> Iterable[Tensor]:
+def _as_short_rows(problem: Problem, history: AdamState | None, kernels: Kernels) -> Iterable[Tensor]:
     """For each group rows with the inner products of its updates in all dimensions: weighted sums of them are as near to each other
     as those of the updates."""
     g = problem.g
@@ -614,7 +614,7 @@ def _advance(
     history: AdamState | RankOneAdamState | None,
     dense: AdamState | RankOneAdamState | None,
     chosen: Tensor,
-    kernels: ModuleType,
+    kernels: Kernels,
 ) -> AdamState | RankOneAdamState | None:
     """The history after a step with the chosen gradients; `dense` is what was matched with."""
     if history is None or dense is None:

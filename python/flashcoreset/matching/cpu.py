@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core import native
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule, optional_capsule
 from flashcoreset.matching.rule import Rule
 from flashcoreset.pairwise.cpu import pairwise
 
-__all__ = ["pairwise", "top_updates", "update_history"]
+__all__ = ["TAKES", "pairwise", "top_updates", "update_history"]
+
+TAKES = Takes()
 
 
 def top_updates(

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from flashcoreset._core import native
 from flashcoreset._core.cuda import optional_compact, stream, with_memory
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 from flashcoreset.matching.rule import OVERFLOW, Rule, refuse
 from flashcoreset.pairwise.cuda import pairwise
 
-__all__ = ["pairwise", "top_updates", "update_history"]
+__all__ = ["TAKES", "pairwise", "top_updates", "update_history"]
+
+TAKES = Takes()
 
 
 def top_updates(

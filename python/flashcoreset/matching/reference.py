@@ -17,8 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.matching.rule import BLOCK, OVERFLOW, Rule, _entries, _overflow, check_history
 from flashcoreset.pairwise.reference import pairwise as pairwise
+
+TAKES = Takes()
 
 
 def top_updates(

@@ -9,8 +9,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from flashcoreset._core.dispatch import choose_kernels
 from flashcoreset._core.tensor import check_finite
+from flashcoreset.directions.backend import choose
 
 OVERFLOW = "g: the mean squares of the chosen rows overflow the history's dtype; scale the gradients down"
 BLOCK = 1 << 16  # dimensions at a time
@@ -96,7 +96,7 @@ def _direction_elements(g: Tensor, at: Tensor, seed: int) -> Tensor:
     """[q, dimensions at] float64."""
     low, high = int(at.min()), int(at.max()) + 1
     z = torch.empty(g.shape[1], len(at), dtype=torch.float64)
-    directions = choose_kernels("torch", z.device, "directions").directions
+    directions = choose("torch", z.device).directions
     if high - low == len(at):
         directions(z, seed=seed, begin=low)
         z = z[:, at.cpu() - low]  # which may be in another order

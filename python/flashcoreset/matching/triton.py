@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.matching.rule import OVERFLOW, Rule, refuse
 from flashcoreset.pairwise.triton import pairwise
 from flashcoreset.triton_kernels.matching import (
@@ -13,7 +14,9 @@ from flashcoreset.triton_kernels.matching import (
     launch_top_updates,
 )
 
-__all__ = ["pairwise", "top_updates", "update_history"]
+__all__ = ["TAKES", "pairwise", "top_updates", "update_history"]
+
+TAKES = Takes()
 
 
 def top_updates(

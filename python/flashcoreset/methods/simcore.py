@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.imports import imported
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.philox import uniforms
@@ -18,6 +18,7 @@ from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.results import Coreset
 from flashcoreset._core.tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype
 from flashcoreset.nearest_order import Rounds, RowSource, chunk_rows, compute_type, list_bytes
+from flashcoreset.nearest_order.backend import choose
 from flashcoreset.nearest_order.rows import normalize_rows
 
 _PER_TARGET = 50  # picks for each distinct target point where no k is given
@@ -127,7 +128,7 @@ def simcore(
             f"target is on device {points.device}, but openset is on {source.device}; move one of them"
         )
     _check_size(k, source)
-    choose_kernels(backend, source.device, "nearest_order")
+    choose(backend, source.device)
     check_finite(points, "target")
 
     dtype = compute_type(source, points)

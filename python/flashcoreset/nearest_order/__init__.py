@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from flashcoreset._core.dispatch import choose_kernels
 from flashcoreset._core.progress import Progress
 from flashcoreset._core.tensor import as_matrix, compute_dtype
 from flashcoreset.nearest_order import cpu
+from flashcoreset.nearest_order.backend import choose
 
 _CHUNK = 64 * 2**20  # bytes of features handed to a kernel at a time
 _FINGERPRINT = 16  # every so many rows of a batch source are remembered in a checksum
@@ -226,7 +226,7 @@ class Rounds:
         memory_budget: int,
         progress: Progress,
     ) -> None:
-        chosen = choose_kernels(backend, source.device, "nearest_order")
+        chosen = choose(backend, source.device)
         self._order = chosen.NearestOrder(centroids)
         self._source = source
         self._dtype = centroids.dtype

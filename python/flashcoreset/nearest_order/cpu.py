@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core import native
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 
-__all__ = ["NearestOrder"]
+__all__ = ["TAKES", "NearestOrder"]
+
+TAKES = Takes()
 
 
 class NearestOrder:

@@ -14,7 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.nearest_order.rows import normalize_rows
+
+TAKES = Takes()
 
 
 def similarities(x: Tensor, centroids: Tensor) -> Tensor:

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from flashcoreset._core import native
 from flashcoreset._core.cuda import stream, with_memory
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 
-__all__ = ["pairwise"]
+__all__ = ["TAKES", "pairwise"]
+
+TAKES = Takes()
 
 
 def pairwise(x: Tensor, y: Tensor | None = None, *, metric: str, out: Tensor | None = None) -> Tensor:

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.pairwise import normalize_rows
+
+TAKES = Takes()
 
 # Temporaries of a block of rows of similarities: as many bytes as this, or as one row takes.
 _BLOCK_BYTES = 2**20

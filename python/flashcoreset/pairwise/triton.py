@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import check_finite
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.triton_kernels.pairwise import launch_pairwise, panel
 
-__all__ = ["pairwise"]
+__all__ = ["TAKES", "pairwise"]
+
+TAKES = Takes()
 
 
 def panels(x: Tensor, y: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:

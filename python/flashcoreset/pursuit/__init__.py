@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset._core.tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype, is_traced
+from flashcoreset.pursuit.backend import choose
 from flashcoreset.pursuit.on_device import columns_kept
 
 
@@ -162,7 +163,7 @@ def solve_pursuit(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> _Found:
     """Indices, weights and residual norms, both in float64, of arguments that were checked."""
-    kernels = choose_kernels(backend, g.device, "pursuit")
+    kernels = choose(backend, g.device)
     rows = g.to(compute_dtype(g.dtype))
 
     def solve(rows: Tensor, target: Tensor, exponent: int = 0) -> _Found:
@@ -187,7 +188,7 @@ def solve_pursuit(
 
 def solve_frank_wolfe(g: Tensor, target: Tensor, k: int, backend: str | None) -> _Found:
     """Indices, weights and residual norms, both in float64, of arguments that were checked."""
-    kernels = choose_kernels(backend, g.device, "pursuit")
+    kernels = choose(backend, g.device)
     rows = g.to(compute_dtype(g.dtype))
     try:
         found = kernels.frank_wolfe(rows, target, k)

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from flashcoreset._core import native
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 
-__all__ = ["frank_wolfe", "orthogonal_matching_pursuit"]
+__all__ = ["TAKES", "frank_wolfe", "orthogonal_matching_pursuit"]
+
+TAKES = Takes()
 
 
 def orthogonal_matching_pursuit(

@@ -7,10 +7,13 @@ from torch import Tensor
 from flashcoreset._core import native
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.cuda import stream, with_memory
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 from flashcoreset.pursuit.on_device import Launchers, run_frank_wolfe, run_pursuit
 
-__all__ = ["frank_wolfe", "orthogonal_matching_pursuit"]
+__all__ = ["TAKES", "frank_wolfe", "orthogonal_matching_pursuit"]
+
+TAKES = Takes(host="the weights are fitted")
 
 
 def _products(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import check_finite
 from flashcoreset.pursuit.limits import (
     _OVERFLOW,
@@ -14,6 +15,8 @@ from flashcoreset.pursuit.limits import (
     UNIT_NOISE,
     check_products,
 )
+
+TAKES = Takes()
 
 Found = tuple[Tensor, Tensor, Tensor]
 

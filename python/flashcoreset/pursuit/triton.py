@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.pursuit.on_device import Launchers, run_frank_wolfe, run_pursuit
 from flashcoreset.triton_kernels.pursuit import (
     launch_pick,
@@ -13,7 +14,9 @@ from flashcoreset.triton_kernels.pursuit import (
     launch_squares,
 )
 
-__all__ = ["frank_wolfe", "orthogonal_matching_pursuit"]
+__all__ = ["TAKES", "frank_wolfe", "orthogonal_matching_pursuit"]
+
+TAKES = Takes(host="the weights are fitted")
 
 
 _PURSUIT = Launchers(launch_products, launch_squares, launch_pick, launch_residual)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.tensor import FLOATING, as_dense, as_integers, compute_dtype, is_traced
+from flashcoreset.scores.backend import choose
 from flashcoreset.scores.checks import check_targets, mean_over_tokens
 
 
@@ -118,7 +119,7 @@ def _check(logits: Any, targets: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor
 
 def _solve(logits: Tensor, targets: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
     """The scores [5, N], in the order of the attributes of SampleScores."""
-    kernels = choose_kernels(backend, logits.device, "scores")
+    kernels = choose(backend, logits.device)
     kept = None
     if mask is not None:
         kept = _checked_mask(mask)

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core import native
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 from flashcoreset._core.tensor import compute_dtype
 
-__all__ = ["sample_scores"]
+__all__ = ["TAKES", "sample_scores"]
+
+TAKES = Takes()
 
 
 def sample_scores(

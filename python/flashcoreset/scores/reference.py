@@ -18,8 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import compute_dtype
 from flashcoreset.scores.checks import check_logits, check_targets, row_sums
+
+TAKES = Takes()
 
 NAMES = ("loss", "entropy", "margin", "el2n", "correct")
 

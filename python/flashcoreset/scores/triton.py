@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import compute_dtype
 from flashcoreset.scores.checks import check_logits, check_targets
 from flashcoreset.triton_kernels.scores import launch_scores
 
-__all__ = ["sample_scores"]
+__all__ = ["TAKES", "sample_scores"]
+
+TAKES = Takes()
 
 
 def sample_scores(

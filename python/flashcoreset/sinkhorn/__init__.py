@@ -6,14 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.errors import ConvergenceWarning, warn_caller
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.progress import Progress, check_progress
@@ -28,6 +27,7 @@ from flashcoreset._core.tensor import (
     one_of,
     same_device,
 )
+from flashcoreset.sinkhorn.backend import Kernels, choose
 from flashcoreset.sinkhorn.gradient import cost_gradients, weight_gradients
 from flashcoreset.sinkhorn.schedule import Solution
 
@@ -682,8 +682,8 @@ def _of(p: _Problem, problem: int) -> str:
 
 
 def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) -> Solution:
-    kernels = choose_kernels(p.backend, p.x.device, "sinkhorn")
-    _check_values(p, weights_too=not getattr(kernels, "CHECKS_VALUES", False))
+    kernels = choose(p.backend, p.x.device)
+    _check_values(p, weights_too=not kernels.TAKES.checks_values)
     p = _with_marginals_that_hold(p)
     x, y, a, b = p.arrays()
     with torch.no_grad(), Progress(progress, p.max_iter * x.shape[0], "sinkhorn") as bar:
@@ -803,7 +803,7 @@ def _gradients(
     result = [f.new_empty(0) for _ in range(4)]
     x, y, weight_a, weight_b = p.arrays()
     if needs[0] or needs[1]:
-        kernels: ModuleType = choose_kernels(backend, x.device, "sinkhorn")
+        kernels: Kernels = choose(backend, x.device)
         of_x, of_y = cost_gradients(kernels, p, x, y, weight_a, weight_b, f, g, of_value, needs[1])
         result[0] = of_x
         result[1] = result[1] if of_y is None else of_y
@@ -928,7 +928,7 @@ def _plan(
     y_lengths: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    kernels = choose_kernels(backend, x.device, "sinkhorn")
+    kernels = choose(backend, x.device)
     plan: Tensor = kernels.sinkhorn_plan(
         x, y, a, b, f, g, reg=reg, metric=metric, x_lengths=x_lengths, y_lengths=y_lengths
     )
@@ -966,7 +966,7 @@ def _product(
     memory_budget: int,
     backend: str | None,
 ) -> Tensor:
-    kernels = choose_kernels(backend, x.device, "sinkhorn")
+    kernels = choose(backend, x.device)
     out: Tensor = kernels.sinkhorn_apply(
         x, y, a, b, f, g, v, reg=reg, metric=metric, transpose=transpose, x_lengths=x_lengths, y_lengths=y_lengths,
         memory_budget=memory_budget,

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from flashcoreset._core import native
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule, optional_capsule
 from flashcoreset.pairwise.cpu import pairwise
 from flashcoreset.sinkhorn.schedule import Solution
 
-__all__ = ["pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = ["TAKES", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+
+TAKES = Takes()
 
 
 def _batch(

@@ -12,15 +12,15 @@ from torch import Tensor
 from flashcoreset._core import native
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.cuda import compact, optional_compact, stream, with_memory
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 from flashcoreset.pairwise.cuda import pairwise
 from flashcoreset.sinkhorn.schedule import Solution
 
-__all__ = ["CHECKS_VALUES", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = ["TAKES", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
 
+TAKES = Takes(checks_values=True)
 
-# The kernels look at weights and preselected candidates, and find an offset, on the device: a look from here would wait for it.
-CHECKS_VALUES = True
 
 # What a block may take of shared memory for a Sinkhorn problem, in bytes; None for what the device has. Problems that need
 # more are streamed.

@@ -15,11 +15,12 @@ Those of the points follow through the costs, without P where the metric allows 
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from flashcoreset.sinkhorn.backend import Kernels
 
 # Blocks of rows of a plan take about so many bytes.
 _BLOCK_BYTES = 2**24
@@ -39,7 +40,7 @@ def weight_gradients(
 
 
 def cost_gradients(
-    kernels: ModuleType,
+    kernels: Kernels,
     problem: Any,
     x: Tensor,
     y: Tensor | None,

@@ -47,11 +47,14 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import check_finite
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import pairwise as pairwise
 from flashcoreset.pairwise.reference import values_of_rows
 from flashcoreset.sinkhorn.schedule import Schedule, Solution, asked, dual_value, range_fault
+
+TAKES = Takes()
 
 # Temporaries of a block of rows of costs: as many bytes as this, or as one row takes.
 _BLOCK_BYTES = 2**20

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.triton import pairwise, panels
 from flashcoreset.sinkhorn.schedule import Solution, dual_value, range_fault
 from flashcoreset.triton_kernels.pairwise import launch_pairwise
 from flashcoreset.triton_kernels.sinkhorn import RUNNING, Problems, Run
 
-__all__ = ["pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = ["TAKES", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+
+TAKES = Takes()
 
 
 # Sinkhorn iterations that are launched between two looks at what is solved.

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.tensor import as_int64, as_integer, as_matrix, check_finite, compute_dtype, one_of
+from flashcoreset.sketch.backend import choose
 from flashcoreset.sketch.kinds import KINDS, ROWS_AT_ONCE
 
 _MOST_COLUMNS = 2**31
@@ -109,7 +110,7 @@ def projection_matrix(
     dtype, place = as_dtype(dtype), _device(device)
     if rows * dim >= _MOST_ENTRIES:
         raise ValueError(f"D times dim must be below 2^60, got {rows} * {dim}")
-    kernels = choose_kernels(backend, place, "sketch")
+    kernels = choose(backend, place)
     found: Tensor = kernels.projection_matrix(
         rows, dim, kind=kind, seed=seed, offset=offset, nnz=nnz, dtype=compute_dtype(dtype), device=place
     )
@@ -152,10 +153,10 @@ torch.library.define(
 @torch.library.impl(_NAME, "default")
 def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backend: str | None) -> Tensor:
     dim, seed, offset, nnz = check_projection(x.shape[1], dim, kind, seed, offset, nnz)
-    kernels = choose_kernels(backend, x.device, "sketch")
+    kernels = choose(backend, x.device)
     dtype = compute_dtype(x.dtype)
     with torch.no_grad():
-        if x.dtype in (dtype, *getattr(kernels, "SKETCH_TAKES", ())):
+        if x.dtype == dtype or kernels.TAKES.half:
             out: Tensor = kernels.sketch(x, dim, kind=kind, seed=seed, offset=offset, nnz=nnz)
         else:
             out = x.new_zeros(x.shape[0], dim, dtype=dtype)

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core import native
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 
-__all__ = ["projection_matrix", "sketch", "sketch_rows"]
+__all__ = ["TAKES", "projection_matrix", "sketch", "sketch_rows"]
+
+TAKES = Takes()
 
 
 def sketch(

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from flashcoreset._core import native
 from flashcoreset._core.cuda import stream, with_memory
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 
-__all__ = ["projection_matrix", "sketch"]
+__all__ = ["TAKES", "projection_matrix", "sketch"]
+
+TAKES = Takes()
 
 
 def sketch(

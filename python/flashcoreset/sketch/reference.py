@@ -28,8 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.philox import philox4x32
 from flashcoreset.sketch.kinds import KINDS, ROWS_AT_ONCE, hadamard_block
+
+TAKES = Takes()
 
 
 def _words(kind: str, seed: int, rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcoreset._core.dispatch import Takes
 from flashcoreset.triton_kernels.sketch import Projection, launch_matrix, launch_sketch
 
-__all__ = ["SKETCH_TAKES", "projection_matrix", "sketch"]
+__all__ = ["TAKES", "projection_matrix", "sketch"]
 
-
-# What `sketch` reads as it is, beside float32 and float64.
-SKETCH_TAKES = (torch.float16, torch.bfloat16)
+TAKES = Takes(half=True)
 
 
 def sketch(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
-from flashcoreset._core.dispatch import check_backend, choose_kernels
+from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.results import Coreset
@@ -27,6 +26,7 @@ from flashcoreset._core.tensor import (
     compute_dtype,
     one_of,
 )
+from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.methods.goracs.entropic_transport import solve_entropic
 from flashcoreset.methods.goracs.exact_transport import Transport, load_pot, solve
 from flashcoreset.methods.goracs.exchanges import IMPROVEMENT, Exchanges
@@ -167,7 +167,7 @@ def goracs(
             as_vector(train_labels, "train_labels", device, integers=True, length=n),
             as_vector(valid_labels, "valid_labels", device, integers=True, length=y.shape[0]),
         )
-    kernels = choose_kernels(backend, device, "facility_location")
+    kernels = choose(backend, device)
     if solver == "exact":
         load_pot()
     check_finite(x, "train")
@@ -284,7 +284,7 @@ def _select(
     norms: Tensor,
     k: int,
     options: _Options,
-    kernels: ModuleType,
+    kernels: Kernels,
     report: Callable[[int], None],
 ) -> tuple[Tensor, dict[str, Any]]:
     """The chosen rows [k] of one problem and what is known of them."""

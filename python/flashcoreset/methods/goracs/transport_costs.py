@@ -18,16 +18,15 @@ express p.)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashcoreset._core.dispatch import choose_kernels
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale
 from flashcoreset._core.tensor import Csr
 from flashcoreset.facility_location import cpu
+from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.facility_location.gains import gain_scale
 
 _BLOCK_BYTES, _LEAST_BYTES = 2**24, 2**18
@@ -69,7 +68,7 @@ class TransportCosts:
     """
 
     def __init__(
-        self, train: Tensor, valid: Tensor, penalty: Tensor, kernels: ModuleType, memory_budget: int
+        self, train: Tensor, valid: Tensor, penalty: Tensor, kernels: Kernels, memory_budget: int
     ) -> None:
         self._train, self._valid, self._kernels = train, valid, kernels
         self.memory_budget = memory_budget
@@ -285,7 +284,7 @@ class Cover:
         # Sparse matrices are taken by these two alone.
         kernels = self._costs._kernels
         if kernels is not cpu:
-            kernels = choose_kernels("torch", self.owner.device, "facility_location")
+            kernels = choose("torch", self.owner.device)
         del self._sample, self._bounds
         self._live = live  # the kernel reads it in place
         return kernels.FacilityLocation(

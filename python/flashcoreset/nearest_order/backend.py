@@ -1,0 +1,51 @@
+"""What each backend of this family has to offer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from flashcoreset._core.dispatch import Takes, choose_kernels
+
+
+class Order(Protocol):
+    """The lists of one run, kept while items stream by."""
+
+    @property
+    def taken(self) -> int: ...
+
+    def begin(self, length: int) -> None: ...
+
+    def update(self, x: Tensor) -> None: ...
+
+    def update_similarities(self, s: Tensor) -> None: ...
+
+    def finish(self) -> int: ...
+
+    def order(self, index: int) -> tuple[Tensor, Tensor]: ...
+
+    def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]: ...
+
+
+class Kernels(Protocol):
+    """The kernels of one backend: a module, whose functions say what they do."""
+
+    TAKES: Takes
+
+    def NearestOrder(self, centroids: Tensor) -> Order: ...
+
+
+def choose(backend: str | None, device: torch.device) -> Kernels:
+    """The kernels for tensors on `device`; see `flashcoreset._core.dispatch.choose_kernels`."""
+    return cast(Kernels, choose_kernels(backend, device, "nearest_order"))
+
+
+if TYPE_CHECKING:
+    from flashcoreset.nearest_order import cpu, reference
+
+    _CONFORM: tuple[Kernels, ...] = (
+        cpu,
+        reference,
+    )
