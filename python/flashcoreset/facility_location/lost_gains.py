@@ -38,14 +38,15 @@ def check_gains(
     """
     if metric == "cosine" or len(gains) < (2 if preselected is None else 1):
         return
-    square = clients is None and (metric != "precomputed" or x.shape[0] == x.shape[1])
     m = x.shape[1] if metric == "precomputed" else x.shape[0] if clients is None else clients.shape[0]
-    bound = float(gains[0])
     if offset:
         bound = offset * (m if weights is None else float(weights.sum()))
+    else:
+        bound = float(gains[0])
     limit, least = m * bound * _SAFE_UNITS, float(gains.min())
     if least >= limit:
         return
+    square = clients is None and (metric != "precomputed" or x.shape[0] == x.shape[1])
     before = [] if preselected is None else preselected.tolist()
     order = [*before, *indices.tolist()]
     worth = torch.zeros(len(order), dtype=torch.float64)
