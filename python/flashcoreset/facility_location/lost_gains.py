@@ -39,10 +39,7 @@ def check_gains(
     if metric == "cosine" or len(gains) < (2 if preselected is None else 1):
         return
     m = x.shape[1] if metric == "precomputed" else x.shape[0] if clients is None else clients.shape[0]
-    if offset:
-        bound = offset * (m if weights is None else float(weights.sum()))
-    else:
-        bound = float(gains[0])
+    bound = offset * (m if weights is None else float(weights.sum())) if offset else float(gains[0])
     limit, least = m * bound * _SAFE_UNITS, float(gains.min())
     if least >= limit:
         return
