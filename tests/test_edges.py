@@ -312,6 +312,9 @@ def test_a_target_of_another_magnitude(backend: str, of_rows: int, of_target: in
                 solve(on(backend, g), on(backend, target), 4, backend=backend)
             continue
         found = solve(on(backend, g), on(backend, target), 4, backend=backend)
+        if of_target - of_rows < -1100:
+            assert found.indices.tolist() == []  # all weights round to 0
+            continue
         assert found.indices.tolist() == expected.indices.tolist()
         if of_target - of_rows > -1000:
             weights = times_power(found.weights.cpu(), of_rows - of_target)

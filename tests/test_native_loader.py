@@ -11,7 +11,7 @@ from processes import run
 import flashcoreset as fc
 from flashcoreset._core import errors, native
 
-ISA = "from flashcoreset import _native; print(native.module().ISA)"
+ISA = "from flashcoreset._core import native; print(native.module().ISA)"
 
 
 def test_the_best_build_is_taken() -> None:

@@ -670,8 +670,8 @@ class Run:
         columns_hold = math.isinf(reg_marginal[1])
         self._translates = (accelerated | columns_hold).int() * (0 if self._balanced else 1)
         self._masses = [side.weight.sum(1) for side in problems.sides]
-        # The error at which each problem is solved; masses below 1 have errors in proportion.
-        self.tolerance = tol * torch.minimum(*self._masses).clamp(max=1)
+        # As Schedule has it, for each problem.
+        self.tolerance = (max(tol, Schedule.LEAST_SHARE) * torch.minimum(*self._masses)).clamp(max=tol)
         self._eps = torch.where(anneals, spread / Schedule.FACTOR, reg)
         self._omega = torch.ones_like(self._eps)
         self._base = torch.zeros_like(self._eps)

@@ -10,10 +10,11 @@
 
 namespace fc {
 
-// The error at which a problem is solved: masses below 1 have errors in proportion.
+// The error at which a problem is solved: tol, but of masses below 1 no larger a share than tol or 1e-6.
 FC_HOST_DEVICE inline double sinkhorn_tolerance(double tol, double mass_a, double mass_b) {
   const double least = mass_a < mass_b ? mass_a : mass_b;
-  return least < 1 ? tol * least : tol;
+  const double share = (tol > 1e-6 ? tol : 1e-6) * least;
+  return share < tol ? share : tol;
 }
 
 enum class SinkhornOrder { kGoOn, kNewEps, kCheck, kStop };

@@ -544,7 +544,9 @@ def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Sel
     else:
         indices, weights, norms = solve_frank_wolfe(u, target, count, backend)
     if len(norms):
-        left = float(norms[-1])
+        # To the type of g, beyond whose digits backends may differ.
+        left = float(norms[-1].to(compute_dtype(problem.g.dtype)))
+        left = left if left < math.inf else float(norms[-1])
     else:
         exponent = exponent_into(most, _SAFE)
         left = times_power(float(scale(target, exponent).norm()), -exponent)

@@ -227,8 +227,8 @@ def sinkhorn(
         x_lengths, y_lengths: [B] integers, the sizes of the problems of a batch in x and y; what lies beyond them (the
             padding, which may be NaN) is not read and costs no work.
         max_iter: the most iterations a problem takes.
-        tol: a problem stops when its `Transport.error`, an L1 distance of marginals, is at most this, or this times the
-            smaller mass of a and b if that is below 1. 0 makes exactly
+        tol: a problem stops when its `Transport.error`, an L1 distance of marginals, is at most this, but no larger a
+            share of the smaller mass of a and b than this or 1e-6. 0 makes exactly
             `max_iter` iterations, plain ones where reg is at least 1/500 of the costs' range, without a warning.
         warm_start: a `Transport` of problems of the same sizes, or potentials (f, g), to start from: at most 1e9 times the
             costs or reg.
@@ -705,7 +705,7 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
     if p.tol > 0:
         failed = (~solution.converged).nonzero()[:, 0]
         worst = float(solution.error[failed].max())
-        of_mass = " times the mass" if worst <= p.tol else ""
+        of_mass = f", which masses below 1 make {max(p.tol, 1e-6):.3g} of the mass" if worst <= p.tol else ""
         who = (
             f"{len(failed)} of {x.shape[0]} problems, the first of them {int(failed[0])},"
             if p.batched

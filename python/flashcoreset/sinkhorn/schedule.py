@@ -47,6 +47,7 @@ class Schedule:
     mass: float = 1.0  # of the rows: what errors of the stages are compared with
     column_mass: float = 1.0
 
+    LEAST_SHARE = 1e-6
     ANNEALED_FROM = 500.0
     FACTOR = 4.0
     STAGE_ERROR = 0.02
@@ -66,8 +67,8 @@ class Schedule:
         self.eps = self.spread / self.FACTOR if stages else self.reg
         self.stage_iterations = min(self.STAGE_ITERATIONS, self.max_iter // (2 * stages)) if stages else 0
         self.accelerated = self.tol > 0 or stages > 0
-        # The error at which the problem is solved; masses below 1 have errors in proportion.
-        self.tolerance = self.tol * min(1.0, self.mass, self.column_mass)
+        # The error at which the problem is solved: of masses below 1 no larger a share than tol or LEAST_SHARE.
+        self.tolerance = min(self.tol, max(self.tol, self.LEAST_SHARE) * min(self.mass, self.column_mass))
         self.omega = 1.0
         self.iterations = 0
         self._in_stage = 0
