@@ -611,7 +611,9 @@ def _solve_one(
     inside = _kernel_offset(p, offset)
     inside = run.offset if inside is None else inside
     assert inside is not None
-    check_gains(x, clients, p.metric, weights, preselected, indices, gains, inside, p.method == "stochastic")
+    check_gains(
+        kernels, x, clients, p.metric, weights, preselected, indices, gains, inside, p.method == "stochastic"
+    )
     if p.excess:
         constant = p.excess * (float(m) if weights is None else float(weights.sum()))
         objective += constant

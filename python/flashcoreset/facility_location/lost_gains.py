@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.tensor import Csr
+from flashcoreset.facility_location.backend import Kernels
 
 # A sum over m clients loses at most m units of 2^-60 of the bound of all sums; gains above 2^10 times that are right to 0.1 %.
 _SAFE_UNITS = 2.0**-50
 # Distances below this share of the points themselves, and gains below this share of the similarities, may be their rounding.
 _ROUNDING = 2.0**-16
-_CHUNK = 2**21  # numbers of float64 that are held at a time
+_BLOCK = 2**19  # similarities that are looked at together
+_PICKS = 64  # rows of them
 
 
 def check_gains(
+    kernels: Kernels,
     x: Tensor | Csr,
     clients: Tensor | None,
     metric: str,
@@ -25,11 +28,12 @@ def check_gains(
     offset: float,
     stochastic: bool,
 ) -> None:
-    """Computes gains again, one pick after the other in float64, if some are so small that their sums may have lost them.
+    """Sums gains again, pick by pick in float64, if some are so small that their sums may have lost them.
 
     Args:
-        x, clients, metric, weights, preselected: the problem that a kernel solved; "precomputed" for a matrix.
-        indices, gains: [k] what it found.
+        kernels: the backend that solved the problem.
+        x, clients, metric, weights, preselected: the problem; "precomputed" for a matrix.
+        indices, gains: [k] what was found.
         offset: what distances were subtracted from; 0 for similarities.
         stochastic: whether only some candidates were looked at for each pick.
 
@@ -43,26 +47,32 @@ def check_gains(
     limit, least = m * bound * _SAFE_UNITS, float(gains.min())
     if least >= limit:
         return
+    before = 0 if preselected is None else len(preselected)
+    order = indices if preselected is None else torch.cat([preselected, indices])
     square = clients is None and (metric != "precomputed" or x.shape[0] == x.shape[1])
-    before = [] if preselected is None else preselected.tolist()
-    order = [*before, *indices.tolist()]
-    worth = torch.zeros(len(order), dtype=torch.float64)
+    worth = torch.zeros(len(order), dtype=torch.float64, device=x.device)
     missed = 0.0
-    columns = m if isinstance(x, Csr) else max(1, _CHUNK // (x.shape[1] if metric != "precomputed" else 1))
+    columns = m if isinstance(x, Csr) else max(1, _BLOCK // min(_PICKS, len(order)))
     for begin in range(0, m, columns):
-        end = min(begin + columns, m)
-        w = 1.0 if weights is None else weights[begin:end].double()
-        best = torch.full((end - begin,), -offset, dtype=torch.float64, device=x.device)
-        for position, row in enumerate(order):
-            s = _similarities(x, clients, metric, row, begin, end)
-            worth[position] += float((_told(s - best, best, s, x, clients, metric, begin, end) * w).sum())
-            best = torch.maximum(best, s)
+        some = slice(begin, min(begin + columns, m))
+        w = (
+            torch.ones((), dtype=torch.float64, device=x.device)
+            if weights is None
+            else weights[some].double()
+        )
+        best = torch.full((some.stop - begin,), -offset, dtype=torch.float64, device=x.device)
+        least_told = _least_told(x, clients, metric, some)
+        for first in range(0, len(order), 1 if isinstance(x, Csr) else _PICKS):
+            rows = order[first : first + (1 if isinstance(x, Csr) else _PICKS)]
+            s = _similarities(kernels, x, clients, metric, rows, some)
+            bests = torch.cat([best[None], s]).cummax(0).values
+            worth[first : first + len(rows)] += (_told(s, bests[:-1], least_told) * w).sum(1)
+            best = bests[-1]
         if square and not stochastic:
-            own = _own(x, metric, begin, end)
-            more = _told(own - best, best, own, x, clients, metric, begin, end) * w
+            more = _told(_own(x, metric, some), best, least_told) * w
             missed = max(missed, float(more.max()))
-    worth = worth[len(before) :]
-    lost = (worth > 1.02 * gains.double().cpu()) & (gains.cpu() < limit)
+    worth = worth[before:]
+    lost = (worth > 1.02 * gains.double()) & (gains < limit)
     most = max(float(worth[lost].max()) if lost.any() else 0.0, missed if missed > 2 * least else 0.0)
     if most:
         what, how = ("distances", "farther away") if offset else ("similarities", "longer")
@@ -75,24 +85,21 @@ def check_gains(
 
 
 def _similarities(
-    x: Tensor | Csr, clients: Tensor | None, metric: str, row: int, begin: int, end: int
+    kernels: Kernels, x: Tensor | Csr, clients: Tensor | None, metric: str, rows: Tensor, some: slice
 ) -> Tensor:
+    """[rows, clients] float64, of `some` of the clients."""
     if isinstance(x, Csr):
-        part = slice(int(x.crow[row]), int(x.crow[row + 1]))
-        s = x.values.new_zeros(x.shape[1], dtype=torch.float64)
-        s[x.col[part]] = x.values[part].double()
+        part = slice(int(x.crow[rows[0]]), int(x.crow[rows[0] + 1]))
+        s = x.values.new_zeros(1, x.shape[1], dtype=torch.float64)
+        s[0, x.col[part]] = x.values[part].double()
         return s
     if metric == "precomputed":
-        return x[row, begin:end].double()
-    some = (x if clients is None else clients)[begin:end].double()
-    point = x[row : row + 1].double()
-    if metric == "dot":
-        return some @ point[0]
-    distance = torch.cdist(point, some, 1 if metric == "l1" else 2, "donot_use_mm_for_euclid_dist")[0]
-    return -(distance.square() if metric == "sqeuclidean" else distance)
+        return x[rows, some].double()
+    values = kernels.pairwise(x[rows], (x if clients is None else clients)[some], metric=metric).double()
+    return values if metric == "dot" else -values
 
 
-def _own(x: Tensor | Csr, metric: str, begin: int, end: int) -> Tensor:
+def _own(x: Tensor | Csr, metric: str, some: slice) -> Tensor:
     """Each client's similarity with itself."""
     if isinstance(x, Csr):
         rows = torch.repeat_interleave(torch.arange(x.shape[0], device=x.device), x.crow.diff())
@@ -101,26 +108,22 @@ def _own(x: Tensor | Csr, metric: str, begin: int, end: int) -> Tensor:
         s[rows[same]] = x.values[same].double()
         return s
     if metric == "precomputed":
-        return x.diagonal()[begin:end].double()
+        return x.diagonal()[some].double()
     if metric == "dot":
-        return x[begin:end].double().square().sum(1)
-    return torch.zeros(end - begin, dtype=torch.float64, device=x.device)
+        return x[some].double().square().sum(1)
+    return torch.zeros(some.stop - some.start, dtype=torch.float64, device=x.device)
 
 
-def _told(
-    more: Tensor,
-    best: Tensor,
-    s: Tensor,
-    x: Tensor | Csr,
-    clients: Tensor | None,
-    metric: str,
-    begin: int,
-    end: int,
-) -> Tensor:
-    """`more` >= 0, and 0 where it may be a rounding error."""
+def _least_told(x: Tensor | Csr, clients: Tensor | None, metric: str, some: slice) -> Tensor | None:
+    """The distances of clients above which they are no rounding of the points; None for similarities, where their own size tells."""
     if isinstance(x, Csr) or metric in ("dot", "precomputed"):
-        told = more > _ROUNDING * torch.maximum(best.abs(), s.abs())
-    else:
-        size = _ROUNDING * (x if clients is None else clients)[begin:end].abs().amax(1).double()
-        told = -best > (size.square() if metric == "sqeuclidean" else size)
+        return None
+    size = _ROUNDING * (x if clients is None else clients)[some].abs().amax(1).double()
+    return size.square() if metric == "sqeuclidean" else size
+
+
+def _told(s: Tensor, best: Tensor, least: Tensor | None) -> Tensor:
+    """By how much s is above the best so far; 0 where that may be a rounding error."""
+    more = s - best
+    told = more > _ROUNDING * torch.maximum(best.abs(), s.abs()) if least is None else -best > least
     return torch.where(told & (more > 0), more, 0)
