@@ -47,7 +47,7 @@ METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1", *MATRICES)
 METHODS = ("lazy", "naive", "stochastic")
 
 _HUGE_PAGE = 2**21
-_FAR_ABOVE = 1000  # an offset so many times above distances could lose these beside it
+_FAR_ABOVE = 1000  # an offset this many times above the distances could lose them in rounding
 
 
 def facility_location(
@@ -72,13 +72,13 @@ def facility_location(
 
     Args:
         x: [n, d] candidates, float16, bfloat16, float32 or float64 (half types compute in float32); a torch
-            tensor, a NumPy array or an object with `__dlpack__`. It may require grad; the result does not.
+            tensor, a NumPy array or an object with `__dlpack__`. `x` may require grad; the result does not.
             With metric="precomputed": s itself, [n candidates, m clients], also as a scipy CSR matrix or
             torch sparse CSR tensor whose absent entries are 0. With metric="precomputed_distance": distances >= 0 of
             that shape.
         k: how many to pick, 1 <= k <= the candidates that are not preselected. With `budgets`: their sum, or
             None.
-        clients: [m, d], same dtype as `x`; default `x` (which, passed here itself, means the same).
+        clients: [m, d], same dtype as `x`; default `x` (passing `x` itself means the same).
         metric: "cosine" (0 for a zero row) and "dot" are s; "euclidean", "sqeuclidean" and "l1" make s =
             offset - distance; "precomputed" takes `x` as s, "precomputed_distance" as distances. A square matrix of
             similarities with zeros on the diagonal alone, as distances have them, gets an `InputWarning`.
@@ -87,7 +87,7 @@ def facility_location(
             without `clients`, as clients). Picks come label by label, ascending. With `clients`, every
             group's candidates face all clients, gains are the group's own, and weights, assignment and
             objective are those of all picks together.
-        budgets: how many to pick of each group: a dict label -> count that names every label, or counts [G]
+        budgets: how many to pick from each group: a dict label -> count that names every label, or counts [G]
             for the labels 0..G-1. Default: `allocate_budgets` of the groups' sizes (without the preselected)
             and `k`.
         preselected: [p] distinct candidates already in S: they cover clients and are not returned.
@@ -106,15 +106,15 @@ def facility_location(
 
     Returns:
         Selection, on the device of `x`: `indices` [k] in pick order; `gains` [k] (float64 for float64, else
-        float32); `weights` [k], the client weight won by each pick; `assignment` [m], the position in
-        `indices` of the pick most similar to each client (ties: the earlier pick), or -1 where no pick has s
-        > 0 or a preselected item is as good. Without `clients` a pick serves itself unless a preselected item
+        float32); `weights` [k], the client weight that each pick won; `assignment` [m], the position in
+        `indices` of the pick most similar to each client (ties: the earlier pick), or -1 if no pick has s
+        > 0 or if a preselected item is as good. Without `clients` a pick serves itself unless a preselected item
         is more similar. `objective` = f(S) with the preselected in S; `offset` of distances.
 
     Raises:
         TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, option, index, label, budget, weight or device, NaN, infinity, or
-            overflow; the message names the argument and what came.
+            overflow; the message names the argument and what was passed.
         BackendUnavailableError: if a `backend` was named that cannot run here.
 
     Ties go to the lowest index; gains are summed as 64-bit integers, so the result is the same for any number
@@ -155,9 +155,9 @@ def facility_location(
     return Selection(*_solve_naming_offset(problem, backend, progress))
 
 
-@dataclass(eq=False, slots=True)  # not frozen: that would cost 2 us a call
+@dataclass(eq=False, slots=True)  # not frozen: that would cost 2 us per call
 class _Problem:
-    """The arguments, their types, shapes and options checked; their values not yet."""
+    """The arguments: their types, shapes and options are checked, their values not yet."""
 
     x: Tensor | Csr
     k: int
@@ -173,11 +173,11 @@ class _Problem:
     seed: int
     offset: float | None
     memory_budget: int
-    # What is above all distances of an offset that is far above them: the kernels do without it, because the first gains would be
-    # rounded to the spacing of numbers near it. They take `near` in its place.
+    # The part of an offset above all distances, if the offset is far above them. The kernels leave it out, because the first gains would
+    # be rounded to the spacing of numbers near the offset, and take `near` in the offset's place.
     excess: float = 0.0
     near: float | None = None
-    found_offset: float | None = None  # by the kernels, where they were left to find one
+    found_offset: float | None = None  # by the kernels, if they were left to find an offset
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -203,7 +203,7 @@ def _check(
     one_of(method, "method", METHODS)
     given = x
     x = _check_x(x, metric)
-    # With groups, clients are everybody to each group; without, they are the default.
+    # With groups, clients that are passed belong to every group; without groups, passing `x` is the default.
     if clients is given and groups is None and metric not in MATRICES:
         clients = None
     n, m = x.shape
@@ -301,7 +301,7 @@ def _check_x(x: Any, metric: str) -> Tensor | Csr:
 
 
 def _check_budgets(budgets: Any, device: torch.device, k: Any) -> tuple[Tensor, Tensor, int | None]:
-    """Labels [G], counts [G] and the sum of the counts (None where it is not known yet, under
+    """Labels [G], counts [G] and the sum of the counts (None if it is not known yet, under
     torch.compile)."""
     if isinstance(budgets, Mapping):
         keys = [as_int64(label, "a label in budgets") for label in budgets]
@@ -329,7 +329,7 @@ def _solve_naming_offset(
         if p.metric == "precomputed_distance":
             return _solve(_negated(p), backend, progress)
         result = _solve(p, backend, progress)
-        # Afterwards, when a device has nothing left to wait for.
+        # Checked afterwards, when a device has nothing left to wait for.
         if p.metric == "precomputed" and isinstance(p.x, Tensor) and _looks_like_distances(p.x):
             warn_caller(
                 "x has zeros on its diagonal and positive numbers elsewhere, as distances have, but metric 'precomputed' takes it "
@@ -343,20 +343,20 @@ def _solve_naming_offset(
         raise ValueError(f"{error}, or raise offset, {p.offset}") from None
 
 
-# Largest magnitudes of points whose squares and products, and those of points that are 2^20 times nearer, are normal numbers; and
-# what points beyond them are brought to.
+# Largest magnitudes of points whose squares and products are normal numbers, also for points that are 2^20 times nearer; and
+# the magnitudes that other points are scaled to.
 _SAFE = {torch.float32: (-40, 50), torch.float64: (-400, 480)}
 _SCALED_TO = {torch.float32: (-30, 30), torch.float64: (-300, 300)}
-# Sums of distances "l1" are taken of numbers of any magnitude, but 2^-61 of them has to be a normal number.
+# Sums of distances "l1" may have terms of any magnitude, but 2^-61 of a sum has to be a normal number.
 _LEAST_L1 = 2.0**-900
 
 
 def _solve(p: _Problem, backend: str | None, progress: Callable[[int, int], object] | bool | None) -> _Result:
-    """Where squares or products leave the range of the type, points are scaled by a power of two, which is exact, and the
-    results are scaled back."""
+    """Solves a problem. If squares or products leave the range of the type, points are scaled by a power of two, which is exact,
+    and the results are scaled back."""
     if p.metric in ("cosine", "precomputed"):
         return _solve_in_range(p, backend, progress)
-    # What the run itself tells of the range costs nothing, but of an offset that is given it tells nothing.
+    # What the run itself reports about the range costs nothing, but it reports nothing about an offset that is given.
     of_l1 = p.metric == "l1" and not (p.offset and _is_extreme(p, p.offset))
     exponent = 0 if p.offset is None or of_l1 else _exponent(p)
     if exponent == 0:
@@ -381,14 +381,14 @@ def _is_extreme(p: _Problem, offset: float) -> bool:
     low, high = _SAFE[p.out_dtype]
     power = 2 if p.metric == "sqeuclidean" else 1
     if p.metric == "l1":
-        # No squares, but the unit of gains has to be a normal number too.
+        # "l1" has no squares, but the unit of gains has to be a normal number too.
         return p.out_dtype == torch.float64 and offset < _LEAST_L1
     # 1 stands for a bound of 0.
     return offset == 1 or not 2.0 ** (power * low) < offset < 2.0 ** (power * (high + 10))
 
 
 def _exponent(p: _Problem) -> int:
-    """The power of two by which points have to be multiplied; 0 where their magnitudes are safe, and where they are not finite."""
+    """The power of two by which points have to be multiplied; 0 if their magnitudes are safe, and if they are not finite."""
     assert isinstance(p.x, Tensor)
     most = largest_magnitude(p.x, p.clients)
     return exponent_into(most, _SAFE[p.out_dtype], _SCALED_TO[p.out_dtype])
@@ -447,7 +447,7 @@ def _solve_in_range(
     if x.dtype != out_dtype:
         x = Csr(x.crow, x.col, x.values.to(out_dtype), x.shape) if isinstance(x, Csr) else x.to(out_dtype)
         clients = None if clients is None else clients.to(out_dtype)
-    # Groups are taken apart here, so their values are looked at here.
+    # Groups are taken apart here, so their values are checked here.
     on_device = p.groups is None and kernels.TAKES.checks_values
     if p.weights is not None and not on_device:
         check_weights(p.weights, out_dtype)
@@ -527,7 +527,7 @@ def _solve_checked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     if members is None:
         return _solve_one(kernels, p, x, clients, p.weights, p.preselected, p.k, offset, bar, 0)
-    # Looked at here, since a group's kernel would name the row within its group.
+    # Checked here, since a group's kernel would name the row within its group.
     check_finite(x.values if isinstance(x, Csr) else x, "x")
     n = x.shape[0]
     m = n if clients is None else clients.shape[0]
@@ -589,7 +589,7 @@ def _solve_one(
     gains = torch.empty(k, dtype=p.out_dtype, device=device)
     won = torch.empty(k, dtype=p.out_dtype, device=device)
     assignment = torch.empty(m, dtype=torch.int64, device=device)
-    unseen = False  # picks that the progress does not tell of yet
+    unseen = False  # whether picks were made that the progress has not reported yet
     if p.method == "stochastic" and k > 0:
         _step_stochastic(run, p, n, preselected, k, bar, done, device)
     elif bar is None or not bar.active:
@@ -675,10 +675,12 @@ def _serve(
         if fixed is not None:
             covered = torch.maximum(floor, (sign * kernels.pairwise(fixed, some, metric=p.metric)).amax(0))
         most = s.amax(0)
-        first = torch.where(s == most, position, k).amin(0)  # argmax does not promise the first
+        first = torch.where(s == most, position, k).amin(
+            0
+        )  # argmax does not promise the first of equal values
         assignment[begin : begin + block] = torch.where(most > covered, first, -1)
         best[begin : begin + block] = torch.maximum(most, covered)
-    # On the CPU, where the order of summation is fixed.
+    # Summed on the CPU, where the order of summation is fixed.
     weights = torch.ones(m, dtype=torch.float64) if p.weights is None else p.weights.cpu()
     owner = assignment.cpu()
     won = torch.bincount(owner[owner >= 0], weights[owner >= 0], minlength=k)
@@ -707,13 +709,13 @@ def _default_offset(kernels: Kernels, x: Tensor, clients: Tensor | None, metric:
 
 
 def _is_far_above(kernels: Kernels, x: Tensor, clients: Tensor | None, metric: str, offset: float) -> bool:
-    """Whether `offset` is so much larger than some of the distances that float32 could lose these beside it."""
+    """Whether `offset` is so much larger than some of the distances that float32 could lose these distances beside it."""
     few = (x if clients is None else clients)[:8]
     return offset > _FAR_ABOVE * float(kernels.pairwise(x[:1], few, metric=metric).max())
 
 
 def _farthest(kernels: Kernels, point: Tensor, points: Tensor, name: str, metric: str) -> float:
-    """The largest distance from `point` to `points`; NaN and infinity in these are refused under their name."""
+    """The largest distance from `point` to `points`; NaN and infinity in `points` are refused under their `name`."""
     try:
         farthest = float(kernels.pairwise(point, points, metric=metric).max())
     except ValueError:
@@ -727,7 +729,7 @@ def _farthest(kernels: Kernels, point: Tensor, points: Tensor, name: str, metric
 def group_members(
     k: int, groups: Tensor, labels: Tensor | None, budgets: Tensor | None, preselected: Tensor | None = None
 ) -> list[tuple[Tensor, int]]:
-    """For each label, ascending: its members, ascending, and how many to pick of them."""
+    """For each label, ascending: its members, ascending, and how many of them to pick."""
     order = torch.argsort(groups, stable=True)
     present, sizes = torch.unique_consecutive(groups[order], return_counts=True)
     rows = order.split(sizes.tolist())
@@ -762,7 +764,7 @@ def group_members(
     return [(group, budget_of[label]) for group, label in zip(rows, in_groups, strict=True)]
 
 
-# The torch op: what torch.compile and fake tensors see. An eager call goes to the kernel without the
+# The torch op, which torch.compile and fake tensors see. An eager call goes to the kernel without the
 # dispatcher, which would cost as much as a small problem.
 
 _NAME = "flashcoreset::facility_location"
@@ -913,10 +915,10 @@ def _estimate(
     size, threads = compute_dtype(dtype).itemsize, torch.get_num_threads()
     is_points, self_clients = metric not in MATRICES, clients is None
     outputs = 40 * k + 8 * m
-    # torch converts with threads of its own, which it may have to start.
+    # torch converts with its own threads, which it may have to start.
     converted = (n * d + (0 if self_clients else m * d)) * size + 2**22 if dtype.itemsize < size else 0
     of_group = n * d * size + 24 * n if groups is not None else 0
-    # A matrix whose rows are not contiguous is copied; shapes alone do not tell.
+    # A matrix whose rows are not contiguous is copied; shapes alone do not say whether they are.
     strided = metric in MATRICES and isinstance(x, (Tensor, np.ndarray)) and not _has_contiguous_rows(x)
     of_group += n * d * size if strided else 0
     pairs = n * m * size
@@ -935,7 +937,9 @@ def _estimate(
         points = (n * d + (0 if self_clients else m * d)) * size if is_points else 0
         panels = points + 256 * d * size
         wide = points * 8 // size if metric == "dot" else 0  # norms are taken in float64
-        batch = 2 * n * d * size if is_points else 0  # of candidates: some columns of the panel, padded
+        batch = (
+            2 * n * d * size if is_points else 0
+        )  # a batch of candidates: some columns of the panel, padded
         matrix = pairs if is_points and pairs <= memory_budget else 0
         normalized = 3 * points if metric == "cosine" else 0
         return outputs + converted + of_group + normalized + panels + wide + batch + matrix + 200 * n + 64 * m
@@ -951,7 +955,7 @@ def _estimate(
     per_candidate, per_client = 113 * n, m * (16 * size + 24)
     sweep = threads * 8 * n
     if is_points and n >= 4096 and m >= 2048 and k >= 8:  # the kernel looks ahead
-        states = 8  # the kernel foresees so many
+        states = 8  # the number of picks that the kernel looks ahead
         copies = states * 2 * m * size + 8 * n * (states + 1) + (min(m, 8192) + max(2048, m // 20)) * d * size
         sweep = copies + (threads * (states + 1) * 8 * n if self_clients else 0)
     matrix = pairs if is_points and pairs <= memory_budget else 0
@@ -962,6 +966,6 @@ def _estimate(
     # Each thread packs a block of rows: 2 MB, or 96 rows where these are more.
     blocks = threads * max(2**20, min(n, 96) * d * size if is_points else 0)
     own = packed + per_candidate + per_client + sweep + matrix + lists + blocks
-    # Where large arrays lie side by side, the huge page that both have a part of comes whole.
+    # If large arrays lie side by side, the huge page that both share is counted whole.
     own += _HUGE_PAGE if own >= 2 * _HUGE_PAGE else 0
     return outputs + converted + of_group + own

@@ -1,4 +1,4 @@
-"""What each backend of this family has to offer."""
+"""What each backend of this family offers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Run(Protocol):
 
     @property
     def completed(self) -> int:
-        """Picks that are made; a device makes those that `step` started later."""
+        """The number of picks that are made; a device makes the picks that `step` started later."""
 
     def step(self, count: int, naive: bool = False) -> int: ...
 

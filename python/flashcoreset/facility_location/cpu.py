@@ -33,7 +33,7 @@ class FacilityLocation:
         preselected: [p] int64, candidates already in S.
         offset: what distances are subtracted from: those of points, and those that a matrix holds negated.
         memory_budget: bytes for lists and matrices larger than n + m.
-        expected_picks: how many picks are likely to be asked for in all, on which the order of the work is
+        expected_picks: how many picks are likely to be asked for in all, from which the order of the work is
             planned (the result does not depend on it); None: many.
 
     Raises:
@@ -64,7 +64,7 @@ class FacilityLocation:
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         expected_picks: int | None = None,
     ) -> None:
-        assert offset is not None  # kernels that check values find one
+        assert offset is not None  # only kernels that check values may find an offset themselves
         self.offset, self.completed = offset, 0
         made = native.module().FacilityLocation
         threads = torch.get_num_threads()
@@ -97,13 +97,13 @@ class FacilityLocation:
         )
 
     def step(self, count: int, naive: bool = False) -> int:
-        """Makes up to `count` further picks; `naive` evaluates every candidate for each. Returns the number
+        """Makes up to `count` further picks; `naive` evaluates every candidate for each pick. Returns the number
         of picks so far."""
         self.completed = made = int(self._run.step(count, naive))
         return made
 
     def step_among(self, candidates: Tensor) -> int:
-        """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
+        """Makes one pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
         pick."""
         return self._run.step_among(capsule(candidates))
 

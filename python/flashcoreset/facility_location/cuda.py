@@ -29,7 +29,7 @@ class FacilityLocation:
         weights: [m] float64, not negative; None for 1.
         preselected: [p] int64, candidates already in S.
         offset: what distances are subtracted from, those of points and those that a matrix holds negated; None for an upper bound of all distances, found on the device
-            and told by `offset` after `finish`.
+            and returned by `offset` after `finish`.
         memory_budget: not used: memory is proportional to the points.
         expected_picks: not used.
 
@@ -72,16 +72,16 @@ class FacilityLocation:
 
     @property
     def completed(self) -> int:
-        """Of the picks that `step` started, how many are known to be made."""
+        """How many of the picks that `step` started are known to be made."""
         return self._run.completed
 
     def step(self, count: int, naive: bool = False) -> int:
-        """Starts up to `count` further picks; `naive` evaluates every candidate for each. Returns the number
-        of picks that there will be; waits for those of them only that would take long, so that Ctrl-C is heard."""
+        """Starts up to `count` further picks; `naive` evaluates every candidate for each pick. Returns the number
+        of picks that there will be; waits only for picks that would take long, so that Ctrl-C is handled."""
         return with_memory(lambda: self._run.step(count, naive))
 
     def step_among(self, candidates: Tensor) -> int:
-        """One pick among `candidates` [r] int64, which are neither picked nor preselected. Waits and returns
+        """Makes one pick among `candidates` [r] int64, which are neither picked nor preselected. Waits and returns
         the pick."""
         pick = with_memory(lambda: self._run.step_among(capsule(candidates)))
         if pick < 0:
@@ -103,7 +103,7 @@ class FacilityLocation:
         if self._metric in DISTANCES and self.offset is None:
             self.offset = offset
         elif self._metric in DISTANCES and self.offset > offset:
-            # The kernels do without what is far above all distances, beside which the first gains would be rounded.
+            # The kernels leave out the part of an offset that is far above all distances: beside it the first gains would be rounded.
             total = float(assignment.shape[0]) if self._weights is None else float(self._weights.sum())
             excess = (self.offset - offset) * total
             objective += excess
@@ -138,5 +138,5 @@ class FacilityLocation:
             raise ValueError(
                 "x: the sum of a candidate's similarities overflows the range of a double; scale x or the weights down"
             )
-        # Looked at again, the values are fine.
+        # Checked again, the values are fine.
         raise RuntimeError(f"{argument}: {wrong} at row {row} on the device; was it written to meanwhile?")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def bounds_of_points(x: Tensor, clients: Tensor, metric: str, floor: float) -> Tensor:
-    """[m] float64: for each of `clients` [m, d] a number not below max_j s(j, i) - floor over the rows j of `x`
+    """Bounds [m] float64: for each of `clients` [m, d] a number not below max_j s(j, i) - floor over the rows j of `x`
     [n, d]."""
     if metric == "dot":
         return clients.double().norm(dim=1) * (x.double().norm(dim=1).max() * 1.001)
@@ -18,13 +18,13 @@ def bounds_of_points(x: Tensor, clients: Tensor, metric: str, floor: float) -> T
 
 
 def bounds_of_matrix(s: Tensor, floor: float) -> Tensor:
-    """[m] float64: for each column of `s` [n, m] a number not below its entries and 0, less `floor` <= 0."""
+    """Bounds [m] float64: for each column of `s` [n, m] a number not below its entries and 0, less `floor` <= 0."""
     largest = max(0.0, float(s.max())) - floor
     return torch.full((s.shape[1],), largest, dtype=torch.float64, device=s.device)
 
 
 def _ceil_log2(value: float) -> int:
-    """The least e with value <= 2^e; math.log2 rounds what is just above a power of two down to it."""
+    """The least e with value <= 2^e; math.log2 rounds a value just above a power of two down to that power."""
     mantissa, exponent = math.frexp(value)
     return exponent if mantissa > 0.5 else exponent - 1
 
@@ -32,7 +32,7 @@ def _ceil_log2(value: float) -> int:
 def gain_scale(upper: Tensor, weights: Tensor, metric: str, dtype: torch.dtype) -> float:
     """The power of two by which gains are made integers.
 
-    With bound = sum_i w_i * upper_i it is the largest with bound * scale <= 2^61, such that weights * scale stay in
+    With bound = sum_i w_i * upper_i the scale is the largest with bound * scale <= 2^61, such that weights * scale stay in
     the range of `dtype`.
 
     Args:

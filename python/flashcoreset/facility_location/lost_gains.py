@@ -1,4 +1,4 @@
-"""Finds picks whose gains were lost beside far larger similarities: gains are whole numbers of a unit that these set."""
+"""Finds picks whose gains were lost beside far larger similarities: gains are whole numbers of a unit that the similarities set."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from flashcoreset._core.tensor import Csr
 from flashcoreset.facility_location.backend import Kernels
 
-# A sum over m clients loses at most m units of 2^-60 of the bound of all sums; gains above 2^10 times that are right to 0.1 %.
+# A sum over m clients loses at most m units of 2^-60 of the bound of all sums; gains above 2^10 times that loss are right to 0.1 %.
 _SAFE_UNITS = 2.0**-50
 # Distances below this share of the points themselves, and gains below this share of the similarities, may be their rounding.
 _ROUNDING = 2.0**-16
-_BLOCK = 2**19  # similarities that are looked at together
-_PICKS = 64  # rows of them
+_BLOCK = 2**19  # similarities that are checked together
+_PICKS = 64  # rows of similarities that are checked together
 
 
 def check_gains(
@@ -33,12 +33,12 @@ def check_gains(
     Args:
         kernels: the backend that solved the problem.
         x, clients, metric, weights, preselected: the problem; "precomputed" for a matrix.
-        indices, gains: [k] what was found.
+        indices, gains: [k] the picks that were found, and their gains.
         offset: what distances were subtracted from; 0 for similarities.
-        stochastic: whether only some candidates were looked at for each pick.
+        stochastic: whether only some candidates were evaluated for each pick.
 
     Raises:
-        ValueError: if a pick is worth more than it was said to be, or a client still misses more than the worst pick brought.
+        ValueError: if a pick is worth more than its reported gain, or a client still misses more than the worst pick brought.
     """
     if metric == "cosine" or len(gains) < (2 if preselected is None else 1):
         return
@@ -87,7 +87,7 @@ def check_gains(
 def _similarities(
     kernels: Kernels, x: Tensor | Csr, clients: Tensor | None, metric: str, rows: Tensor, some: slice
 ) -> Tensor:
-    """[rows, clients] float64, of `some` of the clients."""
+    """The similarities [rows, clients] float64 of `some` of the clients."""
     if isinstance(x, Csr):
         part = slice(int(x.crow[rows[0]]), int(x.crow[rows[0] + 1]))
         s = x.values.new_zeros(1, x.shape[1], dtype=torch.float64)
@@ -115,7 +115,7 @@ def _own(x: Tensor | Csr, metric: str, some: slice) -> Tensor:
 
 
 def _least_told(x: Tensor | Csr, clients: Tensor | None, metric: str, some: slice) -> Tensor | None:
-    """The distances of clients above which they are no rounding of the points; None for similarities, where their own size tells."""
+    """For each client the distance above which distances are more than rounding of the points; None for similarities: their own size tells."""
     if isinstance(x, Csr) or metric in ("dot", "precomputed"):
         return None
     size = _ROUNDING * (x if clients is None else clients)[some].abs().amax(1).double()

@@ -40,7 +40,7 @@ TAKES = Takes(sparse=True)
 
 
 class _Similarities(Protocol):
-    """s [n, m], read some rows at a time."""
+    """The similarities s [n, m], read some rows at a time."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -123,9 +123,9 @@ class FacilityLocation:
         weights: [m] float64, not negative; None for 1.
         preselected: [p] int64, candidates already in S.
         offset: what distances are subtracted from: those of points, and those that a matrix holds negated.
-        memory_budget: similarities from points are kept if they take at most so many bytes, else computed as
+        memory_budget: similarities from points are kept if they take at most this many bytes, else computed as
             needed.
-        expected_picks: for compiled kernels to plan with; ignored here.
+        expected_picks: compiled kernels plan with it; ignored here.
 
     Raises:
         ValueError: for NaN or infinity in `x` or `clients`, or similarities that overflow.
@@ -143,7 +143,7 @@ class FacilityLocation:
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         expected_picks: int | None = None,
     ) -> None:
-        assert offset is not None  # kernels that check values find one
+        assert offset is not None  # only kernels that check values may find an offset themselves
         self.offset, self.completed = offset, 0
         s: _Similarities
         if isinstance(x, Csr):
@@ -187,7 +187,7 @@ class FacilityLocation:
         return terms.to(torch.int64).sum(1)
 
     def _all_gains(self) -> Tensor:
-        """[n] gains; -1 for what is not open."""
+        """[n] gains; -1 for candidates that are not open."""
         n, m = self._shape
         # Allocated first: small results between the blocks' temporaries would keep the allocator from using their place again.
         gains = torch.empty(n, dtype=torch.int64, device=self._best.device)
@@ -207,13 +207,13 @@ class FacilityLocation:
             self._own_similarity.append(s[j])
 
     def step(self, count: int, naive: bool = False) -> int:
-        """Makes up to `count` further picks; `naive` evaluates every candidate for each. Returns the number
+        """Makes up to `count` further picks; `naive` evaluates every candidate for each pick. Returns the number
         of picks so far."""
         for _ in range(min(count, int(self._open.sum()))):
             if naive:
                 gains = self._all_gains()
                 gain = int(gains.max())
-                j = int((gains == gain).nonzero()[0])  # argmax does not promise the first
+                j = int((gains == gain).nonzero()[0])  # argmax does not promise the first of equal values
             else:
                 j, gain = self._pop_best()
             self._pick(j, gain)
@@ -238,7 +238,7 @@ class FacilityLocation:
                 heapq.heapreplace(self._queue, (-gain, j, len(self._picks)))
 
     def step_among(self, candidates: Tensor) -> int:
-        """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
+        """Makes one pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
         pick."""
         candidates = candidates.sort().values
         gains = torch.empty_like(candidates)
@@ -259,7 +259,7 @@ class FacilityLocation:
                 owner[j] = position
         indices.copy_(torch.tensor(self._picks, dtype=torch.int64))
         gains.copy_(torch.tensor([g / self._scale if g else 0.0 for g in self._gains], dtype=torch.float64))
-        # On the CPU, where the order of summation is fixed.
+        # Summed on the CPU, where the order of summation is fixed.
         owner, client_weights = owner.cpu(), self._weights.cpu()
         served = owner >= 0
         weights.copy_(

@@ -19,7 +19,7 @@ class CandidateSampler:
         self._seed, self._row = seed, first_row
 
     def draw(self, count: int) -> Tensor:
-        """[min(count, candidates left)] int64, ascending."""
+        """A sample [min(count, candidates left)] int64, ascending."""
         pool = self._pool
         count = min(count, len(pool))
         for i, u in enumerate(uniforms(self._seed, self._row, count).tolist()):

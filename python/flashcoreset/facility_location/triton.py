@@ -22,7 +22,7 @@ __all__ = ["TAKES", "FacilityLocation", "pairwise"]
 TAKES = Takes()
 
 
-# Candidates that a lazy pick looks at first, a tile of them at least: fewer would take as long.
+# Candidates that a lazy pick evaluates first, a tile of them at least: fewer would take as long.
 _BATCH = 128
 
 
@@ -37,7 +37,7 @@ class FacilityLocation:
         weights: [m] float64, not negative; None for 1.
         preselected: [p] int64, candidates already in S.
         offset: what distances are subtracted from: those of points, and those that a matrix holds negated.
-        memory_budget: similarities of points are kept if they take at most so many bytes, else computed as
+        memory_budget: similarities of points are kept if they take at most this many bytes, else computed as
             needed.
         expected_picks: how many picks are likely; not used, since nothing is prepared for later picks.
 
@@ -58,7 +58,7 @@ class FacilityLocation:
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         expected_picks: int | None = None,
     ) -> None:
-        assert offset is not None  # kernels that check values find one
+        assert offset is not None  # only kernels that check values may find an offset themselves
         self.offset, self.completed = offset, 0
         if isinstance(x, Csr):
             raise BackendUnavailableError(f"backend 'triton': {no_sparse_kernel('triton')}")
@@ -83,7 +83,7 @@ class FacilityLocation:
         self._scaled_weights = (self._weights * self._scale).to(x.dtype)
 
         self._numbers = torch.arange(n, device=device)
-        # Gains when last computed, which bound today's; -1 for what is picked or preselected.
+        # Gains when last computed, which bound the present ones; -1 for candidates that are picked or preselected.
         self._bounds = torch.full((n,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
         self._covered = torch.full((m,), -math.inf, dtype=x.dtype, device=device)  # best of the preselected
         self._owner = torch.full((m,), -1, dtype=torch.int64, device=device)
@@ -165,7 +165,7 @@ class FacilityLocation:
 
 
 def _similarities(x: Tensor, clients: Tensor | None, metric: str, m: int, memory_budget: int) -> Similarities:
-    """Of a matrix `x`, or of points whose rows have unit length already for cosine."""
+    """The similarities of a matrix `x`, or of points whose rows have unit length already for cosine."""
     n = x.shape[0]
     if metric == "precomputed":
         matrix = x if x.stride(1) == 1 else x.contiguous()

@@ -34,14 +34,14 @@ from flashcoreset.sinkhorn.schedule import Solution
 METRICS = ("sqeuclidean", "euclidean", "l1", "cosine", "precomputed")
 _INF = math.inf
 
-# Sums of weights that differ by less, relatively, are taken for the same number, rounded.
+# Sums of weights whose relative difference is smaller count as the same number, rounded.
 _SAME_MASS = 1e-4
 
-# Potentials of so many times costs or reg leave 7 digits for these in float64.
+# Potentials that are this many times costs or reg leave 7 digits for costs and reg in float64.
 _DIGITS = 1e9
-# A penalty of so many times costs and reg holds its marginal to all digits of float64, nearly.
+# A penalty that is this many times costs and reg holds its marginal to nearly all digits of float64.
 _LARGEST_RHO = 1e12
-# Of a smaller one, times the larger of 1 and reg, potentials are no normal numbers.
+# With a smaller penalty, times the larger of 1 and reg, potentials are not normal numbers.
 _LEAST_RHO = 1e-290
 
 
@@ -51,14 +51,14 @@ class Transport:
 
     Attributes:
         f, g: [n] and [m], or [B, n] and [B, m] for a batch: the potentials (dual variables); 0 in the padding. Where
-            a weight is zero, the potential that the other side implies. `plan` and `apply` take them in float64.
-        value: scalar or [B]: the optimum of <P, C> + reg KL(P | a x b), plus the penalties of the marginals where
-            these are relaxed, as the dual objective has it; differentiable in x, y, the costs, a and b.
+            a weight is zero, the potential is the one that the other side implies. `plan` and `apply` take potentials in float64.
+        value: scalar or [B]: the optimum of <P, C> + reg KL(P | a x b), plus the penalties of the marginals if
+            these are relaxed, computed as the dual objective; differentiable in x, y, the costs, a and b.
         transport_cost: scalar or [B]: <P, C>.
-        error: scalar or [B]: the L1 error of both marginals of `plan()`; with `reg_marginal` what they differ by from
-            what the potentials ask for, a exp(-f / rho) and b exp(-g / rho), in L1: 0 at the solution alone.
+        error: scalar or [B]: the L1 error of both marginals of `plan()`; with `reg_marginal` the L1 distance of the
+            marginals from what the potentials ask for, a exp(-f / rho) and b exp(-g / rho): 0 only at the solution.
         iterations: scalar or [B] int64.
-        converged: scalar or [B] bool: whether `error` came to `tol`.
+        converged: scalar or [B] bool: whether `error` fell to `tol`.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -83,7 +83,7 @@ class Transport:
     _potentials: tuple[Tensor, Tensor]  # [B, n], [B, m] float64
 
     def plan(self) -> Tensor:
-        """P as a matrix [n, m], or [B, n, m] with zeros in the padding. Not differentiable.
+        """The plan P as a matrix [n, m], or [B, n, m] with zeros in the padding. Not differentiable.
 
         Example:
             >>> import torch, flashcoreset as fc
@@ -99,7 +99,7 @@ class Transport:
         return p.shaped(plan.to(p.out_dtype))
 
     def apply(self, v: Any) -> Tensor:
-        """P v without forming P: v [m] or [m, k] gives [n] or [n, k], for a batch [B, m] or [B, m, k] gives [B, n] or
+        """The product P v without forming P: v [m] or [m, k] gives [n] or [n, k], for a batch [B, m] or [B, m, k] gives [B, n] or
         [B, n, k]. The padding of `v` does not matter. Not differentiable.
 
         Raises:
@@ -113,7 +113,7 @@ class Transport:
         return self._apply(v, transpose=False)
 
     def apply_transpose(self, v: Any) -> Tensor:
-        """P^T v without forming P: v [n] or [n, k] gives [m] or [m, k]; batches and errors as in `apply`.
+        """The product P^T v without forming P: v [n] or [n, k] gives [m] or [m, k]; batches and errors as in `apply`.
 
         Example:
             >>> import torch, flashcoreset as fc
@@ -148,8 +148,8 @@ class Transport:
 
 @dataclass(eq=False)
 class _Problem:
-    """The arguments, their types, shapes and options checked; their values not yet. Tensors of a batch, which may still
-    ask for gradients."""
+    """The arguments: their types, shapes and options are checked, their values not yet. The tensors are those of a batch and may
+    still ask for gradients."""
 
     x: Tensor  # [B, n, d] or [B, n, m], float32 or float64
     y: Tensor | None  # [B, m, d]
@@ -215,44 +215,44 @@ def sinkhorn(
             [B, n, m]. float16, bfloat16, float32 or float64 (half types compute in float32); a torch tensor, a NumPy
             array or an object with `__dlpack__`.
         y: [m, d] or [B, m, d], same dtype; None with metric="precomputed".
-        a: [n] or [B, n] weights >= 0 of the rows, some of them > 0; default 1/n. b: [m] or [B, m], of the columns. Where
-            both marginals are balanced, their sums have to be the same; `b` is scaled by what rounding leaves between
-            them.
-        reg: the weight of the entropy, > 0, in the units of the cost. Stable down to 1e-4 of the largest cost.
+        a: [n] or [B, n] weights >= 0 of the rows, some of them > 0; default 1/n. b: [m] or [B, m], weights of the columns. If
+            both marginals are balanced, their sums have to be the same; `b` is scaled to remove the difference that
+            rounding leaves between them.
+        reg: the weight of the entropy, > 0, in the units of the cost. The iterations are stable down to 1e-4 of the largest cost.
         metric: C_ij = |x_i - y_j|^2 ("sqeuclidean"), |x_i - y_j| ("euclidean"), sum_k |x_ik - y_jk| ("l1"),
             1 - cos(x_i, y_j) ("cosine"; 1 for a zero row), or given ("precomputed").
         reg_marginal: None for balanced transport. A number rho > 0 relaxes both marginals to a penalty
-            rho KL(P 1 | a) + rho KL(P^T 1 | b); a pair (rho_a, rho_b) each on its own, None for a marginal that holds,
-            as it does from 1e12 times costs and reg on.
+            rho KL(P 1 | a) + rho KL(P^T 1 | b); a pair (rho_a, rho_b) relaxes each on its own, None for a marginal that holds,
+            as a marginal does from 1e12 times costs and reg on.
         x_lengths, y_lengths: [B] integers, the sizes of the problems of a batch in x and y; what lies beyond them (the
             padding, which may be NaN) is not read and costs no work.
-        max_iter: the most iterations a problem takes.
-        tol: a problem stops when its `Transport.error`, an L1 distance of marginals, is at most this, but no larger a
-            share of the smaller mass of a and b than this or 1e-6. 0 makes exactly
-            `max_iter` iterations, plain ones where reg is at least 1/500 of the costs' range, without a warning.
+        max_iter: the most iterations that one problem takes.
+        tol: a problem stops when its `Transport.error`, an L1 distance of marginals, is at most `tol`, but no larger a
+            share of the smaller mass of a and b than `tol` or 1e-6. 0 makes exactly
+            `max_iter` iterations, plain ones if reg is at least 1/500 of the costs' range, without a warning.
         warm_start: a `Transport` of problems of the same sizes, or potentials (f, g), to start from: at most 1e9 times the
             costs or reg.
         backend: None (the fastest that can run), "cpu", "cuda", "triton" or "torch" (the reference).
         progress: None, True (a bar on stderr) or a callable(done, total), in iterations.
-        memory_budget: bytes that a matrix [n, m] of one problem may take; else it is made anew, a block at a time, in
-            each iteration.
+        memory_budget: bytes that a matrix [n, m] of one problem may take; a larger matrix is made anew, a block at a time,
+            in each iteration.
 
     Returns:
         A `Transport`.
 
     Warns:
-        ConvergenceWarning: once a call, if a problem did not come to `tol` in `max_iter` iterations; what is returned
-            is its last iterate, which a plain iteration made and so is the best.
+        ConvergenceWarning: once per call, if a problem did not reach `tol` in `max_iter` iterations; what is returned
+            is its last iterate, which a plain iteration made and which is therefore the best.
 
     Raises:
         TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape or option, negative weights or all zero, sums that differ, NaN and infinity; in a
-            batch with the number of the problem.
+        ValueError: for a wrong shape or option, negative weights or all zero, sums that differ, NaN and infinity; for a
+            batch the message names the number of the problem.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Cuturi, "Sinkhorn distances", 2013; Chizat et al., "Scaling algorithms for unbalanced optimal transport
-    problems", 2018. Iterations with tol > 0 are over-relaxed (Thibault et al., 2021), those of relaxed marginals
-    translation invariant (Sejourne et al., 2022), and they start from a larger reg where it is small (docs/sinkhorn.md).
+    problems", 2018. Iterations with tol > 0 are over-relaxed (Thibault et al., 2021), iterations of relaxed marginals are
+    translation invariant (Sejourne et al., 2022), and if reg is small, iterations start from a larger one (docs/sinkhorn.md).
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -287,14 +287,14 @@ def sinkhorn_divergence(
     """The debiased divergence OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 + reg (sum a - sum b)^2 / 2, with OT the `value` of
     `sinkhorn`: 0 for x = y, positive otherwise.
 
-    Args are those of `sinkhorn`; costs cannot be given, and a pair `reg_marginal` needs two equal numbers, since both
-    sides take either place.
+    The arguments are those of `sinkhorn`; costs cannot be given, and a pair `reg_marginal` needs two equal numbers, since each
+    side takes both places.
 
     Returns:
         A scalar, or [B] for a batch; differentiable in x, y, a and b.
 
     Warns:
-        ConvergenceWarning: for each of the three transports that did not come to `tol`.
+        ConvergenceWarning: for each of the three transports that did not reach `tol`.
 
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `sinkhorn`.
@@ -517,14 +517,14 @@ def _check_warm_start(
 
 
 def _mask(lengths: Tensor, size: int) -> Tensor:
-    """[B, size] bool: what is no padding."""
+    """A mask [B, size] bool, True for what is not padding."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 def _weights(
     given: Tensor | None, lengths: Tensor | None, batch: int, size: int, device: torch.device
 ) -> Tensor:
-    """[B, size] float64, contiguous; 0 in the padding."""
+    """Weights [B, size] float64, contiguous; 0 in the padding."""
     if given is not None:
         detached = given.detach()
         return (detached if lengths is None else torch.where(_mask(lengths, size), detached, 0)).contiguous()
@@ -537,7 +537,7 @@ def _weights(
 
 
 def _check_values(p: _Problem, weights_too: bool) -> None:
-    """Lengths, potentials and, where the kernels do not look at them, weights; at the data the kernels look themselves."""
+    """Checks lengths, potentials and, if the kernels do not check them, weights; the kernels check the data themselves."""
     n, m = p.sizes
     for lengths, name, size in ((p.x_lengths, "x_lengths", n), (p.y_lengths, "y_lengths", m)):
         if lengths is not None and bool(((lengths < 1) | (lengths > size)).any()):
@@ -571,7 +571,7 @@ def _check_weights(p: _Problem) -> None:
 
 
 def _check_masses(p: _Problem) -> None:
-    """Before `_Problem.arrays` makes the masses of balanced problems equal."""
+    """Checks the masses, before `_Problem.arrays` makes those of balanced problems equal."""
     n, m = p.sizes
     if all(map(math.isinf, p.reg_marginal)) and (p.a is not None or p.b is not None):
         batch, device = p.x.shape[0], p.x.device
@@ -602,7 +602,7 @@ def _check_potentials(p: _Problem) -> None:
 
 
 def _largest_costs(p: _Problem) -> Tensor:
-    """[B] float64: at least the largest |C_ij| of each problem. Takes a pass over the data: for what is far out alone."""
+    """Bounds [B] float64: at least the largest |C_ij| of each problem. Takes a pass over the data, so only for unusual magnitudes."""
     sides = [p.x] if p.y is None else [p.x, p.y]
     if p.metric == "cosine":
         return torch.full((p.x.shape[0],), 2.0, dtype=torch.float64, device=p.x.device)
@@ -626,7 +626,7 @@ def _largest_costs(p: _Problem) -> Tensor:
 
 
 def _check_warm_range(p: _Problem) -> None:
-    """Potentials that are far larger than costs and reg leave no digits for these, whatever an iteration makes of them."""
+    """Refuses potentials that are far larger than costs and reg: they leave no digits for costs and reg, whatever an iteration does."""
     for potential, lengths, name, size in (
         (p.f, p.x_lengths, "f", p.sizes[0]),
         (p.g, p.y_lengths, "g", p.sizes[1]),
@@ -648,7 +648,7 @@ def _check_warm_range(p: _Problem) -> None:
 
 def _with_marginals_that_hold(p: _Problem) -> _Problem:
     """`p` with None for a reg_marginal so large beside costs and reg that nothing of the marginal would be relaxed; refused
-    where the potentials would be too large for the digits that costs need."""
+    if the potentials would be too large for the digits that costs need."""
     if not any(_DIGITS * p.reg < rho < _INF for rho in p.reg_marginal):
         return p
     largest = float(_largest_costs(p).max())
@@ -734,7 +734,7 @@ def _transport(p: _Problem, progress: Callable[[int, int], object] | bool | None
             value = _Envelope.apply(p.x, p.y, p.a, p.b, p, solution)
             solution = solution._replace(value=value)
     dtype = p.out_dtype
-    # One number of each problem; tensors without a graph, but for the value.
+    # One number per problem; tensors without a graph, except for the value.
     f, g, cost, error = solution.f, solution.g, solution.transport_cost, solution.error
     if traced:
         f, g, cost, error = (t.detach() for t in (f, g, cost, error))
@@ -794,7 +794,7 @@ def _gradients(
     backend: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """of_value [B] times the gradients with respect to x, y, a and b; empty where not needed."""
+    """of_value [B] times the gradients with respect to x, y, a and b; empty if not needed."""
     marginal = (reg_marginal[0], reg_marginal[1])
     p = _Problem(
         x, y, a, b, reg, metric, marginal, x_lengths, y_lengths, 1, 0.0, None, None, memory_budget, backend,
@@ -1000,7 +1000,7 @@ def _estimate(
     progress: Any = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> int:
-    """Bytes of one call; see `memory_estimate`. Terms are named after what the kernels allocate."""
+    """The bytes of one call; see `memory_estimate`. Terms are named after what the kernels allocate."""
     one_of(metric, "metric", METRICS)
     check_backend(backend)
     dtype = as_dtype(dtype)
@@ -1018,7 +1018,7 @@ def _estimate(
         return (
             outputs + converted + (n * m * 8 if resident else 0) + 2 * points * 8 + 16 * (n + m) * 8 + blocks
         )
-    # Problems in the making: one, or one a thread.
+    # Problems that are solved at the same time: one, or one per thread.
     at_once = threads if batch > 1 and matrix * threads <= memory_budget else 1
     workers = 1 if at_once > 1 else threads
     chunks = min(64, n // 72 + 1)

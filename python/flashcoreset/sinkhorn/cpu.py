@@ -30,7 +30,7 @@ def _batch(
     x_lengths: Tensor | None,
     y_lengths: Tensor | None,
 ) -> tuple[Any, ...]:
-    """What every call of the compiled module takes first."""
+    """The first arguments of every call of the compiled module."""
     points = None if y is None else y.detach()
     lengths = (optional_capsule(x_lengths), optional_capsule(y_lengths))
     return capsule(x.detach()), optional_capsule(points), capsule(a), capsule(b), metric, *lengths
@@ -60,13 +60,13 @@ def sinkhorn(
     Args:
         x: [B, n, d] points with `y` [B, m, d], or the costs [B, n, m] with `y` None and metric "precomputed"; float32
             or float64, on the CPU.
-        a: [B, n] float64, and b [B, m]: weights >= 0, of equal sums where both marginals are balanced.
+        a: [B, n] float64, and b [B, m]: weights >= 0, of equal sums if both marginals are balanced.
         reg, reg_marginal: eps and (rho_a, rho_b); inf for a balanced marginal.
         metric: "sqeuclidean", "euclidean", "l1", "cosine" or "precomputed".
         x_lengths, y_lengths: [B] int64, the sizes of the problems; None for n and m.
         max_iter, tol: the most iterations and the error to stop at.
         f, g: [B, n] and [B, m] float64 to start from; None starts from 0.
-        memory_budget: bytes that the kernel matrix of a problem may take; else its rows are made anew each time.
+        memory_budget: bytes that the kernel matrix of a problem may take; the rows of a larger one are made anew each time.
         report: called with the number of iterations done and their largest possible number.
 
     Returns:
@@ -131,7 +131,7 @@ def sinkhorn_apply(
     y_lengths: Tensor | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """P v [B, n, k] of the plans with potentials f, g for v [B, m, k] of the dtype of `x`; with `transpose` P^T v
+    """The products P v [B, n, k] of the plans with potentials f, g for v [B, m, k] of the dtype of `x`; with `transpose` P^T v
     [B, m, k] for v [B, n, k]. The plan is made 24 rows at a time, whatever the `memory_budget`.
 
     Rows beyond a problem's size are 0. The other arguments and the errors are those of `sinkhorn`.
@@ -163,7 +163,7 @@ def sinkhorn_plan(
     x_lengths: Tensor | None = None,
     y_lengths: Tensor | None = None,
 ) -> Tensor:
-    """P [B, n, m], of the dtype of `x`, of the plans with potentials f, g; 0 beyond a problem's size. Arguments and
+    """The plans P [B, n, m], of the dtype of `x`, with potentials f, g; 0 beyond a problem's size. Arguments and
     errors are those of `sinkhorn`."""
     out = x.new_empty(a.shape[0], a.shape[1], b.shape[1])
     native.module().sinkhorn_plan(

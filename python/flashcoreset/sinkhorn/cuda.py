@@ -22,7 +22,7 @@ __all__ = ["TAKES", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
 TAKES = Takes(checks_values=True)
 
 
-# What a block may take of shared memory for a Sinkhorn problem, in bytes; None for what the device has. Problems that need
+# Bytes of shared memory that a block may take for a Sinkhorn problem; None for what the device has. Problems that need
 # more are streamed.
 SINKHORN_SHARED_BYTES: int | None = None
 
@@ -36,7 +36,7 @@ def _problems(
     x_lengths: Tensor | None,
     y_lengths: Tensor | None,
 ) -> tuple[Any, ...]:
-    """What each of the compiled functions gets first. Capsules keep the memory that they show alive."""
+    """The first arguments of each compiled function. Capsules keep the memory that they show alive."""
     return (
         compact(x),
         None if y is None else compact(y),
@@ -72,7 +72,7 @@ def sinkhorn(
 
     Args:
         x: [B, n, d] points with `y` [B, m, d], or the costs [B, n, m] with `y` None; float32 or float64, on a CUDA
-            device, like all that follows. A copy is made of what is not contiguous.
+            device, like all that follows. A tensor that is not contiguous is copied.
         a, b: [B, n] and [B, m] float64.
         reg, metric, reg_marginal, max_iter, tol: as in the reference.
         x_lengths, y_lengths: [B] int64, from 1 to n and m; None for n and m.
@@ -160,7 +160,7 @@ def sinkhorn_apply(
     y_lengths: Tensor | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """P v [B, n, k] float64 of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
+    """The products P v [B, n, k] float64 of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
     [B, n, k]. Rows beyond a problem's size are 0. Does not wait for the device; `memory_budget` is not used."""
     out = a.new_empty(len(a), (b if transpose else a).shape[1], v.shape[2])
     with_memory(
@@ -191,7 +191,7 @@ def sinkhorn_plan(
     x_lengths: Tensor | None = None,
     y_lengths: Tensor | None = None,
 ) -> Tensor:
-    """P [B, n, m] float64 of the plans with potentials f, g; 0 beyond a problem's size. Does not wait for the device."""
+    """The plans P [B, n, m] float64 with potentials f, g; 0 beyond a problem's size. Does not wait for the device."""
     out = a.new_empty(*a.shape, b.shape[1])
     with_memory(
         lambda: native.cuda_module(x.device.index or 0).sinkhorn_plan(

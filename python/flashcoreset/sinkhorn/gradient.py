@@ -4,7 +4,7 @@ changes with its arguments as the dual objective does, the potentials held.
     d value / d C_ij = P_ij
     d value / d a_i  = f_i - reg (1 - sum b),    rho (1 - exp(-f_i / rho)) - reg (exp(-f_i / rho) - sum b) if relaxed
 
-Those of the points follow through the costs, without P where the metric allows it:
+The gradients with respect to the points follow through the costs, without P if the metric allows it:
 
     sqeuclidean   2 (r_i x_i - (P y)_i), with r = P 1
     euclidean     the same with P_ij / (2 |x_i - y_j|) in the place of P_ij, 0 where points coincide
@@ -22,19 +22,19 @@ from torch import Tensor
 
 from flashcoreset.sinkhorn.backend import Kernels
 
-# Blocks of rows of a plan take about so many bytes.
+# Blocks of rows of a plan take about this many bytes.
 _BLOCK_BYTES = 2**24
 
 
 def weight_gradients(
     potential: Tensor, rho: float, reg: float, other_weights: Tensor, of_value: Tensor
 ) -> Tensor:
-    """[B, n]: of_value [B] times d value / d a, from f [B, n] and b [B, m]."""
+    """The gradient [B, n]: of_value [B] times d value / d a, from f [B, n] and b [B, m]."""
     other_mass = other_weights.sum(1, keepdim=True)
     if math.isinf(rho):
         slope = potential - reg * (1 - other_mass)
     else:
-        less = torch.expm1(-potential / rho)  # keeps its digits where rho is large
+        less = torch.expm1(-potential / rho)  # keeps its digits if rho is large
         slope = -rho * less - reg * (1 + less - other_mass)
     return of_value[:, None] * slope
 
@@ -51,7 +51,7 @@ def cost_gradients(
     of_value: Tensor,
     needs_y: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """of_value [B] times the gradients with respect to the costs, or to both sets of points."""
+    """The gradients, times of_value [B], with respect to the costs, or to both sets of points."""
     common = {"reg": problem.reg, "metric": problem.metric}
     lengths = {"x_lengths": problem.x_lengths, "y_lengths": problem.y_lengths}
     scale = of_value.to(x.dtype)[:, None, None]
@@ -118,7 +118,7 @@ def _with_ones(points: Tensor) -> Tensor:
 
 
 def _pull(points: Tensor, sums: Tensor) -> Tensor:
-    """r_i x_i - (P y)_i from P [y, 1]."""
+    """The differences r_i x_i - (P y)_i from P [y, 1]."""
     return points * sums[:, :, -1:] - sums[:, :, :-1]
 
 

@@ -18,15 +18,15 @@ The error of potentials is the residual of both sides' optimality conditions, th
 
     sum_i |a_i exp(S_i) - a_i exp(-f_i / rho_a)| + sum_j |b_j exp(T_j) - b_j exp(-g_j / rho_b)|
 
-with exp(-f / rho) = 1 for a balanced marginal. The dual is concave, so potentials at which this is 0 are a solution, and no
-others are. (By how much the plan changes in an iteration says nothing: where each column's mass goes to one row, the plan
-stands still while the potentials drift by some eps an iteration.) An update with omega = 1 makes its own side's part exactly
+with exp(-f / rho) = 1 for a balanced marginal. The dual is concave, so potentials at which this error is 0 are a solution, and no
+others are. (By how much the plan changes in an iteration says nothing: if each column's mass goes to one row, the plan
+stands still while the potentials drift by some eps per iteration.) An update with omega = 1 makes its own side's part exactly
 0: with f' = lambda (f - eps S), f' (1 / eps + 1 / rho) = f / eps - S, that is S + (f' - f) / eps = -f' / rho. The
-columns move last, so at the end of a plain iteration the rows alone are off, which the next pass over the rows sees before
+columns move last, so at the end of a plain iteration the rows alone are off, which the next pass over the rows measures before
 they move. After an over-relaxed one the columns are off too, by |b exp(T + (g' - g) / eps) - b exp(-g' / rho_b)|; and a
 constant c that g loses multiplies what it asks for by exp(c / rho_b), which adds at most sum_j b_j exp(-g'_j / rho_b)
-|exp(c / rho_b) - 1|. So iterations know a bound of the error of the potentials that they began with at no cost; where that
-comes to tol, the error itself is computed from the potentials at hand, and decides.
+|exp(c / rho_b) - 1|. So an iteration knows, at no cost, a bound of the error of the potentials that it began with; when that
+bound reaches tol, the error itself is computed from the current potentials, and decides.
 
 Sources: Cuturi, "Sinkhorn distances", 2013; Chizat, Peyre, Schmitzer and Vialard, "Scaling algorithms for
 unbalanced optimal transport problems", 2018, and Schmitzer, "Stabilized sparse scaling algorithms for entropy
@@ -61,7 +61,7 @@ _BLOCK_BYTES = 2**20
 
 
 class _Costs:
-    """C [n, m] of one problem in float64, some rows at a time; kept where it fits `memory_budget` bytes."""
+    """C [n, m] of one problem in float64, some rows at a time; kept if it fits into `memory_budget` bytes."""
 
     def __init__(self, x: Tensor, y: Tensor | None, metric: str, memory_budget: int) -> None:
         self.x = x.double()
@@ -96,7 +96,7 @@ class _Costs:
             yield rows, 1 - values if self.metric == "cosine" else values
 
     def _bound(self) -> float:
-        """At least the largest cost, by the triangle inequality through the first column's point."""
+        """A bound, at least the largest cost, by the triangle inequality through the first column's point."""
         if self.metric == "cosine":
             return 2.0
         plain = "l1" if self.metric == "l1" else "euclidean"
@@ -130,7 +130,7 @@ def _problems(
 
 
 def damping(rho: float, eps: float) -> float:
-    """lambda = rho / (rho + eps); 1 for a balanced marginal."""
+    """The factor lambda = rho / (rho + eps); 1 for a balanced marginal."""
     return 1.0 if math.isinf(rho) else rho / (rho + eps)
 
 
@@ -147,7 +147,7 @@ def translation(f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg_marginal: tuple[
     logs = []
     for potential, weight, rho in zip((f, g), (a, b), reg_marginal, strict=True):
         mass = float(weight.sum())
-        # By the difference from the weights, which keeps its digits where rho is large and c is a small difference of
+        # Computed from the difference to the weights, which keeps its digits if rho is large and c is a small difference of
         # large numbers.
         lost = float((weight * torch.expm1(-potential / rho)).nan_to_num(0.0).sum()) / mass
         logs.append(math.log(mass) + math.log1p(lost) if -1 < lost < math.inf else -math.inf)
@@ -177,7 +177,7 @@ def sinkhorn(
 
     Args:
         x: [B, n, d] points with `y` [B, m, d], or the costs [B, n, m] with `y` None and metric "precomputed".
-        a: [B, n] float64, and b [B, m]: weights >= 0, of equal sums where both marginals are balanced.
+        a: [B, n] float64, and b [B, m]: weights >= 0, of equal sums if both marginals are balanced.
         reg, reg_marginal: eps and (rho_a, rho_b); inf for a balanced marginal.
         metric: "sqeuclidean", "euclidean", "l1", "cosine" or "precomputed".
         x_lengths, y_lengths: [B] int64, the sizes of the problems; None for n and m. What lies beyond is not read.
@@ -241,7 +241,7 @@ def _solve(
             f[rows] = new
             column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent, 0))
         new = moved(g, column_sums, eps, omega, damp_b)
-        # Of the plan that this iteration began with, and of the one that it made.
+        # `error` is that of the plan that this iteration began with, `columns_off` that of the plan that it made.
         error = _off(a, row_sums, before, reg_marginal[0]) + columns_off
         columns_off = _off(b, column_sums + (new - g) / eps, new, reg_marginal[1])
         g = new
@@ -256,7 +256,7 @@ def _solve(
         if report is not None:
             report(schedule.iterations)
         if order == "new eps":
-            columns_off = 0.0  # as at the start: not known, and looked at before the end
+            columns_off = 0.0  # as at the start: not known, and computed before the end
         elif order != "go on":
             f, g, error, mass, total = _evaluate(costs, f, g, a, b, reg, reg_marginal)
             if order == "check" and not error <= schedule.tolerance and schedule.disappointed():
@@ -268,13 +268,13 @@ def _solve(
 def _off(weight: Tensor, log_sum: Tensor, potential: Tensor, rho: float) -> float:
     """By how much the sums weight exp(log_sum) of a plan are off what the potentials ask for."""
     off = weight * (log_sum.exp() - asked(potential, rho)).abs()
-    return float(torch.where(weight > 0, off, 0).sum())  # of nothing there is nothing, however large the sums
+    return float(torch.where(weight > 0, off, 0).sum())  # zero weights have no error, however large the sums
 
 
 def _evaluate(
     costs: _Costs, f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg: float, reg_marginal: tuple[float, float]
 ) -> tuple[Tensor, Tensor, float, Tensor, float]:
-    """The potentials, those of zero weights made what the other side's imply; the error and the mass of the plan, and <P, C>."""
+    """The potentials (at zero weights those that the other side implies), the error and the mass of the plan, and <P, C>."""
     row_sums, column_sums = torch.empty_like(f), g.new_full(g.shape, -math.inf)
     total = 0.0
     for rows, cost in costs.blocks():
@@ -305,7 +305,7 @@ def sinkhorn_apply(
     y_lengths: Tensor | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """P v [B, n, k] of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
+    """The products P v [B, n, k] of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
     [B, n, k]. Rows beyond a problem's size are 0."""
     size = (b if transpose else a).shape[1]
     out = torch.zeros(a.shape[0], size, v.shape[2], dtype=torch.float64, device=v.device)
@@ -331,7 +331,7 @@ def sinkhorn_plan(
     x_lengths: Tensor | None = None,
     y_lengths: Tensor | None = None,
 ) -> Tensor:
-    """P [B, n, m] float64 of the plans with potentials f, g; 0 beyond a problem's size."""
+    """The plans P [B, n, m] float64 with potentials f, g; 0 beyond a problem's size."""
     out = torch.zeros(*a.shape, b.shape[1], dtype=torch.float64, device=a.device)
     for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, 0):
         for some, part in _plan_blocks(costs, f[p, r], g[p, c], a[p, r], b[p, c], reg):

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Exponents, sums of potentials and costs in units of reg, are below this part of what a type holds.
+# Exponents, which are sums of potentials and costs in units of reg, stay below this part of what a type holds.
 EXPONENTS = 1e-3
-# exp() of more leaves the range of float64.
+# exp() of a larger number leaves the range of float64.
 MOST_EXPONENT = 700.0
 
 
 class Solution(NamedTuple):
-    """What every backend's `sinkhorn` returns: potentials in float64, 0 in the padding, and one entry a problem."""
+    """What every backend's `sinkhorn` returns: potentials in float64, 0 in the padding, and one entry per problem for the rest."""
 
     f: Tensor  # [B, n] float64
     g: Tensor  # [B, m] float64
@@ -31,20 +31,21 @@ class Solution(NamedTuple):
 class Schedule:
     """The course of one problem's iterations, the same on every backend (csrc/core/sinkhorn_schedule.h).
 
-    Annealing: where the costs range over more than ANNEALED_FROM times reg, the iterations start at a quarter of the
+    Annealing: if the costs range over more than ANNEALED_FROM times reg, the iterations start at a quarter of the
     range and eps falls by FACTOR whenever the marginals are off by STAGE_ERROR of the mass or after a stage's share of iterations.
-    Over-relaxation: every PERIOD iterations the rate of convergence that was seen gives a better
-    omega; where the error grew, omega goes back towards 1. The last of `max_iter` iterations is a plain one: it leaves
-    the columns exact, and so the best iterate, where an over-relaxed one leaves both sides off. With tol = 0 the plain iterations are made, unless they are
-    annealed; without constants, but for rows alone that are relaxed, whose plans these leave as they are.
+    Over-relaxation: every PERIOD iterations the measured rate of convergence gives a better
+    omega; when the error grew, omega goes back towards 1. The last of `max_iter` iterations is a plain one: a plain iteration leaves
+    the columns exact, and so the best iterate, while an over-relaxed one leaves both sides off. With tol = 0
+    plain iterations are made, unless they are annealed; without constants, except if the rows alone are relaxed: the constants
+    leave plans as they are.
     """
 
     reg: float
-    spread: float  # of the costs; a bound will do
+    spread: float  # the range of the costs; a bound will do
     tol: float
     max_iter: int
     warm: bool  # potentials are given
-    mass: float = 1.0  # of the rows: what errors of the stages are compared with
+    mass: float = 1.0  # of the rows: the errors of the stages are compared with it
     column_mass: float = 1.0
 
     LEAST_SHARE = 1e-6
@@ -67,7 +68,7 @@ class Schedule:
         self.eps = self.spread / self.FACTOR if stages else self.reg
         self.stage_iterations = min(self.STAGE_ITERATIONS, self.max_iter // (2 * stages)) if stages else 0
         self.accelerated = self.tol > 0 or stages > 0
-        # The error at which the problem is solved: of masses below 1 no larger a share than tol or LEAST_SHARE.
+        # The error at which the problem is solved: for masses below 1 no larger a share of the mass than tol or LEAST_SHARE.
         self.tolerance = min(self.tol, max(self.tol, self.LEAST_SHARE) * min(self.mass, self.column_mass))
         self.omega = 1.0
         self.iterations = 0
@@ -97,7 +98,7 @@ class Schedule:
         return "go on"
 
     def disappointed(self) -> bool:
-        """After a check that failed: go on with plain iterations. Returns whether any are left."""
+        """Goes on with plain iterations after a check that failed. Returns whether any are left."""
         self._restart()
         return self.iterations < self.max_iter
 
@@ -115,7 +116,7 @@ class Schedule:
             if rate >= 1:
                 self.omega = 1 + 0.7 * (self.omega - 1)
             elif rate > self.omega - 1:
-                # Of plain iterations, by Young's relation between their rate and that at omega.
+                # The rate of plain iterations, by Young's relation between it and the rate at omega.
                 plain = min((rate + self.omega - 1) ** 2 / (rate * self.omega**2), 0.9999)
                 self.omega = min(max(self.omega, 2 / (1 + math.sqrt(1 - plain))), self.MOST_OMEGA)
             else:
@@ -126,8 +127,8 @@ class Schedule:
 
 
 def range_fault(spread: float, reg: float, metric: str, dtype: torch.dtype, within: str) -> str | None:
-    """What to say of costs that range over `spread` (or so much at the most) where they, or their exponents in units of reg,
-    leave the range of the data's type; None where they do not."""
+    """The error message for costs that range over `spread` (or at most so much) if they, or their exponents in units of reg,
+    leave the range of the data's type; None if they do not."""
     most = torch.finfo(dtype).max
     remedy = " or use float64" if dtype == torch.float32 else ""
     # Euclidean distances are the roots of their squares.
@@ -151,5 +152,5 @@ def dual_value(
 
 
 def asked(potential: Tensor, rho: float) -> Tensor | float:
-    """exp(-f / rho): the shares of their weights that potentials ask for. Kept below infinity, which a plan may reach too."""
+    """The shares exp(-f / rho) of their weights that potentials ask for. Kept below infinity, which a plan may reach too."""
     return 1.0 if math.isinf(rho) else torch.exp((-potential / rho).clamp(max=MOST_EXPONENT))

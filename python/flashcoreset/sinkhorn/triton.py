@@ -21,11 +21,11 @@ __all__ = ["TAKES", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
 TAKES = Takes()
 
 
-# Sinkhorn iterations that are launched between two looks at what is solved.
+# Sinkhorn iterations that are launched between two checks of what is solved.
 _ITERATIONS = 10
 
 
-# Numbers that are looked at together for NaN: masks stay small beside the data.
+# Numbers that are checked together for NaN: masks stay small beside the data.
 _LOOKED_AT = 1 << 22
 
 
@@ -52,7 +52,7 @@ def sinkhorn(
     Args:
         x: [B, n, d] points with `y` [B, m, d], or the costs [B, n, m] with `y` None and metric "precomputed"; float32 or
             float64.
-        a: [B, n] float64, and b [B, m]: weights >= 0, of equal sums where both marginals are balanced.
+        a: [B, n] float64, and b [B, m]: weights >= 0, of equal sums if both marginals are balanced.
         reg, reg_marginal: eps and (rho_a, rho_b); inf for a balanced marginal.
         metric: "sqeuclidean", "euclidean", "l1", "cosine" or "precomputed".
         x_lengths, y_lengths: [B] int64, the sizes of the problems; None for n and m.
@@ -107,7 +107,7 @@ def sinkhorn_apply(
     y_lengths: Tensor | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Tensor:
-    """P v [B, n, k] float64 of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
+    """The products P v [B, n, k] float64 of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
     [B, n, k]. Rows beyond a problem's size are 0. `memory_budget` is not used."""
     counts = _counts(x, y, x_lengths, y_lengths)
     return _problems(x, y, metric, counts, (f, g), (a, b)).apply(v.to(x.dtype), reg, transpose)
@@ -126,7 +126,7 @@ def sinkhorn_plan(
     x_lengths: Tensor | None = None,
     y_lengths: Tensor | None = None,
 ) -> Tensor:
-    """P [B, n, m] float64 of the plans with potentials f, g; 0 beyond a problem's size."""
+    """The plans P [B, n, m] float64 with potentials f, g; 0 beyond a problem's size."""
     counts = _counts(x, y, x_lengths, y_lengths)
     out = torch.zeros(*a.shape, b.shape[1], dtype=torch.float64, device=a.device)
     sizes = torch.stack(counts, 1).tolist()
@@ -145,7 +145,7 @@ def sinkhorn_plan(
 def _counts(
     x: Tensor, y: Tensor | None, x_lengths: Tensor | None, y_lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """[B] int64, the rows and the columns of each problem."""
+    """The numbers of rows and of columns of each problem, [B] int64."""
     sizes = (x.shape[1], x.shape[2] if y is None else y.shape[1])
     rows, columns = (
         torch.full((x.shape[0],), size, dtype=torch.int64, device=x.device)
@@ -157,7 +157,7 @@ def _counts(
 
 
 def _inside(count: Tensor, size: int) -> Tensor:
-    """[B, size] bool: what is no padding."""
+    """A mask [B, size] bool, True for what is not padding."""
     return torch.arange(size, device=count.device) < count[:, None]
 
 
@@ -187,7 +187,7 @@ def _check_batch(tensor: Tensor, name: str, rows: Tensor, columns: Tensor) -> No
 
 def _row_blocks(tensor: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Some rows at a time of all problems of `tensor` [B, n, m], one after the other: the number of the first, the rows
-    [r, m], and what of them is no padding [r, m]."""
+    [r, m], and a mask [r, m] of what is not padding."""
     batch, height, width = tensor.shape
     inside = _inside(rows, height).flatten()
     step = max(1, _LOOKED_AT // width)
@@ -206,7 +206,7 @@ def _problems(
     potentials: tuple[Tensor, Tensor] | None,
     weights: tuple[Tensor, Tensor],
 ) -> Problems:
-    """As the kernels take it; `potentials` are copied, None for 0."""
+    """The problems as the kernels take them; `potentials` are copied, None for 0."""
     if y is not None:
         x, y = (_without_padding(points, count) for points, count in zip((x, y), counts, strict=True))
         if metric == "cosine":
@@ -225,7 +225,7 @@ def _without_padding(points: Tensor, count: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor, y: Tensor | None, metric: str, counts: tuple[Tensor, Tensor]) -> Tensor:
-    """[B] float64: the range of each problem's costs, of points at least the largest, by the triangle inequality through
+    """The range [B] float64 of each problem's costs; for points at least the largest cost, by the triangle inequality through
     the first column's point."""
     if y is None:
         largest, smallest = [], []
