@@ -29,7 +29,7 @@ def caratheodory(
         weights: [n] float64 >= 0, not all 0; None for 1.
         max_size: > 0 ends the reduction as soon as at most that many rows are left.
         out: two tensors [min(n, max(d + 1, max_size))], int64 and float64, to write to; None allocates them.
-        one_scale: what is small beside the largest of all numbers is rounding, in whatever column.
+        one_scale: numbers that are small beside the largest of all count as rounding, in every column.
 
     Returns:
         [k] int64, ascending, and [k] float64, > 0: the first k entries of `out`.

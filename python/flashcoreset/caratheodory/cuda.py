@@ -20,7 +20,7 @@ def caratheodory(
 ) -> tuple[Tensor, Tensor]:
     """Rows with the weighted mean and total weight of all; see `flashcoreset.caratheodory.reference` for the definition.
 
-    The device sums runs of rows, the host reduces these sums and what is left of the rows; it waits for each round.
+    The device sums runs of rows, the host reduces these sums and the rows that are left; the host waits for each round.
 
     Args:
         x: [n, d] float16, bfloat16, float32 or float64, on a CUDA device, in any strides.
@@ -34,7 +34,7 @@ def caratheodory(
     Raises:
         BackendUnavailableError: if there are no CUDA kernels, no device or no compiled CPU module.
         ValueError: for NaN or infinity in `x`.
-        torch.OutOfMemoryError: if the device has no room for partial sums (a row of float64 for each 256 rows of x).
+        torch.OutOfMemoryError: if the device has no room for partial sums (one row of float64 per 256 rows of x).
     """
     module, queue = native.cuda_module(x.device.index or 0), stream(x.device)
 

@@ -1,12 +1,12 @@
 """The Carathéodory reduction of rows that lie on a device: the host's side of the backends "cuda" and "triton".
 
-What takes time is reading the rows for the sums of their runs, which the device does, and drops rows where the host tells it to. The
-elimination that finds what to drop is short and sequential, so a round's sums come to the host (4 (d + 1) rows of d + 1
-numbers), where the compiled CPU module reduces them; a round leaves a quarter of the rows. What is left after a few of them comes
-to the host too and is reduced there to the end, as is a problem that is small from the start.
+Reading the rows for the sums of their runs takes most of the time, so the device does it, and drops the rows that the host names. The
+elimination that finds the rows to drop is short and sequential, so a round's sums come to the host (4 (d + 1) rows of d + 1
+numbers), where the compiled CPU module reduces them; a round leaves a quarter of the rows. The rows left after a few rounds come
+to the host too and are reduced there to the end, and so is a problem that is small from the start.
 
-With `max_size` single rows are needed one after the other: they come to the host in pieces, and the device does the sums. Of
-more columns than twice the rows, the device makes a triangle by QR factorisations, whose columns then stand for the rows.
+With `max_size` single rows are needed one after the other: rows come to the host in pieces, and the device does the sums. If there
+are more columns than twice the rows, the device makes a triangle by QR factorisations, whose columns then stand for the rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIECE_BYTES = 1 << 22
 QR_NUMBERS = 1 << 22
 
 _SAMPLE = 64  # rows whose mean is the first centre
-_SHRINK = 2.0**-80  # of huge numbers, whose sums would overflow
+_SHRINK = 2.0**-80  # the factor for huge numbers, whose sums would overflow
 _EPS = torch.finfo(torch.float64).eps
 
 _capsule = torch.utils.dlpack.to_dlpack
@@ -53,7 +53,7 @@ class SumRuns(Protocol):
 
 
 class KeepRuns(Protocol):
-    """Writes the rows of the runs `kept`, of the n of x where rows is None, and their weights times their run's factor."""
+    """Writes the rows of the runs `kept` (of all n rows of x if `rows` is None), and their weights times their run's factor."""
 
     def __call__(
         self,
@@ -89,7 +89,7 @@ class _Left:
         return torch.arange(self.count) if self.rows is None else self.rows.cpu()
 
     def host_weights(self) -> Tensor:
-        """A copy."""
+        """A copy of the weights on the host."""
         if self.weights is None:
             return torch.ones(self.count, dtype=torch.float64)
         return self.weights.to("cpu", copy=True)
@@ -102,7 +102,7 @@ class _Left:
 
 
 class _Reduction:
-    """What has to be kept, the centre of the sums, and how the device takes them."""
+    """The sums that have to be kept, their centre, and how the device takes them."""
 
     def __init__(self, left: _Left, sum_runs: SumRuns) -> None:
         """Reads all rows."""
@@ -121,7 +121,7 @@ class _Reduction:
             self.native.take_total(_capsule(self.sums))
 
     def size(self, count: int) -> int:
-        """Rows of a run."""
+        """The number of rows in a run."""
         return -(-count // self.native.most_runs)
 
     def of_runs(self, left: _Left) -> Tensor:
@@ -201,11 +201,11 @@ def _reduce(
 
 
 def _run(left: _Left, live: int, sum_runs: SumRuns, keep_runs: KeepRuns) -> tuple[Tensor, Tensor]:
-    """As few rows as there can be."""
+    """As few rows as possible, and their weights."""
     d = left.x.shape[1]
     reduction = _Reduction(left, sum_runs)
     sums: Tensor | None = reduction.sums
-    if 2 * live <= left.count:  # runs of nothing would be read again and again
+    if 2 * live <= left.count:  # empty runs would be read again and again
         left, sums = left.without_zeros(), None
     while left.count > max(reduction.native.most_runs, FEW // d):
         left = _drop(left, reduction, reduction.of_runs(left) if sums is None else sums, keep_runs)
@@ -261,7 +261,7 @@ def _sample(left: _Left, live: int, max_size: int, sum_runs: SumRuns) -> tuple[T
     del sampler  # it holds rows
     kept = w.nonzero()[:, 0]
     rows, w = left.host_rows()[kept], w[kept]
-    # Of many rows the heaviest take what the sums are short of.
+    # Among many rows, the heaviest take what the sums lack.
     chosen = w.sort(descending=True, stable=True).indices[: reduction.native.most_runs].sort().values
     on_device = rows.to(x.device)
     points = _Left(x, on_device[chosen.to(x.device)], None).points(0, len(chosen))
@@ -274,7 +274,7 @@ def _sample(left: _Left, live: int, max_size: int, sum_runs: SumRuns) -> tuple[T
 
 
 def _mean_of_a_few(left: _Left, shrink: float) -> Tensor:
-    """[d] float64 on the host."""
+    """The mean [d] float64 of a few rows, on the host."""
     count = min(left.count, _SAMPLE)
     at = torch.arange(count) * left.count // count
     rows = at.to(left.x.device)
@@ -286,13 +286,13 @@ def _mean_of_a_few(left: _Left, shrink: float) -> Tensor:
 
 
 def _triangle(left: _Left, w: Tensor) -> Tensor:
-    """[n, n] float64 on the host: points with the null vectors of the n rows less their mean, the columns of R of a QR
-    factorisation of these. Each column of the rows is divided by its largest magnitude; a constant one is 0."""
+    """Points [n, n] float64 on the host with the null vectors of the n rows less their mean: the columns of R in a QR
+    factorisation of these rows. Each column of the rows is divided by its largest magnitude; a constant column is 0."""
     n, d = left.count, left.x.shape[1]
     device = left.x.device
     share = (w / w.sum()).to(device)[:, None]
     points = left.x if left.rows is None else left.x.index_select(0, left.rows)
-    # Twice the rows at least, so that a triangle that comes along costs little.
+    # At least twice the rows, so that the triangle that each factorisation carries along costs little.
     step = max(2 * n, QR_NUMBERS // n)
     pieces = [(begin, min(begin + step, d)) for begin in range(0, d, step)]
     largest = max(float(points[:, begin:end].abs().amax()) for begin, end in pieces)
@@ -308,6 +308,6 @@ def _triangle(left: _Left, w: Tensor) -> Tensor:
 
 
 def _times_power(values: Tensor, exponent: int) -> Tensor:
-    """values * 2^exponent, where the power alone may be out of range."""
+    """values * 2^exponent, even if the power alone is out of range."""
     half = exponent // 2
     return values * 2.0**half * 2.0 ** (exponent - half)

@@ -5,8 +5,8 @@ Row i with weight w_i > 0 is the vector M_i = w_i (1, x_i - mean) of d + 1 numbe
 vectors are linearly dependent there is a v != 0 with sum_i v_i M_i = 0; then rho - t v has the same sum for every t, and
 the smallest t > 0 that brings a factor to 0 drops that row. At most rank(M) rows are left, d + 1 at the most.
 
-Clusters: of n rows, 2 (d + 2) sums of neighbouring rows are reduced in place of the rows, a sum's factor belongs to all
-of its rows, and what is left of them, about half, is clustered anew.
+Clusters: in place of the n rows, 2 (d + 2) sums of neighbouring rows are reduced, a sum's factor belongs to all
+of its rows, and the rows that are left, about half, are clustered anew.
 
 With `max_size` = k the factors are bounded too, rho_i w_i <= sum_i w_i / (k - d - 1), null vectors of d + 2 rows that
 are neither dropped nor at their bound lead to one of these ends, and the reduction stops at k rows: few of them have
@@ -53,14 +53,14 @@ def caratheodory(
         ValueError: for NaN or infinity in `x`.
     """
     check_finite(x, "x")
-    if x.dtype == torch.float64:  # sums of huge columns stay finite
+    if x.dtype == torch.float64:  # so that sums of huge columns stay finite
         x = torch.where(x.abs().amax(0) > 2.0**900, x * 2.0**-200, x)
     n, d = x.shape
     if weights is None:
         weights = torch.ones(n, dtype=torch.float64, device=x.device)
     rows = (weights > 0).nonzero()[:, 0]
     w = weights[rows] / weights.max()
-    # Columns whose sums could overflow are shrunk, by a power of two: what vanishes was rounding beside their largest number.
+    # Columns whose sums could overflow are shrunk by a power of two: numbers that vanish were rounding beside the column's largest number.
     most = x.abs().amax(0).to(torch.float64)
     shrink = torch.where(most > 2.0**900, 2.0**-100, 1.0).to(torch.float64)
     if max_size > 0:
@@ -71,7 +71,7 @@ def caratheodory(
         size = -(-len(rows) // (2 * (d + 2)))
         rho = _reduce(_sums(x[rows].to(torch.float64) * shrink, w, size))
         w = w * rho.repeat_interleave(size)[: len(rows)]
-        if not (w.isfinite().all() and w.any()):  # rows would go, or stay, for no reason
+        if not (w.isfinite().all() and w.any()):  # otherwise rows would go or stay for no reason
             raise ValueError("x, weights: sums of their products are not finite; scale them down")
         rows, w = rows[w > 0], w[w > 0]
     w = w * weights.max()
@@ -82,8 +82,8 @@ def caratheodory(
 
 
 def _sums(x: Tensor, w: Tensor, size: int) -> Tensor:
-    """[m, d + 1] sums of w_i (1, x_i - mean) over `size` neighbouring rows, each column scaled to a largest magnitude of
-    1; a column whose differences are rounding is 0."""
+    """The sums [m, d + 1] of w_i (1, x_i - mean) over `size` neighbouring rows, each column scaled to a largest magnitude of
+    1; a column whose differences are only rounding is 0."""
     mean = (w / w.sum()) @ x
     vectors = w[:, None] * torch.cat([torch.ones_like(w)[:, None], x - mean], 1)
     least = 8 * _EPS * w.max() * torch.cat([torch.zeros(1, dtype=w.dtype, device=w.device), mean.abs()])
@@ -94,7 +94,7 @@ def _sums(x: Tensor, w: Tensor, size: int) -> Tensor:
 
 
 def _reduce(vectors: Tensor) -> Tensor:
-    """[m] factors >= 0 of vectors [m, d + 1] that keep their sum, as few of them > 0 as there can be."""
+    """Factors [m] >= 0 of vectors [m, d + 1] that keep the sum of the vectors, as few factors > 0 as possible."""
     rho = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)
     while True:
         # d + 2 vectors always have a null vector.
@@ -110,8 +110,8 @@ def _reduce(vectors: Tensor) -> Tensor:
 
 
 def _even(vectors: Tensor, w: Tensor, max_size: int) -> Tensor:
-    """The same for the vectors of single rows of weights w [n], but no row's weight grows beyond the bound, and at most
-    `max_size` factors are > 0, if so few will do."""
+    """Factors as in `_reduce` for the vectors of single rows of weights w [n], but no row's weight grows beyond the bound, and at most
+    `max_size` factors are > 0 if so few are enough."""
     dim = vectors.shape[1]
     even = float(w.sum()) / (max_size - dim) if max_size > dim else torch.inf
     bound = torch.where(w < even, even / w, 1)

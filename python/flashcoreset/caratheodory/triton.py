@@ -18,7 +18,7 @@ def caratheodory(
 ) -> tuple[Tensor, Tensor]:
     """Rows with the weighted mean and total weight of all; see `flashcoreset.caratheodory.reference` for the definition.
 
-    The device sums runs of rows, the host reduces these sums and what is left of the rows; it waits for each round.
+    The device sums runs of rows, the host reduces these sums and the rows that are left; the host waits for each round.
 
     Args:
         x: [n, d] float16, bfloat16, float32 or float64, in any strides.

@@ -115,7 +115,7 @@ def _own(x: Tensor | Csr, metric: str, some: slice) -> Tensor:
 
 
 def _least_told(x: Tensor | Csr, clients: Tensor | None, metric: str, some: slice) -> Tensor | None:
-    """For each client the distance above which distances are more than rounding of the points; None for similarities: their own size tells."""
+    """For each client the distance above which distances are more than rounding of the points; None for similarities."""
     if isinstance(x, Csr) or metric in ("dot", "precomputed"):
         return None
     size = _ROUNDING * (x if clients is None else clients)[some].abs().amax(1).double()

@@ -1,4 +1,4 @@
-"""Adam's history: what gradient matching normalises gradients by."""
+"""Adam's history, by which gradient matching normalises gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AdamState:
 
     Attributes:
         m: [D] float32 or float64.
-        v: [D], of the same dtype, not negative (looked at when it is used).
+        v: [D], of the same dtype, not negative (checked when it is used).
         step: the number t >= 1 of the step to be made, on which the bias correction 1 - beta^t depends.
         betas: (beta1, beta2), each in [0, 1).
         eps: what is added to the square root of v's corrected value, > 0.
@@ -58,19 +58,19 @@ class AdamState:
 
     @property
     def numel(self) -> int:
-        """D."""
+        """The length D of the gradients."""
         return self.m.numel()
 
 
 @dataclass(frozen=True, eq=False)
 class RankOneAdamState:
     """Adam's history m = mean z and v = mean_square z^2 of gradients that were all multiples of one direction z: two numbers
-    instead of 2 D. With means of 0 it is the history before the first step, whatever the direction.
+    instead of 2 D. With means of 0 this is the history before the first step, whatever the direction.
 
     Attributes:
-        mean: what z is multiplied by in m.
-        mean_square: what z^2 is multiplied by in v, >= 0.
-        seed: what z is made from, as in `LowRankGradients`.
+        mean: the factor of z in m.
+        mean_square: the factor of z^2 in v, >= 0.
+        seed: the seed that z is made from, as in `LowRankGradients`.
         numel: D.
         step, betas, eps: as in `AdamState`.
 
@@ -112,7 +112,7 @@ class RankOneAdamState:
 
     @property
     def is_empty(self) -> bool:
-        """Whether this is the history of nothing, which has no direction."""
+        """Whether no gradient has entered this history, which then has no direction."""
         return self.mean == 0 and self.mean_square == 0
 
     def dense(
@@ -166,7 +166,7 @@ def check_betas(betas: Any) -> tuple[float, float]:
 
 def check_eps(eps: Any) -> float:
     number = as_number(eps, "eps")
-    # Far above it the squares of updates would vanish.
+    # With a far larger eps the squares of updates would vanish.
     if not 0 < number <= 1e100:
         raise ValueError(f"eps must be > 0 and at most 1e100, got {number}")
     return number

@@ -1,11 +1,11 @@
-"""What GradientSketcher finds out about a model rather than believe it: whose sample each row of a layer is, and whether the
-samples' gradients add up to what autograd has.
+"""Checks by which GradientSketcher finds out two things about a model instead of assuming them: to which sample each row of a layer
+belongs, and whether the samples' gradients add up to the gradient that autograd computes.
 
 Rows: the forward pass runs again with the samples in another order, which has to be the order of each layer's rows, and with some
-samples in the place of others, where each row still has to be what its new sample gave in the first pass. Where nothing moves
-(token types that are all alike) or could, it runs once more with one sample fewer: such a layer then has one row fewer.
+samples in the place of others: each row still has to be what its new sample gave in the first pass. If nothing moves
+(token types that are all alike) or could move, the pass runs once more with one sample fewer: such a layer then has one row fewer.
 
-Sums: both sides of sum_b G_b = G are taken between a few random vectors u, v, as u^T G v, which needs no G_b: E (u^T D v)^2 = |D|^2.
+Sums: both sides of sum_b G_b = G are taken between a few random vectors u, v, as u^T G v, which does not need G_b as a matrix: E (u^T D v)^2 = |D|^2.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from flashcoreset.gradients.layers import Gradient, Outer, Rows, Vector
 _PART = 1 << 22  # entries that are converted at a time
 _VECTORS = 16
 _PROJECTIONS = 4
-_NOTHING_LEFT = 0.25  # of autograd's sum in half precision: that it is another says nothing
+_NOTHING_LEFT = 0.25  # a loss of autograd's sum in half precision from which on a difference says nothing
 
 
 # ---- a model's inputs: tensors in containers of any depth
@@ -43,13 +43,13 @@ _NOTHING_LEFT = 0.25  # of autograd's sum in half precision: that it is another 
 
 @dataclass(eq=False)
 class Inputs:
-    """Of a call."""
+    """The arguments of a call."""
 
     args: tuple[Any, ...]
     keywords: dict[str, Any]
 
     def map(self, change: Callable[[Tensor], Any]) -> Inputs:
-        """With other tensors, also inside of objects, of which there are copies."""
+        """The inputs with other tensors, also inside of objects, which are copied."""
         memo = _memo([self.args, self.keywords])[0]
         return Inputs(_map(self.args, change, memo), _map(self.keywords, change, memo))
 
@@ -58,13 +58,13 @@ class Inputs:
         yield from _leaves(self.keywords, "")
 
     def tensors(self) -> list[Tensor]:
-        """With dimensions; also inside of objects, which come last."""
+        """The tensors that have dimensions; those inside of objects come last."""
         found = [value for _, value in self.leaves() if isinstance(value, Tensor)]
         found += [value for value in _reach([self.args, self.keywords]) if isinstance(value, Tensor)]
         return list({id(value): value for value in found if value.dim()}.values())
 
     def main(self) -> Tensor | None:
-        """The one whose first dimension is the batch: the first that is no position of all samples, or the first."""
+        """The tensor whose first dimension is the batch: the first that does not hold positions for all samples, or the first."""
         tensors = [
             (path, value) for path, value in self.leaves() if isinstance(value, Tensor) and value.dim()
         ]
@@ -72,7 +72,7 @@ class Inputs:
         return next(found, tensors[0][1] if tensors else None)
 
     def form(self) -> tuple[Any, ...]:
-        """What calls of one form have in common: everything but sizes and numbers."""
+        """The form of a call, which is everything except sizes and numbers."""
         return tuple(
             (path, value.dim(), value.dtype)
             if isinstance(value, Tensor)
@@ -96,7 +96,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _for_all(path: str, value: Tensor) -> bool:
-    """Whether `value`, of size 1, are positions rather than a batch of one: by its name, or counting up."""
+    """Whether `value`, of size 1, holds positions instead of a batch of one: by its name, or because it counts up."""
     if value.shape[0] != 1:
         return False
     if "position" in path:
@@ -131,7 +131,7 @@ def _map(value: Any, change: Callable[[Tensor], Any], memo: dict[int, Any]) -> A
 
 
 class _Tensors(TorchFunctionMode):
-    """Copies of objects have what `change` makes of their tensors, whatever the graph that those are in."""
+    """Makes copies of objects hold what `change` makes of their tensors, whatever graph the tensors are in."""
 
     def __init__(self, change: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 
 
 def _reach(values: Iterable[Any]) -> Iterator[Any]:
-    """What can be reached through containers and attributes; of modules, themselves."""
+    """The values that can be reached through containers and attributes; modules are not entered."""
     waiting, seen = list(values), {}
     while waiting:
         value = waiting.pop()
@@ -184,7 +184,7 @@ def _reach(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _left_alone(value: Any) -> bool:
-    """Whether copies refer to `value` itself: classes, functions, generators, marks, what belongs to torch or to threads."""
+    """Whether copies keep `value` itself: classes, functions, generators, marks, what belongs to torch or to threads."""
     kind = type(value)
     if kind in (object, types.ModuleType, types.FunctionType, *weakref.ProxyTypes):
         return True
@@ -196,7 +196,7 @@ def _left_alone(value: Any) -> bool:
 
 
 def _memo(values: Iterable[Any]) -> tuple[dict[int, Any], list[Any], list[nn.Module]]:
-    """For deepcopy: what is not to be copied; the random generators and the modules among it."""
+    """What deepcopy must not copy, and the random generators and the modules among it."""
     memo: dict[int, Any] = {}
     generators, modules = [], []
     for value in _reach(values):
@@ -219,7 +219,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A tensor, by its shape and, a row each, projections and its norm."""
+    """A tensor, known by its shape and by the projections and the norm of each row."""
 
     shape: tuple[int, ...]
     projection: Tensor  # [rows, _PROJECTIONS] float64
@@ -228,21 +228,21 @@ class _Seen:
     arithmetic: float  # precision of the operations that made it
 
 
-_Key = tuple[str, int, str]  # whose, in which of its calls, what
+_Key = tuple[str, int, str]  # the layer, which of its calls, and which tensor of the call
 
 
 class Record:
-    """What went into layers in a forward pass, and what came out where that may mix samples."""
+    """The inputs of layers in a forward pass, and the outputs of layers that may mix samples."""
 
     def __init__(self, like: Record | None = None) -> None:
         self.seen: dict[_Key, _Seen] = {}
-        self.outputs: list[Tensor] = []  # the model's own
-        self.drawn = False  # random numbers
+        self.outputs: list[Tensor] = []  # outputs of the model
+        self.drawn = False  # whether random numbers were drawn
         self._calls: Counter[str] = Counter()
         self._weights: dict[torch.device, Tensor] = {} if like is None else like._weights
 
     def add_call(self, owner: str) -> int:
-        """Its number."""
+        """Counts a call of `owner` and returns its number."""
         self._calls[owner] += 1
         return self._calls[owner]
 
@@ -267,7 +267,7 @@ class Record:
         return _Seen(tuple(x.shape), projection, norm, _eps(x.dtype), arithmetic)
 
     def add_outputs(self, outputs: Any) -> None:
-        """The model's own."""
+        """Adds the outputs of the model."""
         found = [value for _, value in _leaves(outputs, "") if isinstance(value, Tensor) and value.dim()]
         self.outputs = [value.detach() for value in found if value.is_floating_point() and value.numel() > 1]
 
@@ -275,7 +275,7 @@ class Record:
         return {key: seen for key, seen in self.seen.items() if seen.shape[0] == batch}
 
     def _weight(self, rows: Tensor) -> Tensor:
-        """Some numbers for each column; those of a shorter row are the first of a longer one's."""
+        """Some numbers for each column; a shorter row takes the first numbers of a longer one."""
         length = rows.shape[1]
         kept = self._weights.get(rows.device)
         if kept is None or len(kept) < length:
@@ -291,12 +291,12 @@ Again = Callable[[Inputs, bool], Record]
 
 
 def check_rows(inputs: Inputs, batch: int, first: Record, again: Again) -> None:
-    """Raises ValueError where a row of a layer does not belong to the sample of its number.
+    """Raises ValueError if a row of a layer does not belong to the sample with the same number.
 
     Args:
-        inputs: of the model.
-        first: of the forward pass with them.
-        again: runs it with other inputs, and with or without dropout; `Unavailable` where that fails.
+        inputs: the inputs of the model.
+        first: the record of the forward pass with these inputs.
+        again: runs the forward pass with other inputs, and with or without dropout; raises `Unavailable` if that fails.
     """
     main = inputs.main()
     assert main is not None
@@ -315,7 +315,7 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Again) -> None:
             return
         found.append(trial.problems)
         if trial.standing:
-            break  # the samples of fewer inputs move less
+            break  # with fewer inputs taken as the samples' even less moves
     if not found:
         cause = failures[0].__cause__
         raise ValueError(
@@ -337,8 +337,8 @@ _MODEL = "the model"
 
 
 def _choices(inputs: Inputs, main: Tensor, batch: int) -> list[list[Tensor]]:
-    """Which tensors may be the samples'. One that has as many rows by chance, such as a mask [T, T], is not: if it will not do with
-    all of them, others than the main input are left alone."""
+    """Which tensors may hold the samples. A tensor that has as many rows by chance, such as a mask [T, T], does not hold them: if the
+    check fails with all candidates, tensors other than the main input are left alone."""
     others = [value for value in inputs.tensors() if value.shape[0] == batch and value is not main]
     few = range(1, len(others)) if len(others) <= 4 else ()
     kept = [others, *(list(some) for n in reversed(few) for some in itertools.combinations(others, n))]
@@ -348,19 +348,19 @@ def _choices(inputs: Inputs, main: Tensor, batch: int) -> list[list[Tensor]]:
 
 
 class _Trial:
-    """Of a choice of the inputs that are the samples': the same one for all layers and outputs.
+    """A trial of one choice of the inputs that hold the samples: the same choice for all layers and outputs.
 
-    Where the model draws random numbers, a row that moves is comparable only without dropout; where it draws some even then, it is
-    only asked which rows stay as they are, for every bit of their numbers.
+    If the model draws random numbers, a row that moves is comparable only without dropout; if the model draws some even then, the
+    trial checks only which rows stay as they are, for every bit of their numbers.
     """
 
     def __init__(self, inputs: Inputs, taken: list[Tensor], batch: int, first: Record, again: Again) -> None:
         self._batch, self._again, self._still = batch, again, False
         self._numbers = [i for i, value in enumerate(inputs.tensors()) if any(value is x for x in taken)]
         self.problems: dict[str, str] = {}  # by owner
-        self.standing = False  # problems are that rows do not move
+        self.standing = False  # whether the problems are that rows do not move
         self._moved: set[_Key] = set()
-        self._stood: dict[_Key, int] = {}  # what once did not move -> a row that should have
+        self._stood: dict[_Key, int] = {}  # tensors that once did not move -> a row that should have moved
         self._exact = True
         alike = all(bool((_bits(x) == _bits(x[:1])).all()) for x in taken)
         if alike:
@@ -373,7 +373,7 @@ class _Trial:
         base = base or again(inputs, self._still)
         self._inputs, self._base, self._seen = inputs, base, base.of(batch)
         self._arithmetic = max((one.arithmetic for one in self._seen.values()), default=0.0)
-        self._open = set(self._seen)  # what has not been seen with other samples, in its own shape
+        self._open = set(self._seen)  # not yet seen with other samples in the same shape
 
     def run(self) -> None:
         batch = self._batch
@@ -396,8 +396,8 @@ class _Trial:
             )
 
     def settle(self, every: bool) -> None:
-        """What has not moved must have one row fewer with one sample fewer; `every` layer where other inputs have as many rows
-        and keep them, lest those decide on the order."""
+        """Checks that what has not moved has one row fewer with one sample fewer; checks `every` layer if other inputs have as many rows
+        and keep them, so that these inputs do not decide on the order."""
         waiting = [key for key, seen in self._seen.items() if every or key not in self._moved]
         waiting = [key for key in waiting if len(self._seen[key].norm)]
         if not waiting:
@@ -421,7 +421,7 @@ class _Trial:
         }
 
     def _permuted(self, source: Tensor) -> Inputs:
-        """With the sample `source[b]` in row b."""
+        """The inputs with the sample `source[b]` in row b."""
         return self._change(self._inputs, lambda x: x.detach()[source.to(x.device)])
 
     def _change(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
@@ -430,7 +430,7 @@ class _Trial:
         return inputs.map(lambda x: _again(x, change(x)) if id(x) in taken else x)
 
     def _compare(self, record: Record, source: Tensor, replaced: bool) -> None:
-        """With a pass whose row b has the sample `source[b]`, all of the samples or, where some were `replaced`, not."""
+        """Compares with a pass whose row b has the sample `source[b]`: all of the samples or, if some were `replaced`, only some."""
         other = {key: record.seen.get(key) for key in self._seen}
         same_shapes = all(
             one is not None and one.shape == self._seen[key].shape for key, one in other.items()
@@ -467,14 +467,15 @@ class _Trial:
         )
 
     def _wrong(self, seen: _Seen, after: _Seen, source: Tensor, same_shapes: bool) -> int | None:
-        """A row that is not what its sample gave before."""
+        """The number of a row that is not what its sample gave before, or None."""
         source = source.to(seen.norm.device)
         stays = source == torch.arange(len(source), device=source.device)
         old, new = seen.projection[source], after.projection
         norm = torch.maximum(seen.norm[source], after.norm)
-        # The same operations on the same shapes: equal but for sums in another order, of which half precision leaves little.
+        # The same operations on the same shapes give the same numbers, except for the order of sums, which leaves few digits in half
+        # precision.
         tight = seen.precision * (64 if seen.precision < 1e-6 else 4)
-        # In another place of the batch there are other sums, all the way up to here; but rows of other samples are farther off.
+        # In another place of the batch the order of sums differs in all layers up to here; but rows of other samples are farther off.
         apart = torch.where(stays & same_shapes, tight, self._loose(seen)) * norm
         gap = (seen.projection - old).norm(dim=1).nan_to_num(0, 0)
         apart = torch.maximum(apart, gap / 10)
@@ -484,12 +485,12 @@ class _Trial:
         return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
 
     def _loose(self, seen: _Seen) -> float:
-        """How far apart, in relation to their norms, rows may be that a sample gives in other places of the batch."""
+        """How far apart, relative to their norms, the rows may be that one sample gives in different places of the batch."""
         precision = max(seen.arithmetic, self._arithmetic)
         return precision * (1024 if precision < 1e-6 else 8)
 
     def _compare_outputs(self, record: Record, source: Tensor, same_shapes: bool) -> None:
-        """Samples that were replaced by others give what those gave, wherever the output has them; a constant gives nothing new."""
+        """Checks that replaced samples give what the samples in their place gave, wherever the output has them; a constant passes."""
         batch, outputs = self._batch, self._base.outputs
         whole = any(x.shape[0] % batch == 0 for x in outputs)
         for before, after in zip(outputs, record.outputs, strict=True):
@@ -516,7 +517,7 @@ class _Trial:
         return self._base.see(before.movedim(dim, 0)), self._base.see(after.movedim(dim, 0))
 
     def _new_row(self, before: Tensor, after: Tensor) -> int | None:
-        """Where vectors came up that had not been there."""
+        """The number of a row with vectors that the output did not have before, or None."""
         wide = before.shape[-1] if before.dim() > 1 else 1
         if not self._exact or not after.numel():
             return 0 if before.shape == after.shape and before.shape[0] == self._batch else None
@@ -533,7 +534,7 @@ def _shapes(record: Record, batch: int) -> dict[_Key, tuple[int, ...]]:
 
 
 def _close(a: Tensor, b: Tensor, apart: Tensor) -> Tensor:
-    """[rows] bool, of [rows, projections]."""
+    """Whether each row of `a` and `b` [rows, projections] differs by at most `apart`, [rows] bool."""
     same = (a == b) | (a.isnan() & b.isnan())
     return same.all(1) | ((a - b).norm(dim=1) <= apart)
 
@@ -545,8 +546,8 @@ def _moves(seen: _Seen, after: _Seen) -> bool:
 
 
 def _cycle(batch: int) -> Tensor:
-    """An order in which all samples follow each other in one ring: only other turns of the ring go with it, and none of those goes
-    with `_others` of a sample, so that no fixed order of a layer's rows passes for the samples' own."""
+    """An order in which all samples follow each other in one ring: only other turns of the ring agree with it, and no turn agrees
+    with `_others` of a sample, so that no fixed order of a layer's rows passes for the samples' own order."""
     ring = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
     order = torch.empty_like(ring)
     order[ring] = ring.roll(1)
@@ -554,7 +555,7 @@ def _cycle(batch: int) -> Tensor:
 
 
 def _halves(batch: int, all_bits: bool) -> Iterator[Tensor]:
-    """[batch] bool: rows whose samples are replaced, and then the other rows."""
+    """Masks [batch] bool of the rows whose samples are replaced, and then of the other rows."""
     number = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
     for bit in range((batch - 1).bit_length() if all_bits else 1):
         rows = (number >> bit) % 2 == 0
@@ -565,7 +566,7 @@ def _halves(batch: int, all_bits: bool) -> Iterator[Tensor]:
 
 
 def _others(rows: Tensor) -> Tensor:
-    """Samples for all rows: in `rows` one of the others'."""
+    """Samples for all rows: the sample of another row in `rows`, and each row's own sample elsewhere."""
     return torch.where(rows, (~rows).nonzero()[0], torch.arange(len(rows)))
 
 
@@ -574,7 +575,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor) -> Tensor:
-    """Of samples that are all alike: other values in half of them."""
+    """A copy of samples that are all alike, with other values in half of them."""
     x = x.detach().clone()
     rows = next(_halves(len(x), False)).to(x.device)
     x[rows] = _unlike(x[rows])
@@ -582,7 +583,7 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def _unlike(x: Tensor) -> Tensor:
-    """Other values that may stand there as well."""
+    """Other values that are valid in the same place."""
     if x.dtype == torch.bool:
         return ~x
     return x / 2 + 0.25 if x.dtype.is_floating_point or x.dtype.is_complex else torch.where(x > 0, x - 1, 1)
@@ -624,7 +625,7 @@ class Randomness:
             _set_generator(one, state)
 
     def drawn(self) -> bool:
-        """Whether random numbers were drawn since."""
+        """Whether random numbers were drawn since the states were taken."""
         return not _equal(self._states, self._now())
 
     def of_now(self) -> Randomness:
@@ -659,8 +660,8 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 class State:
-    """What a forward pass depends on beside its inputs and parameters: random numbers, also of Python, NumPy and generators of the
-    model's own, buffers and other attributes of modules, also of those that are in no list of modules; of which there are copies."""
+    """Copies of what a forward pass depends on beside its inputs and parameters: random numbers, also those of Python, NumPy and the
+    model's own generators; buffers and other attributes of modules, also of modules that are in no list of modules."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         modules: dict[int, nn.Module] = {}
@@ -685,7 +686,7 @@ class State:
         self._attributes = [(module, _own(module, vars(module), memo)) for module in modules.values()]
 
     def attributes(self) -> list[tuple[nn.Module, dict[str, Any]]]:
-        """Copies, which a forward pass may change."""
+        """Copies of the modules' attributes, which a forward pass may change."""
         memo = dict(self._memo)
         return [(module, _own(module, own, memo)) for module, own in self._attributes]
 
@@ -760,11 +761,11 @@ def _assign(module: nn.Module, attributes: dict[str, Any]) -> None:
     vars(module).update(attributes)
 
 
-_MODULE = frozenset(vars(nn.Module()))  # attributes by which a module is one
+_MODULE = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:
-    """float32 where the squares of x's numbers are normal ones, else float64."""
+    """The type float32 if the squares of x's numbers are normal numbers, else float64."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not x.numel():
         return torch.float64
     low, high = torch.aminmax(x)
@@ -775,7 +776,7 @@ def _arithmetic(x: Tensor) -> torch.dtype:
 
 
 class Sums:
-    """Of the samples' gradients of parameters, between random vectors."""
+    """Sums of the samples' gradients of parameters, taken between random vectors."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[Tensor, Tensor, float, float]] = {}
@@ -784,8 +785,8 @@ class Sums:
     def add(
         self, name: str, shape: torch.Size, gradient: Gradient, precision: float, rounded: float = 0.0
     ) -> None:
-        """Of the parameter `name` of `shape`, computed in arithmetic of a relative `precision`; `rounded` is the part of itself
-        that autograd's may lose where it adds up in half precision."""
+        """Adds a `gradient` of the parameter `name` of `shape`, computed in arithmetic of a relative `precision`; `rounded` is the share
+        that autograd's sum may lose if it adds up in half precision."""
         rows, columns = _matrix(shape)
         device = (gradient.values if isinstance(gradient, Vector) else gradient.g).device
         u, v = self._normal(rows, 0, device), self._normal(columns, 1, device)
@@ -806,7 +807,7 @@ class Sums:
         self._found[name] = sums, size, max(most, precision), lost + rounded
 
     def pop(self, name: str, gradient: Tensor) -> float | None:
-        """How far `gradient`, autograd's, is from the sum, in relation to it, if that is more than rounding; forgets the sum."""
+        """The distance of `gradient`, autograd's, from the sum, relative to autograd's, if it is more than rounding; forgets the sum."""
         sums, size, precision, rounded = self._found.pop(name)
         if rounded >= _NOTHING_LEFT:
             return None
@@ -819,8 +820,8 @@ class Sums:
             some = g.reshape(rows, columns)[first : first + step]
             theirs += (_product(some, v) * u[first : first + step]).sum(0)
         off, size, own = torch.stack([_rms(sums - theirs), size.sqrt(), _rms(theirs)]).tolist()
-        # Sums of n terms lose sqrt(n) roundings of the type they are in, of the size of the terms or of the whole; products of half
-        # precision lose a few of theirs.
+        # Sums of n terms lose sqrt(n) roundings of their type, of the size of the terms or of the whole sum; products in half
+        # precision lose a few roundings.
         allowed = 4096 * precision if precision <= 2e-7 else max(8 * precision, 5e-4, rounded)
         return off / max(own, 1e-300) if off > allowed * max(size, own) else None
 
@@ -844,7 +845,7 @@ def _matrix(shape: torch.Size) -> tuple[int, int]:
 
 
 def _parts(gradient: Gradient) -> Iterator[Gradient]:
-    """Some samples at a time, which are converted."""
+    """The gradient in parts of some samples, which are converted at a time."""
     if isinstance(gradient, Vector):
         yield gradient
         return
@@ -865,7 +866,7 @@ def _product(x: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Of the last dimension's lengths."""
+    """The squared lengths along the last dimension."""
     return torch.linalg.vector_norm(x.to(_arithmetic(x)), dim=-1).double().square()
 
 
@@ -874,7 +875,7 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def precision_of(*dtypes: torch.dtype, device: torch.device) -> float:
-    """Of arithmetic with tensors of `dtypes`."""
+    """The relative precision of arithmetic with tensors of `dtypes`."""
     found = max(_eps(dtype) for dtype in dtypes)
     if found < 1e-12:
         return found

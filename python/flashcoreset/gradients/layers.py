@@ -1,8 +1,8 @@
-"""Per-sample gradients of layers in the forms that need no matrix a sample: from what went in, and the gradient of what
-came out.
+"""Per-sample gradients of layers in forms that need no matrix per sample: from a layer's input and the gradient of its
+output.
 
 A layer's function takes its input x and the gradient g of its output, both with the batch in dimension 0, and yields for
-each of its parameters what the samples' gradients are made of. Inputs are saved only where a parameter's gradient needs
+each of its parameters what the samples' gradients are made of. Inputs are saved only if a parameter's gradient needs
 them; computations are in the precision of `dtype`.
 
 Sources: Goodfellow, "Efficient per-example gradient computations", 2015 (linear layers); Rochette, Manoel and Tramel,
@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PART = 1 << 22  # entries that are formed at a time: of patches, and of what is converted
+_PART = 1 << 22  # entries of patches that are formed, and numbers that are converted, at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Outer:
-    """sum_t g[b, t] a[b, t]^T for the samples from `first` on: the gradient of a matrix [rows, columns]."""
+    """The gradient of a matrix [rows, columns] as sum_t g[b, t] a[b, t]^T, for the samples from `first` on."""
 
     a: Tensor  # [b, T, columns]
     g: Tensor  # [b, T, rows]
@@ -34,7 +34,7 @@ class Outer:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """sum_t g[b, t] in row indices[b, t] of a matrix [rows, width]."""
+    """The gradient of a matrix [rows, width] as the sum over t of g[b, t] in row indices[b, t]."""
 
     indices: Tensor  # [B, T] int64
     g: Tensor  # [B, T, width]
@@ -48,7 +48,7 @@ class Vector:
     values: Tensor  # [b, numel]
     first: int = 0
     terms: Callable[[], Tensor] | None = (
-        None  # [b, ...]: what was added up, or as large; None for `values` themselves
+        None  # [b, ...]: the terms that were added up, or numbers as large; None for `values` themselves
     )
 
 
@@ -58,14 +58,14 @@ Gradients = Iterator[tuple[str, Gradient]]
 
 @dataclass(frozen=True)
 class Layer:
-    """What is known of a type of layers.
+    """What is known about a type of layers.
 
     Attributes:
         gradients: (module, wanted, x, g, dtype) -> (name of the parameter, form of its gradient) for each wanted one; `x` is
-            None where no wanted parameter is in `needs_input`. Gradients of one parameter come in parts, by samples.
+            None if no wanted parameter is in `needs_input`. Gradients of one parameter come in parts, by samples.
         least_dims: dimensions of an input that has a batch.
         needs_input: the parameters whose gradients depend on the input; None for all of them.
-        names: of the parameters that are known; None for any.
+        names: the parameters that are known; None for any.
         problem: why this very module cannot be taken, or None.
     """
 
@@ -76,11 +76,16 @@ class Layer:
     problem: Callable[[Any], str | None] = lambda module: None
 
 
-_OTHERWISE = ("forward", "_conv_forward", "_call_impl", "__call__")  # what says what a module computes
+_OTHERWISE = (
+    "forward",
+    "_conv_forward",
+    "_call_impl",
+    "__call__",
+)  # the attributes that define what a module computes
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """The layer that `module` is, or None where its gradients are not known."""
+    """The layer that `module` is, or None if its gradients are not known."""
     for kinds, layer in _TORCH:
         for kind in kinds:
             # A subclass with a forward of its own computes something else.
@@ -136,7 +141,7 @@ def _linear(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torc
 def _transposed_linear(
     module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype
 ) -> Gradients:
-    """transformers' Conv1D, whose weight is [in, out]."""
+    """Gradients of transformers' Conv1D, whose weight is [in, out]."""
     for name, gradient in _linear(module, wanted, x, g, dtype):
         if isinstance(gradient, Outer):
             yield name, Outer(gradient.g, gradient.a, gradient.first)
@@ -145,7 +150,7 @@ def _transposed_linear(
 
 
 def _converted(x: Tensor, g: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Both in `dtype`: at once where they are already, else some samples at a time."""
+    """Both `x` and `g` in `dtype`: at once if they have it already, else some samples at a time."""
     if x.dtype == g.dtype == dtype:
         yield x, g, 0
         return
@@ -181,7 +186,7 @@ def _convolution(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype:
 
 
 def _terms(g: Tensor, patches: Tensor, per_group: int) -> Tensor:
-    """As large as the products of g [b, out, L] and what of each patch belongs to its group."""
+    """Numbers as large as the products of g [b, out, L] and the part of each patch that belongs to the group."""
     return g * (patches.square().mean() * per_group).sqrt()
 
 
@@ -236,7 +241,7 @@ def _layer_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: 
 
 def _rms_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype) -> Gradients:
     shape = module.normalized_shape
-    # What eps=None stands for depends on the precision of the input.
+    # The value that eps=None stands for depends on the precision of the input.
     eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
     yield from _affine(wanted, g, dtype, lambda: F.rms_norm(x.to(dtype), shape, eps=eps), shape)
 
@@ -248,7 +253,7 @@ def _affine(
     normalised: Callable[[], Tensor],
     shape: tuple[int, ...],
 ) -> Gradients:
-    """Weight and bias of the trailing dimensions `shape`."""
+    """Gradients of weight and bias of the trailing dimensions `shape`."""
     batch, size = g.shape[0], torch.Size(shape).numel()
     if "weight" in wanted:
         terms = (normalised() * g).reshape(batch, -1, size)
@@ -271,7 +276,7 @@ def _batch_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: 
 def _channels(
     wanted: Collection[str], g: Tensor, dtype: torch.dtype, normalised: Callable[[], Tensor]
 ) -> Gradients:
-    """Weight and bias of dimension 1."""
+    """Gradients of weight and bias of dimension 1."""
     batch, channels = g.shape[:2]
     if "weight" in wanted:
         terms = (normalised() * g).reshape(batch, channels, -1)
@@ -281,7 +286,7 @@ def _channels(
 
 
 def _any_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype) -> Gradients:
-    """Norms whose formula is their own (weight or 1 + weight, where eps goes, ...): they are asked, sample by sample."""
+    """Gradients of norms with formulas of their own (weight or 1 + weight, where eps goes, ...): autograd runs them, sample by sample."""
     parameters = {name: p.detach().to(dtype) for name, p in module.named_parameters(recurse=False)}
 
     def gradient(sample: Tensor, out: Tensor) -> dict[str, Tensor]:

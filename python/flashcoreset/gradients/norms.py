@@ -1,7 +1,7 @@
-"""Squared norms of per-sample gradients that are sums of outer products, without the gradients; of any size that floating
-numbers have, beside any other sample's.
+"""Squared norms of per-sample gradients that are sums of outer products, without forming the gradients. A norm may have any size
+that floating numbers have, whatever the size of the other samples' norms.
 
-Sources: Goodfellow, "Efficient per-example gradient computations", 2015, for one position a sample; Li, Tramer, Liang and
+Sources: Goodfellow, "Efficient per-example gradient computations", 2015, for one position per sample; Li, Tramer, Liang and
 Hashimoto, "Large language models can be strong differentially private learners", 2022, section 4, for sequences ("ghost
 clipping").
 """
@@ -16,28 +16,28 @@ from torch import Tensor
 from flashcoreset.gradients.layers import Gradient, Outer, Rows, Vector
 
 _PART = 1 << 22  # entries of products that are formed at a time
-_LOWEST = -(2.0**14)  # an exponent below all others: of zeros
+_LOWEST = -(2.0**14)  # an exponent below all others, for zeros
 
 
 @dataclass(frozen=True, eq=False)
 class Squares:
-    """values * 4^exponents, a sample each."""
+    """The numbers values * 4^exponents, one per sample."""
 
     values: Tensor  # [b]
     exponents: Tensor | None = None  # [b] float64 whole numbers; None for zeros
 
 
 def squares(gradient: Gradient) -> Squares:
-    """The squared norms.
+    """The squared norms of the samples' gradients.
 
-    Squares leave the range of floating numbers where the numbers do not. Samples whose squares come near to its ends are
-    computed again from powers of two times their inputs; which those are, only CPU tensors are asked, since others would have
-    to be waited for.
+    Squares may leave the range of floating numbers when the numbers themselves do not. Samples whose squares come near the ends of
+    the range are computed again from powers of two times their inputs. On the CPU only these samples are, elsewhere all, since
+    finding out which they are would wait for the device.
     """
     found, *sizes = _squares(gradient)
     if found.device.type != "cpu":
         return _scaled(gradient)
-    # Sums of squares from here on are as good as any: what they have lost by underflow is below their rounding.
+    # Sums of squares above this are as good as any: what they lost by underflow is below their rounding.
     low, high = (1e-280, 1e280) if found.dtype == torch.float64 else (1e-24, 1e36)
     least, most = torch.aminmax(torch.stack([found, *sizes])) if len(found) else (found.new_ones(()),) * 2
     if low <= float(least) and float(most) <= high:
@@ -67,7 +67,7 @@ class SquaredNorms:
         return other
 
     def add(self, found: Squares, first: int = 0) -> None:
-        """To the samples from `first` on."""
+        """Adds `found` to the samples from `first` on."""
         here = slice(first, first + len(found.values))
         if self._exponents is None and found.exponents is None:
             self._values[here] += found.values
@@ -78,7 +78,7 @@ class SquaredNorms:
         more = found.values.double()
         theirs = torch.zeros_like(exponents) if found.exponents is None else found.exponents
         top = torch.maximum(exponents.where(values != 0, _LOWEST), theirs.where(more != 0, _LOWEST))
-        # Exponents above `top` are those of zeros.
+        # An exponent above `top` is that of a zero.
         values.mul_((2 * (exponents - top)).clamp_(max=0).exp2_())
         values.add_(more * (2 * (theirs - top)).clamp_(max=0).exp2_())
         exponents.copy_(top.where(top != _LOWEST, 0))
@@ -87,8 +87,8 @@ class SquaredNorms:
         self.add(Squares(other._values, other._exponents))
 
     def norms(self) -> Tensor:
-        """[B] float64."""
-        out = self._values.clamp(min=0).sqrt_()  # what cancels may come out below 0
+        """The norms [B] float64."""
+        out = self._values.clamp(min=0).sqrt_()  # after cancellation a sum may be below 0
         if self._exponents is None:
             return out
         half = (self._exponents / 2).floor()  # 2^exponent alone may leave the range of float64
@@ -96,7 +96,7 @@ class SquaredNorms:
 
 
 def exponents(*parts: Tensor) -> Tensor:
-    """[b] float64: a sample's exponents, of the largest number in its rows of `parts`; 0 where there is none but zeros, or
+    """Exponents [b] float64, for each sample that of the largest number in its rows of `parts`; 0 if there are only zeros, or
     infinities and NaN."""
     found = None
     for part in parts:
@@ -107,12 +107,14 @@ def exponents(*parts: Tensor) -> Tensor:
         found = most if found is None else torch.maximum(found, most)
     assert found is not None
     found = found.where(found.isfinite(), 0)
-    most = 1000 if found.dtype == torch.float64 else 126  # 2 to them, and its inverse, are normal numbers
+    most = (
+        1000 if found.dtype == torch.float64 else 126
+    )  # 2 to this power, and its inverse, are normal numbers
     return torch.frexp(found).exponent.double().clamp_(-most, most)
 
 
 def scaled(x: Tensor, by: Tensor) -> Tensor:
-    """x / 2^by, a sample each."""
+    """x / 2^by, with one exponent per sample."""
     return x * (-by).exp2_().to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
@@ -131,7 +133,7 @@ def _scaled(gradient: Gradient) -> Squares:
 
 
 def _take(gradient: Gradient, rows: Tensor) -> Gradient:
-    """Some samples', in float64."""
+    """The gradient of some samples, in float64."""
     if isinstance(gradient, Outer):
         return Outer(gradient.a[rows].double(), gradient.g[rows].double())
     if isinstance(gradient, Rows):
@@ -140,7 +142,7 @@ def _take(gradient: Gradient, rows: Tensor) -> Gradient:
 
 
 def _squares(gradient: Gradient) -> tuple[Tensor, ...]:
-    """[b]: the squared norms, and other sums of squares that they have been made from."""
+    """The squared norms [b], and other sums of squares that they were made from."""
     if isinstance(gradient, Outer):
         return _outer(gradient.a, gradient.g)
     if isinstance(gradient, Rows):
@@ -149,8 +151,8 @@ def _squares(gradient: Gradient) -> tuple[Tensor, ...]:
 
 
 def _outer(a: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    """|sum_t g_t a_t^T|^2 = sum_tu (a_t . a_u) (g_t . g_u): by the Gram matrices or by the product, whichever has fewer
-    operations."""
+    """The squared norms |sum_t g_t a_t^T|^2 = sum_tu (a_t . a_u) (g_t . g_u), by the Gram matrices or by the product, whichever
+    takes fewer operations."""
     batch, length, columns = a.shape
     rows = g.shape[2]
     by_gram = length * (rows + columns) < rows * columns
@@ -182,7 +184,7 @@ def _product(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _rows(indices: Tensor, g: Tensor) -> Tensor:
-    """Rows that a sample names several times add up first."""
+    """The squared norms of looked-up rows; rows that a sample names several times add up first."""
     batch, width = g.shape[0], g.shape[2]
     sample = torch.arange(batch, device=g.device)[:, None]
     named, place = torch.unique(indices * batch + sample, return_inverse=True)
@@ -201,11 +203,11 @@ def add_explicit(gradient: Gradient, out: Tensor) -> None:
 
 
 class TiedEmbedding:
-    """|G + E|^2 a sample, where a matrix is used by one linear layer (gradient G, dense) and by embeddings (E, in the rows
-    that were looked up): of G, the norm and those rows are enough.
+    """The squared norm |G + E|^2 of each sample, for a matrix that is used by one linear layer (gradient G, dense) and by embeddings
+    (gradient E, in the rows that were looked up): the norm of G and its looked-up rows are enough.
 
     Args:
-        indices: [B, S], all that is looked up.
+        indices: [B, S], all rows that are looked up.
     """
 
     def __init__(self, indices: Tensor) -> None:

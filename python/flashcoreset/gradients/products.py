@@ -10,11 +10,11 @@ from torch import Tensor
 from flashcoreset.sketch import cpu
 from flashcoreset.sketch.backend import Kernels
 
-_TILE = 1 << 22  # entries: what the caches that processors share hold
+_TILE = 1 << 22  # entries, as many as the shared cache of a processor holds
 
 
 def add_products(kernels: Kernels, a: Tensor, g: Tensor, out: Tensor, *, offset: int, **options: Any) -> None:
-    """out[b] += the sketch of sum_t g[b, t] a[b, t]^T, a matrix [rows, columns] flattened row by row, which begins at row
+    """Does out[b] += the sketch of sum_t g[b, t] a[b, t]^T, a matrix [rows, columns] flattened row by row, which begins at row
     `offset` of the projection; a tile of its rows at a time.
 
     a [B, T, columns], g [B, T, rows] and out [B, dim] have one dtype, float32 or float64.
@@ -29,11 +29,11 @@ def add_products(kernels: Kernels, a: Tensor, g: Tensor, out: Tensor, *, offset:
 def add_rows(
     kernels: Kernels, indices: Tensor, g: Tensor, out: Tensor, *, offset: int, **options: Any
 ) -> None:
-    """out[b] += the sum over t of the sketch of g[b, t], row indices[b, t] of a matrix of g's width that is flattened row by
+    """Does out[b] += the sum over t of the sketch of g[b, t], row indices[b, t] of a matrix of g's width that is flattened row by
     row and begins at row `offset` of the projection.
 
     indices [B, T] int64, g [B, T, width] and out [B, dim] of one dtype, float32 or float64. The compiled CPU kernels
-    compute the rows that are named; for others, tiles of all rows between the least and the largest number are formed.
+    compute only the rows that are named; for other backends, tiles of all rows between the least and the largest number are formed.
     """
     if kernels is cpu:
         cpu.sketch_rows(indices, g, out, offset=offset, **options)

@@ -77,7 +77,7 @@ class _Place:
 
     @cached_property
     def owner(self) -> str:
-        """As the checks' errors name it."""
+        """The name of the module in the checks' errors."""
         return f"parameter {next(iter(self.targets.values())).name!r} of {self}"
 
 
@@ -85,11 +85,11 @@ class _Place:
 class _Pass:
     """A forward pass, and what the backward passes through it have given so far."""
 
-    batch: int | None = None  # as the model's input has it, or the layers where it has none
-    calls: Counter[str] = field(default_factory=Counter)  # of the layers that use a parameter
+    batch: int | None = None  # that of the model's input, or of the layers if the input has none
+    calls: Counter[str] = field(default_factory=Counter)  # of the layers that use each parameter
     looked_up: dict[str, list[Tensor]] = field(default_factory=dict)  # indices of embeddings, by parameter
     consumed: int = 0
-    repeated: bool = False  # a second backward pass through the same graph
+    repeated: bool = False  # whether a second backward pass went through the same graph
     out: Tensor | None = None  # [B, dim]
     squares: SquaredNorms | None = None
     rows_checked: set[Any] = field(default_factory=set)  # forms of calls
@@ -100,7 +100,7 @@ class _Pass:
 
 @dataclass(eq=False)
 class _Call:
-    """Of a module by the user: of the model, or of a part of it; other calls happen inside of it."""
+    """A user's call of a module, the model or a part of it; other calls happen inside this one."""
 
     module: nn.Module
     form: Any
@@ -109,36 +109,36 @@ class _Call:
     depth: int = 1
     layers: set[tuple[_Place, bool]] = field(
         default_factory=set
-    )  # that were called, and whether for all samples at once
+    )  # the layers that were called, and whether for all samples at once
     record: Record | None = None
-    state: State | None = None  # as it was before
+    state: State | None = None  # the state before the call
 
 
 class GradientSketcher:
-    """Sketches and norms of the gradients that the samples of a batch have on their own, from one ordinary forward and
-    backward pass over the batch; the B x D matrix of those gradients is never formed.
+    """Sketches and norms of the gradient of each sample of a batch, from one ordinary forward and
+    backward pass over the batch; the B x D matrix of these gradients is never formed.
 
     Within `with sketcher:`, hooks keep the inputs of the layers that own the wanted parameters (by autograd's own means:
-    they are released, recomputed or offloaded as what it saves itself), and as the gradient of a layer's output comes by,
-    the sample's gradient sum_t g_t a_t^T is sketched and dropped.
+    the inputs are released, recomputed or offloaded like anything that autograd saves), and when the gradient of a layer's output
+    arrives, each sample's gradient sum_t g_t a_t^T is sketched and dropped.
 
     Everything between the first call of a forward pass and the next forward pass after a backward pass adds up: several
-    backward passes, several calls of a model, parameters that several layers share. `.sketches` and `.norms` are those of the
+    backward passes, several calls of a model, parameters that several layers share. `.sketches` and `.norms` belong to the
     last such pass.
 
     Args:
-        model: the module. Compiled by torch.compile, its layers run one by one inside the block (the hooks break the graph).
+        model: the module. If torch.compile compiled it, its layers run one by one inside the block (the hooks break the graph).
         dim: columns of the sketches, 1 to 2^31; None for norms alone.
-        kind, seed, nnz: of the projection, as for `sketch`.
+        kind, seed, nnz: the projection, as for `sketch`.
         parameters: which parameters' gradients: a name or glob pattern of `model.named_parameters()` or several of them, or a
             function (name, parameter) -> bool; None for all. Only those that require gradients count.
-        reduction: how the loss reduces over the samples: "mean" (gradients are multiplied by B) or "sum". Of a mean over all
-            tokens, a sample's gradient is that of its own tokens' share, times B. A loss that was scaled, as by a
-            GradScaler, gives gradients that are.
-        norms: whether norms are computed; without them sketches cost less.
-        backend: None, "cpu", "cuda", "triton" or "torch", of the sketches.
-        verify: "first" checks the first batch of each form of calls (same kinds of inputs, same layers): that each row of a layer
-            belongs to the sample of its number, by forward passes with the samples in other places (two to four), and that the
+        reduction: how the loss reduces over the samples: "mean" (gradients are multiplied by B) or "sum". For a mean over all
+            tokens, a sample's gradient is that of its own tokens' share, times B. A scaled loss, as with a
+            GradScaler, gives scaled gradients.
+        norms: whether norms are computed; without norms, sketches cost less.
+        backend: None, "cpu", "cuda", "triton" or "torch", for the sketches.
+        verify: "first" checks the first batch of each form of calls (same kinds of inputs, same layers): that row b of each layer
+            belongs to sample b, by forward passes with the samples in other places (two to four), and that the
             samples' gradients add up to the one that autograd computes. "always" checks every batch, "never" none.
 
     Layers: Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm, BatchNorm in eval mode, transformers'
@@ -148,7 +148,7 @@ class GradientSketcher:
 
     Attributes:
         offsets: dict: name of each wanted parameter -> where it begins in the flattened gradient.
-        numel: D, the length of the flattened gradient: of the wanted parameters, in the order of `named_parameters()`.
+        numel: D, the length of the flattened gradient of the wanted parameters, in the order of `named_parameters()`.
 
     Raises:
         TypeError: for arguments of a wrong type, or parameters that are not floating.
@@ -222,11 +222,11 @@ class GradientSketcher:
         self._watch = _Watch(self)
         self._rows_known: dict[
             Any, set[tuple[_Place, bool]]
-        ] = {}  # of forms of calls: layers whose rows were checked
-        self._sums_known: dict[Any, set[str]] = {}  # and parameters whose sums were
+        ] = {}  # for each form of calls: layers whose rows were checked
+        self._sums_known: dict[Any, set[str]] = {}  # and parameters whose sums were compared
         self._sums = Sums()
         self._call: _Call | None = None
-        self._record: Record | None = None  # where calls of layers are noted
+        self._record: Record | None = None  # the record in which calls of layers are noted
         self._rehearsing = self._still = False
         self._handles: list[RemovableHandle] = []
         self._nodes: dict[int, Any] = {}  # of the wanted parameters, by their ids
@@ -236,7 +236,7 @@ class GradientSketcher:
 
     @property
     def sketches(self) -> Tensor:
-        """[B, dim] float32 (float64 for float64 parameters): `sketch` of each sample's flattened gradient."""
+        """The sketches [B, dim] float32 (float64 for float64 parameters): `sketch` of each sample's flattened gradient."""
         done = self._result()
         if self._dim is None:
             raise RuntimeError("there are no sketches with dim=None; make the GradientSketcher with a dim")
@@ -246,7 +246,7 @@ class GradientSketcher:
 
     @property
     def norms(self) -> Tensor:
-        """[B] float32 (float64 for float64 parameters): the norm of each sample's gradient."""
+        """The norms [B] float32 (float64 for float64 parameters) of the samples' gradients."""
         done = self._result()
         if not self._norms:
             raise RuntimeError(
@@ -272,7 +272,7 @@ class GradientSketcher:
         return self._done
 
     def _check(self) -> None:
-        """Raises RuntimeError for gradients that were not, or not wholly, seen."""
+        """Raises RuntimeError for gradients that were missed, wholly or in part."""
         if self._direct:
             name, function = next(iter(self._direct.items()))
             raise RuntimeError(
@@ -354,7 +354,7 @@ class GradientSketcher:
                 self._done.kept.clear()
 
     def _begin(self) -> None:
-        """A new pass; at first, and after a backward pass."""
+        """Starts a new pass: at first, and after a backward pass."""
         self._pass = _Pass()
         self._done: _Pass | None = None if not self._handles else self._done
         self._arrived: set[str] = (
@@ -363,13 +363,13 @@ class GradientSketcher:
         self._missed: dict[str, None] = {}
         self._direct: dict[str, str] = {}
         self._lost: dict[str, tuple[str, str]] = {}  # parameters whose gradients came summed over the samples
-        self._differs: dict[str, tuple[str, float]] = {}  # parameters whose sums are others than autograd's
-        self._unsummed: set[str] = set()  # parameters of whose gradients not all was added up
+        self._differs: dict[str, tuple[str, float]] = {}  # parameters whose sums differ from autograd's
+        self._unsummed: set[str] = set()  # parameters whose gradients were not all added up
         self._single: dict[int, _Single] = {}  # outputs of size 1 for all samples, by their ids
         self._inside: nn.Module | None = None
 
     def _new_forward(self) -> None:
-        if self._pass.consumed and not _in_backward():  # else a checkpoint that is computed again
+        if self._pass.consumed and not _in_backward():  # otherwise a checkpoint is being computed again
             self._begin()
 
     def _before_call(
@@ -385,7 +385,7 @@ class GradientSketcher:
         main = inputs.main()
         form = (name, module.training, inputs.form())
         call = self._call = _Call(module, form, inputs, None if main is None else main.shape[0])
-        # Of a checkpoint, the first time that has gradients counts.
+        # For a checkpoint, the first run with gradients counts.
         done = form in (
             self._pass.rows_checked if self._verify == "always" and _in_backward() else self._rows_known
         )
@@ -394,7 +394,7 @@ class GradientSketcher:
             call.record = self._record = Record()
 
     def _checks(self, call: _Call) -> bool:
-        """Whether there are rows to tell apart."""
+        """Whether there are rows to be told apart."""
         return (
             self._verify != "never" and torch.is_grad_enabled() and call.batch is not None and call.batch > 1
         )
@@ -446,7 +446,7 @@ class GradientSketcher:
         check_rows(call.inputs, call.batch, first, again)
 
     def _rehearse(self, call: _Call, record: Record, inputs: Inputs, still: bool = False) -> Record:
-        """The call once more, with `inputs`; nothing of it stays."""
+        """Repeats the call with `inputs` and leaves no trace of it."""
         assert call.state is not None
         single, self._single = self._single, {}
         self._rehearsing, self._record, self._still = True, record, still
@@ -517,19 +517,19 @@ class GradientSketcher:
         return hook
 
     def _note_call(self, place: _Place, x: Any, output: Tensor) -> int:
-        """Notes a call for the comparison of rows; its number."""
+        """Notes a call for the comparison of rows and returns its number."""
         record = self._record
         if record is None:
             return 0
         number = record.add_call(place.owner)
         if self._rehearsing or output.dim() == 0 or output.shape[0] != 1:
             record.add(place.owner, number, "input", x)
-            if place.layer.names is None:  # as its class is anyone's
+            if place.layer.names is None:  # a class that anyone may have written
                 record.add(place.owner, number, "output", output)
         return number
 
     def _follow(self, function: Any, values: Iterable[Any], result: Any) -> None:
-        """Where outputs of size 1 in dimension 0 go."""
+        """Follows outputs of size 1 in dimension 0 to where they go."""
         for value in values:
             if isinstance(value, (tuple, list)):
                 self._follow(function, value, result)
@@ -572,7 +572,7 @@ class GradientSketcher:
         made.grad_fn.register_prehook(part)
 
     def _nodes_of(self, place: _Place) -> dict[str, Any]:
-        """Of the parameters that the module has now: torch.func.functional_call puts others into it for a call."""
+        """The nodes of the parameters that the module has now: torch.func.functional_call replaces parameters for a call."""
         found = {}
         for name in place.targets:
             parameter = getattr(place.module, name)
@@ -628,7 +628,7 @@ class GradientSketcher:
     # ---- the backward pass
 
     def _compare(self, target: _Target, g: Tensor) -> None:
-        """The samples' gradients that came, with autograd's."""
+        """Compares the samples' gradients that arrived with autograd's."""
         off = self._sums.pop(target.name, g)
         if target.name in self._unsummed:
             return
@@ -658,7 +658,7 @@ class GradientSketcher:
         current, place = use.into, use.place
         wanted = {name: target for name, target in place.targets.items() if _gets_gradient(use.nodes[name])}
         if not wanted:
-            return  # as in torch.autograd.grad with regard to the model's input
+            return  # as in torch.autograd.grad with respect to the model's input
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             if current.batch is None:
                 current.batch = g.shape[0]
@@ -679,7 +679,7 @@ class GradientSketcher:
             if not g.numel():
                 return  # sequences without positions
             if x is not None and len(x) != len(g):
-                x = x.expand(len(g), *x.shape[1:])  # of an output for all samples
+                x = x.expand(len(g), *x.shape[1:])  # the output was one for all samples
             summed = {
                 name
                 for name, target in wanted.items()
@@ -716,7 +716,7 @@ class GradientSketcher:
         return precision_of(*dtypes, device=self._device)
 
     def _watched(self, place: _Place, g: Tensor) -> Tensor:
-        """`g`, whose own gradient would tell of a second derivative, to which parameters contribute past their modules."""
+        """`g`, watched: a gradient of it would mean a second derivative, to which parameters contribute outside of their modules."""
         target = next(iter(place.targets.values()))
         g = g.view_as(g) if g.requires_grad else g.detach().requires_grad_()
         g.register_hook(self._watch.hook(target.name, "a second derivative (create_graph=True)"))
@@ -735,7 +735,7 @@ class GradientSketcher:
             here += self._kernels.sketch(gradient.values, out.shape[1], offset=offset, **self._options)
 
     def _tied(self, current: _Pass, target: _Target) -> TiedEmbedding | None:
-        """Of a parameter that embeddings and exactly one other layer use."""
+        """The norms of a parameter that embeddings and exactly one other layer use, or None for other parameters."""
         looked_up = current.looked_up.get(target.name, [])
         if current.calls[target.name] - len(looked_up) != 1 or not looked_up:
             return None
@@ -746,7 +746,7 @@ class GradientSketcher:
         return current.tied[target.name]
 
     def _add_shared(self, done: _Pass, out: SquaredNorms) -> None:
-        """Adds squared norms of the gradients of parameters that were used several times, which take all uses."""
+        """Adds squared norms of the gradients of parameters that were used several times; each needs all its uses."""
         with torch.no_grad():
             for tied in done.tied.values():
                 out.add_all(tied.total())
@@ -779,9 +779,9 @@ class _Use:
     place: _Place
     nodes: dict[
         str, Any
-    ]  # where autograd takes the gradients of the wanted parameters to, by their names in the module
+    ]  # the nodes of autograd that take in the gradients of the wanted parameters, by their names in the module
     parts: list[Tensor] | None = (
-        None  # of an output for all samples: its gradients [B, ...], before they are summed
+        None  # for an output for all samples: its gradients [B, ...], before they are summed
     )
     used: bool = False
 
@@ -792,19 +792,19 @@ class _Single:
 
     output: weakref.ref[Tensor]
     place: _Place
-    number: int  # of the call, in the record
+    number: int  # the number of the call in the record
     use: _Use | None = None
 
 
 class _Capture(torch.autograd.Function):
-    """The identity, which hands the gradient on to the sketcher. Autograd saves the layer's input here as it saves any other
+    """The identity, which hands the gradient on to the sketcher. Autograd saves the layer's input here like any other
     tensor: checkpoints recompute it, and changes in place are noticed."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, use: _Use | None, *saved: Tensor) -> Tensor:
         ctx.use = use
         ctx.save_for_backward(*saved)
-        # Were it `output` itself, autograd would make a view of it, which in-place activations must not change.
+        # If `output` itself were returned, autograd would make a view of it, which in-place activations must not change.
         return output.detach()
 
     @staticmethod
@@ -817,7 +817,7 @@ class _Capture(torch.autograd.Function):
 
 
 class _Watch(TorchFunctionMode):
-    """Sees whether gradients flow to wanted parameters from operations outside of their modules."""
+    """Notices whether gradients flow to wanted parameters from operations outside of their modules."""
 
     def __init__(self, sketcher: GradientSketcher) -> None:
         super().__init__()
@@ -931,7 +931,7 @@ def _refuse_problems(name: str, module: nn.Module, layer: Layer | None, targets:
 
 
 def _callable(model: nn.Module, places: list[_Place]) -> Iterator[tuple[str, nn.Module]]:
-    """What holds a place, and may be called."""
+    """The modules that hold a place and may be called, by name."""
     holders = {""}
     for place in places:
         path = place.name.split(".")
@@ -943,7 +943,7 @@ def _callable(model: nn.Module, places: list[_Place]) -> Iterator[tuple[str, nn.
 
 
 def _broadcast(value: Tensor, made: Tensor) -> float | None:
-    """By what `made`'s gradient is to be multiplied to give `value`'s, a row for each row of `made`, where `value` is only
+    """The factor by which `made`'s gradient becomes `value`'s, with a row for each row of `made`, if `value` is only
     broadcast; else None."""
     source, node = value.grad_fn, made.grad_fn
     if source is None or node is None or made.dim() < value.dim():
@@ -969,7 +969,7 @@ def _same_device(wanted: dict[str, nn.Parameter]) -> list[torch.device]:
 
 
 def _rounded(place: _Place, gradient: Gradient, g: Tensor) -> float:
-    """What autograd may lose of a sum of n terms that it adds up one by one in the type of `g`, n eps: torch does so in half
+    """The share n eps that autograd may lose of a sum of n terms that it adds up one by one in the type of `g`: torch does so in half
     precision for embeddings and norms; sums and products of matrices are in float32."""
     if g.dtype not in (torch.float16, torch.bfloat16) or isinstance(gradient, Outer):
         return 0.0
@@ -984,7 +984,7 @@ def _in_backward() -> bool:
 
 
 def _node(parameter: Tensor) -> Any:
-    """Where autograd takes the gradient of `parameter`."""
+    """The node of autograd that takes in the gradient of `parameter`."""
     return torch.autograd.graph.get_gradient_edge(parameter).node if parameter.requires_grad else None
 
 
@@ -994,18 +994,18 @@ def _gets_gradient(node: Any) -> bool:
         return False
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # "A leaf node was passed", by torch.autograd.grad with regard to it
+    except RuntimeError:  # "A leaf node was passed", if torch.autograd.grad differentiates with respect to it
         return True
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which torch.compile leaves alone where it is in use."""
+    """`function`, left alone by torch.compile if that is in use."""
     dynamo = sys.modules.get("torch._dynamo")
     return function if dynamo is None else dynamo.disable(function)
 
 
 def _in_transform() -> bool:
-    """Whether a transform of torch.func calls: its gradients are its own affair."""
+    """Whether a transform of torch.func is the caller, which takes care of its gradients itself."""
     return torch._C._are_functorch_transforms_active()
 
 

@@ -29,7 +29,7 @@ from flashcoreset.directions.backend import choose
 
 _CHUNK = 1 << 20  # elements of a direction that are formed at a time
 
-_calls: Counter[int] = Counter()  # with resample=True, by seed
+_calls: Counter[int] = Counter()  # the number of calls with resample=True, by seed
 _calls_lock = threading.Lock()
 
 
@@ -39,9 +39,9 @@ class LowRankGradients:
 
     Attributes:
         coefficients: [B, q] float32 or float64.
-        seed: what the directions are regenerated from (`flashcoreset.directions.reference` defines them).
+        seed: the seed that the directions are regenerated from (`flashcoreset.directions.reference` defines them).
         numel: the length of a gradient.
-        backend: what regenerates them: None, "cpu", "cuda", "triton" or "torch".
+        backend: the backend that regenerates the directions: None, "cpu", "cuda", "triton" or "torch".
 
     Raises:
         TypeError, ValueError: for attributes of another type, shape or range.
@@ -76,7 +76,7 @@ class LowRankGradients:
             object.__setattr__(self, name, value)
 
     def directions(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """[q, end - begin]: columns `begin` to `end` (default: all) of Z, in the dtype and on the device of the coefficients.
+        """The columns `begin` to `end` (default: all) of Z, [q, end - begin], in the dtype and on the device of the coefficients.
 
         Raises:
             TypeError, ValueError: unless 0 <= begin < end <= numel.
@@ -98,7 +98,7 @@ class LowRankGradients:
         return made
 
     def dense(self) -> Tensor:
-        """[B, numel]: the gradients, in the dtype of the coefficients.
+        """The gradients [B, numel], in the dtype of the coefficients.
 
         Example:
             >>> import torch, flashcoreset as fc
@@ -109,13 +109,13 @@ class LowRankGradients:
 
 
 def _directions(like: Tensor, seed: int, begin: int, end: int, backend: str | None) -> Tensor:
-    """[q, end - begin], a row for each of the columns of `like`."""
+    """The directions [q, end - begin], one row for each column of `like`."""
     out = like.new_empty(like.shape[1], end - begin)
     choose(backend, like.device).directions(out, seed=seed, begin=begin)
     return out
 
 
-# The torch op: what torch.compile and fake tensors see.
+# The torch op, which torch.compile and fake tensors see.
 
 _NAME = "flashcoreset::directions"
 torch.library.define(_NAME, "(Tensor like, int seed, int begin, int end, str? backend) -> Tensor")
@@ -138,31 +138,31 @@ def zeroth_order_gradients(
     backend: str | None = None,
 ) -> LowRankGradients:
     """Per-sample gradients by simultaneous perturbation (SPSA): with a direction z that all samples share,
-    c = (L(theta + eps z) - L(theta - eps z)) / (2 eps) of each sample's loss L, its gradient being c z.
+    each sample with loss L has c = (L(theta + eps z) - L(theta - eps z)) / (2 eps) and the gradient c z.
 
-    Takes two calls of `loss_fn` a direction, without gradients, and no memory for any: z is made from its seed a part at a
-    time, by the order of `parameters`. A copy of the parameters is kept meanwhile, from which they are restored bit for bit,
+    Takes two calls of `loss_fn` per direction, without gradients, and no memory for a direction: z is made from its seed a part at a
+    time, in the order of `parameters`. A copy of the parameters is kept meanwhile, from which they are restored bit for bit,
     also when `loss_fn` raises or is interrupted. Both calls see the same state of torch's random numbers (dropout), which goes on
-    from the last.
+    from the last call.
 
     Args:
         loss_fn: a function without arguments that returns the losses of the samples, [B], of any floating dtype.
         parameters: the tensors that are perturbed, in place, floating and on one device; such as model.parameters().
         eps: the size of the step, > 0. In half precision, steps below half a unit in the last place of a parameter are lost.
         seed: a 64-bit integer.
-        n_perturbations: q, the number of directions; the gradient is the mean over them, so the coefficients are divided
+        n_perturbations: q, the number of directions; the gradient is the mean over the directions, so the coefficients are divided
             by q.
-        resample: False gives every call with this seed the same directions; True gives each such call of this process others, by
-            counting them. The result's `seed` is then a new one, which regenerates its directions.
-        backend: None, "cpu", "cuda", "triton" or "torch": what makes the directions.
+        resample: False gives every call with this seed the same directions; True gives each such call of this process other directions, by
+            counting the calls. The result's `seed` is then a new one, which regenerates its directions.
+        backend: None, "cpu", "cuda", "triton" or "torch": the backend that makes the directions.
 
     Returns:
         `LowRankGradients` with `coefficients` [B, q] (float64 for float64 losses, else float32).
 
     Raises:
-        TypeError: for arguments of a wrong type, or a loss that is no floating tensor.
-        ValueError: for a wrong value, losses that are not [B] or change their shape, NaN or infinity in the losses, and where they
-            over 2 eps overflow.
+        TypeError: for arguments of a wrong type, or a loss that is not a floating tensor.
+        ValueError: for a wrong value, losses that are not [B] or change their shape, NaN or infinity in the losses, and losses
+            that overflow when divided by 2 eps.
         BackendUnavailableError: if `backend` cannot run here.
 
     Sources: Malladi et al., "Fine-tuning language models with just forward passes" (MeZO), 2023, definition 1; Nguyen et al.,
@@ -230,7 +230,7 @@ def zeroth_order_gradients(
 
 
 def _move(tensors: list[Tensor], originals: list[Tensor], step: float, fill: Callable[..., None]) -> None:
-    """tensors = originals + step z, with z from `fill`, a part at a time."""
+    """Sets tensors = originals + step z, with z from `fill`, a part at a time."""
     begin = 0
     for tensor, original in zip(tensors, originals, strict=True):
         target = tensor.detach()
@@ -243,11 +243,11 @@ def _move(tensors: list[Tensor], originals: list[Tensor], step: float, fill: Cal
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
         begin += flat.numel()
-    torch.clear_autocast_cache()  # of the values before
+    torch.clear_autocast_cache()  # which holds the values before the step
 
 
 def _moves(tensors: list[Tensor], originals: list[Tensor], step: float, fill: Callable[..., None]) -> bool:
-    """Whether a step is more than rounding takes away."""
+    """Whether a step changes a parameter by more than rounding takes away."""
     _move(tensors, originals, step, fill)
     return not all(torch.equal(tensor, original) for tensor, original in zip(tensors, originals, strict=True))
 
@@ -267,7 +267,7 @@ def _put_back(tensors: list[Tensor], originals: list[Tensor]) -> None:
         for tensor, original in zip(tensors, originals, strict=True):
             tensor.copy_(original)
         torch.clear_autocast_cache()
-    except KeyboardInterrupt:  # once more, from the beginning
+    except KeyboardInterrupt:  # restores once more, from the beginning
         _put_back(tensors, originals)
         raise
 
@@ -326,7 +326,7 @@ def _check_parameters(parameters: Any) -> list[Tensor]:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether both are the same memory: from its beginning, or, for contiguous ones, in any part."""
+    """Whether both share memory: from its beginning, or, if contiguous, in any part."""
     if one is other:
         return True
     if not one.numel() or not other.numel():
@@ -361,7 +361,7 @@ def _next_seed(seed: int) -> int:
 
 
 def seed_of_call(seed: int, number: int) -> int:
-    """What `resample` makes of `seed` in call `number`: 64 bits of the block (number, 0, 0, 5) under the key `seed`."""
+    """The seed that `resample` makes of `seed` in call `number`: 64 bits of the block (number, 0, 0, 5) under the key `seed`."""
     counter = np.array([number & 0xFFFFFFFF, number >> 32, 0, 5], dtype=np.uint32)
     low, high = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[:2].tolist()
     return int(low) + (int(high) << 32) - 2**63

@@ -43,10 +43,10 @@ METHODS = ("medoid", "omp", "frank_wolfe", "caratheodory")
 
 Asked = tuple[int, Tensor | None, Tensor | None, Tensor | None]  # k, groups, labels and budgets
 
-_BLOCK_BYTES = 1 << 25  # of the gradients that are looked at together
-# The streamed path is left where eps moves no update by more than this part of it, as float32 sums may.
+_BLOCK_BYTES = 1 << 25  # bytes of the gradients that are handled together
+# The updates count as numbers along one direction if eps moves no update by more than this part of it, which float32 sums may do too.
 _NEGLIGIBLE = 1e-6
-# Largest magnitudes of updates whose squares, and those of rows that are 2^100 times nearer, are normal numbers.
+# Largest magnitudes of updates whose squares are normal numbers, also for rows that are 2^100 times nearer.
 _SAFE = (-400, 450)
 _MOST_WITH_SQUARE = 2.0**505
 
@@ -68,42 +68,42 @@ def match_gradients(
     """A weighted subset of gradients that stands for all of them.
 
     Args:
-        g: [B, D] gradients, a row a sample, float16, bfloat16, float32 or float64; or `LowRankGradients`, of which nothing
+        g: [B, D] gradients, one row per sample, float16, bfloat16, float32 or float64; or `LowRankGradients`, for which nothing
             of size B x D or D x q is formed.
-        k: how many to take. With `budgets`: their sum, or None.
-        normalize: Adam's history: each gradient is replaced by the update it would make Adam take, and the result has the
-            history after a step with the chosen gradients as `state`. None matches the gradients themselves.
+        k: how many gradients to take. With `budgets`: their sum, or None.
+        normalize: Adam's history: each gradient is replaced by the update that Adam would make with it, and the `state` of the result
+            is the history after a step with the chosen gradients. None matches the gradients themselves.
         top: in each group, only the `top` dimensions of the largest |mean (normalised) gradient| count, ties to the lower
             dimension; 1 <= top <= D. None takes all.
         groups: [B] integer labels; each label is its own problem over its own members.
-        budgets: how many to take of each group: a dict label -> count, or counts [G] for the labels 0..G-1. Default:
+        budgets: how many to take from each group: a dict label -> count, or counts [G] for the labels 0..G-1. Default:
             `allocate_budgets` of the groups' sizes and `k`.
-        metric: "l1", "euclidean", "sqeuclidean", "cosine" or "dot", of rows, for "medoid".
-        method: "medoid" takes the gradients that are nearest to all others, by facility location. The others make a weighted sum
-            of few that is near the sum of all: "omp" by orthogonal matching pursuit (as in GradMatch), "frank_wolfe" by greedy
-            iterative geodesic ascent, "caratheodory" exactly, where the rank of the gradients less their mean is below k.
+        metric: "l1", "euclidean", "sqeuclidean", "cosine" or "dot", between rows, for "medoid".
+        method: "medoid" takes the gradients that are nearest to all others, by facility location. The other methods make a weighted
+            sum of few gradients that is near the sum of all: "omp" by orthogonal matching pursuit (as in GradMatch), "frank_wolfe" by greedy
+            iterative geodesic ascent, "caratheodory" exactly, if the rank of the gradients less their mean is below k.
         nonnegative: whether the weights of "omp" must be >= 0.
-        ridge: of "omp": a multiple of the sum of squares of the weights that is added to the squared distance, >= 0.
+        ridge: for "omp": a multiple of the sum of squares of the weights that is added to the squared distance, >= 0.
         backend: None, "cpu", "cuda", "triton" or "torch".
 
     Returns:
         Selection on the device of `g`: `indices` [k] group by group in label order, in each in the order of the picks;
-        `weights` [k], the sizes of their clusters, `gains` and `assignment` [B] as `facility_location` has them. The other methods
+        `weights` [k], the sizes of their clusters, `gains` and `assignment` [B] as in `facility_location`. Methods other than "medoid"
         may take fewer than k; their `weights` are those of the sum, `gains` 0, `assignment` -1, and `objective` is minus the
-        distance that is left, summed up over the groups.
-        `dims` [groups with a budget, top] int64, the largest first (None without `top`, and where one shared direction leaves all
-        dimensions alike); `state`, of the kind of `normalize`, its step one higher, its means unchanged where nothing was taken.
+        distance that is left, summed over the groups.
+        `dims` [groups with a budget, top] int64, the largest first (None without `top`, and if one shared direction makes all
+        dimensions alike); `state`, of the kind of `normalize`, its step one higher, its means unchanged if nothing was taken.
 
     Raises:
         TypeError: for a wrong type or dtype, such as a history in another precision than the gradients'.
         ValueError: for a wrong shape, option, label or budget, a history of another D, NaN and infinity.
         BackendUnavailableError: if a `backend` was named that cannot run here.
 
-    Sums of updates decide which dimensions count in float64, and so are rows and distances, whatever the dtype of `g`.
+    The sums of updates that decide which dimensions count, the rows and the distances are float64, whatever the dtype of `g`.
 
-    With a `RankOneAdamState` and gradients along the same one direction every update is h(c) sign(z), c being the
-    coefficient, and the history stays of this kind: numbers stand for rows where eps is small beside the square roots that it is
-    added to (one part in a million), and else rows are made. Gradients along another direction make it an `AdamState`. A function
+    With a `RankOneAdamState` and gradients along its one direction, every update is h(c) sign(z), c being the
+    coefficient, and the history stays of this kind: numbers stand for rows if eps is small beside the square roots that it is
+    added to (one part in a million); otherwise rows are made. Gradients along another direction make it an `AdamState`. A function
     given to torch.compile takes `AdamState` alone, to which `RankOneAdamState.dense` leads.
 
     Sources: Nguyen, Yang, Anand, Yang and Mirzasoleiman, "Mini-batch coresets for memory-efficient language model training on
@@ -129,12 +129,12 @@ def match_gradients(
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Rows, or coefficients of shared directions."""
+    """Gradients, as rows or as coefficients of shared directions."""
 
     values: Tensor  # [B, D], or coefficients [B, q]
     seed: int = 0
-    length: int | None = None  # of the directions
-    backend: str | None = None  # that makes the directions
+    length: int | None = None  # the length of the directions
+    backend: str | None = None  # the backend that makes the directions
 
     @classmethod
     def of(cls, g: Any, name: str) -> Gradients:
@@ -152,16 +152,16 @@ class Gradients:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What they are computed in."""
+        """The type in which the gradients are computed."""
         return compute_dtype(self.values.dtype)
 
     @property
     def source(self) -> dict[str, Any]:
-        """Further arguments of the kernels."""
+        """The kernels' further arguments."""
         return {"seed": self.seed, "length": self.length}
 
     def columns(self, begin: int, end: int) -> Tensor:
-        """[B, end - begin], float32 or float64."""
+        """The columns [B, end - begin], float32 or float64."""
         if self.length is None:
             return self.values[:, begin:end].to(self.dtype)
         shared = LowRankGradients(self.values, self.seed, self.length, self.backend)
@@ -170,12 +170,12 @@ class Gradients:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is matched: arguments checked, their values not yet."""
+    """A matching problem: its arguments are checked, their values not yet."""
 
     g: Gradients
     history: AdamState | RankOneAdamState | None
     top: int | None
-    members: list[tuple[Tensor, int]]  # of each group that has a budget: its rows, ascending, and the budget
+    members: list[tuple[Tensor, int]]  # for each group with a budget: its rows, ascending, and the budget
     metric: str = "l1"
     method: str = "medoid"
     nonnegative: bool = True
@@ -194,7 +194,7 @@ def _check(
     nonnegative: Any,
     ridge: Any,
 ) -> tuple[Problem, Asked]:
-    """The problem, without members inside a graph, where labels have no values, and what `check_picks` says of k, groups and
+    """The problem (without members inside a graph, where labels have no values), and what `check_picks` returns for k, groups and
     budgets."""
     one_of(metric, "metric", METRICS)
     one_of(method, "method", METHODS)
@@ -259,7 +259,7 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
     if g.length is not None:
         _check_rows(problem, "g.coefficients")
     if history is not None and g.dtype == torch.float64:
-        # Where a square is infinite, the update comes to 0.
+        # If a square is infinite, the update becomes 0.
         most = largest_magnitude(g.values)
         if _MOST_WITH_SQUARE < most < math.inf:
             raise ValueError(
@@ -290,7 +290,7 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
 
 
 def _check_rows(problem: Problem, name: str) -> None:
-    """Raises for NaN and infinity in rows that are matched."""
+    """Raises ValueError for NaN and infinity in rows that are matched."""
     values = problem.g.values
     try:
         return check_finite(values, name)
@@ -302,8 +302,8 @@ def _check_rows(problem: Problem, name: str) -> None:
 
 
 def _explained(problem: Problem, history: AdamState | None, error: ValueError) -> ValueError:
-    """What a kernel says of a block of dimensions, of a sum or of a group's rows, said of the arguments: the first NaN or infinity;
-    or `error`, if there is none."""
+    """The error for the arguments in place of a kernel's `error` for a block of dimensions, a sum or a group's rows: it names the first
+    NaN or infinity; `error` itself if there is none."""
     try:
         if problem.g.length is None:
             _check_rows(problem, "g")
@@ -315,7 +315,7 @@ def _explained(problem: Problem, history: AdamState | None, error: ValueError) -
 
 
 def _of_g(error: ValueError) -> ValueError:
-    """What `facility_location` says of its x, said of g."""
+    """An error of `facility_location` about its x, reworded for g."""
     text = str(error)
     return ValueError("g" + text[1:]) if text.startswith("x") else error
 
@@ -325,7 +325,7 @@ def _along_one_direction(g: Gradients, history: RankOneAdamState) -> bool:
 
 
 def _numbers(problem: Problem, history: RankOneAdamState) -> list[Tensor] | None:
-    """For each group [members, 1] float64 whose distances are those of updates along one direction, where eps does not count."""
+    """For each group [members, 1] float64 whose distances are those of updates along one direction; None if eps counts."""
     g = problem.g
     rule = Rule.adam(history.step, history.betas, history.eps)
     width = problem.top or g.numel
@@ -373,8 +373,8 @@ def _sums_of_pairs(
     metric: str,
     exponents: list[int] | None = None,
 ) -> list[Tensor]:
-    """For each group its pairs' "l1", "sqeuclidean" or "dot" [members, members] float64, summed up over blocks of dimensions; the
-    updates of all members [R] times 2^exponents."""
+    """For each group the "l1", "sqeuclidean" or "dot" of its pairs, [members, members] float64, summed over blocks of dimensions; the
+    updates of all members [R] are multiplied by 2^exponents."""
     sizes = [len(rows) for rows, _ in problem.members]
     sums = [problem.members[0][0].new_zeros(size, size, dtype=torch.float64) for size in sizes]
     for u in _blocks_of_updates(problem, history, kernels):
@@ -405,8 +405,8 @@ def _blocks_of_updates(problem: Problem, history: AdamState | None, kernels: Ker
 def _scaled_sums(
     problem: Problem, history: AdamState | None, kernels: Kernels, metric: str, each_row: bool = False
 ) -> tuple[list[Tensor], list[int]]:
-    """The sums of pairs of each group, and by which power of two the updates were multiplied for that because squares would leave
-    the range of float64. `each_row`: every row by itself, which does not change cosines."""
+    """The sums of pairs of each group, and the exponent of the power of two that the updates were multiplied by so that squares stay
+    in the range of float64. `each_row`: every row by its own power, which does not change cosines."""
     sums = _sums_of_pairs(problem, history, kernels, metric)
     low, high = (2.0 ** (2 * end) for end in _SAFE)
     sizes = [len(total) for total in sums]
@@ -436,7 +436,7 @@ def _medoids_of_all_dimensions(
     parts = []
     sums, exponents = _scaled_sums(problem, history, kernels, summed, each_row=metric == "cosine")
     for total, exponent, (_, count) in zip(sums, exponents, problem.members, strict=True):
-        most = float(total.max())  # where there is a NaN, it; no product is above the largest square
+        most = float(total.max())  # NaN if there is one; no product is above the largest square
         if not 2 * most < math.inf:
             raise ValueError(_sums_overflow(metric))
         if metric == "cosine":
@@ -446,7 +446,7 @@ def _medoids_of_all_dimensions(
             total, most = total.sqrt(), most**0.5
         offset_of = None
         if metric in DISTANCES:
-            # Above all distances, so that the farthest are served too.
+            # The offset is above all distances, so that the farthest members are served too.
             offset_of = 2 * most or 1.0
             total = offset_of - total
         try:
@@ -462,7 +462,7 @@ def _sums_overflow(metric: str) -> str:
 
 
 def _scaled_back(found: Selection, exponent: int, metric: str) -> Selection:
-    """The medoids of updates of which `found` are those times 2^exponent; squares of tiny ones may come to 0."""
+    """The medoids `found` for updates times 2^exponent, as those of the updates; squares of tiny updates may become 0."""
     if exponent == 0 or metric == "cosine":
         return found
     back = -exponent * (2 if metric in ("sqeuclidean", "dot") else 1)
@@ -474,11 +474,11 @@ def _scaled_back(found: Selection, exponent: int, metric: str) -> Selection:
 
 
 def _as_short_rows(problem: Problem, history: AdamState | None, kernels: Kernels) -> Iterable[Tensor]:
-    """For each group rows with the inner products of its updates in all dimensions: weighted sums of them are as near to each other
-    as those of the updates."""
+    """For each group, rows with the inner products of its updates in all dimensions: weighted sums of these rows are as near to each
+    other as those of the updates."""
     g = problem.g
     if history is None and g.length is None:
-        # A group after the other, and all rows without a copy.
+        # One group after the other; a group of all rows needs no copy.
         return (
             (g.values if len(rows) == g.count else g.values[rows]).to(g.dtype) for rows, _ in problem.members
         )
@@ -497,7 +497,7 @@ def _as_short_rows(problem: Problem, history: AdamState | None, kernels: Kernels
 
 
 def _factor(gram: Tensor) -> Tensor:
-    """F with F F^T = gram, which is positive semidefinite but for rounding."""
+    """A matrix F with F F^T = gram, which is positive semidefinite except for rounding."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors * values.clamp(min=0).sqrt()
 
@@ -519,7 +519,7 @@ def _solve(problem: Problem, updates: Iterable[Tensor], backend: str | None) -> 
             parts.append(_reduce(u, count, backend))
         else:
             parts.append(_pursue(problem, u, count, backend))
-        del u  # before the next group's rows are copied
+        del u  # frees them before the next group's rows are copied
     return parts
 
 
@@ -531,20 +531,20 @@ def _reduce(u: Tensor, count: int, backend: str | None) -> Selection:
 
 
 def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Selection:
-    # Some columns at a time, because torch converts what it sums up.
+    # Some columns at a time, because torch converts what it sums.
     step = max(1, _BLOCK_BYTES // (8 * len(u)))
     target = torch.cat([part.sum(0, dtype=torch.float64) for part in u.split(step, 1)])
     most = largest_magnitude(target)
     if not math.isfinite(most):
         check_finite(u, "g")
         raise ValueError(f"g: the sum of its rows overflows {torch.float64}; scale the gradients down")
-    # In float64 until all groups are put together: a norm on the way to the last may leave the range of g's type.
+    # The results stay float64 until all groups are put together: an intermediate norm may leave the range of g's type.
     if problem.method == "omp":
         indices, weights, norms = solve_pursuit(u, target, count, problem.nonnegative, problem.ridge, backend)
     else:
         indices, weights, norms = solve_frank_wolfe(u, target, count, backend)
     if len(norms):
-        # To the type of g, beyond whose digits backends may differ.
+        # Rounded to the type of g, because backends may differ in further digits.
         left = float(norms[-1].to(compute_dtype(problem.g.dtype)))
         left = left if left < math.inf else float(norms[-1])
     else:
@@ -560,7 +560,7 @@ def _pursue(problem: Problem, u: Tensor, count: int, backend: str | None) -> Sel
 def _assemble(
     problem: Problem, parts: list[Selection], dims: Tensor | None, state_after: Callable[[Tensor], Any]
 ) -> Selection:
-    """The groups' selections as one, with one offset for all, and the state after a step with the rows chosen."""
+    """The groups' selections as one, with one offset for all, and the state after a step with the chosen rows."""
     g = problem.g
     for part in parts:
         most = max(
@@ -621,7 +621,7 @@ def _advance(
     """The history after a step with the chosen gradients; `dense` is what was matched with."""
     if history is None or dense is None:
         return None
-    if not len(chosen):  # there are no means of nothing
+    if not len(chosen):  # without rows there are no means
         return replace(history, step=history.step + 1)
     beta1, beta2 = history.betas
     step = history.step + 1
@@ -653,8 +653,8 @@ def _estimate(
     ridge: float = 0.0,
     backend: str | None = None,
 ) -> int:
-    """Bytes of one call; see `memory_estimate`. `g` may be `LowRankGradients`; labels in `groups` say how large the groups are, their
-    shape alone stands for one group of all. A `RankOneAdamState` counts as the rows that may have to be made of it."""
+    """The bytes of one call; see `memory_estimate`. `g` may be `LowRankGradients`; labels in `groups` say how large the groups are,
+    their shape alone stands for one group of all. A `RankOneAdamState` counts as the rows that may have to be made from it."""
     one_of(metric, "metric", METRICS)
     one_of(method, "method", METHODS)
     check_backend(backend)
@@ -680,14 +680,14 @@ def _estimate(
     sizes = _sizes_of_groups(groups, count)
     largest, threads, size = max(sizes), torch.get_num_threads(), compute_dtype(dtype).itemsize
 
-    history = 0 if normalize is None else 2 * numel * size  # after the step
+    history = 0 if normalize is None else 2 * numel * size  # the history after the step
     if isinstance(normalize, RankOneAdamState):
-        history *= 3  # and before it, and what it is made of
+        history *= 3  # and the history before the step, and what it is made from
     results = 72 * k + 32 * count
     width = min(numel, max(1, _BLOCK_BYTES // (8 * count))) if top is None else top
     updates = 8 * (count + len(sizes)) * width
     if backend == "torch":
-        # Float64 rows of a group and what their updates are made of, sums and positions in order.
+        # A group's float64 rows and what their updates are made from, sums, and sorted positions.
         search = (4 * largest + 40) * 8 * min(numel, REFERENCE_BLOCK) + 64 * len(sizes) * width
         step = 40 * k * min(numel, REFERENCE_BLOCK)
     elif backend == "cpu":
@@ -748,12 +748,12 @@ def _sizes_of_groups(groups: Any, count: int) -> list[int]:
     return labels.unique(return_counts=True)[1].tolist()
 
 
-# The torch op: what torch.compile and fake tensors see.
+# The torch op, which torch.compile and fake tensors see.
 
 _NAME = "flashcoreset::match_gradients"
 torch.library.define(
     _NAME,
-    # Coefficients have a length and what makes their directions; rows have none.
+    # Coefficients come with a length and the backend of their directions; rows come with neither.
     "(Tensor g, int? length, int seed, str? directions, int k, Tensor? m, Tensor? v, int step, float beta1, float beta2, "
     "float eps, int? top, Tensor? groups, Tensor? labels, Tensor? budgets, str metric, str method, bool nonnegative, "
     "float ridge, str? backend) -> "
@@ -806,9 +806,9 @@ def _op(
     new_m, new_v = g.new_empty(0), g.new_empty(0)
     if found.state is not None:
         new_m, new_v = found.state.m, found.state.v
-        if not len(found.indices):  # an op's outputs are not its inputs
+        if not len(found.indices):  # an op must not return its inputs
             new_m, new_v = new_m.clone(), new_v.clone()
-    # `caratheodory` has one number for all rows.
+    # `caratheodory` stores one number for all rows.
     assignment = found.assignment.contiguous()
     return found.indices, found.gains, found.weights, assignment, objective, offset, dims, new_m, new_v
 

@@ -33,7 +33,7 @@ def top_updates(
     Args:
         g: [B, D] rows of any floating dtype, on the CPU; with `length` the coefficients [B, q], float32 or float64, of
             directions [q, length] from `seed`.
-        m, v: [D] float64 where the rows are, else float32; None, with `rule`, takes the rows themselves as updates.
+        m, v: [D] float64 if the rows are, else float32; None, also for `rule`, takes the rows themselves as updates.
         rule: how updates are made.
         member: [R] int64, rows of the groups, one group after the other.
         offset: [G + 1] int64, where each group begins in `member`; none is empty.
@@ -44,7 +44,7 @@ def top_updates(
 
     Raises:
         BackendUnavailableError: if no compiled module can be loaded.
-        ValueError: for NaN and infinity, where v < 0, and for arrays that do not fit each other.
+        ValueError: for NaN and infinity, for v < 0, and for arrays that do not fit each other.
 
     Example:
         >>> import torch

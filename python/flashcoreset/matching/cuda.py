@@ -33,12 +33,12 @@ def top_updates(
 ) -> tuple[Tensor, Tensor]:
     """The dimensions of the largest mean updates of each group, and its members' updates there.
 
-    Waits for the device at the end, and before that for all but the last two chunks of the dimensions, so that Ctrl-C is heard.
+    Waits for the device at the end, and before that for all but the last two chunks of the dimensions, so that Ctrl-C is handled.
 
     Args:
         g: [B, D] rows of any floating dtype, on a CUDA device, like all that follows; with `length` the coefficients [B, q],
             float32 or float64, of directions [q, length] from `seed`.
-        m, v: [D] float64 where the rows are, else float32; None, with `rule`, takes the rows themselves as updates.
+        m, v: [D] float64 if the rows are, else float32; None, also for `rule`, takes the rows themselves as updates.
         rule: how updates are made.
         member: [R] int64, rows of the groups, one group after the other.
         offset: [G + 1] int64, where each group begins in `member`; none is empty.
@@ -49,7 +49,7 @@ def top_updates(
 
     Raises:
         BackendUnavailableError: if there are no CUDA kernels or no device.
-        ValueError: for NaN and infinity, where v < 0, and for arrays that do not fit each other.
+        ValueError: for NaN and infinity, for v < 0, and for arrays that do not fit each other.
         torch.OutOfMemoryError: if the device has no room for the lists (24 bytes for each of 2^19 candidates, or for `top` in
             each group).
     """
@@ -65,7 +65,7 @@ def top_updates(
     module, queue = native.cuda_module(device.index or 0), stream(device)
 
     def problem() -> tuple[Any, ...]:
-        """What both functions get first; a capsule is used once."""
+        """The first arguments of both functions; a capsule is used once."""
         past = (None, None) if history is None else map(capsule, history)
         return (capsule(g), seed, length, *past, *scales, optional_compact(member), optional_compact(offset))
 

@@ -1,12 +1,12 @@
-"""What gradient matching reads off gradients, in plain torch: the definition that the kernels are tested against.
+"""What gradient matching computes from gradients, in plain torch: the definition that the kernels are tested against.
 
-With Adam's history m, v [D] before step t, the gradient g_i would make the update
+With Adam's history m, v [D] before step t, the gradient g_i would lead to the update
 
     u_i = mhat_i / (sqrt(vhat_i) + eps),   mhat_i = (beta1 m + (1 - beta1) g_i) / (1 - beta1^t),
                                            vhat_i = (beta2 v + (1 - beta2) g_i^2) / (1 - beta2^t).
 
-For each group of samples `top_updates` takes the dimensions where the mean of its u_i is largest in size, ties to the lower
-dimension, and restricts its u_i to them. `update_history` makes m and v the means of the new m_i and v_i over the chosen samples.
+For each group of samples `top_updates` takes the dimensions where the mean of the group's u_i is largest in size, ties to the lower
+dimension, and restricts these u_i to them. `update_history` makes m and v the means of the new m_i and v_i over the chosen samples.
 
 Source: Nguyen, Yang, Anand, Yang and Mirzasoleiman, "Mini-batch coresets for memory-efficient language model training on
 data mixtures" (CoLM), ICLR 2025, section 4 (equations 7 and 8 and the sparse dimensions after them).
@@ -40,7 +40,7 @@ def top_updates(
 
     Args:
         g: [B, D] rows of any floating dtype; with `length` the coefficients [B, q] of directions [q, length] from `seed`.
-        m, v: [D] float64 where the rows are, else float32; None, with `rule`, takes the rows themselves as updates.
+        m, v: [D] float64 if the rows are, else float32; None, also for `rule`, takes the rows themselves as updates.
         rule: how updates are made.
         member: [R] int64, rows of the groups, one group after the other.
         offset: [G + 1] int64, where each group begins in `member`; none is empty.
@@ -50,7 +50,7 @@ def top_updates(
         dims [G, top] int64, the largest first, and u [R, top] float64.
 
     Raises:
-        ValueError: for NaN and infinity, and where v < 0.
+        ValueError: for NaN and infinity, and for v < 0.
     """
     numel = g.shape[1] if length is None else length
     bounds = list(zip(offset.tolist(), offset.tolist()[1:], strict=False))
@@ -68,7 +68,7 @@ def top_updates(
             u = _updates(g, m, v, rule, member[first:last], at, seed, length)
             values = torch.cat([best[group][0], u.mean(0).abs()])
             dims = torch.cat([best[group][1], at])
-            # Stable, so that of equal values the lower dimension, which is earlier, stays.
+            # A stable sort, so that among equal values the lower dimension, which is earlier, stays.
             order = values.sort(descending=True, stable=True).indices[:top]
             best[group] = values[order], dims[order]
     dims = torch.stack([found for _, found in best])
@@ -94,7 +94,7 @@ def _updates(
     seed: int,
     length: int | None,
 ) -> Tensor:
-    """u [rows, dimensions at] float64."""
+    """The updates u [rows, dimensions at] float64."""
     values = _entries(g, rows, at, seed, length)
     if rule is None or m is None or v is None:
         return values
@@ -114,7 +114,7 @@ def update_history(
     """The means of the chosen samples' new m and v, [D] each, in the dtype of `m`; the arguments are those of `top_updates`.
 
     Raises:
-        ValueError: if they overflow.
+        ValueError: if these means overflow.
     """
     beta1, beta2 = betas
     new_m, new_v = torch.empty_like(m), torch.empty_like(v)

@@ -1,4 +1,4 @@
-"""The rule of an Adam update, and what its history is refused for."""
+"""The rule of an Adam update, and the errors for which a history is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = 1 << 16  # dimensions at a time
 
 @dataclass(frozen=True)
 class Rule:
-    """u = (m_scale m + m_step g) / (sqrt(v_scale v + v_step g^2) + eps)."""
+    """The update u = (m_scale m + m_step g) / (sqrt(v_scale v + v_step g^2) + eps)."""
 
     m_scale: float
     m_step: float
@@ -55,7 +55,7 @@ def refuse(
     seed: int = 0,
     length: int | None = None,
 ) -> NoReturn:
-    """Says what is wrong in a dimension where a kernel met NaN, infinity or v < 0; `history` is (m, v), and the other
+    """Reports what is wrong in a dimension in which a kernel met NaN, infinity or v < 0; `history` is (m, v), and the other
     arguments are those of `top_updates`.
 
     Raises:
@@ -86,14 +86,14 @@ def _named(value: float) -> str:
 
 
 def _entries(g: Tensor, rows: Tensor, at: Tensor, seed: int, length: int | None) -> Tensor:
-    """Gradients of `rows` in the dimensions `at`, float64."""
+    """The gradients of `rows` in the dimensions `at`, float64."""
     if length is None:
         return g[rows][:, at].double()
     return g[rows].double() @ _direction_elements(g, at, seed)
 
 
 def _direction_elements(g: Tensor, at: Tensor, seed: int) -> Tensor:
-    """[q, dimensions at] float64."""
+    """The directions' elements [q, dimensions at] float64."""
     low, high = int(at.min()), int(at.max()) + 1
     z = torch.empty(g.shape[1], len(at), dtype=torch.float64)
     directions = choose("torch", z.device).directions

@@ -33,12 +33,12 @@ def top_updates(
 ) -> tuple[Tensor, Tensor]:
     """The dimensions of the largest mean updates of each group, and its members' updates there.
 
-    Waits for the device at the end, and before that for all but the last launches, so that Ctrl-C is heard.
+    Waits for the device at the end, and before that for all but the last launches, so that Ctrl-C is handled.
 
     Args:
         g: [B, D] rows of any floating dtype; with `length` the coefficients [B, q], float32 or float64, of directions
             [q, length] from `seed`.
-        m, v: [D] float64 where the rows are, else float32; None, with `rule`, takes the rows themselves as updates.
+        m, v: [D] float64 if the rows are, else float32; None, also for `rule`, takes the rows themselves as updates.
         rule: how updates are made.
         member: [R] int64, rows of the groups, one group after the other.
         offset: [G + 1] int64, where each group begins in `member`; none is empty.
@@ -48,7 +48,7 @@ def top_updates(
         dims [G, top] int64, the largest first, and u [R, top] float64.
 
     Raises:
-        ValueError: for NaN and infinity, and where v < 0.
+        ValueError: for NaN and infinity, and for v < 0.
     """
     history = None if rule is None or m is None or v is None else (m.contiguous(), v.contiguous())
     gradients = Gradients(g.detach(), seed, length)
@@ -76,7 +76,7 @@ def update_history(
     The other arguments are those of `top_updates`.
 
     Raises:
-        ValueError: if they overflow.
+        ValueError: if these means overflow.
     """
     m, v = m.contiguous(), v.contiguous()
     new_m, new_v = torch.empty_like(m), torch.empty_like(v)
