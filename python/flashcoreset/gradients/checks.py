@@ -5,7 +5,7 @@ Rows: the forward pass runs again with the samples in another order, which has t
 samples in the place of others: each row still has to be what its new sample gave in the first pass. If nothing moves
 (token types that are all alike) or could move, the pass runs once more with one sample fewer: such a layer then has one row fewer.
 
-Sums: both sides of sum_b G_b = G are taken between a few random vectors u, v, as u^T G v, which does not need G_b as a matrix: E (u^T D v)^2 = |D|^2.
+Sums: both sides of sum_b G_b = G are taken between a few random vectors u, v, as u^T G v, without the matrices G_b: E (u^T D v)^2 = |D|^2.
 """
 
 from __future__ import annotations

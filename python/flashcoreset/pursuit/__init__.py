@@ -53,10 +53,10 @@ def orthogonal_matching_pursuit(
 
     A step picks the row of the largest inner product with the residual target - sum_i w_i g_i (of the largest
     magnitude, unless `nonnegative`), ties to the lowest index, and fits the weights of all picks anew, exactly. No row
-    is picked twice. A pick whose weight comes to 0 stays a pick: a later fit may give it weight again, and what has
-    weight 0 in the end is left out of the result, which then has fewer than k rows. It has fewer, too, where the run
-    ends early, because no row correlates with the residual (positively, if `nonnegative`) by more than rounding: as
-    when the residual has vanished. A row that depends on those in use (its squared distance from their span at most
+    is picked twice. A pick whose weight becomes 0 stays a pick: a later fit may give it weight again, and picks that
+    have weight 0 in the end are left out of the result, which then has fewer than k rows. The result also has fewer rows if the run
+    ends early because no row correlates with the residual (positively, if `nonnegative`) by more than rounding, for
+    example when the residual has vanished. A row that depends on those in use (its squared distance from their span at most
     1e-10 of its square) is passed over.
 
     Args:
@@ -105,9 +105,9 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
     """Rows of `g` and weights > 0 whose sum is close to `target`, by k steps of greedy iterative geodesic ascent.
 
     A step turns the direction of the weighted sum towards the row whose geodesic from it points most nearly at the
-    target (ties to the lowest index; it may be a row that was picked before), as far as brings it nearest to the
-    target; in the end all weights are scaled at best. The run ends early when no row leads nearer, by more than
-    rounding; rows within 1e-4 radians of the direction are not looked at.
+    target (ties to the lowest index; it may be a row that was picked before), as far as brings the direction nearest to the
+    target; in the end all weights are scaled by the best common factor. The run ends early when no row leads nearer by more than
+    rounding; rows within 1e-4 radians of the direction are not considered.
 
     Args:
         g: [B, D] float16, bfloat16, float32 or float64. All sums are in float64.
@@ -152,7 +152,7 @@ def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Te
     return rows, b, k
 
 
-# Largest magnitudes of rows and target from which kernels take them.
+# The range of largest magnitudes of rows and target in which kernels take them.
 _SAFE = (-399, 460)
 _MOST_RIDGE = 2.0**900
 
@@ -162,7 +162,7 @@ _Found = tuple[Tensor, Tensor, Tensor]
 def solve_pursuit(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> _Found:
-    """Indices, weights and residual norms, both in float64, of arguments that were checked."""
+    """Indices, and weights and residual norms in float64, for arguments that were checked."""
     kernels = choose(backend, g.device)
     rows = g.to(compute_dtype(g.dtype))
 
@@ -187,13 +187,13 @@ def solve_pursuit(
 
 
 def solve_frank_wolfe(g: Tensor, target: Tensor, k: int, backend: str | None) -> _Found:
-    """Indices, weights and residual norms, both in float64, of arguments that were checked."""
+    """Indices, and weights and residual norms in float64, for arguments that were checked."""
     kernels = choose(backend, g.device)
     rows = g.to(compute_dtype(g.dtype))
     try:
         found = kernels.frank_wolfe(rows, target, k)
     except ValueError:
-        # Directions count: each row by itself.
+        # Only directions count, so each row is scaled by itself.
         exponents = [exponent_into(most, _SAFE) for most in rows.abs().amax(1).tolist()]
         of_target = exponent_into(largest_magnitude(target), _SAFE)
         if not any(exponents) and of_target == 0:
@@ -239,21 +239,21 @@ def pursuit_bytes(b: int, d: int, k: int, dtype: torch.dtype, orthogonal: bool, 
     """An upper bound of what a call with rows [b, d] of `dtype`, float32 or float64, allocates."""
     results = 72 * k + 32 * b
     if backend == "torch":
-        # The rows in float64, unit rows for Frank-Wolfe, products of all with one vector; those of the picks for a fit.
+        # The rows in float64, unit rows for Frank-Wolfe, products of all rows with one vector; the rows of the picks for a fit.
         return results + 8 * b * d * 3 + (40 * (d + k) * k if orthogonal else 0)
     fit = 24 * k * k if orthogonal else 0  # the picks' products, and their factor
     if backend in ("cuda", "triton"):
         columns = 8 * b * columns_kept(b, k, DEFAULT_MEMORY_BUDGET, orthogonal=orthogonal)
-        # Of few long rows the products' sums over pieces of them.
+        # For few long rows, the products' sums over pieces of the rows.
         pieces = 96 * b * -(-d // 4096) if d > 4096 and b < 8192 else 0
         vectors = 64 * b + 16 * d if orthogonal else 152 * b + 40 * d
         return results + columns + pieces + fit + vectors + 2**20
-    # Columns of the Gram matrix, a dozen at a time, of which one at least is for a pick.
+    # Columns of the Gram matrix, a dozen at a time; at least one of the dozen is for a pick.
     columns = 8 * b * min(b, 12 * k, max(DEFAULT_MEMORY_BUDGET // (8 * b), 1))
     return results + columns + fit + 64 * b + 16 * d + 2**20
 
 
-# The torch ops: what torch.compile and fake tensors see.
+# The torch ops, which torch.compile and fake tensors see.
 
 _PURSUIT, _FRANK_WOLFE = "flashcoreset::orthogonal_matching_pursuit", "flashcoreset::frank_wolfe"
 torch.library.define(

@@ -34,7 +34,7 @@ def orthogonal_matching_pursuit(
         target: [D] float64.
         k: the most picks.
         nonnegative, ridge: as in the definition.
-        memory_budget: bytes for columns of the Gram matrix, 8 * B each. Where k of them are more, every pick costs a
+        memory_budget: bytes for columns of the Gram matrix, 8 * B each. If k columns take more, every pick costs a
             pass over `g` instead.
 
     Returns:
@@ -42,7 +42,7 @@ def orthogonal_matching_pursuit(
 
     Raises:
         BackendUnavailableError: if no compiled module can be loaded.
-        ValueError: for NaN or infinity, arrays that do not fit each other, and where products overflow.
+        ValueError: for NaN or infinity, arrays that do not fit each other, and products that overflow.
 
     Example:
         >>> import torch
@@ -69,8 +69,8 @@ def orthogonal_matching_pursuit(
 def frank_wolfe(
     g: Tensor, target: Tensor, k: int, *, memory_budget: int = DEFAULT_MEMORY_BUDGET
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by k steps of Frank-Wolfe on the sphere; where columns are more than `memory_budget`, old ones are computed
-    anew."""
+    """Rows and weights by k steps of Frank-Wolfe on the sphere; if the columns take more than `memory_budget`, old columns are
+    computed anew."""
     run = native.module().frank_wolfe
     indices, weights, norms = _pursuit_results(k)
     rows, steps = run(

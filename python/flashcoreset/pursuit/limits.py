@@ -10,7 +10,7 @@ from flashcoreset._core.tensor import check_finite
 DEPENDENT = 1e-10
 # Correlations of at most this share of |g_j| (|target| + sum_i |w_i| |g_i|) are rounding errors.
 NOISE = 1e-12
-# The same for cosines between geodesics, and the least squared sine between a row and the direction.
+# The rounding error of cosines between geodesics, and the least squared sine between a row and the direction.
 UNIT_NOISE, LEAST_SQUARED_SINE = 1e-10, 1e-8
 # Norms of rows and target between which products, and what NOISE of them leaves, are normal numbers.
 SMALLEST, LARGEST = 2.0**-400, 2.0**480
@@ -20,8 +20,8 @@ _OVERFLOW = "g, target: products of their entries overflow; scale them down"
 def check_products(
     g: Tensor, target: Tensor, norms: Tensor, target_norm: float, correlation: Tensor, unit_rows: bool
 ) -> None:
-    """Raises ValueError where products of the rows with each other or the target leave the range of float64, as the `norms` [B]
-    of rows and target and their `correlation` [B] tell; `unit_rows`: whether short rows count as much as long ones."""
+    """Raises ValueError if products of the rows with each other or the target leave the range of float64, as the `norms` [B]
+    of rows and target and their `correlation` [B] show; `unit_rows`: whether short rows count as much as long ones."""
     fits = (norms >= SMALLEST) & (norms <= LARGEST) & correlation.isfinite()
     if SMALLEST <= target_norm <= LARGEST and bool(fits.all()):
         return

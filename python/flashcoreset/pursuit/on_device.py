@@ -1,8 +1,8 @@
 """Matching pursuit and Frank-Wolfe for backends whose kernels make products and scores of the rows: the rows and columns of
 their Gram matrix stay on the device, the few weights are fitted on the host.
 
-The host learns at every step which row is best, and its products with the picks; it answers with the weights. A triangular solve
-has one dependent step for each pick, so that a GPU would take longer for it than the way to the host and back.
+At every step the device reports to the host which row is best, and its products with the picks; the host answers with the weights.
+A triangular solve has one dependent step per pick, so that a GPU would take longer for it than the way to the host and back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Found = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Launchers:
-    """What a backend has; see `flashcoreset.triton_kernels.pursuit` for what the arguments are."""
+    """The kernels that a backend has; see `flashcoreset.triton_kernels.pursuit` for what the arguments are."""
 
     products: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor], None]
     squares: Callable[[Tensor, Tensor], None]
@@ -34,7 +34,7 @@ class Launchers:
 
 
 class _Problem:
-    """The rows and what is known of them from the start; `unit_rows`: whether short ones count as much as long ones."""
+    """The rows and what is known about them from the start; `unit_rows`: whether short ones count as much as long ones."""
 
     def __init__(self, launchers: Launchers, g: Tensor, target: Tensor, *, unit_rows: bool) -> None:
         check_finite(target, "target")
@@ -50,21 +50,21 @@ class _Problem:
         check_products(g, target, self.norm, self.target_norm, self.correlation, unit_rows)
 
     def products(self, vector: Tensor) -> Tensor:
-        """[B] float64, of all rows with a vector [D] float64."""
+        """The products [B] float64 of all rows with a vector [D] float64."""
         out = vector.new_empty(1, len(self.g))
         first = torch.zeros(1, dtype=torch.int64, device=vector.device)
         self.launchers.products(self.g, None, vector[None], first, out, first)
         return out[0]
 
     def products_of(self, j: int, rows: Tensor) -> Tensor:
-        """[n] float64, of row j with `rows` [n] int64."""
+        """The products [n] float64 of row j with `rows` [n] int64."""
         out = self.target.new_empty(1, len(rows))
         which = torch.tensor([j, 0], device=rows.device)
         self.launchers.products(self.g, rows, self.g, which[:1], out, which[1:])
         return out[0]
 
     def residual(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """[D] float64: what is left of the target."""
+        """The part [D] float64 of the target that is left."""
         out = torch.empty_like(self.target)
         self.launchers.residual(self.g, self.target, rows, weights, out)
         return out
@@ -84,14 +84,14 @@ class _GramColumns:
         self._present = torch.zeros(rows, dtype=torch.bool, device=problem.g.device)
 
     def slot(self, j: int, scores: Tensor) -> int:
-        """Where the column of row j is. Where it has to be computed, those of the next best rows are as well."""
+        """The slot of the column of row j. If the column has to be computed, those of the next best rows are computed as well."""
         if j not in self._slot_of:
             wanted = min(_BATCH, self._kept.count(False))
             self._compute([j, *self._next_best(j, scores, wanted - 1)])
         return self._slot_of[j]
 
     def keep(self, slot: int) -> None:
-        """For good."""
+        """Keeps the column in `slot` for good."""
         self._kept[slot] = True
 
     def _next_best(self, j: int, scores: Tensor, count: int) -> list[int]:
@@ -123,7 +123,7 @@ class _GramColumns:
 
 def columns_kept(rows: int, k: int, memory_budget: int, *, orthogonal: bool) -> int:
     """How many columns of the Gram matrix there is room for; orthogonal pursuit keeps those of all picks or none."""
-    # Those that were computed on trial and not picked are seldom asked for later.
+    # Columns that were computed on trial and not picked are seldom asked for later.
     count = min(max(memory_budget // (8 * rows), 1), rows, 2 * k + _BATCH)
     return 0 if orthogonal and count < min(k, rows) else count
 
@@ -138,7 +138,7 @@ def run_pursuit(
     ridge: float,
     memory_budget: int,
 ) -> Found:
-    """See `flashcoreset.kernels.cpu.orthogonal_matching_pursuit`."""
+    """Runs orthogonal matching pursuit; see `flashcoreset.kernels.cpu.orthogonal_matching_pursuit`."""
     problem = _Problem(launchers, g, target, unit_rows=False)
     count = columns_kept(len(g), k, memory_budget, orthogonal=True)
     streamed = count == 0  # every pick costs a pass over g
@@ -159,7 +159,7 @@ def run_pursuit(
         if score == -math.inf:
             break
         j = int(row)
-        norm[j] = math.inf  # no score is more
+        norm[j] = math.inf  # so that no score is larger
         picked[len(picks)] = j
         rows = picked[: len(picks) + 1]
         slot = -1
@@ -176,7 +176,7 @@ def run_pursuit(
         picks.append(j)
         weights = torch.empty(len(picks), dtype=torch.float64)
         active.weights(weights)
-        # By the Gram matrix, which has 16 digits of |b|^2: where few of them are left, by the rows.
+        # Computed from the Gram matrix, which has 16 digits of |b|^2; if few of these digits are left, from the rows.
         square = active.squared_residual
         if streamed or not square > 1e-6 * problem.target_norm**2:
             used = weights != 0
@@ -197,7 +197,7 @@ def run_pursuit(
 
 
 def run_frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, memory_budget: int) -> Found:
-    """See `flashcoreset.kernels.cpu.frank_wolfe`."""
+    """Runs Frank-Wolfe; see `flashcoreset.kernels.cpu.frank_wolfe`."""
     problem = _Problem(launchers, g, target, unit_rows=True)
     columns = _GramColumns(problem, columns_kept(len(g), k, memory_budget, orthogonal=False))
     norm = problem.norm
@@ -213,7 +213,7 @@ def run_frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, 
         score = (cosines - towards * along) / square.clamp_min(LEAST_SQUARED_SINE).sqrt()
         out = (square <= LEAST_SQUARED_SINE) | ~(score > UNIT_NOISE) | (lengths == 0)
         score.masked_fill_(out, -math.inf)
-        # argmax does not promise the first of equal ones.
+        # argmax does not promise the first of equal scores.
         best = torch.where(score == score.amax(), places, len(places)).amin(0, keepdim=True)
         numbers = [best.double(), *(all_of[best] for all_of in (score, cosines, along, norm))]
         row, most, cosine, near, length_of_row = torch.cat(numbers).tolist()

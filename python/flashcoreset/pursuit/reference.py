@@ -28,8 +28,8 @@ def orthogonal_matching_pursuit(
 
     A step picks the row of the largest inner product with the residual target - sum_i w_i g_i (of the largest
     magnitude, unless `nonnegative`), ties to the lowest index, and then fits the weights of all picks anew: by least
-    squares, or under w >= 0. No row is picked twice. A pick whose weight came to 0 stays among the picks, so that a
-    later fit may give it weight again; what has weight 0 in the end is left out. A row that depends on those in use is
+    squares, or under w >= 0. No row is picked twice. A pick whose weight became 0 stays among the picks, so that a
+    later fit may give it weight again; picks that have weight 0 in the end are left out. A row that depends on those in use is
     passed over, and the run ends early when no row has a positive correlation that is more than rounding.
 
     Returns:
@@ -44,7 +44,7 @@ def orthogonal_matching_pursuit(
     free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     residual, residual_norms = b, []
     while len(picks) < k:
-        rest = (rows * residual).sum(1)  # a row at a time: equal rows give equal bits
+        rest = (rows * residual).sum(1)  # row by row, so that equal rows give equal bits
         score = rest if nonnegative else rest.abs()
         scale = b.norm() + (weights.abs() * norms[picks]).sum()
         score[~free | (score <= NOISE * scale * norms)] = -torch.inf
@@ -74,7 +74,7 @@ def frank_wolfe(g: Tensor, target: Tensor, k: int) -> Found:
     """Picks rows of g [B, D] and weights >= 0 by k steps on the unit sphere towards the target.
 
     A step moves the direction y, a unit vector, along the geodesic towards the unit row whose geodesic from y points
-    most nearly at the target (the first of equal ones; the row may be one that was picked before), as far as brings y
+    most nearly at the target (the first of equally good rows; the row may have been picked before), as far as brings y
     nearest to the target. The weights are in the end scaled so that the sum is the target's projection on y. The run
     ends early when no row leads nearer.
 
@@ -129,24 +129,24 @@ def _checked(g: Tensor, target: Tensor, unit_rows: bool) -> tuple[Tensor, Tensor
 
 
 def _fit(rows: Tensor, b: Tensor, ridge: float) -> Tensor:
-    """The w of least |rows' w - b|^2 + ridge |w|^2."""
+    """The w with the least |rows' w - b|^2 + ridge |w|^2."""
     if len(rows) == 0:
         return rows.new_zeros(0)
-    # The penalty stands first, and the unknowns are w times its root: below the rows, or unscaled, a large one would cost the digits
-    # of these in the QR factors.
+    # The penalty stands first, and the unknowns are w times its root: below the rows, or unscaled, a large penalty would cost digits
+    # of the rows in the QR factors.
     root = ridge**0.5
     unit = max(1.0, root)
     penalty = root / unit * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     matrix, right = torch.cat([penalty, rows.T / unit]), torch.cat([b.new_zeros(len(rows)), b])
-    # The default on the CPU, "gelsy", pivots by memory that torch leaves as it is: its bits vary from call to call.
+    # "gelsy", the default on the CPU, pivots by memory that torch does not set: its bits vary from call to call.
     found = torch.linalg.lstsq(matrix, right[:, None], driver="gels").solution[:, 0] / unit
-    if not found.isfinite().all():  # no row would leave the active set, again and again
+    if not found.isfinite().all():  # otherwise the active-set loop would never end
         raise ValueError(_OVERFLOW)
     return found
 
 
 def _nonnegative_fit(rows: Tensor, b: Tensor, ridge: float, weights: Tensor) -> Tensor:
-    """The same under w >= 0, by the active-set method of Lawson and Hanson ("Solving least squares problems", 1974,
+    """The least w as in `_fit` under w >= 0, by the active-set method of Lawson and Hanson ("Solving least squares problems", 1974,
     chapter 23) from `weights`, whose last entry, 0, is that of the row that joined."""
     weights = weights.clone()
     used = weights > 0

@@ -39,15 +39,15 @@ def orthogonal_matching_pursuit(
         target: [D] float64.
         k: the most picks.
         nonnegative, ridge: as in the definition.
-        memory_budget: bytes for columns of the Gram matrix, 8 * B each; what 2 k + 12 of them take is allocated at once, as far
-            as it goes. Where k of them are more, every pick costs a pass over `g` instead.
+        memory_budget: bytes for columns of the Gram matrix, 8 * B each; room for 2 k + 12 of them is allocated at once, as far
+            as the budget allows. If k columns take more, every pick costs a pass over `g` instead.
 
     Returns:
         The rows [r], their weights [r] (float64) and the norms of the residual after each step (float64).
 
     Raises:
         BackendUnavailableError: if no compiled CPU module can be loaded.
-        ValueError: for NaN or infinity, and where products overflow.
+        ValueError: for NaN or infinity, and for products that overflow.
     """
     return run_pursuit(
         _PURSUIT, g, target, k, nonnegative=nonnegative, ridge=ridge, memory_budget=memory_budget
@@ -57,6 +57,6 @@ def orthogonal_matching_pursuit(
 def frank_wolfe(
     g: Tensor, target: Tensor, k: int, *, memory_budget: int = DEFAULT_MEMORY_BUDGET
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by k steps of Frank-Wolfe on the sphere; where columns are more than `memory_budget`, old ones are computed
-    anew. Nothing is fitted, but every step waits for the device."""
+    """Rows and weights by k steps of Frank-Wolfe on the sphere; if the columns take more than `memory_budget`, old columns are
+    computed anew. Nothing is fitted, but every step waits for the device."""
     return run_frank_wolfe(_PURSUIT, g, target, k, memory_budget=memory_budget)

@@ -18,7 +18,7 @@ from flashcoreset.scores.checks import check_targets, mean_over_tokens
 
 @dataclass(frozen=True, eq=False)
 class SampleScores:
-    """What `sample_scores` returns: five numbers a sample.
+    """What `sample_scores` returns: five numbers per sample.
 
     Attributes:
         loss: [N], the cross-entropy -log p_t, in nats.
@@ -26,7 +26,7 @@ class SampleScores:
         margin: [N], p_t less the largest probability of another class, in [-1, 1].
         el2n: [N], the Euclidean norm of p - onehot(t), in [0, sqrt(2)].
         correct: [N] bool, whether the prediction is the target; for logits of tokens [N] floating, the share of
-            tokens that are predicted correctly.
+            tokens that the prediction gets right.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -47,16 +47,16 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
 
     With p = softmax(logits) and the target t: loss = -log p_t, entropy = -sum_j p_j log p_j, margin = p_t -
     max_{j != t} p_j (the largest probability of no other class counts as 0), el2n = |p - onehot(t)|_2, correct =
-    whether t is the class of the largest logit, of equal ones the lowest. Of logits [N, T, C] each is the mean over
-    a sample's tokens. Nothing is differentiable.
+    whether t is the class of the largest logit (the lowest class among equals). For logits [N, T, C] each score is
+    the mean over a sample's tokens. Nothing is differentiable.
 
     Args:
-        logits: [N, C], or [N, T, C] for T tokens a sample; float16, bfloat16, float32 or float64 (half types
+        logits: [N, C], or [N, T, C] for T tokens per sample; float16, bfloat16, float32 or float64 (half types
             compute in float32). Strides may be any: logits[:, :-1] costs no copy.
         targets: [N] or [N, T] integers in [0, C).
         mask: [N, T], bool or integers 0 and 1, for logits [N, T, C]: which tokens count, at least one in each
-            sample. Logits and targets of the others may be anything (NaN, -100) and are not read by the
-            compiled kernels. None: all count.
+            sample. Logits and targets of other tokens may be anything (NaN, -100) and are not read by the
+            compiled kernels. None: all tokens count.
         backend: None, "cpu", "triton" (on CUDA tensors) or "torch".
 
     Returns:
@@ -66,7 +66,7 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
     Raises:
         TypeError: for arguments of a wrong type.
         ValueError: for wrong shapes, NaN or infinity in the logits, targets out of range, a mask that is not 0
-            and 1, and a sample of which no token counts.
+            and 1, and a sample in which no token counts.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Paul, Ganguli and Dziugaite, "Deep learning on a data diet: finding important examples early in
@@ -147,7 +147,7 @@ def _checked_mask(mask: Tensor) -> Tensor:
     return kept
 
 
-# The torch op: what torch.compile and fake tensors see.
+# The torch op, which torch.compile and fake tensors see.
 
 _NAME = "flashcoreset::sample_scores"
 torch.library.define(_NAME, "(Tensor logits, Tensor targets, Tensor? mask, str? backend) -> Tensor")
@@ -168,7 +168,7 @@ def _estimate(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> int:
-    """Bytes of one call; see `memory_estimate`."""
+    """The bytes of one call; see `memory_estimate`."""
     check_backend(backend)
     dtype = as_dtype(dtype)
     shape = as_shape(logits, "logits", 3 if len(getattr(logits, "shape", logits)) == 3 else 2)
@@ -180,7 +180,7 @@ def _estimate(
     rows, classes = math.prod(shape[:-1]), shape[-1]
     size = compute_dtype(dtype).itemsize
     scores = 5 * rows * size
-    # The means over tokens: in float64, with cumulative sums; a mask's masks.
+    # The means over tokens: in float64, with cumulative sums; the masks made from a mask.
     means = 2 * 5 * rows * 8 if len(shape) == 3 else 0
     masks = 32 * rows if mask is not None else 2 * rows
     if backend == "torch":

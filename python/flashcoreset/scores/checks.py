@@ -33,7 +33,7 @@ def _where(sample: int, token: int, tokens: int) -> str:
 
 
 def mean_over_tokens(scores: Tensor, kept: Tensor | None) -> Tensor:
-    """[5, N] means of the scores [5, N, T] over the tokens that are `kept` [N, T] (None: over all); the others'
+    """The means [5, N] of the scores [5, N, T] over the tokens that are `kept` [N, T] (None: over all); the others'
     scores are 0."""
     total = row_sums(scores.to(torch.float64))
     count = scores.shape[2] if kept is None else row_sums(kept.to(torch.float64))
@@ -41,6 +41,6 @@ def mean_over_tokens(scores: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Sums over the last dimension, of which each depends on its row alone: how `sum` orders its additions may
+    """Sums over the last dimension, each of which depends on its row alone: the order of additions in `sum` may
     depend on the number of rows."""
     return x.cumsum(-1)[..., -1]

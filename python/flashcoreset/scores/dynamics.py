@@ -12,8 +12,8 @@ from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.tensor import as_dense, as_integer, as_vector
 from flashcoreset.scores import sample_scores
 
-# An epoch's record of a sample, a byte: whether it was seen, and whether it was correct at its first and at its last
-# update in that epoch.
+# An epoch's record of a sample, one byte: whether the sample was seen, and whether it was correct at its first and at its
+# last update in that epoch.
 _SEEN, _FIRST, _LAST = 1, 2, 4
 
 
@@ -21,7 +21,7 @@ class TrainingDynamics:
     """Gathers the scores of training: area under the margin, EL2N, forgetting and correctness of every sample.
 
     Call `update` with every mini-batch of training, in any order of the samples; `scores` gives what `fc.ccs` and
-    `fc.top_scores` take. The state is on the CPU: 32 bytes a sample, and 1 for each epoch.
+    `fc.top_scores` take. The state is on the CPU: 32 bytes per sample, and 1 more for each epoch.
 
     Args:
         n_samples: the number of training samples, >= 1.
@@ -31,7 +31,7 @@ class TrainingDynamics:
         TypeError, ValueError: for arguments of a wrong type or out of range.
 
     Source: Pleiss, Zhang, Elenberg and Weinberger, "Identifying mislabeled data using the area under the margin
-    ranking", NeurIPS 2020 (margins here are of probabilities); Paul, Ganguli and Dziugaite, "Deep learning on a
+    ranking", NeurIPS 2020 (here margins of probabilities); Paul, Ganguli and Dziugaite, "Deep learning on a
     data diet", NeurIPS 2021 (EL2N); Toneva et al., "An empirical study of example forgetting during deep neural
     network learning", ICLR 2019, algorithm 1 (forgetting); Zheng, Liu, Lai and Prakash, "Coverage-centric coreset
     selection for high pruning rates", ICLR 2023 (their use for coresets).
@@ -54,13 +54,13 @@ class TrainingDynamics:
         self._correct = torch.zeros(self.n_samples, dtype=torch.int64)
         self._forgotten = torch.zeros(
             self.n_samples, dtype=torch.int64
-        )  # from one update to the next in an epoch
+        )  # times forgotten from one update to the next within an epoch
         self._epochs: dict[int, Tensor] = {}
 
     def update(
         self, indices: Any, logits: Any, targets: Any, epoch: int, *, backend: str | None = None
     ) -> None:
-        """Adds a mini-batch. A sample that it holds more than once counts as often, in the batch's order.
+        """Adds a mini-batch. A sample that occurs several times in the batch counts each time, in the batch's order.
 
         Args:
             indices: [B] integers in [0, n_samples): which samples these are; on any device.
@@ -117,12 +117,12 @@ class TrainingDynamics:
         return self._epochs[epoch]
 
     def scores(self) -> dict[str, Tensor]:
-        """The scores so far, of all updates in the order of their epochs, within an epoch in the order of the calls.
+        """The scores so far, over all updates in the order of their epochs, within an epoch in the order of the calls.
 
         Returns:
             Tensors [n_samples] float64. "aum": the sum of the margins; low is hard, or labelled wrongly. "el2n": the
             sum of EL2N over the first epochs; high is hard. "forgetting": how often the sample was correct at
-            one update and wrong at the next; +inf if it was correct at none. "correctness": at how many updates it
+            one update and wrong at the next; +inf if it was correct at no update. "correctness": at how many updates it
             was correct. A sample without updates has 0, 0, +inf and 0.
 
         Example:

@@ -10,7 +10,7 @@ Sources: EL2N is that of Paul, Ganguli and Dziugaite, "Deep learning on a data d
 early in training", NeurIPS 2021 (definition 2.2); the margin of probabilities is that of Pleiss, Zhang,
 Elenberg and Weinberger, "Identifying mislabeled data using the area under the margin ranking", NeurIPS 2020,
 as the code of Zheng, Liu, Lai and Prakash, "Coverage-centric coreset selection for high pruning rates", ICLR
-2023, has it (Pleiss et al. take it of the logits).
+2023, computes it (Pleiss et al. take the margin of the logits).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sample_scores(
         out: [5, N, T] float64 for float64, else float32; None allocates it.
 
     Returns:
-        `out`: loss, entropy, margin, EL2N, and 1 where the prediction is correct, 0 where it is not.
+        `out`: loss, entropy, margin, EL2N, and 1 if the prediction is correct, 0 if it is not.
 
     Raises:
         ValueError: for NaN or infinity in `logits` and targets out of range.

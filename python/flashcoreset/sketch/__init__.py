@@ -14,9 +14,9 @@ from flashcoreset.sketch.backend import choose
 from flashcoreset.sketch.kinds import KINDS, ROWS_AT_ONCE
 
 _MOST_COLUMNS = 2**31
-_MOST_ENTRIES = 2**60  # of a matrix
+_MOST_ENTRIES = 2**60  # the most entries of a matrix
 _CONVERTED = 64 * 2**20  # bytes of half-precision input that are converted at a time
-_COLUMNS = 1 << 18  # of a row that are converted together
+_COLUMNS = 1 << 18  # columns of a row that are converted together
 
 
 def sketch(
@@ -29,7 +29,7 @@ def sketch(
     nnz: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """Rows of `x`, projected to `dim` dimensions: x @ projection_matrix(D, dim, ...), without forming that matrix.
+    """The rows of `x`, projected to `dim` dimensions: x @ projection_matrix(D, dim, ...), without forming that matrix.
 
     Squared lengths and inner products of the rows are kept in expectation over `seed`, with a relative standard deviation of
     about sqrt(2 / dim). The matrix is a function of (kind, seed, row, column): one seed gives the same one on every backend,
@@ -38,14 +38,14 @@ def sketch(
     Args:
         x: [B, D], float16, bfloat16, float32 or float64; half types are computed in float32.
         dim: columns of the result, 1 to 2^31.
-        kind: "rademacher" (random signs; Achlioptas, 2003) or "gaussian": dense, B D dim multiply-adds; "sjlt": `nnz` entries a
+        kind: "rademacher" (random signs; Achlioptas, 2003) or "gaussian": dense, B D dim multiply-adds; "sjlt": `nnz` entries per
             row of the matrix (Kane and Nelson, 2014), B D nnz; "srht": blocks of N rows, a power of two between 1,024 and
             4,096, by fast Hadamard transforms (Ailon and Chazelle, 2009), B D (log N + dim / N).
         seed: a 64-bit integer.
         offset: the row of the matrix that column 0 of `x` belongs to, so that columns may come in pieces:
             sketch(x) = sketch(x[:, :c]) + sketch(x[:, c:], offset=c), up to rounding. (srht costs least where pieces begin at
             multiples of N.)
-        nnz: of "sjlt", at most `dim`; more of them lower the variance of short or sparse rows.
+        nnz: the entries per row of "sjlt", at most `dim`; more entries lower the variance of short or sparse rows.
         backend: None, "cpu", "cuda", "triton" or "torch".
 
     Returns:
@@ -89,7 +89,7 @@ def projection_matrix(
         D: rows, at least 1.
         dim, kind, seed, offset, nnz, backend: as for `sketch`.
         dtype: torch.float32 or torch.float64; float16 and bfloat16 round float32's entries.
-        device: of the result; None is the CPU.
+        device: the device of the result; None is the CPU.
 
     Returns:
         [D, dim].
@@ -133,13 +133,13 @@ def check_projection(
 
 
 def _device(value: Any) -> torch.device:
-    """The device, which torch can use here."""
+    """The device of a call, checked to be one that torch can use here."""
     try:
         place = torch.device("cpu" if value is None else value)
         torch.empty(0, device=place)
     except TypeError:
         raise TypeError(f"device must be a torch.device or its name, got {value!r}") from None
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an AssertionError
         raise ValueError(f"device must be one that torch can use here, got {str(value)!r}: {error}") from None
     return place
 
@@ -160,16 +160,16 @@ def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backen
             out: Tensor = kernels.sketch(x, dim, kind=kind, seed=seed, offset=offset, nnz=nnz)
         else:
             out = x.new_zeros(x.shape[0], dim, dtype=dtype)
-            # Columns are cut in the same places whatever the number of rows, on which a row's bits must not depend.
+            # Columns are cut in the same places for every number of rows, because a row's bits must not depend on that number.
             rows = max(1, _CONVERTED // (dtype.itemsize * min(x.shape[1], _COLUMNS)))
             for first in range(0, x.shape[0], rows):
                 for begin in range(0, x.shape[1], _COLUMNS):
                     out[first : first + rows] += kernels.sketch(
-                        # Without a name, so that it is gone before the next.
+                        # Without a name, so that this part is freed before the next.
                         x[first : first + rows, begin : begin + _COLUMNS].to(dtype),
                         dim, kind=kind, seed=seed, offset=offset + begin, nnz=nnz,
                     )  # fmt: skip
-        # What is not finite in a row is not finite in its sketch, which is shorter to look through.
+        # A number that is not finite in a row is not finite in its sketch either, which is shorter to check.
         if not bool(torch.isfinite(out).all()):
             check_finite(x, "x")
             raise ValueError(f"x: sums of its rows go beyond the range of {dtype}; scale it down")
@@ -181,7 +181,7 @@ def _fake(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, back
     return x.new_empty(x.shape[0], dim, dtype=compute_dtype(x.dtype))
 
 
-# Bytes of random words, bits and numbers for an entry of the reference's matrix.
+# Bytes of random words, bits and numbers per entry of the reference's matrix.
 _REFERENCE = {"rademacher": 14, "gaussian": 50, "sjlt": 1, "srht": 22}
 
 
@@ -197,7 +197,7 @@ def _estimate(
     nnz: int = 1,
     backend: str | None = None,
 ) -> int:
-    """Bytes of one call; see `memory_estimate`. Terms are named after what the kernels allocate."""
+    """The bytes of one call; see `memory_estimate`. Terms are named after what the kernels allocate."""
     dtype = as_dtype(dtype)
     batch, columns = as_shape(x, "x")
     dim, _, _, nnz = check_projection(columns, dim, kind, seed, offset, nnz)
@@ -217,10 +217,10 @@ def _estimate(
     partial = pieces * rows * dim * 8
     together = min(rows if rows < 8 else rows + 15, each)
     split = threads if pieces > 1 or rows * columns * nnz >= 1 << 16 else 1
-    # (Allocators keep those of the slab before.)
+    # (Allocators keep the numbers of the slab before.)
     sums = threads * together * min(dim, 512) * 8 if dense else 2 * split * together * dim * size
     scratch = sums + threads * ((1 << 20) + 1024 * nnz)
-    # What is not finite is looked for in the result: its absolute values and three masks.
+    # The result is checked for numbers that are not finite: its absolute values and three masks.
     return (2 if converted else 1) * out + converted + scratch + max(partial, out + 3 * batch * dim)
 
 

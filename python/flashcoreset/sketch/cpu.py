@@ -17,7 +17,7 @@ TAKES = Takes()
 def sketch(
     x: Tensor, dim: int, *, kind: str, seed: int, offset: int = 0, nnz: int = 1, out: Tensor | None = None
 ) -> Tensor:
-    """x [B, D] times the projection's matrix [D, dim], into `out` [B, dim] of the same dtype, float32 or float64. NaN and
+    """Multiplies x [B, D] by the projection's matrix [D, dim], into `out` [B, dim] of the same dtype, float32 or float64. NaN and
     infinities go where the product takes them."""
     if out is None:
         out = x.new_empty(x.shape[0], dim)

@@ -18,7 +18,7 @@ TAKES = Takes()
 def sketch(
     x: Tensor, dim: int, *, kind: str, seed: int, offset: int = 0, nnz: int = 1, out: Tensor | None = None
 ) -> Tensor:
-    """x [B, D] times the projection's matrix [D, dim]; see `flashcoreset.sketch.reference` for the definition.
+    """Multiplies x [B, D] by the projection's matrix [D, dim]; see `flashcoreset.sketch.reference` for the definition.
 
     Args:
         x: float32 or float64, on a CUDA device. NaN and infinities go where the product takes them.
@@ -26,13 +26,13 @@ def sketch(
         out: [B, dim], same dtype and device, rows contiguous; None allocates it.
 
     Returns:
-        `out`; the work is on torch's current queue. Only where it takes several launches of tenths of a second is the last
-        but one of them waited for, so that Ctrl-C is heard.
+        `out`; the work is on torch's current queue. Only if it takes several launches of tenths of a second, the call waits for
+        the last launch but one, so that Ctrl-C is handled.
 
     Raises:
         BackendUnavailableError: if there are no CUDA kernels or no device.
         TypeError, ValueError: for arrays that do not fit each other.
-        torch.OutOfMemoryError: if the device has no room for partial sums (64 MiB at most, or 8 bytes an output).
+        torch.OutOfMemoryError: if the device has no room for partial sums (64 MiB at most, or 8 bytes per output).
     """
     x = x.detach()
     if out is None:

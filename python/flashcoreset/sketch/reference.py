@@ -4,11 +4,11 @@ Row i of the matrix belongs to column i of the input, counted from the start of 
 entry is a function of (kind, seed, row, column) and of nothing else. Random words are Philox4x32-10 blocks of the key `seed`;
 the counter is (row low, row high, block, kind), with the kinds numbered as in KINDS:
 
-- rademacher: +-1 / sqrt(dim). Bit c % 32 of word c % 128 / 32 of block c / 128 of the row is set where column c is negative
+- rademacher: +-1 / sqrt(dim). Bit c % 32 of word c % 128 / 32 of block c / 128 of the row is set if column c is negative
   (Achlioptas, "Database-friendly random projections", 2003).
 - gaussian: n / sqrt(dim), n standard normal by Box and Muller's formula: words 0 and 1 of block c / 4 give columns 4b and
   4b + 1, words 2 and 3 the next two. n is a float32 number, whatever the precision of the product.
-- sjlt: `nnz` entries +-1 / sqrt(nnz) a row, one in each of `nnz` nearly equal blocks of columns (Kane and Nelson, "Sparser
+- sjlt: `nnz` entries +-1 / sqrt(nnz) per row, one in each of `nnz` nearly equal blocks of columns (Kane and Nelson, "Sparser
   Johnson-Lindenstrauss transforms", 2014). Words 2e and 2e + 1 of the row (word w is word w % 4 of block w / 4) say where
   in its block entry e is, and by their lowest bit its sign.
 - srht: rows in blocks of N, a power of two; block b is sqrt(1 / dim) D H_b: D random signs (bit i % 128 of counter row i / 128
@@ -17,7 +17,7 @@ the counter is (row low, row high, block, kind), with the kinds numbered as in K
   approximation on distributed architectures", 2023). Column c is drawn from the c-th of `dim` equal parts of the N while
   dim <= N, else from all of them, by word c % 4 of block 1 + c / 4 of counter row b.
 
-All of them keep squared lengths and inner products in expectation.
+All kinds keep squared lengths and inner products in expectation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TAKES = Takes()
 
 
 def _words(kind: str, seed: int, rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """Words [rows, blocks, 4] of the counters (row, block)."""
+    """The words [rows, blocks, 4] of the counters (row, block)."""
     counter = np.empty((len(rows), len(blocks), 4), dtype=np.uint32)
     counter[..., 0] = (rows & 0xFFFFFFFF)[:, None]
     counter[..., 1] = (rows >> 32)[:, None]
@@ -46,7 +46,7 @@ def _words(kind: str, seed: int, rows: np.ndarray, blocks: np.ndarray) -> np.nda
 
 
 def _bits(words: np.ndarray) -> np.ndarray:
-    """Bits [rows, 32 * words], the lowest first."""
+    """The bits [rows, 32 * words] of the words, the lowest first."""
     rows, count = words.shape
     return (words[:, :, None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)).reshape(rows, 32 * count)
 
@@ -115,7 +115,7 @@ def _consecutive(begin: int, count: int) -> np.ndarray:
 
 
 def _matrix(number: np.ndarray, dim: int, kind: str, seed: int, nnz: int, dtype: torch.dtype) -> Tensor:
-    """The rows with the numbers `number` [rows] int64."""
+    """The rows of the matrix with the numbers `number` [rows] int64."""
     rows = len(number)
     if kind == "gaussian":
         words = _words(kind, seed, number, np.arange((dim + 3) // 4))
@@ -140,14 +140,14 @@ def _scale(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def sketch(x: Tensor, dim: int, *, kind: str, seed: int, offset: int, nnz: int) -> Tensor:
-    """x [B, D] times the matrix [D, dim], in the dtype of `x`, a part of the rows at a time."""
+    """Multiplies x [B, D] by the matrix [D, dim], in the dtype of `x`, a part of the rows at a time."""
     out = x.new_zeros(x.shape[0], dim)
     step = max(1, ROWS_AT_ONCE // dim)
     for begin in range(0, x.shape[1], step):
         part = x[:, begin : begin + step]
         number = _consecutive(offset + begin, part.shape[1])
         matrix = _matrix(number, dim, kind, seed, nnz, x.dtype).to(x.device)
-        # Row by row, and no matrix product: its bits depend on how many rows there are, and on the number of threads.
+        # Row by row, without a matrix product, whose bits depend on how many rows there are and on the number of threads.
         for sums, row in zip(out, part, strict=True):
             sums += (row[:, None] * matrix).sum(0)
     return out

@@ -24,7 +24,7 @@ def sketch(
     out: Tensor | None = None,
     allow_tf32: bool = False,
 ) -> Tensor:
-    """x [B, D] times the projection's matrix [D, dim]; see `flashcoreset.sketch.reference` for the definition.
+    """Multiplies x [B, D] by the projection's matrix [D, dim]; see `flashcoreset.sketch.reference` for the definition.
 
     Args:
         x: float16, bfloat16, float32 or float64. NaN and infinities go where the product takes them.
