@@ -32,8 +32,8 @@ def select(name: str, **arguments: Any) -> Coreset:
         Its Coreset.
 
     Raises:
-        ValueError: for a name that is no method's.
-        TypeError: for a name that is no string, and for arguments that the method does not have.
+        ValueError: for a name that no method has.
+        TypeError: for a name that is not a string, and for arguments that the method does not have.
 
     Example:
         >>> import torch, flashcoreset as fc

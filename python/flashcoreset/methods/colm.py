@@ -22,21 +22,21 @@ _PATIENCE = 100  # batches in which a kept label is expected
 
 
 class CoLM:
-    """Chooses, batch by batch, the samples to train on: all of small sources, and of the others medoids of the gradients as Adam
-    would normalise them.
+    """Chooses, batch by batch, the samples to train on: all samples of small sources, and from the others medoids of the gradients as
+    Adam would normalise them.
 
-    It holds Adam's history of the gradients that were matched, which starts at zero with the first batch.
+    A `CoLM` holds Adam's history of the gradients that were matched, which starts at zero with the first batch.
 
     Args:
         k: the size of a coreset, >= 1 and at least the number of `keep_groups`.
-        top: how many dimensions of a gradient count, those where a group's mean update is largest; no gradient may be shorter.
+        top: how many dimensions of a gradient count: those where a group's mean update is largest; no gradient may be shorter.
             None takes all.
-        betas, eps: Adam's, as the optimizer has them.
-        keep_groups: labels of the sources of which every sample is kept. A batch may have none of them; of labels that no sample of the
-            first 100 batches has, a warning tells.
-        rule: how what is left of k goes to the other sources: "proportional" and "balanced" are those of `allocate_budgets`,
-            "none" matches them together.
-        metric: what medoids are nearest by: "l1", "euclidean", "sqeuclidean", "cosine" or "dot".
+        betas, eps: Adam's, with the optimizer's values.
+        keep_groups: labels of the sources of which every sample is kept. A batch may have none of them; a warning reports labels that no
+            sample of the first 100 batches has.
+        rule: how the rest of k is divided among the other sources: "proportional" and "balanced" are those of `allocate_budgets`,
+            "none" matches all other sources together.
+        metric: the distance or similarity for medoids: "l1", "euclidean", "sqeuclidean", "cosine" or "dot".
         backend: None, "cpu", "cuda", "triton" or "torch".
 
     Raises:
@@ -98,19 +98,19 @@ class CoLM:
     def select(self, grads: Any, groups: Any = None) -> Coreset:
         """The samples of a batch to train on.
 
-        Samples whose gradient has a NaN or an infinity, or is zero, are left out, of kept sources too. If the kept sources
-        have more than k samples, the first k of them are taken. If fewer than k samples are usable, all of them are.
+        Samples whose gradient has a NaN or an infinity, or is zero, are left out, also in kept sources. If the kept sources
+        have more than k samples, the first k of them are taken. If fewer than k samples are usable, all usable samples are taken.
 
         Args:
-            grads: [B, D] gradients, a row a sample, or `LowRankGradients`, as `zeroth_order_gradients` returns them.
-            groups: [B] integer labels of the samples' sources; None is one source.
+            grads: [B, D] gradients, one row per sample, or `LowRankGradients`, as `zeroth_order_gradients` returns them.
+            groups: [B] integer labels of the samples' sources; None stands for one source.
 
         Returns:
             Coreset on the device of `grads`: `indices`, the kept samples first and then the medoids, source by source in label
             order; `weights`, 1 for kept samples and the size of its cluster for a medoid; and `info`: "kept" (how many),
-            "left_out" (the samples without a usable gradient), "budgets" (label -> count, of the matched sources; {None: count}
+            "left_out" (the samples without a usable gradient), "budgets" (label -> count, for the matched sources; {None: count}
             with rule "none"), "dims" (the dimensions that counted, [sources, top] or None), "step" (the number of steps
-            made), "unseen" (those of keep_groups of which no batch so far had a sample) and "seconds".
+            made), "unseen" (the keep_groups of which no batch so far had a sample) and "seconds".
 
         Raises:
             TypeError, ValueError: for gradients of another length, dtype or device than before, labels of another length, fewer
@@ -158,7 +158,7 @@ class CoLM:
         )
 
     def _note(self, labels: Tensor) -> None:
-        """Which of keep_groups have come; a warning where some have not for long."""
+        """Notes which of keep_groups have occurred; warns if some have not for a long time."""
         self._batches += 1
         if not self._unseen:
             return
@@ -180,7 +180,7 @@ class CoLM:
     def _members(
         self, labels: Tensor, usable: Tensor, left: int
     ) -> tuple[list[tuple[Tensor, int]], dict[int | None, int]]:
-        """The rows and the budget of each source that has one, and the budgets by label."""
+        """The rows and the budget of each source that has a budget, and the budgets by label."""
         rows = usable.nonzero()[:, 0]
         left = min(left, len(rows))
         if not left:
@@ -194,7 +194,7 @@ class CoLM:
         return [(rows[own == label], count) for label, count in by_label.items() if count], by_label
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, for `load_state_dict` of a CoLM of the same arguments: tensors and numbers, as torch.save takes them."""
+        """The history, for `load_state_dict` of a CoLM with the same arguments: tensors and numbers, as torch.save takes them."""
         if self.history is None:
             return {"history": None}
         if isinstance(self.history, RankOneAdamState):
@@ -244,8 +244,8 @@ class CoLM:
 
 
 def colm(grads: Any, k: int, *, groups: Any = None, **options: Any) -> Coreset:
-    """`CoLM(k, **options).select(grads, groups)`: one batch, before which there was none, with a warning of keep_groups that have no
-    sample in it."""
+    """The coreset `CoLM(k, **options).select(grads, groups)` of one batch without history; warns of keep_groups that have no
+    sample in the batch."""
     coreset = CoLM(k, **options).select(grads, groups)
     if coreset.info["unseen"]:
         warnings.warn(
@@ -262,7 +262,7 @@ def nothing_kept(labels: Iterable[int], where: str, groups: Tensor) -> str:
 
 
 def _usable(g: Gradients) -> Tensor:
-    """[B] bool: gradients that are finite and not zero."""
+    """A mask [B] bool of the gradients that are finite and not zero."""
     usable = torch.empty(g.count, dtype=torch.bool, device=g.values.device)
     step = max(1, (1 << 24) // g.values.shape[1])
     for begin in range(0, g.count, step):

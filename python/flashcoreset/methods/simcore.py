@@ -21,7 +21,7 @@ from flashcoreset.nearest_order import Rounds, RowSource, chunk_rows, compute_ty
 from flashcoreset.nearest_order.backend import choose
 from flashcoreset.nearest_order.rows import normalize_rows
 
-_PER_TARGET = 50  # picks for each distinct target point where no k is given
+_PER_TARGET = 50  # picks per distinct target point if no k is given
 
 
 def simcore(
@@ -42,34 +42,35 @@ def simcore(
     """Takes from an open set the items that are most similar to a target set, round by round.
 
     The rows of both sets are scaled to unit length, the target is clustered by k-means and its centroids are
-    scaled to unit length. Target rows that are then equal are one point, which counts in k-means as often as it appears. In a round every centroid takes its most similar item (by cosine) that no earlier
-    round took; two centroids may take the same item in one round, where it counts once. The value of a round
+    scaled to unit length. Target rows that are then equal are one point, which counts in k-means as often as it
+    appears. In a round every centroid takes its most similar item (by cosine) that no earlier
+    round took; two centroids may take the same item in one round, and then it counts once. The value of a round
     is the mean over the centroids of the similarities taken. With `stop`, the value of round number
     `patience` times `stop_threshold` is the threshold, and the first later round whose value is below it is
     dropped and ends the selection. Ties go to the lowest index; a zero row has similarity 0 to everything.
 
-    The open set is streamed: of the n x n_clusters similarities a partial order for each centroid is kept,
-    and the open set is read again when one of them runs out.
+    The open set is streamed: from the n x n_clusters similarities a partial order for each centroid is kept,
+    and the open set is read again when one of these orders runs out.
 
     Args:
         openset: [n, d] float16, bfloat16, float32 or float64: a tensor or array (also a memory-mapped one),
             or an iterable of such batches [., d] that together are the open set: a list, a DataLoader
             without shuffling, an object whose `iter()` starts anew, a function that returns a new iterator,
-            or an iterator (a generator), which can be read once only. A batch may also be a tuple or list
-            whose first entry is the matrix; batches without rows are passed over. The indices count the rows as they come, so a
+            or an iterator (a generator), which can be read only once. A batch may also be a tuple or list
+            whose first entry is the matrix; batches without rows are passed over. The indices count the rows in the order in which they come, so a
             DataLoader that shuffles, samples, drops or mixes rows is refused. An iterable is read once if n_clusters x k entries
             of 24 bytes fit into 3/4 of `memory_budget`.
         target: [m, d], on the same device.
-        k: the number of items to take at most, 1 <= k <= n. None, with `stop`: 50 for each point of the target,
+        k: the most items to take, 1 <= k <= n. None, with `stop`: 50 per point of the target,
             or n if that is less.
-        n_clusters: centroids; with no more points than that every target point is one.
+        n_clusters: the number of centroids; if the target has no more points than that, every point is a centroid.
         stop: whether a round of low value ends the selection.
         stop_threshold: share of the reference value, >= 0.
         patience: the round, counted from 1, whose value is the reference: 20 in the published code, 1 in the
             paper.
-        seed: for k-means, and for the random part of the last round that is kept where all of it would pass
+        seed: for k-means, and for the random part of the last round that is kept if all of it would exceed
             k; 0 <= seed < 2^32.
-        n_init: k-means starts, the best of which is kept. scikit-learn runs them on one thread, since its
+        n_init: the number of k-means starts, of which the best is kept. scikit-learn runs them on one thread, since its
             sums depend on the number of threads in their last bits.
         memory_budget: bytes for the partial orders and the chunks in work, k-means not included.
         backend: None, "cpu" or "torch".
@@ -78,10 +79,10 @@ def simcore(
 
     Returns:
         Coreset: `indices` round by round, in a round in the order of the centroids that took them; `weights`
-        all 1; and `info`: "rounds" (kept ones), "values" (one for each), "counts" (items of each),
-        "threshold" (None if it was not reached), "dropped_value" (value of the round that ended the
+        all 1; and `info`: "rounds" (kept ones), "values" (one per round), "counts" (items per round),
+        "threshold" (None if it was not reached), "dropped_value" (the value of the round that ended the
         selection, or None), "stopped" ("k", "threshold", or "exhausted": the whole open set was taken), "k"
-        (the limit), "passes" (times that the open set was read), "centroids" ([K, d]).
+        (the limit), "passes" (how often the open set was read), "centroids" ([K, d]).
 
     Raises:
         TypeError: for arguments of a wrong type.
@@ -154,7 +155,7 @@ def simcore(
 def _select(
     rounds: Rounds, k: int, stop: bool, stop_threshold: float, patience: int, seed: int, progress: Progress
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The picks [<= k] and what is known of them; `rounds` has at least k items to give."""
+    """The picks [<= k] and what is known about them; `rounds` has at least k items to give."""
     picks: list[Tensor] = []
     kept_values: list[float] = []
     kept_counts: list[int] = []
@@ -168,7 +169,7 @@ def _select(
                 dropped = value
                 break
             if len(new) > k - taken:
-                # The smallest of as many random numbers, in the order of the centroids.
+                # The items with the smallest of as many random numbers, in the order of the centroids.
                 keep = np.sort(np.argsort(uniforms(seed, 0, len(new)), kind="stable")[: k - taken])
                 new = new[torch.from_numpy(keep)]
             picks.append(new)
@@ -203,15 +204,15 @@ def _distinct(target: Tensor) -> tuple[Tensor, np.ndarray]:
 
 
 def _centroids(points: Tensor, counts: np.ndarray, n_clusters: int, seed: int, n_init: int) -> Tensor:
-    """[K, d], distinct rows of unit length (or zero)."""
+    """The centroids [K, d], distinct rows of unit length (or zero)."""
     if points.shape[0] <= n_clusters:
         return points.contiguous()
     threadpool_limits = imported("threadpoolctl").threadpool_limits
     kmeans = imported("sklearn.cluster").KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
-    # A target that is repeated as a whole has the centroids of the one.
+    # A target that is repeated as a whole has the same centroids as a single copy.
     weights = counts // np.gcd.reduce(counts)
     with warnings.catch_warnings(), threadpool_limits(1):
-        # Points that differ by less than k-means can tell: some centroids are then equal.
+        # For points that differ by less than k-means can resolve, some centroids are equal.
         warnings.simplefilter("ignore", imported("sklearn.exceptions").ConvergenceWarning)
         kmeans.fit(points.cpu().numpy(), sample_weight=None if weights.max() == 1 else weights)
     centers = torch.from_numpy(kmeans.cluster_centers_).to(points.device, points.dtype)
@@ -247,7 +248,7 @@ def _estimate(
     backend: str | None = None,
     progress: Any = None,
 ) -> int:
-    """Bytes of one call; see `memory_estimate`."""
+    """The bytes of one call; see `memory_estimate`."""
     check_backend(backend)
     n_clusters = _at_least_one(n_clusters, "n_clusters")
     memory_budget = _at_least_one(memory_budget, "memory_budget")

@@ -30,7 +30,7 @@ from flashcoreset.methods.autocoreset.weighted_models import (
     named_loss,
 )
 
-_REDRAWS = 100  # of a subset that lacks a class
+_REDRAWS = 100  # draws of subsets that lack a class before an error
 
 
 def autocoreset(
@@ -47,46 +47,46 @@ def autocoreset(
     seed: int = 0,
     progress: Report | bool | None = None,
 ) -> Coreset:
-    """A weighted subset of k samples on which the model fits as on all of them, found from its losses alone.
+    """A weighted subset of k samples on which the model fits as on all of them, found from the model's losses alone.
 
     `n_initial` models are fitted on uniform samples (with every class in each), and their losses on all samples are the
     first columns of a matrix. Then, again and again, a weighted subset is drawn whose column sums match those of all samples,
     a model is fitted on it, and its losses become a further column. The subset whose model has the least total loss on all
-    samples is returned, the first ones included. It ends after `patience` rounds without gain, or when there are as many
-    columns as samples in the subset.
+    samples is returned; the first subsets are candidates too. The search ends after `patience` rounds without gain, or when there
+    are as many columns as samples in the subset.
 
     Args:
         x: [n, ...] samples, in any form that the model takes: an array or tensor, a sparse matrix, a data frame.
-        y: [n] targets, or None. Of a model that is not scikit-learn's, integers, bools and strings are classes.
-        model: any object with scikit-learn's fit(X, y, sample_weight=...), which stays as it is (copies are
+        y: [n] targets, or None. For a model that is not scikit-learn's, integers, bools and strings are classes.
+        model: any object with scikit-learn's fit(X, y, sample_weight=...); the object itself is not changed (copies are
             fitted); or "kmeans" (8 clusters), "logistic_regression", "linear_svm" (squared hinge), "linear_regression".
-        loss: a callable(model, X, y) that returns the losses [n] >= 0 of samples; or one of the names above, the loss
-            that scikit-learn's own models of that kind minimise with all their parameters, of which the total is least
-            for the fit on all samples (a penalty counts by an n-th for each sample): KMeans or MiniBatchKMeans;
-            LogisticRegression; LinearSVC; LinearRegression, Ridge, Lasso or ElasticNet; or None: that of a `model` given
+        loss: a callable(model, X, y) that returns the losses [n] >= 0 of samples; or one of the names above, for the loss
+            that scikit-learn's own models of that kind minimise with all their parameters, whose total is least
+            for the fit on all samples (each sample's loss includes an n-th of the penalty): KMeans or MiniBatchKMeans;
+            LogisticRegression; LinearSVC; LinearRegression, Ridge, Lasso or ElasticNet; or None: the loss of a `model` given
             by name.
         k: the most samples to take, 1 <= k <= n.
         method: how subsets are drawn. "caratheodory": column sums match exactly, by `caratheodory` with max_size k on a
-            random order. "importance": chances are the largest share that a sample has of a column. "median_of_means": of
-            several uniform samples the one with the most central column means. "uniform": uniform samples.
+            random order. "importance": a sample's chance is the largest share that it has of a column. "median_of_means": the one of
+            several uniform samples with the most central column means. "uniform": uniform samples.
         n_initial: the number of first models, >= 1.
         patience: the number of rounds without gain to end after, >= 1.
-        groups: [n] integer labels, or None. Each group has k // G samples in a subset, the remainder goes to the largest;
-            column sums match in each of them, and weights sum to its size.
-        seed: 0 <= seed < 2^64. Models have random states of their own; the named ones take theirs from here.
-        progress: None, True or a callable(done, total) of columns; `total` is the most there can be.
+        groups: [n] integer labels, or None. Each group has k // G samples in a subset, the remainder goes to the largest group;
+            column sums match in each group, and the weights of a group sum to its size.
+        seed: 0 <= seed < 2^64. Models have random states of their own; models given by name take theirs from `seed`.
+        progress: None, True or a callable(done, total) of columns; `total` is the largest possible number.
 
     Returns:
-        Coreset: `indices` ascending, at most k, distinct; `weights` > 0, their sum is n (float32 where x is); and `info`:
+        Coreset: `indices` ascending, at most k, distinct; `weights` > 0, their sum is n (float32 if x is); and `info`:
         "losses" (the total loss of every fit's model on all samples, in order), "fits" and "rounds" (how many, with and
         without the first), "best" (which fit won), "loss" (its total), "stopped" ("patience" or "columns"), "seconds"; with
         `groups` "budgets", a dict of label to count.
 
     Raises:
-        TypeError: for arguments of a wrong type, a model without sample weights, and a named loss that is not the
-            model's.
+        TypeError: for arguments of a wrong type, a model without sample weights, and a named loss that does not belong
+            to the model.
         ValueError: for options out of range, x and y of different lengths, a loss that is NaN, infinite, negative or not
-            [n], k below the number of classes or groups, and subsets that lack a class draw after draw.
+            [n], k below the number of classes or groups, and subsets that lack a class in all draws.
 
     Source: Maalouf, Tukan, Braverman and Rus, "AutoCoreset: an automatic practical coreset construction framework",
     ICML 2023. The published code returns duplicates, weights of 0, and weights that sum to 0.76 to 1.3 n.
@@ -124,7 +124,7 @@ def autocoreset(
     if k < len(members):
         raise ValueError(f"k must be >= the {len(members)} groups, got {k}")
     budgets = equal_budgets([len(rows) for rows in members], k)
-    # A group that is taken whole needs no matching.
+    # A group that is taken as a whole needs no matching.
     tightest = min((b for b, rows in zip(budgets, members, strict=True) if b < len(rows)), default=None)
 
     threadpool_limits = imported("threadpoolctl").threadpool_limits
@@ -135,7 +135,7 @@ def autocoreset(
     totals: list[float] = []
     best: tuple[np.ndarray, np.ndarray] | None = None
     stopped, since = "columns", 0
-    # The number of threads would show in the last digits of fits.
+    # The number of threads would change the last digits of fits.
     with threadpool_limits(1), Progress(progress, max(n_initial, tightest or 1), "autocoreset") as bar:
         while True:
             first = len(totals) < n_initial
@@ -242,7 +242,7 @@ def _model_and_loss(model: Any, loss: Any, seed: int) -> tuple[Any, Loss]:
 
 
 def _groups(groups: Any, n: int) -> tuple[list[int] | None, list[np.ndarray]]:
-    """The labels, ascending, and each one's rows."""
+    """The labels, ascending, and the rows of each."""
     if groups is None:
         return None, [np.arange(n)]
     device = groups.device if isinstance(groups, Tensor) else torch.device("cpu")
@@ -276,7 +276,7 @@ def _too_few(k: int, what: str) -> str:
 
 
 def _checked(losses: Any, n: int) -> np.ndarray:
-    """[n] float64 losses, all finite and >= 0."""
+    """The losses [n] float64, checked to be finite and >= 0."""
     if isinstance(losses, Tensor):
         losses = losses.detach().cpu()
         losses = (losses if losses.is_complex() else losses.double()).numpy()

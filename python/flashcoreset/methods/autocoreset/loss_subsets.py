@@ -10,18 +10,18 @@ import torch
 from flashcoreset.caratheodory import caratheodory
 
 Subset = tuple[np.ndarray, np.ndarray]
-_GROUPS = 9  # of the median of means
+_GROUPS = 9  # groups of the median of means
 
 
 def exact(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
     """At most k rows of losses [n, c] with exactly the column sums, k > c, by a Carathéodory reduction of the rows in random
     order that stops at k.
 
-    With chances p_i as those of `importance`, the vectors (losses_i, 1) / p_i with weights p_i have the sums that are to be
-    kept. `caratheodory` leaves most of the weights that it keeps equal, so those of rows come out nearly as 1 / p_i: an
+    With chances p_i as in `importance`, the vectors (losses_i, 1) / p_i with weights p_i have the sums that are to be
+    kept. `caratheodory` leaves most of the weights that it keeps equal, so the weights of rows come out nearly as 1 / p_i: an
     importance sample balanced on the columns.
     """
-    # The total of the chances is one more sum to keep; where there is no room for it, all are the same.
+    # The total of the chances is one more sum to keep; if there is no room for it, all chances are the same.
     chance = _chances(losses) if k > losses.shape[1] + 1 else np.ones(len(losses))
     order = rng.permutation(len(losses))
     vectors = np.concatenate([losses, np.ones((len(losses), 1))], 1) / chance[:, None]
@@ -32,10 +32,10 @@ def exact(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
 
 def importance(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
     """k rows, the chance of a row being proportional to the largest share that it has of a column (or of the rows), and
-    its weight to the inverse: systematic sampling in random order, so none is drawn twice."""
+    its weight to the inverse: systematic sampling in random order, so no row is drawn twice."""
     n = len(losses)
     chance = _chances(losses)
-    # Rows that would have a chance above 1 are taken, and the others share what is left.
+    # Rows that would have a chance above 1 are taken, and the other rows share what is left.
     certain = np.zeros(n, dtype=bool)
     while True:
         left = k - np.count_nonzero(certain)
@@ -56,7 +56,7 @@ def importance(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
 
 
 def _chances(losses: np.ndarray) -> np.ndarray:
-    """[n] the largest share of each row of a column's sum, or its share of the rows."""
+    """The chances [n]: the largest share that each row has of a column's sum, or its share of the rows."""
     n = len(losses)
     totals = losses.sum(0)
     shares = np.divide(losses, totals, out=np.full(losses.shape, 1 / n), where=totals > 0)
@@ -64,7 +64,7 @@ def _chances(losses: np.ndarray) -> np.ndarray:
 
 
 def median_of_means(losses: np.ndarray, k: int, rng: np.random.Generator) -> Subset:
-    """Of some uniform samples the one whose column means are the nearest to those of most others: that of the least median
+    """One of several uniform samples: the one whose column means are nearest to those of most others, by the least median
     distance. Columns count relative to their means."""
     scale = losses.mean(0)
     scaled = losses / np.where(scale > 0, scale, 1)
@@ -92,7 +92,7 @@ def in_groups(
     method: str, losses: np.ndarray, groups: list[np.ndarray], budgets: list[int], rng: np.random.Generator
 ) -> Subset:
     """Rows, ascending, and weights, which sum to a group's size in each of `groups` (rows each); a group gives at most its
-    budget, and all of itself where that is no less."""
+    budget, and all its rows if there are no more than that."""
     rows, weights = [], []
     for members, budget in zip(groups, budgets, strict=True):
         if budget >= len(members):
@@ -108,8 +108,8 @@ def in_groups(
 
 
 def equal_budgets(sizes: list[int], k: int) -> list[int]:
-    """k // G for each group, the remainder for the largest (of equal ones the first); what a group cannot give, the largest
-    of the others do."""
+    """Budgets of k // G for each group, the remainder for the largest (the first among equals); what a group cannot give, the
+    largest of the others give."""
     budgets = [min(size, k // len(sizes)) for size in sizes]
     left = min(k, sum(sizes)) - sum(budgets)
     for group in sorted(range(len(sizes)), key=lambda g: -sizes[g]):
@@ -122,8 +122,8 @@ def equal_budgets(sizes: list[int], k: int) -> list[int]:
 def uniform_with_classes(
     codes: np.ndarray | None, groups: list[np.ndarray], budgets: list[int], rng: np.random.Generator
 ) -> Subset:
-    """Rows without replacement, ascending: of each of `groups` (rows each) its budget, of equal weights that sum to its size; of
-    each class in `codes` [n] (0, 1, ...) at least one, the rarest first, if a group with such rows has a budget left."""
+    """Rows without replacement, ascending: from each of `groups` (rows each) its budget, with equal weights that sum to its size; from
+    each class in `codes` [n] (0, 1, ...) at least one row, the rarest class first, if a group with such rows has a budget left."""
     n = sum(len(members) for members in groups)
     order = rng.permutation(n)
     group_of = np.empty(n, dtype=np.int64)

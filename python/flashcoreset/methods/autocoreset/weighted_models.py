@@ -14,10 +14,10 @@ from flashcoreset._core.errors import warn_caller
 from flashcoreset._core.imports import imported
 
 Loss = Callable[[Any, Any, Any], Any]
-CLUSTERS = 8  # of "kmeans"
+CLUSTERS = 8  # clusters of "kmeans"
 _CHUNK = 2**16  # numbers of a dense copy of some samples
 
-# Whose losses the names are, by the place in scikit-learn. Subclasses may minimise something else.
+# The models whose losses the names stand for, by their place in scikit-learn. Subclasses may minimise something else.
 ESTIMATORS = {
     "kmeans": ("cluster.KMeans", "cluster.MiniBatchKMeans"),
     "logistic_regression": ("linear_model.LogisticRegression",),
@@ -33,11 +33,11 @@ ESTIMATORS = {
 
 @np.errstate(over="ignore")  # what is infinite is refused later
 def squared_distances(model: Any, x: Any, y: Any) -> np.ndarray:
-    """[n] squared distances to the nearest centre."""
+    """The squared distances [n] to the nearest centre."""
     n = x.shape[0]
     centers = model.cluster_centers_.astype(np.float64)
     middle = centers.mean(0)
-    centers -= middle  # squares of large coordinates would leave nothing of small distances
+    centers -= middle  # squares of large coordinates would swallow small distances
     norms = np.square(centers).sum(1)
     losses = np.empty(n)
     step = max(1, _CHUNK // max(centers.shape))
@@ -49,7 +49,7 @@ def squared_distances(model: Any, x: Any, y: Any) -> np.ndarray:
 
 
 def log_losses(model: Any, x: Any, y: Any) -> np.ndarray:
-    """[n] cross-entropies in nats times the weights of classes, each with an n-th of the penalty / C."""
+    """The cross-entropies [n] in nats times the weights of classes, each with an n-th of the penalty / C."""
     z, own = _decisions(model, x, y)
     _check_multi_class(model, len(model.classes_))
     if z.shape[1] == 1:
@@ -68,8 +68,8 @@ def log_losses(model: Any, x: Any, y: Any) -> np.ndarray:
 
 
 def _l1_ratio(model: Any) -> float | None:
-    """The share of the l1 norm in LogisticRegression's penalty; None where it has no penalty."""
-    # Newer releases tell the kind of the penalty by l1_ratio and C alone.
+    """The share of the l1 norm in LogisticRegression's penalty; None if it has no penalty."""
+    # Newer releases give the kind of the penalty by l1_ratio and C alone.
     penalty = getattr(model, "penalty", "deprecated")
     if penalty is None:
         return None
@@ -79,7 +79,7 @@ def _l1_ratio(model: Any) -> float | None:
 
 
 def _check_multi_class(model: Any, classes: int) -> None:
-    """Releases before 1.8 can fit each class of several against the rest, and two classes as if they were several."""
+    """Refuses two ways in which releases before 1.8 can fit: each class against the rest, and two classes as if they were several."""
     other = (
         (("multi_class", "multinomial"),)
         if classes == 2
@@ -95,7 +95,7 @@ def _check_multi_class(model: Any, classes: int) -> None:
 
 @np.errstate(over="ignore")  # what is infinite is refused later
 def hinge_losses(model: Any, x: Any, y: Any) -> np.ndarray:
-    """[n] squared or plain hinge losses times the weights of classes, each with an n-th of the penalty / C; where there are more
+    """The squared or plain hinge losses [n] times the weights of classes, each with an n-th of the penalty / C; with more
     than two classes, the sum over the problems of each against the rest, or Crammer and Singer's."""
     z, own = _decisions(model, x, y)
     weights = _class_weights(model, y)
@@ -104,7 +104,7 @@ def hinge_losses(model: Any, x: Any, y: Any) -> np.ndarray:
         l1, l2 = _with_intercept(model, l1, l2)
     rows = np.arange(len(z))
     if model.multi_class == "crammer_singer":
-        # It is given neither penalty nor loss. Of two classes the difference is kept, and each has half of it.
+        # liblinear gets neither penalty nor loss here. For two classes their difference is kept, and each class has half of it.
         penalty = l2 / 2 if z.shape[1] == 1 else l2
         if z.shape[1] == 1:
             violations = 1 - np.where(own == 1, z[:, 0], -z[:, 0])
@@ -118,7 +118,7 @@ def hinge_losses(model: Any, x: Any, y: Any) -> np.ndarray:
         if z.shape[1] == 1:
             signs, cost = np.where(own == 1, 1, -1)[:, None], weights[own][:, None]
         else:
-            # The rest has a weight of 1, whatever those of its classes.
+            # The rest has a weight of 1, whatever the weights of its classes.
             is_own = np.arange(z.shape[1]) == own[:, None]
             signs, cost = np.where(is_own, 1, -1), np.where(is_own, weights, 1)
         hinge = np.maximum(0, 1 - signs * z)
@@ -127,14 +127,14 @@ def hinge_losses(model: Any, x: Any, y: Any) -> np.ndarray:
 
 
 def _with_intercept(model: Any, l1: float, l2: float) -> tuple[float, float]:
-    """Penalties of liblinear, to which the intercept is the weight of one more feature, a constant."""
+    """The penalties of liblinear, for which the intercept is the weight of one more feature, a constant."""
     weights = np.asarray(model.intercept_, dtype=np.float64) / model.intercept_scaling
     return l1 + np.abs(weights).sum(), l2 + np.square(weights).sum() / 2
 
 
 @np.errstate(over="ignore")  # what is infinite is refused later
 def squared_errors(model: Any, x: Any, y: Any) -> np.ndarray:
-    """[n] squared errors, summed over the targets where there are several, each with an n-th of the penalty. That is twice the
+    """The squared errors [n], summed over the targets if there are several, each with an n-th of the penalty. Their sum is twice the
     objective of `Lasso` and `ElasticNet` times n, which halve the mean of the squares."""
     n = x.shape[0]
     targets, predictions = (
@@ -182,7 +182,7 @@ def _class_places(model: Any, y: Any) -> np.ndarray:
 
 
 def _class_weights(model: Any, y: Any) -> np.ndarray:
-    """Of each of the model's classes; "balanced" ones are those of all samples."""
+    """The weight of each of the model's classes; "balanced" weights are computed from all samples."""
     compute_class_weight = imported("sklearn.utils.class_weight").compute_class_weight
     weights = compute_class_weight(model.class_weight, classes=model.classes_, y=np.asarray(y))
     return np.asarray(weights, dtype=np.float64)
@@ -197,7 +197,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def named_loss(name: str, model: Any) -> Loss:
-    """The losses of a name, those of the kind of `model`; TypeError where that minimises something else."""
+    """The loss of a name for the kind of `model`; raises TypeError if the model minimises something else."""
     places = [place.split(".") for place in ESTIMATORS[name]]
     if not any(type(model) is getattr(imported(f"sklearn.{m}"), c) for m, c in places):
         raise TypeError(
@@ -214,7 +214,7 @@ def make_model(name: str, seed: int) -> Any:
     if name == "linear_regression":
         return imported("sklearn.linear_model").LinearRegression()
     if name == "linear_svm":
-        # It makes no use of it, but without one would take a number from NumPy's global state.
+        # The model makes no use of a random state, but without one it would take a number from NumPy's global state.
         return imported("sklearn.svm").LinearSVC(dual=False, max_iter=10_000, random_state=seed % 2**32)
     return imported("sklearn.linear_model").LogisticRegression(max_iter=10_000)
 
@@ -244,7 +244,7 @@ class Fits:
         self._warned: set[tuple[type[Warning], str]] = set()
 
     def fit(self, x: Any, y: Any, weights: np.ndarray) -> Any:
-        """A fitted copy. What scikit-learn's models warn of stands at the line that called the library, once for all fits."""
+        """A fitted copy. Warnings of scikit-learn's models are given at the line that called the library, once for all fits."""
         if hasattr(self._model, "get_params"):
             fresh = imported("sklearn.base").clone(self._model)
         else:
@@ -263,7 +263,7 @@ class Fits:
 
 
 def class_codes(model: Any, y: Any) -> np.ndarray | None:
-    """[n] the classes of `y` as 0, 1, ..., or None where the model is no classifier."""
+    """The classes [n] of `y` as 0, 1, ..., or None if the model is not a classifier."""
     if y is None or np.ndim(y) != 1:
         return None
     kind = np.asarray(y).dtype.kind

@@ -33,29 +33,29 @@ def ccs(
     The floor(mislabel_ratio * n) samples of the lowest mislabel scores, probably labelled wrongly, are dropped. The
     range of the remaining scores is cut into `n_strata` strata of equal width (the maximum belongs to the last
     one). The strata, by ascending size, get min(size, budget left // strata left) samples, which are drawn
-    uniformly without replacement. Exactly k come back.
+    uniformly without replacement. Exactly k samples are returned.
 
-    If all scores are equal they are in one stratum, and the choice is uniform; so it is with n_strata=1. Infinite scores
-    (forgetting has them) count to the first and the last stratum, and not to the range.
+    If all scores are equal, they are in one stratum and the choice is uniform, as with n_strata=1. Infinite scores
+    (forgetting has them) belong to the first and the last stratum, but do not widen the range.
 
     Args:
         scores: [n] real numbers that say how hard each sample is, of either direction: a tensor, an array or a list; or
-            the dict that `TrainingDynamics.scores` returns, of which "aum" is taken.
+            the dict that `TrainingDynamics.scores` returns, from which "aum" is taken.
         k: the number of samples to take, 1 <= k <= n less those dropped.
         mislabel_scores: [n] real numbers, low for labels that are probably wrong, as the area under the margin is. None:
-            the "aum" of `scores`, where that is such a dict.
+            the "aum" of `scores`, if that is such a dict.
         mislabel_ratio: the share to drop, in [0, 1).
         n_strata: the number of strata, 1 to 2^24.
-        groups: [n] integer labels, or None. All of the above is done inside each group, whose budget is the share
-            of its samples after dropping, by `allocate_budgets`.
+        groups: [n] integer labels, or None. All steps above are done inside each group, whose budget is proportional
+            to its samples after dropping, by `allocate_budgets`.
         seed: 0 <= seed < 2^64. A sample's random number depends on the seed and its index alone.
 
     Returns:
         Coreset: `indices` stratum by stratum from low scores to high ones, ascending in each (with `groups`, group by
         group in label order), on the device of the scores; `weights` all 1; and `info`: "dropped" (how many),
         "edges" ([n_strata + 1] boundaries of the strata), "sizes" and "counts" ([n_strata] samples that each
-        stratum has, and that were taken of it). With `groups`, "groups" holds that for each label that has any, and
-        "dropped" is the sum.
+        stratum has, and that were taken from it). With `groups`, "groups" holds these entries for each label that has samples,
+        and "dropped" is the sum.
 
     Raises:
         TypeError: for arguments of a wrong type.
@@ -63,7 +63,7 @@ def ccs(
             without mislabel scores, and a dict without "aum".
 
     Source: Zheng, Liu, Lai and Prakash, "Coverage-centric coreset selection for high pruning rates", ICLR 2023,
-    algorithm 1. The published code may return fewer than k, and loses the highest score where that is below 0.
+    algorithm 1. The published code may return fewer than k, and loses the highest score if that is below 0.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -130,23 +130,23 @@ def top_scores(scores: Any, k: int, *, largest: bool = True, groups: Any = None)
     """The k samples of the highest (or lowest) scores: the plain baseline beside `ccs`.
 
     Args:
-        scores: [n] real numbers; infinite ones are in order.
+        scores: [n] real numbers; infinite scores are allowed.
         k: the number of samples to take, 1 <= k <= n.
-        largest: whether high scores are taken, or low ones.
+        largest: True takes high scores, False low ones.
         groups: [n] integer labels, or None: the same inside each group, with proportional budgets
             (`allocate_budgets`).
 
     Returns:
-        Coreset: `indices` from the most extreme score on, of equal ones the lower index first (with `groups`, group by
+        Coreset: `indices` from the most extreme score on, the lower index first among equals (with `groups`, group by
         group in label order), on the device of the scores; `weights` all 1; and `info`: "threshold", the last
-        score that was taken (with `groups`, a dict of it for each label that has picks).
+        score that was taken (with `groups`, a dict of thresholds for each label that has picks).
 
     Raises:
         TypeError: for arguments of a wrong type.
         ValueError: for wrong shapes, NaN and k out of range.
 
     Source: the baselines of Zheng, Liu, Lai and Prakash, "Coverage-centric coreset selection for high pruning
-    rates", ICLR 2023. Its random one is `ccs` with n_strata=1.
+    rates", ICLR 2023. The random baseline there is `ccs` with n_strata=1.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -176,7 +176,7 @@ def top_scores(scores: Any, k: int, *, largest: bool = True, groups: Any = None)
 
 
 def _values(value: Any, name: str, length: int | None = None) -> tuple[np.ndarray, torch.device, torch.dtype]:
-    """[n] float64, without NaN; the device that they came from, and the dtype of weights for them."""
+    """The values [n] float64, checked for NaN; the device that they came from, and the dtype of their weights."""
     device, dtype = torch.device("cpu"), torch.float32
     if not isinstance(value, (list, tuple, range)):
         value = as_dense(value, name)
@@ -237,7 +237,7 @@ def _estimate(
     groups: Any = None,
     seed: int = 0,
 ) -> int:
-    """Bytes of one call; see `memory_estimate`."""
+    """The bytes of one call; see `memory_estimate`."""
     dtype = as_dtype(dtype)
     (n,) = as_shape(scores, "scores", 1)
     k, n_strata = _at_least_one(k, "k"), _strata(n_strata)
@@ -247,9 +247,9 @@ def _estimate(
         if value is not None and (got := as_shape(value, name, 1)) != (n,):
             raise ValueError(f"{name} must have shape [{n}], got {got}")
     dropping = mislabel_scores is not None and mislabel_ratio > 0
-    # In float64: the scores, and those for dropping.
+    # In float64: the scores, and the scores for dropping.
     values = 8 * n * ((dtype.itemsize < 8) + (dropping and dtype.itemsize < 8))
-    members = 8 * n * ((groups is not None) * 2 + dropping)  # the order of labels, and whom they leave
+    members = 8 * n * ((groups is not None) * 2 + dropping)  # the order of labels, and the samples left
     # The random numbers; strata: positions and members; draws: the numbers of a stratum, and which are taken.
     drawing = 8 * n + 3 * 8 * n + 2 * n
     return values + members + drawing + 400 * n_strata + 20 * k

@@ -1,15 +1,15 @@
 """Coverage-centric coreset selection, sample by sample: the definition that `fc.ccs` is tested against.
 
-1. With `mislabel_ratio` beta, the floor(beta * n) samples of the lowest mislabel score are dropped; of equal ones the
+1. With `mislabel_ratio` beta, the floor(beta * n) samples of the lowest mislabel score are dropped; among equals the
    lower index first.
 2. The range [low, high] of the remaining scores is cut into strata of equal width. A score lies in stratum
-   floor((score - low) / (high - low) * n_strata); `high` belongs to the last one, and so does everything if
-   all scores are equal. Infinite scores belong to the first and the last one, and not to the range.
-3. The strata, by ascending size (of equal ones the lower first), get min(size, budget left // strata left) picks.
+   floor((score - low) / (high - low) * n_strata); `high` belongs to the last one, and so does every score if
+   all are equal. Infinite scores belong to the first and the last stratum, but do not widen the range.
+3. The strata, by ascending size (the lower first among equals), get min(size, budget left // strata left) picks.
 4. A stratum's picks are its members of the smallest random numbers.
 
-Step 3 spends the whole budget k <= n: where a stratum gets less than its size, the share of every later, larger one
-is at most one more, which that has.
+Step 3 spends the whole budget k <= n: if a stratum gets less than its size, the share of every later, larger stratum
+is at most one more, which that stratum has.
 
 Source: Zheng, Liu, Lai and Prakash, "Coverage-centric coreset selection for high pruning rates", ICLR 2023,
 algorithm 1.
@@ -29,7 +29,7 @@ def dropped(mislabel_scores: Sequence[float], ratio: float) -> set[int]:
 
 
 def stratum(score: float, low: float, high: float, n_strata: int) -> int:
-    """Step 2; low <= high are finite."""
+    """Step 2: the stratum of a score; low <= high are finite."""
     if score == -math.inf:
         return 0
     if score == math.inf or low == high:
@@ -57,7 +57,7 @@ def ccs(
     n_strata: int,
     keys: Sequence[int],
 ) -> list[list[int]]:
-    """The picks of every stratum, ascending; `keys` are random numbers, one a sample."""
+    """The picks of every stratum, ascending; `keys` are random numbers, one per sample."""
     out = dropped(mislabel_scores, mislabel_ratio)
     left = [i for i in range(len(scores)) if i not in out]
     finite = [scores[i] for i in left if math.isfinite(scores[i])] or [0.0]

@@ -9,8 +9,8 @@ import numpy as np
 
 
 def budgets(sizes: np.ndarray, k: int) -> np.ndarray:
-    """[n_strata] int64: the picks of each stratum, k in all, for k <= the sum of the sizes [n_strata]. Strata that are smaller than an
-    equal share give all their samples; the others share what is left."""
+    """The picks [n_strata] int64 of each stratum, k in all, for k <= the sum of the sizes [n_strata]. Strata that are smaller than an
+    equal share give all their samples; the other strata share what is left."""
     counts = np.zeros(len(sizes), dtype=np.int64)
     order = np.argsort(sizes, kind="stable")
     for place, stratum in enumerate(order):
@@ -19,12 +19,12 @@ def budgets(sizes: np.ndarray, k: int) -> np.ndarray:
 
 
 def random_keys(seed: int, n: int) -> np.ndarray:
-    """[n] uint64: of sample i always the same for one seed."""
+    """Random keys [n] uint64: for one seed, sample i always has the same key."""
     return np.random.Philox(key=seed).random_raw(n)
 
 
 def lowest(values: np.ndarray, count: int) -> np.ndarray:
-    """[n] bool: the `count` lowest of the values [n], of equal ones the lower index first."""
+    """A mask [n] bool of the `count` lowest of the values [n], the lower index first among equals."""
     taken = np.zeros(len(values), dtype=bool)
     if count == 0:
         return taken
@@ -40,7 +40,7 @@ class Strata:
     """Strata of equal width.
 
     Attributes:
-        edges: [n_strata + 1] their boundaries.
+        edges: [n_strata + 1] the boundaries of the strata.
         sizes: [n_strata] int64.
         members: [n] the samples, stratum by stratum, ascending.
     """
@@ -57,7 +57,7 @@ def cut(scores: np.ndarray, members: np.ndarray | None, n_strata: int) -> Strata
     if not math.isfinite(high - low):  # rare, so that the usual case needs no copy
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
-    # (high - low) overflows where the two are far apart: then everything is halved.
+    # (high - low) overflows if the two are far apart: then everything is halved.
     scale = 1.0 if math.isfinite(high - low) else 0.5
     small = np.uint8 if n_strata <= 256 else np.uint16 if n_strata <= 65_536 else np.int64
     if low == high:
@@ -69,7 +69,7 @@ def cut(scores: np.ndarray, members: np.ndarray | None, n_strata: int) -> Strata
         position *= n_strata
         np.clip(position, 0, n_strata - 1, out=position)
         place = position.astype(small)
-    # A stable sort of small integers counts them.
+    # A stable sort of small integers is a counting sort.
     order = np.argsort(place, kind="stable")
     sizes = np.bincount(place, minlength=n_strata)
     edges = (
@@ -81,7 +81,7 @@ def cut(scores: np.ndarray, members: np.ndarray | None, n_strata: int) -> Strata
 
 
 def draw(strata: Strata, k: int, keys: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """k samples, stratum by stratum, ascending, and how many each stratum has of them."""
+    """k samples, stratum by stratum, ascending, and how many of them each stratum has."""
     counts = budgets(strata.sizes, k).tolist()
     picks = []
     for members, count in zip(np.split(strata.members, strata.sizes.cumsum()[:-1]), counts, strict=True):

@@ -35,8 +35,8 @@ from flashcoreset.methods.goracs.transport_costs import TransportCosts, cover_by
 SOLVERS = ("exact", "sinkhorn")
 _KEPT_BYTES = 2**24
 _POOL = 16  # additions whose costs are kept, as a multiple of n_candidates
-_FAILURES = 3  # exchanges that may fail one after the other before all additions are looked at anew
-_SHARE = 0.7  # of the decrease that its bounds allow, what a step of several exchanges has to reach
+_FAILURES = 3  # exchanges that may fail one after the other before all additions are bounded anew
+_SHARE = 0.7  # the share of the decrease allowed by its bounds that a step of several exchanges has to reach
 _ROUNDING = 1e-5  # how far float32 bounds may be off
 
 
@@ -63,16 +63,16 @@ def goracs(
     The cost of a training item s for a validation item v is C_sv: their Euclidean distance, divided by the
     largest of all, less lam * grad_norms_s / max(grad_norms); then shifted and scaled so that C lies in [0, 1].
     The score of k items is the cost of the optimal transport between the uniform distributions on them and on the
-    validation items. It is lowered in two stages:
+    validation items. The score is lowered in two stages:
 
     1. A greedy k-medoid cover of the validation items goes on until k picks serve at least one of them each,
-       and drops those that serve none. Where at most k training items are nearest to any validation item, it
-       stops at k picks and keeps them all; likewise where the cover is complete before k picks serve.
+       and drops picks that serve none. If at most k training items are nearest to any validation item, the cover
+       stops at k picks and keeps them all; likewise if the cover is complete before k picks serve.
     2. Members are exchanged for other items. The dual variables of the transport bound from below what each
-       exchange would lead to. Of the `n_candidates` most promising removals and additions the pairs are taken in
-       the order of their bounds; those that do not touch the same validation items are taken together, and
-       kept if a new transport problem shows a lower score, else halved. Where none of these pairs helps, as many
-       others follow. It ends after `max_exchanges`, when no candidate helps, or when no bound of any
+       exchange would lead to. The pairs of the `n_candidates` most promising removals and additions are tried in
+       the order of their bounds; pairs that do not touch the same validation items are tried together, and
+       kept if a new transport problem shows a lower score, else halved in number. If none of these pairs helps, as many
+       others follow. The stage ends after `max_exchanges`, when no candidate helps, or when no bound of any
        exchange is below the score: then no single exchange helps.
 
     Args:
@@ -82,10 +82,10 @@ def goracs(
         grad_norms: [n] gradient norms of the training items, >= 0.
         k: the number of items to take, 1 <= k <= n.
         lam: weight of the gradient norms, >= 0.
-        max_exchanges: exchanges to make at most, >= 0; with labels, in each class.
-        n_candidates: removals and additions to pair, >= 1.
+        max_exchanges: the most exchanges to make, >= 0; with labels, in each class.
+        n_candidates: the number of removals and of additions to pair, >= 1.
         train_labels: [n] integer class labels. The budget is split by the validation classes' shares
-            (`allocate_budgets`, none above the class's training items), and each class is a problem of its own.
+            (`allocate_budgets`, no budget above the class's training items), and each class is a problem of its own.
             A class with a budget of 0 gets no item.
         valid_labels: [V] integer class labels; both or neither.
         solver: "exact" solves transport problems by POT's network simplex, "sinkhorn" by `fc.sinkhorn`,
@@ -100,18 +100,18 @@ def goracs(
     Returns:
         Coreset: `indices` [k] in the order of the picks, an addition in the place of what it replaced; with
         labels class by class, ascending. `weights`: the number of validation items that an item stands for,
-        V / k for all, because the transport is uniform (with labels: of its class). `info`: "score",
+        V / k for all, because the transport is uniform (with labels, V and k are those of its class). `info`: "score",
         "scores" (after stage 1, then after each step that was kept), "exchanges" (their number by then),
         "exact_solves" (0 with "sinkhorn", which has "sinkhorn_solves"), "score_error" (by how much the exact
         score may be lower), "picks" (that stage 1 made), "certificate" (whether it is proved that no single
         exchange lowers the score by more than 1e-9), "stopped" ("max_exchanges", "certificate" or
         "candidates": none of the candidates helped), "seconds" ({"cover", "exchange"}). With labels "classes"
-        holds that for each label, "budgets" the counts, "score" and "score_error" are means by the
+        holds these entries for each label, "budgets" the counts, "score" and "score_error" are means by the
         classes' shares (each class has a scale of its own), and the rest are sums or hold for all.
 
     Raises:
         TypeError: for arguments of a wrong type.
-        ValueError: for wrong shapes, options out of range, NaN or infinity, negative `grad_norms` or, with lam >
+        ValueError: for wrong shapes, options out of range, NaN or infinity, `grad_norms` that are negative or, with lam >
             0, all 0, k > n, and a validation class that no training item has.
         ImportError: if `solver` is "exact" and POT is not installed.
         BackendUnavailableError: if `backend` was named and cannot run here.
@@ -243,7 +243,7 @@ def class_budgets(shares: list[int], sizes: list[int], k: int) -> list[int]:
     free = list(range(len(sizes)))
     while True:
         left = k - sum(budgets[group] for group in range(len(sizes)) if group not in free)
-        # allocate_budgets caps a group at its share; a multiple of all shares divides alike and caps at nothing.
+        # allocate_budgets caps a group at its share; a multiple of all shares divides in the same way and never reaches the cap.
         factor = k + 1
         counts = allocate_budgets([shares[group] * factor for group in free], left).tolist()
         full = [group for group, count in zip(free, counts, strict=True) if count > sizes[group]]
@@ -287,9 +287,11 @@ def _select(
     kernels: Kernels,
     report: Callable[[int], None],
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The chosen rows [k] of one problem and what is known of them."""
+    """The chosen rows [k] of one problem and what is known about them."""
     start = time.perf_counter()
-    norms = scale(norms, exponent_into(float(norms.max()), (-1100, 500)))  # times lam they stay finite
+    norms = scale(
+        norms, exponent_into(float(norms.max()), (-1100, 500))
+    )  # so that they stay finite times lam
     penalty = options.lam * norms / norms.max() if options.lam else torch.zeros_like(norms)
     costs = TransportCosts(train, valid, penalty, kernels, options.memory_budget)
     picks, made = cover_picks(costs, k, report)
@@ -315,12 +317,12 @@ def _select(
 
 
 def pool_rows(sinks: int, n_candidates: int) -> int:
-    """Additions whose costs are kept. Not of the budget, on which the exchanges must not depend."""
+    """The number of additions whose costs are kept. It does not depend on the budget, because the exchanges must not."""
     return max(n_candidates, min(_POOL * n_candidates, _KEPT_BYTES // (8 * sinks)))
 
 
 class _Members:
-    """The costs of a subset's members, [k, V]: held if they take at most a quarter of the budget, in float64 if
+    """The costs of a subset's members, [k, V]: held if they take at most a quarter of the budget, as float64 if
     that fits too."""
 
     def __init__(self, costs: TransportCosts, subset: Tensor) -> None:
@@ -328,7 +330,7 @@ class _Members:
         self.sinks = costs.shape[1]
         size = costs.costs(subset[:1]).element_size()
         entries = len(subset) * self.sinks
-        # Not of the budget, on which the dual variables, and so the exchanges, must not depend.
+        # Independent of the budget, on which the dual variables, and so the exchanges, must not depend.
         self._step = max(1, min(128, _KEPT_BYTES // (8 * self.sinks)))
         self._held: Tensor | None = None
         for width, dtype in ((8, torch.float64), (size, None)):
@@ -403,13 +405,13 @@ class _Descent:
                 pool = None
 
     def _others(self) -> Tensor:
-        """Items that are no members, ascending."""
+        """The items that are not members, ascending."""
         free = torch.ones(self._costs.shape[0], dtype=torch.bool, device=self.subset.device)
         free[self.subset] = False
         return free.nonzero()[:, 0]
 
     def _best_additions(self, bounds: Exchanges) -> _Pool | None:
-        """Of all additions those with the lowest bounds, or None if none of these is below the score."""
+        """The additions with the lowest bounds, or None if no bound is below the score."""
         others = self._others()
         if len(others) == 0:
             return None
@@ -422,7 +424,7 @@ class _Descent:
         return _Pool(items, torch.cat([self._costs.costs(part) for part in items.split(self._costs.step)]))
 
     def _step(self, bounds: Exchanges, pool: _Pool, patient: bool) -> bool:
-        """Makes exchanges that lower the score; False if no candidate does, or unless `patient` the first few."""
+        """Makes exchanges that lower the score; False if no candidate does, or, unless `patient`, if the first few do not."""
         values, y = self._screen(bounds, pool)
         pairs = self._candidates(values)
         failures, beyond = 0, False
@@ -430,7 +432,7 @@ class _Descent:
             if not pairs:
                 if not patient or beyond:
                     break
-                # No pair of candidates helps: as many others, whatever they consist of.
+                # No pair of candidates helps: as many other pairs follow, from all removals and additions.
                 pairs, beyond = self._lowest(self._screen(bounds, pool)[0]), True
                 continue
             batch = self._apart(bounds, pool, pairs, y)
@@ -457,7 +459,7 @@ class _Descent:
         return False
 
     def _screen(self, bounds: Exchanges, pool: _Pool) -> tuple[Tensor, Tensor]:
-        """Bounds [p, k] of the pool's exchanges, infinite where they were tried or the item is a member by now; y
+        """Bounds [p, k] of the pool's exchanges, infinite if an exchange was tried or the item is a member by now; y
         [p]."""
         values, y = bounds.bounds(pool.costs)
         row_of = {item: row for row, item in enumerate(pool.items.tolist())}
@@ -469,7 +471,7 @@ class _Descent:
         return values, y
 
     def _candidates(self, values: Tensor) -> list[_Pair]:
-        """Pairs of the removals and the additions of the lowest bounds."""
+        """Pairs of the removals and the additions with the lowest bounds."""
         count = self._options.n_candidates
         rows = torch.argsort(values.amin(1), stable=True)[:count]
         places = torch.argsort(values.amin(0), stable=True)[:count]
@@ -478,7 +480,7 @@ class _Descent:
         return self._lowest(chosen)
 
     def _lowest(self, values: Tensor) -> list[_Pair]:
-        """n_candidates^2 pairs of the lowest bounds that are below the score, lowest first."""
+        """The n_candidates^2 pairs with the lowest bounds below the score, lowest first."""
         row, place = (values < self.scores[-1] - IMPROVEMENT).nonzero(as_tuple=True)
         below = values[row, place]
         order = torch.argsort(below, stable=True)[: self._options.n_candidates**2]
@@ -515,7 +517,7 @@ class _Descent:
                 for places in low[row].nonzero()[:, 0].split(64):
                     below = bounds.greatest_bounds(places, costs[row]) < goal
                     for place in places[below].tolist():
-                        # A failed trial proves nothing where the score itself is not exact.
+                        # A failed trial proves nothing if the score itself is not exact.
                         if self._options.solver != "exact" or (place, int(items[row])) not in self._tried:
                             return False
         return True
@@ -548,7 +550,7 @@ def _estimate(
     backend: str | None = None,
     progress: Any = None,
 ) -> int:
-    """Bytes of one call; see `memory_estimate`. With labels as if all items were of one class, which is the most."""
+    """The bytes of one call; see `memory_estimate`. With labels, as if all items were of one class, which takes the most."""
     check_backend(backend)
     one_of(solver, "solver", SOLVERS)
     k = _at_least(k, "k", 1)
@@ -563,11 +565,11 @@ def _estimate(
         raise ValueError(f"k must be <= the {n} rows of train, got {k}")
     size = compute_dtype(dtype).itemsize
     copies = (n + clients) * d * size if dtype.itemsize < size or train_labels is not None else 0
-    # The kernel packs what it takes in.
+    # The kernel packs its inputs.
     packed = (clients + 2 * 128) * d * size
     members = min(memory_budget // 4, 8 * k * clients)
     pool = min(n, pool_rows(clients, n_candidates))
-    # Of the pool, when bounds of all its pairs are taken: costs, reduced costs, and those of the removals.
+    # For the pool, when the bounds of all its pairs are computed: costs, reduced costs, and the costs of the removals.
     screening = pool * (6 * clients * size + 3 * k * size)
     problem = 500 * (k + clients) * 8 + 8 * _KEPT_BYTES
     if solver == "sinkhorn":

@@ -1,7 +1,7 @@
 """Optimal transport between equal sources and equal sinks by Sinkhorn iterations, with an enclosure of the exact cost.
 
 The entropic plan P is rounded to a feasible one: rows and columns that hold too much are scaled down, and what
-is missing is added as a product of what the rows and columns lack. Its cost is not below the optimum; the dual
+is missing is added as a product of what the rows and columns lack. The cost of that plan is not below the optimum; the dual
 value of the potentials, made feasible by f_v = min_s (C_sv - u_s), is not above it.
 
 Source: Altschuler, Weed and Rigollet, "Near-linear time approximation algorithms for optimal transport via Sinkhorn
@@ -19,20 +19,20 @@ _ITERATIONS = 500
 
 
 def solve_entropic(blocks: CostBlocks, u: Tensor, sinks: int, reg: float, backend: str | None) -> Transport:
-    """A feasible plan's cost for the costs [k, V] of `blocks()`, and by how much it may exceed the optimum.
+    """A feasible plan's cost for the costs [k, V] of `blocks()`, and by how much that cost may exceed the optimum.
 
     Args:
         blocks: the costs as row blocks.
         u: [k] float64, potentials to begin with.
         sinks: V.
         reg: the regularisation.
-        backend: of `fc.sinkhorn`.
+        backend: the backend of `fc.sinkhorn`.
     """
     from flashcoreset.sinkhorn import sinkhorn
 
     c = torch.cat([block for _, block in blocks()])
     start = (u.to(c.dtype), sink_duals(blocks, u, sinks).to(c.dtype))
-    # A fixed number of iterations: what it leaves undone shows in the gap, not in a warning.
+    # A fixed number of iterations: what they leave undone shows in the gap, not in a warning.
     entropic = sinkhorn(
         c, metric="precomputed", reg=reg, max_iter=_ITERATIONS, tol=0.0, warm_start=start, backend=backend
     )

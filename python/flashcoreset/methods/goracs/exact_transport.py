@@ -1,11 +1,11 @@
 """Exact optimal transport between k equal sources and V equal sinks, when few of the sources change at a time.
 
-POT's network simplex works on all k x V cells; an optimal plan uses k + V - 1 of them. So it is given the cells
+POT's network simplex works on all k x V cells; an optimal plan uses k + V - 1 of them. So the simplex is given the cells
 whose reduced cost C_sv - u_s - f_v under nearly optimal dual variables is small, and the cells of a plan that is
 feasible for certain. Its dual variables then either satisfy u_s + f_v <= C_sv for all cells, which proves its plan
-optimal for the whole problem, or the cells that violate this join and it runs again. The proof does not rest on
-the solver: the plan's cost and the dual value enclose the exact cost. Masses are whole numbers, V / gcd a source
-and k / gcd a sink, so that no flow is rounded.
+optimal for the whole problem, or the cells that violate this are added and the simplex runs again. The proof does not rest on
+the solver: the plan's cost and the dual value enclose the exact cost. Masses are whole numbers, V / gcd per source
+and k / gcd per sink, so that no flow is rounded.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from flashcoreset._core.imports import imported, pot
 
 CostBlocks = Callable[[], Iterator[tuple[slice, Tensor]]]
 
-_CELLS = 4  # cells for each source and sink that a run adds at most
+_CELLS = 4  # the most cells per source and sink that a run adds
 _GROUP = 16
 _GAP = 1e-10  # enclosure of the exact cost at which the plan counts as optimal; costs are in [0, 1]
 _RUNS = 100
-_DENSE = 2**16  # cells of a problem that POT gets whole
+_DENSE = 2**16  # the most cells of a problem that POT gets as a whole
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Transport:
 
     Attributes:
         value: the plan's cost.
-        gap: by how much it may exceed the optimum, >= 0.
+        gap: by how much `value` may exceed the optimum, >= 0.
         u: [k] float64, dual variables of the sources; with f_v = min_s (C_sv - u_s) they are feasible.
         cells: [cells] int64 each, the sources and the sinks between which mass moves; None for a dense plan.
     """
@@ -52,7 +52,9 @@ def load_pot() -> ModuleType:
     """POT, or an ImportError that says how to get it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of docstrings, when POT is compiled at its first import
+            warnings.simplefilter(
+                "ignore"
+            )  # warnings about docstrings, when POT is compiled at its first import
             return pot()
     except ImportError as error:
         raise ImportError(
@@ -62,7 +64,7 @@ def load_pot() -> ModuleType:
 
 
 def sink_duals(blocks: CostBlocks, u: Tensor, sinks: int) -> Tensor:
-    """f_v = min_s (C_sv - u_s), [V] float64."""
+    """The dual variables f_v = min_s (C_sv - u_s) of the sinks, [V] float64."""
     f = torch.full((sinks,), math.inf, dtype=torch.float64, device=u.device)
     for rows, c in blocks():
         f = torch.minimum(f, (c.double() - u[rows, None]).amin(0))
@@ -70,7 +72,7 @@ def sink_duals(blocks: CostBlocks, u: Tensor, sinks: int) -> Tensor:
 
 
 def dual_value(u: Tensor, f: Tensor) -> float:
-    """sum(u) / k + mean(f), summed in one order whatever the number of threads."""
+    """The dual value sum(u) / k + mean(f), summed in one order whatever the number of threads."""
     return math.fsum(u.tolist()) / len(u) + math.fsum(f.tolist()) / len(f)
 
 
@@ -87,7 +89,7 @@ def solve(blocks: CostBlocks, u: Tensor, sinks: int, cells: tuple[Tensor, Tensor
     Args:
         blocks: called for each pass over the costs; which of several optimal dual variables are found may depend
             on the blocks.
-        u: [k] float64, dual variables to begin with; any will do, near ones are fast.
+        u: [k] float64, dual variables to begin with; any are valid, nearly optimal ones are fast.
         sinks: V.
         cells: (sources, sinks) in which some feasible plan lies; None takes `feasible_cells`.
 
@@ -113,7 +115,7 @@ def solve(blocks: CostBlocks, u: Tensor, sinks: int, cells: tuple[Tensor, Tensor
         cell = (keys // sinks).cpu().numpy(), (keys % sinks).cpu().numpy()
         graph = coo_array((reduced, cell), shape=(k, sinks))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of is in the log
+            warnings.simplefilter("ignore")  # what POT warns of is in the log
             plan, log = ot.emd(*masses, graph, numItermax=10_000_000, log=True, center_dual=False)
         if log["warning"] is not None:
             raise RuntimeError(f"POT's network simplex failed on a {k} x {sinks} problem: {log['warning']}")
@@ -139,7 +141,7 @@ def _masses(sources: int, sinks: int) -> tuple[tuple[np.ndarray, np.ndarray], fl
 
 
 def _solve_dense(ot: ModuleType, blocks: CostBlocks, u: Tensor, sinks: int) -> Transport:
-    """One run on all cells, which for few of them costs less than choosing some."""
+    """One run on all cells, which for few cells costs less than choosing some."""
     masses, total = _masses(len(u), sinks)
     costs = torch.cat([c.double() for _, c in blocks()]).cpu().numpy()
     plan, log = ot.emd(*masses, costs, numItermax=10_000_000, log=True, center_dual=False)
@@ -153,7 +155,7 @@ def _solve_dense(ot: ModuleType, blocks: CostBlocks, u: Tensor, sinks: int) -> T
 
 
 def _scan(blocks: CostBlocks, u: Tensor, v: Tensor, threshold: float, count: int) -> tuple[Tensor, Tensor]:
-    """f_v = min_s (C_sv - u_s), and cells with C_sv - u_s - v_v below `threshold`, as source * V + sink: about `count`
+    """The values f_v = min_s (C_sv - u_s), and cells with C_sv - u_s - v_v below `threshold`, as source * V + sink: about `count`
     of the lowest, of every sink at most one among `_GROUP` neighbouring sources."""
     f = torch.full_like(v, math.inf)
     keys, values = [], []

@@ -11,7 +11,7 @@ f_v rises by w_v where i_v = i; with an item o and any y as its dual variable,
 
 is not above the new transport cost. Every v belongs to one i_v, so the bounds of one o with all k members cost
 O(V) together. y is taken where gain_o is greatest, at the R-th smallest d_v with R = ceil(V / k); the greatest
-bound of a pair takes the R-th smallest after i has left, which `greatest_bounds` does, for O(V) a pair.
+bound of a pair takes the R-th smallest after i has left, which `greatest_bounds` does, for O(V) per pair.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flashcoreset.methods.goracs.exact_transport import CostBlocks, dual_value
 
-# f rises so much when the only member leaves: more than the differences of all costs, which are in [0, 1]. The
+# The rise of f when the only member leaves: more than the differences of all costs, which are in [0, 1]. The
 # bound is then the new transport cost itself.
 _ALONE = 4.0
 
@@ -55,7 +55,7 @@ class Exchanges:
         self.w = second - first if k > 1 else torch.full_like(first, _ALONE)
         self.value = dual_value(u, first)
         self.loss = -u / k + torch.zeros_like(u).index_add_(0, owner, self.w) / sinks
-        # Where two members share the minimum, leaving costs nothing.
+        # If two members share the minimum, leaving costs nothing.
         self._alone = (self.w > 0).nonzero()[:, 0]
 
     def bounds(self, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,11 +71,11 @@ class Exchanges:
         return bounds.add_((gain + self.value)[:, None]).add_(self.loss.to(c.dtype)), y
 
     def touched(self, place: int, c: Tensor, y: Tensor) -> Tensor:
-        """[V] bool: the sinks that member `place` leaves or an item with costs `c` [V] and dual variable `y` takes."""
+        """A mask [V] bool of the sinks that member `place` leaves or an item with costs `c` [V] and dual variable `y` takes."""
         return (c - self.f.to(c.dtype) <= y) | ((self.owner == place) & (self.w > 0))
 
     def greatest_bounds(self, places: Tensor, c: Tensor) -> Tensor:
-        """[p] float64, the greatest bounds of exchanging the members `places` [p] for one item with costs `c` [V]."""
+        """The greatest bounds [p] float64 of exchanging the members `places` [p] for one item with costs `c` [V]."""
         f = self.f + torch.where(self.owner == places[:, None], self.w, 0)
         y = (c.double() - f).kthvalue(self.share, dim=1).values
         rest = self.u.sum() - self.u[places]

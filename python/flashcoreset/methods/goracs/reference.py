@@ -3,12 +3,12 @@ that is tried.
 
 Costs. D holds the Euclidean distances of n training and V validation items, divided by the largest; with
 p_s = lam * g_s / max(g), C_sv = D_sv - p_s, then shifted and scaled so that its smallest entry is 0 and its
-largest 1 (all 0 where they are equal). The score of a subset S is the cost of the optimal transport between
+largest 1 (all 0 if they are equal). The score of a subset S is the cost of the optimal transport between
 the uniform distributions on S and on the validation items: the lower, the better S stands for them.
 
-Stage 1, cover. Greedy k-medoid: each pick lowers sum_v min_{s in S} C_sv the most. It goes on until k picks
-serve at least one validation item each, and those that serve none are dropped. Where at most k training items
-are nearest to any validation item, it stops at k picks and keeps them all; so it does where the cover becomes
+Stage 1, cover. Greedy k-medoid: each pick lowers sum_v min_{s in S} C_sv the most. The cover goes on until k picks
+serve at least one validation item each, and picks that serve none are dropped. If at most k training items
+are nearest to any validation item, the cover stops at k picks and keeps them all; likewise if it becomes
 complete (every validation item is served at its smallest cost) although fewer than k picks serve.
 
 Stage 2, exchanges. With optimal dual variables u of S and f_v = min_{s in S} (C_sv - u_s), the score is
@@ -17,7 +17,7 @@ o with the dual variable y gives the lower bound
 
     (sum_{s in S, s != i} u_s + y) / k + mean_v min(f_v, C_ov - y)
 
-of the new score. It is concave in y, its slope 1/k - #{v: C_ov - f_v < y} / V, so it is greatest at the R-th
+of the new score. The bound is concave in y with slope 1/k - #{v: C_ov - f_v < y} / V, so it is greatest at the R-th
 smallest of C_ov - f_v with R = ceil(V / k).
 
 Source: Mei, Chen, Yu, Liang and Yang, "GORACS: Group-level Optimal Transport-guided Coreset Selection for
@@ -35,7 +35,7 @@ from flashcoreset.pairwise.reference import pairwise
 
 
 def costs(train: np.ndarray, valid: np.ndarray, grad_norms: np.ndarray, lam: float) -> np.ndarray:
-    """C [n, V] float64, of features [n, d] and [V, d] and norms [n]."""
+    """The costs C [n, V] float64 of features [n, d] and [V, d] and norms [n]."""
     x, y = (torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (train, valid))
     c = pairwise(x, y, metric="euclidean").numpy()
     c /= c.max() or 1.0
@@ -64,7 +64,7 @@ def cover(c: np.ndarray, k: int) -> list[int]:
     if len(np.unique(c.argmin(axis=0))) <= k:
         return picks[:k]
     for made in range(k, n + 1):
-        # Of equal costs the earlier pick's counts.
+        # Among equal costs the earlier pick counts.
         serving = np.unique(c[picks[:made]].argmin(axis=0))
         if len(serving) == k:
             return [picks[place] for place in serving]
@@ -82,7 +82,7 @@ def score(c: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def rest(reduced: np.ndarray, place: int) -> np.ndarray:
-    """f [V] without the member at `place`, from C - u [k, V] of all members."""
+    """The values f [V] without the member at `place`, from C - u [k, V] of all members."""
     if len(reduced) == 1:  # any f will do, and the bound is then the score itself
         return np.zeros(reduced.shape[1])
     return np.delete(reduced, place, axis=0).min(axis=0)
@@ -98,7 +98,7 @@ def bound(c: np.ndarray, subset: list[int], u: np.ndarray, place: int, added: in
 
 
 def candidates(c: np.ndarray, subset: list[int], u: np.ndarray, count: int) -> list[tuple[float, int, int]]:
-    """(bound, place of the removed, added) of the pairs of `count` removals and `count` additions, lowest bound
+    """The tuples (bound, place of the removed, added) of the pairs of `count` removals and `count` additions, lowest bound
     first.
 
     The removals are those that alone raise the bound least, the additions those that alone lower it most.

@@ -2,15 +2,15 @@
 
     C_sv = (D_sv / max D - p_s - low) / (high - low)        D: Euclidean distances; low, high: C in [0, 1]
 
-One pass over D yields max D and every row's extremes, of which low and high follow. Rows are computed in
+One pass over D yields max D and every row's extremes, from which low and high follow. Rows are computed in
 blocks by the `pairwise` kernel, whose values do not depend on the block, so nothing here depends on
 `memory_budget`.
 
-The cover is facility location of the similarities 1 - C, which are no metric's because of p. Where they do not
-fit the budget, its first picks are made by lazy evaluation of streamed rows, with the gains of the kernels:
+The cover is facility location of the similarities 1 - C, which come from no metric because of p. If they do not
+fit into the budget, its first picks are made by lazy evaluation of streamed rows, with the gains of the kernels:
 sums of integers. A similarity that does not exceed what its validation item has reached cannot matter again.
-As soon as the others fit, one pass lists them, and the kernel goes on with the sparse matrix; what was reached
-is one more row of it, preselected. So the picks are those that the dense matrix would give, bit for bit. (A
+As soon as the other similarities fit, one pass lists them, and the kernel goes on with the sparse matrix; what was
+reached is one more row of the matrix, preselected. So the picks are those that the dense matrix would give, bit for bit. (A
 list of all entries above a fixed threshold would change the first picks, and l1 or a further coordinate cannot
 express p.)
 """
@@ -30,24 +30,24 @@ from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.facility_location.gains import gain_scale
 
 _BLOCK_BYTES, _LEAST_BYTES = 2**24, 2**18
-# Of the largest distance: that and those 2^-20 times as long have squares that are normal numbers.
+# Largest distances for which that distance and those 2^-20 times as long have squares that are normal numbers.
 _SAFE = {torch.float32: (-40, 60), torch.float64: (-400, 500)}
-_SAMPLE = 128  # rows of which the share of live similarities is estimated
+_SAMPLE = 128  # rows from which the share of live similarities is estimated
 
 
 def block_rows(columns: int, size: int, memory_budget: int) -> int:
-    """Rows of a block: with its temporaries it takes about a quarter of the budget, or what is small anyway."""
+    """The rows of a block: with its temporaries a block takes about a quarter of the budget, or a small size anyway."""
     return max(1, min(_BLOCK_BYTES, max(_LEAST_BYTES, memory_budget // 16)) // (columns * size))
 
 
 def list_capacity(rows: int, columns: int, size: int, memory_budget: int) -> int:
-    """Live similarities that may be listed: entries of 8 + size bytes, held twice while they are put together, in
-    half of the budget, or what is small beside the arguments."""
+    """The number of live similarities that may be listed: entries of 8 + size bytes, held twice while they are put together, in
+    half of the budget, or as many as are small beside the arguments."""
     return max(rows + columns, memory_budget // 2 // (2 * (8 + size)))
 
 
 def cover_bytes(n: int, clients: int, d: int, size: int, memory_budget: int) -> int:
-    """Bytes that TransportCosts and Cover take at their peak."""
+    """The bytes that TransportCosts and Cover take at their peak."""
     pairs = n * clients * size
     held = pairs if pairs <= memory_budget // 2 else 0
     lists = 0 if held else 2 * (8 + size) * min(list_capacity(n, clients, size, memory_budget), n * clients)
@@ -97,7 +97,7 @@ class TransportCosts:
         base = 1 + (penalty + low) * unit if spread > 0 else torch.ones_like(penalty)
         self._slope = per_distance * unit
         self._base = base.to(train.dtype)
-        # Bounds of the sums of a row's similarities: each of these, and the sum of distances (which torch takes in
+        # Bounds of the sums of a row's similarities: each similarity, and the sum of distances (which torch takes in
         # a cascade), is off by a few units of its last place.
         slack = 64 * torch.finfo(train.dtype).eps * clients
         self._sums = (clients * base - self._slope * total).clamp_min_(0) + slack
@@ -108,7 +108,7 @@ class TransportCosts:
             self.held = held
 
     def _extremes(self, like: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's least and largest distance and the sum of its distances, [n] as `like`; the distances go to `held` [n, V]."""
+        """Each row's least and largest distance and the sum of its distances, [n] like `like`; the distances are written to `held` [n, V]."""
         nearest, farthest, total = (torch.empty_like(like) for _ in range(3))
         for begin in range(0, self.shape[0], self.step):
             rows = slice(begin, begin + self.step)
@@ -121,17 +121,17 @@ class TransportCosts:
         return self._kernels.pairwise(self._train[rows], self._valid, metric="euclidean", out=out)
 
     def _to_similarities(self, distances: Tensor, base: Tensor) -> Tensor:
-        # One rounding after another, never fused, on whatever block.
+        # One rounding after another, never fused, whatever the block.
         return distances.mul_(-self._slope).add_(base[:, None]).clamp_(0, 1)
 
     def similarities(self, rows: slice | Tensor) -> Tensor:
-        """1 - C of some rows, [r, V]; not to be written to."""
+        """The similarities 1 - C of some rows, [r, V]; not to be written to."""
         if self.held is not None:
             return self.held[rows]
         return self._to_similarities(self._distances(rows), self._base[rows])
 
     def costs(self, rows: slice | Tensor) -> Tensor:
-        """C of some rows, [r, V]."""
+        """The costs C of some rows, [r, V]."""
         return 1 - self.similarities(rows)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -141,7 +141,7 @@ class TransportCosts:
             yield rows, self.similarities(rows)
 
     def sum_bounds(self) -> Tensor:
-        """[n] float64, for each row a number not below the sum of its similarities."""
+        """Bounds [n] float64, for each row a number not below the sum of its similarities."""
         return self._sums
 
 
@@ -151,7 +151,7 @@ class Cover:
     Attributes:
         picks: training items in the order in which they were picked.
         owner: [V] int64, the place in `picks` of the pick that serves each validation item (the earlier of equals).
-        complete: no training item would serve any validation item at a smaller cost.
+        complete: whether no training item would serve any validation item at a smaller cost.
     """
 
     def __init__(self, costs: TransportCosts) -> None:
@@ -183,7 +183,7 @@ class Cover:
 
     @property
     def serving(self) -> list[int]:
-        """Places in `picks` of those that serve at least one validation item, ascending."""
+        """The places in `picks` of the picks that serve at least one validation item, ascending."""
         return self.owner[self.owner >= 0].unique().tolist()
 
     def nearest_items(self) -> int:
@@ -220,8 +220,8 @@ class Cover:
                 self.picks.append(pick)
 
     def _streamed_pick(self) -> int:
-        """The candidate of the largest gain: stale gains are upper bounds, so only those are evaluated that reach
-        the largest fresh one."""
+        """The candidate of the largest gain: stale gains are upper bounds, so only candidates are evaluated whose gains
+        reach the largest fresh one."""
         fresh = torch.zeros_like(self._bounds, dtype=torch.bool)
         self._bounds[self.picks] = -1
         size = 16
@@ -281,12 +281,12 @@ class Cover:
             return None
         n = self._costs.shape[0]
         fixed = torch.tensor([*self.picks, n], dtype=torch.int64, device=self.owner.device)
-        # Sparse matrices are taken by these two alone.
+        # Only these two backends take sparse matrices.
         kernels = self._costs._kernels
         if kernels is not cpu:
             kernels = choose("torch", self.owner.device)
         del self._sample, self._bounds
-        self._live = live  # the kernel reads it in place
+        self._live = live  # the kernel reads the matrix in place
         return kernels.FacilityLocation(
             live, metric="precomputed", preselected=fixed, memory_budget=self._costs.memory_budget // 4
         )
@@ -310,7 +310,7 @@ def cover_picks(costs: TransportCosts, k: int, report: Any = None) -> tuple[Tens
     cover.extend(k)
     kept = cover.serving
     if len(kept) < k and cover.nearest_items() > k:
-        # A pick adds at most one to those that serve, so k are never passed.
+        # A pick adds at most one to the picks that serve, so their number never passes k.
         while len(kept) < k and not cover.complete and len(cover.picks) < costs.shape[0]:
             if report is not None:
                 report(len(kept))
