@@ -2,5 +2,5 @@
 
 from flashcoreset.sketch.kinds import KINDS
 
-# The generator's stream, beside those of the random projections.
+# The number of the generator's stream, after those of the random projections.
 STREAM = len(KINDS)

@@ -1,4 +1,4 @@
-"""What each backend of this family has to offer."""
+"""What each backend of this family offers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's loss is of each sample, and which entries of a batch have a row for each: found out from the model, not guessed."""
+"""The loss of each sample as a model counts it, and the entries of a batch with a row per sample: found from the model, not guessed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flashcoreset._core.tensor import FLOATING
 
 IGNORED = -100  # the label of tokens that do not count, as everywhere in torch
 
-# Relative differences between two ways to one number that are rounding, by the type of the logits.
+# Relative differences that count as rounding between two ways to one number, by the type of the logits.
 _ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
-_APART = 8  # times as far off as the right way another one must be
-_OPEN = 6  # entries of which it is found out together whether they have rows
+_APART = 8  # how many times farther off than the right way the other way must be
+_OPEN = 6  # the most entries that are checked together for rows
 
-# Entries that transformers' models take with a row for each sample, and their dimensions. Others are asked about.
+# Entries that transformers' models take with a row per sample, and their dimensions. Other entries are checked on the first batch.
 _ROWS = {
     "input_ids": (2,),
     "attention_mask": (2, 4),
@@ -46,7 +46,7 @@ def sample_losses(output: Any, labels: Tensor, shift_labels: bool = True) -> Ten
         [B] float32 (float64 for float64 logits); 0 for a sample without labels.
 
     Raises:
-        TypeError, ValueError: for logits that do not fit to the labels.
+        TypeError, ValueError: for logits that do not fit the labels.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -61,7 +61,7 @@ def sample_losses(output: Any, labels: Tensor, shift_labels: bool = True) -> Ten
 def logits_of(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if isinstance(logits, (tuple, list)):
-        # With labels a tuple begins with the loss.
+        # With labels, the output tuple begins with the loss.
         logits = next((part for part in logits if not isinstance(part, Tensor) or part.dim()), None)
     if not isinstance(logits, Tensor) or logits.dtype not in FLOATING:
         raise TypeError(f"the model must return logits or have them first, got {type(logits).__name__}")
@@ -69,7 +69,7 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _loss_sums(logits: Tensor, labels: Tensor, shift_labels: bool) -> tuple[Tensor, Tensor]:
-    """[B] sums over the tokens of each sample, and how many they are."""
+    """The sums [B] of losses over the tokens of each sample, and the numbers of these tokens."""
     if logits.dim() != labels.dim() + 1 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"the model's logits must have shape {[*labels.shape, 'C']} as the labels have, got {tuple(logits.shape)}"
@@ -85,7 +85,7 @@ def _loss_sums(logits: Tensor, labels: Tensor, shift_labels: bool) -> tuple[Tens
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
-    """The loss that the model itself computes of a batch with labels, None if it computes none, and its output."""
+    """The loss that the model itself computes for a batch with labels (None if it computes none), and its output."""
     unlabelled = {name: value for name, value in batch.items() if name != "labels"}
     parameters = inspect.signature(model.forward).parameters
     takes = "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -94,7 +94,7 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None,
     try:
         output = model(**batch)
     except TypeError as error:
-        if "'labels'" not in str(error):  # those that pass on what they are given
+        if "'labels'" not in str(error):  # from models that pass on whatever they are given
             raise
         return None, model(**unlabelled)
     loss = getattr(output, "loss", None)
@@ -105,18 +105,18 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None,
 
 
 def shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
-    """Whether the model's loss is that of the next token: by comparison with its own loss, or, where it has none, from the labels.
+    """Whether the model's loss is that of the next token: by comparison with the model's own loss, or, if it has none, from the labels.
 
-    None where the batch tells nothing: no label counts, or no row is finite.
+    Returns None if the batch does not show it: no label counts, or no row is finite.
 
     Raises:
-        ValueError: where it stays open, and for a loss of another kind.
+        ValueError: if the answer stays open, and for a loss of another kind.
     """
     labels = batch["labels"]
     own, output = own_loss(model, batch)
     logits = logits_of(output)
     if own is not None and not torch.isfinite(own):
-        # The loss of the rows that have one. What is not finite does not enter.
+        # The loss is taken over the rows that have a finite one; other rows are masked.
         both = torch.stack([_loss_sums(logits, labels, shifted)[0] for shifted in (True, False)])
         broken = ~torch.isfinite(both).all(0)
         if broken.any():
@@ -127,7 +127,7 @@ def shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
     means, counted = [], 0
     for shifted in (True, False):
         sums, counts = _loss_sums(logits, labels, shifted)
-        means.append(float(sums[counts > 0].double().sum() / counts.sum()))  # nan without a label
+        means.append(float(sums[counts > 0].double().sum() / counts.sum()))  # nan if no label counts
         counted += int(counts.sum())
     if not counted:
         return None
@@ -141,7 +141,7 @@ def shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
         if _differ(means[0], loss) <= allowed:
             return False
     else:
-        # Without a label in its own sense a model's loss is nan, as the mean of nothing is.
+        # If no label counts in the model's way, its loss is nan, as the mean of nothing.
         far = [0.0 if mean != mean and loss != loss else _differ(mean, loss) for mean in means]
         nearest = far.index(min(far))
         if far[nearest] <= allowed:
@@ -160,14 +160,14 @@ def shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
 
 
 def _differ(a: float, b: float) -> float:
-    """Relative; infinite where one is not finite."""
+    """The relative difference; infinite if one number is not finite."""
     distance = abs(a - b) / max(abs(a), abs(b), 1e-30)
     return distance if distance == distance else float("inf")
 
 
 def _labels_are_tokens(name: str, batch: Mapping[str, Any]) -> bool:
-    """Whether labels are the tokens themselves, so that a model that sees them must predict the next one; False if they are the next
-    ones already."""
+    """Whether labels are the tokens themselves, so that a model that sees them must predict the next one; False if they are already the
+    next tokens."""
     labels, tokens = batch["labels"], batch.get("input_ids")
     if isinstance(tokens, Tensor) and tokens.shape == labels.shape:
         tokens = tokens.to(labels.device)
@@ -182,8 +182,8 @@ def _labels_are_tokens(name: str, batch: Mapping[str, Any]) -> bool:
 
 
 def known_rows(model: nn.Module, batch: Mapping[str, Any], keys: frozenset[str] | None) -> dict[str, bool]:
-    """Which entries have rows, of those that need no question: `keys` where they are given, else what transformers' models
-    document, and plain values, which have none."""
+    """Which entries have rows, for entries that need no check: `keys` if they are given, else what transformers' models
+    document, and plain values, which have no rows."""
     rows, is_documented = len(batch["labels"]), _is_of_transformers(model)
     found = {"labels": True}
     for name, value in batch.items():
@@ -204,15 +204,15 @@ def known_rows(model: nn.Module, batch: Mapping[str, Any], keys: frozenset[str] 
 def find_rows(
     model: nn.Module, batch: Mapping[str, Any], known: Mapping[str, bool], step: int, run: Callable[..., Any]
 ) -> dict[str, bool]:
-    """Which entries have rows: those with which a part of the batch, run alone, has the losses that it has in the whole batch.
+    """Which entries have rows: a part of the batch, cut along these entries and run alone, has the same losses as in the whole batch.
 
     Args:
-        known: those of which that is known.
-        step: rows of a part.
+        known: the entries for which this is known already.
+        step: the number of rows of a part.
         run: runs the model on a batch.
 
     Raises:
-        ValueError: where it stays open, with the entries' names.
+        ValueError: if the answer stays open, with the entries' names.
     """
     rows = len(batch["labels"])
     open_ = [name for name in batch if name not in known]
@@ -230,11 +230,11 @@ def find_rows(
         part = cut(batch, {**known, **dict(zip(open_, choice, strict=True))}, end)
         try:
             found, _ = _signature(run(part), part["labels"])
-        except Exception as error:  # whatever a model makes of a part that does not fit together
+        except Exception as error:  # a model may raise anything for a part that does not fit together
             failure = error
             continue
         unlike = (found - right).abs() / right.abs().clamp(min=1e-30)
-        # Rows that are broken are so in either.
+        # Rows that are broken are broken in both runs.
         same_gaps = torch.equal(torch.isfinite(found), torch.isfinite(right))
         distances[choice] = float(unlike.nan_to_num(0, 0, 0).max()) if same_gaps else float("inf")
     nearest = min(distances.values(), default=float("inf"))
@@ -252,7 +252,7 @@ def cut(batch: Mapping[str, Any], has_rows: Mapping[str, bool], part: slice) -> 
     """The rows `part` of a batch.
 
     Raises:
-        ValueError: for an entry that has not a row for each sample, as it had before or should have.
+        ValueError: for an entry that does not have a row for each sample, as it had before or should have.
     """
     rows = len(batch["labels"])
     found = {}
@@ -283,7 +283,7 @@ def _described(value: Any) -> str:
 
 
 def _signature(output: Any, labels: Tensor) -> tuple[Tensor, torch.dtype]:
-    """[., B] losses of each sample in each way to count them, float64."""
+    """The losses [., B] float64 of each sample in each way of counting, and the type of the logits."""
     logits = logits_of(output)
     ways = (True, False) if labels.dim() == 2 else (False,)
     return torch.stack([sample_losses(logits, labels, way).double() for way in ways]), logits.dtype
@@ -303,7 +303,7 @@ def _stays_open(names: list[str], batch: Mapping[str, Any], rows: int, fits: boo
 
 
 def _is_of_transformers(model: nn.Module) -> bool:
-    """Also behind peft's wrapper. Without importing transformers."""
+    """Whether the model is one of transformers, also behind peft's wrapper; found without importing transformers."""
     unwrapped: Any = getattr(model, "get_base_model", None)
     base = unwrapped() if callable(unwrapped) else model
     return any(

@@ -16,7 +16,7 @@ from flashcoreset._core.tensor import FLOATING, as_int64, as_integer, as_number
 from flashcoreset.gradients.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
 from flashcoreset.integrations._batches import cut, find_rows, known_rows, sample_losses, shifts_labels
 
-# Coefficients of shortened passes are those of whole ones but for rounding, of which half precision has much.
+# Coefficients of shortened passes equal those of whole passes except for rounding, which is large in half precision.
 _NEAR = 0.05
 
 # Modules that project to values alone, by the last part of their names.
@@ -24,23 +24,23 @@ _SEPARATE = ("v_proj", "value", "wv", "v")
 
 
 def _last_third(weight: Tensor, config: Any) -> Tensor:
-    """Of [q | k | v], each as wide as the others."""
+    """The values' rows of [q | k | v], all three equally wide."""
     return weight[2 * (len(weight) // 3) :]
 
 
 def _last_heads(weight: Tensor, config: Any) -> Tensor:
-    """Of [q | k | v] with fewer heads in k and v than in q."""
+    """The values' rows of [q | k | v] with fewer heads in k and v than in q."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return weight[-config.num_key_value_heads * head :]
 
 
 def _third_of_each_head(weight: Tensor, config: Any) -> Tensor:
-    """Of [q | k | v] in each head, head by head."""
+    """The values' rows of [q | k | v] in each head, head by head."""
     return weight.view(config.num_attention_heads, 3, -1, weight.shape[1])[:, 2]
 
 
 # Modules that project to queries, keys and values at once: which rows of [out, in] are the values', by the name and by
-# `model_type` of the configuration. Other models lay the same name out in other ways.
+# `model_type` of the configuration. Other models use the same name for other layouts.
 _FUSED: dict[str, dict[str, Callable[[Tensor, Any], Tensor]]] = {
     "c_attn": {"gpt2": _last_third},
     "qkv_proj": {"phi3": _last_heads},
@@ -54,46 +54,46 @@ class BatchSelector:
 
     One forward pass runs the model with the parameter moved by +eps along a random direction and keeps the last decoder
     layer's input; another one with -eps runs that layer, the final norm and the head alone (with more directions, all passes but the
-    first do). On the first batch whole passes say whether that is enough; of a model that makes more of its earlier layers than
-    the last one's input all passes are whole ones, and a `SlowPathWarning` says so. The losses of each sample are averaged over
-    its own tokens. Whether they are those of the next token or of the token itself is found on the first batch, by the model's own
-    loss. The model runs in eval mode, without gradients; afterwards its parameters, modes and hooks are as they
+    first do). On the first batch, whole passes check whether that is enough; if a model uses its earlier layers for more than
+    the last one's input, all passes are whole passes, and a `SlowPathWarning` reports it. The losses of each sample are averaged over
+    its own tokens. Whether the losses are those of the next token or of the token itself is found on the first batch, from the
+    model's own loss. The model runs in eval mode, without gradients; afterwards its parameters, modes and hooks are as they
     were, whatever happens, and so is the state of the global random numbers.
 
     Args:
         model: called with a batch's entries as keywords, with an output that is the logits [B, T, C] or [B, C], has
             them as `logits`, or has them first: causal and masked language models, encoder-decoders and classifiers of tokens,
             texts and images of transformers, with or without peft's adapters. Layers are
-            members of an `nn.ModuleList`. Wrapped by DistributedDataParallel it is unwrapped.
-        method: what chooses by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
+            members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped.
+        method: what chooses rows by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
             can be called.
-        parameter: name of the parameter to perturb. None: the weight of the last V-projection (of a fused one the rows of the
-            values alone), or the matrix B of its LoRA adapter where it has an active one.
-        eps: the size of the step, > 0. LoRA starts with B = 0, so it is no share of the weights.
-        seed: a 64-bit integer, of the directions.
+        parameter: name of the parameter to perturb. None: the weight of the last V-projection (for a fused projection only the
+            values' rows), or the matrix B of its LoRA adapter if it has an active one.
+        eps: the size of the step, > 0. LoRA starts with B = 0, so `eps` is not relative to the weights.
+        seed: a 64-bit integer, the seed of the directions.
         n_perturbations: the number of directions.
-        resample: False: the same directions in every step, as in CoLM's published code. True: others in every step, by the
+        resample: False: the same directions in every step, as in CoLM's published code. True: other directions in every step, by the
             number of the step.
-        batch_size: how many rows run at a time; None: all. Coefficients do not depend on it but for rounding.
-        shift_labels: True: labels are the tokens, of which each is predicted from those before it. False: each label is predicted
-            in its own place. None: the one of these that is the model's own loss on the first batch; of a model without a loss,
-            what the labels are beside `input_ids`.
-        batch_keys: names of the entries of a batch that have a row for each sample and are cut where `batch_size` is below the
-            batch's; the labels always are. None: those that transformers' models document; the first batch tells of other
-            entries, since a part of it, run alone, must have the losses that it has within the whole batch, which
-            runs once for that.
+        batch_size: how many rows run at a time; None: all. Coefficients depend on it only by rounding.
+        shift_labels: True: labels are the tokens, each of which is predicted from those before it. False: each label is predicted
+            in its own place. None: whichever of the two is the model's own loss on the first batch; for a model without a loss,
+            a comparison of the labels with `input_ids` decides.
+        batch_keys: names of the entries of a batch that have a row for each sample and are cut if `batch_size` is below the
+            batch's; the labels are always cut. None: the entries that transformers' models document; other entries are checked
+            on the first batch: a part of it, run alone, must have the losses that it has within the whole batch, which
+            runs once for this check.
 
     Attributes:
-        parameter_name: what is perturbed.
+        parameter_name: the name of the parameter that is perturbed.
         parameter: the tensor that is perturbed: the parameter itself, or a view of it.
         layer_name: the layer that is run again.
-        method: the argument.
+        method: the argument `method`.
         shift_labels: the argument, or what was found; None before.
         steps: how many batches have been evaluated.
 
     Raises:
         TypeError: for arguments of a wrong type, and a parameter that is not floating (quantised).
-        ValueError: for a wrong value; a model in which no V-projection is found, with what was looked for; a fused
+        ValueError: for a wrong value; a model in which no V-projection is found, the message names what was looked for; a fused
             projection whose layout is not known.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
@@ -151,7 +151,7 @@ class BatchSelector:
             )
         self.shift_labels = shift_labels
         self._batch_keys = None if batch_keys is None else _names(batch_keys)
-        self._found_rows: dict[str, bool] = {}  # of entries that were asked about
+        self._found_rows: dict[str, bool] = {}  # for entries that were checked
         self._model = model
         self.method = method
         self.steps = 0
@@ -161,33 +161,33 @@ class BatchSelector:
         else:
             self.parameter_name = _named(model, parameter)
         self.layer_name, self._before = _layer_of(model, self.parameter_name)
-        self._is_checked = False  # whether shortened passes are enough
+        self._is_checked = False  # whether it was checked that shortened passes are enough
 
     @property
     def parameter(self) -> Tensor:
-        """The tensor that is perturbed. Looked up each time: models are moved and cast."""
+        """The tensor that is perturbed, looked up each time because models are moved and cast."""
         tensor = self._model.get_parameter(self.parameter_name)
         return tensor if self._view is None else self._view(tensor.detach())
 
     @property
     def numel(self) -> int:
-        """How many numbers are perturbed."""
+        """The number of entries that are perturbed."""
         return self.parameter.numel()
 
     def gradients(self, batch: Mapping[str, Any]) -> LowRankGradients:
         """The gradient of each row's loss with respect to `parameter`, as coefficients of the directions.
 
         Args:
-            batch: what the model is called with, and "labels" [B, T] or [B], with -100 where one does not count: those that the
-                model's own loss takes. Everything is on the model's device.
+            batch: what the model is called with, and "labels" [B, T] or [B], with -100 where a label does not count: the labels that
+                the model's own loss takes. Everything is on the model's device.
 
         Returns:
             `LowRankGradients` with coefficients [B, n_perturbations]: NaN for rows whose loss is not finite, and 0 for
             rows without a label.
 
         Raises:
-            TypeError, ValueError: for a batch without labels, or logits that do not fit to them; where it stays open which
-                entries have rows, or whether labels are shifted; for a model whose own loss is another one.
+            TypeError, ValueError: for a batch without labels, or logits that do not fit them; if it stays open which
+                entries have rows, or whether labels are shifted; for a model whose own loss is a different one.
         """
         labels = _labels(batch)
         rows = len(labels)
@@ -215,7 +215,7 @@ class BatchSelector:
             groups: [B] integer labels, such as the data sources, or None.
 
         Returns:
-            What the method's `select` returns: of fc.CoLM a `Coreset` with the rows as `indices` and the sizes of their clusters
+            What the method's `select` returns: for fc.CoLM a `Coreset` with the rows as `indices` and the sizes of their clusters
             as `weights`.
 
         Raises:
@@ -239,7 +239,7 @@ class BatchSelector:
         """Goes on from a `state_dict` of a selector with the same arguments.
 
         Raises:
-            ValueError: for anything else than such a dict.
+            ValueError: for anything but such a dict.
         """
         keys = self.state_dict().keys()
         if not isinstance(state, Mapping) or state.keys() != keys:
@@ -253,7 +253,7 @@ class BatchSelector:
         self.steps = steps
 
     def _checked(self, batch: dict[str, Any], seed: int) -> Tensor:
-        """Coefficients by shortened passes if these agree with whole ones, else by whole ones from now on."""
+        """Coefficients by shortened passes if these agree with whole passes, else by whole passes from now on."""
         short = self._coefficients(batch, seed)
         if not self._before:
             return short
@@ -279,7 +279,7 @@ class BatchSelector:
         return found
 
     def _inputs(self, batch: Mapping[str, Any], labelled: bool = False) -> dict[str, Any]:
-        """What the model is called with: the labels only if it makes its decoder's input of them, or `labelled`."""
+        """The inputs that the model is called with: labels only if it makes its decoder's input from them, or if `labelled`."""
         config = getattr(self._model, "config", None)
         inputs = dict(batch)
         if not labelled and not getattr(config, "is_encoder_decoder", False):
@@ -291,7 +291,7 @@ class BatchSelector:
     def _coefficients(
         self, batch: dict[str, Any], seed: int, before: Sequence[nn.Module] | None = None
     ) -> Tensor:
-        """By passes that leave out the layers `before`, by default all before the parameter's."""
+        """Coefficients by passes that leave out the layers `before`, by default all layers before the parameter's."""
         labels, inputs = batch["labels"], self._inputs(batch)
         shifted = self.shift_labels is not False
         bad = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
@@ -313,7 +313,7 @@ class BatchSelector:
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:
-        """Eval mode; at the end every module's own mode and the random state as they were."""
+        """Puts the model into eval mode; at the end restores every module's own mode and the random state."""
         modes = [(module, module.training) for module in self._model.modules()]
         device = self.parameter.device
         try:
@@ -330,7 +330,7 @@ def _repeated(model: nn.Module, before: Sequence[nn.Module]) -> Iterator[Callabl
     """A function that calls the model on one batch: in full the first time, and then without the layers `before`.
 
     Later calls go through the model's own forward, whatever it does around its layers; the layers that are skipped
-    return what the last of them returned the first time. A decoder that runs that one more than once is called in full
+    return what the last of them returned the first time. A decoder that runs that last layer more than once is called in full
     every time.
     """
     outputs: list[Any] = []
@@ -338,7 +338,7 @@ def _repeated(model: nn.Module, before: Sequence[nn.Module]) -> Iterator[Callabl
     own = [module.__dict__.get("forward") for module in before]
 
     def copied(output: Any) -> Any:
-        """The next layer may write into what it is given. None for what is neither a tensor nor a tuple that begins with one."""
+        """A copy, because the next layer may write into its input; None for what is neither a tensor nor a tuple that begins with one."""
         if isinstance(output, Tensor):
             return output.clone()
         return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else None
@@ -376,14 +376,14 @@ def _repeated(model: nn.Module, before: Sequence[nn.Module]) -> Iterator[Callabl
 
 
 def _value_projection(model: nn.Module) -> tuple[str, Callable[[Tensor], Tensor] | None]:
-    """The name of the last layer's V-projection and, of a fused one, what takes the values' part of it."""
+    """The name of the last layer's V-projection and, for a fused one, the function that takes the values' part of it."""
     found: tuple[str, nn.Module] | None = None
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     names = (*_SEPARATE, *_FUSED)
     inside: tuple[str, ...] = ()
     for name, layers in lists:
         if name.startswith(inside):
-            continue  # a list within the layers of a list that has been looked at
+            continue  # a list within the layers of a list that was searched already
         for i in reversed(range(len(layers))):
             own = [
                 (part, m)
@@ -437,13 +437,13 @@ def _last(name: str) -> str:
 
 
 def _base(module: nn.Module) -> nn.Module:
-    """What an adapter is wrapped around."""
+    """The module that an adapter is wrapped around."""
     inner = getattr(module, "base_layer", module)
     return inner if inner is module else _base(inner)
 
 
 def _weight(module: nn.Module) -> tuple[str, Tensor] | None:
-    """The matrix of a projection and where it is: that of an active LoRA adapter, or its own."""
+    """The matrix of a projection and its name: that of an active LoRA adapter, or the projection's own."""
     adapters = getattr(module, "lora_B", None)
     if isinstance(adapters, nn.ModuleDict) and not getattr(module, "disable_adapters", False):
         for adapter in getattr(module, "active_adapters", ()):
@@ -479,7 +479,7 @@ def _named(model: nn.Module, name: str) -> str:
 
 
 def _layer_of(model: nn.Module, parameter: str) -> tuple[str, list[nn.Module]]:
-    """The layer that has the parameter, and those before it in its list; without such a list the model, and none."""
+    """The layer that has the parameter, and those before it in its list; without such a list the model, and no layers."""
     path = parameter.split(".")
     for depth in range(1, len(path)):
         layers = model.get_submodule(".".join(path[:depth]))

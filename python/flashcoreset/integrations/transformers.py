@@ -31,7 +31,7 @@ except ImportError as error:
 STATE_NAME = "coreset_selection.pt"
 _WEIGHTS = "coreset_weights"
 _WEIGHTINGS = ("mean", "cluster")
-_SHOWN = 20  # sources in a message
+_SHOWN = 20  # the most sources in a message
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ class CoLMConfig:
     """How `CoLMTrainer` selects. The coreset's size is per_device_train_batch_size, times the processes.
 
     Args:
-        large_batch_size: rows that are drawn, on each device, for a coreset of per_device_train_batch_size rows.
-        source: the data set's column that tells a row's source, a string or an integer. None: there is one source.
-        keep_sources: the sources of which every row is kept. Names of the classes of a `ClassLabel` column are taken too. One that the
-            data does not have is an error where its sources are known beforehand (a list of rows, a column of a
-            `datasets.Dataset`), else a warning tells at the end of the first epoch, or of the run, or after 100 batches.
+        large_batch_size: the number of rows that are drawn, on each device, for a coreset of per_device_train_batch_size rows.
+        source: the data set's column that holds a row's source, a string or an integer. None: there is one source.
+        keep_sources: the sources of which every row is kept. Names of the classes of a `ClassLabel` column are taken too. A source
+            that the data does not have is an error if the data's sources are known beforehand (a list of rows, a column of a
+            `datasets.Dataset`), else a warning reports it at the end of the first epoch, or of the run, or after 100 batches.
         rule, top, betas, adam_eps, metric: `rule`, `top`, `betas`, `eps` and `metric` of `fc.CoLM`. `top` is at most the number of
             perturbed parameters; None takes all.
-        weighting: "mean": the loss of the coreset as the model computes it, as CoLM's published code does. "cluster": the
+        weighting: "mean": the loss of the coreset as the model computes it, like CoLM's published code. "cluster": the
             mean over the rows of each row's own loss times the size of its cluster.
         parameter, eps, n_perturbations, resample, seed, shift_labels, batch_keys: those of `fc.integrations.torch.BatchSelector`.
-        forward_batch_size: rows that run at a time in the selection; None: per_device_train_batch_size, which takes less
+        forward_batch_size: the number of rows that run at a time in the selection; None: per_device_train_batch_size, which takes less
             memory than the training step.
 
     Raises:
-        TypeError, ValueError: for a value of a wrong type or out of range; those of CoLM and BatchSelector when the trainer
+        TypeError, ValueError: for a value of a wrong type or out of range; the errors of CoLM and BatchSelector come when the trainer
             is made.
 
     Example:
@@ -98,11 +98,11 @@ class CoLMTrainer(Trainer):
 
     For each batch that Trainer would train on, `large_batch_size` rows are drawn. Their gradients are estimated by
     `fc.integrations.torch.BatchSelector`, `fc.CoLM` chooses among the rows of all processes, each process takes an equal share of
-    the coreset (rows travel between processes before they are collated), and from there on Trainer does what it does.
-    Evaluation is Trainer's own. A last large batch of an epoch that is no larger than the coreset is taken whole.
+    the coreset (rows travel between processes before they are collated), and from there on Trainer works as usual.
+    Evaluation is Trainer's own. If the last large batch of an epoch is no larger than the coreset, all of it is taken.
 
-    The logs have `selection_time`, seconds for each optimizer step, and `selection_share`, the share of the time from
-    drawing a step's data to its end. The selection's state is saved beside the optimizer's in checkpoints, and resuming goes
+    The logs have `selection_time`, seconds per optimizer step, and `selection_share`, the share of the time from
+    drawing a step's data to its end. The selection's state is saved beside the optimizer's in checkpoints, and a resumed run goes
     on as if there had been no interruption.
 
     Args:
@@ -116,7 +116,7 @@ class CoLMTrainer(Trainer):
 
     Raises:
         TypeError, ValueError: as CoLM and BatchSelector do; for a large batch that is smaller than the coreset, a
-            data set without the source's column, `top` above the number of perturbed parameters, and what does not go
+            data set without the source's column, `top` above the number of perturbed parameters, and for options that do not go
             together: FSDP and DeepSpeed, auto_find_batch_size, train_sampling_strategy="batch_rebalance", and
             weighting="cluster" with a loss of one's own, label smoothing or output_router_logits.
 
@@ -140,7 +140,7 @@ class CoLMTrainer(Trainer):
         (2, 4)
     """
 
-    # Trainer's own, which _loading_rows exchanges.
+    # Trainer's own attribute, which _loading_rows exchanges.
     data_collator: Any
     _train_batch_size: int
     _signature_columns: Any
@@ -160,7 +160,7 @@ class CoLMTrainer(Trainer):
             )
 
     def _refuse(self) -> None:
-        """Errors for what does not go together."""
+        """Raises errors for options that do not go together."""
         arguments = self.args
         if arguments.train_batch_size >= self._large_batch_size:
             raise ValueError(
@@ -190,7 +190,7 @@ class CoLMTrainer(Trainer):
             )
         columns = getattr(self.train_dataset, "column_names", None)
         if self.colm.source is not None and columns is not None and self.colm.source not in columns:
-            row = _first_row(self.train_dataset)  # a transform may make it
+            row = _first_row(self.train_dataset)  # a transform may add the column
             if row is not None and self.colm.source not in row:
                 raise ValueError(_no_source(self.colm.source, columns))
 
@@ -231,7 +231,7 @@ class CoLMTrainer(Trainer):
         return selector
 
     def _kept_labels(self) -> list[int]:
-        """Of keep_sources, which the data must have if its sources are known."""
+        """The labels of keep_sources, which the data must have if its sources are known."""
         kept = self.colm.keep_sources
         labels = [self._label(source, f"keep_sources[{i}]") for i, source in enumerate(kept)]
         known = _known_sources(self.train_dataset, self.colm.source) if kept else None
@@ -256,7 +256,7 @@ class CoLMTrainer(Trainer):
         return int(self._classes.str2int(source))
 
     def _start_clock(self) -> None:
-        """Of selection and of whole optimizer steps, in seconds, since the last log."""
+        """Starts the clocks of selection and of whole optimizer steps, in seconds since the last log."""
         self._seconds = [0.0, 0.0]
         self._steps_timed = 0
         self._step_start: float | None = None
@@ -264,7 +264,7 @@ class CoLMTrainer(Trainer):
     # ---- What Trainer calls
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # A run starts without a history; resuming loads it later. The model may be another one than before.
+        # A run starts without a history; resuming loads it later. The model may be a different one than before.
         self._selector = self._new_selector()
         self._start_clock()
         output = super()._inner_training_loop(*args, **kwargs)
@@ -274,13 +274,13 @@ class CoLMTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Large batches of rows that are not collated yet."""
         if self.train_dataset is None:
-            return super().get_train_dataloader()  # which says so
+            return super().get_train_dataloader()  # which raises the error
         with self._loading_rows():
             return super().get_train_dataloader()
 
     @contextmanager
     def _loading_rows(self) -> Iterator[None]:
-        """Makes of Trainer's own way to a data loader one to a loader of large batches of rows, with their sources."""
+        """Makes Trainer's own method of building a data loader build one of large batches of rows, with their sources."""
         self._set_signature_columns_if_needed()
         before = self._train_batch_size, self.data_collator, self._signature_columns
         dispatch = self.accelerator.dataloader_config.dispatch_batches
@@ -295,16 +295,16 @@ class CoLMTrainer(Trainer):
             self.accelerator.dataloader_config.dispatch_batches = dispatch
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, of coresets; all of an optimizer step are chosen before it, by the same parameters."""
+        """Trainer's batches, made of coresets; all coresets of an optimizer step are chosen before it, by the same parameters."""
         self._step_start = time.perf_counter()
         return super().get_batch_samples(map(self._coreset_of, epoch_iterator), *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Trainer's, or with weighting="cluster" the weighted mean of a coreset's losses."""
+        """Trainer's loss, or with weighting="cluster" the weighted mean of a coreset's losses."""
         if not isinstance(inputs, Mapping) or _WEIGHTS not in inputs:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         config = getattr(self.model, "config", None)
-        # An encoder-decoder makes its decoder's input of the labels.
+        # An encoder-decoder makes its decoder's input from the labels.
         left_out = (_WEIGHTS,) if getattr(config, "is_encoder_decoder", False) else (_WEIGHTS, "labels")
         outputs = model(**{name: value for name, value in inputs.items() if name not in left_out})
         losses = sample_losses(outputs, inputs["labels"], self._selector.shift_labels is not False)
@@ -320,7 +320,7 @@ class CoLMTrainer(Trainer):
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the time that selection took."""
+        """Trainer's log, with the time that selection took."""
         selection, whole = self._seconds
         if "loss" in logs and self._steps_timed:
             logs["selection_time"] = selection / self._steps_timed
@@ -347,11 +347,11 @@ class CoLMTrainer(Trainer):
     # ---- A large batch becomes a coreset
 
     def _coreset_of(self, rows: Rows) -> dict[str, Any]:
-        """What the training step gets for a large batch: this process's share of the coreset, collated."""
+        """The training step's inputs for a large batch: this process's share of the coreset, collated."""
         start = time.perf_counter()
         sources, features = self._split(rows.rows)
         g = self._gradients(features)
-        # Of every process, and on the CPU, which has the same answer for all of them.
+        # Gathered from every process, on the CPU, so that all processes choose the same coreset.
         parts = _gathered((g.coefficients.cpu(), sources))
         coefficients = torch.cat([part[0] for part in parts])
         groups = None if sources is None else torch.cat([part[1] for part in parts])
@@ -390,7 +390,7 @@ class CoLMTrainer(Trainer):
         return torch.tensor(labels), features
 
     def _check_kinds(self, sources: Iterable[Any]) -> None:
-        """Strings never equal integers, whatever rows are still to come."""
+        """Refuses keep_sources of another type than the sources: strings never equal integers, whatever rows are still to come."""
         kept = {isinstance(source, str) for source in self.colm.keep_sources}
         if self._classes is not None or len(kept) != 1:
             return
@@ -450,7 +450,7 @@ class _CoLMOfSources(CoLM):
         self.warn_of_unseen(f"{self._batches} batches")
 
     def warn_of_unseen(self, where: str) -> None:
-        """Once, if rows have come at all."""
+        """Warns of unseen sources, once, and only if any rows have come."""
         if not self._unseen or self._has_warned or not self._batches:
             return
         self._has_warned = True
@@ -470,7 +470,7 @@ class Rows:
 
 
 def _gathered(value: Any) -> list[Any]:
-    """The value of each process."""
+    """The values of all processes."""
     found: list[Any] = gather_object([value])
     return found
 
@@ -480,7 +480,7 @@ def _copied(row: Any) -> Any:
 
 
 def _label(source: Any, name: str) -> int:
-    """An integer for a source: itself, or 63 bits of a string's hash, the same on every process and in every run."""
+    """The integer label of a source: itself, or 63 bits of a string's hash, the same on every process and in every run."""
     if isinstance(source, str):
         encoded = source.encode(errors="surrogatepass")
         return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big") >> 1
@@ -488,7 +488,7 @@ def _label(source: Any, name: str) -> int:
 
 
 def _class_labels(data: Any, column: str | None) -> Any:
-    """The `ClassLabel` that tells the names of a column's integers, if the data set has one."""
+    """The `ClassLabel` with the names of a column's integers, if the data set has one."""
     features = getattr(data, "features", None)
     feature = features.get(column) if isinstance(features, Mapping) else None
     return feature if callable(getattr(feature, "str2int", None)) else None
@@ -498,7 +498,7 @@ def _known_sources(data: Any, column: str | None) -> list[Any] | None:
     """The sources of all rows, if they are known without making the rows."""
     if isinstance(data, (list, tuple)):
         found = [row[column] for row in data if isinstance(row, Mapping) and column in row]
-        # Of others each row tells, and what cannot be a source at all is an error there.
+        # Other sources are read row by row later, and values that cannot be a source are errors there.
         is_plain = all(
             isinstance(source, str) or (type(source) is int and -(2**63) <= source < 2**63)
             for source in found

@@ -1,9 +1,9 @@
 """Low-level calls: each backend's kernels with caller-owned outputs, and runs that the caller advances pick
 by pick.
 
-`kernels.cpu` is compiled, `kernels.torch` is the plain PyTorch reference; both have the same names, of which
-`kernels.cuda` and `flashcoreset.kernels.triton` (to be imported by itself, since it imports triton) have what is
-not said to be elsewhere:
+`kernels.cpu` is compiled, `kernels.torch` is the plain PyTorch reference; both have the same names.
+`kernels.cuda` and `flashcoreset.kernels.triton` (imported separately, since it imports triton) have the same names
+except where the list says otherwise:
 
     pairwise(x, y=None, *, metric, out=None)
     FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
@@ -19,7 +19,7 @@ not said to be elsewhere:
         (in neither)
 
 A FacilityLocation is its own workspace: it keeps the packed points, bounds and lists between calls, so that
-further picks cost only themselves. Arguments are tensors whose types, shapes and indices are taken as they
+further picks cost nothing but their own work. Arguments are tensors whose types, shapes and indices are taken as they
 are; the public functions check them first.
 
 Example:

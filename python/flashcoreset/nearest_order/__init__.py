@@ -19,12 +19,14 @@ from flashcoreset.nearest_order import cpu
 from flashcoreset.nearest_order.backend import choose
 
 _CHUNK = 64 * 2**20  # bytes of features handed to a kernel at a time
-_FINGERPRINT = 16  # every so many rows of a batch source are remembered in a checksum
-_TAKES = 1 << 16  # items that one call for rounds may take, so that Ctrl-C and progress get their turn
+_FINGERPRINT = 16  # one of this many rows of a batch source enters a checksum
+_TAKES = (
+    1 << 16
+)  # the most items that one call for rounds may take, so that Ctrl-C and progress are handled in between
 
 
 def check_loader(value: Any, name: str) -> None:
-    """Raises ValueError for a DataLoader that does not give all rows of its data set in their order: positions in what it gives
+    """Raises ValueError for a DataLoader that does not give all rows of its data set in their order: positions in its output
     would mean nothing."""
     if not isinstance(value, DataLoader):
         return
@@ -34,7 +36,7 @@ def check_loader(value: Any, name: str) -> None:
     if workers > 1 and not getattr(value, "in_order", True):
         reason, remedy = "in_order=False takes batches as workers finish them", "in_order=True"
     elif isinstance(value.dataset, IterableDataset):
-        # How it orders its rows is its own affair; it has no sampler of its own.
+        # An iterable data set orders its rows itself; the loader has no sampler of its own.
         reason = f"its {workers} workers read an IterableDataset side by side" if workers > 1 else ""
         remedy = "num_workers=0"
     elif batches is not None and type(batches) is not BatchSampler:
@@ -66,7 +68,7 @@ class RowSource:
 
     A matrix is read in chunks without a copy of the whole. Anything else gives batches: an iterable of them
     (read again by another `iter()`), a function that returns a new iterator at each call, or an iterator,
-    which can be read once only. A batch is a matrix, or a tuple or list that starts with one.
+    which can be read only once. A batch is a matrix, or a tuple or list that starts with one.
     """
 
     def __init__(self, openset: Any) -> None:
@@ -126,7 +128,7 @@ class RowSource:
 
     @staticmethod
     def _matrix(item: Any, number: int) -> Tensor | None:
-        """A batch as a matrix, or None where it has no rows."""
+        """A batch as a matrix, or None if it has no rows."""
         if isinstance(item, (tuple, list)):
             if not item:
                 raise ValueError(f"openset batch {number} is an empty {type(item).__name__}")
@@ -192,14 +194,14 @@ class RowSource:
 
 
 def list_bytes(lists: int, itemsize: int, backend: str | None) -> int:
-    """Bytes that one more entry in each of the lists takes at the peak."""
-    # Compiled: half as many entries again wait to be cut, each of them 16 bytes. Reference: values, items,
-    # the order that sorts them, and what is gathered.
+    """The bytes that one more entry in each list takes at the peak."""
+    # Compiled: half as many entries again wait to be cut, 16 bytes each. Reference: values, items,
+    # the order that sorts them, and the gathered results.
     return lists * (24 if backend != "torch" else 3 * (itemsize + 8) + 8)
 
 
 def chunk_rows(columns: int, lists: int, itemsize: int, memory_budget: int) -> int:
-    """Rows to hand to a kernel at a time."""
+    """The number of rows to hand to a kernel at a time."""
     bytes_a_row = columns * itemsize + 40 * lists
     return max(1, min(_CHUNK, memory_budget // 4) // bytes_a_row)
 
@@ -241,9 +243,9 @@ class Rounds:
         self._length = 0
 
     def _next_length(self) -> int:
-        # As long as fewer than L items are taken since a pass, one of the L that a list kept is free: lists
-        # as long as the picks that are left need no further pass. A matrix is cheap to read again, so there
-        # lists start with what an even share would need.
+        # While fewer than L items have been taken since a pass, one of the L items that a list kept is free: lists
+        # as long as the number of picks left need no further pass. A matrix is cheap to read again, so its
+        # lists start with the length that an even share would need.
         left = self._k - self._order.taken
         if self._source.rows is not None:
             left = min(left, self._source.rows - self._order.taken)
@@ -253,7 +255,7 @@ class Rounds:
         return max(1, min(left, self._longest))
 
     def read(self) -> None:
-        """One pass over the source."""
+        """Makes one pass over the source."""
         if self._source.once and self._source.passes:
             raise ValueError(
                 "openset is an iterator, which can be read once only, and "
@@ -269,8 +271,8 @@ class Rounds:
         self._order.finish()
 
     def take(self) -> tuple[Tensor, list[int], list[float]]:
-        """The next rounds, at least one unless `k` items or all are taken: items one round after the other,
-        how many each round took, the rounds' values.
+        """The next rounds, at least one unless `k` items or all items are taken: the items one round after the other,
+        how many each round took, and the rounds' values.
         """
         count = max(1, _TAKES // self._lists)
         for attempt in range(2):
@@ -279,10 +281,10 @@ class Rounds:
                 return items, counts, values
             if attempt == 0:
                 self.read()
-        # A pass leaves every list an item that is free; with a similarity of NaN or -inf it need not.
+        # A pass leaves every list an item that is free, except if a similarity is NaN or -inf.
         raise ValueError("openset: a list has found no item that is free; similarities must be finite")
 
 
 def compute_type(source: RowSource, target: Tensor) -> torch.dtype:
-    """float64 if either is, else float32."""
+    """The type to compute in: float64 if either is float64, else float32."""
     return torch.promote_types(compute_dtype(source.dtype), compute_dtype(target.dtype))

@@ -19,8 +19,8 @@ class NearestOrder:
     `flashcoreset.nearest_order.reference`.
 
     A pass over the items is `begin`, any number of `update` calls (or `update_similarities` calls),
-    `finish`; then `rounds` takes items. Where `rounds` stops early, another pass over the same items is
-    needed: it keeps the best of those not taken yet. After an exception in a pass, the pass is begun again.
+    `finish`; then `rounds` takes items. If `rounds` stops early, another pass over the same items is
+    needed, which keeps the best items not taken yet. After an exception in a pass, the pass is begun again.
 
     Args:
         centroids: [K, d] float32 or float64 on the CPU, rows of unit length or zero.
@@ -57,7 +57,7 @@ class NearestOrder:
         return order
 
     def begin(self, length: int) -> None:
-        """Starts a pass that keeps up to `length` items a list."""
+        """Starts a pass that keeps up to `length` items per list."""
         self._length = length
         self._native.begin(length)
 
@@ -76,19 +76,19 @@ class NearestOrder:
 
     @property
     def taken(self) -> int:
-        """Items taken so far."""
+        """The number of items taken so far."""
         return self._native.taken
 
     def order(self, index: int) -> tuple[Tensor, Tensor]:
-        """Items and similarities that list `index` keeps, most similar first."""
+        """The items and similarities that list `index` keeps, most similar first."""
         room = min(self._length, self._rows)
         items, similarities = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=self._dtype)
         kept = self._native.order(index, capsule(items), capsule(similarities))
         return items[:kept], similarities[:kept]
 
     def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]:
-        """Up to `count` further rounds: the items taken, one round after the other and in a round in the
-        order of the lists that took them; how many each round took; the rounds' values.
+        """Makes up to `count` further rounds. Returns the items taken, one round after the other and in a round in the
+        order of the lists that took them; how many each round took; and the rounds' values.
 
         Ends early after the round with which `k` items or more are taken in all, when every item is taken,
         and when a list needs another pass.

@@ -2,7 +2,7 @@
 
 Item i of the open set has the similarity s[i, c] to list c (a centroid): the cosine of their features. In a
 round every list takes its most similar item that no EARLIER round took; two lists may take the same item in
-one round, where it counts once. A round's value is the mean over the lists of the similarities they took.
+one round, and then it counts once. A round's value is the mean over the lists of the similarities they took.
 Ties go to the lowest item.
 
 Source: Kim, Bae and Yun, "Coreset Sampling from Open-Set for Fine-Grained Self-Supervised Learning", CVPR
@@ -23,8 +23,8 @@ TAKES = Takes()
 def similarities(x: Tensor, centroids: Tensor) -> Tensor:
     """Cosines [r, K] of the rows of `x` [r, d] and of `centroids` [K, d], whose rows are normalized already.
 
-    Summed feature by feature, because the last bits of a matrix product depend on the number of rows given
-    to it, and a similarity must not.
+    Summed feature by feature, because the last bits of a matrix product depend on its number of rows, and a
+    similarity must not depend on that.
     """
     x = normalize_rows(x)
     s = x.new_zeros(x.shape[0], centroids.shape[0])
@@ -38,12 +38,12 @@ class NearestOrder:
 
     A pass over the items is `begin`, any number of `update` calls (or `update_similarities` calls),
     `finish`; then `rounds` takes items. When a list has no item left that was not taken, although there are
-    such items, `rounds` stops early: another pass over the same items is needed, which keeps the best of
-    those not taken yet.
+    such items, `rounds` stops early: another pass over the same items is needed, which keeps the best
+    items not taken yet.
     """
 
     def __init__(self, centroids: Tensor) -> None:
-        """`centroids` [K, d], of unit length or zero; [K, 0] where similarities are given instead of
+        """Takes `centroids` [K, d], of unit length or zero; [K, 0] if similarities are given instead of
         features.
         """
         self._centroids = centroids
@@ -56,7 +56,7 @@ class NearestOrder:
         return cls(torch.empty(lists, 0, dtype=dtype))
 
     def begin(self, length: int) -> None:
-        """Starts a pass that keeps up to `length` items a list."""
+        """Starts a pass that keeps up to `length` items per list."""
         self._length = length
         self._rows = 0
         self._values = self._centroids.new_empty(self._centroids.shape[0], 0)
@@ -87,7 +87,7 @@ class NearestOrder:
         if self._taken is not None:
             free = ~self._taken[items]
             items, s = items[free], s[free]
-        # What is kept stands before what comes, and the sort is stable: equal similarities stay in the order
+        # Kept items stand before new ones, and the sort is stable: equal similarities stay in the order
         # of the items.
         values = torch.cat([self._values, s.T], dim=1)
         items = torch.cat([self._items, items.expand(s.shape[1], -1)], dim=1)
@@ -103,16 +103,16 @@ class NearestOrder:
 
     @property
     def taken(self) -> int:
-        """Items taken so far."""
+        """The number of items taken so far."""
         return 0 if self._taken is None else int(self._taken.sum())
 
     def order(self, index: int) -> tuple[Tensor, Tensor]:
-        """Items and similarities that list `index` keeps, most similar first."""
+        """The items and similarities that list `index` keeps, most similar first."""
         return self._items[index], self._values[index]
 
     def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]:
-        """Up to `count` further rounds: the items taken, one round after the other and in a round in the
-        order of the lists that took them; how many each round took; the rounds' values.
+        """Makes up to `count` further rounds. Returns the items taken, one round after the other and in a round in the
+        order of the lists that took them; how many each round took; and the rounds' values.
 
         Ends early after the round with which `k` items or more are taken in all, when every item is taken,
         and when a list needs another pass.

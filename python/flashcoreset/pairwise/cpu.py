@@ -19,7 +19,7 @@ def pairwise(x: Tensor, y: Tensor | None = None, *, metric: str, out: Tensor | N
 
     Args:
         x: [n, d] float32 or float64, on the CPU.
-        y: [m, d], same dtype; None is `x` itself, of which each pair is computed once.
+        y: [m, d], same dtype; None is `x` itself, whose pairs are each computed once.
         metric: "cosine", "dot", "euclidean", "sqeuclidean" or "l1".
         out: [n, m], same dtype, rows contiguous; None allocates it.
 

@@ -18,13 +18,13 @@ def pairwise(x: Tensor, y: Tensor | None = None, *, metric: str, out: Tensor | N
     """Similarities (cosine, dot) or distances (euclidean, sqeuclidean, l1) of all pairs of rows.
 
     Args:
-        x: [n, d] float32 or float64, on a CUDA device. NaN and infinity are not looked for.
+        x: [n, d] float32 or float64, on a CUDA device. NaN and infinity are not checked for.
         y: [m, d], same dtype and device; None is `x` itself.
         metric: "cosine", "dot", "euclidean", "sqeuclidean" or "l1".
         out: [n, m], same dtype, rows contiguous; None allocates it.
 
     Returns:
-        `out`; the work is on torch's current queue and not waited for.
+        `out`; the work is on torch's current queue; the call does not wait for it.
 
     Raises:
         BackendUnavailableError: if there are no CUDA kernels or no device.

@@ -16,11 +16,11 @@ _BLOCK_BYTES = 2**20
 
 
 def values_of_rows(x: Tensor, y: Tensor, metric: str) -> Tensor:
-    """Similarities or distances [r, m] of the rows of `x` [r, d] and `y` [m, d]; for cosine these have unit
+    """Similarities or distances [r, m] of the rows of `x` [r, d] and `y` [m, d]; for cosine the rows have unit
     length already.
 
     The sum over features is taken in order, by elementwise operations: the last bits of torch.mm depend on
-    how many rows it is given, and a pair's value must not.
+    its number of rows, and a pair's value must not.
     """
     total = x.new_zeros(x.shape[0], y.shape[0])
     for a, b in zip(x.unbind(1), y.unbind(1), strict=True):
