@@ -40,7 +40,7 @@ MATRICES = ("precomputed", "precomputed_distance")
 
 
 class CommandError(Exception):
-    """What the user has to change, in one line."""
+    """An error that says in one line what the user has to change."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +62,7 @@ def _split_key(text: str) -> tuple[Path, str | None]:
 
 
 def _check_file(path: Path, option: str) -> None:
-    """Says why a file cannot be an array; numpy.load would answer a text file with a word about pickles."""
+    """Raises CommandError with the reason why a file cannot be an array; numpy.load would answer a text file with a word about pickles."""
     try:
         if not path.exists():
             raise CommandError(f"{option}: no such file: {path}")
@@ -157,7 +157,7 @@ def _load_matrix(text: str, option: str) -> Any:
 
 
 def _load_state(text: str, option: str) -> dict[str, Any]:
-    """What CoLM.load_state_dict takes, from a file that `_state_arrays` was written to."""
+    """The state for CoLM.load_state_dict, from a file with the arrays of `_state_arrays`."""
     path = Path(text)
     _check_file(path, option)
     try:
@@ -205,7 +205,7 @@ class Output(NamedTuple):
     path: Path
     option: str
     write: Callable[[IO[bytes]], object]
-    replace: bool = False  # what is there
+    replace: bool = False  # whether an existing file may be replaced
 
 
 def _beside(path: Path) -> Path:
@@ -215,8 +215,8 @@ def _beside(path: Path) -> Path:
 def check_output(
     text: str, option: str, suffix: str, inputs: Sequence[str] = (), *, replace: bool = False
 ) -> Path:
-    """The path that `text` names, once it is known to be free (or may be replaced) and writable: before hours of work, not after
-    them."""
+    """The path that `text` names, once it is known to be free (or may be replaced) and writable: before hours of work, not
+    afterwards."""
     path = Path(text)
     if path.suffix.lower() != suffix:
         raise CommandError(f"{option}: expected a name that ends in {suffix}, got {path}")
@@ -225,7 +225,7 @@ def check_output(
             raise CommandError(f"{option}: {path} exists and is not a regular file")
         for name in inputs:
             source = _split_key(name)[0]
-            # Of inputs that cannot be looked at, those who read them complain.
+            # Inputs that cannot be checked here are reported by the code that reads them.
             if path.exists() and os.path.exists(source) and path.samefile(source):
                 raise CommandError(f"{option}: {path} is also an input; choose another name")
         if not replace:
@@ -259,8 +259,8 @@ def _writing(path: Path, option: str) -> Iterator[None]:
 
 
 def write_whole(*outputs: Output) -> None:
-    """Writes a new file beside the place of each, and once all are written puts them there in order. A failure to write leaves
-    nothing. What has come to a place in the meantime is left there, unless it may be replaced."""
+    """Writes a new file beside the place of each output, and once all are written puts them into place in order. A failure to write
+    leaves nothing. A file that appeared in a place in the meantime stays, unless it may be replaced."""
     written: list[Path] = []
     try:
         for output in outputs:
@@ -277,7 +277,7 @@ def write_whole(*outputs: Output) -> None:
         for beside, output in zip(written, outputs, strict=True):
             with _writing(output.path, output.option):
                 if output.replace:
-                    beside.replace(output.path)  # a symbolic link itself, not what it leads to
+                    beside.replace(output.path)  # replaces a symbolic link itself, not its target
                 else:
                     _place(beside, output)
     finally:
@@ -436,7 +436,7 @@ def _colm(arguments: argparse.Namespace) -> _Chosen:
 
 
 _NO_HISTORY = "none"
-# By kind of history, what a file of it holds beside "kind".
+# By kind of history, the entries that its file holds beside "kind".
 _STATES = {
     "dense": {field.name for field in dataclasses.fields(fc.AdamState)},
     "rank one": {field.name for field in dataclasses.fields(fc.RankOneAdamState)},
@@ -484,7 +484,7 @@ def _savez(contents: dict[str, Any], stream: IO[bytes]) -> None:
 
 
 def _same_place(a: str, b: str) -> bool:
-    """Whether two names are those of one file, which is no symbolic link."""
+    """Whether two names are those of one file that is not a symbolic link."""
     first, second = (Path(text).parent.resolve() / Path(text).name for text in (a, b))
     return first == second and not first.is_symlink()
 
@@ -496,7 +496,7 @@ def _select(arguments: argparse.Namespace) -> int:
     out = check_output(arguments.out, "--out", ".npz", given + states, replace=force)
     kept, replaces = None, force
     if hasattr(arguments, "save_state"):
-        # It may take the place of the state that is read.
+        # The saved state may replace the state that was read.
         replaces = force or any(_same_place(arguments.save_state, state) for state in states)
         kept = check_output(arguments.save_state, "--save-state", ".npz", given, replace=replaces)
         if kept.resolve() == out.resolve():
@@ -508,7 +508,7 @@ def _select(arguments: argparse.Namespace) -> int:
     contents: dict[str, Any] = {"info": np.array(json.dumps(_jsonable(info))), **arrays}
     files = [Output(out, "--out", functools.partial(_savez, contents), force)]
     if kept is not None and state is not None:
-        # Last: a state that is one step behind its output is made up for by the same call once more.
+        # Written last: if the state is one step behind its output, the same call once more makes up for it.
         files.append(Output(kept, "--save-state", functools.partial(_savez, state), replaces))
     write_whole(*files)
     print(f"{out}: {len(arrays['indices']):,} of {info['rows']:,} rows in {seconds:.2f} s")
@@ -534,7 +534,7 @@ def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def _print_families() -> None:
-    """What each backend has kernels for, and what these take beside dense float32 and float64."""
+    """Prints the families that each backend has kernels for, and what these take beside dense float32 and float64."""
     print("families, and what their kernels take beside dense float32 and float64")
     print(f"  {'':<20}" + "".join(f"{backend:<10}" for backend in BACKENDS))
     for family, backends in FAMILIES.items():
@@ -589,7 +589,7 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _is_checkout(folder: Path) -> bool:
-    """Whether the folder is this project's source tree: another project's benchmarks are not to be run."""
+    """Whether the folder is this project's source tree: another project's benchmarks must not be run."""
     try:
         project = (folder / "pyproject.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -890,7 +890,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _drop_stdout_that_fails() -> None:
-    """Python flushes stdout once more at exit, and must not fail again."""
+    """Redirects stdout, because Python flushes it once more at exit and must not fail again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -899,7 +899,7 @@ def _drop_stdout_that_fails() -> None:
 
 @contextmanager
 def _out_of_memory() -> Iterator[None]:
-    """torch has a RuntimeError for what Python calls a MemoryError."""
+    """Turns torch's RuntimeError for missing memory into Python's MemoryError."""
     try:
         yield
     except RuntimeError as error:
@@ -909,7 +909,7 @@ def _out_of_memory() -> Iterator[None]:
         raise MemoryError(f"out of memory: {text}") from None
 
 
-# What torch says of CPU tensors that it cannot allocate, and of sizes beyond 2^63 bytes.
+# What torch says when it cannot allocate CPU tensors, and for sizes beyond 2^63 bytes.
 _NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 
 
@@ -925,9 +925,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("flashcoreset: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _drop_stdout_that_fails()  # its reader (head, say) has left
+        _drop_stdout_that_fails()  # its reader (such as head) has left
         return 1
-    except OSError as error:  # stdout into a file on a full disk, for one
+    except OSError as error:  # for example stdout into a file on a full disk
         print(f"flashcoreset: {' '.join(str(error).split())}", file=sys.stderr)
         _drop_stdout_that_fails()
         return 2

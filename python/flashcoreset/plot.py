@@ -10,7 +10,7 @@ from flashcoreset._core.results import Coreset
 
 
 def descent(coreset: Coreset, ax: Any = None) -> Any:
-    """Draws the score of a `goracs` coreset against the number of exchanges; with labels one curve a class.
+    """Draws the score of a `goracs` coreset against the number of exchanges; with labels one curve per class.
 
     Args:
         coreset: what `goracs` returned.
@@ -59,7 +59,7 @@ def descent(coreset: Coreset, ax: Any = None) -> Any:
 
 
 def strata(coreset: Coreset, ax: Any = None) -> Any:
-    """Draws the histogram of the scores behind a `ccs` coreset, a bar a stratum, and what was taken of each.
+    """Draws the histogram of the scores behind a `ccs` coreset, one bar per stratum, and what was taken from each.
 
     Args:
         coreset: what `ccs` returned, without `groups`.

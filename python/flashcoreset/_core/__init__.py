@@ -1,1 +1,1 @@
-"""What every family stands on: tensors in, errors, progress, the compiled modules, memory, the choice of a backend."""
+"""What every family builds on: tensors in, errors, progress, the compiled modules, memory, the choice of a backend."""

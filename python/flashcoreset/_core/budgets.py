@@ -1,4 +1,4 @@
-"""How many picks each group gets."""
+"""The division of picks among groups."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def allocate_budgets(sizes: Any, k: int, rule: str = "proportional") -> Tensor:
         sizes: [G] group sizes, integers >= 0 (tensor, array or list).
         k: picks to divide, 0 <= k <= the sum of the sizes.
         rule: "proportional" gives each group size * k // total; then, with the groups sorted once by that
-            number (ties: the lower label first), one more each in that order, cyclically, skipping full
+            number (ties: the lower label first), each gets one more in that order, cyclically, skipping full
             groups, until k is reached. "balanced" gives each group as nearly the same number as the sizes
-            allow, what is left over going to the lower labels first.
+            allow, and the rest goes to the lower labels first.
 
     Returns:
         [G] int64, on the device of `sizes`.

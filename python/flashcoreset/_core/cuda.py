@@ -10,14 +10,14 @@ from torch import Tensor
 
 from flashcoreset._core.native import capsule
 
-# Where the kernels' tensors are. The tests run the same kernels on the CPU, by an emulator.
+# The type of device that holds the kernels' tensors. The tests run the same kernels on the CPU, by an emulator.
 DEVICE_TYPE = "cuda"
 
 _T = TypeVar("_T")
 
 
 def with_memory(call: Callable[[], _T]) -> _T:
-    """`call()`, and where it is out of memory, once more without the memory that torch keeps for later."""
+    """Returns `call()`; if that runs out of memory, calls once more after freeing the memory that torch keeps for later."""
     try:
         return call()
     except MemoryError:

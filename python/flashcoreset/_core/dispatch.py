@@ -20,10 +20,10 @@ class Takes:
 
     Attributes:
         sparse: matrices in CSR form.
-        half: float16 and bfloat16 as they are; for others they are converted first.
-        checks_values: the kernels look at weights, preselected candidates and offsets on the device, where a look from outside would
-            have to wait for it.
-        host: what a small part of the work, done on the host by the compiled CPU module, is; None if there is none.
+        half: float16 and bfloat16 as they are; for other backends they are converted first.
+        checks_values: the kernels check weights, preselected candidates and offsets on the device; a check from outside would
+            have to wait for the device.
+        host: names the small part of the work that the compiled CPU module does on the host; None if there is none.
     """
 
     sparse: bool = False
@@ -34,7 +34,7 @@ class Takes:
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 
-# What there is, family by family; a family's default on a type of device is the first of DEFAULTS that it has and that can run.
+# The backends of each family; a family's default on a type of device is the first of DEFAULTS that it has and that can run.
 # docs/backends.md says why.
 FAMILIES = {
     "facility_location": ("cpu", "cuda", "triton", "torch"),
@@ -114,7 +114,7 @@ def _module(backend: str, family: str) -> ModuleType:
 
 
 def takes_of(backend: str, family: str) -> Takes:
-    """What the kernels of `backend` for `family`, which are there, take.
+    """What the kernels of `backend` for `family`, which must exist, take.
 
     Raises:
         ImportError: if the backend needs a package that is missing.

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class BackendUnavailableError(RuntimeError):
-    """The backend that was asked for cannot run here; the message gives the reason and the remedy.
+    """The requested backend cannot run here; the message gives the reason and the remedy.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -29,7 +29,7 @@ def no_sparse_kernel(backend: str) -> str:
 
 
 class SlowPathWarning(UserWarning):
-    """No compiled kernel could take a call with `backend=None`, so the plain PyTorch reference did. Given
+    """No compiled kernel could take a call with `backend=None`, so the plain PyTorch reference ran. The warning is given
     once per reason.
 
     Example:
@@ -39,8 +39,8 @@ class SlowPathWarning(UserWarning):
 
 
 class ConvergenceWarning(UserWarning):
-    """An iterative solver stopped at its last iteration before it came to the tolerance asked for; what it returns is
-    the last iterate, and says how far it is off.
+    """An iterative solver stopped at its last iteration before it reached the requested tolerance; its result is
+    the last iterate and contains the error.
 
     Example:
         >>> import warnings, flashcoreset as fc
@@ -49,8 +49,8 @@ class ConvergenceWarning(UserWarning):
 
 
 class InputWarning(UserWarning):
-    """An input is legal, but looks like something else than what it is taken for; the message says what, and how to pass
-    it as that.
+    """An input is valid, but looks like something other than what it is taken for; the message names that, and how to pass
+    the input as that.
 
     Example:
         >>> import warnings, flashcoreset as fc
@@ -58,14 +58,14 @@ class InputWarning(UserWarning):
     """
 
 
-# Frames of these lie between a call of the library and what it warns about: its own, those that bring its ops and hooks back to
-# it, and the trainer that it extends.
+# Frames of these packages lie between a call of the library and the warning: its own frames, those that call its ops and hooks,
+# and the trainer that it extends.
 _INSIDE = frozenset({"flashcoreset", "torch", "transformers", "accelerate", "contextlib"})
 _reported: set[str] = set()
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """Warns at the line that called the library: that of the nearest frame outside of it."""
+    """Warns at the line that called the library, in the nearest frame outside of it."""
     frame: FrameType = sys._getframe(1)
     while _package(frame) in _INSIDE and frame.f_back is not None:
         frame = frame.f_back

@@ -21,15 +21,15 @@ _running: dict[threading.Thread, threading.Event] = {}
 def imported(name: str, environment: Mapping[str, str] | None = None) -> ModuleType:
     """The module `name`, imported in a thread of its own if this is the first call for it.
 
-    Ctrl-C reaches the main thread alone: it ends the wait at once, and the import goes on to its end. An interrupted one would
-    leave modules half made, which native ones do not survive.
+    Ctrl-C reaches the main thread alone: it ends the wait at once, and the import goes on to its end. An interrupted import would
+    leave half-made modules, which native modules do not survive.
 
     Args:
         name: the module's full name.
         environment: variables that are set while it is imported.
 
     Raises:
-        ImportError: and whatever else the import raises.
+        ImportError: or whatever else the import raises.
     """
     module = _imported.get(name)
     if module is not None and sys.modules.get(name) is module:
@@ -50,8 +50,8 @@ def imported(name: str, environment: Mapping[str, str] | None = None) -> ModuleT
     thread = threading.Thread(target=run, name=f"import {name}")
     _running[thread] = done
     thread.start()
-    # In short waits, since a signal that comes just before one begins is seen only after it. And no join(): interrupted, it takes
-    # the thread for ended.
+    # In short waits, since a signal just before a wait begins is handled only after it. And without join(), which, when interrupted,
+    # takes the thread for ended.
     while not done.wait(_WAIT):
         pass
     if errors:
@@ -60,8 +60,8 @@ def imported(name: str, environment: Mapping[str, str] | None = None) -> ModuleT
 
 
 def finish_before_forks() -> None:
-    """From now on, forks wait for imports that an interrupted call has left running: the child would inherit the lock of the
-    module, and not the thread that lets go of it."""
+    """Makes forks wait, from now on, for imports that an interrupted call has left running: the child would inherit the lock of the
+    module, and not the thread that releases it."""
 
     def finish() -> None:
         for thread, done in list(_running.items()):
@@ -89,7 +89,7 @@ def _with_environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def pot() -> ModuleType:
-    """POT without the array libraries that nobody has imported: it would import all that are installed, and JAX takes seconds."""
+    """POT without array libraries that nobody has imported: POT would import all that are installed, and JAX takes seconds."""
     others = {"JAX": "jax", "TENSORFLOW": "tensorflow", "CUPY": "cupy"}
     off = {f"POT_BACKEND_DISABLE_{key}": "1" for key, name in others.items() if name not in sys.modules}
     return imported("ot", off)

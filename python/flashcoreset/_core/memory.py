@@ -33,8 +33,8 @@ def memory_estimate(fn: Callable[..., Any] | str, *shapes: Any, **kw: Any) -> in
     Args:
         fn: a public function, or its name.
         shapes: the shapes of its tensor arguments in order, as tuples (a tensor or array stands for its
-            shape): for facility_location `x` and, optionally, `clients`. Numbers that the call takes in between, as
-            `dim` of sketch, stand in their places.
+            shape): for facility_location `x` and, optionally, `clients`. Numbers that the call takes in between, such as
+            `dim` of sketch, are passed in their places.
         kw: as for the call; also `dtype`, the dtype of the tensors (default torch.float32). A keyword that is
             a tensor in the call may be that tensor or its shape.
 

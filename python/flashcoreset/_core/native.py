@@ -31,7 +31,7 @@ _REMEDY = "reinstall flashcoreset with a C++17 compiler present (pip install .),
 def _import(name: str) -> ModuleType | str:
     """The package's compiled module of that name, or why there is none."""
     try:
-        # Where Ctrl-C doesn't reach: pybind11 makes an ImportError of it, and the build would count as missing.
+        # Imported where Ctrl-C does not reach: pybind11 turns Ctrl-C into an ImportError, and the build would count as missing.
         return imported(f"flashcoreset.{name}")
     except ImportError as error:
         return f"{type(error).__name__}: {error}"
@@ -40,7 +40,7 @@ def _import(name: str) -> ModuleType | str:
 @functools.cache
 def unavailable_reason(isa: str) -> str | None:
     """Why the build for `isa` cannot be used here, or None if it can."""
-    # Asked first: a build for another processor would end the process at its first instruction.
+    # Checked first: a build for another processor would end the process at its first instruction.
     processor = _import("_processor")
     if isinstance(processor, str):
         return processor
@@ -129,7 +129,7 @@ def cuda_failure(device: int = 0) -> str | None:
 
 @functools.cache
 def _unusable(device: int) -> str | None:
-    """What `_cuda` says of a device. Asked once, since it loads a kernel there."""
+    """Why `_cuda` cannot use a device, or None. Asked once, since the check loads a kernel there."""
     module = _import("_cuda")
     assert isinstance(module, ModuleType)
     return module.unusable(device)
@@ -145,7 +145,7 @@ def cuda_module(device: int = 0) -> ModuleType:
     """The CUDA kernels, for arrays on that device.
 
     Raises:
-        BackendUnavailableError: if they were not built or the device cannot run them; the message says which.
+        BackendUnavailableError: if the kernels were not built or the device cannot run them; the message says which.
     """
     if (reason := cuda_failure(device)) is not None:
         raise BackendUnavailableError(f"backend 'cuda': {reason}")

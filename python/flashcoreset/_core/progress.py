@@ -12,9 +12,9 @@ Report = Callable[[int, int], object]
 
 
 class Progress:
-    """Reports how much of `total` is done, to nobody, to a bar on stderr or to the caller's function.
+    """Reports how much of `total` is done: to nobody, to a bar on stderr or to the caller's function.
 
-    Used as a context manager, so that a bar is closed when the work is interrupted.
+    `Progress` is used as a context manager, so that a bar is closed when the work is interrupted.
     """
 
     def __init__(self, progress: Report | bool | None, total: int, label: str) -> None:
@@ -54,7 +54,7 @@ class Progress:
 
 
 class _Line:
-    """One line on stderr, rewritten in place, where tqdm is not installed."""
+    """One line on stderr, rewritten in place, for when tqdm is not installed."""
 
     def __init__(self, label: str) -> None:
         self._label = label

@@ -12,7 +12,7 @@ from torch import Tensor
 class _Scalar:
     """A dataclass field that takes a number or a 0-d tensor and reads as a number.
 
-    Inside torch.compile a result is a tensor that has no value yet: there the tensor itself is read, and the
+    Inside torch.compile a result is a tensor without a value yet: reading gives the tensor itself there, and the
     conversion happens when the value is first read outside the graph.
     """
 
@@ -33,7 +33,7 @@ class _Scalar:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """A chosen subset and what each of its members stands for.
+    """A chosen subset, and what each of its members stands for.
 
     Attributes:
         indices: [k] int64, the picks in the order in which they were made.
@@ -71,7 +71,7 @@ class Coreset:
     Attributes:
         indices: [k] int64, the chosen items.
         weights: [k] float, the weight of each in the training loss.
-        info: figures of the method's own, by name.
+        info: the method's own figures, by name.
 
     Example:
         >>> import torch, flashcoreset as fc

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def largest_magnitude(*tensors: Tensor | None) -> float:
-    """Of all entries; infinite or NaN where one of these is."""
+    """The largest magnitude of all entries; infinite or NaN if an entry is."""
     most = 0.0
     for tensor in tensors:
         if tensor is not None and tensor.numel():
@@ -21,8 +21,8 @@ def largest_magnitude(*tensors: Tensor | None) -> float:
 
 
 def exponent_into(magnitude: float, safe: tuple[int, int], target: tuple[int, int] = (0, 0)) -> int:
-    """e such that magnitude * 2^e is near 2^target[0] if it is below 2^safe[0], near 2^target[1] if it is above 2^safe[1]; else 0,
-    as for 0 and what is not finite."""
+    """The e such that magnitude * 2^e is near 2^target[0] if the magnitude is below 2^safe[0], and near 2^target[1] if it is above
+    2^safe[1]; else 0, also for magnitudes that are 0 or not finite."""
     if magnitude == 0 or not math.isfinite(magnitude):
         return 0
     exponent = math.frexp(magnitude)[1]
@@ -32,7 +32,7 @@ def exponent_into(magnitude: float, safe: tuple[int, int], target: tuple[int, in
 
 
 def times_power(value: float, exponent: int) -> float:
-    """value * 2^exponent, infinite where that overflows."""
+    """value * 2^exponent, infinite if that overflows."""
     try:
         return math.ldexp(value, exponent)
     except OverflowError:
@@ -40,8 +40,8 @@ def times_power(value: float, exponent: int) -> float:
 
 
 def scale(values: Tensor, exponent: int | Sequence[int]) -> Tensor:
-    """values * 2^exponent, of a list one for each row; rounded once."""
-    # In two factors, of which neither overflows nor is rounded.
+    """values * 2^exponent, with a list one exponent per row; rounded once."""
+    # In two factors, neither of which overflows or is rounded.
     if isinstance(exponent, int):
         half = exponent // 2
         return values * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half)

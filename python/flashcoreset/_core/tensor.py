@@ -1,7 +1,7 @@
-"""The boundary: whatever the caller passes becomes a torch tensor, without a copy where its memory layout
-allows.
+"""The boundary: whatever the caller passes becomes a torch tensor, without a copy if its memory layout
+allows that.
 
-Names in the messages are the public argument names. Only types, shapes and options are looked at here, so
+Names in the messages are the public argument names. Only types, shapes and options are checked here, so
 that torch.compile can trace through; values are checked by the ops.
 """
 
@@ -33,7 +33,7 @@ _INTEGERS = (
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
-# What torch raises on a __dlpack__ or __dlpack_device__ that is not what it should be, or of a device that it was built without.
+# What torch raises for an invalid __dlpack__ or __dlpack_device__, or for a device that it was built without.
 _MISLED = (
     ArithmeticError,
     AssertionError,
@@ -62,7 +62,7 @@ def _from_numpy(array: np.ndarray, name: str) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.from_numpy(
             array
-        )  # Dynamo cannot look at an array any closer, and makes a tensor of it itself
+        )  # Dynamo cannot inspect an array any further, and makes a tensor of it itself
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass a plain array")
     if not array.dtype.isnative:
@@ -87,7 +87,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
         if value.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got a nested one")
         tensor = value.detach() if value.requires_grad else value
-        # A view that only notes its sign would lose it on the way to a kernel. (torch.compile cannot trace the question.)
+        # A view that only records its sign would lose it on the way to a kernel. (torch.compile cannot trace this check.)
         if not torch.compiler.is_compiling() and tensor.is_neg():
             tensor = tensor.resolve_neg()
         return tensor
@@ -130,7 +130,7 @@ def as_matrix(value: Any, name: str) -> Tensor:
 def as_vector(
     value: Any, name: str, device: torch.device, *, integers: bool, length: int | None = None
 ) -> Tensor:
-    """`value` as a tensor [length] on `device`, int64 or float64. Lists and tuples of numbers will do."""
+    """`value` as a tensor [length] on `device`, int64 or float64. Lists and tuples of numbers are accepted."""
     if isinstance(value, (list, tuple, range)):
         tensor = _from_sequence(value, name, integers).to(device)
     else:
@@ -150,8 +150,8 @@ def as_vector(
 
 
 def as_integers(value: Any, name: str, shape: tuple[int, ...], whose: str, device: torch.device) -> Tensor:
-    """`value` as an int64 tensor of the given shape on `device`, which are those of the argument `whose`. Lists of
-    numbers will do."""
+    """`value` as an int64 tensor of the given shape on `device`; both come from the argument `whose`. Lists of
+    numbers are accepted."""
     if isinstance(value, (list, tuple, range)):
         tensor = _from_sequence(value, name, True).to(device)
     else:
@@ -175,7 +175,7 @@ def _from_sequence(value: Sequence[Any], name: str, integers: bool) -> Tensor:
         array = np.asarray(value)
     except ValueError:
         raise ValueError(f"{name} must be a list of numbers, got a nested one of unequal lengths") from None
-    # NumPy's types for whole numbers beyond int64.
+    # NumPy's types for integers beyond int64.
     if array.dtype == np.uint64 or (array.dtype == object and all(isinstance(v, int) for v in array.flat)):
         raise ValueError(f"{name} must be in the range of 64-bit integers, got {max(value, key=abs)}")
     if array.size == 0 and integers:
@@ -254,7 +254,7 @@ def is_traced(*tensors: Tensor) -> bool:
 
 
 def check_not_meta(tensor: Tensor, name: str) -> None:
-    """Raises ValueError for a tensor without values where the shape of a result depends on these."""
+    """Raises ValueError for a tensor without values if the shape of a result depends on them."""
     if tensor.is_meta and type(tensor) in _PLAIN and not torch.compiler.is_compiling():
         raise ValueError(
             f"{name} is on the meta device, but how many rows are chosen depends on its values; pass tensors that have values, or "
@@ -263,7 +263,7 @@ def check_not_meta(tensor: Tensor, name: str) -> None:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for the rest."""
+    """The type to compute in: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -308,7 +308,7 @@ def check_preselected(preselected: Tensor, n: int) -> None:
 @dataclass(frozen=True, eq=False)
 class Csr:
     """A sparse matrix: row i has values[crow[i] : crow[i+1]] in columns col[crow[i] : crow[i+1]], ascending,
-    each once."""
+    each column once."""
 
     crow: Tensor  # [rows + 1] int64
     col: Tensor  # [nnz] int64
@@ -361,7 +361,7 @@ def as_csr(value: Any, name: str) -> Csr:
         crow = _from_numpy(value.indptr, f"{name}.indptr")
         col = _from_numpy(value.indices, f"{name}.indices")
         values = _from_numpy(value.data, f"{name}.data")
-        # scipy lets the arrays be longer than what they hold.
+        # scipy lets the arrays be longer than their content.
         held = int(crow[-1]) if len(crow) else 0
         if 0 <= held < min(len(col), len(values)):
             col, values = col[:held], values[:held]

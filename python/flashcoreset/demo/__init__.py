@@ -5,7 +5,7 @@ task is to tell the digits 3, 5 and 8 apart. A split gives the target 40 images 
 out 40 more of each for the test, and leaves all other images of all ten digits as the open set. Every method
 chooses the same number of images from the open set without seeing a label; the labels of the chosen images
 then train a nearest-neighbour classifier that is scored on the held-out ones. GORACS also takes gradient norms, which
-unlabelled images do not have: here it goes by transport alone.
+unlabelled images do not have: here GORACS uses transport alone.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import flashcoreset as fc
 
 CLASSES = (3, 5, 8)
 SIDE = 8  # pixels
-IN_TARGET = 40  # images a class in the target, and as many held out
+IN_TARGET = 40  # images per class in the target, and as many held out
 PICKS = 60
 CLUSTERS = 20
-EXCHANGES = 5  # of GORACS
+EXCHANGES = 5  # the most exchanges of GORACS
 SPLITS = 10
 
 
 @dataclass
 class Outcome:
-    """What one method chose: a figure a split, and the picks of the first split in order."""
+    """What one method chose: one figure per split, and the picks of the first split in order."""
 
     name: str
     picks: np.ndarray
@@ -45,7 +45,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result:
-    """`images` [n, 8, 8] and `labels` [n]; `target` and the picks are rows of them, of the first split."""
+    """`images` [n, 8, 8] and `labels` [n]; `target` and the picks are rows of both, for the first split."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -84,7 +84,7 @@ def edge_features(images: np.ndarray, orientations: int = 8, cell: int = 2) -> n
 
 
 def _split(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of the target, of the held-out test images and of the open set."""
+    """The rows of the target, of the held-out test images and of the open set."""
     target, test = [], []
     for digit in CLASSES:
         rows = rng.permutation(np.flatnonzero(labels == digit))
@@ -97,7 +97,7 @@ def _split(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np
 def _methods(
     rng: np.random.Generator, seed: int
 ) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-    """Each method as (open set [n, d], target [m, d]) -> rows of the open set [PICKS]."""
+    """Each method as a function (open set [n, d], target [m, d]) -> rows of the open set [PICKS]."""
     return {
         "SimCore": lambda openset, target: fc.simcore(
             openset, target, PICKS, n_clusters=CLUSTERS, stop=False, seed=seed
@@ -177,7 +177,7 @@ def draw(result: Result, stream: IO[bytes], columns: int = 20) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    inside, outside, plain = "#0072B2", "#E69F00", "#999999"  # told apart with any colour vision
+    inside, outside, plain = "#0072B2", "#E69F00", "#999999"  # distinguishable with any colour vision
     step = len(result.target) // columns
     rows: list[tuple[str, np.ndarray, Outcome | None]] = [
         ("target (some)", result.target[::step][:columns], None)

@@ -2,9 +2,9 @@
 
 The data are scikit-learn's handwritten digits, in three sources of unequal size: the digits 0 to 4 are common, 5 to 7
 less so, 8 and 9 rare. The same small network is trained by Adam for the same number of steps in several ways, which get the same large
-batches: on whole ones, and on half of their rows as CoLM chooses them, as chance does, and as chance does under CoLM's quotas
-(all rows of the rare source, of the others shares in proportion), which tells what the quotas give from what the
-matching gives. Test images are as many of every digit.
+batches: on whole batches, and on half of their rows as CoLM chooses them, as chance does, and as chance does under CoLM's quotas
+(all rows of the rare source, and proportional shares of the others), which separates the effect of the quotas from the effect of the
+matching. The test has equally many images of every digit.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from flashcoreset.demo.pruning import Network
 
 SOURCES = {"0 to 4": (range(5), 130), "5 to 7": (range(5, 8), 40), "8 and 9": (range(8, 10), 12)}
 RARE = 2
-HELD_OUT = 40  # images a digit
+HELD_OUT = 40  # images per digit
 LARGE, KEPT = 64, 32
-TOP = 160  # of the last layer's 640 weights
+TOP = 160  # weights that count, of the last layer's 640
 STEPS, EVERY = 200, 10
-# The best of 0.001, 0.003, 0.01 and 0.03 for random rows, on seeds that are not used here.
+# The best rate of 0.001, 0.003, 0.01 and 0.03 for random rows, on seeds that are not used here.
 RATE = 0.01
 SEEDS = 8
 WHOLE, COLM, ZEROTH, QUOTAS, RANDOM = ARMS = (
@@ -45,8 +45,8 @@ Select = Callable[["Network", Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class Arm:
-    """One way to choose rows: by seed the test loss and accuracy, a mean over the sources, every EVERY steps [seeds, STEPS / EVERY];
-    and the seconds of each selection."""
+    """One way to choose rows: for each seed the test loss and accuracy, means over the sources, every EVERY steps
+    [seeds, STEPS / EVERY]; and the seconds of each selection."""
 
     loss: list[list[float]] = field(default_factory=list)
     accuracy: list[list[float]] = field(default_factory=list)
@@ -60,7 +60,7 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def split(seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Images [n, 64], digits [n] and sources [n] for training, and those for the test."""
+    """Images [n, 64], digits [n] and sources [n] for training, and the same for the test."""
     x, y = _digits()
     generator = torch.Generator().manual_seed(seed)
     source = torch.empty(10, dtype=torch.int64)
@@ -79,7 +79,7 @@ def split(seed: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tenso
 
 
 def select_by(name: str, seed: int) -> Select:
-    """(network, images, digits, sources) -> rows to train on."""
+    """A function (network, images, digits, sources) -> rows to train on."""
     generator = torch.Generator().manual_seed(seed)
     colm = fc.CoLM(KEPT, top=TOP, keep_groups=[RARE])
 
@@ -121,7 +121,7 @@ def select_by(name: str, seed: int) -> Select:
 
 
 def train(name: str, seed: int, arm: Arm, steps: int = STEPS, rate: float = RATE) -> None:
-    """Trains a network in the way `name` and adds what came of it to `arm`."""
+    """Trains a network in the way `name` and adds the results to `arm`."""
     (x, y, source), (test_x, test_y, test_source) = split(seed)
     generator = torch.Generator().manual_seed(seed)
     network = Network(generator)
@@ -152,7 +152,7 @@ def train(name: str, seed: int, arm: Arm, steps: int = STEPS, rate: float = RATE
 
 
 def run(seeds: int = SEEDS) -> dict[str, Arm]:
-    """Trains in every way on every seed, on one thread: products this small wait longer for others than they take."""
+    """Trains in every way on every seed, on one thread: products this small wait longer for other threads than they take."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -209,7 +209,7 @@ def draw(arms: dict[str, Arm], stream: IO[bytes]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Told apart with any colour vision.
+    # Distinguishable with any colour vision.
     colours = dict(zip(ARMS, ("#999999", "#0072B2", "#56B4E9", "#E69F00", "#D55E00"), strict=True))
     figure = Figure(figsize=(10, 4.2), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)

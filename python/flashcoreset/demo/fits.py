@@ -1,8 +1,8 @@
 """The fourth demo: on how few samples does a model fit as on all of them?
 
-The data are the 569 tumours of scikit-learn's breast cancer data, standardised, the model its logistic regression. A coreset's
+The data are the 569 tumours of scikit-learn's breast cancer data, standardised; the model is its logistic regression. A coreset's
 approximation error is the total loss on all data of the model that was fitted on it, over that of the model that was fitted on all, less 1.
-Beside AutoCoreset stand uniform samples: in the mean, and the best of as many as AutoCoreset made fits.
+AutoCoreset is compared with uniform samples: with their mean, and with the best of as many samples as AutoCoreset made fits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from sklearn.datasets import load_breast_cancer
 
 import flashcoreset as fc
 
-LEAST_DRAWN = (
-    1e-5  # a logarithm has no place for an error of 0, or below where the fit on all is not to the last digit
-)
+LEAST_DRAWN = 1e-5  # a logarithm has no place for an error of 0, or below 0 if the fit on all is not exact to the last digit
 MODEL = "logistic_regression"
 SIZES = (50, 100, 200, 300)
 TRIALS = 4
@@ -26,7 +24,7 @@ OURS, BEST, UNIFORM = NAMES = ("AutoCoreset", "best of as many uniform samples",
 
 @dataclass
 class Fits:
-    """Of `rows` samples; by name and size the approximation error of each trial, and the number of fits that it took."""
+    """Fits on `rows` samples: by name and size, the approximation error of each trial and the number of fits that it took."""
 
     rows: int
     errors: dict[tuple[str, int], list[float]] = field(default_factory=dict)
@@ -42,7 +40,7 @@ def run(trials: int = TRIALS) -> Fits:
     for k in SIZES:
         for seed in range(trials):
             found = fc.autocoreset(x, y, MODEL, None, k, seed=seed).info
-            # Its first models are fitted on uniform samples; a round follows, and is not counted.
+            # Its first models are fitted on uniform samples; a round follows that is not counted.
             drawn = fc.autocoreset(
                 x,
                 y,

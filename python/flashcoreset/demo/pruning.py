@@ -1,9 +1,9 @@
 """The second demo: how much of a training set can be left out when some of its labels are wrong?
 
 The data are scikit-learn's 1,797 handwritten digits. A split holds out 500 of them and gives a fifth of the others a wrong
-label. A small network is trained on these once, which yields the training dynamics of every image; then the
+label. A small network is trained on these images once, which yields the training dynamics of every image; then the
 same network is trained anew on what each method keeps, for the same number of steps, and scored on the held-out
-images, whose labels are right. CCS is told to drop the quarter of the lowest area under the margin first.
+images, whose labels are right. CCS is set to drop the quarter of the lowest area under the margin first.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 import flashcoreset as fc
 
 HELD_OUT = 500
-FLIPPED = 0.2  # of the training labels
-DROPPED = 0.25  # what CCS leaves out as probably labelled wrongly
+FLIPPED = 0.2  # share of the training labels
+DROPPED = 0.25  # share that CCS leaves out as probably labelled wrongly
 PRUNED = (0.5, 0.7, 0.8, 0.9)
 SPLITS = 5
 STEPS, BATCH, HIDDEN, RATE = 400, 64, 64, 0.1
@@ -29,7 +29,7 @@ METHODS = ("CCS", "hardest first", "easiest first", "random")
 
 @dataclass
 class Pruning:
-    """Test accuracies, a figure a split: `whole` after training on all, `accuracy` by method and share pruned.
+    """Test accuracies, one figure per split: `whole` after training on all, `accuracy` by method and share pruned.
 
     `kept_flipped` is the share of wrong labels in what was kept; `coreset`, `aum` and `flipped` are those of the first
     split at the first share, for the picture.
@@ -70,7 +70,7 @@ class Network:
 
 
 def train(x: Tensor, y: Tensor, seed: int, dynamics: fc.TrainingDynamics | None = None) -> Network:
-    """A network trained on images x [n, 64] with labels y [n]; every step is told to `dynamics`."""
+    """A network trained on images x [n, 64] with labels y [n]; every step is reported to `dynamics`."""
     generator = torch.Generator().manual_seed(seed)
     network = Network(generator)
     optimizer = torch.optim.SGD([w.requires_grad_() for w in network.weights], lr=RATE, momentum=0.9)
@@ -98,7 +98,7 @@ def keep(method: str, scores: dict[str, Tensor], k: int, seed: int) -> fc.Corese
 
 
 def run(splits: int = SPLITS) -> Pruning:
-    """Runs every method on every split, on one thread: products this small wait longer for others than they take."""
+    """Runs every method on every split, on one thread: products this small wait longer for other threads than they take."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -178,7 +178,7 @@ def draw(result: Pruning, stream: IO[bytes]) -> None:
     figure = Figure(figsize=(8.5, 4.2), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = fc.plot.strata(result.coreset, figure.add_subplot())
-    # What was dropped lies below the first stratum, in bars as wide.
+    # The dropped samples lie below the first stratum, in bars of the same width.
     edges = result.coreset.info["edges"]
     low, width = float(result.aum.min()), edges[1] - edges[0]
     count = max(1, round((edges[0] - low) / width))

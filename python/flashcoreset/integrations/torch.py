@@ -443,7 +443,7 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _weight(module: nn.Module) -> tuple[str, Tensor] | None:
-    """The matrix of a projection and its name: that of an active LoRA adapter, or the projection's own."""
+    """The place in a projection and the matrix itself: that of an active LoRA adapter, or the projection's own."""
     adapters = getattr(module, "lora_B", None)
     if isinstance(adapters, nn.ModuleDict) and not getattr(module, "disable_adapters", False):
         for adapter in getattr(module, "active_adapters", ()):
