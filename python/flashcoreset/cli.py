@@ -2,7 +2,7 @@
 
 Every command ends with 0 when it did its work, with 2 and one line on stderr when the input does not allow
 it, and with 130 on Ctrl-C. Outputs appear whole or not at all: they are written beside their place and then
-put into it. One that exists is replaced with --force only.
+put into it. An existing output is replaced only with --force.
 """
 
 from __future__ import annotations

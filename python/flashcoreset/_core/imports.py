@@ -74,7 +74,7 @@ def finish_before_forks() -> None:
 
 @contextmanager
 def _with_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    # One at a time, since a call after an interrupted one comes while that import still goes on.
+    # One import at a time, since a call after an interrupted call may come while that call's import still goes on.
     with _environment_lock:
         before = {key: os.environ.get(key) for key in variables}
         os.environ.update(variables)

@@ -509,7 +509,7 @@ def _negated(p: _Problem) -> _Problem:
 
 
 def _looks_like_distances(s: Tensor) -> bool:
-    """Whether a matrix is square and 0 on its diagonal alone, where all other numbers are positive."""
+    """Whether a matrix is square and 0 on its diagonal, and all other numbers are positive."""
     n, m = s.shape
     if n != m or n == 1 or s[0, 0].item() != 0 or bool(s.diagonal().any()):
         return False
@@ -963,7 +963,7 @@ def _estimate(
     capacity = min((memory_budget - matrix) // entry, n * m)
     longest = min(m, max(256, 4 * capacity // n)) if capacity else 0
     lists = (capacity + threads * 48 * longest) * entry
-    # Each thread packs a block of rows: 2 MB, or 96 rows where these are more.
+    # Each thread packs a block of rows: 2 MB, or 96 rows if these are more.
     blocks = threads * max(2**20, min(n, 96) * d * size if is_points else 0)
     own = packed + per_candidate + per_client + sweep + matrix + lists + blocks
     # If large arrays lie side by side, the huge page that both share is counted whole.

@@ -123,7 +123,7 @@ def _least_told(x: Tensor | Csr, clients: Tensor | None, metric: str, some: slic
 
 
 def _told(s: Tensor, best: Tensor, least: Tensor | None) -> Tensor:
-    """By how much s is above the best so far; 0 where that may be a rounding error."""
+    """The difference by which s is above the best so far; 0 if that may be a rounding error."""
     more = s - best
     told = more > _ROUNDING * torch.maximum(best.abs(), s.abs()) if least is None else -best > least
     return torch.where(told & (more > 0), more, 0)

@@ -128,7 +128,7 @@ class FacilityLocation:
             batch *= 2
 
     def step_among(self, candidates: Tensor) -> int:
-        """One pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
+        """Makes one pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
         pick."""
         candidates = candidates.sort().values
         gains = self._similarities.gains(candidates, self._best, self._scaled_weights)
@@ -157,7 +157,7 @@ class FacilityLocation:
             owner[picks[itself]] = itself.nonzero()[:, 0]
         indices.copy_(picks)
         gains.copy_(torch.tensor([g / self._scale if g else 0.0 for g in self._gains], dtype=torch.float64))
-        # On the CPU, where the order of summation is fixed.
+        # Summed on the CPU, where the order of summation is fixed.
         served, client_weights = (owner >= 0).cpu(), self._weights.cpu()
         weights.copy_(torch.bincount(owner.cpu()[served], client_weights[served], minlength=k).double())
         assignment.copy_(owner)

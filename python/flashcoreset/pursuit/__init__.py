@@ -25,7 +25,7 @@ class Pursuit:
         weights: [r], none of them 0.
         residual_norms: [s], |target - sum_i w_i g_i| after each of the s <= k steps.
 
-    Inside a function given to torch.compile all three have k entries: -1, 0 and -1 where there is no row or step.
+    Inside a function given to torch.compile all three have k entries: -1, 0 and -1 in places without a row or step.
 
     Example:
         >>> import torch
@@ -105,7 +105,7 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
     """Rows of `g` and weights > 0 whose sum is close to `target`, by k steps of greedy iterative geodesic ascent.
 
     A step turns the direction of the weighted sum towards the row whose geodesic from it points most nearly at the
-    target (ties to the lowest index; it may be a row that was picked before), as far as brings the direction nearest to the
+    target (ties to the lowest index; the row may have been picked before), as far as brings the direction nearest to the
     target; in the end all weights are scaled by the best common factor. The run ends early when no row leads nearer by more than
     rounding; rows within 1e-4 radians of the direction are not considered.
 

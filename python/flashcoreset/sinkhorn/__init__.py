@@ -50,7 +50,7 @@ class Transport:
     """Entropic optimal transport plans P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg): what `sinkhorn` returns.
 
     Attributes:
-        f, g: [n] and [m], or [B, n] and [B, m] for a batch: the potentials (dual variables); 0 in the padding. Where
+        f, g: [n] and [m], or [B, n] and [B, m] for a batch: the potentials (dual variables); 0 in the padding. If
             a weight is zero, the potential is the one that the other side implies. `plan` and `apply` take potentials in float64.
         value: scalar or [B]: the optimum of <P, C> + reg KL(P | a x b), plus the penalties of the marginals if
             these are relaxed, computed as the dual objective; differentiable in x, y, the costs, a and b.

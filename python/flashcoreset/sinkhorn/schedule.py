@@ -146,7 +146,7 @@ def dual_value(
     sides = []
     for potential, weight, rho in zip((f, g), (a, b), reg_marginal, strict=True):
         worth = potential if math.isinf(rho) else -rho * torch.expm1(-potential / rho)
-        # Where there is no weight, the potential may be anything.
+        # If a weight is 0, its potential may be anything.
         sides.append(torch.where(weight > 0, weight * worth, 0).sum(1))
     return sides[0] + sides[1] - reg * (mass - a.sum(1) * b.sum(1))
 

@@ -43,7 +43,7 @@ def sketch(
             4,096, by fast Hadamard transforms (Ailon and Chazelle, 2009), B D (log N + dim / N).
         seed: a 64-bit integer.
         offset: the row of the matrix that column 0 of `x` belongs to, so that columns may come in pieces:
-            sketch(x) = sketch(x[:, :c]) + sketch(x[:, c:], offset=c), up to rounding. (srht costs least where pieces begin at
+            sketch(x) = sketch(x[:, :c]) + sketch(x[:, c:], offset=c), up to rounding. (srht costs least if pieces begin at
             multiples of N.)
         nnz: the entries per row of "sjlt", at most `dim`; more entries lower the variance of short or sparse rows.
         backend: None, "cpu", "cuda", "triton" or "torch".

@@ -28,7 +28,7 @@ def sketch(
 def sketch_rows(
     indices: Tensor, g: Tensor, out: Tensor, *, kind: str, seed: int, offset: int = 0, nnz: int = 1
 ) -> None:
-    """Adds to `out` [B, dim] the sketches of B long rows that are zero but for some of their parts: `g` [B, T, width] are the
+    """Adds to `out` [B, dim] the sketches of B long rows that are zero except for some parts: `g` [B, T, width] are the
     parts, `indices` [B, T] (int64, >= 0) their numbers, row offset + indices[b, t] * width of the projection being a part's
     first. Parts of the same number add up. `g` and `out` are of one dtype, float32 or float64."""
     native.module().sketch_rows(

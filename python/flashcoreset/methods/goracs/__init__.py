@@ -317,7 +317,7 @@ def _select(
 
 
 def pool_rows(sinks: int, n_candidates: int) -> int:
-    """The number of additions whose costs are kept. It does not depend on the budget, because the exchanges must not."""
+    """The number of additions whose costs are kept, whatever the budget, because the exchanges must not depend on that."""
     return max(n_candidates, min(_POOL * n_candidates, _KEPT_BYTES // (8 * sinks)))
 
 
