@@ -675,9 +675,7 @@ def _serve(
         if fixed is not None:
             covered = torch.maximum(floor, (sign * kernels.pairwise(fixed, some, metric=p.metric)).amax(0))
         most = s.amax(0)
-        first = torch.where(s == most, position, k).amin(
-            0
-        )  # argmax does not promise the first of equal values
+        first = torch.where(s == most, position, k).amin(0)  # argmax does not promise the first
         assignment[begin : begin + block] = torch.where(most > covered, first, -1)
         best[begin : begin + block] = torch.maximum(most, covered)
     # Summed on the CPU, where the order of summation is fixed.
@@ -937,9 +935,7 @@ def _estimate(
         points = (n * d + (0 if self_clients else m * d)) * size if is_points else 0
         panels = points + 256 * d * size
         wide = points * 8 // size if metric == "dot" else 0  # norms are taken in float64
-        batch = (
-            2 * n * d * size if is_points else 0
-        )  # a batch of candidates: some columns of the panel, padded
+        batch = 2 * n * d * size if is_points else 0  # of candidates: some columns of the panel, padded
         matrix = pairs if is_points and pairs <= memory_budget else 0
         normalized = 3 * points if metric == "cosine" else 0
         return outputs + converted + of_group + normalized + panels + wide + batch + matrix + 200 * n + 64 * m

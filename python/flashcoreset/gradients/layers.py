@@ -76,12 +76,7 @@ class Layer:
     problem: Callable[[Any], str | None] = lambda module: None
 
 
-_OTHERWISE = (
-    "forward",
-    "_conv_forward",
-    "_call_impl",
-    "__call__",
-)  # the attributes that define what a module computes
+_OTHERWISE = ("forward", "_conv_forward", "_call_impl", "__call__")  # define what a module computes
 
 
 def layer_of(module: nn.Module) -> Layer | None:

@@ -107,9 +107,8 @@ def exponents(*parts: Tensor) -> Tensor:
         found = most if found is None else torch.maximum(found, most)
     assert found is not None
     found = found.where(found.isfinite(), 0)
-    most = (
-        1000 if found.dtype == torch.float64 else 126
-    )  # 2 to this power, and its inverse, are normal numbers
+    # 2 to this power, and its inverse, are normal numbers.
+    most = 1000 if found.dtype == torch.float64 else 126
     return torch.frexp(found).exponent.double().clamp_(-most, most)
 
 

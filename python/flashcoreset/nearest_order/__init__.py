@@ -20,9 +20,8 @@ from flashcoreset.nearest_order.backend import choose
 
 _CHUNK = 64 * 2**20  # bytes of features handed to a kernel at a time
 _FINGERPRINT = 16  # one of this many rows of a batch source enters a checksum
-_TAKES = (
-    1 << 16
-)  # the most items that one call for rounds may take, so that Ctrl-C and progress are handled in between
+# The most items that one call for rounds may take, so that Ctrl-C and progress are handled in between.
+_TAKES = 1 << 16
 
 
 def check_loader(value: Any, name: str) -> None:

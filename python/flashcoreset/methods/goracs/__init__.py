@@ -289,9 +289,8 @@ def _select(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The chosen rows [k] of one problem and what is known about them."""
     start = time.perf_counter()
-    norms = scale(
-        norms, exponent_into(float(norms.max()), (-1100, 500))
-    )  # so that they stay finite times lam
+    # Scaled so that they stay finite times lam.
+    norms = scale(norms, exponent_into(float(norms.max()), (-1100, 500)))
     penalty = options.lam * norms / norms.max() if options.lam else torch.zeros_like(norms)
     costs = TransportCosts(train, valid, penalty, kernels, options.memory_budget)
     picks, made = cover_picks(costs, k, report)

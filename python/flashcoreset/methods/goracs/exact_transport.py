@@ -52,9 +52,8 @@ def load_pot() -> ModuleType:
     """POT, or an ImportError that says how to get it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # warnings about docstrings, when POT is compiled at its first import
+            # POT warns about docstrings when it is compiled at its first import.
+            warnings.simplefilter("ignore")
             return pot()
     except ImportError as error:
         raise ImportError(
