@@ -256,7 +256,7 @@ Row run(const Case& c, const Data<T>& data, int64_t shared_bytes, SinkhornVerdic
   const std::vector<double> zeros(c.batch * std::max(c.n, c.m), 0.0);
   const DeviceArray<double> f(std::vector<double>(zeros.begin(), zeros.begin() + c.batch * c.n)),
       g(std::vector<double>(zeros.begin(), zeros.begin() + c.batch * c.m)), value(c.batch), cost(c.batch),
-      error(c.batch);
+      error(c.batch), tol(c.batch);
   const DeviceArray<int64_t> iterations(c.batch);
   fc::cuda::SinkhornOptions options;
   options.reg = c.reg;
@@ -269,9 +269,9 @@ Row run(const Case& c, const Data<T>& data, int64_t shared_bytes, SinkhornVerdic
     options.f = device.f.data();
     options.g = device.g.data();
   }
-  const SinkhornVerdict found =
-      fc::cuda::sinkhorn<T>(device.problems, options,
-                            {f.data(), g.data(), value.data(), cost.data(), error.data(), iterations.data()});
+  const SinkhornVerdict found = fc::cuda::sinkhorn<T>(
+      device.problems, options,
+      {f.data(), g.data(), value.data(), cost.data(), error.data(), tol.data(), iterations.data()});
   if (verdict != nullptr) {
     *verdict = found;
     return {};
