@@ -810,7 +810,7 @@ def test_opcheck(metric: str, lengths: list[int] | None) -> None:
     if sizes is not None:
         a = a.detach() / torch.stack([a[0, :3].sum(), a[1, :2].sum()]).detach()[:, None]
     torch.library.opcheck(
-        OP, (x, y, a, None, 0.5, metric, [INF, 2.0], sizes, None, 5000, 1e-9, None, None, 2**28, None)
+        OP, (x, y, a, None, 0.5, metric, [INF, 2.0], sizes, None, 5000, 1e-9, None, None, 2**28, None, True)
     )
 
 
