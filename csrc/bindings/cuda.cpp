@@ -10,6 +10,7 @@
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
 #include "bindings/cuda_module.h"
+#include "bindings/run.h"
 #include "cuda/facility_location.h"
 #include "cuda/launch.h"
 #include "cuda/pairwise.h"
@@ -19,17 +20,12 @@ namespace {
 
 // A run, the arrays that it reads, and the device that both are on.
 class PyCudaFacilityLocation {
-  // One call at a time: another thread that calls meanwhile gets an error instead of a race.
   template <class Fn>
   auto locked(Fn&& fn) {
-    if (busy_) throw std::runtime_error("this run is in use by another thread");
-    busy_ = true;
-    struct Release {
-      bool& busy;
-      ~Release() { busy = false; }
-    } release{busy_};
-    const DeviceGuard guard(device_);
-    return without_gil(std::forward<Fn>(fn));
+    return one_call_([&] {
+      const DeviceGuard guard(device_);
+      return fn();
+    });
   }
 
  public:
@@ -160,7 +156,7 @@ class PyCudaFacilityLocation {
   std::vector<std::unique_ptr<ArrayArgument>> arrays_;
   int device_ = 0;
   std::unique_ptr<cuda::FacilityLocation> run_;
-  bool busy_ = false;  // read and written with the GIL held
+  OneCall one_call_;
 };
 
 void pairwise(py::object x_array, py::object y_array, py::object out_array, const std::string& metric,
