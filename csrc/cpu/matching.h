@@ -1,6 +1,6 @@
-// What gradient matching reads off many gradients without holding them all: the Adam updates that they would
-// cause, the dimensions where a group's updates are largest on average, and the history that the chosen ones
-// leave.
+// What gradient matching computes from many gradients without holding them all: the Adam updates that they
+// would cause, the dimensions where a group's updates are largest on average, and the history that the chosen
+// ones leave.
 //
 // See matching.cpp for the formulas and the cost.
 #pragma once
