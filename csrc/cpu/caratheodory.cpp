@@ -1,7 +1,7 @@
-// Every row i with weight w_i > 0 is a vector M_i = w_i (1, x_i - c) of D = d + 1 numbers. The sum of M_i
-// rho_i has to be kept, at first with all rho_i = 1. While more than rank(M) vectors are left, there is a v
-// != 0 with sum_i v_i M_i = 0; moving rho along it until one rho_i is 0 changes nothing else (Caratheodory,
-// 1907).
+// Every row i with weight w_i > 0 is a vector M_i = w_i (1, x_i - c) of D = d + 1 numbers. The sum
+// over i of M_i rho_i has to be kept, at first with all rho_i = 1. While more than rank(M) vectors are left,
+// there is a v != 0 with sum_i v_i M_i = 0; moving rho along it until one rho_i is 0 changes nothing else
+// (Caratheodory, 1907).
 //
 // Clusters (Maalouf, Jubran and Feldman, "Fast and accurate least-mean-squares solvers", NeurIPS 2019): the
 // rows left are cut into m = 4 D (large D: 2 D) runs, whose vectors are sums of their rows'. Reducing m such

@@ -34,7 +34,7 @@ namespace cuda {
 // Waits until every thread of a cooperative launch is here, and makes what they wrote visible to all.
 #if defined(FC_EMULATOR)
 using emulator::grid_sync;
-#elif defined(__CUDACC__)  // what plain C++ includes of CUDA has no device code
+#elif defined(__CUDACC__)  // the CUDA headers that plain C++ includes have no device code
 __device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 #endif
 
