@@ -324,8 +324,8 @@ class Search {
         updates<true>(rule_, w.sieve.row(groups_.member(r)), w.coarse, count, w.partial.data());
       for (int64_t j = 0; j < count; ++j) w.sum[j] += w.partial[j];
     }
-    // |u| <= this, of g alone and of m alone; sums of 32 terms and the eight roundings of each are off by 40
-    // units of 2^-24.
+    // |u| is at most this: the share of g alone plus that of m alone; sums of 32 terms and the eight
+    // roundings of each are off by 40 units of 2^-24.
     const double of_g = std::abs(rule_.m_step) / std::sqrt(rule_.v_step), unit = (kFloatSum + 8) * 0x1p-24;
     const double scale = 1.0 / static_cast<double>(last - first), bar = w.lists[group].bar();
     w.candidates.clear();

@@ -266,8 +266,8 @@ __global__ void __launch_bounds__(kThreads)
   if (j < count) {
     const double mean =
         fabs(sum_of_updates<float>(p, group, d)) / static_cast<double>(p.offset[group + 1] - p.offset[group]);
-    // |u| <= this, of g alone and of m alone; sums of kRows terms and the eight roundings of each are off by
-    // so many units.
+    // |u| is at most this: the share of g alone plus that of m alone; sums of kRows terms and the eight
+    // roundings of each are off by so many units.
     const Updates<float> update(p.rule, p.m, p.v, d);
     const double most =
         p.rule.m_step / sqrt(p.rule.v_step) +
