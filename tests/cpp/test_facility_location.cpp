@@ -250,7 +250,7 @@ void test_matrices() {
   }
 }
 
-// step_among all that is open is a greedy step; among one, that one.
+// step_among() all open candidates is a greedy step; among one candidate, it picks that one.
 template <class T>
 void test_step_among() {
   const auto x = samples::clustered<T>(97, 5, 1);
@@ -275,7 +275,7 @@ void test_step_among() {
   }
 }
 
-// A cancelled run goes on where it was and ends as if nothing had happened.
+// A cancelled run continues at the place it had reached and ends as if nothing had happened.
 template <class T>
 void test_cancellation() {
   const auto x = samples::clustered<T>(300, 9, 1);

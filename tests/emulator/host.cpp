@@ -24,7 +24,7 @@ namespace {
 thread_local cudaError_t last_error = cudaSuccess;
 
 std::mutex mutex;
-// Never destroyed: whatever a program keeps in static objects may be freed after them.
+// Never destroyed: memory that a program keeps in static objects may be freed after them.
 struct Block {
   size_t bytes;
   int device;

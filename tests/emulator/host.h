@@ -92,7 +92,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 
-// Reached when it is recorded, though cudaEventQuery may be told to deny that for a while:
+// Reached when it is recorded, though cudaEventQuery may be set to deny that for a while:
 // Device::event_delay.
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
@@ -106,7 +106,7 @@ constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStaticSharedBytes = 48 * 1024;
 constexpr size_t kSharedBytes = 163 * 1024;
 
-// What a test may have otherwise than it is: less than the device's limits, or more devices of its kind.
+// The properties that a test may change: less than the device's limits, or more devices of its kind.
 struct Device {
   int count = 1;
   bool cooperative_launch = true, memory_pools = true;
@@ -118,7 +118,7 @@ struct Device {
 void set_device(const Device& device);
 const Device& device();
 
-// Of all devices together.
+// The totals of all devices together.
 size_t allocated_bytes();
 
 // The device memory that the address is in, or a null pointer.

@@ -97,7 +97,7 @@ std::vector<double> on_device(const Case<Gradients>& c, int64_t first_chunk) {
                                          TensorView<int64_t, 2>::compact(dims.data(), groups, top),
                                          TensorView<double, 2>::compact(means.data(), groups, top),
                                          refused.data(), nullptr, nullptr, first_chunk);
-  // What is left to the caller.
+  // The sorting that is left to the caller.
   const std::vector<int64_t> found = dims.values();
   const std::vector<double> mean = means.values();
   std::vector<int64_t> sorted;
@@ -154,7 +154,7 @@ std::vector<double> history_on_device(const Case<Gradients>& c, int64_t at_once)
   return all;
 }
 
-// Worst seen: 0, but 2e-16 of the history of gradients along several directions, whose sums the CPU takes in
+// Worst seen: 0, but 2e-16 for the history of gradients along several directions, whose sums the CPU takes in
 // another way.
 template <class T>
 void check_close(const std::vector<double>& got, const std::vector<double>& want) {
@@ -211,7 +211,7 @@ void test_halves() {
   test<DenseGradients<fc::Half>>({view}, values, 20, 1100, 30, true);
 }
 
-// The first dimension with something that cannot be.
+// The first dimension with an impossible value.
 void test_refusal() {
   auto x = samples::normal<float>(20, 1000, 1);
   x(7, 900) = x(3, 905) = std::numeric_limits<float>::infinity();
