@@ -1,4 +1,4 @@
-"""The array boundary: what comes in through DLPack is checked before a kernel sees it, whoever made it.
+"""The array boundary: an array that comes in through DLPack is checked before a kernel sees it, whoever made it.
 
 Most cases go through real arrays; the ones that no library would produce are capsules written by hand, byte by
 byte, from the published structures.
@@ -143,7 +143,7 @@ class Handmade:
 
 
 class Producer:
-    """An object whose __dlpack__ does what it is told."""
+    """An object whose __dlpack__ does what the test sets."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer

@@ -1,4 +1,4 @@
-"""The demo: its features, and that table and picture show what the run found."""
+"""The demo: its features, and that table and picture show the results of the run."""
 
 from __future__ import annotations
 

@@ -331,7 +331,7 @@ class Stream(IterableDataset):
 
 
 class OwnOrder(BatchSampler):
-    """May give any order."""
+    """Batches may come in any order."""
 
 
 ROWS = TensorDataset(torch.eye(12))
@@ -398,7 +398,7 @@ def test_memory_mapped_open_set_is_never_copied_whole(tmp_path: Path, dtype: typ
     mapped = np.load(tmp_path / "openset.npy", mmap_mode="r")
     target = np.array(mapped[:20])
     arguments: dict[str, Any] = {"k": 300, "stop": False, "memory_budget": 8 * 2**20}
-    few = fc.simcore(mapped[: n // 4], target, **arguments)  # what is loaded once is loaded now
+    few = fc.simcore(mapped[: n // 4], target, **arguments)  # code that is loaded once is loaded now
     seen: list[int] = []
     before = anonymous_memory()
     whole = fc.simcore(mapped, target, progress=lambda *_: seen.append(anonymous_memory()), **arguments)

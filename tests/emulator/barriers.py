@@ -55,8 +55,7 @@ def barriers() -> list[Barrier]:
 
 
 def run(command: list[str], limit: float = 900) -> bool:
-    """Whether the command succeeds within the limit of seconds; a kernel that waits for ever lacks the barrier that was
-    removed."""
+    """Whether the command succeeds within the limit of seconds; a kernel that waits for ever fails."""
     try:
         return subprocess.run(command, capture_output=True, timeout=limit, check=False).returncode == 0
     except subprocess.TimeoutExpired:
