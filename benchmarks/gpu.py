@@ -168,7 +168,7 @@ def facility_location_row(n: int, d: int, k: int, backend: str, rounds: int, fou
         times = dict.fromkeys(("q20", "median", "q80"), start.elapsed_time(end) / 1e3)
     else:
         times = event_times(select, rounds)
-    # The points are packed, and read for each pick at least.
+    # The points are packed, and read at least once per pick.
     row = shares(times, 2.0 * n * n * d, 4.0 * n * d * (2 + k), found)
     row["memory"] = memory
     if n <= 10_000:

@@ -38,8 +38,8 @@ class Work:
 class Row:
     """One line of the table.
 
-    ``figure`` says what is compared with ``goal``: "ratio" (peer's time / ours, at least), "overhead" (ours minus the peer's,
-    seconds per call, at most), "products" (our time as a multiple of ``work`` at the matrix rate, at most).
+    ``figure`` names the number that is compared with ``goal``: "ratio" (peer's time / ours, at least), "overhead" (ours minus
+    the peer's, seconds per call, at most), "products" (our time as a multiple of ``work`` at the matrix rate, at most).
     """
 
     name: str

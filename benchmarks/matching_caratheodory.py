@@ -17,7 +17,7 @@ from benchmarks.harness import Inputs, Row, Work
 
 # The largest error, as a share of the sums of magnitudes of float64 numbers.
 _TOLERANCE = 1e-12
-CLUSTERS = 4  # for each dimension and one more, as the kernel has them
+CLUSTERS = 4  # per dimension and one more, as the kernel has them
 
 
 def _rows(n: int, d: int) -> Inputs:

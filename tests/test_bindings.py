@@ -314,7 +314,7 @@ for nonnegative, products, correlation in calls:
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
     assert len(lines) == 14
-    # Only 1e308 can't be told from a row that depends on the first: its squared distance is below 0.
+    # Only 1e308 can't be distinguished from a row that depends on the first: its squared distance is below 0.
     assert [line for line in lines if not line.endswith("refused")] == [
         f"{nonnegative} (1e+308, 1e-308) not taken" for nonnegative in (True, False)
     ]

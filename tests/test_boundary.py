@@ -445,7 +445,7 @@ def test_random_headers(m: ModuleType) -> None:
         low = offset // 4 + sum(r for r in reach if r < 0)
         high = offset // 4 + sum(r for r in reach if r > 0)
         outside = low < 0 or high >= 64
-        # A header that is well-formed but points outside of its memory would be believed: no consumer can tell.
+        # A header that is well-formed but points outside of its memory would be believed: no consumer can notice.
         if outside and all(n > 0 for n in shape):
             shape, strides, offset = (2, 2), (2**62, 2**62), 0
         tensor = Handmade(

@@ -621,7 +621,7 @@ def test_output_is_checked_before_the_work(
 def test_files_that_cannot_be_looked_at(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where not even whether they exist can be asked: too long a name here, a closed folder elsewhere."""
+    """Files whose existence cannot even be checked: too long a name here, a closed folder elsewhere."""
     out, long = tmp_path / "out.npz", tmp_path / ("x" * 300 + ".npz")
     options = ("select", "colm", "-k", 2, "--top", 2, "--force", "--gradients")
     expect_error(capsys, "--gradients: cannot read", *options, long, "-o", out)

@@ -51,7 +51,7 @@ def test_follows_the_definition(case: Case) -> None:
     reference = fc.facility_location(case.x, case.k, backend="cpu", **case.options)
     assert selection.gains.dtype == reference.gains.dtype
     if native.module().ISA == "x86-64-v2":
-        return  # which has no fused multiply-add, so that its picks may differ where gains tie
+        return  # which has no fused multiply-add, so that its picks may differ if gains tie
     assert torch.equal(selection.indices, reference.indices)
     assert torch.equal(selection.gains, reference.gains)
     assert torch.equal(selection.assignment, reference.assignment)

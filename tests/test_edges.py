@@ -229,7 +229,7 @@ def test_cosines_of_rows_of_all_magnitudes(backend: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("metric", ["dot", "euclidean", "l1"])
 @pytest.mark.parametrize("low", [-1000, -300])
 def test_tiny_rows_among_huge_ones(backend: str, metric: str, low: int) -> None:
-    """Half of the rows are 2^low, the others 2^400 or, where squares leave the range, 2^600."""
+    """Half of the rows are 2^low, the others 2^400 or, if squares leave the range, 2^600."""
     for high in (400, 600) if metric != "dot" else (400,):
         x = times_power(points(24, 5, 6), np.where(np.arange(24) % 2, low, high)[:, None])
         check_facility_location(
@@ -707,7 +707,7 @@ def test_gains_that_are_lost_are_refused(backend: str, dtype: torch.dtype, case:
 
 @pytest.mark.parametrize("exponent", [-960, -1000, -1010])
 def test_near_ties_of_tiny_distances_of_l1(backend: str, exponent: int) -> None:
-    """Gains that differ in their last digits only, which a unit that underflows cannot tell apart."""
+    """Gains that differ in their last digits only, which a unit that underflows cannot distinguish."""
     x = points(12, 2, 9)
     x[6:] = x[:6] * (1 + 2.0**-40)
     near = fc.facility_location(x, 6, metric="l1", backend="torch")

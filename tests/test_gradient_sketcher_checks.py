@@ -850,7 +850,7 @@ def each(
 
 
 class Two(nn.Module):
-    """A layer for each of two inputs, which `use` combines."""
+    """One layer per input, of two inputs, which `use` combines."""
 
     def __init__(self, use: Callable[[nn.Module, nn.Module, Tensor, Tensor], Tensor]) -> None:
         super().__init__()

@@ -36,7 +36,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "persimmon": ("PersimmonConfig", "PersimmonForCausalLM", {}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
 }
-# Where the last V-projection is, if not in model.layers.2.self_attn.v_proj; and the attention's last projection, if not o_proj.
+# The place of the last V-projection, if not in model.layers.2.self_attn.v_proj; and the attention's last projection, if not
+# o_proj.
 NAMES = {
     "gpt2": "transformer.h.2.attn.c_attn",
     "gpt_neox": "gpt_neox.layers.2.attention.query_key_value",
@@ -715,7 +716,7 @@ def test_what_stays_open_is_refused_by_name() -> None:
 
 
 class Pictures(Decoder):
-    """Takes the patches of all pictures one after the other, as many for each row as it has tokens 0."""
+    """Takes the patches of all pictures one after the other, as many per row as it has tokens 0."""
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         x = self.embedding(input_ids)
@@ -741,7 +742,7 @@ def test_pictures_beside_rows() -> None:
     expected = BatchSelector(model).gradients(data).coefficients
     selector = BatchSelector(model, batch_size=2)
     torch.testing.assert_close(selector.gradients(data).coefficients, expected, rtol=0, atol=1e-9)
-    # As many pictures as rows, but not one for each: the model itself sees it.
+    # As many pictures as rows, but not one per row: the model itself notices it.
     with pytest.raises(ValueError, match="image features and image tokens do not match"):
         selector.gradients({"input_ids": unequal, "labels": unequal, "pixel_values": pixels[:ROWS]})
     # A later batch with others.

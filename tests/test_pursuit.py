@@ -130,7 +130,8 @@ def check_by_hand(backend: str, device: str) -> None:
     # The unit rows' cosines with the target are as 3, 1, 4 / sqrt(2).
     found = frank_wolfe(g, target, 1, backend=backend)
     assert (found.indices.tolist(), found.weights.tolist()) == ([0], pytest.approx([3]))
-    # From the first row the geodesics to the second and the third are the same: without the third, nothing hangs on rounding.
+    # From the first row the geodesics to the second and the third are the same: without the third, nothing depends on
+    # rounding.
     found = frank_wolfe(g[:2], target, 2, backend=backend)
     assert found.indices.tolist() == [0, 1]
     assert found.weights.tolist() == pytest.approx([3, 0.5])

@@ -227,7 +227,7 @@ def test_result_does_not_depend_on_threads() -> None:
 @pytest.mark.parametrize("n_clusters", [3, 9, 50, 200])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_repeated_target_rows_change_nothing(backend: str, n_clusters: int, dtype: type) -> None:
-    """With more clusters than distinct rows, fewer, and as many; in any order where each point is a centroid of its own."""
+    """With more clusters than distinct rows, fewer, and as many; in any order if each point is a centroid of its own."""
     openset, target = data(2000, 9, 6, dtype=dtype)
     options: dict[str, Any] = {"n_clusters": n_clusters, "backend": backend}
     once = fc.simcore(openset, target, **options)

@@ -780,7 +780,7 @@ def test_ctrl_c_ends_a_batch_of_which_one_problem_is_left(hard: int) -> None:
 
 
 def test_a_run_is_not_shared_by_threads() -> None:
-    """The low-level run refuses a second caller; the public function makes a run of its own for each call."""
+    """The low-level run refuses a second caller; the public function makes a run of its own per call."""
     x, y = points(1, 300, 3, 0)[0], points(1, 300, 3, 1)[0]
     found: list[fc.Transport] = []
     callers = [

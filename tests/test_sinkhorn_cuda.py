@@ -23,8 +23,8 @@ PATHS = pytest.mark.parametrize("shared", [None, 0], ids=["resident", "streamed"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 # Largest error of potentials, value, transport cost and error (of the marginals, which sum up to 1) that is allowed, relative
-# to the largest cost, or reg or (cosine, where 1 - cos cancels) 1 where that is more: costs computed in float32 are off by
-# some units of 6e-8, and so are all numbers made from them. Worst seen: 1.9e-7 and 1.2e-15.
+# to the largest cost, or reg or (cosine, where 1 - cos cancels) 1 if that is more: costs computed in float32 are off by some
+# units of 6e-8, and so are all numbers made from them. Worst seen: 1.9e-7 and 1.2e-15.
 TOLERANCE = {torch.float32: 5e-7, torch.float64: 5e-15}
 
 

@@ -229,7 +229,7 @@ def test_a_problem_and_its_transpose(marginals: Pair, solver: Callable[..., fc.T
                                                   ((0.2, 500.0), torch.float32)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("solver", ["triton"], indirect=True)
 def test_triton(marginals: Pair, dtype: torch.dtype, solver: Callable[..., fc.Transport]) -> None:
-    """One clustered problem for each side, and the two together."""
+    """One clustered problem per side, and the two together."""
     cost, a, b = clustered(7)
     there = torch.from_numpy(cost).to(dtype)
     weights = torch.from_numpy(a), torch.from_numpy(b)

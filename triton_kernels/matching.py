@@ -198,7 +198,7 @@ def sieve_kernel(
     count,
     width,  # of a row of `values` and `candidates`
     bar,  # [groups] float64
-    values,  # [groups, width]: -1 where there is no candidate
+    values,  # [groups, width]: -1 if there is no candidate
     candidates,  # [groups, width] int64
     found,  # [groups] int64, 0 at first: how many candidates
     q,

@@ -276,7 +276,7 @@ def marginal_kernel(
     other_stride,
     our_count,
     other_count,
-    potential,  # [B, size] float64; updated where the weight is 0
+    potential,  # [B, size] float64; updated if the weight is 0
     other_potential,
     weight,
     other_log_weight,

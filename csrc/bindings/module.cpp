@@ -1,4 +1,4 @@
-// The module: one for each instruction set that the kernels are compiled for.
+// The module: one per instruction set that the kernels are compiled for.
 #include <string>
 
 #include "bindings/bindings.h"

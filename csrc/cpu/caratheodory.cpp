@@ -37,7 +37,7 @@
 // Cost: 4/3 n d multiplications and numbers read for the sums, and in each of log4(n / D) rounds about 6 D^3
 // multiply-adds (4 D^3 the elimination, at most half of 3 D pivots of 1.5 D^2 each). At 18,000 x 16 that is
 // 0.4 and 0.15 million, at 100,000 x 32 4.3 and 1.3 million: reading the rows is most of it. A singular value
-// decomposition for each null vector costs some 20 D^3 for each of D log2(n / D) vectors, 15 and 250 million.
+// decomposition per null vector costs some 20 D^3 for each of D log2(n / D) vectors, 15 and 250 million.
 //
 // Rejected: one pass over single rows with a basis exchange per row (n D^2); the inverse of the basis alone,
 // as in the revised simplex method (as many operations if all columns are read anyway, in shorter loops);
@@ -253,7 +253,7 @@ class Reduction {
     for (int i = 0; i < 2 && left() < n; ++i) correct();
   }
 
-  // The same where others have been dropped already, with the sums of all for moments.
+  // The same if other rows have been dropped already, with the sums of all for moments.
   void run_rest() {
     reduce();
     for (int i = 0; i < 2; ++i) correct();

@@ -939,7 +939,7 @@ class Problem {
   SinkhornSchedule schedule_;
   const bool translates_;
   T* const matrix_;  // K [n, width], if it is kept
-  T* const blocks_;  // for each thread kCostRows rows of it
+  T* const blocks_;  // kCostRows rows of it per thread
   Buffer<double> a_, b_, f_, g_;
   Buffer<double> column_sums_;  // [m]
   Buffer<double> chunk_error_;

@@ -297,7 +297,7 @@ class Sjlt {
                                  static_cast<uint64_t>(p_.nnz));
   }
 
-  // The bits of 1, or of -1 where the lowest bit of a word is set.
+  // The bits of 1, or of -1 if the lowest bit of a word is set.
   static void store_signs(simd::Words words, float* sign) {
     uint32_t bits[simd::kPhiloxRows];
     simd::store_low(((words & (simd::Words{} + 1)) << 31) | (simd::Words{} + 0x3F800000u), bits);

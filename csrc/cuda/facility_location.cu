@@ -13,10 +13,10 @@
 //
 // Cost: one n x m x d product for the first gains; after pick p about m / p clients have changed, so a pick
 // never costs more than n m d / p or the evaluations that plain lazy greedy would make, whichever is less.
-// Memory: a packed copy of the points and about 40 bytes for each candidate and client; never n x m.
-// Rejected: one kernel per phase, launched by the host, which has to read from the device to know which is
-// next; a heap, whose walks are serial; the symmetric half product for the first gains, whose column sums
-// would need as many atomics as pairs of tiles.
+// Memory: a packed copy of the points and about 40 bytes per candidate and client; never n x m. Rejected: one
+// kernel per phase, launched by the host, which has to read from the device to know which is next; a heap,
+// whose walks are serial; the symmetric half product for the first gains, whose column sums would need as
+// many atomics as pairs of tiles.
 #include <algorithm>
 #include <limits>
 #include <stdexcept>

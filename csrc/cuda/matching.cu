@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads) clear(Lists lists, int64_t groups) {
   lists.bar[group] = -1;
 }
 
-// A place behind `*length` others for each lane of the warp that `joins`; all lanes come here.
+// A place behind `*length` others for each lane of the warp that `joins`; all lanes have to call this.
 __device__ unsigned long long place_in(unsigned long long* length, bool joins) {
   const unsigned lanes = __ballot_sync(~0u, joins);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -311,8 +311,8 @@ struct Rank {
   unsigned equal;  // how many have it
 };
 
-// The left-th largest of the keys that key_of(i, &key) gives for i < count. All threads of the block come
-// here.
+// The left-th largest of the keys that key_of(i, &key) gives for i < count. All threads of the block have to
+// call this.
 template <class KeyOf>
 __device__ Rank find_rank(int64_t count, unsigned left, const KeyOf& key_of) {
   FC_SHARED(unsigned, histogram, [kBins]);

@@ -60,7 +60,7 @@ class Pace {
   }
 
   // To be called after each launch, with how much will be done when the launch is; waits until no launch is
-  // left but this one and the one before it. Throws Cancelled if the poll says so.
+  // left but this one and the one before it. Throws Cancelled if the poll returns true.
   void launched(int64_t done) {
     under_way_.push_back({Event(stream_), done, Clock::now()});
     while (under_way_.size() > 2) finish_first();

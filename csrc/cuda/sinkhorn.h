@@ -1,5 +1,5 @@
 // Batched entropic optimal transport on the GPU. python/flashcoreset/sinkhorn/reference.py has the
-// definition, sinkhorn.cu says how the work is shared out.
+// definition, sinkhorn.cu how the work is divided.
 #pragma once
 
 #include <cstddef>

@@ -89,7 +89,7 @@ __device__ __forceinline__ Staged<T>& staged_columns() {
 
 // value[r][c] of this thread: rows first_row + tile_row(r) of `a` against rows first_col + tile_column(c) of
 // `b`. Rows beyond the sets are zeros. All threads of the block take part. with_form(fn) calls fn with the
-// form as a constant, which it knows or, the same for all threads, finds out for every kDepth features.
+// form as a constant, which it knows or, the same for all threads, finds out once per kDepth features.
 // kStored: where the sums of the chains before the running one are kept, in shared memory or in registers.
 template <class T, int kRows, bool kChained, bool kStored, class WithForm>
 __device__ void tile_values_of(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,

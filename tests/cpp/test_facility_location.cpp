@@ -349,7 +349,7 @@ void test_bad_sparse() {
   refused({0, 1, 2}, {-1, 1});
 }
 
-// Gains that add up beyond the range of double cannot be told apart: refused.
+// Gains that add up beyond the range of double cannot be compared: refused.
 void test_overflow() {
   Matrix<double> s(2, 2);
   for (double& value : s.values()) value = 1e308;

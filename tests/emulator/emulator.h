@@ -89,8 +89,8 @@ uint64_t warp_fold(unsigned mask, uint64_t value, Fold fold, const char* operati
 // Races. If kernels are compiled with -fsanitize=thread, the compiler announces each access to memory; the
 // functions it calls are ours (races.cpp), not the sanitizer's. Two accesses to a byte by different threads
 // are a fault if one writes and one is not atomic, unless a barrier stands between them. Threads of different
-// blocks are ordered by grid_sync(), or where one block's atomic operation after a __threadfence() precedes
-// one of the other's.
+// blocks are ordered by grid_sync(), or if one block's atomic operation after a __threadfence() precedes one
+// of the other's.
 enum class Touch { read, write, atomic };
 void touch(const void* address, size_t bytes, Touch how);
 void fence();

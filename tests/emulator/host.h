@@ -113,7 +113,7 @@ struct Device {
   bool has_code = true;                               // whether the kernels were compiled for it
   unsigned largest_grid_y = 65535;                    // and z
   size_t bytes = std::numeric_limits<size_t>::max();  // of memory
-  int event_delay = 0;                                // how often an event says that it is not reached yet
+  int event_delay = 0;                                // how often an event reports that it is not reached yet
 };
 void set_device(const Device& device);
 const Device& device();

@@ -133,7 +133,7 @@ void test_halves() {
             true, true, 1, 50) == want);
 }
 
-// Where the weight is 0, too.
+// Also if the weight is 0.
 void test_infinity_shows() {
   auto x = samples::normal<float>(100, 3, 1);
   Case c = make_case(100, 3);

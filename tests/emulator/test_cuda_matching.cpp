@@ -228,7 +228,7 @@ void test_refusal() {
   CHECK_EQUAL(history_on_device(c, 1).back(), 1.0);
 }
 
-// A long run ends where its poll says so, and memory is given back.
+// A long run ends when its poll returns true, and memory is given back.
 void test_cancellation() {
   const auto x = samples::normal<float>(4, 20000, 1);
   const size_t before = fc::emulator::allocated_bytes();
@@ -240,7 +240,7 @@ void test_cancellation() {
     const DenseGradients<float> g{
         TensorView<const float, 2>::compact(static_cast<const float*>(in.data()), 4, 20000)};
     fc::emulator::Device slow;
-    slow.event_delay = 1000000;  // times that an event says it has not been reached
+    slow.event_delay = 1000000;  // how often an event reports that it has not been reached
     fc::emulator::set_device(slow);
     CHECK_THROWS((fc::cuda::top_dimensions<DenseGradients<float>, float>(
                      g, {}, {}, {}, {view_of(member, 2), view_of(offset, 2)},

@@ -103,7 +103,7 @@ void test_matrix(const Case& c, SketchKind kind) {
   }
 }
 
-// A long run ends where its poll says so, and memory is given back.
+// A long run ends when its poll returns true, and memory is given back.
 void test_cancellation() {
   const auto x = samples::normal<float>(1, 20000, 1);
   const Projection p = projection_of(SketchKind::kRademacher, {1, 20000, 8, 1, 0});
@@ -113,7 +113,7 @@ void test_cancellation() {
     const auto in_view = TensorView<const float, 2>::compact(in.data(), 1, 20000);
     const auto out_view = TensorView<float, 2>::compact(out.data(), 1, 8);
     fc::emulator::Device slow;
-    slow.event_delay = 1000000;  // times that an event says it has not been reached
+    slow.event_delay = 1000000;  // how often an event reports that it has not been reached
     fc::emulator::set_device(slow);
     CHECK_THROWS(
         fc::cuda::sketch<float>(in_view, p, out_view, nullptr, [] { return true; }, 1), fc::Cancelled);

@@ -1,9 +1,9 @@
 """Runs fuzz targets, some at a time, and tells inputs and faults of each: python tests/fuzz/run.py --seconds 60 [TARGET...]
 
-Targets: the random callers of call.py (public, cpu, cuda), on modules with the address and undefined-behaviour sanitizers, and the C++
-targets of this folder by the names of their kernels (sinkhorn, sketch, ...), which libFuzzer runs where build/fuzz-targets has been built
-by Clang, and else a seeded driver. `make fuzz` builds both. Each target writes to build/fuzz/TARGET.log; the table goes to
-build/fuzz/figures.txt too. Exit status 1: there are faults.
+Targets: the random callers of call.py (public, cpu, cuda), on modules with the address and undefined-behaviour sanitizers, and
+the C++ targets of this folder by the names of their kernels (sinkhorn, sketch, ...), which libFuzzer runs if
+build/fuzz-targets has been built by Clang, and else a seeded driver. `make fuzz` builds both. Each target writes to
+build/fuzz/TARGET.log; the table goes to build/fuzz/figures.txt too. Exit status 1: there are faults.
 """
 
 from __future__ import annotations
