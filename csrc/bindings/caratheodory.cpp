@@ -15,7 +15,7 @@
 namespace fc {
 namespace {
 
-// Writes what was found to the first entries of the outputs.
+// Writes the rows and weights found to the first entries of the outputs.
 int64_t write(const WeightedRows& found, const TensorView<int64_t, 1>& rows,
               const TensorView<double, 1>& weights) {
   const int64_t count = static_cast<int64_t>(found.rows.size());

@@ -77,7 +77,7 @@ class PyCudaFacilityLocation {
     });
   }
 
-  // Memory goes back to the device that it is from.
+  // Memory is freed on the device that it comes from.
   ~PyCudaFacilityLocation() {
     const DeviceGuard guard(device_, nullptr);
     run_.reset();
@@ -186,7 +186,7 @@ constexpr const char* kBuiltFor = "the emulator";
 constexpr const char* kBuiltFor = FC_CUDA_ARCHITECTURES;
 #endif
 
-// Why no device, or not this one, can be used; None if it can.
+// The reason why no device, or not this one, can be used; None if it can be.
 py::object unusable(Integer device_number) {
   const int device = static_cast<int>(device_number.in("device", 0, INT32_MAX));
   int count = 0;
@@ -202,7 +202,7 @@ py::object unusable(Integer device_number) {
   if (!has(cudaDevAttrMemoryPoolsSupported)) return py::str("the device has no memory pools");
   const DeviceGuard guard(device);
   if (const cudaError_t found = cuda::find_kernel(); found != cudaSuccess) {
-    cudaGetLastError();  // told here, not by the next launch
+    cudaGetLastError();  // reported here, not by the next launch
     return py::str(std::string("the kernels were compiled for ") + kBuiltFor + ", not for this device (" +
                    cudaGetErrorString(found) + "); reinstall with FLASHCORESET_CUDA_ARCHITECTURES unset");
   }
