@@ -1,1 +1,1 @@
-"""Benchmarks: our call and the peer's on the same data in the same run. One file a family; see README.md."""
+"""Benchmarks: our call and the peer's on the same data in the same run. One file per family; see README.md."""

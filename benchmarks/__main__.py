@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the families; 0 where every answer agreed, 1 where one did not, 2 for a wrong argument."""
+    """Runs the families; returns 0 if every answer agreed, 1 if one did not, 2 for a wrong argument."""
     command = parser()
     arguments = command.parse_args(argv)
     families = list(arguments.family) or list(DEFAULT)

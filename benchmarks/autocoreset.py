@@ -1,8 +1,8 @@
 """AutoCoreset beside the best of as many uniform samples as it made fits.
 
 ``python -m benchmarks.autocoreset --plot docs/autocoreset.png`` draws the approximation error eps(k) = total loss on all data
-of the coreset's model / that of the model fitted on all data - 1 and prints the table, 16 trials each, which takes some
-minutes.
+of the coreset's model / that of the model fitted on all data - 1 and prints the table, with 16 trials per size, which takes
+some minutes.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def digits() -> Data:
 
 @functools.cache
 def housing() -> Data:
-    """Made like the California housing data, which would have to be fetched: 20,640 x 8, columns correlated, three of them
-    skewed; a target that is not linear, with noise that grows with a column."""
+    """Data made like the California housing data, which would have to be fetched: 20,640 x 8, columns correlated, three of
+    them skewed; a target that is not linear, with noise that grows with a column."""
     rng = np.random.default_rng(0)
     n = 20_640
     x = rng.standard_normal((n, 8)) @ rng.standard_normal((8, 8)) / 2
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[str, Callable[[], Data]]] = {
 
 @functools.cache
 def least(case: str) -> float:
-    """The total loss of the fit on all data; of k-means the best of 50."""
+    """The total loss of the fit on all data; for k-means the best of 50 fits."""
     name, load = CASES[case]
     x, y = load()
     model = make_model(name, 0)
@@ -85,7 +85,7 @@ def coresets(case: str, k: int, trials: int, method: str = "caratheodory") -> li
 
 
 def uniform(case: str, k: int, counts: Sequence[int]) -> list[list[float]]:
-    """For each trial the totals of as many uniform samples as `counts` says."""
+    """For each trial, the totals of as many uniform samples as `counts` says."""
     name, load = CASES[case]
     with threadpool_limits(1):
         return [
@@ -97,7 +97,7 @@ def uniform(case: str, k: int, counts: Sequence[int]) -> list[list[float]]:
 def errors(
     case: str, ours: Sequence[fc.Coreset], by_chance: Sequence[Sequence[float]]
 ) -> dict[str, np.ndarray]:
-    """eps of each trial: ours, the best of its uniform samples, and these in the mean."""
+    """eps of each trial: ours, the best of its uniform samples, and the mean of these samples."""
     lowest = least(case)
     found = {
         "AutoCoreset": [coreset.info["loss"] for coreset in ours],
@@ -110,7 +110,7 @@ def errors(
 def _inputs(case: str) -> Callable[..., Inputs]:
     def make(k: int, trials: int) -> Inputs:
         least(case)
-        # A draw for each fit that ours will make; how many these are is known only afterwards.
+        # One draw per fit that ours will make; the number of fits is known only afterwards.
         counts = [coreset.info["fits"] for coreset in coresets(case, k, trials)]
         return {"case": case, "k": k, "trials": trials, "counts": counts}
 
@@ -134,7 +134,7 @@ ROWS = [
         title=f"AutoCoreset: {case}, k = 100, 4 trials",
         make=_inputs(case),
         size={"k": 100, "trials": 4},
-        # There are as many columns as samples at most, and housing gets that far.
+        # There are as many columns as samples at most, and the housing data reach that limit.
         small={"k": 20 if case.endswith("housing") else 50, "trials": 1},
         ours=lambda inputs: coresets(inputs["case"], inputs["k"], inputs["trials"]),
         peer=lambda inputs: uniform(inputs["case"], inputs["k"], inputs["counts"]),
@@ -172,7 +172,7 @@ def measure_curves(
 
 
 def plot(path: Path, curves: Curves, sizes: Sequence[int], trials: int) -> None:
-    """Draws one panel a case."""
+    """Draws one panel per case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,7 +186,7 @@ def plot(path: Path, curves: Curves, sizes: Sequence[int], trials: int) -> None:
     }
     for panel, (case, lines) in zip(np.atleast_1d(panels), curves.items(), strict=True):
         for label, points in lines.items():
-            # A logarithm has no place for an error of 0 or (of k-means, whose optimum is the best found) below.
+            # A logarithm has no place for an error of 0 or (for k-means, whose optimum is the best found) below.
             panel.plot(sizes, np.maximum(points, 1e-6), label=label, **styles[label])
         panel.set_yscale("log")
         panel.set_title(case, fontsize=9)

@@ -1,4 +1,4 @@
-"""Do the answers agree? Each check returns what to print, or raises ``Disagreement``."""
+"""Checks whether the answers agree. Each check returns the text to print, or raises ``Disagreement``."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class _Prefix:
 
 
 def greedy_ties(similarity: np.ndarray, picks: np.ndarray, start: int) -> int:
-    """Shows that ``picks[start:]`` is a greedy sequence of the matrix but for ties within rounding.
+    """Checks that ``picks[start:]`` is a greedy sequence of the matrix but for ties within rounding.
 
     Lazy greedy along the given picks: stale gains are upper bounds, so only candidates whose bound exceeds the pick's gain are
-    looked at again. Returns the number of picks that were not strictly the best; raises Disagreement at the first pick that
+    evaluated again. Returns the number of picks that were not strictly the best; raises Disagreement at the first pick that
     some candidate beats by more than rounding.
     """
     prefix = _Prefix(similarity, picks[:start])
@@ -90,7 +90,7 @@ def same_picks(ours: tuple[np.ndarray, np.ndarray], peer: tuple[np.ndarray, np.n
     if len(set(indices.tolist())) != len(indices):
         raise Disagreement("an index was picked twice")
     differing = np.flatnonzero(indices != peer_indices)
-    # Past a tie the two sequences are different greedy runs; gains are compared where they are the same run.
+    # Past a tie the two sequences are different greedy runs; gains are compared as far as they are the same run.
     common = len(indices) if not len(differing) else int(differing[0])
     worst = float(np.max(np.abs(gains[:common] / peer_gains[:common] - 1), initial=0.0))
     if worst > GAIN_TOLERANCE:
@@ -102,7 +102,7 @@ def same_picks(ours: tuple[np.ndarray, np.ndarray], peer: tuple[np.ndarray, np.n
 
 
 def same_values(ours: torch.Tensor, peer: torch.Tensor, tolerance: float) -> str:
-    """Two matrices, equal to ``tolerance`` of the largest entry."""
+    """Checks that two matrices are equal to ``tolerance`` of the largest entry."""
     worst = float((ours.double() - peer.double()).abs().max() / peer.double().abs().max())
     if not worst <= tolerance:
         raise Disagreement(f"values differ by {worst:.2g} of the largest, more than {tolerance:g}")

@@ -3,7 +3,7 @@
 ``python -m benchmarks.colm_training`` trains every arm from several seeds, prints a table and writes results/colm_training.json. The text
 is the standard library's: the source code of packages that every Python has, and the documentation that ``help()`` shows.
 
-The arms see the same large batches in the same order, from the same initial model, and differ in the rows that they train on:
+The arms see the same large batches in the same order, from the same initial model. They differ in the rows that they train on:
 
     random      as many as the coreset, at random
     structure   all rows of the small sources and random ones of the others, with CoLM's quotas: CoLM without the matching
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 import flashcoreset as fc
 from benchmarks import machine, results
 
-LENGTH = 64  # bytes a row
+LENGTH = 64  # bytes per row
 VOCABULARY = 256
 PACKAGES = ("encodings", "unittest", "asyncio", "email", "xml", "multiprocessing", "http", "html")
-BLOCK, HELD_OUT = 64, 8  # of each run of HELD_OUT blocks of BLOCK rows, the last is for validation
+BLOCK, HELD_OUT = 64, 8  # the last of each run of HELD_OUT blocks of BLOCK rows is for validation
 NAMES = {
     "random": "random rows",
     "structure": "random rows, CoLM's sources and quotas",
@@ -50,7 +50,7 @@ ARMS = ("random", "structure", "colm", "full")
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run; the optimizer is AdamW with a linear warm-up over a tenth of the steps and a cosine to zero.
+    """The settings of a run; the optimizer is AdamW with a linear warm-up over a tenth of the steps and a cosine to zero.
 
     The learning rate is the best of 1.5e-3, 3e-3 and 1e-2 for random rows, on two seeds: the baseline's choice, not CoLM's.
     """
@@ -74,12 +74,12 @@ class Text:
     sources: tuple[str, ...]
     train: Tensor  # [n, LENGTH]
     labels: Tensor  # [n], the source of each
-    validation: tuple[Tensor, ...]  # one [m, LENGTH] a source
+    validation: tuple[Tensor, ...]  # one [m, LENGTH] per source
     small: tuple[int, ...]  # sources below the mean share
 
 
 def standard_library(validation_rows: int) -> Text:
-    """The text of this Python."""
+    """Reads the text of this Python."""
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_path("stdlib"))
@@ -123,7 +123,7 @@ Chooser = Callable[[Tensor, Tensor], Choice]
 
 
 def chooser(arm: str, model: nn.Module, text: Text, settings: Settings, seed: int) -> Chooser:
-    """Chooses of a large batch [large, LENGTH] with its sources [large]."""
+    """Chooses rows of a large batch [large, LENGTH] with its sources [large]."""
     generator = torch.Generator().manual_seed(seed)
     k = settings.k
 
@@ -170,7 +170,7 @@ def loss_of(model: Any, rows: Tensor, weights: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def validate(model: nn.Module, text: Text) -> list[float]:
-    """The mean loss of each source, nats a byte."""
+    """The mean loss of each source, in nats per byte."""
     model.eval()
     losses = [float(loss_of(model, rows, None)) for rows in text.validation]
     model.train()
@@ -195,7 +195,7 @@ def activations(model: nn.Module, rows: Tensor) -> int:
 
 
 def train(arm: str, text: Text, settings: Settings, seed: int) -> dict[str, Any]:
-    """One run: losses of each source over the steps, and what a step costs."""
+    """One run: losses of each source over the steps, and the cost of a step."""
     model = language_model(settings, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
     warm = max(1, settings.steps // 10)
@@ -239,7 +239,7 @@ def train(arm: str, text: Text, settings: Settings, seed: int) -> dict[str, Any]
 
 
 def summary(runs: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
-    """What is asked: on how many seeds CoLM is below random rows, and below its structure alone."""
+    """The answer: on how many seeds CoLM is below random rows, and below its structure alone."""
     by_arm: dict[str, dict[int, float]] = {}
     for run in runs:
         by_arm.setdefault(run["arm"], {})[run["seed"]] = run["mean_loss"]
@@ -263,7 +263,7 @@ def summary(runs: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: an arm a line, with the spread over the seeds."""
+    """Markdown: one line per arm, with the spread over the seeds."""
     lines = [
         ["", "mean per-source loss", "least to most", "activations", "selection", "training step"],
         ["---"] * 6,
@@ -292,7 +292,7 @@ def write(path: Path, runs: list[dict[str, Any]], text: Text, settings: Settings
         "commit": machine.commit(),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
-        "rows": [],  # of the kind that the report's tables have
+        "rows": [],  # rows of the kind that the report's tables have
         "settings": asdict(settings),
         "sources": {
             name: {"rows": int((text.labels == i).sum()), "kept": i in text.small}

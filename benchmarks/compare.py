@@ -1,8 +1,8 @@
 """``python -m benchmarks.compare COMMIT [FAMILY ...]``: did a ratio to the peer get worse since COMMIT?
 
 Both sources are built the same way, into directories of their own, and this checkout's benchmarks run on each in turn, several
-times. What is compared is our speed relative to the peer timed in the same run (for "scale", relative to the measured matrix
-rate), because two runs minutes apart do not see the same machine.
+times. Our speed is compared relative to the peer timed in the same run (for "scale", relative to the measured matrix rate),
+because two runs minutes apart do not see the same machine.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TOLERANCE = 0.10
 
 
 class CompareError(Exception):
-    """Something that the person who called can put right."""
+    """An error that the caller can put right."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A row's figure in both sources; ``factor`` is new over old speed, above 1 where it got faster."""
+    """A row's figure in both sources; ``factor`` is new over old speed, above 1 if it got faster."""
 
     row: str
     base: float
@@ -46,7 +46,7 @@ class Change:
 
 
 def changes(base: Sequence[Mapping[str, Record]], head: Sequence[Mapping[str, Record]]) -> list[Change]:
-    """Medians over the repeats of every row that both sources ran. Overheads are held by their goal, not compared."""
+    """Medians over the repeats of every row that both sources ran. Overheads are checked against their goal, not compared."""
     found = []
     for name, record in head[0].items():
         old = [run[name].value for run in base if name in run]

@@ -30,7 +30,7 @@ def _matrix(n: int, k: int) -> Inputs:
 
 def _l1_points(n: int, d: int, k: int) -> Inputs:
     # The gradients CoLM matches: as many dimensions as it keeps, a batch's worth of rows. The offset is one of the inputs, as
-    # the peer has none of its own; ours with offset=None is the same picks.
+    # the peer has none of its own; ours with offset=None makes the same picks.
     x = data.clustered(n, d, clusters=50)
     offset = float(2 * np.abs(x).sum(axis=1).max())
     return {"x": x, "tensor": torch.from_numpy(x), "k": k, "offset": offset}
@@ -61,7 +61,7 @@ def _tiny(n: int, d: int, k: int) -> Inputs:
 
 
 def _kernel_alone(inputs: Inputs) -> Inputs:
-    """The same picks by the low-level call, into arrays that are there already."""
+    """The same picks by the low-level call, into arrays that exist already."""
     run = fc.kernels.cpu.FacilityLocation(inputs["tensor"], metric="cosine", expected_picks=inputs["k"])
     run.step(inputs["k"])
     run.finish(**inputs["outputs"])

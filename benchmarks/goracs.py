@@ -1,5 +1,5 @@
-"""GORACS beside the straightforward algorithm: dense costs, every greedy step over all of them, one exact solve for each
-exchange that is tried.
+"""GORACS beside the straightforward algorithm: dense costs, every greedy step over all of them, one exact solve per exchange
+that is tried.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from benchmarks.checks import Disagreement
 from benchmarks.harness import Inputs, Row, Work
 from flashcoreset.methods.goracs import reference as straightforward
 
-SLICES = (
-    100  # the straightforward algorithm at the published size takes this many times what is measured of it
-)
+SLICES = 100  # the straightforward algorithm at the published size takes this many times the measured time
 SEEDS = 4
 
 
@@ -26,7 +24,7 @@ def _published(n: int, clients: int, d: int, k: int, exchanges: int) -> Inputs:
     train = data.clustered(n, d, noise=0.5)
     valid = data.clustered(clients, d, noise=0.5, seed=1)
     norms = np.random.default_rng(0).gamma(4, 0.25, n)
-    # The costs as a library product gives them: the straightforward algorithm's matrix is not part of its time.
+    # The costs as a library product computes them: the straightforward algorithm's matrix is not part of its time.
     squares = (train.astype(np.float64) ** 2).sum(1)[:, None] + (valid.astype(np.float64) ** 2).sum(1)
     c = np.sqrt(np.maximum(squares - 2 * (train @ valid.T), 0))
     c /= c.max()

@@ -1,10 +1,10 @@
 """``make gpu OUT=dir``: tests, benchmarks and sanitizer runs on a machine with a GPU, without network, within nine minutes.
 
-Builds the package into build/gpu with what is installed, runs the tests that can have their tensors on a device there (those of
-the CUDA and Triton backends, of torch.compile and of Ctrl-C; the others are about the CPU), times facility location, pairwise
-distances, gradient matching, the Carathéodory reduction and matching pursuit beside the device's measured limits, and runs
-compute-sanitizer over a few cases where it is installed. Writes OUT/gpu.json, OUT/gpu.md and OUT/gpu.log, and a row to
-OUT/measured.json as soon as it is measured. ``--measure`` is the part that the built package runs.
+Builds the package into build/gpu with the tools that are installed, runs the tests that can have their tensors on a device
+there (those of the CUDA and Triton backends, of torch.compile and of Ctrl-C; the others are about the CPU), times facility
+location, pairwise distances, gradient matching, the Carathéodory reduction and matching pursuit beside the device's measured
+limits, and runs compute-sanitizer over a few cases if it is installed. Writes OUT/gpu.json, OUT/gpu.md and OUT/gpu.log, and a
+row to OUT/measured.json as soon as it is measured. ``--measure`` is the part that the built package runs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from benchmarks import data, machine
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu" / "site"
 BUDGET = 9 * 60.0  # seconds for everything
-# The tests' names of a plain case a metric, and of a few with everything else a kernel reads: under the sanitizer a case takes
-# seconds.
+# The tests' names of one plain case per metric, and of a few cases with everything else that a kernel reads: under the
+# sanitizer a case takes seconds.
 SANITIZED = (
     "test_follows_the_definition and (97-float32 or cosine-float32-clients-weights-preselected or "
     "l1-float64-weights or precomputed-float32-rectangular or sqeuclidean-float32-wide) or "
@@ -47,7 +47,8 @@ SANITIZED_FILES = ("tests/test_cuda.py", "tests/test_caratheodory_cuda.py", "tes
 
 
 def run(command: list[str], log: Path, seconds: float, **environment: str) -> tuple[int, float]:
-    """Exit status (124 after `seconds`) and time of a command whose output is appended to `log`. What it started ends with it."""
+    """Exit status (124 after `seconds`) and time of a command whose output is appended to `log`. Processes that the command
+    started end with it."""
     start = time.perf_counter()
     with log.open("a") as stream:
         stream.write(f"\n$ {' '.join(command)}\n")
@@ -110,7 +111,7 @@ def event_times(call: Callable[[], object], rounds: int) -> dict[str, float]:
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes of the device that the call takes at its peak, looked at every millisecond: not all of them come from torch."""
+    """Bytes of the device that the call takes at its peak, sampled every millisecond: not all of them come from torch."""
     torch.cuda.empty_cache()
     before = least = torch.cuda.mem_get_info()[0]
     done = threading.Event()
@@ -132,7 +133,7 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 
 def limits() -> dict[str, float]:
-    """Operations a second of a float32 product (no TF32), and bytes a second of a copy, read and written."""
+    """Operations per second of a float32 product (no TF32), and bytes per second of a copy, read and written."""
     torch.backends.cuda.matmul.allow_tf32 = False
     a, b = torch.randn(2, 8192, 8192, device="cuda").unbind()
     out = torch.empty_like(a)
@@ -149,8 +150,8 @@ LARGEST = 1_000_000
 
 
 def facility_location_row(n: int, d: int, k: int, backend: str, rounds: int, found: dict[str, float]) -> Row:
-    """A row of facility location: time, memory, and the shares of the device's limits. One round is timed while the memory
-    is watched; more have the caches cold and nobody watching."""
+    """A row of facility location: time, memory, and the shares of the device's limits. One round is timed while the memory is
+    watched; more rounds follow with cold caches and without the watch."""
     import flashcoreset as fc
 
     x = torch.from_numpy(data.clustered(n, d)).cuda()
@@ -167,7 +168,7 @@ def facility_location_row(n: int, d: int, k: int, backend: str, rounds: int, fou
         times = dict.fromkeys(("q20", "median", "q80"), start.elapsed_time(end) / 1e3)
     else:
         times = event_times(select, rounds)
-    # The points are packed, and read for each pick at least.
+    # The points are packed, and read at least once per pick.
     row = shares(times, 2.0 * n * n * d, 4.0 * n * d * (2 + k), found)
     row["memory"] = memory
     if n <= 10_000:
@@ -201,7 +202,7 @@ def pairwise_row(metric: str, backend: str, found: dict[str, float]) -> Row:
 
 
 def matching_row(backend: str, found: dict[str, float]) -> Row:
-    """A row of gradient matching: which dimensions count of low-rank gradients, and the updates there."""
+    """A row of gradient matching: which dimensions of low-rank gradients count, and the updates there."""
     from flashcoreset import kernels
     from flashcoreset.matching.rule import Rule
 
@@ -246,7 +247,8 @@ def pursuit_row(backend: str, found: dict[str, float]) -> Row:
     target = g.double().sum(0)
     kernel = importlib.import_module(f"flashcoreset.kernels.{backend}").orthogonal_matching_pursuit
     times = event_times(lambda: kernel(g, target, k), 5)
-    # The rows are read for a dozen columns of the Gram matrix at a time, and of the columns those of the picks before for each.
+    # The rows are read for a dozen columns of the Gram matrix at a time, and the columns of the earlier picks are read for
+    # each pick.
     row = shares(times, 2.0 * b * d * k, 4.0 * b * d * k / 12 + 4.0 * b * k * k, found)
     row["memory"] = peak_memory(lambda: kernel(g, target, k))
     picks, _, _ = kernels.cpu.orthogonal_matching_pursuit(g.cpu(), target.cpu(), k)
@@ -308,8 +310,8 @@ def plan() -> list[Planned]:
 
 
 def measure(out: Path, deadline: float) -> bool:
-    """The benchmarks, each written to measured.json when it is done; what the deadline leaves no time for is named as left out.
-    Whether none failed."""
+    """The benchmarks, each written to measured.json when it is done; a benchmark that the deadline leaves no time for is named
+    as left out. Returns whether none failed."""
     found = limits()
     rows: list[Row] = []
     for planned in plan():
@@ -377,7 +379,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if everything ran and passed."""
+    """Returns 0 if everything ran and passed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     parser.add_argument("--measure", type=float, metavar="DEADLINE", help=argparse.SUPPRESS)
@@ -439,7 +441,9 @@ def main(argv: list[str] | None = None) -> int:
         passed &= step("test-others", [*test, *others, "-k", "opcheck or compile or ctrl_c"], 60, **on_gpu)
         bench = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), f"--measure={deadline - 60}"]
         passed &= step("measure", bench, 300, **on_gpu)
-        if (out / "measured.json").exists():  # what was measured before an error or the end of the time, too
+        if (
+            out / "measured.json"
+        ).exists():  # rows measured before an error or before the end of the time, too
             report["measured"] = json.loads((out / "measured.json").read_text())
         sanitizer = find_sanitizer()
         for tool in ("memcheck", "racecheck"):
@@ -450,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             command = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
             command += [*test, *SANITIZED_FILES, "-k", SANITIZED]
-            # Instrumented kernels may need more registers than the occupancy that CUDA tells allows for.
+            # Instrumented kernels may need more registers than the occupancy that CUDA reports allows for.
             passed &= step(tool, command, 90, **on_gpu, FLASHCORESET_CUDA_BLOCKS="1")
     (out / "gpu.json").write_text(json.dumps(report, indent=1))
     (out / "gpu.md").write_text(table(report))

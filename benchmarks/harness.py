@@ -28,7 +28,7 @@ QUANTILES = (0.2, 0.5, 0.8)
 
 @dataclass(frozen=True)
 class Work:
-    """What a row has to do at the least: operations of matrix products, or bytes moved."""
+    """The least work of a row: operations of matrix products, or bytes moved."""
 
     limit: Literal["matrix", "copy"]
     amount: float
@@ -38,8 +38,8 @@ class Work:
 class Row:
     """One line of the table.
 
-    ``figure`` says what is compared with ``goal``: "ratio" (peer's time / ours, at least), "overhead" (ours minus the peer's,
-    seconds a call, at most), "products" (our time as a multiple of ``work`` at the matrix rate, at most).
+    ``figure`` names the number that is compared with ``goal``: "ratio" (peer's time / ours, at least), "overhead" (ours minus
+    the peer's, seconds per call, at most), "products" (our time as a multiple of ``work`` at the matrix rate, at most).
     """
 
     name: str
@@ -55,17 +55,18 @@ class Row:
     figure: Literal["ratio", "overhead", "products"] = "ratio"
     goal: float | None = None
     memory_goal: float | None = None
-    # Calls of either side in a round, one after the other: enough that a round lasts many ticks of the clock, and that caches hold
-    # what the call uses, not what the other side left there.
+    # Calls of either side in a round, one after the other: enough that a round lasts many ticks of the clock, and that caches
+    # hold the data that the call uses, not the data that the other side left there.
     calls: int = 1
-    # Of a peer that takes many minutes, ``peer`` may do this share of the work; its times are divided by it, and ``peer_name``
-    # says so.
+    # For a peer that takes many minutes, ``peer`` may do this share of the work; its times are divided by it, and
+    # ``peer_name`` says so.
     peer_share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run: ``quick`` takes the small sizes (do the answers agree?); ``seconds`` is the time budget of a row's rounds."""
+    """The settings of a run: ``quick`` takes the small sizes (to check that the answers agree); ``seconds`` is the time budget
+    of a row's rounds."""
 
     quick: bool = False
     seconds: float = 10.0
@@ -74,7 +75,7 @@ class Options:
 
 @dataclass
 class Record:
-    """What was measured of a row; the JSON files hold these."""
+    """The measurements of a row; the JSON files hold these records."""
 
     name: str
     title: str
@@ -101,8 +102,8 @@ class Record:
 
 
 class PeakMemory:
-    """Peak resident memory between ``start`` and ``stop`` over what was resident before, in bytes; None where Linux does not
-    tell.
+    """Peak resident memory between ``start`` and ``stop`` over the memory resident before, in bytes; None if Linux does not
+    report it.
 
     The kernel's own high-water mark is reset and read, so nothing is sampled and short peaks count.
     """
@@ -120,7 +121,7 @@ class PeakMemory:
         """Resets the mark."""
         gc.collect()
         try:
-            # Memory that malloc keeps for later would hide what the call takes from it.
+            # Memory that malloc keeps for later would hide the memory that the call takes from it.
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self._before: int | None = self._status("VmRSS")
@@ -128,7 +129,7 @@ class PeakMemory:
             self._before = None
 
     def stop(self) -> None:
-        """Reads it."""
+        """Reads the mark."""
         if self._before is not None:
             self.bytes = max(0, self._status("VmHWM") - self._before)
 
@@ -141,9 +142,9 @@ def _timed(call: Callable[[Inputs], Any], inputs: Inputs, calls: int) -> float:
 
 
 def _wait_for_other_threads() -> None:
-    """Until this process uses no processor while it sleeps, a second at most.
+    """Waits until this process uses no processor while it sleeps, for a second at most.
 
-    Threads of a peer's pool spin before they sleep, OpenBLAS' for 2^26 cycles and more; they are not to take our cores.
+    Threads of a peer's pool spin before they sleep, OpenBLAS' for 2^26 cycles and more; they must not take our cores.
     """
     for _ in range(50):
         before = time.process_time()
@@ -171,7 +172,7 @@ def figure_of(
 
 
 def goal_met(row: Row, value: float, memory: int | None) -> bool | None:
-    """Whether the row reached its goals; None where it has none."""
+    """Whether the row reached its goals; None if it has none."""
     verdicts = []
     if row.goal is not None:
         verdicts.append(value >= row.goal if row.figure == "ratio" else value <= row.goal)
@@ -185,7 +186,7 @@ def _measure_limits(options: Options) -> machine.Limits:
 
 
 def title_of(row: Row, options: Options) -> str:
-    """The row's title, which names the full sizes; a quick run says what it ran instead."""
+    """The row's title, which names the full sizes; a quick run names the sizes that it ran instead."""
     if not options.quick:
         return row.title
     return f"{row.name}, quick ({', '.join(f'{name} = {value:,}' for name, value in row.small.items())})"
@@ -207,7 +208,7 @@ def run(row: Row, family: str, benchmark: Any, options: Options, records: list[R
     del warm
 
     inputs = row.make(**size)
-    # Of a whole product's time there is no other measure than the machine's own rate.
+    # The time of a whole product has no other measure than the machine's own rate.
     limits = _measure_limits(options) if options.limits or row.figure == "products" else None
     answers: dict[str, Any] = {}
     ours_memory, peer_memory = PeakMemory(), PeakMemory()

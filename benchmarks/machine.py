@@ -1,7 +1,8 @@
-"""What the machine is and how fast it can be: the limits every time is held against.
+"""What the machine is and how fast it can be: the limits that every time is compared with.
 
-The matrix rate is that of a float32 ``torch.mm`` at the benchmark's thread count, 2 * n * m * d operations a product, and
-the copy bandwidth that of ``Tensor.copy_`` between buffers larger than the caches, each byte counted once read and once written.
+The matrix rate is that of a float32 ``torch.mm`` at the benchmark's thread count, 2 * n * m * d operations per product, and
+the copy bandwidth that of ``Tensor.copy_`` between buffers larger than the caches, each byte counted once read and once
+written.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Measured limits: ``matrix`` in operations a second, ``copy`` in bytes a second."""
+    """Measured limits: ``matrix`` in operations per second, ``copy`` in bytes per second."""
 
     matrix: float
     copy: float
@@ -106,7 +107,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The commit measured; "+changes" where the sources differ from it, "unknown" outside a git checkout."""
+    """The commit measured; "+changes" if the sources differ from it, "unknown" outside a git checkout."""
     sources = ["csrc", "python", "CMakeLists.txt", "benchmarks/*.py"]
     try:
         head = subprocess.run(

@@ -68,7 +68,7 @@ def _distances(inputs: Inputs, dims: torch.Tensor | None, picks: torch.Tensor) -
     g, z, total = inputs["g"], inputs["z"], 0.0
     for group, label in enumerate(inputs["groups"].unique()):
         rows = (inputs["groups"] == label).nonzero()[:, 0]
-        # Along one direction all dimensions say the same.
+        # Along one direction all dimensions give the same result.
         at = torch.arange(100) if dims is None else dims[group]
         values = g[rows][:, at] if isinstance(g, torch.Tensor) else g.coefficients[rows] * z[at]
         u = rule.updates(values.double(), inputs["m"][at].double(), inputs["v"][at].double())
@@ -78,7 +78,7 @@ def _distances(inputs: Inputs, dims: torch.Tensor | None, picks: torch.Tensor) -
 
 
 def _same_step(inputs: Inputs, ours: fc.Selection, peer: dict[str, torch.Tensor]) -> str:
-    """Where medoids tie, either may be picked; then what they cover is compared."""
+    """If medoids tie, either may be picked; then the rows that they cover are compared."""
     shared = len(set(ours.indices.tolist()) & set(peer["picks"].tolist()))
     found, expected = (_distances(inputs, ours.dims, picks) for picks in (ours.indices, peer["picks"]))
     if len(ours.indices) != len(peer["picks"]) or not abs(found - expected) <= 0.05 * expected:

@@ -1,5 +1,5 @@
-"""The Carathéodory reduction beside the published algorithm in NumPy: the same clustering, a singular value decomposition for
-each null vector.
+"""The Carathéodory reduction beside the published algorithm in NumPy: the same clustering, one singular value decomposition
+per null vector.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from benchmarks import peers
 from benchmarks.checks import Disagreement
 from benchmarks.harness import Inputs, Row, Work
 
-# Of the sums of magnitudes, of float64 numbers.
+# The largest error, as a share of the sums of magnitudes of float64 numbers.
 _TOLERANCE = 1e-12
-CLUSTERS = 4  # for each dimension and one more, as the kernel has them
+CLUSTERS = 4  # per dimension and one more, as the kernel has them
 
 
 def _rows(n: int, d: int) -> Inputs:
@@ -29,7 +29,8 @@ def _rows(n: int, d: int) -> Inputs:
 
 
 def _worst(x: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> float:
-    """The largest error of the total weight and the sums of columns, of the sums of magnitudes; sums are rounded once."""
+    """The largest error of the total weight and the sums of columns, as a share of the sums of magnitudes; sums are rounded
+    once."""
     worst = abs(math.fsum(weights) / len(x) - 1)
     for column in x.T:
         missing = math.fsum(column) - math.fsum(weights * column[indices])

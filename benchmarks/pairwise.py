@@ -21,7 +21,7 @@ def _inputs(n: int, d: int) -> Inputs:
 
 def _ours(metric: str) -> Callable[[Inputs], torch.Tensor]:
     def call(inputs: Inputs) -> torch.Tensor:
-        # A new result each call, as the peer makes one.
+        # Each call makes a new result, as the peer's does.
         return fc.kernels.cpu.pairwise(inputs["x"], metric=metric)
 
     return call

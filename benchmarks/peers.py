@@ -1,7 +1,7 @@
 """The rivals' calls, as their documentation shows them, with their progress bars and known warnings off.
 
 Nothing of ours runs here: a peer gets plain arrays and gives plain arrays back. Facility location returns
-(indices [k], gains [k], similarity [n, m]), so that the check can look at the very numbers the peer chose by.
+(indices [k], gains [k], similarity [n, m]), so that the check can use the very numbers that the peer chose by.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def full_order_of_features(x: torch.Tensor, centroids: torch.Tensor) -> tuple[to
 
 
 def eager_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Loss, entropy, margin, EL2N and correctness of logits [n, C], each as one writes it in torch."""
+    """Loss, entropy, margin, EL2N and correctness of logits [n, C], each as usually written in torch."""
     loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     log_p = logits.float().log_softmax(1)
     p = log_p.exp()
@@ -139,7 +139,7 @@ def masked_strata(scores: torch.Tensor, k: int, n_strata: int) -> torch.Tensor:
 
 
 def svd_caratheodory(x: np.ndarray, clusters_per_dimension: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most d + 1 rows of x [n, d] and their weights, by one singular value decomposition for each null vector; rows are
+    """At most d + 1 rows of x [n, d] and their weights, by one singular value decomposition per null vector; rows are
     clustered in runs, `clusters_per_dimension` * (d + 1) of them in each round."""
     n, d = x.shape
     rows, weights = np.arange(n), np.ones(n)
@@ -317,7 +317,7 @@ def colm_step(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
 def pursuit_by_lstsq(
     g: np.ndarray, target: np.ndarray, k: int, nonnegative: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Orthogonal matching pursuit as GradMatch's code has it: lstsq of all picks at every step, nnls where that gives a weight
+    """Orthogonal matching pursuit as GradMatch's code has it: lstsq of all picks at every step, nnls if that gives a weight
     below 0."""
     from scipy.optimize import nnls
 
@@ -338,7 +338,8 @@ def pursuit_by_lstsq(
 
 
 def geodesic_ascent(g: np.ndarray, target: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """GIGA (Campbell and Broderick 2018, algorithm 1), a product with all rows a step; rows in the order of their first pick."""
+    """GIGA (Campbell and Broderick 2018, algorithm 1), one product with all rows per step; rows in the order of their first
+    pick."""
     norms, length = np.linalg.norm(g, axis=1), np.linalg.norm(target)
     units, goal = g / norms[:, None], target / length
     cosines = units @ goal

@@ -24,7 +24,7 @@ def _gradients(B: int, D: int, k: int) -> Inputs:
 
 
 def _away(B: int, D: int, k: int) -> Inputs:
-    """A target to which many rows would like a weight below 0."""
+    """A target for which many rows would get a weight below 0."""
     inputs = _gradients(B, D, k)
     return inputs | {"target": inputs["target"] + 4 * B**0.5 * torch.randn(D)}
 

@@ -93,7 +93,7 @@ def render(families: dict[str, dict[str, Any]]) -> str:
 
 
 def insert(document: str, table: str) -> str:
-    """``document`` with what stands between the markers replaced."""
+    """``document`` with the text between the markers replaced."""
     if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
         raise ValueError(f"expected one {BEGIN} and, after it, one {END}")
     head, rest = document.split(BEGIN)

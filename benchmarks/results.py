@@ -97,7 +97,7 @@ def spread(times: dict[str, float]) -> str:
 
 
 def lines_of(record: Record) -> list[str]:
-    """What a run prints of a row."""
+    """The text that a run prints for a row."""
     lines = [
         f"{record.title}: {figure(record)}"
         + (f" (goal {goal(record)}: {verdict(record)})" if goal(record) else "")

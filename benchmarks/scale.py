@@ -239,7 +239,7 @@ def plot(
     values: Mapping[str, tuple[int, ...]],
     base: Mapping[str, int],
 ) -> None:
-    """Draws one panel an axis, both scales logarithmic."""
+    """Draws one panel per axis, both scales logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")

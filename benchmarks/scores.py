@@ -35,7 +35,9 @@ def _same_scores(inputs: Inputs, ours: fc.SampleScores, peer: tuple[torch.Tensor
         if not float(error.max()) <= _TOLERANCE:
             raise Disagreement(f"{name} differs by {float(error.max()):.2g}, more than {_TOLERANCE:g}")
     differing = int((ours.correct != peer[4]).sum())
-    if differing and inputs["logits"].dtype == torch.float32:  # of equal bfloat16 logits argmax may name any
+    if (
+        differing and inputs["logits"].dtype == torch.float32
+    ):  # among equal bfloat16 logits argmax may name any
         raise Disagreement(f"correct differs for {differing} samples")
     return f"scores to {worst:.0e}"
 
@@ -62,7 +64,7 @@ def _difficulties(n: int, k: int) -> Inputs:
 
 
 def _same_strata(inputs: Inputs, ours: fc.Coreset, peer: torch.Tensor) -> str:
-    """Both draw at random; how many they take of each stratum is fixed, but for scores within rounding of an edge."""
+    """Both draw at random; the numbers that they take per stratum are fixed, but for scores within rounding of an edge."""
     scores, k = inputs["scores"], inputs["k"]
     if len(ours.indices.unique()) != k:
         raise Disagreement(f"{len(ours.indices.unique())} samples, expected {k}")

@@ -61,7 +61,7 @@ def _ours_from_features(inputs: Inputs) -> list[list[int]]:
 def _same_rounds(inputs: Inputs, ours: list[list[int]], peer: tuple[torch.Tensor, torch.Tensor]) -> str:
     """Replays the rounds on the peer's sorted lists, which are all that its own rounds would read.
 
-    A list's item may differ where the peer's similarities tie within the rounding of a product.
+    A list's item may differ if the peer's similarities tie within the rounding of a product.
     """
     similarities, order = (tensor.numpy() for tensor in peer)
     rounding = 1e-6 * float(np.abs(similarities).max())

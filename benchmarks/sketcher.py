@@ -35,7 +35,7 @@ class _Block(nn.Module):
         heads = (
             self.qkv(self.norms[0](x)).view(batch, length, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
         )
-        # Written out, since torch.vmap has no rule for the fused one.
+        # Written out, since torch.vmap has no rule for the fused attention.
         scores = (heads[0] @ heads[1].transpose(-1, -2)) * (width // HEADS) ** -0.5
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         seen = scores.masked_fill(future, float("-inf")).softmax(-1) @ heads[2]

@@ -1,8 +1,9 @@
 """Calls of a compiled module's bindings with one hostile argument each, in a process of their own: ``python binding_calls.py NAME
 PATH`` loads the module NAME from PATH.
 
-A line of JSON is printed before each call and one with its outcome after it, so that a call that ends the process is named. What
-has numbers is found by the signatures that the bindings tell; `CALLS` says with which other arguments each is called.
+A line of JSON is printed before each call and one with its outcome after it, so that a call that ends the process is named.
+Parameters that are numbers are found by the signatures that the bindings report; `CALLS` says with which other arguments each
+binding is called.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ HOSTILE: dict[str, Any] = {
 LARGE = {
     ("FacilityLocation.from_csr", "m"),
     ("NearestOrder.of_similarities", "lists"),
-}  # what memory is made for
-_SECONDS = 20  # for a call
+}  # numbers that memory is made for
+_SECONDS = 20  # per call
 _ROOM = 2 << 30  # bytes that calls may take: a working array of 2^31 numbers is refused, not filled
 
 
 def signatures(module: ModuleType) -> dict[str, list[tuple[str, str]]]:
-    """(parameter, type) of every function, method and property of the module, as it tells them."""
+    """(parameter, type) of every function, method and property of the module, as it reports them."""
     found = {}
     for name, value in vars(module).items():
         if isinstance(value, type):
@@ -56,7 +57,7 @@ def _parameters(doc: str) -> list[tuple[str, str]]:
 
 
 def numbers(signature: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of the parameters that are numbers or flags."""
+    """The parameters that are numbers or flags."""
     return [(name, kind) for name, kind in signature if kind in KINDS]
 
 
@@ -64,7 +65,7 @@ def numbers(signature: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """What arguments there are for each call, made anew; and a function that makes the call."""
+    """The arguments for each call, made anew; and a function that makes the call."""
     import torch
 
     def f64(*shape: int) -> torch.Tensor:
@@ -193,7 +194,7 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         order.finish()
         return order
 
-    # What is a method needs an object; what only notes its arguments is followed by what uses them.
+    # A method needs an object; a call that only notes its arguments is followed by a call that uses them.
     def call(name: str, given: dict[str, Any]) -> None:
         owner, _, method = name.rpartition(".")
         if name == "FacilityLocation.__init__":
@@ -249,7 +250,7 @@ def main(name: str, path: str) -> None:
 
     signal.signal(signal.SIGALRM, too_long)
     calls, call = _tables(module)
-    # A sanitizer reserves address space without end, and ends the process where it is asked for too much memory.
+    # A sanitizer reserves address space without end, and ends the process if it is asked for too much memory.
     sanitized = re.search("asan|tsan", os.environ.get("LD_PRELOAD", "")) is not None
     if not sanitized:
         with open("/proc/self/statm") as numbers_of_pages:
@@ -277,7 +278,7 @@ def main(name: str, path: str) -> None:
 
 
 def cases(module: ModuleType) -> Iterator[tuple[str, str | None, str]]:
-    """A binding, its parameter and what is passed for it; first each binding as it is meant to be called."""
+    """A binding, its parameter and the value passed for it; first each binding as it is meant to be called."""
     for binding, signature in signatures(module).items():
         if parameters := numbers(signature):
             yield binding, None, ""

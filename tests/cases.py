@@ -1,8 +1,8 @@
 """The cases of facility location, and the oracle: brute force in NumPy float64, written from the definition
 alone.
 
-The oracle follows a given sequence of picks and asks of each pick whether any other candidate would have been
-better by more than rounding, so that of two candidates that tie within rounding either will do.
+The oracle follows a given sequence of picks and asks of each pick whether any other candidate would have been better by more
+than rounding, so that either of two candidates that tie within rounding is accepted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ METRICS = (*POINT_METRICS, "precomputed")
 SIZES = (1, 7, 97, 1025)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Largest error of a gain or objective allowed, relative to sum_i w_i * max_j |s(j, i) - floor|; in the
-# comment the worst that was seen over all cases, backends and builds. Half types are exact inputs to a
+# Largest error of a gain or objective allowed, relative to sum_i w_i * max_j |s(j, i) - floor|; the
+# comment has the worst error seen over all cases, backends and builds. Half types are exact inputs to a
 # float32 computation.
 TOLERANCE = {
     torch.float16: 5e-7,
@@ -119,7 +119,7 @@ def _variants(metric: str, dtype: torch.dtype) -> list[Case]:
         twice[n // 2 :] = x[: n - n // 2]
     zeros = x.clone()
     zeros[::3] = 0
-    # Squares of the first leave float32, which only cosine need stand.
+    # Squares of the first leave float32, which only cosine has to support.
     large, tiny = (1e30, 1e-30) if metric == "cosine" else (1e15, 1e-15)
     mixed = x * torch.tensor([large, 1.0, tiny], dtype=dtype).repeat(33)[:n, None]
     strided = torch.zeros(2 * n, 2 * x.shape[1], dtype=dtype)[::2, 1::2].copy_(x)
@@ -197,7 +197,7 @@ def _float64(value: Any) -> np.ndarray:
 
 def worst_error(case: Case, selection: Any) -> float:
     """Checks `selection` against the definition; returns the largest error of a gain or of the objective,
-    relative to the largest f(S) that could be. Asserts whatever is exact."""
+    relative to the largest f(S) that could be. Asserts equality where results are exact."""
     options = case.options
     x = _float64(case.x)
     s = similarities(case.x, options.get("clients"), case.metric, selection.offset)
@@ -252,7 +252,7 @@ def worst_error(case: Case, selection: Any) -> float:
     np.add.at(expected, assignment[served], weights[served])
     np.testing.assert_allclose(won, expected, rtol=1e-6)
     slack = 10 * TOLERANCE[torch.as_tensor(case.x).dtype] * max(1e-300, np.abs(s).max())
-    # [k, m] similarities of the picks, and [p, m] of the preselected, where they may serve the client.
+    # [k, m] similarities of the picks, and [p, m] of the preselected, if they may serve the client.
     same = (groups[:, None] == groups[None]) if self_clients else np.ones((n, m), dtype=bool)
     reachable = np.where(same, s, -np.inf)
     picked, fixed_best = reachable[picks], reachable[preselected].max(0, initial=-np.inf)
@@ -278,9 +278,9 @@ def _counts(budgets: Any) -> list[int]:
 
 
 def for_interpreter(cases: list[Case], k: int) -> list[Case]:
-    """`cases` at sizes that a Triton kernel in the interpreter can bear, where a tile takes a millisecond a feature: n
-    <= 130, at most `k` picks; of n = 1,025 one case a metric, 2 picks; of many features one more than fit one chain of
-    a sum, 1 pick."""
+    """`cases` at sizes that a Triton kernel in the interpreter can bear, where a tile takes a millisecond per feature: n <=
+    130, at most `k` picks; for n = 1,025 one case per metric, 2 picks; for many features one more than fit one chain of a sum,
+    1 pick."""
     small = []
     for case in cases:
         n, is_wide = case.x.shape[0], case.metric != "precomputed" and case.x.shape[1] > 256

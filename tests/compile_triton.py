@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for one NVIDIA architecture, without a GPU, and prints what each of them takes.
+"""Compiles the Triton kernels for one NVIDIA architecture, without a GPU, and prints the resources that each of them takes.
 
     python tests/compile_triton.py 90
 
@@ -34,7 +34,7 @@ from flashcoreset.triton_kernels.sinkhorn import (
     tile_of,
 )
 
-# Types of what arguments point to: that of the data, or another.
+# Types of the elements that arguments point to: that of the data, or another.
 NUMBERS = ("a", "b", "out", "candidates", "clients", "best", "weights", "own", "ours", "others", "factor")
 POINTERS = {
     **dict.fromkeys(("index", "owner", "gains"), "i64"),
@@ -50,7 +50,7 @@ POINTERS = {
     **dict.fromkeys(("rows_off", "columns_off", "rows_lost", "columns_lost"), "fp64"),
     **dict.fromkeys(("targets", "refused"), "i64"),
 }
-# Of the tensors above, those that are elements of others, or rows of them: they may lie anywhere.
+# The tensors above that are elements of others, or rows of them: they may lie anywhere.
 UNALIGNED = (
     "reg_of",
     "tol_of",
@@ -274,7 +274,7 @@ def compile_caratheodory(kernel: Any, dtype: str, columns: int, given: bool, arc
     return _compiled(kernel, constants, pointers, architecture, caratheodory.WARPS)
 
 
-# (kernel, type of g, what is multiplied with it, or which of the kernel's forms)
+# (kernel, type of g, the operand that is multiplied with it, or which of the kernel's forms)
 PURSUIT = [
     *(
         (pursuit.products_kernel, dtype, form)
@@ -312,8 +312,8 @@ def compile_pursuit(kernel: Any, dtype: str, form: str, architecture: int) -> An
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """What a kernel takes by the word of the dumper that comes with triton. Registers spill to the stack alone, which
-    these kernels use for nothing else."""
+    """The resources that a kernel takes, as reported by the dumper that comes with triton. Registers spill to the stack alone,
+    which these kernels use for nothing else."""
     dumper = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -325,7 +325,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def reduced_layouts(compiled: Any) -> list[str]:
-    """How the tensors lie that the kernel reduces."""
+    """The layouts of the tensors that the kernel reduces."""
     code = compiled.asm["ttgir"]
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
     reduced = re.findall(r'"tt\.reduce"\((?:.*\n)+?.*\}\) : \(tensor<\S+, (#\w+)>\)', code)

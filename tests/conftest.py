@@ -1,4 +1,4 @@
-"""What every test module shares: the backends that are tested, the compiled one in each build that this
+"""Fixtures for every test module: the backends that are tested, the compiled one in each build that this
 processor can run."""
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from types import ModuleType
 if os.environ.get("FLASHCORESET_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# An OpenMP thread spins while it waits for another. Where processes share the cores (pytest -n, tests that start some), it takes
+# An OpenMP thread spins while it waits for another. If processes share the cores (pytest -n, tests that start some), it takes
 # the core that the other needs, and small products last a hundred times as long. libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# What a shell starts in the background ignores Ctrl-C, and so would the processes that tests send it to.
+# Processes that a shell starts in the background ignore Ctrl-C, and so would the processes that tests send it to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -33,11 +33,11 @@ from cases import DEVICE
 
 from flashcoreset._core import cuda, native
 
-# Of the reference nothing is compiled here: sanitizers (tests/sanitize.py) have nothing to watch in it.
+# No part of the reference is compiled here: sanitizers (tests/sanitize.py) have nothing to watch in it.
 REFERENCE = [] if "FLASHCORESET_SANITIZER" in os.environ else ["torch"]
 BACKENDS = [*REFERENCE, *(f"cpu-{isa}" for isa in native.available_isas())]
 
-# Few tests that take long: begun last, one of these would keep a single process busy while the others have nothing left.
+# The few tests that take long: begun last, one of them would keep a single process busy while the others have nothing left.
 LONG = (
     "test_triton_compile.py",
     "test_packaging.py",
@@ -63,7 +63,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Those of lstsq wait longer for each other than they work on small matrices."""
+    """On small matrices the threads of lstsq wait longer for each other than they work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

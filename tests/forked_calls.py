@@ -21,7 +21,7 @@ import flashcoreset as fc
 from flashcoreset import kernels
 from flashcoreset.nearest_order.cpu import NearestOrder
 
-LIMIT = 60  # seconds for one call in a child, which take a fraction of one
+LIMIT = 60  # seconds for one call in a child, which takes a fraction of a second
 
 
 def points(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -176,7 +176,7 @@ def inherited() -> dict[str, Callable[[], Any]]:
 
 
 def digest(call: Callable[[], Any]) -> str:
-    """Of the bits of a result, or what was raised."""
+    """A digest of the bits of a result, or of the exception raised."""
     try:
         found = tensors(call())
         assert found
@@ -194,11 +194,11 @@ def child(names: Iterable[str], calls: dict[str, Callable[[], Any]] | None, answ
 
 
 def in_processes(method: str, calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
-    """The digests of the calls in children; one that does not answer is ended, and another goes on with the rest."""
+    """The digests of the calls in children; a child that does not answer is ended, and another goes on with the rest."""
     context, found, left = multiprocessing.get_context(method), {}, list(calls)
     while left:
         here, there = context.Pipe(duplex=False)
-        # What is not of this module cannot be sent to a fresh process, and is not there.
+        # Objects that are not of this module cannot be sent to a fresh process, and are missing there.
         process = context.Process(target=child, args=(left, calls if method == "fork" else None, there))
         process.start()
         there.close()

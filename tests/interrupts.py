@@ -2,9 +2,9 @@
 
     python tests/interrupts.py [--count 200] [--seed 0] [NAME ...]
 
-Each function has a process of its own, which calls it over and over while this one sends it SIGINT, once a call. Each call must end
-in a KeyboardInterrupt within a second, and a small call after it must have the same result as ever. "first goracs" forks a process
-for each call, which then imports POT in it. Prints a row a function; test_interrupts.py runs a few of each.
+Each function has a process of its own, which calls it over and over while this one sends it SIGINT, once per call. Each call
+must end in a KeyboardInterrupt within a second, and a small call after it must have the same result as ever. "first goracs"
+forks a process per call, which then imports POT in it. Prints one row per function; test_interrupts.py runs a few of each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Call = Callable[[], Any]
 
 
 def table() -> dict[str, Callable[[], tuple[Call, Call]]]:
-    """For each function what makes a call that takes a second or some, and a small one."""
+    """For each function, the makers of a call that takes a second or more, and of a small one."""
 
     def points(rows: int, columns: int = 64, seed: int = 0) -> torch.Tensor:
         return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -266,7 +266,7 @@ def work(name: str, count: int) -> None:
 
 @dataclass
 class Outcome:
-    """What became of the interrupts of one function."""
+    """The outcome of the interrupts of one function."""
 
     name: str
     seconds: float = 0.0  # of a whole call
@@ -317,7 +317,7 @@ def interrupt(name: str, count: int, seed: int) -> Outcome:
 
 
 class Lines:
-    """What a process says, line by line, with a limit on the time to wait."""
+    """The output of a process, line by line, with a limit on the time to wait."""
 
     def __init__(self, source: IO[bytes]) -> None:
         self._source, self._held = source.fileno(), b""
@@ -335,7 +335,7 @@ class Lines:
 
 
 def answer(lines: Lines, outcome: Outcome, wanted: str) -> str:
-    """What follows the word that is wanted; other words are faults."""
+    """The text after the word that is wanted; other words are faults."""
     while True:
         word, _, told = lines.next().partition(" ")
         if word == wanted:

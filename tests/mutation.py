@@ -3,10 +3,11 @@
     python tests/mutation.py --count 200 --seed 1 --out mutation.jsonl
 
 A mutant is one operator, bound or constant changed at random in the kernels or in the checks around them. It is built and the
-tests of its family run until one fails. Mutants that do not compile are drawn again and count for nothing; a test that no longer ends
-counts as a test that fails. All that is changed lies in a clone of the repository in a temporary folder, at the current commit; the
-environment must have what `make test` installs. `--workers 2` runs two at once, each in a clone of its own. A run that was stopped goes on
-where it was: mutants that the output file has are not tried again. Takes a minute for each mutant, so this is not part of `make test`.
+tests of its family run until one fails. Mutants that do not compile are drawn again and count for nothing; a test that no
+longer ends counts as a test that fails. All changes are made in a clone of the repository in a temporary folder, at the
+current commit; the environment must have what `make test` installs. `--workers 2` runs two at once, each in a clone of its
+own. A run that was stopped goes on from the place it had reached: mutants that the output file has are not tried again. Takes
+a minute per mutant, so this is not part of `make test`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SOURCES = (
     "python/flashcoreset/*/*.py",
     "python/flashcoreset/methods/*/*.py",
 )
-# What no test on this machine can run: other processors' code, the loading of CUDA's own libraries.
+# Files that no test on this machine can run: other processors' code, the loading of CUDA's own libraries.
 LEFT_OUT = (
     "csrc/core/print_isas.cpp",
     "csrc/core/dlpack.h",
@@ -82,7 +83,7 @@ TESTS = (
     ),
 )
 
-# What each token may become. A boundary that moves by one, a sign, a neighbour in meaning.
+# The replacements of each token: a boundary that moves by one, a sign, a neighbour in meaning.
 OPERATORS = {
     "<": ["<=", ">"], "<=": ["<", ">="], ">": [">=", "<"], ">=": [">", "<="], "==": ["!="], "!=": ["=="],
     "+": ["-"], "-": ["+"], "*": ["/"], "/": ["*"], "//": ["*"], "%": ["*"], "+=": ["-="], "-=": ["+="], "*=": ["/="],
@@ -107,7 +108,7 @@ class Mutant:
 
 
 def _number(text: str) -> list[str]:
-    """What a constant may become: small ones move by one, large ones double and halve."""
+    """The replacements of a constant: small ones move by one, large ones double and halve."""
     whole = re.fullmatch(r"(0|[1-9]\d*)([uUlL]*)", text)
     if whole:
         value = int(whole[1])
@@ -203,7 +204,7 @@ def families_of(file: str) -> list[str]:
 
 
 def test_files(root: Path, file: str) -> list[str]:
-    """The test files that guard a source: those of its own backend where there are any, else those of all."""
+    """The test files that guard a source: those of its own backend if there are any, else those of all."""
     plain, own, other = [], [], []
     for family in families_of(file):
         for path in sorted(root.glob(f"tests/test_{family}*.py")):
@@ -302,7 +303,7 @@ class Workshop:
                 self.passed.add(test)
 
     def failure(self, file: str) -> str | None:
-        """The first test that fails, or None if all pass. Python's first, whose build is there already."""
+        """The first test that fails, or None if all pass. Python's tests go first, whose build exists already."""
         for test in test_files(self.root, file):
             if (failed := self._pytest(test)) is not None:
                 return failed
@@ -324,7 +325,7 @@ class Workshop:
         return built.name.partition(".")[0].removeprefix("_cpu_")
 
     def try_out(self, mutant: Mutant) -> dict[str, object] | None:
-        """What became of a mutant; None if it does not compile."""
+        """The outcome of a mutant; None if it does not compile."""
         self.check(test_files(self.root, mutant.file))
         self.check(test_files(self.root, mutant.file))
         path = self.root / mutant.file
@@ -345,7 +346,7 @@ class Workshop:
             return None
         finally:
             path.write_text(text)
-            # What Python compiled from the mutant may be of the same second and length as what it reads next.
+            # The file that Python compiled from the mutant may have the same second and length as the file it reads next.
             for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
                 cached.unlink()
 

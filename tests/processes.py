@@ -41,15 +41,15 @@ def _server(start: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
     command = ["env", *(f"{name}={value}" for name, value in start), sys.executable, "-c", _SERVER]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin is not None
-    atexit.register(server.stdin.close)  # with which it ends
+    atexit.register(server.stdin.close)  # which ends it
     return server
 
 
 def run(
     code: str, start: dict[str, str] | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """What ``python -c code`` would print and return, with `environment` set; `start` is for variables that count when a process
-    starts."""
+    """The output and exit status of ``python -c code``, with `environment` set; `start` is for variables that count when a
+    process starts."""
     server = _server(tuple((start or {}).items()))
     assert server.stdin is not None
     assert server.stdout is not None

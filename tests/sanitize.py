@@ -1,9 +1,9 @@
 """Runs Python on modules that were built with sanitizers: python tests/sanitize.py address|thread [arguments of pytest].
 
-`make sanitize` builds them (tests/cpp, FLASHCORESET_CPU_MODULE) and runs TESTS, or what ARGS names, under both. The package of this
-tree is laid over the installed one, with the sanitized modules in place of its own, and the sanitizer's library is loaded first,
-as it has to be in a program that was built without. Nothing is suppressed but what the interpreter, torch and NumPy do on
-their own (tests/sanitizers/*.supp).
+`make sanitize` builds them (tests/cpp, FLASHCORESET_CPU_MODULE) and runs TESTS, or what ARGS names, under both. The package of
+this tree is laid over the installed one, with the sanitized modules in place of its own, and the sanitizer's library is loaded
+first, as it has to be in a program that was built without. Only reports on the interpreter, torch and NumPy themselves are
+suppressed (tests/sanitizers/*.supp).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"address": ROOT / "build" / "sanitize-address", "thread": ROOT / "build" / "sanitize-thread"}
 
-# The table of tests that drive each binding, the emulated CUDA kernels among them. What trains models, starts processes without
-# the sanitizer or compares with other packages is left out: it calls the same kernels with the same arguments.
+# The table of tests that drive each binding, the emulated CUDA kernels among them. Tests that train models, start processes
+# without the sanitizer or compare with other packages are left out: they call the same kernels with the same arguments.
 TESTS = (
     "test_bindings.py",
     "test_boundary.py",
@@ -79,7 +79,7 @@ def _library(name: str) -> str:
 
 
 def environment(kind: str) -> dict[str, str]:
-    """What a Python process is started with to run on the sanitized modules."""
+    """The environment that a Python process needs to run on the sanitized modules."""
     suppressions = ROOT / "tests" / "sanitizers"
     libraries = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[kind]
     options = {
@@ -95,7 +95,7 @@ def environment(kind: str) -> dict[str, str]:
         "LD_PRELOAD": " ".join(map(_library, libraries)),
         "PYTHONPATH": str(package(kind)),
         "FLASHCORESET_TEST_EMULATED": str(FOLDERS[kind] / "emulator"),
-        # torch's own team of threads is not what is tested, and the sanitizer does not know how it waits.
+        # torch's own team of threads is not tested, and the sanitizer does not know how it waits.
         "OMP_NUM_THREADS": "1",
         "PYTHONMALLOC": "malloc",
     }

@@ -326,7 +326,7 @@ OBJECTIVES: dict[str, tuple[str, Any, Any, Any]] = {
 
 @pytest.mark.parametrize("case", OBJECTIVES)
 def test_the_losses_are_the_models_objective(case: str) -> None:
-    """The weighted total is the objective by its definition, and the weighted fit has the least of it."""
+    """The weighted total is the objective by its definition, and the weighted fit minimises it."""
     name, model, y, objective = OBJECTIVES[case]
     weights = np.random.default_rng(1).random(400) + 0.5
     weights *= 400 / weights.sum()
@@ -433,7 +433,7 @@ def test_distances_far_from_the_origin(shift: float, wrap: Any) -> None:
     found = LOSSES["kmeans"](model, wrap(X + shift), None)
     np.testing.assert_allclose(
         found, expected, rtol=1e-12 if shift == 0 else 1e-5
-    )  # what the shift leaves of X
+    )  # the digits of X that the shift leaves
 
 
 class Penalised(LogisticRegression):
@@ -580,7 +580,7 @@ def test_beats_as_many_uniform_samples() -> None:
         )
         error, by_chance = coreset.info["loss"] / least - 1, uniform.info["loss"] / least - 1
         assert error < by_chance / 3
-        assert error > -1e-5  # the loss is what the fit on all data minimises
+        assert error > -1e-5  # the fit on all data minimises the loss
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""What backends say that they take is what they do take, and every backend has its family's functions."""
+"""Backends take the arguments that they say they take, and every backend has its family's functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRID = [(family, backend) for family, backends in FAMILIES.items() for backend i
 
 
 def functions(module: ModuleType) -> Iterator[tuple[str, inspect.Signature]]:
-    """What the family's protocol has, as the module has it."""
+    """The functions of the family's protocol, as the module has them."""
     protocol = __import__(f"{module.__package__}.backend", fromlist=["Kernels"]).Kernels
     for name, member in vars(protocol).items():
         if inspect.isfunction(member) and not name.startswith("_"):
@@ -33,7 +33,7 @@ def test_every_backend_has_its_family_s_functions(family: str, backend: str) -> 
         for parameter in wanted.values():
             if parameter.name != "self":
                 assert parameter.name in signature.parameters, (family, backend, name)
-        # What a backend has besides may be left out.
+        # Further parameters of a backend may be left out.
         for name_, parameter in signature.parameters.items():
             assert name_ in wanted or parameter.default is not inspect.Parameter.empty
 

@@ -1,4 +1,4 @@
-"""Every wrong argument is a Python error that names the argument and what came."""
+"""Every wrong argument is a Python error that names the argument and the value that came."""
 
 from __future__ import annotations
 

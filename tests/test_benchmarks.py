@@ -82,8 +82,8 @@ def rows_of(family: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """All families at small sizes: what was printed, and where the results are. In one process, for the peers take seconds to
-    import."""
+    """All families at small sizes: the text printed, and the folder of the results. In one process, for the peers take seconds
+    to import."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
@@ -277,7 +277,7 @@ def test_compare_flags_a_loss(record: Any) -> None:
     slower, same = replace(record, value=8.9), replace(record, value=9.1)
     assert [change.lost for change in compare.changes([{"row": record}], [{"row": slower}])] == [True]
     assert [change.lost for change in compare.changes([{"row": record}], [{"row": same}])] == [False]
-    # Of several runs the median counts.
+    # If there are several runs, the median counts.
     assert not compare.changes([{"row": record}] * 3, [{"row": slower}, {"row": same}, {"row": same}])[0].lost
     # A multiple of a product is better when it is smaller; an overhead is not compared; nor is a row that the base lacks.
     products = replace(record, figure="products")

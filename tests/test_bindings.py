@@ -1,4 +1,4 @@
-"""What the compiled modules' bindings are given: every number, in every binding, on the CPU and on the (emulated) GPU.
+"""Numbers given to the compiled modules' bindings: every number, in every binding, on the CPU and on the (emulated) GPU.
 
 The table of tests/binding_calls.py runs in a process of its own, whose last line names the call that ended it.
 """
@@ -27,7 +27,7 @@ from flashcoreset.directions.reference import directions
 from flashcoreset.sketch.kinds import KINDS
 
 WORKS, REFUSED = "works", ("TypeError", "ValueError")
-# What a parameter may be besides a number.
+# Parameters that may be something else than a number.
 MAY_BE_NONE = {("FacilityLocation.__init__", "offset"), ("top_updates", "length"), ("update_history", "length"),
                ("top_dimensions", "length"), ("restrict_updates", "length")}  # fmt: skip
 MAY_BE_INFINITE = {"reg_marginal_a", "reg_marginal_b"}
@@ -53,7 +53,7 @@ class Outcome:
 
 @functools.cache
 def outcomes(which: str) -> list[Outcome]:
-    """Of all calls, made in a process of their own."""
+    """The outcomes of all calls, made in a process of their own."""
     module = module_of(which)
     name, path = module.__spec__.name.rpartition(".")[2], str(module.__file__)
     found = subprocess.run(
@@ -96,7 +96,7 @@ def test_every_number_of_every_binding_is_in_the_table(which: str) -> None:
 
 def test_hostile_numbers_work_or_are_refused(which: str) -> None:
     bad = [o for o in outcomes(which) if o.outcome not in (WORKS, *REFUSED, "MemoryError")]
-    # Which streams there are CUDA alone knows.
+    # Only CUDA knows which streams exist.
     bad = [o for o in bad if not (o.parameter == "stream" and o.message.endswith("invalid resource handle"))]
     assert not bad, bad[:10]
 
@@ -314,7 +314,7 @@ for nonnegative, products, correlation in calls:
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
     assert len(lines) == 14
-    # Only 1e308 can't be told from a row that depends on the first: its squared distance is below 0.
+    # Only 1e308 can't be distinguished from a row that depends on the first: its squared distance is below 0.
     assert [line for line in lines if not line.endswith("refused")] == [
         f"{nonnegative} (1e+308, 1e-308) not taken" for nonnegative in (True, False)
     ]

@@ -1,4 +1,4 @@
-"""The array boundary: what comes in through DLPack is checked before a kernel sees it, whoever made it.
+"""The array boundary: an array that comes in through DLPack is checked before a kernel sees it, whoever made it.
 
 Most cases go through real arrays; the ones that no library would produce are capsules written by hand, byte by
 byte, from the published structures.
@@ -143,7 +143,7 @@ class Handmade:
 
 
 class Producer:
-    """An object whose __dlpack__ does what it is told."""
+    """An object whose __dlpack__ does what the test sets."""
 
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -445,7 +445,7 @@ def test_random_headers(m: ModuleType) -> None:
         low = offset // 4 + sum(r for r in reach if r < 0)
         high = offset // 4 + sum(r for r in reach if r > 0)
         outside = low < 0 or high >= 64
-        # A header that is well-formed but points outside of its memory would be believed: no consumer can tell.
+        # A header that is well-formed but points outside of its memory would be believed: no consumer can notice.
         if outside and all(n > 0 for n in shape):
             shape, strides, offset = (2, 2), (2**62, 2**62), 0
         tensor = Handmade(

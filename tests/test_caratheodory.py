@@ -22,7 +22,8 @@ from flashcoreset import kernels
 from flashcoreset._core import native
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Of the sums of magnitudes. Worst seen of float64: 9e-15 (d = 1,000); float32 weights are rounded by up to 6e-8.
+# The largest error, as a share of the sums of magnitudes. Worst seen for float64: 9e-15 (d = 1,000); float32 weights are
+# rounded by up to 6e-8.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 7e-8}
 
 
@@ -31,7 +32,7 @@ def random(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 def reduce(x: Any, weights: Any = None, max_size: Any = None, *, backend: str) -> fc.Selection:
-    """fc.caratheodory of tensors where the backend has them, its result on the CPU."""
+    """fc.caratheodory of tensors on the backend's device, its result on the CPU."""
     device = DEVICE if backend in ("cuda", "triton") else "cpu"
     if isinstance(x, np.ndarray) and device != "cpu":
         x = torch.tensor(x)
@@ -89,7 +90,7 @@ def test_keeps_the_sums(backend: str, n: int, d: int, dtype: torch.dtype) -> Non
 
 
 def test_a_case_worked_by_hand(backend: str) -> None:
-    # Any two of the numbers on both sides of the mean 2.75 will do, with the weights of a balance.
+    # Any two of the numbers on both sides of the mean 2.75 are right, with the weights of a balance.
     x = torch.tensor([[5.0], [1.0], [2.0], [3.0]], dtype=torch.float64)
     subset = reduce(x, backend=backend)
     (a, b), (wa, wb) = x[subset.indices, 0].tolist(), subset.weights.tolist()
@@ -216,7 +217,7 @@ def test_weights_are_even_where_there_is_room(backend: str) -> None:
     subset = reduce(x, max_size=k, backend=backend)
     even = n / (k - d - 1)
     assert float(subset.weights.max()) <= even * (1 + 1e-12)
-    # Beside those at the bound there are at most d + 1 in the end, and as many that were moved when k rows were reached.
+    # Beside the rows at the bound there are at most d + 1 in the end, and as many that were moved when k rows were reached.
     assert int(((subset.weights - even).abs() > 1e-9 * even).sum()) <= 2 * (d + 1)
     weights = torch.ones(n, dtype=torch.float64)
     weights[:5] = 300.0  # above the bound: they stay as they are
@@ -513,7 +514,7 @@ Check = Callable[[str], None]
 
 
 def check_driver(backend: str, n: int) -> None:
-    """Several rounds on the device, most rows of weight 0, and what the host gets piece by piece."""
+    """Several rounds on the device, most rows of weight 0, and rows that the host gets piece by piece."""
     d = 6
     x = (random(n, d) * torch.logspace(-3, 3, d, dtype=torch.float64) + 5).float().double()
     few = torch.zeros(n, dtype=torch.float64)
@@ -551,7 +552,7 @@ def check_matching(backend: str) -> None:
 
 
 def on_a_device(sizes: list[tuple[int, int]]) -> list[Any]:
-    """The checks above, each to be called with the name of a backend; `sizes` are those of the first one's rows."""
+    """The checks above, each to be called with the name of a backend; `sizes` are the sizes of the first check's rows."""
     checks: list[Check] = [
         test_a_case_worked_by_hand,
         test_duplicates_and_constants,

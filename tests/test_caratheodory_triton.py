@@ -41,7 +41,7 @@ def all_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 SIZES = [(1, 1), (97, 7), (1025, 3)]
 
 
-# NumPy's, in the interpreter, where sums are to become infinite or NaN.
+# Warnings of NumPy, in the interpreter, when sums are to become infinite or NaN.
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.usefixtures("all_on_device")
 @pytest.mark.parametrize("holds", on_a_device(SIZES))

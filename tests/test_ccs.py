@@ -67,7 +67,8 @@ def test_budgets_are_spent_whole_and_never_above_a_size(sizes: list[int], share:
     assert counts == reference.budgets(sizes, k)
     assert sum(counts) == k
     assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
-    # What a stratum cannot give, the others share evenly: nobody is far below another without being empty.
+    # The samples that a stratum cannot give are shared evenly by the others: no stratum is far below another without being
+    # empty.
     open_ = [count for count, size in zip(counts, sizes, strict=True) if count < size]
     if open_:
         assert max(counts) - min(open_) <= 1
@@ -116,7 +117,7 @@ def test_infinite_scores_are_the_hardest_and_not_part_of_the_range() -> None:
 
 
 def test_samples_are_drawn_uniformly() -> None:
-    """Of a stratum of 6 that gives 2, every sample and every pair comes equally often."""
+    """In a stratum of 6 that gives 2, every sample and every pair comes equally often."""
     scores, draws = [0.0] * 6 + [1.0] * 2, 3000
     singles: Counter[int] = Counter()
     pairs: Counter[tuple[int, ...]] = Counter()

@@ -1,4 +1,4 @@
-"""The command line: what it writes, and that bad input ends with code 2, one line on stderr and no file."""
+"""The command line: the files it writes, and that bad input ends with code 2, one line on stderr and no file."""
 
 from __future__ import annotations
 
@@ -496,7 +496,7 @@ def test_progress_draws_a_bar(features: Path, tmp_path: Path, capsys: pytest.Cap
 
 @pytest.fixture
 def bad(tmp_path: Path) -> dict[str, str]:
-    """Files that are no features, by what is wrong with them, and a word that the error has to say."""
+    """Files that are no features, by their fault, and a word that the error has to contain."""
     x = np.zeros((4, 3), np.float32)
     np.save(tmp_path / "int.npy", x.astype(int))
     np.save(tmp_path / "complex.npy", x.astype(complex))
@@ -621,7 +621,7 @@ def test_output_is_checked_before_the_work(
 def test_files_that_cannot_be_looked_at(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where not even whether they exist can be asked: too long a name here, a closed folder elsewhere."""
+    """Files whose existence cannot even be checked: too long a name here, a closed folder elsewhere."""
     out, long = tmp_path / "out.npz", tmp_path / ("x" * 300 + ".npz")
     options = ("select", "colm", "-k", 2, "--top", 2, "--force", "--gradients")
     expect_error(capsys, "--gradients: cannot read", *options, long, "-o", out)
@@ -669,7 +669,7 @@ def test_an_output_that_exists_is_replaced_by_force_only(
     command = ("select", "facility-location", "--features", features, "-k", 2)
 
     with monkeypatch.context() as patched:
-        patched.setattr(fc, "facility_location", None)  # it is told before the work
+        patched.setattr(fc, "facility_location", None)  # the error is reported before the work
         for words, path in (
             (f"--out: {out} exists; choose another name, or pass --force", out),
             (
@@ -682,7 +682,7 @@ def test_an_output_that_exists_is_replaced_by_force_only(
     assert _entries(tmp_path) == before
     assert out.read_text() == "old"
 
-    # A link itself gives way; what it leads to stays as it is.
+    # A link itself is replaced; the file that it leads to stays as it is.
     for path in (link, loose, out):
         assert run(*command, "-o", path, "--force") == 0
         assert not path.is_symlink()
@@ -701,7 +701,7 @@ def test_an_output_that_appears_meanwhile_stays(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also in the moment after the last look."""
+    """Also in the moment after the last check."""
     out, other = tmp_path / "out.npz", tmp_path / "other"
     other.write_text("of another")
     original = os.link

@@ -59,7 +59,7 @@ def test_rules(rule: str, expected: list[int] | None) -> None:
 
 
 def test_groups_are_matched_apart_and_kept_ones_enter_nothing(backend: str) -> None:
-    """What is selected is match_gradients of the other sources' rows alone, with the same history."""
+    """The selection is match_gradients of the other sources' rows alone, with the same history."""
     method = fc.CoLM(20, top=50, keep_groups=[9], backend=backend)
     state: Any = fc.AdamState(torch.zeros(500).double(), torch.zeros(500).double(), 1)
     for step in range(5):
@@ -232,7 +232,7 @@ def _state(betas: tuple[float, float]) -> dict[str, Any]:
 
 
 def test_kept_labels_that_no_sample_has() -> None:
-    """A batch may lack a kept label; that none of many has it is told once, and of a single call at once."""
+    """A batch may lack a kept label; if none of many batches has it, that is reported once, and for a single call at once."""
     g, groups = low_rank(40, 0), [0, 1] * 20
     with pytest.warns(
         UserWarning, match="keep_groups keeps nothing by 7: no sample of the batch has that label, but 0, 1"
@@ -247,5 +247,5 @@ def test_kept_labels_that_no_sample_has() -> None:
         UserWarning, match="keep_groups keeps nothing by 7: no sample of 100 batches .*, but 0, 1"
     ):
         method.select(g, groups)
-    assert method.select(g, groups).info["unseen"] == [7]  # told once
+    assert method.select(g, groups).info["unseen"] == [7]  # reported once
     assert method.select(g, [7, *groups[1:]]).info["unseen"] == []

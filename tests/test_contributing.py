@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's list of files is what is in the folders."""
+"""CONTRIBUTING.md lists the files that are in the folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run by the emulator: against the definition and the CPU kernels, and what is said where they cannot run."""
+"""The CUDA kernels, run by the emulator: against the definition and the CPU kernels, and the errors if they cannot run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_follows_the_definition(case: Case) -> None:
     reference = fc.facility_location(case.x, case.k, backend="cpu", **case.options)
     assert selection.gains.dtype == reference.gains.dtype
     if native.module().ISA == "x86-64-v2":
-        return  # which has no fused multiply-add, so that its picks may differ where gains tie
+        return  # which has no fused multiply-add, so that its picks may differ if gains tie
     assert torch.equal(selection.indices, reference.indices)
     assert torch.equal(selection.gains, reference.gains)
     assert torch.equal(selection.assignment, reference.assignment)
@@ -132,7 +132,7 @@ def test_bad_data(spoil: tuple[int, float] | float, options: dict[str, Any], wor
 
 @emulated
 def test_messages_are_those_of_the_cpu() -> None:
-    """Of whatever the public function looks at for the one, and the kernels for the other."""
+    """Faults that the public function finds for one backend, and the kernels for the other."""
     x = torch.arange(12.0).reshape(6, 2) + 1
     for options in (
         {"weights": [1, 1, -2, 1, 1, 1]},
@@ -290,7 +290,7 @@ def test_f_of_an_offset_that_the_type_rounds() -> None:
 
 @emulated
 def test_an_offset_far_above_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the kernels that see it: a look from here would wait for the device."""
+    """The kernels notice such an offset: a check from here would wait for the device."""
     x = points(60, 3, 2, torch.float32)
     for metric in DISTANCES:
         for options in ({}, {"preselected": [7]}, {"weights": torch.arange(60.0)}):
@@ -334,15 +334,15 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
-# Bytes a thread: what the grid's barrier, which is a call, keeps there on sm_90, and a variable of frexp's.
+# Bytes per thread: those that the grid's barrier, which is a call, keeps there on sm_90, and a variable of frexp's.
 STACK = 40
 # Sinkhorn's runs hold tiles of costs, the loops over them and the schedule in one kernel of 128 registers, so that two blocks
-# fit; what they spill is used outside of the feature loops and of those over the matrix, a few values a tile.
+# fit; the spilled values are used outside of the feature loops and of those over the matrix, a few per tile.
 SINKHORN_STACK = 256
 
 
 def test_no_kernel_spills() -> None:
-    """Registers that do not suffice show as a stack; the kernels run close to what a thread has."""
+    """Registers that do not suffice show as a stack; the kernels use nearly all the registers that a thread has."""
     module = native._import("_cuda")
     if isinstance(module, str):
         pytest.skip("built without nvcc")
@@ -458,7 +458,7 @@ def test_out_of_memory_is_tried_again_without_what_torch_keeps(
 def test_memory_estimate_is_an_upper_bound_within_a_factor_of_three(
     device: ModuleType, shapes: list[tuple[int, int]], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """Of what the device has beside the arguments; the results, which are in it too, are torch's here."""
+    """The peak of the device's memory beside the arguments; the results, which are in it too, are torch's here."""
     tensors = [points(*shape, 1, dtype) for shape in shapes]
     every = {**options, "backend": "cuda"}
     if len(tensors) > 1:
@@ -474,7 +474,7 @@ def test_memory_estimate_is_an_upper_bound_within_a_factor_of_three(
 
 @only_emulated
 def test_ctrl_c_ends_a_call_between_two_launches(device: ModuleType) -> None:
-    """The device is slow to say that it is done, as one at work is."""
+    """The device is slow to report that it is done, as a busy one is."""
     x = points(64, 3, 1, torch.float32)
     expected = fc.facility_location(x, 9, backend="cuda")
     device.set_device(event_delay=2**31 - 1)
@@ -490,7 +490,7 @@ def test_ctrl_c_ends_a_call_between_two_launches(device: ModuleType) -> None:
 
 @emulated
 def test_progress_tells_of_picks_that_are_made() -> None:
-    """Not of those that were only started: the last launches are not waited for before the end."""
+    """Launches that were only started do not count: the last ones are not waited for before the end."""
     x = on_device(points(400, 3, 1, torch.float32))
     seen: list[int] = []
     fc.facility_location(x, 300, backend="cuda", progress=lambda done, total: seen.append(done))

@@ -1,4 +1,4 @@
-"""The demo: its features, and that table and picture show what the run found."""
+"""The demo: its features, and that table and picture show the results of the run."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_sources_are_of_unequal_size_and_apart_from_the_test() -> None:
 
 @pytest.mark.parametrize("name", demo_batches.ARMS)
 def test_rows_of_a_batch(name: str) -> None:
-    """Halves keep the rare source whole where they should, and the control has CoLM's number of rows from each source."""
+    """Halves keep the rare source whole if they should, and the control has CoLM's number of rows from each source."""
     (x, y, source), _ = demo_batches.split(0)
     rows = torch.cat([(source == label).nonzero()[:size, 0] for label, size in enumerate((50, 9, 5))])
     network = demo_batches.Network(torch.Generator().manual_seed(0))

@@ -130,7 +130,7 @@ def test_merged_states_of_workers_are_one_state(workers: int) -> None:
     for name in ("forgetting", "correctness"):
         assert torch.equal(merged.scores()[name], whole.scores()[name])
     before = states[0].scores()["forgetting"]
-    merged.update(*updates[0])  # what was merged is not changed by what comes later
+    merged.update(*updates[0])  # later updates do not change the merged ones
     assert torch.equal(states[0].scores()["forgetting"], before)
 
 

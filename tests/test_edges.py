@@ -25,7 +25,7 @@ from flashcoreset.pursuit import frank_wolfe, orthogonal_matching_pursuit
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # Triton's interpreter computes in NumPy, which says so where a device does not.
+    # Triton's interpreter computes in NumPy, which warns where a device does not.
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
     pytest.mark.skipif(
         np.finfo(np.longdouble).maxexp <= 1024, reason="the oracle needs exponents beyond those of float64"
@@ -77,7 +77,7 @@ def long(x: Tensor) -> Long:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of sums of some dozen numbers, with rounding to the results' type."""
+    """The tolerance for sums of some dozen numbers, with rounding to the results' type."""
     return 1e-13 if dtype == torch.float64 else 3e-6
 
 
@@ -119,7 +119,7 @@ def check_greedy(s: Long, found: fc.Selection, share: float, least: float) -> No
 def check_facility_location(
     run: Callable[[], fc.Selection], x: Long, metric: str, dtype: torch.dtype, share: float, rounds: bool
 ) -> None:
-    """Right, or refused where a bound of the gains is not a number of `dtype`; `rounds`: gains that are too small for it are
+    """Right, or refused if a bound of the gains is not a number of `dtype`; `rounds`: gains that are too small for it are
     rounded instead."""
     limit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     values = distances(x, x, metric)
@@ -229,7 +229,7 @@ def test_cosines_of_rows_of_all_magnitudes(backend: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("metric", ["dot", "euclidean", "l1"])
 @pytest.mark.parametrize("low", [-1000, -300])
 def test_tiny_rows_among_huge_ones(backend: str, metric: str, low: int) -> None:
-    """Half of the rows are 2^low, the others 2^400 or, where squares leave the range, 2^600."""
+    """Half of the rows are 2^low, the others 2^400 or, if squares leave the range, 2^600."""
     for high in (400, 600) if metric != "dot" else (400,):
         x = times_power(points(24, 5, 6), np.where(np.arange(24) % 2, low, high)[:, None])
         check_facility_location(
@@ -409,7 +409,8 @@ def test_columns_of_all_magnitudes(backend: str, ends: tuple[int, int]) -> None:
 
 
 def test_updates_of_adam(backend: str) -> None:
-    """u = m / (sqrt(v) + eps), of gradients whose squares come to 0; those that overflow are refused, as Adam's history is."""
+    """u = m / (sqrt(v) + eps), for gradients whose squares come to 0; squares that overflow are refused, as Adam's history
+    is."""
     for exponent in (-1070, -700, -500, 0, 300):
         near = points(12, 6, 12)
         g = times_power(near, exponent)
@@ -586,7 +587,7 @@ def test_gradient_norms_at_the_ends(largest: float) -> None:
     ("dtype", "exponent"), [(torch.float32, e) for e in (-126, -60, 60, 110)] + [(torch.float64, e) for e in (-1022, -540, 540, 1000)], ids=name_of
 )  # fmt: skip
 def test_zeroth_order_gradients(dtype: torch.dtype, exponent: int) -> None:
-    """Of a linear loss A w the coefficients are A z; parameters come back to the bit."""
+    """For a linear loss A w the coefficients are A z; parameters come back to the bit."""
     a = times_power(points(4, 5, 18), exponent, dtype)
     w = torch.zeros(5, dtype=dtype)
     g = fc.zeroth_order_gradients(lambda: a @ w, [w], eps=2.0**-10, seed=3)
@@ -706,7 +707,7 @@ def test_gains_that_are_lost_are_refused(backend: str, dtype: torch.dtype, case:
 
 @pytest.mark.parametrize("exponent", [-960, -1000, -1010])
 def test_near_ties_of_tiny_distances_of_l1(backend: str, exponent: int) -> None:
-    """Gains that differ in their last digits only, which a unit that underflows cannot tell apart."""
+    """Gains that differ in their last digits only, which a unit that underflows cannot distinguish."""
     x = points(12, 2, 9)
     x[6:] = x[:6] * (1 + 2.0**-40)
     near = fc.facility_location(x, 6, metric="l1", backend="torch")

@@ -1,4 +1,4 @@
-"""A minute of the random callers (`make fuzz` has them run on), and the programs that once failed."""
+"""A minute of the random callers (`make fuzz` runs them for longer), and the programs that once failed."""
 
 from __future__ import annotations
 

@@ -601,7 +601,7 @@ def test_backward_passes_after_the_block_are_not_counted() -> None:
 
 
 def test_backward_passes_that_give_parameters_no_gradients() -> None:
-    """With regard to the input, or to some parameters, alone."""
+    """A backward pass for the input alone, or for some parameters alone."""
     model, x, y = mlp(), points(6, 7).requires_grad_(), labels(6, 5)
     sketcher = fc.GradientSketcher(model, DIM, backend="torch")
     g = explicit(model, classify, x.detach(), y)
@@ -1001,7 +1001,7 @@ def test_frozen_after_construction() -> None:
         sketcher.__enter__()
 
 
-# torch.compile looks at the .grad of tensors that are no leaves, with or without a sketcher.
+# torch.compile reads the .grad of tensors that are no leaves, with or without a sketcher.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("early", [False, True], ids=["compiled-inside", "compiled-before"])
 @pytest.mark.parametrize("how", ["whole", "in-place", "a-layer", "a-function", "the-loss"])

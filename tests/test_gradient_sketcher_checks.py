@@ -1,5 +1,5 @@
-"""What GradientSketcher cannot know from a layer's class is found out or refused; what is taken equals autograd's gradients of
-batches of one."""
+"""Facts that GradientSketcher cannot know from a layer's class are found out or the layer is refused; accepted layers give
+autograd's gradients of batches of one."""
 
 from __future__ import annotations
 
@@ -405,7 +405,7 @@ def test_layers_that_compute_something_else() -> None:
 
 
 def test_a_gradient_that_is_not_the_sum() -> None:
-    """Of a small layer beside a large one, on the first batch or on any."""
+    """The sums of a small layer beside a large one are checked, on the first batch or on any."""
 
     def model() -> nn.Module:
         made = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(3, 2)))
@@ -433,7 +433,7 @@ def test_a_gradient_that_is_not_the_sum() -> None:
 
 
 class Attention(nn.Module):
-    """Keys' biases have no gradient but rounding."""
+    """Biases of keys have only rounding as their gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -446,7 +446,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sums_that_cancel(dtype: torch.dtype, autocast: bool) -> None:
-    """No false alarm, where sums are exact to rounding or all rounding."""
+    """There is no false alarm if sums are exact to rounding or all rounding."""
     model, x = seeded(Attention).to(dtype), points(7, 33, 8).to(dtype)
     sketcher = fc.GradientSketcher(model, 8, backend="torch", verify="always")
     for factor in (1.0, 1e-3):
@@ -850,7 +850,7 @@ def each(
 
 
 class Two(nn.Module):
-    """A layer for each of two inputs, which `use` combines."""
+    """One layer per input, of two inputs, which `use` combines."""
 
     def __init__(self, use: Callable[[nn.Module, nn.Module, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -902,7 +902,7 @@ NOISE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("noise", NOISE)
 @pytest.mark.parametrize("training", [False, True])
 def test_rows_in_an_order_of_their_own(noise: str, training: bool) -> None:
-    """Also where the first batch happens to be in order already: the next one would not be."""
+    """Also if the first batch happens to be in order already: the next one would not be."""
     for samples in (2, 3, 4, 8, 9):
         x = points(samples, 6)
         for name, order in ORDERS.items():
@@ -944,7 +944,7 @@ def test_positions_after_a_batch_of_one_position() -> None:
 
 @pytest.mark.parametrize("samples", [1, 4, 5])
 def test_a_batch_beside_tensors_with_more_rows(samples: int) -> None:
-    """Of one sample too, as an epoch's last batch may be."""
+    """Batches of one sample too, as an epoch's last batch may be."""
     x, mask, ids = points(samples, 5, 4), torch.ones(5, 5).tril(), whole(20, samples, 5)
     model = Called(seeded(lambda: nn.Linear(4, 3)), lambda layer, x, mask: mask @ layer(x))
     each(model, samples, lambda i: model(x[i], mask))
@@ -1025,7 +1025,7 @@ def test_padding_that_is_left_out() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_that_autograd_rounds(dtype: torch.dtype) -> None:
-    """torch adds up gradients of norms and embeddings in half precision: the more terms, the less is left."""
+    """torch adds up gradients of norms and embeddings in half precision: the more terms, the fewer digits are left."""
     for shape in ((4, 16), (8, 32), (8, 128), (16, 300)):
         norm, x = nn.LayerNorm(16).to(dtype), points(*shape, 16).to(dtype)
         sketcher = fc.GradientSketcher(norm, None, backend="torch")

@@ -21,7 +21,7 @@ from flashcoreset.integrations.torch import BatchSelector, sample_losses
 
 VOCABULARY, ROWS, LENGTH = 41, 6, 9
 
-# Name -> configuration class, model class, and what differs from the sizes below.
+# Name -> configuration class, model class, and the differences from the sizes below.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {"num_key_value_heads": 2, "sliding_window": 4}),
@@ -36,7 +36,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "persimmon": ("PersimmonConfig", "PersimmonForCausalLM", {}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
 }
-# Where the last V-projection is, if not in model.layers.2.self_attn.v_proj; and the attention's last projection, if not o_proj.
+# The place of the last V-projection, if not in model.layers.2.self_attn.v_proj; and the attention's last projection, if not
+# o_proj.
 NAMES = {
     "gpt2": "transformer.h.2.attn.c_attn",
     "gpt_neox": "gpt_neox.layers.2.attention.query_key_value",
@@ -149,7 +150,7 @@ def test_coefficients_are_those_of_the_whole_model(family: str, adapters: bool) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_perturbed_rows_are_those_of_the_values(family: str) -> None:
-    """Without them attention has nothing to add up: what it hands to its last projection is 0. And it is all of them."""
+    """Without the values attention has nothing to add up: its last projection gets 0. And the rows are all of them."""
     model = language_model(family).eval()
     name = NAMES.get(family, VALUES)
     projection = model.get_submodule(name)
@@ -217,7 +218,7 @@ def test_adapters_that_leave_the_values_alone() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rows_do_not_depend_on_their_batch(family: str) -> None:
-    """Neither on its width nor on how many run at a time."""
+    """The result depends neither on the batch's width nor on how many rows run at a time."""
     model = language_model(family).double()
     data = batch()
     coefficients = BatchSelector(model).gradients(data).coefficients
@@ -324,7 +325,7 @@ def test_nothing_is_left_behind_by_an_error(error: type[BaseException], call: in
 
 
 def test_training_goes_on() -> None:
-    """Of a fused projection a view is moved: autograd must not notice."""
+    """For a fused projection a view is moved: autograd must not notice."""
     model = language_model("gpt2").train()
     selector = BatchSelector(model)
     for _ in range(2):
@@ -400,7 +401,7 @@ def test_plain_modules(options: dict[str, Any]) -> None:
 
 
 class Dense(Decoder):
-    """Whose head is given the outputs of all layers, or whose last layer in the list runs first."""
+    """A model whose head is given the outputs of all layers, or whose last layer in the list runs first."""
 
     def __init__(self, order: tuple[int, ...] = (0, 1, 2), taken: int = 3) -> None:
         super().__init__()
@@ -423,7 +424,7 @@ def test_other_uses_of_earlier_layers_take_whole_passes(options: dict[str, Any])
     inputs, labels = batch()["input_ids"], batch()["labels"]
     selector = BatchSelector(model)
     nothing = {"input_ids": inputs, "labels": torch.full_like(labels, -100)}
-    assert not selector.gradients(nothing).coefficients.any()  # tells nothing
+    assert not selector.gradients(nothing).coefficients.any()  # says nothing
     with pytest.warns(fc.SlowPathWarning, match=r"all of Dense runs in each pass .* before blocks\.2 do"):
         found = [selector.gradients({"input_ids": inputs, "labels": labels}).coefficients]
     found.append(selector.gradients({"input_ids": inputs, "labels": labels}).coefficients)
@@ -506,7 +507,7 @@ def batch_of_kind(kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("batch_size", [None, 4], ids=["all rows", "4 rows"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_the_models_own(kind: str, batch_size: int | None) -> None:
-    """Of each row alone, by the model itself."""
+    """The losses of each row alone, by the model itself."""
     model, data = model_of_kind(kind), batch_of_kind(kind)
     selector = BatchSelector(model, eps=1e-2, batch_size=batch_size)
     found = selector.gradients(data)
@@ -598,7 +599,7 @@ def test_broken_rows_do_not_hide_what_the_loss_is() -> None:
     assert selector.shift_labels is False
     assert found[2].isnan()
     torch.testing.assert_close(found[[0, 1, 3, 4, 5]], clean[[0, 1, 3, 4, 5]], rtol=0, atol=1e-9)
-    # A model without a loss is told by its labels, broken rows or not.
+    # A model without a loss is recognised by its labels, broken rows or not.
     plain = Decoder()
     plain.embedding.weight.data[40] = torch.nan
     following = {"input_ids": batch()["input_ids"].clone(), "labels": torch.full((ROWS, LENGTH), -100)}
@@ -610,7 +611,7 @@ def test_broken_rows_do_not_hide_what_the_loss_is() -> None:
 
 
 def test_equal_losses_in_both_senses() -> None:
-    """A head of zeros has the loss log C whatever the labels are: then the labels tell."""
+    """A head of zeros has the loss log C whatever the labels are: then the labels decide."""
     model = language_model("llama")
     model.lm_head.weight.data.zero_()
     selector = BatchSelector(model)
@@ -715,7 +716,7 @@ def test_what_stays_open_is_refused_by_name() -> None:
 
 
 class Pictures(Decoder):
-    """Takes the patches of all pictures one after the other, as many for each row as it has tokens 0."""
+    """Takes the patches of all pictures one after the other, as many per row as it has tokens 0."""
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         x = self.embedding(input_ids)
@@ -741,7 +742,7 @@ def test_pictures_beside_rows() -> None:
     expected = BatchSelector(model).gradients(data).coefficients
     selector = BatchSelector(model, batch_size=2)
     torch.testing.assert_close(selector.gradients(data).coefficients, expected, rtol=0, atol=1e-9)
-    # As many pictures as rows, but not one for each: the model itself sees it.
+    # As many pictures as rows, but not one per row: the model itself notices it.
     with pytest.raises(ValueError, match="image features and image tokens do not match"):
         selector.gradients({"input_ids": unequal, "labels": unequal, "pixel_values": pixels[:ROWS]})
     # A later batch with others.
@@ -795,7 +796,7 @@ def test_documented_entries_need_no_question() -> None:
 
 
 class Recorder:
-    """Chooses the rows of the largest coefficients, and remembers what it was asked."""
+    """Chooses the rows of the largest coefficients, and remembers its arguments."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []

@@ -1,4 +1,4 @@
-"""CoLMTrainer: what it trains on, what it leaves to Trainer, checkpoints, and the same decision in two processes."""
+"""CoLMTrainer: the rows it trains on, the parts it leaves to Trainer, checkpoints, and the same decision in two processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(seed: int = 0, **options: Any) -> Any:
 
 
 def rows(n: int = 60) -> list[dict[str, Any]]:
-    """Of unequal length; every sixth is of the rare source."""
+    """Rows of unequal length; every sixth is of the rare source."""
     random = np.random.default_rng(0)
     data = []
     for i in range(n):
@@ -56,7 +56,7 @@ def numbers(drawn: list[dict[str, Any]]) -> list[int]:
 
 
 def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Padding on the right; rows must come without what the model does not take."""
+    """Padding on the right; rows must come without columns that the model does not take."""
     assert all(feature.keys() == {"input_ids"} for feature in features)
     width = max(len(feature["input_ids"]) for feature in features)
     tokens = torch.zeros(len(features), width, dtype=torch.int64)
@@ -84,7 +84,7 @@ def arguments(folder: Path, **options: Any) -> Any:
 
 
 class Recording(CoLMTrainer):
-    """Keeps what it drew, chose and trained on."""
+    """Keeps the rows that it drew, chose and trained on."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -192,7 +192,7 @@ def test_evaluation_is_trainers(tmp_path: Path) -> None:
     "options", [{}, {"resample": True, "n_perturbations": 2}], ids=["one direction", "many"]
 )
 def test_resumed_training_is_uninterrupted_training(options: dict[str, Any], tmp_path: Path) -> None:
-    """In the middle of an epoch (60 rows, 12 a step) and in a later one, with dropout."""
+    """In the middle of an epoch (60 rows, 12 per step) and in a later one, with dropout."""
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 7}
     whole = trainer(tmp_path / "whole", options, model=model(attention_dropout=0.3), **saving)
     whole.train()
@@ -444,7 +444,7 @@ def test_data_without_sources(tmp_path: Path) -> None:
 
 
 class Classes:
-    """As `datasets.ClassLabel`."""
+    """The same interface as `datasets.ClassLabel`."""
 
     names = ("common", "other", "rare")
 
@@ -456,7 +456,7 @@ class Classes:
 
 
 class Columns(torch.utils.data.Dataset[dict[str, Any]]):
-    """As a `datasets.Dataset`: columns, and rows that are made of them."""
+    """The same interface as a `datasets.Dataset`: columns, and rows that are made of them."""
 
     column_names = ("input_ids", "source")
 
@@ -518,7 +518,7 @@ def test_sources_that_the_data_does_not_have(kind: Any, tmp_path: Path) -> None:
 
 
 class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """Of which nothing is known beforehand."""
+    """A data set of which nothing is known beforehand."""
 
     column_names = ("text",)
 
@@ -550,7 +550,7 @@ def test_sources_that_a_stream_does_not_have(steps: int, tmp_path: Path) -> None
 
 
 def test_sources_that_come_late(tmp_path: Path) -> None:
-    """No batch has to have all of them."""
+    """No batch has to have all sources."""
     data = sorted(rows(), key=lambda row: row["source"] == "rare")
     kept_rows(trainer(tmp_path, data=Stream(data), max_steps=5))
 
@@ -580,7 +580,7 @@ class Translation(torch.utils.data.Dataset[dict[str, Any]]):
 
 @pytest.mark.parametrize("kind", ["masked", "seq2seq"])
 def test_models_that_are_not_causal(kind: str, tmp_path: Path) -> None:
-    """By clusters' weights: the gradient is that of each row's own loss, as the model computes it."""
+    """With clusters' weights, the gradient is that of each row's own loss, as the model computes it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if kind == "masked":

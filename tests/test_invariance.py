@@ -1,4 +1,5 @@
-"""What a result must not depend on, for every public function: one table of calls, and the axes along which they are repeated.
+"""The things that a result must not depend on, for every public function: one table of calls, and the axes along which they
+are repeated.
 
 Same inputs, arguments and backend give the same bits, whatever the number of threads, the memory budget, the other rows of a
 row-wise result, the process and the layout of the memory that the inputs lie in (docs/numerics.md).
@@ -37,12 +38,12 @@ class Call:
     """A call of a public function on seeded inputs.
 
     Attributes:
-        inputs: by name; what is a tensor there may lie in memory in any way.
+        inputs: by name; tensors among them may lie in memory in any way.
         run: gets the inputs (as tensors or arrays) and further keywords, and returns tensors, numbers and results that hold these.
         backends: which of them run it; () for a function that takes none. Emulated and interpreted kernels take seconds, so
             that of each family a small call or two goes to them.
         budgets: values of `memory_budget` beside the default.
-        rows: inputs that are cut along dimension 0, where row i of the results depends on row i of them alone.
+        rows: inputs that are cut along dimension 0, if row i of the results depends on row i of them alone.
     """
 
     inputs: Callable[[], Inputs]
@@ -360,7 +361,7 @@ def tensors(result: Any) -> Iterator[Tensor]:
         yield torch.tensor(result, dtype=torch.float64)
     elif is_dataclass(result):
         for one in fields(result):
-            if one.name != "info":  # which tells of times
+            if one.name != "info":  # which has times
                 yield from tensors(getattr(result, one.name))
     elif isinstance(result, (tuple, list)):
         for one in result:
@@ -442,7 +443,7 @@ def test_batches(call: Call, backend: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sjlt", "srht"])
 def test_rows_of_half_types_that_are_converted_in_parts(kind: str) -> None:
-    """So many that they come to float32 in several pieces."""
+    """So many rows that they are converted to float32 in several pieces."""
     x = torch.zeros(3000, 33_000, dtype=torch.float16)
     x[-1] = normal(35, 33_000).half()
     found = fc.sketch(x, 3, kind=kind, seed=2)
@@ -521,9 +522,10 @@ def test_fresh_processes() -> None:
 
 # ---- golden files
 
-# By how much floating results may differ from those of a release: a build without fused multiply-adds rounds each product, and the
-# width of its vectors decides the order of sums in losses and Sinkhorn iterations (docs/numerics.md). Between x86-64-v2, v3 and v4 that is
-# 2.5e-7 at most; methods that make products with torch or fit scikit-learn's models have those of the library at hand.
+# By how much floating results may differ from those of a release: a build without fused multiply-adds rounds each product, and
+# the width of its vectors decides the order of sums in losses and Sinkhorn iterations (docs/numerics.md). Between x86-64-v2,
+# v3 and v4 that is 2.5e-7 at most; methods that make products with torch or fit scikit-learn's models have the rounding of the
+# installed library.
 GOLDEN_SHARE = 2e-6
 
 
@@ -543,7 +545,7 @@ def golden_results(family: str) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("family", CALLS)
 def test_golden(family: str) -> None:
-    """What a release returned; tests/make_golden.py writes it anew, for changes that are meant."""
+    """Results equal those that a release returned; tests/make_golden.py writes them anew, for changes that are meant."""
     golden = json.loads((GOLDEN / f"{family}.json").read_text())
     assert golden.keys() == CALLS[family].keys()
     for variant, expected in golden.items():

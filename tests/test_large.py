@@ -4,10 +4,10 @@ to 6 GB, which is why nothing else runs them.
 Large arrays are zeros that no page of memory stands for, but for some numbers at their very end: an index of 32 bits would not reach
 these.
 
-Not here, because results or working memory alone exceed 6 GB: 2^31 rows of facility_location, caratheodory, match_gradients, ccs,
-top_scores, sample_scores and TrainingDynamics (8 bytes a row and more), rows of 2^31 features of facility_location and of pursuits
-(copied to panels, or summed in float64). Nor are medoids of gradients along directions of 2^31 numbers without `top`: they take a quarter
-of an hour.
+Not here, because results or working memory alone exceed 6 GB: 2^31 rows of facility_location, caratheodory, match_gradients,
+ccs, top_scores, sample_scores and TrainingDynamics (8 bytes per row and more), rows of 2^31 features of facility_location and
+of pursuits (copied to panels, or summed in float64). Nor are medoids of gradients along directions of 2^31 numbers without
+`top`: they take a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_similarities_beyond_the_indices() -> None:
 
 
 def test_pairs_beyond_the_indices() -> None:
-    """Of points on a line the median is the medoid, and its distances add up to those of the two halves."""
+    """For points on a line the median is the medoid, and its distances add up to those of the two halves."""
     n = 46_343  # odd; n^2 is above 2^31
     x = np.random.default_rng(0).permutation(n).astype(np.float64)
     found = fc.facility_location(x[:, None], 1, metric="l1", offset=float(n))

@@ -1,4 +1,4 @@
-"""What `make gpu` does around the measurements, which need a GPU: nothing that is measured gets lost, and nothing hangs."""
+"""The parts of `make gpu` around the measurements, which need a GPU: no measurement gets lost, and nothing hangs."""
 
 from __future__ import annotations
 

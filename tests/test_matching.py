@@ -22,7 +22,7 @@ from flashcoreset.pursuit import orthogonal_matching_pursuit
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 Check = Callable[[str, str], None]
-# Triton's interpreter is NumPy, which warns of what is meant to happen.
+# Triton's interpreter is NumPy, which warns of overflow and NaN that are meant to happen.
 QUIET = {"over": "ignore", "invalid": "ignore"}
 
 
@@ -87,7 +87,7 @@ def check_steps(
     budgets: dict[int, int],
     steps: int = 20,
 ) -> None:
-    # Few picks of many: where a candidate would serve one other alone, the two are an exact tie.
+    # Few picks of many: if a candidate would serve one other alone, the two are an exact tie.
     count, numel, top = size
     groups = torch.arange(count) * 7 % len(budgets)
     restated = Restated(numel)
@@ -474,7 +474,7 @@ def test_one_direction_needs_no_rows(backend: str) -> None:
     by_rows = fc.match_gradients(g, 6, normalize=dense, top=top, backend=backend)
     assert found.dims is None
     assert by_rows.dims is not None
-    # Medians of evenly many numbers tie, so picks may differ, but not what they are worth.
+    # Medians of evenly many numbers tie, so picks may differ, but not their worth.
     picks, _ = greedy_medoids(distance.numpy(), 6)
     for selection in (found, by_rows):
         covered = distance[selection.indices].min(0).values.sum()
@@ -506,7 +506,7 @@ def check_another_direction(backend: str, device: str) -> None:
 
 
 def test_small_coefficients_are_matched_as_rows() -> None:
-    """eps counts there: h(c) sign(z) is not what updates are."""
+    """eps counts there: updates are not h(c) sign(z)."""
     g = fc.LowRankGradients(1e-6 * normal(9, 1), seed=0, numel=400)
     found = fc.match_gradients(g, 2, normalize=fc.RankOneAdamState(400), top=20)
     assert found.dims is not None
@@ -587,7 +587,7 @@ def check_bad_values(backend: str, device: str, bad: float) -> None:
     m[7] = bad
     with pytest.raises(ValueError, match=r"normalize: m must be finite, got (NaN|inf) at position 7"):
         fc.match_gradients(g, 2, top=5, normalize=fc.AdamState(m, v, 2), backend=backend)
-    # Where no mean shows it.
+    # Also if no mean shows it.
     bad_v = one.clone()
     bad_v[8_000] = -1
     history = fc.AdamState(zero, bad_v, 2, (0.9, 0.0))
@@ -637,7 +637,7 @@ def test_what_overflows_is_said_of_the_gradients(backend: str) -> None:
 
 
 def test_the_row_of_a_bad_value_is_named(backend: str) -> None:
-    """By its number among all, whichever group it is in."""
+    """The row is named by its number among all, whichever group it is in."""
     g = torch.ones(6, 2)
     g[4, 1] = torch.nan
     groups = [1, 1, 1, 1, 0, 0]
@@ -657,7 +657,7 @@ def test_the_row_of_a_bad_value_is_named(backend: str) -> None:
     shared = fc.LowRankGradients(g, seed=0, numel=50)
     with pytest.raises(ValueError, match=r"g\.coefficients must be finite, got NaN at row 4, column 1"):
         fc.match_gradients(shared, 4, groups=groups, backend=backend)
-    # Rows of which nothing is asked may be anything.
+    # Rows that nothing is asked about may be anything.
     for rows in (g, shared):
         found = fc.match_gradients(rows, None, groups=groups, budgets=[0, 2], method="omp", backend=backend)
         assert set(found.indices.tolist()) <= {0, 1, 2, 3}
@@ -738,8 +738,8 @@ def check(function: Callable[..., None], *arguments: Any) -> Any:
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What every backend is held to, as check(backend, device): run here and in test_matching_cuda.py and test_matching_triton.py. Sizes are
-# such that Triton's interpreter can do them.
+# The checks of every backend, as check(backend, device): run here and in test_matching_cuda.py and test_matching_triton.py.
+# Sizes are such that Triton's interpreter can do them.
 CHECKS = [
     *(
         check(check_kernels, size, step, dtype)

@@ -56,7 +56,7 @@ def test_schedules_and_layout_change_no_bit() -> None:
 
 
 def test_bits_are_those_of_the_cpu() -> None:
-    """Sums go by the same order, of rows in float64: means that tie there tie here."""
+    """Sums have the same order, of rows in float64: means that tie there tie here."""
     if native.module().ISA == "x86-64-v2":
         pytest.skip("that build has no fused multiply-add")
     given = {
@@ -70,7 +70,7 @@ def test_bits_are_those_of_the_cpu() -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the emulated device alone can be made a poorer one")
 def test_memory_is_that_of_the_lists() -> None:
-    """24 bytes for each dimension of a chunk: less than the rows or directions would take."""
+    """24 bytes per dimension of a chunk: less than the rows or directions would take."""
     count, q, numel = 40, 20, 20_000
     c = normal(count, q, dtype=torch.float32)
     m, v = torch.zeros(numel), torch.ones(numel)

@@ -54,7 +54,7 @@ def test_opcheck(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("backend", ["cpu" if DEVICE == "cpu" else "cuda", "torch"])
 @pytest.mark.parametrize("method", ["medoid", "omp"])
 def test_compile_without_a_graph_break(method: str, backend: str) -> None:
-    """Two steps in one graph, of which the second goes on from the history of the first."""
+    """Two steps in one graph; the second goes on from the history of the first."""
     g, m, v = (on_device(t) for t in (normal(20, 30), normal(30, seed=1), normal(30, seed=2).square()))
     groups = on_device(torch.arange(20) % 2)
 
@@ -80,7 +80,7 @@ def test_compile_without_a_graph_break(method: str, backend: str) -> None:
     for found, expected in zip(compiled[:2], eager[:2], strict=True):
         for name in ("indices", "gains", "weights", "assignment"):
             assert torch.equal(getattr(found, name), getattr(expected, name))
-        # LAPACK's last bit, of the reference's fits, depends on where a matrix lies in memory.
+        # The last bit of the reference's fits, by LAPACK, depends on where a matrix lies in memory.
         assert found.objective == pytest.approx(expected.objective, rel=1e-12)
         assert isinstance(found.objective, float)
         assert found.offset == expected.offset

@@ -52,7 +52,7 @@ def test_chunks_and_layout_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_few_dimensions_pass_the_sieve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of random data top ln(D / top) after the first chunk."""
+    """With random data top ln(D / top) dimensions pass after the first chunk."""
     passed = []
     weigh = launchers.weigh_kernel
 
@@ -71,5 +71,5 @@ def test_few_dimensions_pass_the_sieve(monkeypatch: pytest.MonkeyPatch) -> None:
     m, v = torch.zeros(numel, device=DEVICE), torch.ones(numel, device=DEVICE)
     member, offset = torch.arange(8, device=DEVICE), torch.tensor([0, 8], device=DEVICE)
     kernels.top_updates(g, m, v, Rule.adam(9, BETAS, EPS), member, offset, top)
-    assert len(passed) == 2  # chunks of 8,192 dimensions and of what is left
+    assert len(passed) == 2  # chunks of 8,192 dimensions and of the rest
     assert 50 < sum(count for (count,) in passed) < 400

@@ -107,7 +107,7 @@ def test_reductions_on_a_device_copy_no_rows() -> None:
         rounds = fc.memory_estimate(fc.caratheodory, (10_000_000, 32), backend=backend)
         sampled = fc.memory_estimate(fc.caratheodory, (10_000_000, 32), max_size=1_000, backend=backend)
         assert 16 * 10_000_000 / 4 < rounds < 4 * 32 * 10_000_000 / 20
-        assert 8 * 10_000_000 < sampled < 4 * 32 * 10_000_000 / 10  # a weight for each row
+        assert 8 * 10_000_000 < sampled < 4 * 32 * 10_000_000 / 10  # one weight per row
 
 
 def test_scale_promised_for_a_hundred_thousand_points() -> None:
@@ -199,7 +199,7 @@ def test_of_sinkhorn_is_an_upper_bound_within_a_factor_of_two(name: str) -> None
     assert estimate <= 2 * measured, (measured, estimate)
 
 
-# The kernel's own record of the peak: NumPy holds the interpreter where a thread would have to look.
+# The kernel's own record of the peak: NumPy holds the interpreter when a thread would have to measure.
 MEASURE_HIGHEST = """
 import torch, flashcoreset as fc
 

@@ -1,4 +1,4 @@
-"""Which compiled module is taken, and what is said when none can be."""
+"""Which compiled module is taken, and the error if none can be."""
 
 from __future__ import annotations
 

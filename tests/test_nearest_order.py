@@ -264,5 +264,5 @@ def test_two_threads_of_the_caller_do_not_race() -> None:
         thread.join()
     done = outcomes.count("done")
     assert done >= 1
-    assert outcomes.count("this order is in use by another thread") == 4 - done
+    assert outcomes.count("this run is in use by another thread") == 4 - done
     assert order.finish() == done * 40_000

@@ -1,6 +1,6 @@
 """Odd numbers for every real argument: a right answer, or an error of the right type that names the argument.
 
-What is right comes from exact arithmetic, from what the definition says of a limit, or from the same call with the number that a
+The right answer comes from exact arithmetic, from what the definition says about a limit, or from the same call with the number that a
 0-dimensional array or a fraction stands for.
 """
 
@@ -70,7 +70,7 @@ ODD = [
 class Argument:
     name: str
     call: Callable[[Any], Any]
-    # The right answer for a number; None where it is to be refused.
+    # The right answer for a number; None if it is to be refused.
     expected: Callable[[float], Any]
     close: float = 0.0  # how near floating results have to come, relatively
 
@@ -128,7 +128,8 @@ def with_offset(backend: str, dtype: torch.dtype) -> Callable[[Any], list[int]]:
 
 
 def pursued(ridge: float) -> tuple[list[int], list[float]] | None:
-    """The definition, with a solve of the normal equations at each step; what ridge leaves of float64 at its limits."""
+    """The definition, with a solve of the normal equations at each step; the digits that ridge leaves of float64 at its
+    limits."""
     if ridge < 0:
         return None
     g = GRADIENTS.numpy()
@@ -198,7 +199,7 @@ def dense(**options: Any) -> tuple[float, float]:
 
 
 def zeroth(eps: Any, dtype: torch.dtype, at: float) -> list[float]:
-    """Of a linear loss, whose derivatives are the numbers of the direction."""
+    """Coefficients of a linear loss, whose derivatives are the numbers of the direction."""
     weight = torch.full((3,), at, dtype=dtype, requires_grad=True)
     return fc.zeroth_order_gradients(lambda: weight * 1, [weight], eps=eps).coefficients[:, 0].tolist()
 
@@ -217,7 +218,7 @@ def goracs(**options: Any) -> tuple[list[int], float]:
 
 
 def by_lam(lam: float, solver: str) -> tuple[list[int], float] | None:
-    """Where lam is nothing beside the distances, or they nothing beside it (2^40: some digits of them are left)."""
+    """If lam is nothing beside the distances, or the distances nothing beside lam (2^40: some of their digits are left)."""
     if lam < 0:
         return None
     if lam < 1e-20:

@@ -155,7 +155,7 @@ def configure(build: Path, **environment: str) -> subprocess.CompletedProcess[st
 
 @pytest.mark.skipif(nvcc() is None, reason="there is no nvcc 12.4 or newer")
 def test_the_default_architectures_reach_the_compiler(tmp_path: Path) -> None:
-    """All other builds of the test suite name one architecture. Of a list, the module's own sources must compile."""
+    """All other builds of the test suite name one architecture. With a list, the module's own sources must compile."""
     done = configure(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     target = "CMakeFiles/_cuda.dir/csrc/bindings/bindings.cpp.o"
@@ -168,7 +168,7 @@ def test_the_default_architectures_reach_the_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variable", ["PATH", "CUDACXX"])
 def test_a_cuda_compiler_that_does_not_work_is_left_out(variable: str, tmp_path: Path) -> None:
-    """It is found, and says that it is new enough, but compiles nothing (no host compiler for it, say)."""
+    """The compiler is found, and reports that it is new enough, but compiles nothing (no host compiler for it, say)."""
     broken = tmp_path / "bin" / "nvcc"
     broken.parent.mkdir()
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo release 12.8 && exit 0\nexit 1\n')

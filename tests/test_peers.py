@@ -1,5 +1,5 @@
-"""The same picks as submodlib's LazyGreedy and apricot's, whose gains are float sums: where two of theirs tie
-within rounding, either."""
+"""The same picks as submodlib's LazyGreedy and apricot's, whose gains are float sums: if two of theirs tie within rounding,
+either."""
 
 from __future__ import annotations
 

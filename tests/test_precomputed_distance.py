@@ -1,5 +1,5 @@
-"""metric="precomputed_distance": what the metrics of points give, on all backends; and the warning for distances that are passed as
-similarities."""
+"""metric="precomputed_distance": the results of the metrics of points, on all backends; and the warning for distances that are
+passed as similarities."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def test_the_default_offset_is_above_all_distances(backend: str) -> None:
 
 
 def test_small_distances_beside_a_large_one(backend: str) -> None:
-    """They would be rounded away if they were taken from the offset. Candidate 2 gains 9e-6, then candidate 1 3e-6."""
+    """The distances would be rounded away if they were subtracted from the offset. Candidate 2 gains 9e-6, then candidate 1
+    3e-6."""
     d = torch.tensor([[0, 3e-6, 9e-6, 1e3], [1, 0, 5e-6, 1e3], [1, 8e-6, 0, 1e3], [1e3, 1e3, 1e3, 0]])
     found = locate(d, 2, backend, metric="precomputed_distance", preselected=[0, 3])
     assert found.indices.tolist() == [2, 1]

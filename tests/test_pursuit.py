@@ -1,5 +1,4 @@
-"""Matching pursuit and Frank-Wolfe against the definitions, SciPy and NumPy, on every backend, and what a caller can get
-wrong."""
+"""Matching pursuit and Frank-Wolfe against the definitions, SciPy and NumPy, on every backend, and mistakes of a caller."""
 
 from __future__ import annotations
 
@@ -82,7 +81,7 @@ def check_same(found: Pursuit, wanted: Pursuit, target: Tensor, dtype: torch.dty
 def check_pursuit(
     backend: str, device: str, kind: str, dtype: torch.dtype, size: tuple[int, int], k: int
 ) -> None:
-    """Against the definition, for the whole target and another, with weights of any sign and with a ridge."""
+    """Compares with the definition, for the whole target and another, with weights of any sign and with a ridge."""
     g = make_rows(kind, *size).to(dtype)
     k = min(k, size[0])
     for whole in (True, False):
@@ -116,7 +115,7 @@ def check_frank_wolfe(
 def check_by_hand(backend: str, device: str) -> None:
     g = torch.tensor([[1.0, 0, 0], [0, 2, 0], [1, 1, 0], [0, 0, 0]], dtype=torch.float64, device=device)
     target = torch.tensor([3.0, 1, 2], dtype=torch.float64, device=device)
-    # Products with the target: 3, 2, 4, 0. Of the residual (1, -1, 2) they are 1, -2, 0, 0; then only the third of the
+    # Products with the target: 3, 2, 4, 0. With the residual (1, -1, 2) they are 1, -2, 0, 0; then only the third of the
     # target's coordinates is left.
     found = orthogonal_matching_pursuit(g, target, 4, backend=backend)
     assert found.indices.tolist() == [2, 0]
@@ -131,7 +130,8 @@ def check_by_hand(backend: str, device: str) -> None:
     # The unit rows' cosines with the target are as 3, 1, 4 / sqrt(2).
     found = frank_wolfe(g, target, 1, backend=backend)
     assert (found.indices.tolist(), found.weights.tolist()) == ([0], pytest.approx([3]))
-    # From the first row the geodesics to the second and the third are the same: without the third, nothing hangs on rounding.
+    # From the first row the geodesics to the second and the third are the same: without the third, nothing depends on
+    # rounding.
     found = frank_wolfe(g[:2], target, 2, backend=backend)
     assert found.indices.tolist() == [0, 1]
     assert found.weights.tolist() == pytest.approx([3, 0.5])
@@ -162,7 +162,7 @@ def test_rows_of_all_magnitudes_duplicates_and_zeros(backend: str, kind: str) ->
 
 
 def picks_by_lstsq(g: np.ndarray, target: np.ndarray, k: int) -> tuple[list[int], np.ndarray]:
-    """As GradMatch has it: lstsq, and nnls where that gives a weight below 0."""
+    """As GradMatch has it: lstsq, and nnls if that gives a weight below 0."""
     picks: list[int] = []
     residual, weights = target, np.zeros(0)
     for _ in range(k):
@@ -271,7 +271,7 @@ def test_conditions_of_the_optimum(rows: list[list[int]], goal: list[int], ridge
 
 
 def check_ties(backend: str, device: str, distinct_rows: int, k: int) -> None:
-    """Wherever in a vector or a block of rows a duplicate lies."""
+    """A duplicate may lie anywhere in a vector or a block of rows."""
     distinct = make_rows("normal", distinct_rows, distinct_rows + 10, seed=2)
     order = torch.randperm(5 * distinct_rows, generator=torch.Generator().manual_seed(0)) % distinct_rows
     g, target = distinct[order].to(device), distinct.sum(0).to(device)
@@ -576,7 +576,7 @@ def test_the_compiled_call_checks_what_it_is_given() -> None:
 
 
 def check_needs_the_cpu_module(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the kernels of a GPU find the picks, the CPU module fits their weights."""
+    """If the kernels of a GPU find the picks, the CPU module fits their weights."""
     monkeypatch.setattr(native, "failure", lambda: "no compiled CPU module could be loaded")
     said = f"backend '{backend}': of pursuit the weights are fitted on the host, .* no compiled CPU module"
     for solve in (orthogonal_matching_pursuit, frank_wolfe):
@@ -636,7 +636,7 @@ class Allocations(TorchDispatchMode):
 
 
 def check_memory(module: ModuleType, device: str) -> None:
-    """Columns within the budget, numbers for each row and column, and nothing of the size of the rows."""
+    """Columns within the budget, numbers per row and column, and nothing of the size of the rows."""
     b, d, k, columns = 60, 2_000, 5, 7
     g, target = make_rows("normal", b, d).to(device), torch.ones(d, dtype=torch.float64, device=device)
     for solve in (module.orthogonal_matching_pursuit, module.frank_wolfe):
@@ -653,7 +653,7 @@ def check_memory(module: ModuleType, device: str) -> None:
 
 
 def check_interrupt(module: ModuleType, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C is heard between two steps."""
+    """Ctrl-C is handled between two steps."""
     g = make_rows("normal", 20, 9).to(device)
     launchers, calls = module._PURSUIT, [0]
 

@@ -144,7 +144,8 @@ def test_schedules_change_no_bit() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_long_rows_are_summed_in_pieces(dtype: torch.dtype) -> None:
-    """More columns than a block takes at a time; products have the same bits whatever they are computed along with."""
+    """More columns than a block takes at a time; products have the same bits whatever other products are computed along with
+    them."""
     g = normal(5, 9_001).to(DEVICE, dtype)
     which = torch.arange(5, device=DEVICE)
     together, alone, listed = g.new_empty(3, 5, 5, dtype=torch.float64)

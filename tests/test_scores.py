@@ -197,7 +197,7 @@ def test_tokens_are_averaged(backend: str) -> None:
     mask[:, 2] = True
     flat = fc.sample_scores(x.reshape(-1, classes), t.reshape(-1), backend=backend)
     dirty, unknown = x.clone(), t.clone()
-    dirty[~mask] = math.nan  # what does not count may be anything
+    dirty[~mask] = math.nan  # entries that do not count may be anything
     unknown[~mask] = -100
     for given_mask in (mask, mask.to(torch.int64), mask.numpy()):
         scores = fc.sample_scores(dirty, unknown, given_mask, backend=backend)
@@ -257,7 +257,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("classes", [10, 1500, 40_000])
 def test_a_row_depends_on_nothing_else(backend: str, classes: int, threads: None) -> None:
-    """Neither on the other rows, their number and its place among them, nor on the number of threads."""
+    """A row's scores depend neither on the other rows, their number and its place among them, nor on the number of threads."""
     n = 4 if backend == "triton" else 60
     x, t = random_logits(n, classes, torch.float32), random_targets(n, classes)
     whole = fc.sample_scores(x, t, backend=backend)
@@ -283,9 +283,9 @@ def test_half_types_compute_in_float32(backend: str) -> None:
             assert torch.equal(getattr(got, name), getattr(wide, name)), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # Triton's interpreter takes milliseconds a row
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # Triton's interpreter: milliseconds per row
 def test_every_half_number_is_read_right(backend: str) -> None:
-    """All finite float16 and bfloat16 numbers, 64 to a row, beside the same in float32."""
+    """All finite float16 and bfloat16 numbers, 64 per row, beside the same in float32."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         numbers = bits.view(dtype)

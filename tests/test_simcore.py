@@ -227,7 +227,7 @@ def test_result_does_not_depend_on_threads() -> None:
 @pytest.mark.parametrize("n_clusters", [3, 9, 50, 200])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_repeated_target_rows_change_nothing(backend: str, n_clusters: int, dtype: type) -> None:
-    """With more clusters than distinct rows, fewer, and as many; in any order where each point is a centroid of its own."""
+    """With more clusters than distinct rows, fewer, and as many; in any order if each point is a centroid of its own."""
     openset, target = data(2000, 9, 6, dtype=dtype)
     options: dict[str, Any] = {"n_clusters": n_clusters, "backend": backend}
     once = fc.simcore(openset, target, **options)
@@ -331,7 +331,7 @@ class Stream(IterableDataset):
 
 
 class OwnOrder(BatchSampler):
-    """May give any order."""
+    """Batches may come in any order."""
 
 
 ROWS = TensorDataset(torch.eye(12))
@@ -398,7 +398,7 @@ def test_memory_mapped_open_set_is_never_copied_whole(tmp_path: Path, dtype: typ
     mapped = np.load(tmp_path / "openset.npy", mmap_mode="r")
     target = np.array(mapped[:20])
     arguments: dict[str, Any] = {"k": 300, "stop": False, "memory_budget": 8 * 2**20}
-    few = fc.simcore(mapped[: n // 4], target, **arguments)  # what is loaded once is loaded now
+    few = fc.simcore(mapped[: n // 4], target, **arguments)  # code that is loaded once is loaded now
     seen: list[int] = []
     before = anonymous_memory()
     whole = fc.simcore(mapped, target, progress=lambda *_: seen.append(anonymous_memory()), **arguments)

@@ -1,4 +1,4 @@
-"""Batched Sinkhorn against its definition, against POT, and against what it promises."""
+"""Batched Sinkhorn against its definition, against POT, and against its promises."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def weights(batch: int, n: int, seed: int) -> torch.Tensor:
 
 
 def check_marginals(transport: fc.Transport, a: torch.Tensor, b: torch.Tensor, slack: float) -> None:
-    """`error` is what the plan shows."""
+    """`error` is the error of the plan."""
     plan = transport.plan().double()
     shown = (plan.sum(-1) - a).abs().sum(-1) + (plan.sum(-2) - b).abs().sum(-1)
     assert torch.allclose(shown, transport.error.double(), rtol=0, atol=slack)
@@ -109,7 +109,7 @@ def test_follows_the_definition(
     tol = 1e-6 if dtype == torch.float32 else 1e-9
     for reg in (0.05, 0.02):
         expected, plan = definition(size, metric, marginal, reg)
-        # What tol leaves: a relaxed marginal lets the mass creep by a factor of reg / rho an iteration.
+        # The error that tol leaves: a relaxed marginal lets the mass creep by a factor of reg / rho per iteration.
         left = 10 * tol * (1 if marginal == "balanced" else 1 + 0.7 / (reg * largest))
         for budget in (2**28, 0):
             found = fc.sinkhorn(
@@ -187,7 +187,7 @@ def log_domain_value(data: str, reg: float) -> float:
     return float((plan * cost).sum()) + reg * entropy
 
 
-# The reference takes minutes where it takes thousands of iterations.
+# The reference takes minutes if it takes thousands of iterations.
 @pytest.mark.parametrize("data", ["uniform", "clusters"])
 @pytest.mark.parametrize(
     ("backend", "reg", "error"),
@@ -356,7 +356,7 @@ def test_zero_weights(marginal: str, backend: str) -> None:
     assert not found.plan()[~rows].any()
     assert not found.plan()[:, ~columns].any()
     assert torch.allclose(found.value, part.value, rtol=1e-7)
-    # What the other side implies.
+    # The potential that the other side implies.
     rho = MARGINALS[marginal]
     rho = rho if isinstance(rho, tuple) else (rho, rho)
     damp = [1 if r is None else r / (r + 0.03) for r in rho]
@@ -393,7 +393,7 @@ def test_rows_without_weight_cost_no_time() -> None:
 @pytest.mark.parametrize("marginal", ["unbalanced", "semi", "semi rows"])
 @pytest.mark.parametrize("size", [(1, 7), (7, 1), (12, 9)], ids=str)
 def test_value_is_the_objective_of_the_plan(size: tuple[int, int], marginal: str, backend: str) -> None:
-    """Where only the columns hold, iterations do not see a constant that moves between f and g, but the value does."""
+    """If only the columns hold, iterations do not see a constant that moves between f and g, but the value does."""
     cost, reg = costs(*size)[0] + 20, 0.1
     a, b = 0.5 * weights(1, size[0], 1)[0], 2 * weights(1, size[1], 2)[0]
     rho = MARGINALS[marginal] if isinstance(MARGINALS[marginal], tuple) else (0.7, 0.7)
@@ -511,7 +511,7 @@ def test_gradients(metric: str, marginal: str, backend: str) -> None:
 
 
 def test_gradients_of_points_that_coincide(backend: str) -> None:
-    """Where the distance has no derivative, its part is 0, not NaN."""
+    """At points where the distance has no derivative, its part is 0, not NaN."""
     x = torch.zeros(3, 2, requires_grad=True)
     for metric in METRICS:
         (gradient,) = torch.autograd.grad(
@@ -780,7 +780,7 @@ def test_ctrl_c_ends_a_batch_of_which_one_problem_is_left(hard: int) -> None:
 
 
 def test_a_run_is_not_shared_by_threads() -> None:
-    """The low-level run refuses a second caller; the public function makes a run of its own for each call."""
+    """The low-level run refuses a second caller; the public function makes a run of its own per call."""
     x, y = points(1, 300, 3, 0)[0], points(1, 300, 3, 1)[0]
     found: list[fc.Transport] = []
     callers = [
@@ -810,7 +810,7 @@ def test_opcheck(metric: str, lengths: list[int] | None) -> None:
     if sizes is not None:
         a = a.detach() / torch.stack([a[0, :3].sum(), a[1, :2].sum()]).detach()[:, None]
     torch.library.opcheck(
-        OP, (x, y, a, None, 0.5, metric, [INF, 2.0], sizes, None, 5000, 1e-9, None, None, 2**28, None)
+        OP, (x, y, a, None, 0.5, metric, [INF, 2.0], sizes, None, 5000, 1e-9, None, None, 2**28, None, True)
     )
 
 
@@ -858,7 +858,7 @@ def test_compile_without_a_graph_break(backend: str) -> None:
 
 @pytest.mark.parametrize("reg", [0.05, 0.01])
 def test_agrees_with_ott_and_geomloss(reg: float) -> None:
-    """Plans and values in float32, where each of the others offers them; 1e-4 in L1 is what float32 plans are held to."""
+    """Plans and values in float32, if each of the others offers them; the tolerance of float32 plans is 1e-4 in L1."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of jax and geomloss, about themselves
         import jax.numpy as jnp

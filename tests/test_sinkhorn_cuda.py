@@ -22,15 +22,15 @@ BOTH = (math.inf, math.inf)
 PATHS = pytest.mark.parametrize("shared", [None, 0], ids=["resident", "streamed"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
-# Largest error of potentials, value, transport cost and error (of the marginals, which sum up to 1) that is allowed,
-# relative to the largest cost, or reg or (cosine, where 1 - cos cancels) 1 where that is more: costs computed in float32 are
-# off by some units of 6e-8, and so is all that follows from them. Worst seen: 1.9e-7 and 1.2e-15.
+# Largest error of potentials, value, transport cost and error (of the marginals, which sum up to 1) that is allowed, relative
+# to the largest cost, or reg or (cosine, where 1 - cos cancels) 1 if that is more: costs computed in float32 are off by some
+# units of 6e-8, and so are all numbers made from them. Worst seen: 1.9e-7 and 1.2e-15.
 TOLERANCE = {torch.float32: 5e-7, torch.float64: 5e-15}
 
 
 @dataclass
 class Problems:
-    """A batch on DEVICE, and what the definition makes of it."""
+    """A batch on DEVICE, and the definition's solution of it."""
 
     x: Tensor
     y: Tensor | None
@@ -232,7 +232,7 @@ def test_masses_other_than_one(masses: float, shared: int | None, monkeypatch: p
         )
 
 
-# What tol can be met in the iterations that the emulator has time for: where it is None max_iter ends the run.
+# The tol that can be met in the iterations that the emulator has time for; if it is None, max_iter ends the run.
 @PATHS
 @DTYPES
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_products_with_plans(dtype: torch.dtype) -> None:
     more = {"reg": 2.0, "metric": "sqeuclidean"}
     arguments = (case.x, case.y, case.a, case.b, f.to(DEVICE), g.to(DEVICE))
     plain = tuple(host(argument) for argument in arguments)
-    # Of entries of at most 1e-3 each; float32: their costs' rounding over reg, 1e-6 of them.
+    # The error of entries of at most 1e-3 each; float32: their costs' rounding over reg, 1e-6 of them.
     tolerance = {"rtol": 5e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-16}
     for got, want in (
         (cuda.sinkhorn_plan(*arguments, **more), reference.sinkhorn_plan(*plain, **more)),

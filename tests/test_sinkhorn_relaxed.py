@@ -1,5 +1,5 @@
-"""Sinkhorn with relaxed marginals on every backend against Newton's method on the dual in float64, and what odd arguments and
-numbers at the ends of their types' ranges come to."""
+"""Sinkhorn with relaxed marginals on every backend against Newton's method on the dual in float64, and the results of odd
+arguments and of numbers at the ends of their types' ranges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flashcoreset.sinkhorn.schedule import Schedule
 
 INF = math.inf
 BACKENDS = ["torch", "cpu", "cuda", "cuda streamed"]
-# The interpreter takes 0.1 s an iteration, so Triton's kernels are given few of them.
+# The interpreter takes 0.1 s per iteration, so Triton's kernels are given few of them.
 WITH_TRITON = pytest.mark.parametrize("solver", [*BACKENDS, "triton"], indirect=True)
 Pair = tuple[float | None, float | None]
 
@@ -97,7 +97,7 @@ def optimum(
 
 
 def residual(found: fc.Transport, a: torch.Tensor, b: torch.Tensor, marginals: Pair) -> float:
-    """What `error` is: of the plan and the potentials that are returned."""
+    """The definition of `error`, for the plan and the potentials that are returned."""
     plan, total = found.plan().double().cpu(), 0.0
     for sums, weight, potential, rho in (
         (plan.sum(1), a, found.f, marginals[0]),
@@ -146,8 +146,8 @@ def slopes(seed: int, marginals: Pair) -> tuple[np.ndarray, np.ndarray, tuple[fl
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("marginals", CLUSTERED, ids=str)
 def test_clustered_points(marginals: Pair, dtype: torch.dtype, solver: Callable[..., fc.Transport]) -> None:
-    """60 problems, 15 for each pair, as a ragged batch; of which half were off by up to a factor of 2.3 when iterations stopped
-    at a plan that stood still."""
+    """60 problems, 15 per pair, as a ragged batch; half of them were off by up to a factor of 2.3 when iterations stopped at a
+    plan that stood still."""
     seeds = [15 * CLUSTERED.index(marginals) + i for i in range(15)]
     count, most = len(seeds), 10
     cost = torch.full((count, most, most), math.nan, dtype=dtype)
@@ -172,7 +172,7 @@ def test_clustered_points(marginals: Pair, dtype: torch.dtype, solver: Callable[
         n, m = sizes[p]
         value, _, best = clustered_optimum(seed, marginals)
         assert math.isclose(float(found.value[p].detach()), value, rel_tol=1e-5)
-        # Where mass may move at next to no cost, tol leaves more of it undone: as much as reg is smaller than rho.
+        # If mass may move at next to no cost, tol leaves more of it undone: as much as reg is smaller than rho.
         assert np.abs(plan[p, :n, :m].numpy() - best).sum() <= 100 * within
         assert torch.allclose(leaves[0].grad[p, :n, :m].cpu().double(), plan[p, :n, :m], rtol=1e-5, atol=1e-7)
         da, db, (along_a, along_b) = slopes(seed, marginals)
@@ -229,7 +229,7 @@ def test_a_problem_and_its_transpose(marginals: Pair, solver: Callable[..., fc.T
                                                   ((0.2, 500.0), torch.float32)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("solver", ["triton"], indirect=True)
 def test_triton(marginals: Pair, dtype: torch.dtype, solver: Callable[..., fc.Transport]) -> None:
-    """One clustered problem for each side, and the two together."""
+    """One clustered problem per side, and the two together."""
     cost, a, b = clustered(7)
     there = torch.from_numpy(cost).to(dtype)
     weights = torch.from_numpy(a), torch.from_numpy(b)
@@ -259,7 +259,7 @@ def test_points_zero_weights_and_warm_starts(marginals: Pair, solver: Callable[.
     again = solver(*arrays, warm_start=first, **options)
     assert int(again.iterations) <= 2
     assert math.isclose(float(again.value), want, rel_tol=1e-7)
-    # From wherever: a constant that is off, and one side far out.
+    # From any start: a constant that is off, and one side far out.
     for f, g in (
         (first.f + 40, first.g - 40),
         (first.f * 0 - 30, first.g + torch.arange(9.0).to(first.g) * 5),
@@ -281,7 +281,7 @@ def test_points_zero_weights_and_warm_starts(marginals: Pair, solver: Callable[.
 def test_scales(
     dtype: torch.dtype, scale: float, marginals: Pair, solver: Callable[..., fc.Transport]
 ) -> None:
-    """What is multiplied throughout comes out multiplied."""
+    """If all numbers are multiplied by a factor, so are the results."""
     cost, a, b = clustered(4)
     want = optimum(cost, a, b, 0.05, marginals)[0]
     there = (torch.from_numpy(cost) * scale).to(dtype)
@@ -336,7 +336,7 @@ def test_masses_far_below_one(marginals: Pair, solver: Callable[..., fc.Transpor
 
 @WITH_TRITON
 def test_masses_that_differ_are_refused_if_balanced(solver: Callable[..., fc.Transport]) -> None:
-    """On a GPU the weights had been made equal before anything looked at them."""
+    """On a GPU the weights had been made equal before they were checked."""
     x, b = torch.zeros(2, 3, 1), torch.full((2, 3), 1 / 3).double()
     b[1, 2] += 2e-4
     for options in ({"b": b}, {"a": torch.ones(2, 3).double(), "b": 3 * b}):
@@ -384,7 +384,7 @@ def test_a_small_reg_in_float64(solver: Callable[..., fc.Transport]) -> None:
 
 
 def test_the_smallest_reg(solver: Callable[..., fc.Transport]) -> None:
-    """No number of stages is made from what is no number."""
+    """No number of stages is made from a value that is no number."""
     cost = torch.tensor([[0.0, 1e250], [1e250, 0.0]], dtype=torch.float64)
     found = solver(cost, reg=1e-50, metric="precomputed", max_iter=40)
     assert float(found.transport_cost) == 0
@@ -462,7 +462,7 @@ def test_odd_arguments_of_a_warm_start_and_of_products_are_named() -> None:
 
 
 def line_of(call: Callable[[], Any]) -> tuple[int, list[warnings.WarningMessage]]:
-    """The line of a call of one line, and what it warned of."""
+    """The line of a call of one line, and its warnings."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         call()

@@ -28,9 +28,9 @@ METRICS = ("sqeuclidean", "euclidean", "l1", "cosine", "precomputed")
 BOTH = (math.inf, math.inf)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
-# Largest error of potentials, value, transport cost and error (of marginals that sum up to 1) that is allowed, relative to
-# the largest cost: costs computed in float32 are off by some units of 6e-8 of it, and so is all that follows from them.
-# Worst seen: 1.0e-7 and 8e-16.
+# Largest error of potentials, value, transport cost and error (of marginals that sum up to 1) that is allowed, relative to the
+# largest cost: costs computed in float32 are off by some units of 6e-8 of it, and so are all numbers made from them. Worst
+# seen: 1.0e-7 and 8e-16.
 TOLERANCE = {torch.float32: 5e-7, torch.float64: 5e-15}
 
 
@@ -173,7 +173,7 @@ def test_ragged_batches_are_their_problems(metric: str) -> None:
     case, lengths = ragged(metric)
     options: dict[str, Any] = {"reg": 0.1 * case.largest, "tol": 1e-2, "max_iter": 8}
     batch, want = (case.solve(backend, **lengths, **options) for backend in (kernels, reference))
-    # One that is solved keeps what it has, while others go on.
+    # A problem that is solved keeps its results, while others go on.
     assert len(set(batch.iterations.tolist())) > 1
     assert torch.equal(batch.iterations, want.iterations)
     torch.testing.assert_close(batch.value, want.value, rtol=0, atol=5e-7 * case.largest)
@@ -209,7 +209,7 @@ def test_products_with_the_plan(metric: str, dtype: torch.dtype, monkeypatch: py
     options: dict[str, Any] = {"reg": reg, "metric": metric, **lengths}
     moved = {name: on_device(value) for name, value in options.items()}
     plan = reference.sinkhorn_plan(*arguments, **options)
-    # A plan is off by what the rounding of a cost is of reg, and of the exponent.
+    # A plan is off by the rounding of a cost as a share of reg, and by the rounding of the exponent.
     within = {torch.float32: 1e-5, torch.float64: 1e-13}[dtype] * float(plan.max())
     torch.testing.assert_close(kernels.sinkhorn_plan(*there, **moved).cpu(), plan, rtol=0, atol=within)
     monkeypatch.setattr(launchers, "_FEATURES", 2)  # columns of v in two groups
@@ -245,7 +245,7 @@ def run_of(problems: int, spread: list[float], **options: Any) -> launchers.Run:
 
 @pytest.mark.parametrize("marginals", [BOTH, (1.0, 1.0)], ids=["balanced", "unbalanced"])
 def test_schedule(marginals: tuple[float, float]) -> None:
-    """Number by number that of the definition."""
+    """The schedule equals that of the definition, number by number."""
     spread, most = [10.0, 3000.0, 600.0], 33
     # Falling fast, slowly and not at all, so that omega rises, stays and goes back; one becomes NaN.
     rates = [[0.7, 0.9, 1.02], [0.2, 0.8, 0.85], [0.995, 0.97, 0.2]]
@@ -349,7 +349,7 @@ def test_nan_and_infinity_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
         case.solve(kernels, reg=1.0)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a warning of NumPy in the interpreter
 def test_costs_that_overflow_are_named() -> None:
     case = Case(2, 3, 4)
     case.x[1] *= 1e25

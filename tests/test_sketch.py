@@ -170,7 +170,7 @@ def test_srht_is_a_signed_part_of_hadamard_matrices() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_keeps_inner_products_on_average(backend: str, kind: str) -> None:
     """Over 2,000 seeds, within three standard errors. (On cuda and triton the matrices are the same, to 2 units in the last
-    place: what test_sketch_cuda.py and test_sketch_triton.py compare.)"""
+    place: test_sketch_cuda.py and test_sketch_triton.py compare them.)"""
     d, dim, seeds = 60, 16, 2000
     x = rows(2, d, torch.float64)
     x[1] += x[0]
@@ -198,7 +198,7 @@ def test_columns_may_come_in_pieces(backend: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_do_not_see_each_other(backend: str, kind: str, dtype: torch.dtype) -> None:
-    """Bit for bit, with any number of threads and in any memory layout."""
+    """Results are equal bit for bit, with any number of threads and in any memory layout."""
     x = rows(37, 4500, dtype)
     whole = fc.sketch(x, 150, kind=kind, nnz=3, backend=backend)
     for part in (slice(0, 1), slice(5, 9), slice(20, 37)):

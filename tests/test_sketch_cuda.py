@@ -14,7 +14,7 @@ from flashcoreset.kernels import cuda
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
-# An emulated warp takes its time over the entries of sjlt: of 513 a row there are fewer here.
+# An emulated warp takes its time over the entries of sjlt: of those with 513 per row there are fewer here.
 FEW = [(batch, d, dim, min(nnz, 33), offset) for batch, d, dim, nnz, offset in SIZES]
 
 

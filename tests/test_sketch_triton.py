@@ -57,7 +57,7 @@ def test_stays_what_it_was(kind: str, case: int) -> None:
 def test_rows_do_not_see_each_other(kind: str) -> None:
     """Bit for bit, beside rows that are not finite, and in any memory layout.
 
-    The interpreter leaves products to NumPy, which rounds by a row's place in the tile: there sums are exact.
+    The interpreter leaves products to NumPy, whose rounding depends on a row's place in the tile: there sums are exact.
     """
     x = on_device(rows(37, 300, torch.float32))
     if DEVICE == "cpu":
@@ -78,7 +78,7 @@ def test_rows_do_not_see_each_other(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_launches_may_be_cut_anywhere(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By columns, by rows and by outputs."""
+    """Work is cut by columns, by rows and by outputs."""
     x = on_device(rows(33, 1100, torch.float32))
     options: dict[str, Any] = {"dim": 140, "kind": kind, "seed": 5, "nnz": 2}
     whole = kernels.sketch(x, **options)

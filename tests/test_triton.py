@@ -1,5 +1,4 @@
-"""The Triton kernels, in Triton's interpreter: against the definition and the reference, and what is said where they
-cannot run."""
+"""The Triton kernels, in Triton's interpreter: against the definition and the reference, and the errors if they cannot run."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ def assert_same(a: fc.Selection, b: fc.Selection) -> None:
     assert a.objective == b.objective
 
 
-# Of the interpreter, or of the messages that a machine without a GPU gives.
+# Tests of the interpreter, or of the messages that a machine without a GPU gives.
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="about the interpreter on the CPU")
 
 
@@ -78,7 +77,7 @@ def test_order_of_the_work_cannot_be_seen(
     options: dict[str, Any] = {"metric": metric, "backend": "triton", "weights": torch.arange(27) % 4}
     naive = fc.facility_location(x, 4, method="naive", memory_budget=0, **options)
     assert_same(naive, fc.facility_location(x, 4, **options))  # of the matrix
-    monkeypatch.setattr(kernels, "_BATCH", 3)  # lazy evaluation looks at some candidates only
+    monkeypatch.setattr(kernels, "_BATCH", 3)  # lazy evaluation evaluates some candidates only
     assert_same(naive, fc.facility_location(x, 4, memory_budget=0, **options))
     # Two programs for the same candidates, each with two tiles of clients.
     monkeypatch.setattr(Tile, "of", lambda dtype, d: Tile(16, 8, 1, True))
@@ -118,8 +117,9 @@ def test_pairwise(metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 def test_values_are_those_of_a_cpu_that_rounds_alike(
     metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The chain of operations is the CPU kernels', bit for bit: of the build without fused multiply-adds where Triton's
-    interpreter has none, of one with them on a device. (Cosine is that of rows which torch brought to unit length.)"""
+    """The chain of operations is the CPU kernels', bit for bit: of the build without fused multiply-adds in Triton's
+    interpreter, which has none, and of one with them on a device. (Cosine is that of rows which torch brought to unit
+    length.)"""
     isa = "x86-64-v2" if DEVICE == "cpu" else "x86-64-v3"
     if isa not in native.available_isas():
         pytest.skip("this processor has no fused multiply-add")

@@ -18,15 +18,16 @@ if platform.machine() != "x86_64":
 
 ARCHITECTURES = (80, 90, 100)
 
-# Bytes a thread. ptxas keeps two scalars of the loop over tiles on the stack where that lets another warp in (the l1
-# gains on sm_100: 96 registers); they are read once a tile. A spilled accumulator would come with more of them.
+# Bytes per thread. ptxas keeps two scalars of the loop over tiles on the stack if that lets another warp in (the l1 gains on
+# sm_100: 96 registers); they are read once per tile. A spilled accumulator would come with more bytes.
 SPILLED = 8
 
-# What the exponential of float32 is (2 units in the last place), and what logarithms and exponentials of float64 have within:
-# the start of a division's Newton iteration, and a comparison of magnitudes.
+# The instruction of float32's exponential (2 units in the last place), and the ones inside logarithms and exponentials of
+# float64: the start of a division's Newton iteration, and a comparison of magnitudes.
 OF_EXPONENTIALS = r"\b(ex2\.approx\.f32|rcp\.approx\.ftz\.f64|abs\.ftz\.f32)\b"
 WITH_EXPONENTIALS = ("half_iteration", "marginal", "apply", "schedule", "scores")
-# Of normal numbers, which have logarithms of float64; and what makes products of sketches that are not of float32.
+# The instructions of normal numbers, which have logarithms of float64; and those of sketches' products that are not of
+# float32.
 WITH_LOGARITHMS = r"(sketch|matrix)_kernel gaussian|\w+_kernel (one direction|directions) "
 OF_LOGARITHMS = r"\brcp\.approx\.ftz\.f64\b"
 WITH_MATRIX_UNITS = r"sketch_kernel \w+ (fp16|bf16|fp64|fp32 tf32)\b"
@@ -34,7 +35,8 @@ WITH_MATRIX_UNITS = r"sketch_kernel \w+ (fp16|bf16|fp64|fp32 tf32)\b"
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """By architecture, what each kernel takes; compiled in processes of their own, where triton does not interpret."""
+    """By architecture, the resources that each kernel takes; compiled in processes of their own, where triton does not
+    interpret."""
     script = Path(__file__).with_name("compile_triton.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
@@ -100,7 +102,7 @@ def test_arithmetic_is_exactly_rounded(architecture: int, reports: dict[int, lis
 def test_sketches_use_matrix_units_where_they_may(
     architecture: int, reports: dict[int, list[dict[str, Any]]]
 ) -> None:
-    """Those of the half types or, allowed to, TF32's; normal numbers are not exact in half types."""
+    """Matrix units are those of the half types or, if allowed, TF32's; normal numbers are not exact in half types."""
     sketches = [kernel for kernel in reports[architecture] if kernel["name"].startswith("sketch_kernel")]
     assert len(sketches) == 20
     for kernel in sketches:

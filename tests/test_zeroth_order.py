@@ -43,7 +43,7 @@ def low_rank(*shape: int, seed: int, numel: int, dtype: torch.dtype = torch.floa
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_coefficients_follow_the_definition(count: int) -> None:
-    """Against the formula, in float64, with the directions that the result tells."""
+    """Compares with the formula, in float64, with the directions that the result names."""
     model, eps = network(torch.float64), 1e-3
     loss_fn = losses(model, *batch(torch.float64))
     g = gradients(loss_fn, model.parameters(), eps=eps, seed=5, n_perturbations=count)
@@ -89,7 +89,7 @@ def test_directions_are_standard_normal_and_distinct() -> None:
     other = low_rank(1, 4, seed=2, numel=50_000, dtype=torch.float64).directions()
     every = torch.cat([z, other])
     moments = every @ every.T / 50_000
-    # 5 standard errors: of a mean square sqrt(2 / n), of a mean product and of a mean sqrt(1 / n).
+    # 5 standard errors: sqrt(2 / n) for a mean square, sqrt(1 / n) for a mean product and for a mean.
     assert (moments - torch.eye(8)).abs().max() < 5 * (2 / 50_000) ** 0.5
     assert every.mean(1).abs().max() < 5 * 50_000**-0.5
     # A normal distribution has 4.55 % beyond 2 standard deviations.

@@ -1,13 +1,13 @@
-"""What the Carathéodory reduction reads all rows for: the sums over runs of w (1, shrink x - centre), and what is left when runs are
-dropped. See csrc/cpu/caratheodory.cpp for the method and csrc/cuda/caratheodory.cu for the cost.
+"""The parts of the Carathéodory reduction that read all rows: the sums over runs of w (1, shrink x - centre), and the rows that
+are left when runs are dropped. See csrc/cpu/caratheodory.cpp for the method and csrc/cuda/caratheodory.cu for the cost.
 
     sum_pieces   A program takes a piece of a run and some columns. Each place of its tile has a sum of its own, in float64; the
                  tile's rows are added up at the end.
     gather       A program takes rows of the runs that are kept. Runs are kept or dropped whole, so the host knows where each
                  goes.
 
-The order of sums depends on the number of rows and columns and on `size`, not on strides. A NaN or infinity in a row makes
-its run's sums not finite even where its weight is 0.
+The order of sums depends on the number of rows and columns and on `size`, not on strides. A NaN or infinity in a row makes its
+run's sums not finite even if its weight is 0.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
-COLUMNS = 1024 if INTERPRETED else 32  # of a tile, at most
+COLUMNS = 1024 if INTERPRETED else 32  # columns of a tile, at most
 TILE = 1 << 14 if INTERPRETED else 1024  # numbers
 PIECE = 256  # rows
-BLOCK = 1 << 14 if INTERPRETED else 512  # rows of a program of gather
+BLOCK = 1 << 14 if INTERPRETED else 512  # rows per program of gather
 WARPS = 4
-_PIECES = 1 << 13  # of all rows, beyond which pieces get longer
+_PIECES = 1 << 13  # pieces of all rows, beyond which pieces get longer
 
 
 @triton.jit(do_not_specialize=["count", "size", "d", "piece_rows", "pieces", "tiles"])
@@ -32,8 +32,8 @@ def sum_pieces_kernel(
     x,  # [n, d]
     x_stride,
     x_step,
-    rows_of,  # [count] int64, or anything: the first `count` rows
-    weights,  # [count] float64, or anything: 1
+    rows_of,  # [count] int64, or anything if the rows are the first `count`
+    weights,  # [count] float64, or anything if all are 1
     numbers,  # [1 + d] float64: shrink and the centre
     count,
     size,  # of a run
@@ -96,7 +96,7 @@ def gather_kernel(
     kept,  # [runs kept] int64, ascending
     factors,  # [runs kept] float64
     size,
-    count,  # of rows of these
+    count,  # the number of rows of these
     new_rows,  # [count] int64
     new_weights,  # [count] float64
     HAS_ROWS: tl.constexpr,

@@ -117,7 +117,7 @@ def update_kernel(
 
 @dataclass(frozen=True)
 class Similarities:
-    """What s(j, i) is read or computed from."""
+    """The tensors that s(j, i) is read or computed from."""
 
     metric: str
     candidates: Tensor  # a panel [d, >= n], or the matrix [n, m] with contiguous rows
@@ -130,7 +130,7 @@ class Similarities:
         return 0 if self.metric == "precomputed" else self.clients.shape[0]
 
     def gains(self, index: Tensor | None, best: Tensor, weights: Tensor) -> Tensor:
-        """The gains [r] int64 of the candidates `index` [r] int64 (None: of all n) over `best` [m], the
+        """Returns the gains [r] int64 of the candidates `index` [r] int64 (None: of all n) over `best` [m], the
         clients' best similarities so far, and `weights` [m], scaled."""
         tile = Tile.of(best.dtype, self._d)
         r = self.n if index is None else index.shape[0]
@@ -166,8 +166,8 @@ class Similarities:
         return gains
 
     def update(self, pick: int, position: int, best: Tensor, owner: Tensor, own: Tensor) -> None:
-        """Raises `best` [m] to the similarities of candidate `pick` and writes `position` to `owner` [m] where
-        that changes it; own[position] becomes s(pick, pick) if there is such a client."""
+        """Raises `best` [m] to the similarities of candidate `pick` and writes `position` to `owner` [m] where that changes
+        `best`; own[position] becomes s(pick, pick) if there is such a client."""
         tile = Tile.of(best.dtype, self._d)
         with torch.cuda.device_of(best):
             update_kernel[(triton.cdiv(self.m, tile.cols),)](

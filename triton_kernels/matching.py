@@ -1,24 +1,25 @@
-"""What gradient matching reads off many gradients; see csrc/cpu/matching.cpp for the formulas.
+"""What gradient matching computes from many gradients; see csrc/cpu/matching.cpp for the formulas.
 
-The dimensions go by in chunks. For a chunk
+The dimensions are taken in chunks. For a chunk
 
     sieve    A program takes a block of dimensions and a group, and sums the group's updates in float32. A dimension whose mean
              may be above the bar, the least value of those kept so far, by a bound of the rounding errors, joins the candidates.
     weigh    A program takes a block of candidates and sums their updates in float64.
 
-and a stable sort keeps the `top` largest of these and of those before. The host reads nothing before the end: bar and candidates stay on the
-device, and chunks grow, so that few candidates pass once a bar is known (with random data top ln 2 while they double). A GPU
-made for games does 64 operations of float32 in the time of one of float64, one made for computing two; so float64 alone would not do.
-Float64 gradients, those without a history and where a tiny eps lets float32 underflow go to `weigh` right away.
+and a stable sort keeps the `top` largest of these sums and of those before. The host reads nothing before the end: bar and
+candidates stay on the device, and chunks grow, so that few candidates pass once a bar is known (with random data top ln 2
+while they double). A GPU made for games does 64 operations of float32 in the time of one of float64, one made for computing
+two; so float64 alone would not do. Some gradients go to `weigh` right away: float64 ones, those without a history, and those
+with an eps so tiny that float32 underflows.
 
-A low-rank gradient's entries are made from the generator's words; sums over several directions are made in float64 in
-the sieve too, because what cancels in them would be lost to its bound.
+A low-rank gradient's entries are made from the generator's words; sums over several directions are made in float64 in the
+sieve too, because cancellation in them would exceed its bound.
 
-Cost: B D square roots and quotients, and for each direction D ceil(B / ROWS) normal numbers. Memory: 24 bytes for
-each group and dimension of a chunk, 16 for each of the list.
+Cost: B D square roots and quotients, and D ceil(B / ROWS) normal numbers per direction. Memory: 24 bytes per group and
+dimension of a chunk, 16 per group and dimension of the list.
 
-Rejected: recomputing a block in float64 on the spot where one of its dimensions passes (a few per cent of the dimensions do,
-and with them half of the blocks); the list's selection in a kernel (no sort there is as fast as the library's).
+Rejected: recomputing a block in float64 on the spot if one of its dimensions passes (a few per cent of the dimensions do, and
+with them half of the blocks); the list's selection in a kernel (no sort there is as fast as the library's).
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ from flashcoreset.triton_kernels.sketch import (
 
 DIRECTIONS = tl.constexpr(STREAM)
 TERMS = tl.constexpr(16)  # summed in float32 before the sum goes on in float64
-# Of a sum of so many and the eight roundings of each, with rounding units of 2^-24.
+# The error of a sum of so many terms and the eight roundings of each, with rounding units of 2^-24.
 SLACK = tl.constexpr((16 + 8) * 2.0**-24)
-BLOCK = 2048 if INTERPRETED else 128  # dimensions of a program
-CANDIDATES = 2048 if INTERPRETED else 64  # of a program, in float64
+BLOCK = 2048 if INTERPRETED else 128  # dimensions per program
+CANDIDATES = 2048 if INTERPRETED else 64  # candidates per program, in float64
 WARPS = 4
-# Rows at a time. More of them share a normal number, and take registers.
+# Rows at a time. With more rows, more share a normal number, but they take registers.
 ROWS = {"rows": 8, "one direction": 16, "directions": 8}
 if INTERPRETED:
     ROWS = dict.fromkeys(ROWS, 16)
 _FIRST_CHUNK = 1 << 12  # dimensions, or `top`
 _CHUNK = 1 << 19  # dimensions times groups
 _PRODUCTS = 1 << 34  # of coefficients and directions, or rows' entries, that a launch for the history takes
-# Below it, what underflows in float32 could be seen in u.
+# Below this eps, underflow in float32 could change u visibly.
 _LEAST_EPS_OF_SIEVE = 1e-10
 
 
@@ -144,7 +145,7 @@ def updates(
     z,
     past_m,  # [BLOCK] float64: m_scale m and v_scale v
     past_v,
-    u_of,  # [R, top] float64, where WRITES
+    u_of,  # [R, top] float64, if WRITES
     top,
     at,  # [BLOCK]: columns of it
     q,
@@ -157,7 +158,8 @@ def updates(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """[ROWS, BLOCK] float64, which add up to the sum of the rows' updates; where WRITES zeros, and each update goes to its place."""
+    """[ROWS, BLOCK] float64, which add up to the sum of the rows' updates; if WRITES, zeros, and each update goes to its
+    place."""
     m_step, v_step, eps = tl.load(numbers + 1), tl.load(numbers + 3), tl.load(numbers + 4)
     totals = tl.zeros((ROWS, BLOCK), tl.float64)
     while row < last:
@@ -196,7 +198,7 @@ def sieve_kernel(
     count,
     width,  # of a row of `values` and `candidates`
     bar,  # [groups] float64
-    values,  # [groups, width]: -1 where there is no candidate
+    values,  # [groups, width]: -1 if there is no candidate
     candidates,  # [groups, width] int64
     found,  # [groups] int64, 0 at first: how many candidates
     q,
@@ -235,13 +237,13 @@ def sieve_kernel(
             )  # fmt: skip
             root = tl.sqrt_rn(tl.fma(v_step.to(tl.float32) * x, x, past_v[None, :] + tl.zeros_like(x)))
             above = tl.fma(m_step.to(tl.float32) + tl.zeros_like(x), x, past_m[None, :] + tl.zeros_like(x))
-            # A square that is beyond float32 makes the sum NaN, which passes.
+            # A square beyond float32 makes the sum NaN, which passes.
             u = tl.div_rn(above, root + eps.to(tl.float32)) + (root - root)
             sums += tl.where(inside[:, None], u, 0.0)
             row += ROWS
         totals += sums.to(tl.float64)
     total = tl.sum(totals, axis=0)
-    # |u| <= this, of g alone and of m alone.
+    # |u| is at most this: the share of g alone plus the share of m alone.
     most = m_step / tl.sqrt(v_step) + tl.abs(past_m.to(tl.float64)) / (tl.sqrt(past_v.to(tl.float64)) + eps)
     below = (tl.abs(total) / size + SLACK * most <= tl.load(bar + group)) & (own_v >= 0)
     passes = here & (below == 0)
@@ -274,7 +276,7 @@ def weigh_kernel(
     seed_high,
     FORM: tl.constexpr,
     HISTORY: tl.constexpr,
-    SIEVED: tl.constexpr,  # else all of the chunk are candidates
+    SIEVED: tl.constexpr,  # else all dimensions of the chunk are candidates
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -472,7 +474,7 @@ class Gradients:
 
 
 def _seed(seed: int) -> dict[str, int]:
-    # Always of 32 bits with a sign, so that kernels are compiled for one type.
+    # Always signed 32 bits, so that kernels are compiled for one type.
     low, high = (((seed >> shift) + 2**31) % 2**32 - 2**31 for shift in (0, 32))
     return {"seed_low": low, "seed_high": high}
 
@@ -488,7 +490,7 @@ def launch_directions(out: Tensor, seed: int, begin: int, first: int) -> None:
 
 
 def chunks(numel: int, groups: int, top: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of parts of the dimensions, each twice as long as the one before until they are of _CHUNK."""
+    """Yields (begin, end) of parts of the dimensions, each twice as long as the one before until the length is _CHUNK."""
     most = max(_CHUNK // groups, top)
     begin, size = 0, max(_FIRST_CHUNK, top)
     while begin < numel:
@@ -505,7 +507,7 @@ def launch_top_updates(
     offset: Tensor,
     top: int,
 ) -> tuple[Tensor, Tensor, int]:
-    """dims [G, top] and u [R, top], and the first dimension that is refused, or 2^63 - 1. Waits for the device."""
+    """Returns dims [G, top], u [R, top], and the first dimension that is refused, or 2^63 - 1. Waits for the device."""
     groups, device = len(offset) - 1, g.values.device
     scales = (0.0, 1.0, 0.0, 0.0, 0.0)
     if rule is not None:
@@ -536,7 +538,7 @@ def launch_top_updates(
         for begin, end in chunks(g.numel, groups, top):
             count = end - begin
             values = torch.empty(groups, count, dtype=torch.float64, device=device)
-            sieved = sieves and begin > 0  # all of the first pass
+            sieved = sieves and begin > 0  # all of the first chunk pass
             candidates = torch.empty(groups, count, dtype=torch.int64, device=device) if sieved else dims
             found = torch.zeros(groups, dtype=torch.int64, device=device)
             part = {"begin": begin, "count": count, "width": count, "values": values, "found": found}
@@ -552,7 +554,7 @@ def launch_top_updates(
                 **part,
                 **common,
             )
-            # Stable, and the list goes first: of equal values the lower dimension stays.
+            # Stable, and the list goes first: if values are equal, the lower dimension stays.
             best, order = torch.cat([best, values], 1).sort(dim=1, descending=True, stable=True)
             own = torch.arange(begin, end, device=device).expand(groups, -1)
             dims = torch.cat([dims, own], 1).gather(1, order[:, :top])

@@ -6,12 +6,11 @@ A pair's value is a chain over the features 0, 1, ..., d-1 with one accumulator,
     square    acc = fma(a_k - b_k, a_k - b_k, acc)   (sqeuclidean; euclidean takes its root)
     absolute  acc = acc + |a_k - b_k|                (l1)
 
-restarted every 256 features, the partial results added in order: the sums of csrc/cpu/tile.h. Every element of a
-tile has an accumulator of its own, so a pair's value does not depend on the tile, and is the same bits for (a, b)
-and (b, a).
+restarted every 256 features, the partial results added in order: the sums of csrc/cpu/tile.h. Every element of a tile has an
+accumulator of its own, so a pair's value does not depend on the tile, and has the same bits for (a, b) and (b, a).
 
-A device rounds an fma once, as the CPU kernels do where the processor has it. Triton's interpreter multiplies, rounds and
-adds, as the CPU build without fused multiply-adds does: its last bits are not those of a device.
+A device rounds an fma once, as the CPU kernels do if the processor has the instruction. Triton's interpreter multiplies,
+rounds and adds, as the CPU build without fused multiply-adds does: its last bits are not those of a device.
 
 Loops are written with while: the interpreter makes int() of the bounds of a range, which NumPy 2.4 refuses for the
 arrays of one element that it holds them in.
@@ -19,9 +18,9 @@ arrays of one element that it holds them in.
 Points come as panels, feature by feature [d, rows]: the rows of a feature are read as vectors, and there are whole
 tiles of them, so that the inner loop needs no mask.
 
-Cost: n * m * d fused multiply-adds (absolute: two additions each); a tile reads (ROWS + COLS) * d numbers, in float32
-8 loads a thread for 64 multiply-adds. Nothing is staged in shared memory: neighbouring programs share the tile of
-columns, which the first-level cache keeps for them.
+Cost: n * m * d fused multiply-adds (absolute: two additions each); a tile reads (ROWS + COLS) * d numbers, in float32 8 loads
+per thread for 64 multiply-adds. Nothing is staged in shared memory: neighbouring programs share the tile of columns, which the
+first-level cache keeps for them.
 
 Rejected: tl.dot, even with input_precision="ieee". Its order of summation is the compiler's choice (float64 goes to
 matrix units that sum four features at once), and the interpreter hands it to NumPy's matrix product, whose last bits
@@ -56,9 +55,9 @@ def pair_values(
 ):
     """[ROWS, COLS] values of `METRIC`: similarities or distances."""
     rows = tl.arange(0, ROWS)
-    # As if neighbours did not touch: so each thread loads the columns that it multiplies, one a warp's width from the
-    # next. Vector loads would bring it others, and every feature an exchange through shared memory. The compiler gives
-    # all loads nearby one layout, so those that a kernel makes beside the tile say the same.
+    # As if neighbours did not touch: so each thread loads the columns that it multiplies, each a warp's width from the next.
+    # Vector loads would bring it other columns, and every feature an exchange through shared memory. The compiler gives all
+    # loads nearby one layout, so the loads that a kernel makes beside the tile do the same.
     cols = tl.max_contiguous(tl.arange(0, COLS), 1)
     total = tl.full((ROWS, COLS), 0, a.dtype.element_ty)
     while d > 0:
@@ -102,7 +101,7 @@ def pairwise_kernel(
     COLS: tl.constexpr,
     ONE_CHAIN: tl.constexpr,
 ):
-    # In one dimension: the others have at most 65,535 blocks.
+    # In one dimension of the grid: the others have at most 65,535 blocks.
     tiles = (m + COLS - 1) // COLS
     first_row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
     first_col = (tl.program_id(0) % tiles).to(tl.int64) * COLS
@@ -127,9 +126,9 @@ class Tile:
 
     @staticmethod
     def of(dtype: torch.dtype, d: int) -> Tile:
-        """The tile for `dtype` and `d` features. One warp computes it, a thread all rows of some columns: 16 x 4
-        accumulators in float32 and 16 x 2 in float64, which take as many registers; half the rows where each needs a
-        second. Of more warps, each thread would get fewer columns, and load more numbers for each product."""
+        """The tile for `dtype` and `d` features. One warp computes it, each thread all rows of some columns: 16 x 4
+        accumulators in float32 and 16 x 2 in float64, which take as many registers; half the rows if each needs a second
+        accumulator. With more warps, each thread would get fewer columns, and load more numbers per product."""
         one_chain = d <= CHAIN.value
         if INTERPRETED:  # a program costs milliseconds, the numbers in its tile little
             return Tile(256, 256, 1, one_chain)
@@ -147,8 +146,7 @@ def panel(x: Tensor) -> Tensor:
 
 
 def launch_pairwise(a: Tensor, b: Tensor, out: Tensor, metric: str) -> None:
-    """Writes the values of the pairs of the rows in the panels `a` and `b` to `out` [n, m], of which the rows are
-    contiguous."""
+    """Writes the values of the pairs of the rows in the panels `a` and `b` to `out` [n, m], whose rows are contiguous."""
     (n, m), d = out.shape, a.shape[0]
     tile = Tile.of(out.dtype, d)
     grid = (triton.cdiv(n, tile.rows) * triton.cdiv(m, tile.cols),)

@@ -1,4 +1,4 @@
-"""What matching pursuit and Frank-Wolfe read off the rows of G [B, D]; see csrc/cpu/pursuit.cpp for the algorithms and
+"""What matching pursuit and Frank-Wolfe compute from the rows of G [B, D]; see csrc/cpu/pursuit.cpp for the algorithms and
 flashcoreset/pursuit/on_device.py for the loop around these kernels.
 
     products    out_vi = g_i . y_v. A program takes a block of rows and up to four vectors y, and runs through the columns in
@@ -9,12 +9,12 @@ flashcoreset/pursuit/on_device.py for the loop around these kernels.
     best        The best row of all, of equal ones the first.
     residual    b - sum_p w_p g_p, a column at a time.
 
-A product is the same bits whatever rows and vectors it is computed along with: bounds of pieces depend on D alone, and all forms of
-the kernel have one layout (tests/test_triton_compile.py).
+A product has the same bits whatever rows and vectors are computed along with it: bounds of pieces depend on D alone, and all
+forms of the kernel have one layout (tests/test_triton_compile.py).
 
 Cost: itemsize * B * D bytes, and 8 * B * s bytes for the scores after s picks.
 
-Rejected: tl.dot (it has no float64 sums of float32 operands); a reduction in the loop over the columns (a barrier for each tile).
+Rejected: tl.dot (it has no float64 sums of float32 operands); a reduction in the loop over the columns (one barrier per tile).
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from torch import Tensor
 
 from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
-VECTORS = 4  # of a program
+VECTORS = 4  # per program
 ROWS, STEP, WARPS = (64, 512, 4) if INTERPRETED else (4, 256, 4)
 PIECE = 4096  # columns whose sum is reduced before it goes on, a multiple of STEP
 LINES, TERMS = 64, 8  # rows and columns of a step of `pick`
-COLUMNS = 1024 if INTERPRETED else 128  # of a program of `residual`
-CHUNK = 1024  # blocks of a step of `best`, and sums of a program of `add`
-_FEW = 256  # blocks of rows: fewer leave multiprocessors idle
+COLUMNS = 1024 if INTERPRETED else 128  # per program of `residual`
+CHUNK = 1024  # blocks per step of `best`, and sums per program of `add`
+_FEW = 256  # blocks of rows; fewer leave multiprocessors idle
 
 
 @triton.jit
 def vector_at(vectors, stride, which, v, count):
-    """Where vector v begins; beyond the last one, where that begins."""
+    """The place where vector v begins; beyond the last vector, the place where the last one begins."""
     return vectors + tl.load(which + tl.minimum(v, count - 1)) * stride
 
 
-# Strides that were known to be multiples of 16 would let the rows be loaded four numbers at a time, and the vectors then go
-# through shared memory, with a barrier at each step; and the order of a sum would depend on them.
+# If strides were known to be multiples of 16, the rows would be loaded four numbers at a time, and the vectors would then go
+# through shared memory, with a barrier at each step; and the order of a sum would depend on the strides.
 @triton.jit(do_not_specialize=["g_stride", "row_count", "columns", "stride", "count", "blocks"])
 def products_kernel(
     g,
@@ -59,7 +59,7 @@ def products_kernel(
     places,  # [count] int64: the vectors' rows of `out`
     LISTED: tl.constexpr,
     SQUARES: tl.constexpr,  # the products of the rows with themselves
-    SPLIT: tl.constexpr,  # a piece a program
+    SPLIT: tl.constexpr,  # one piece per program
     COUNT: tl.constexpr,  # vectors of a program: 1 or 4
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
@@ -213,7 +213,7 @@ def best_kernel(
         at = begin + tl.arange(0, CHUNK)
         value = tl.load(best + at, mask=at < blocks, other=NONE)
         row = tl.load(best_row + at, mask=at < blocks, other=LAST)
-        better = value > values  # an equal one comes later
+        better = value > values  # an equal value comes later
         rows = tl.where(better, row, rows)
         values = tl.where(better, value, values)
         begin += CHUNK
@@ -250,7 +250,7 @@ def launch_products(
     g: Tensor, rows: Tensor | None, vectors: Tensor, which: Tensor, out: Tensor, places: Tensor
 ) -> None:
     """Rows places [m] int64 of out [S, n] float64, = the products of the rows which [m] int64 of `vectors` [*, D] with the
-    rows [n] int64 of g [B, D], all of them for None. Rows are contiguous."""
+    rows [n] int64 of g [B, D], all rows for None. Rows are contiguous."""
     _launch(g, rows, vectors, which, out, places, squares=False)
 
 
@@ -314,8 +314,8 @@ def launch_pick(
     scores: Tensor,
     found: Tensor,
 ) -> None:
-    """scores [B] float64 = correlation - sum_p numbers[p] gram[slots[p]] (or its magnitude) where that is more than the last
-    of `numbers` [p + 1] times `norm`, else -inf; found [2] float64 = the best and its row, the first of equal ones."""
+    """scores [B] float64 = correlation - sum_p numbers[p] gram[slots[p]] (or its magnitude) if that is more than the last of
+    `numbers` [p + 1] times `norm`, else -inf; found [2] float64 = the best and its row, the first of equal ones."""
     rows = len(correlation)
     blocks = triton.cdiv(rows, LINES)
     best, best_row = scores.new_empty(blocks), slots.new_empty(blocks)

@@ -2,14 +2,15 @@
 class is left out of the sums so that nothing cancels.
 
 A program takes a row, in blocks of columns: the largest value so far, and under it the sums of e, e^2 and e d, scaled when
-it grows. Elements are computed in float32 (float64 for float64), a row's sums and what follows from them in float64.
+that value grows. Elements are computed in float32 (float64 for float64), a row's sums and the scores made from them in
+float64.
 
 A target that is out of range, NaN and infinity leave the number of the first such row in `refused`, by an atomic minimum.
 
-Cost: itemsize * C bytes read and C exponentials a row; it is read once.
+Cost: itemsize * C bytes read and C exponentials per row; a row is read once.
 
-Rejected: several rows to a program for few classes (a row of 128 numbers is one warp's single load already), and sums
-lane by lane with one reduction at the end (a second exponential for each element).
+Rejected: several rows per program for few classes (a row of 128 numbers is one warp's single load already), and sums lane by
+lane with one reduction at the end (a second exponential per element).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def scores_kernel(
         before = tl.maximum(before, tl.max(tl.where(others & (j < t), value, -INFINITY), axis=0))
         after = tl.maximum(after, tl.max(tl.where(others & (j > t), value, -INFINITY), axis=0))
         now = tl.maximum(most, tl.maximum(before, after))
-        # Of what is further below, the exponential is 0; so it is of the target and of what is no class.
+        # For values further below, the exponential is 0; so it is for the target and for columns that are no class.
         d = tl.where(others, tl.maximum(value - now, -1000.0), -1000.0)
         e = tl.exp(d)
         shift = most.to(tl.float64) - now.to(tl.float64)

@@ -8,9 +8,9 @@ For each row i of a problem (a column, in the transposed problem: the same kerne
 by online log-sum-exp over tiles of columns: the largest exponent so far, and the sum under it in float64, scaled when the
 largest grows. Costs are computed tile by tile and never stored, or read from a matrix.
 
-In float32 the exponents are formed from potentials that are float64 and enter as two float32 parts each, (high, low), with
-the rounding error of f_high - c added back, so that they are off by the rounding of the cost and of the result alone. A
-weight is part of its column's potential, which costs no operation a pair, and weights of any size keep their exponents.
+In float32 the exponents are formed from potentials that are float64 and enter as two float32 parts each, (high, low), with the
+rounding error of f_high - c added back, so that they are off by the rounding of the cost and of the result alone. A weight is
+part of its column's potential, which costs no operation per pair, and weights of any size keep their exponents.
 
 A problem whose `state` is not RUNNING is left alone by the kernels of an iteration, so the host launches several
 iterations at a time; schedule_kernel decides what comes after each. Errors are summed block by block and the blocks in
@@ -18,9 +18,9 @@ order: no atomics, and the same bits each time.
 
 Cost: an iteration is 2 n m (d multiply-adds, about 12 more operations and an exponential); memory (n + m) (d + 6) numbers.
 
-Rejected: exponents shifted by the row's sum of the iteration before, which saves the search for the largest: it holds
-after f moved but not at a start, and not where eps has just fallen. Atomics for column sums in the row pass, which would
-save half of the costs: Gauss-Seidel order needs f of all rows first. tl.dot for the costs: see pairwise.py.
+Rejected: exponents shifted by the row's sum of the iteration before, which saves the search for the largest: that bound holds
+after f moved, but not at a start, and not when eps has just fallen. Atomics for column sums in the row pass, which would save
+half of the costs: Gauss-Seidel order needs f of all rows first. tl.dot for the costs: see pairwise.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 from flashcoreset.sinkhorn.schedule import MOST_EXPONENT, Schedule
 from flashcoreset.triton_kernels.pairwise import Tile, pair_values
 
-# What a problem is at: to be iterated; to be evaluated, as it may have converged or as it ends; solved.
+# The stage of a problem: to be iterated; to be evaluated, as it may have converged or as it ends; solved.
 RUNNING, CHECKED, STOPPED, DONE = (tl.constexpr(value) for value in range(4))
 
 _FACTOR = tl.constexpr(Schedule.FACTOR)
@@ -50,13 +50,14 @@ _MOST_EXPONENT = tl.constexpr(MOST_EXPONENT)
 # Numbers that a program sums at a time.
 _SUMMED = tl.constexpr(256)
 
-# Columns of v that a program of apply_kernel multiplies its part of the plan by: the plan is made anew for each so many.
+# Columns of v that a program of apply_kernel multiplies its part of the plan by: the plan is made anew for each group of so
+# many columns.
 _FEATURES = 16
 
 
 @triton.jit
 def two_parts(value, like):
-    """float64 numbers as the nearest of the type of `like`, and what is left."""
+    """Splits float64 numbers into the nearest of the type of `like`, and the remainder."""
     high = value.to(like.dtype.element_ty)
     return high, (value - high.to(tl.float64)).to(like.dtype.element_ty)
 
@@ -142,7 +143,7 @@ def row_sums(
             n, m, d, eps, METRIC, ROWS, COLS, ONE_CHAIN,
         )  # fmt: skip
         largest = tl.maximum(most, tl.max(t, axis=1))
-        # Where no column so far has weight there is nothing to shift by.
+        # If no column so far has weight, there is nothing to shift by.
         shift = tl.where(largest == -_INF, 0.0, largest)
         e = tl.exp(t - shift[:, None])
         kept = tl.exp(most - shift).to(tl.float64)
@@ -169,7 +170,7 @@ def asked_of(potential, rho, mass):
 
 @triton.jit
 def expm1_of(x):
-    """exp(x) - 1 with the digits of x where that is small (Kahan's way, with the logarithm of the rounded exponential)."""
+    """exp(x) - 1 with the digits of x if x is small (Kahan's way, with the logarithm of the rounded exponential)."""
     e = tl.exp(x)
     plain = e - 1
     log = tl.log(e)
@@ -203,11 +204,11 @@ def half_iteration_kernel(
     weight,  # [B, size] float64
     other_log_weight,  # [B, other_size] float64
     off,  # [B, tiles] float64, becomes the error of the marginal, summed up by block
-    lost,  # [B, tiles] float64, becomes what is asked for from now on less the weights, likewise; balanced: not touched
+    lost,  # [B, tiles] float64, becomes the sums asked for from now on less the weights, likewise; balanced: not touched
     eps_of,  # [B] float64
     omega_of,  # [B] float64
     rho_of,  # float64
-    constant_of,  # [B] float64 what f has gained and g lost besides
+    constant_of,  # [B] float64: the constant that f has gained and g lost besides
     state,  # [B] int32
     size,
     other_size,
@@ -220,9 +221,9 @@ def half_iteration_kernel(
     BALANCED: tl.constexpr,
     AFTER: tl.constexpr,
 ):
-    """f_i <- (1 - omega) f_i + omega lambda (f_i - eps S_i). The marginal is a_i exp(S_i), that of the plan before; AFTER,
-    which the columns are: of the plan after, a_i exp(S_i + (new f_i - f_i) / eps). Its error is what it differs by from what
-    f_i, or the new f_i, asks for: a_i exp(-f_i / rho)."""
+    """f_i <- (1 - omega) f_i + omega lambda (f_i - eps S_i). The marginal is a_i exp(S_i), that of the plan before; with
+    AFTER, which columns have, it is that of the plan after, a_i exp(S_i + (new f_i - f_i) / eps). Its error is its difference
+    from the marginal that f_i, or the new f_i, asks for: a_i exp(-f_i / rho)."""
     p = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     if tl.load(state + p) != RUNNING:
@@ -244,7 +245,7 @@ def half_iteration_kernel(
     constant = tl.load(constant_of + p)
     if AFTER:
         constant = -constant
-    # The plan does not change with the constant, and the sum neither.
+    # Neither the plan nor the sum changes with the constant.
     own += constant
     damp = damping_of(rho, eps)
     new = (1 - omega) * (1 - damp) * own + damp * (own - omega * eps * log_sum)
@@ -253,7 +254,7 @@ def half_iteration_kernel(
         log_sum += (new - own) / eps
         judged = new
     mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
-    # Of nothing there is nothing, however large the sum.
+    # A weight of 0 gives 0, however large the sum.
     now = mass * tl.exp(tl.where(mass > 0, log_sum, 0.0))
     if BALANCED:
         error = tl.abs(now - mass)
@@ -275,7 +276,7 @@ def marginal_kernel(
     other_stride,
     our_count,
     other_count,
-    potential,  # [B, size] float64; updated where the weight is 0
+    potential,  # [B, size] float64; updated if the weight is 0
     other_potential,
     weight,
     other_log_weight,
@@ -296,9 +297,9 @@ def marginal_kernel(
     ONE_CHAIN: tl.constexpr,
     COSTS: tl.constexpr,
 ):
-    """The marginal a_i exp(S_i) of the plan and what it differs from a_i exp(-f_i / rho) by, sum_j P_ij C_ij with COSTS, which
-    the rows have, and for a_i = 0 the potential that the other side implies, f_i = lambda (f_i - eps S_i); of the problems
-    that are to be evaluated."""
+    """Computes, for the problems that are to be evaluated: the marginal a_i exp(S_i) of the plan and its difference from a_i
+    exp(-f_i / rho); sum_j P_ij C_ij with COSTS, which rows have; and for a_i = 0 the potential that the other side implies,
+    f_i = lambda (f_i - eps S_i)."""
     p = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     at = tl.load(state + p)
@@ -424,7 +425,7 @@ def schedule_kernel(
     reg_of,  # float64
     tol_of,  # [B] float64
     max_iter,
-    rows_lost,  # [B, row_tiles] float64: what rows ask for less their weights, by block; balanced: not read
+    rows_lost,  # [B, row_tiles] float64: the sums that rows ask for less their weights, by block; balanced: not read
     columns_lost,  # [B, column_tiles] float64
     row_rho,  # float64
     column_rho,  # float64
@@ -445,8 +446,8 @@ def schedule_kernel(
     ROWS: tl.constexpr,
     BALANCED: tl.constexpr,
 ):
-    """Schedule.after of problem p, whose error is that of the rows with which the iteration began and of the columns then;
-    and the constant that is best for its new potentials."""
+    """Schedule.after of problem p, whose error is that of the rows when the iteration began and of the columns after that; and
+    the constant that is best for its new potentials."""
     p = tl.program_id(0).to(tl.int64)
     if tl.load(state + p) != RUNNING:
         return
@@ -504,8 +505,8 @@ def schedule_kernel(
 
 
 def tile_of(dtype: torch.dtype, d: int, metric: str) -> Tile:
-    """The tile of points; of a matrix half the rows, since all of a tile's loads are under way at once, each with a register
-    for its address too. (8 rows of float32 are a sector of memory, where the matrix is read from its columns' side.)"""
+    """The tile for points; for a matrix half the rows, since all of a tile's loads are under way at once, each with a register
+    for its address too. (8 rows of float32 are a sector of memory if the matrix is read from its columns' side.)"""
     tile = Tile.of(dtype, d)
     return replace(tile, rows=tile.rows // 2) if metric == "precomputed" else tile
 
@@ -561,7 +562,7 @@ class Problems:
         ]
 
     def tiles(self, side: int) -> int:
-        """Blocks of rows (side 0) or of columns (side 1) of a problem, the largest that there may be."""
+        """The number of blocks of rows (side 0) or of columns (side 1) of the largest problem that there may be."""
         return triton.cdiv(self.sides[side].size, self.tile.rows)
 
     def launch(
@@ -573,7 +574,7 @@ class Problems:
         groups: int = 1,
         **constants: Any,
     ) -> None:
-        """`kernel` for the blocks of one side, over the other; `groups` programs each."""
+        """Launches `kernel` for the blocks of one side, over the other; `groups` programs per block."""
         ours, others = self.sides[side], self.sides[1 - side]
         batch, tiles = ours.weight.shape[0], self.tiles(side)
         with torch.cuda.device_of(ours.data):
@@ -680,13 +681,13 @@ class Run:
             3, batch, dtype=torch.int64, device=device
         ).unbind()
         self._state = torch.zeros(batch, dtype=torch.int32, device=device)
-        # By side: errors of the marginal; its mass and <P, C> in the rows of the others; what it asks for less its weights.
-        # Blocks beyond a problem's size stay 0.
+        # By side: errors of the marginal; its mass and <P, C> in the rows of the others; the sums that it asks for less its
+        # weights. Blocks beyond a problem's size stay 0.
         self._sums = [weight.new_zeros(4, batch, problems.tiles(side)) for side in (0, 1)]
         self.error, self.mass, self.cost = weight.new_zeros(3, batch).unbind()
 
     def potentials(self) -> list[Tensor]:
-        """f [B, n] and g [B, m], with what they have gained and lost besides."""
+        """f [B, n] and g [B, m], with the constant that they have gained and lost besides."""
         return [
             torch.where(
                 torch.arange(side.size, device=constant.device) < side.count[:, None],
@@ -721,7 +722,7 @@ class Run:
             self._after_iteration()
 
     def _after_iteration(self) -> None:
-        """What comes next for each problem that is running, by the errors in `_sums`."""
+        """Decides what comes next for each problem that is running, by the errors in `_sums`."""
         rows, columns = self._problems.sides
         with torch.cuda.device_of(self._eps):
             schedule_kernel[(len(self._eps),)](
@@ -756,8 +757,8 @@ class Run:
             )
 
     def evaluate(self) -> None:
-        """The plans of the problems that may have converged or have ended: their errors, masses and costs, and the potentials
-        that zero weights have. Those that did not converge after all go on, with plain iterations."""
+        """Evaluates the plans of the problems that may have converged or have ended: their errors, masses and costs, and the
+        potentials that zero weights have. Problems that did not converge after all go on, with plain iterations."""
         for side in (0, 1):
             self._problems.launch(
                 marginal_kernel,

@@ -1,11 +1,11 @@
-"""Products of long rows with random matrices that are made on the way.
+"""Products of long rows with random matrices that are generated on the way.
 
     out_bc = sum over columns i of x of x_bi P_(offset + i)c
 
 A program has a tile of rows of x and outputs, and a piece of the columns of x. It makes the tile of P that some columns need
 from the generator's words (`flashcoreset.sketch.reference` defines them) and multiplies:
 
-    rademacher   one random block a row of P: the 128 signs of a tile's outputs
+    rademacher   one random block per row of P: the 128 signs of a tile's outputs
     gaussian     one block for four outputs; Box and Muller's formula in float64, rounded to float32
     sjlt         the entries whose blocks of columns meet the tile, each compared with the tile's columns
     srht         the parity of the bits that a row's and an output's numbers share
@@ -13,10 +13,10 @@ from the generator's words (`flashcoreset.sketch.reference` defines them) and mu
 Cost: B D dim multiply-adds for all kinds, beside D dim ceil(B / ROWS) entries of P; x is read dim / COLS times. sjlt and srht
 cost less in the CUDA kernels, which scatter and transform.
 
-Products of float32 are plain fused multiply-adds unless TF32 is allowed; those of half types go to matrix units that sum in float32
-(+-1 and 0 are exact in them; gaussian numbers are not, so x becomes float32 there); those of float64 are float64's. Sums over
-CHUNK columns are added up in float64, in order, and so are the pieces, by a second kernel: cuts depend on D, dim and the offset
-alone, a row's result on no other row.
+Products of float32 are plain fused multiply-adds unless TF32 is allowed; products of half types go to matrix units that sum in
+float32 (+-1 and 0 are exact in them; gaussian numbers are not, so x becomes float32 there); products of float64 are in
+float64. Sums over CHUNK columns are added up in float64, in order, and so are the pieces, by a second kernel: cuts depend on
+D, dim and the offset alone, and a row's result depends on no other row.
 
 Rejected: scatters with atomics (their order is left to chance); float32 as three products of TF32 (not float32's result).
 """
@@ -37,7 +37,7 @@ from flashcoreset.triton_kernels.pairwise import INTERPRETED
 # Columns of x between two additions in float64.
 CHUNK = tl.constexpr(1024)
 
-# What products are computed in.
+# The types that products are computed in.
 TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -47,10 +47,10 @@ TYPES = {
 
 _NUMBERS = {name: number for number, name in enumerate(KINDS)}
 _PIECE = 2048  # the least columns of a piece
-_PROGRAMS = 512  # pieces times tiles of outputs, at most, where there are several pieces
-_OUTPUTS = 1 << 18  # that are worked on together
+_PROGRAMS = 512  # pieces times tiles of outputs, at most, if there are several pieces
+_OUTPUTS = 1 << 18  # outputs that are worked on together
 _SUMS = 1 << 23  # of all pieces
-_OPERATIONS = 1 << 40  # a launch: a tenth of a second or two
+_OPERATIONS = 1 << 40  # per launch: a tenth of a second or two
 _MOST_WAITING = 2  # launches
 
 
@@ -138,7 +138,7 @@ def matrix_tile(
         w0, w1, w2, w3 = random_words(rows[:, None], quads[None, :], seed_low, seed_high, NUMBER)
         n0, n1 = normal_pair(w0, w1)
         n2, n3 = normal_pair(w2, w3)
-        # Triton 3.6 fails to compile a product with a tile that was only just put in turn for sm_100: hence the choice.
+        # For sm_100 Triton 3.6 fails to compile a product with a tile that was only just put in turn: hence the choice.
         tile = tl.where((cols < dim)[None, :], in_turn(n0, n1, n2, n3), 0.0).to(DTYPE)
     elif KIND == "sjlt":
         tile = tl.zeros((STEP, COLS), DTYPE)
@@ -150,7 +150,7 @@ def matrix_tile(
             end = (2 * pair + 2) * dim // nnz
             w0, w1, w2, w3 = random_words(rows, pair + tl.zeros((1,), tl.int64), seed_low, seed_high, NUMBER)
             first = begin + (w0.to(tl.int64) * (middle - begin) >> 32)
-            # Of the last pair the second may be one too many, whose column is beyond all.
+            # The second entry of the last pair may be one too many: its column is beyond all.
             second = middle + (w2.to(tl.int64) * (end - middle) >> 32)
             sign = tl.where((w1 & 1) != 0, -1.0, 1.0).to(DTYPE)
             tile = tl.where(first[:, None] == cols[None, :], sign[:, None], tile)
@@ -214,7 +214,7 @@ def sketch_kernel(
     SUMS: tl.constexpr,  # and of their sums within a chunk
     PRECISION: tl.constexpr,
 ):
-    # In one dimension: the others have at most 65,535 blocks.
+    # In one dimension of the grid: the others have at most 65,535 blocks.
     tiles = (width + COLS - 1) // COLS
     program = tl.program_id(0).to(tl.int64)
     col = program % tiles * COLS
@@ -227,7 +227,7 @@ def sketch_kernel(
     stop = tl.minimum(tl.minimum(column + count, (number + 1) * piece), end)
     place = sums + (number * row_count + rows[:, None]) * width + cols[None, :]
     inside = (rows < row_count)[:, None] & (cols < width)[None, :]
-    # Sums over chunks are kept in memory: in registers they would take as many as two tiles of float32.
+    # Sums over chunks are kept in memory: in registers they would take as many registers as two tiles of float32.
     while column < stop:
         is_first = column == number * piece
         chunk = tl.minimum(column + CHUNK, stop)
@@ -260,12 +260,12 @@ def sketch_kernel(
 
 @triton.jit(do_not_specialize=["pieces", "size", "width", "scale"])
 def add_kernel(
-    sums,  # [pieces, size] float64, `width` a row
+    sums,  # [pieces, size] float64, `width` per row
     pieces,
     size,
     width,
     scale,  # [1] float64
-    out,  # [size / width, width], `out_stride` a row
+    out,  # [size / width, width], `out_stride` per row
     out_stride,
     COUNT: tl.constexpr,
 ):
@@ -319,8 +319,8 @@ class Tile:
 
     @staticmethod
     def of(dtype: torch.dtype, allow_tf32: bool = False) -> Tile:
-        """The tile for products of `dtype`, without spilled registers. Of float32 it has 32 rows: from 64 on Triton 3.6 takes
-        TF32 for what is asked for as "ieee" on sm_100."""
+        """The tile for products of `dtype`, without spilled registers. For float32 it has 32 rows: from 64 on Triton 3.6 takes
+        TF32 for products asked for as "ieee" on sm_100."""
         if INTERPRETED:  # a program costs milliseconds, the numbers in its tile little
             return Tile(32, 128, 128, 1)
         if dtype == torch.float64:
@@ -344,7 +344,7 @@ class Projection:
         return torch.full((1,), 1 / math.sqrt(count), dtype=dtype, device=device)
 
     def arguments(self) -> dict[str, object]:
-        # Always of 32 bits with a sign, so that kernels are compiled for one type.
+        # Always signed 32 bits, so that kernels are compiled for one type.
         low, high = (((self.seed >> shift) + 2**31) % 2**32 - 2**31 for shift in (0, 32))
         return {
             "nnz": self.nnz,
@@ -357,7 +357,7 @@ class Projection:
 
 
 def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bool) -> None:
-    """Writes x [B, D] times the projection to `out` [B, dim], of which the rows are contiguous."""
+    """Writes x [B, D] times the projection to `out` [B, dim], whose rows are contiguous."""
     count, d = x.shape
     dim = projection.dim
     dtype = x.dtype
@@ -366,7 +366,7 @@ def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bo
         projection.kind == "gaussian" or (INTERPRETED and dtype == torch.bfloat16)
     ):
         dtype = torch.float32
-    # Not of half types, which are widened exactly and would be narrowed again.
+    # Not for half types, which are widened exactly and would be narrowed again.
     allow_tf32 = allow_tf32 and x.dtype == torch.float32
     tile = Tile.of(dtype, allow_tf32)
     shift = projection.offset % tile.step
@@ -433,7 +433,7 @@ def wait_for_all_but_a_few(waiting: list[torch.cuda.Event], device: torch.device
 
 
 def launch_matrix(projection: Projection, out: Tensor) -> None:
-    """Writes the projection's matrix to `out` [rows, dim], float32 or float64, of which the rows are contiguous."""
+    """Writes the projection's matrix to `out` [rows, dim], float32 or float64, whose rows are contiguous."""
     tile = Tile.of(torch.float64)  # small, since all of it is in registers
     shift = projection.offset % tile.step
     programs = triton.cdiv(shift + len(out), tile.step) * triton.cdiv(projection.dim, tile.cols)

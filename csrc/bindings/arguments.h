@@ -1,11 +1,11 @@
 // Where numbers and flags enter: each is checked once, here, under its argument's name, before anything is
 // done with it. Arrays enter by boundary.h.
 //
-// A binding takes an Integer, a Real or a Flag where it wants one, and asks it for its value with the GIL
-// held. What is of another type raises TypeError, what is out of range ValueError, whatever its size.
+// A binding takes an Integer, a Real or a Flag and asks it for its value with the GIL held. A value of
+// another type raises TypeError, a value out of range ValueError, whatever its size.
 //
-// What runs code of the caller's (__index__, __float__, __bool__) runs before the binding does: it could
-// resize an array whose memory the binding has taken.
+// Code of the caller's (__index__, __float__, __bool__) runs before the binding does: it could resize an
+// array whose memory the binding has taken.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -37,7 +37,7 @@ namespace detail {
 }  // namespace detail
 
 struct Integer {
-  py::object given;  // an int, or what is none
+  py::object given;  // an int, or a value that is none
 
   static Integer of(py::handle argument) {
     PyObject* const object = argument.ptr();
@@ -50,22 +50,22 @@ struct Integer {
     return {py::reinterpret_borrow<py::object>(argument)};
   }
 
-  // A thread more is more work to start than it could take off the others long before this number.
+  // Long before this number, one more thread is more work to start than it could take off the others.
   static constexpr int64_t kMostThreads = 4096;
 
-  // An int or what has __index__, but no bool, in [least, most].
+  // An int or a value with __index__, but no bool, in [least, most].
   int64_t in(const char* name, int64_t least, int64_t most = INT64_MAX) const {
     if (!PyLong_Check(given.ptr()) || PyBool_Check(given.ptr()))
       detail::refuse_type(name, "an integer", given);
     return within(name, given.ptr(), least, most);
   }
 
-  // How many of something that memory is made for, or that loops run over.
+  // A count of things that memory is made for, or that loops run over.
   int64_t count(const char* name, int64_t least = 0) const { return in(name, least, kMostElements); }
 
   int threads() const { return static_cast<int>(in("threads", 1, kMostThreads)); }
   uint64_t seed() const { return static_cast<uint64_t>(in("seed", INT64_MIN)); }
-  // Bytes. More than there is is as good as all.
+  // Bytes. A number above what there is counts as all of it.
   int64_t memory_budget() const { return in("memory_budget", 0); }
   // The handle of a CUDA stream, which nobody but the driver can check.
   uintptr_t stream() const { return static_cast<uintptr_t>(in("stream", 0)); }
@@ -87,7 +87,7 @@ struct Integer {
 };
 
 struct Real {
-  py::object given;  // a float or an int, or what is neither
+  py::object given;  // a float or an int, or a value that is neither
 
   static Real of(py::handle argument) {
     PyObject* const object = argument.ptr();
@@ -102,7 +102,7 @@ struct Real {
   }
 
   double finite(const char* name) const { return in(name, -DBL_MAX, DBL_MAX, "a finite number"); }
-  // Never -0, whose quotients and roots have the other sign.
+  // Never -0: quotients and roots of -0 have the other sign.
   double not_negative(const char* name) const { return in(name, 0, DBL_MAX, "a finite number >= 0") + 0.0; }
   double positive(const char* name) const { return in(name, DBL_TRUE_MIN, DBL_MAX, "a finite number > 0"); }
   double positive_or_infinite(const char* name) const {
@@ -110,7 +110,7 @@ struct Real {
   }
 
  private:
-  // A float or what has __float__ or __index__, but no bool.
+  // A float or a value with __float__ or __index__, but no bool.
   double in(const char* name, double least, double most, const char* expected) const {
     PyObject* const object = given.ptr();
     if (PyBool_Check(object) || !(PyFloat_Check(object) || PyLong_Check(object)))
@@ -128,7 +128,7 @@ struct Real {
 };
 
 struct Flag {
-  py::object given;  // True or False, or what is neither
+  py::object given;  // True or False, or a value that is neither
 
   // NumPy's bools are taken too.
   static Flag of(py::handle argument) {
@@ -149,7 +149,7 @@ struct Flag {
 
 namespace pybind11::detail {
 
-// They take any object, since a type that pybind11 refuses is refused without the argument's name.
+// The casters take any object, since a type that pybind11 refuses is refused without the argument's name.
 template <>
 struct type_caster<fc::Integer> {
   PYBIND11_TYPE_CASTER(fc::Integer, const_name("Integer"));

@@ -19,7 +19,7 @@ namespace py = pybind11;
 // Raises ValueError for a name that is none of the five metrics.
 Metric metric_from_name(const std::string& name);
 
-// Raises ValueError unless the matrix [rows, dim] is one that there is.
+// Raises ValueError unless the matrix [rows, dim] exists.
 Projection projection_from(const std::string& kind, Integer seed, Integer offset, Integer nnz, int64_t rows,
                            int64_t dim);
 

@@ -1,9 +1,9 @@
 // Where arrays enter: a Python object that speaks DLPack becomes a checked, typed, strided view, without a
 // copy.
 //
-// Nothing a producer says is believed unread: device, type, rank, sizes, alignment and the read-only flag are
-// checked before a kernel sees a pointer. What DLPack cannot say is left to its producers: byte order (NumPy
-// refuses to export swapped arrays) and whether the memory is really there.
+// Nothing a producer says is believed unchecked: device, type, rank, sizes, alignment and the read-only flag
+// are checked before a kernel sees a pointer. What DLPack cannot say is left to its producers: byte order
+// (NumPy refuses to export swapped arrays) and whether the memory is really there.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -108,13 +108,13 @@ class ArrayArgument {
   TensorView<const T, Rank> input() const& {
     return view<T, Rank>();
   }
-  // What the view shows may go away with the argument.
+  // The memory that the view shows may go away with the argument.
   template <class T, int Rank>
   TensorView<const T, Rank> input() const&& = delete;
   template <class T, int Rank>
   TensorView<T, Rank> output() const&& = delete;
 
-  // A view to write to. The memory must be writable, and no element may be stored in two places' turn:
+  // A view to write to. The memory must be writable, and no two places of the view may share an element:
   // threads write it.
   template <class T, int Rank>
   TensorView<T, Rank> output() const& {
@@ -156,7 +156,7 @@ class ArrayArgument {
   }
   std::string listed(const int64_t* values) const { return listed(values, tensor().ndim); }
 
-  // array.__dlpack__(max_version=(1, 0)), or without the keyword where the producer is older than it. The
+  // array.__dlpack__(max_version=(1, 0)), or without the keyword if the producer is older than it. The
   // versioned form is asked for first because only it can carry the read-only flag.
   py::object export_array(py::handle array) const {
     static PyObject* const method = PyUnicode_InternFromString("__dlpack__");
@@ -170,7 +170,7 @@ class ArrayArgument {
       capsule = PyObject_VectorcallMethod(method, call, 1, nullptr);
     }
     if (!capsule) {
-      py::error_already_set error;  // takes the pending exception, so that the attribute can be looked up
+      py::error_already_set error;  // takes the pending exception, so that the attribute can be read
       if (error.matches(PyExc_AttributeError) && !py::hasattr(array, "__dlpack__"))
         throw py::type_error(
             prefix() +
@@ -340,8 +340,8 @@ class ArrayArgument {
     return result;
   }
 
-  // Sorted by stride, each dimension has to step over all that the smaller ones span. Sufficient, not
-  // necessary: arrays that interleave without sharing an element exist, and nobody writes to one.
+  // Sorted by stride, each dimension has to step over all that the smaller ones span. The test is sufficient,
+  // not necessary: arrays that interleave without sharing an element exist, but nobody writes to one.
   template <class T, int Rank>
   static bool overlaps(const TensorView<T, Rank>& view) {
     if (!view.data) return false;
@@ -371,7 +371,7 @@ class ArrayArgument {
 
 inline DType dtype_of(const ArrayArgument& array) { return array.dtype(); }
 
-// fn(float{}) or fn(double{}), whichever the array holds; TypeError for other types.
+// fn(float{}) or fn(double{}), whichever type the array holds; TypeError for other types.
 template <class Fn>
 auto dispatch_floating(const ArrayArgument& array, Fn&& fn) {
   if (array.dtype() == DType::kFloat32) return fn(float{});

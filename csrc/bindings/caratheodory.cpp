@@ -10,11 +10,12 @@
 
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
+#include "bindings/run.h"
 
 namespace fc {
 namespace {
 
-// Writes what was found to the first entries of the outputs.
+// Writes the rows and weights found to the first entries of the outputs.
 int64_t write(const WeightedRows& found, const TensorView<int64_t, 1>& rows,
               const TensorView<double, 1>& weights) {
   const int64_t count = static_cast<int64_t>(found.rows.size());
@@ -190,20 +191,18 @@ class PySampler {
   // Runs fn without the GIL: two at a time would spoil each other's state, as would going on after Ctrl-C.
   template <class Fn>
   void alone(const Fn& fn) {
-    if (busy_) throw std::runtime_error("this run is in use by another thread");
-    if (interrupted_) throw std::runtime_error("this run was interrupted; start another");
-    busy_ = interrupted_ = true;
-    struct Release {
-      bool& busy;
-      ~Release() { busy = false; }
-    } release{busy_};
-    without_gil(fn);
-    interrupted_ = false;
+    one_call_([&] {
+      if (interrupted_) throw std::runtime_error("this run was interrupted; start another");
+      interrupted_ = true;
+      fn();
+      interrupted_ = false;
+    });
   }
 
   ArrayArgument weights_;
   int64_t d_, count_ = 0, pushed_ = 0;
-  bool busy_ = false, interrupted_ = false;  // read and written with the GIL held
+  OneCall one_call_;
+  bool interrupted_ = false;
   ThreadTeam team_;
   std::unique_ptr<Moments> moments_;
   std::unique_ptr<Sampler> sampler_;

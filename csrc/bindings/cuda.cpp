@@ -10,6 +10,7 @@
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
 #include "bindings/cuda_module.h"
+#include "bindings/run.h"
 #include "cuda/facility_location.h"
 #include "cuda/launch.h"
 #include "cuda/pairwise.h"
@@ -19,17 +20,12 @@ namespace {
 
 // A run, the arrays that it reads, and the device that both are on.
 class PyCudaFacilityLocation {
-  // One call at a time: another thread that calls meanwhile gets an error instead of a race.
   template <class Fn>
   auto locked(Fn&& fn) {
-    if (busy_) throw std::runtime_error("this run is in use by another thread");
-    busy_ = true;
-    struct Release {
-      bool& busy;
-      ~Release() { busy = false; }
-    } release{busy_};
-    const DeviceGuard guard(device_);
-    return without_gil(std::forward<Fn>(fn));
+    return one_call_([&] {
+      const DeviceGuard guard(device_);
+      return fn();
+    });
   }
 
  public:
@@ -81,7 +77,7 @@ class PyCudaFacilityLocation {
     });
   }
 
-  // Memory goes back to the device that it is from.
+  // Memory is freed on the device that it comes from.
   ~PyCudaFacilityLocation() {
     const DeviceGuard guard(device_, nullptr);
     run_.reset();
@@ -160,7 +156,7 @@ class PyCudaFacilityLocation {
   std::vector<std::unique_ptr<ArrayArgument>> arrays_;
   int device_ = 0;
   std::unique_ptr<cuda::FacilityLocation> run_;
-  bool busy_ = false;  // read and written with the GIL held
+  OneCall one_call_;
 };
 
 void pairwise(py::object x_array, py::object y_array, py::object out_array, const std::string& metric,
@@ -190,7 +186,7 @@ constexpr const char* kBuiltFor = "the emulator";
 constexpr const char* kBuiltFor = FC_CUDA_ARCHITECTURES;
 #endif
 
-// Why no device, or not this one, can be used; None if it can.
+// The reason why no device, or not this one, can be used; None if it can be.
 py::object unusable(Integer device_number) {
   const int device = static_cast<int>(device_number.in("device", 0, INT32_MAX));
   int count = 0;
@@ -206,7 +202,7 @@ py::object unusable(Integer device_number) {
   if (!has(cudaDevAttrMemoryPoolsSupported)) return py::str("the device has no memory pools");
   const DeviceGuard guard(device);
   if (const cudaError_t found = cuda::find_kernel(); found != cudaSuccess) {
-    cudaGetLastError();  // told here, not by the next launch
+    cudaGetLastError();  // reported here, not by the next launch
     return py::str(std::string("the kernels were compiled for ") + kBuiltFor + ", not for this device (" +
                    cudaGetErrorString(found) + "); reinstall with FLASHCORESET_CUDA_ARCHITECTURES unset");
   }

@@ -17,7 +17,7 @@ inline constexpr dlpack::DeviceType kDevice = dlpack::kCpu;
 inline constexpr dlpack::DeviceType kDevice = dlpack::kCuda;
 #endif
 
-// All of a call's arrays have to be where its kernels run.
+// All arrays of a call have to be where its kernels run.
 inline void require_device(const ArrayArgument& array, int device) {
   if (array.device_id() == device) return;
   const std::string here = std::to_string(device), there = std::to_string(array.device_id());
@@ -47,7 +47,7 @@ class DeviceGuard {
   explicit DeviceGuard(int device) : DeviceGuard(device, nullptr) {
     cuda::check(status_, "making the arrays' device the current one");
   }
-  // For destructors: what goes wrong is left to the calls under the guard.
+  // For destructors: errors are left to the calls under the guard.
   DeviceGuard(int device, std::nullptr_t) {
     status_ = cudaGetDevice(&before_);
     if (status_ == cudaSuccess && device != before_) status_ = cudaSetDevice(device);

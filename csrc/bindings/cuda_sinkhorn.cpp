@@ -18,7 +18,7 @@ namespace {
 // The arrays of a batch, checked against each other, for as long as the object lives.
 class Problems {
  public:
-  // y is None where x has the costs; lengths may be.
+  // y is None if x has the costs; lengths may be None.
   Problems(py::handle x, py::handle y, const std::string& metric, py::handle a, py::handle b,
            py::handle x_lengths, py::handle y_lengths)
       : x_(keep(x, "x")), metric_(metric) {
@@ -118,7 +118,7 @@ class Problems {
     if (!same) throw py::value_error(std::string(name) + ": expected a contiguous array [" + expected + "]");
   }
 
-  std::vector<std::unique_ptr<ArrayArgument>> arrays_;  // before what refers to them
+  std::vector<std::unique_ptr<ArrayArgument>> arrays_;  // before the members that refer to them
   const ArrayArgument& x_;
   const ArrayArgument* y_ = nullptr;
   const std::string metric_;
@@ -127,7 +127,7 @@ class Problems {
   const int64_t *x_lengths_ = nullptr, *y_lengths_ = nullptr;
 };
 
-// What is wrong or None, the argument, problem, row, column.
+// What is wrong, or None; then the argument, problem, row, column.
 py::tuple tuple_of(const cuda::SinkhornVerdict& verdict) {
   static constexpr const char* kKinds[] = {nullptr,   "not finite", "weight",   "no weight",
                                            "unequal", "overflow",   "small reg"};

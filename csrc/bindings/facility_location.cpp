@@ -9,6 +9,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
+#include "bindings/run.h"
 
 namespace fc {
 namespace {
@@ -22,18 +23,6 @@ void require_offset(double offset) {
 
 // The run and the arrays that it reads.
 class PyFacilityLocation {
-  // One call at a time: another thread that calls meanwhile gets an error instead of a race.
-  template <class Fn>
-  auto locked(Fn&& fn) {
-    if (busy_) throw std::runtime_error("this run is in use by another thread");
-    busy_ = true;
-    struct Release {
-      bool& busy;
-      ~Release() { busy = false; }
-    } release{busy_};
-    return without_gil(std::forward<Fn>(fn));
-  }
-
  public:
   PyFacilityLocation(py::object x_array, py::object clients_array, const std::string& metric,
                      py::object weights, py::object preselected, Real offset_number, Integer memory_budget,
@@ -119,7 +108,7 @@ class PyFacilityLocation {
   int64_t step(Integer count_number, Flag naive_flag) {
     const int64_t count = count_number.in("count", 0);
     const bool naive = naive_flag.on("naive");
-    return locked([&] { return run_->step(count, naive); });
+    return one_call_([&] { return run_->step(count, naive); });
   }
 
   int64_t step_among(py::object candidates_array) {
@@ -128,7 +117,7 @@ class PyFacilityLocation {
     std::vector<int64_t> list;
     for (int64_t i = 0; i < candidates.shape[0]; ++i) list.push_back(candidates(i));
     if (list.empty()) throw py::value_error("candidates: expected at least one");
-    return locked([&] {
+    return one_call_([&] {
       for (const int64_t j : list) {
         if (j < 0 || j >= run_->candidates() || !run_->is_open(j)) {
           throw std::invalid_argument("candidates: expected indices in [0, " +
@@ -152,7 +141,7 @@ class PyFacilityLocation {
       if (!i.is_compact() || !g.is_compact() || !w.is_compact() || !a.is_compact()) {
         throw py::value_error("indices, gains, weights, assignment: expected contiguous arrays");
       }
-      return locked([&] {
+      return one_call_([&] {
         const int64_t k = run_->picks();
         if (i.shape[0] != k || g.shape[0] != k || w.shape[0] != k) {
           throw std::invalid_argument("indices, gains, weights: expected " + std::to_string(k) +
@@ -174,7 +163,7 @@ class PyFacilityLocation {
   }
 
   py::dict stats() {
-    const GreedyStats s = locked([&] { return run_->stats(); });
+    const GreedyStats s = one_call_([&] { return run_->stats(); });
     py::dict result;
     result["evaluations"] = s.evaluations;
     result["pairs"] = s.pairs;
@@ -226,7 +215,7 @@ class PyFacilityLocation {
 
   std::vector<std::unique_ptr<ArrayArgument>> arrays_;
   std::unique_ptr<FacilityLocation> run_;
-  bool busy_ = false;  // read and written with the GIL held
+  OneCall one_call_;
 };
 
 }  // namespace

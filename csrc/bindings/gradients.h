@@ -12,7 +12,7 @@
 
 namespace fc {
 
-// Of the directions from `first` on, the elements from `begin` on.
+// The elements from `begin` on of the directions from `first` on.
 struct DirectionsFrom {
   int64_t begin;
   uint32_t first;
@@ -20,7 +20,7 @@ struct DirectionsFrom {
 
 template <class T>
 DirectionsFrom directions_from(Integer begin, Integer first, const TensorView<T, 2>& out) {
-  // Kernels go by whole blocks of random numbers beyond the last element.
+  // Kernels work in whole blocks of random numbers, so they go beyond the last element.
   const int64_t most = INT64_MAX - (int64_t{1} << 16) - out.cols();
   const int64_t directions = (int64_t{1} << 32) - out.rows();
   if (directions < 0)

@@ -1,4 +1,4 @@
-// The module: one for each instruction set that the kernels are compiled for.
+// The module: one per instruction set that the kernels are compiled for.
 #include <string>
 
 #include "bindings/bindings.h"
@@ -27,7 +27,7 @@ void define_module(py::module_& m) {
 }  // namespace fc
 
 // The bindings are compiled once and linked to each build of the kernels, so each module has the entry points
-// of all; Python calls the one that its file is named after.
+// of all builds; Python calls the one that the module's file is named after.
 #define FC_MODULE(name) \
   PYBIND11_MODULE(name, m) { fc::define_module(m); }
 #if defined(__x86_64__)

@@ -8,21 +8,15 @@
 
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
+#include "bindings/run.h"
 
 namespace fc {
 namespace {
 
 class PyNearestOrder {
-  // One call at a time: another thread that calls meanwhile gets an error instead of a race.
   template <class Fn>
   auto locked(Fn&& fn) {
-    if (busy_) throw std::runtime_error("this order is in use by another thread");
-    busy_ = true;
-    struct Release {
-      bool& busy;
-      ~Release() { busy = false; }
-    } release{busy_};
-    return without_gil([&] { return std::visit([&](auto& order) { return fn(*order); }, order_); });
+    return one_call_([&] { return std::visit([&](auto& order) { return fn(*order); }, order_); });
   }
 
  public:
@@ -131,7 +125,7 @@ class PyNearestOrder {
   }
 
   std::variant<std::unique_ptr<NearestOrder<float>>, std::unique_ptr<NearestOrder<double>>> order_;
-  bool busy_ = false;  // read and written with the GIL held
+  OneCall one_call_;
 };
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
+#include "bindings/run.h"
 
 namespace fc {
 namespace {
@@ -135,19 +136,13 @@ class PySinkhorn {
 
   int64_t step(Integer iterations_number) {
     const int64_t iterations = iterations_number.in("iterations", 1);
-    if (busy_) throw std::runtime_error("this run is in use by another thread");
-    busy_ = true;
-    struct Release {
-      bool& busy;
-      ~Release() { busy = false; }
-    } release{busy_};
-    return without_gil([&] { return run_->step(iterations); });
+    return one_call_([&] { return run_->step(iterations); });
   }
 
  private:
   PyBatch batch_;
   ArrayArgument f_, g_, scalars_, iterations_;
-  bool busy_ = false;
+  OneCall one_call_;
   std::unique_ptr<Sinkhorn> run_;
 };
 

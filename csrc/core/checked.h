@@ -1,5 +1,5 @@
-// Sums and products of sizes that come from outside. One that does not fit in 64 bits is more than any memory
-// holds: it is refused as that, instead of becoming a small number that a buffer is made of.
+// Sums and products of sizes that come from outside. A result that does not fit in 64 bits is more than any
+// memory holds: it is refused as such, instead of becoming a small number that a buffer is made of.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ int64_t checked_mul(int64_t a, int64_t b, More... more) {
   return checked_mul(checked_mul(a, b), more...);
 }
 
-// Of sizes >= 0: INT64_MAX where the product is more. For comparing with a budget.
+// The product of sizes >= 0, or INT64_MAX if the product is more. For comparing with a budget.
 inline int64_t saturated_mul(int64_t a, int64_t b) {
   int64_t product = 0;
   return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;

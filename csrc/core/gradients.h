@@ -10,7 +10,7 @@
 
 namespace fc {
 
-// What gradients of type X are computed in, and the history kept in.
+// The type that gradients of type X are computed in and the history is kept in.
 template <class X>
 using HistoryOf = std::conditional_t<std::is_same_v<X, double>, double, float>;
 

@@ -1,7 +1,7 @@
 // Standard normal numbers, several at once, from the words of philox_simd.h.
 //
 // python/flashcoreset/sketch/reference.py has the formula (Box and Muller's, its angles cut into quadrants).
-// Cost of a pair and vector: a logarithm, a square root and two polynomials, in double.
+// Cost per pair and vector: a logarithm, a square root and two polynomials, in double.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ inline Doubles to_double(Words low) {
 #endif
 }
 
-// By intrinsics, because GCC 12 forgets the rounding where it vectorises a loop whose results become doubles
+// By intrinsics, because GCC 12 forgets the rounding when it vectorises a loop whose results become doubles
 // again.
 inline void round_to_float(Doubles v, float* out) {
 #if defined(__AVX512F__)

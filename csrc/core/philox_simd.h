@@ -1,7 +1,7 @@
 // Philox4x32-10 for several counter rows at once; see philox.h for the generator.
 //
-// A lane of 64 bits holds a word of 32; what is above is not kept clean, because the products read the low
-// half alone. Cost: 6 operations a round and vector.
+// A lane of 64 bits holds a word of 32; the bits above are not kept clean, because the products read the low
+// half alone. Cost: 6 operations per round and vector.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ inline Words multiply_low(Words a, Words b) {
 #endif
 }
 
-// c[w] = word w of the blocks of the rows `row`, a lane each; above 32 bits lanes hold anything.
-// `block` is the column block, `kind` the last word of the counter.
+// c[w] = word w of the blocks of the rows `row`, one row per lane; above 32 bits lanes hold anything. `block`
+// is the column block, `kind` the last word of the counter.
 inline void philox_rows(uint64_t seed, Words row, uint32_t block, uint32_t kind, Words (&c)[4]) {
   c[0] = row;
   c[1] = c[0] >> 32;

@@ -1,4 +1,4 @@
-// Run when a build for this machine alone is configured: prints the best build that it can run.
+// Runs when a build for this machine alone is configured: prints the best build that the machine can run.
 #include <cstdio>
 
 #include "core/processor.h"

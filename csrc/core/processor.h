@@ -1,4 +1,4 @@
-// What the processor can run, asked in code that every processor of the architecture runs.
+// Which builds the processor can run, found out in code that every processor of the architecture runs.
 #pragma once
 
 namespace fc {

@@ -1,4 +1,4 @@
-// What a random projection is given by; python/flashcoreset/sketch/reference.py defines the matrices.
+// The parameters of a random projection; python/flashcoreset/sketch/reference.py defines the matrices.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Projection {
   SketchKind kind = SketchKind::kRademacher;
   uint64_t seed = 0;
   int64_t offset = 0;  // the projection's row that belongs to the first column of the input
-  int64_t nnz = 1;     // sjlt: entries a row, at most dim
+  int64_t nnz = 1;     // sjlt: entries per row, at most dim
 };
 
 }  // namespace fc

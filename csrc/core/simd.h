@@ -116,7 +116,7 @@ inline Vec<T> abs(Vec<T> v) {
   return reinterpret_cast<Vec<T>>(reinterpret_cast<I>(v) & mask);
 }
 
-// a * b + c with one rounding where the instruction exists, two (SSE4.2) where it does not.
+// a * b + c with one rounding if the instruction exists, two (SSE4.2) if it does not.
 template <class T>
 inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #if defined(__AVX512F__)
@@ -157,8 +157,8 @@ inline Vec<T> square_root(Vec<T> v) {
 #endif
 }
 
-// a - b, by the multiply-add units where there are some: they are idle where absolute differences are summed,
-// the adders are not.
+// a - b, by the multiply-add units if there are some: these units are idle while absolute differences are
+// summed, the adders are not.
 template <class T>
 inline Vec<T> difference(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
@@ -367,7 +367,7 @@ struct LaneSums {
   int64_t lane(int i) const { return part[i / (kBytes / 8)][i % (kBytes / 8)]; }
 };
 
-// The same where only the sum over the lanes is wanted.
+// The same if only the sum over the lanes is wanted.
 template <class T>
 struct Sum {
   static constexpr int64_t kMostAdds = INT64_MAX;
@@ -463,7 +463,7 @@ inline Vec<float> gather(const float* table, Indices index) {
   return (Vec<float>)_mm256_i32gather_ps(table, index, 4);
 }
 
-// For every mask, the set bits' numbers in order, a byte each: AVX2 can permute by a register but not
+// For every mask, the set bits' numbers in order, one byte per number: AVX2 can permute by a register but not
 // compress.
 struct CompressTable {
   uint64_t order[256];

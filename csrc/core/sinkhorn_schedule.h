@@ -10,7 +10,8 @@
 
 namespace fc {
 
-// The error at which a problem is solved: tol, but of masses below 1 no larger a share than tol or 1e-6.
+// The error at which a problem is solved: tol, but for masses below 1 no larger a share of the mass than tol
+// or 1e-6.
 FC_HOST_DEVICE inline double sinkhorn_tolerance(double tol, double mass_a, double mass_b) {
   const double least = mass_a < mass_b ? mass_a : mass_b;
   const double share = (tol > 1e-6 ? tol : 1e-6) * least;
@@ -31,7 +32,7 @@ class SinkhornSchedule {
       : reg_(reg), tol_(sinkhorn_tolerance(tol, mass_a, mass_b)), mass_(mass_a), max_iter_(max_iter) {
     int64_t stages = 0;
     if (!warm && spread > kAnnealedFrom * reg && spread < HUGE_VAL) {
-      // The quotient of two doubles may leave their range. Its logarithm may not: 1100 stages are the most.
+      // The quotient of two doubles may leave their range. Its logarithm cannot: 1100 stages are the most.
       const double quotient = spread / reg;
       const double logs = quotient < HUGE_VAL ? log(quotient) : log(spread) - log(reg);
       stages = static_cast<int64_t>(ceil(logs / log(kFactor))) - 1;
@@ -97,7 +98,7 @@ class SinkhornSchedule {
       if (rate >= 1) {
         omega_ = 1 + 0.7 * (omega_ - 1);
       } else if (rate > omega_ - 1) {
-        // Of plain iterations, by Young's relation between their rate and that at omega.
+        // The rate of plain iterations, by Young's relation between that rate and the one at omega.
         double plain = (rate + omega_ - 1) * (rate + omega_ - 1) / (rate * omega_ * omega_);
         if (plain > 0.9999) plain = 0.9999;
         const double best = 2 / (1 + sqrt(1 - plain));
@@ -126,15 +127,15 @@ FC_HOST_DEVICE inline double sinkhorn_moved(double potential, double log_sum, do
   return (1 - omega) * (1 - damp) * potential + damp * (potential - omega * eps * log_sum);
 }
 
-// exp(-f / rho): the share of its weight that a potential asks for. Kept below infinity, which a plan may
-// reach too.
+// exp(-f / rho): the share of its weight that a potential asks for. It is kept below infinity, which a plan
+// may reach too.
 FC_HOST_DEVICE inline double sinkhorn_asked(double potential, double rho) {
   const double exponent = -potential / rho;
   return exp(exponent < 700 ? exponent : 700.0);
 }
 
 // The best constant for f to gain and g to lose, from the sums of the weights of each side and of weight
-// (exp(-potential / rho) - 1); 0 where it is no number.
+// (exp(-potential / rho) - 1); 0 if that is no number.
 FC_HOST_DEVICE inline double sinkhorn_translation(double rho_a, double rho_b, double mass_a, double mass_b,
                                                   double lost_a, double lost_b) {
   const double logs = log(mass_a) + log1p(lost_a / mass_a) - (log(mass_b) + log1p(lost_b / mass_b));

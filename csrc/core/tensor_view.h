@@ -1,4 +1,4 @@
-// A typed window onto memory that somebody else owns: what every kernel takes. No framework in sight.
+// A typed window onto memory that somebody else owns: what every kernel takes. It depends on no framework.
 #pragma once
 
 #include <cstdint>

@@ -80,7 +80,7 @@ class ThreadTeam {
   // Additions that are worth a region of their own: a thread starts in a tenth of a millisecond.
   static constexpr int64_t kWorthwhile = int64_t{1} << 16;
 
-  // How many of `threads` so many additions are worth.
+  // How many of `threads` are worth starting for so many additions.
   static int for_work(int threads, double additions) { return additions < kWorthwhile ? 1 : threads; }
 
   // fn(thread, begin, end) over [0, n) in chunks handed out in order as threads become free. Which thread
@@ -126,7 +126,8 @@ class ThreadTeam {
     if (error) std::rethrow_exception(error);
   }
 
-  // Whether the region that runs now is to end: no further chunk begins, and a long one may look and end too.
+  // Whether the region that runs now is to end: no further chunk begins, and a long one may check and end
+  // too.
   const std::atomic<bool>& stopping() const { return stop_; }
 
  private:
@@ -178,7 +179,7 @@ class ThreadTeam {
       try {
         crew_->workers.emplace_back([&crew = *crew_, i] { work(crew, i); });
       } catch (const std::system_error&) {
-        break;  // the system gives no more: those that there are do the work
+        break;  // the system gives no more: the threads that there are do the work
       }
       leave_this_processor(crew_->workers.back());
     }
@@ -192,7 +193,7 @@ class ThreadTeam {
   }
 
   static void work(Crew& crew, int thread) {
-    int64_t seen = 0;  // the last region that this worker looked at
+    int64_t seen = 0;  // the last region that this worker checked
     while (true) {
       const auto news = [&] {
         return crew.quit.load(std::memory_order_acquire) ||
@@ -211,7 +212,7 @@ class ThreadTeam {
         (*crew.body.load(std::memory_order_relaxed))(thread);
         state = crew.state.fetch_sub(1, std::memory_order_acq_rel) - 1;
         if (state % kRegion == 0) {
-          // Under the lock, lest the caller looks before and sleeps after.
+          // Under the lock, lest the caller checks before and sleeps after.
           {
             std::lock_guard<std::mutex> lock(crew.mutex);
           }

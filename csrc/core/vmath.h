@@ -1,9 +1,9 @@
 // exp and log of whole vectors, float and double, at the native width of the instruction set.
 //
 // Each lane is computed by the same fixed sequence of operations whatever its position and neighbours, so a
-// value depends on its argument alone (within one build: where the instruction set has a fused multiply-add,
-// it is used). The whole range is covered: denormals in and out, overflow, underflow, infinities, NaN, zeros
-// and negative arguments, and no branch depends on data.
+// value depends on its argument alone (within one build: if the instruction set has a fused multiply-add, it
+// is used). The whole range is covered: denormals in and out, overflow, underflow, infinities, NaN, zeros and
+// negative arguments, and no branch depends on data.
 //
 // Largest error found over all floats and 2 * 10^7 doubles (tests/cpp/test_vmath.cpp), in units in the last
 // place:
@@ -104,7 +104,7 @@ inline Vec<T> exp(Vec<T> x) {
   V r = fma<T>(n, broadcast<T>(-C::kLn2High), x);
   r = fma<T>(n, broadcast<T>(-C::kLn2Low), r);
   const V value = fma<T>(r * r, polynomial<T>(C::kExp, r), r) + broadcast<T>(1);
-  // 2^n is out of range where the result is denormal or near overflow: two factors, the second product rounds
+  // 2^n is out of range if the result is denormal or near overflow: two factors, the second product rounds
   // once.
   const Bits biased =
       reinterpret_cast<Bits>(shifted) - reinterpret_cast<Bits>(shift) + 2 * C::kBias;  // n + 2 bias >= 0
@@ -114,8 +114,8 @@ inline Vec<T> exp(Vec<T> x) {
   return value * first * second;
 }
 
-// exp(x) for x <= 0, to the accuracy of exp(), and 0 where it is below e^kExpFlush: one multiplication by a
-// power of two is then an addition to the exponent. NaN gives anything.
+// exp(x) for x <= 0, to the accuracy of exp(), and 0 if the result is below e^kExpFlush: one multiplication
+// by a power of two is then an addition to the exponent. NaN gives anything.
 template <class T>
 inline Vec<T> exp_or_zero(Vec<T> x) {
   using C = MathConstants<T>;
@@ -127,7 +127,7 @@ inline Vec<T> exp_or_zero(Vec<T> x) {
   V r = fma<T>(n, broadcast<T>(-C::kLn2High), x);
   r = fma<T>(n, broadcast<T>(-C::kLn2Low), r);
   const V value = fma<T>(r * r, polynomial<T>(C::kExp, r), r) + broadcast<T>(1);
-  // The low bits of `shifted` are those of n; what is above them leaves the number on the left.
+  // The low bits of `shifted` are those of n; the bits above them leave the number on the left.
   const Bits scaled = reinterpret_cast<Bits>(value) + (reinterpret_cast<Bits>(shifted) << C::kMantissa);
   return x < broadcast<T>(C::kExpFlush) ? V{} : reinterpret_cast<V>(scaled);
 }

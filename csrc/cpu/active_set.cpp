@@ -32,7 +32,7 @@ namespace {
   throw std::invalid_argument("g, target: products of their entries are not finite; scale them down");
 }
 
-// The loops below end only as long as everything is a number.
+// The loops below end only if every value is finite.
 void require_finite(double value) {
   if (!std::isfinite(value)) refuse_products();
 }
@@ -127,7 +127,7 @@ void ActiveSet::solve(std::vector<double>& z) const {
 void ActiveSet::refit() {
   std::vector<double> z;
   std::vector<char> barred(nonnegative_ ? size() : 0);
-  // Every round lowers the objective, so that none comes twice; with rounding, the bound makes sure.
+  // Every round lowers the objective, so that no set comes twice; with rounding, the bound makes sure.
   for (int64_t round = 0; round < 3 * size() + 3; ++round) {
     const int64_t entered = used_.empty() ? -1 : used_.back();
     while (true) {
@@ -150,7 +150,7 @@ void ActiveSet::refit() {
         w = hits ? 0 : std::max(w + most * (z[i] - w), 0.0);
         if (hits) gone.push_back(static_cast<int64_t>(i));
       }
-      // Of numbers at least one hits the bound that they set together.
+      // Unless there is a NaN, at least one weight hits the bound that they set together.
       if (gone.empty()) refuse_products();
       for (auto t = gone.rbegin(); t != gone.rend(); ++t) {
         barred[used_[*t]] = barred[used_[*t]] || (most == 0 && used_[*t] == entered);

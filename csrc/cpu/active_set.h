@@ -5,8 +5,8 @@
 //
 // The rows in use (all of them, or those with w > 0) have a Cholesky factor L L' = K + ridge I and y = L^-1
 // c: a row that enters adds a row to L, one that leaves takes a row out, and rotations make L triangular
-// again. Each of it costs O(p^2), as does L' w = y. Kernels for a GPU, which find the picks, fit weights by
-// it too (python/flashcoreset/pursuit/on_device.py).
+// again. Each of these steps costs O(p^2), as does L' w = y. Kernels for a GPU, which find the picks, fit
+// weights by this code too (python/flashcoreset/pursuit/on_device.py).
 //
 // The non-negative problem is solved exactly, by the active-set method of Lawson and Hanson ("Solving least
 // squares problems", 1974, chapter 23) from the solution before: a row whose weight would turn negative
@@ -24,7 +24,7 @@ double dot(const double* a, const double* b, int64_t n);
 class ActiveSet {
  public:
   // A row whose squared distance from the span of the rows in use is at most this share of its square counts
-  // as dependent on them. A Gram matrix in double has 16 digits, which leaves weights 6.
+  // as dependent on them. A Gram matrix in double has 16 digits, which leaves 6 for the weights.
   static constexpr double kDependent = 1e-10;
   // Correlations of at most this share of |g_j| (|target| + sum_i |w_i| |g_i|) are rounding errors.
   static constexpr double kNoise = 1e-12;
@@ -34,17 +34,17 @@ class ActiveSet {
 
   int64_t size() const { return static_cast<int64_t>(weight_.size()); }
   const std::vector<double>& weights() const { return weight_; }  // [p], in pick order
-  // The picks in use, as positions in pick order: what the weights are sums over.
+  // The picks in use, as positions in pick order: the rows that the weighted sum is over.
   const std::vector<int64_t>& used() const { return used_; }
   // |target| + sum_i |w_i| |g_i|.
   double scale() const { return scale_; }
 
-  // Takes in a row with products `products` [p + 1] with the picks and itself, and solves anew. False, and
-  // nothing has changed, for a row that depends on those in use. Throws std::invalid_argument for products
-  // that are not finite, and where the weights would not be.
+  // Takes in a row with products `products` [p + 1] with the picks and itself, and solves anew. Returns
+  // false, and changes nothing, for a row that depends on those in use. Throws std::invalid_argument for
+  // products that are not finite, and if the weights would not be.
   bool add(std::vector<double> products, double correlation);
 
-  // |target - sum_i w_i g_i|^2; cancels where little is left of the target.
+  // |target - sum_i w_i g_i|^2; digits cancel if little is left of the target.
   double squared_residual() const;
 
  private:

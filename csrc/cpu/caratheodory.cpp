@@ -1,47 +1,47 @@
-// Every row i with weight w_i > 0 is a vector M_i = w_i (1, x_i - c) of D = d + 1 numbers, and what has to be
-// kept is the sum of M_i rho_i, at first with all rho_i = 1. While more than rank(M) vectors are left, there
-// is a v != 0 with sum_i v_i M_i = 0; moving rho along it until one rho_i is 0 changes nothing else
+// Every row i with weight w_i > 0 is a vector M_i = w_i (1, x_i - c) of D = d + 1 numbers. The sum
+// over i of M_i rho_i has to be kept, at first with all rho_i = 1. While more than rank(M) vectors are left,
+// there is a v != 0 with sum_i v_i M_i = 0; moving rho along it until one rho_i is 0 changes nothing else
 // (Caratheodory, 1907).
 //
 // Clusters (Maalouf, Jubran and Feldman, "Fast and accurate least-mean-squares solvers", NeurIPS 2019): the
 // rows left are cut into m = 4 D (large D: 2 D) runs, whose vectors are sums of their rows'. Reducing m such
-// vectors to rank of them drops three quarters of the rows at once, and the same factor then belongs to all
-// rows of a run. In the last round runs are single rows.
+// vectors to as many as their rank drops three quarters of the rows at once, and the same factor then belongs
+// to all rows of a run. In the last round runs are single rows.
 //
-// Null vectors without a factorisation each: Gauss-Jordan elimination with complete pivoting finds a basis B
-// of the m vectors and all the rest in its terms, T = B^-1 M [rank, m - rank]. A column of T is a null
-// vector. Taking columns from the last on, either column j's own rho comes to 0, and it is dropped (O(D)), or
-// that of a basic vector p: then j takes its place, and T is updated by one pivot of the columns that are
-// left (O(D * columns)). Of the two directions along v the one is taken that drops j, else the one with the
-// larger pivot; among vectors that come to 0 within rounding the largest pivot wins (Harris). Each round
-// factorises anew, so errors do not grow with n. At the end one more elimination, with what is missing to the
-// sums as a further column, corrects the factors of a basis.
+// Null vectors without one factorisation per vector: Gauss-Jordan elimination with complete pivoting finds a
+// basis B of the m vectors and expresses all the rest in it, T = B^-1 M [rank, m - rank]. A column of T is a
+// null vector. Taking columns from the last on, either column j's own rho comes to 0, and j is dropped
+// (O(D)), or the rho of a basic vector p does: then j takes its place, and T is updated by one pivot of the
+// columns that are left (O(D * columns)). There are two directions along v: the one that drops j is taken,
+// else the one with the larger pivot; among vectors that come to 0 within rounding the largest pivot wins
+// (Harris). Each round factorises anew, so errors do not grow with n. At the end one more elimination, with
+// the amount that the sums are short of as a further column, corrects the factors of a basis.
 //
 // With max_size = k there is room for weights that are nearly even: rho_i w_i is bounded by W / (k - D), W
 // being the total, and null vectors lead to that bound as well as to 0. Single rows go through T, 4 D at a
-// time; those at neither end, at most D, go on with the next ones. Which of the two directions is taken is
+// time; rows at neither end, at most D, go on with the next ones. Which of the two directions is taken is
 // drawn so that the mean of rho stays 1: a row's chance does not depend on its numbers (the cube method:
 // Deville and Tille, "Efficient balanced sampling", Biometrika 91, 2004; Chauvet and Tille, "A fast algorithm
 // for balanced sampling", Computational Statistics 21, 2006). At most k - D rows reach the bound, and D lie
 // between, so k are enough. The draws are fixed: a result depends on the order of the rows. Cost: n / (3 D)
 // tableaus, about 2 n D^2.
 //
-// Scale: rows are taken less the mean of a few of them before anything is summed (less that of all where this
-// is far off, for a second reading), runs less the mean of all; each coordinate is divided by its largest
-// magnitude among the m vectors. A coordinate whose differences are rounding of its size counts as constant.
+// Scale: the mean of a few rows is subtracted from the rows before anything is summed (if that mean is far
+// off, the rows are read a second time, less the mean of all), and the mean of all from the runs; each
+// coordinate is divided by its largest magnitude among the m vectors. A coordinate whose differences are
+// rounding of its size counts as constant.
 //
-// Where there are more coordinates than twice the rows, the rows' coordinates are first replaced by the n
-// columns of the triangle R of a QR factorisation of M: same null vectors, n coordinates.
+// If there are more coordinates than twice the rows, the rows' coordinates are first replaced by the n
+// columns of the triangle R of a QR factorisation of M: R has the same null vectors, and n coordinates.
 //
-// Cost: 4/3 n d multiplications and readings of numbers for the sums, and in each of log4(n / D) rounds about
-// 6 D^3 multiply-adds (4 D^3 the elimination, at most half of 3 D pivots of 1.5 D^2 each). At 18,000 x 16
-// that is 0.4 and 0.15 million, at 100,000 x 32 4.3 and 1.3 million: reading the rows is most of it. A
-// singular value decomposition for each null vector costs some 20 D^3 for each of D log2(n / D) vectors, 15
-// and 250 million.
+// Cost: 4/3 n d multiplications and numbers read for the sums, and in each of log4(n / D) rounds about 6 D^3
+// multiply-adds (4 D^3 the elimination, at most half of 3 D pivots of 1.5 D^2 each). At 18,000 x 16 that is
+// 0.4 and 0.15 million, at 100,000 x 32 4.3 and 1.3 million: reading the rows is most of it. A singular value
+// decomposition per null vector costs some 20 D^3 for each of D log2(n / D) vectors, 15 and 250 million.
 //
-// Rejected: one pass over single rows with a basis exchange for each (n D^2); the inverse of the basis alone,
-// as in the revised simplex method (as many operations where all columns are looked at anyway, in shorter
-// loops); Gram matrices (half of the digits).
+// Rejected: one pass over single rows with a basis exchange per row (n D^2); the inverse of the basis alone,
+// as in the revised simplex method (as many operations if all columns are read anyway, in shorter loops);
+// Gram matrices (half of the digits).
 #include "cpu/caratheodory.h"
 
 #include <algorithm>
@@ -82,7 +82,7 @@ void require_number(double value) {
   if (!std::isfinite(value)) refuse_sums();
 }
 
-// Coordinates of a tableau whose largest magnitude is rounding: those of a constant column.
+// Which coordinates of a tableau have only rounding as their largest magnitude: those of a constant column.
 std::vector<double> rounding(const Moments& moments, double weight) {
   std::vector<double> least(1 + moments.d());
   for (int64_t j = 0; j < moments.d(); ++j) {
@@ -115,7 +115,8 @@ Tableau tableau_of(const Moments& moments, const std::vector<double>& weights, c
   return tableau;
 }
 
-// Adds to `weights` [k] of rows with differences [k, d] what `sums` [1 + d] are short of the target.
+// Adds to `weights` [k] of rows with differences [k, d] the amount that `sums` [1 + d] are short of the
+// target.
 void correct(const Moments& moments, const std::vector<double>& sums, const double* differences,
              std::vector<double>& weights, ThreadTeam& team) {
   const std::vector<double>& target = moments.target;
@@ -244,7 +245,7 @@ class Reduction {
         d_(x.shape[1]),
         most_(moments_.most_runs()) {}
 
-  // As few rows as there can be.
+  // As few rows as possible.
   void run() {
     start();
     const int64_t n = left();
@@ -252,13 +253,13 @@ class Reduction {
     for (int i = 0; i < 2 && left() < n; ++i) correct();
   }
 
-  // The same where others have been dropped already, with the sums of all for moments.
+  // The same if other rows have been dropped already, with the sums of all for moments.
   void run_rest() {
     reduce();
     for (int i = 0; i < 2; ++i) correct();
   }
 
-  // At most `goal` rows if there can be so few, of weights as even as that allows.
+  // At most `goal` rows if so few are possible, with weights as even as that allows.
   void sample(int64_t goal) {
     start();
     if (left() <= goal) return;
@@ -318,7 +319,7 @@ class Reduction {
     return take_total(moments_, sums());
   }
 
-  // Drops runs of `size` rows; whether nothing further can be dropped.
+  // Drops runs of `size` rows; returns whether nothing further can be dropped.
   bool round(int64_t size) {
     if (!fresh_) sum_runs(size);
     fresh_ = false;
@@ -338,15 +339,15 @@ class Reduction {
       weights_[kept] = weights_[r];
       ++kept;
     }
-    // The total weight has not changed, so that nothing is left only where it was no number.
+    // The total weight has not changed, so that nothing is left only if the total was no number.
     if (kept == 0) refuse_sums();
     rows_.resize(static_cast<size_t>(kept));
     weights_.resize(static_cast<size_t>(kept));
   }
 
-  // Adds to the weights what the sums are short of.
+  // Adds to the weights the amount that the sums are short of the target.
   void correct() {
-    // Of many rows the heaviest take it.
+    // If there are many rows, the heaviest take the correction.
     std::vector<int64_t> chosen(rows_.size());
     std::iota(chosen.begin(), chosen.end(), int64_t{0});
     if (left() > most_) {
@@ -484,7 +485,7 @@ bool move_to_mean(Moments& moments, TensorView<double, 2> sums) {
     centre[j - 1] = before + target[j] / target[0];
     shift[j] = centre[j - 1] - before;
   }
-  // Sums may be moved along where those of the runs less the shift are at most the rows' magnitudes.
+  // Sums may be moved along if the sums of the runs less the shift are at most the rows' magnitudes.
   for (int64_t j = 1; j <= d; ++j) {
     if (!(std::fabs(shift[j]) > 8 * kEps * std::fabs(centre[j - 1]))) continue;
     double magnitudes = 0;

@@ -1,7 +1,7 @@
 // Element j of direction p is a standard normal number of the Philox block (j / 4 low, j / 4 high, p, 4)
 // under the key `seed`: words 0 and 1 of the block make its elements 0 and 1, words 2 and 3 the other two.
 //
-// Cost: ten rounds and two pairs of normal numbers for four elements, about 2 ns an element with AVX-512;
+// Cost: ten rounds and two pairs of normal numbers for four elements, about 2 ns per element with AVX-512;
 // nothing is read.
 #include "cpu/directions.h"
 

@@ -1,4 +1,4 @@
-// The random directions of zeroth-order gradients, of which nothing is stored.
+// The random directions of zeroth-order gradients; nothing of them is stored.
 //
 // python/flashcoreset/directions/reference.py defines every number.
 #pragma once

@@ -10,9 +10,9 @@
 //
 //   sweeps: in the first picks the bounds are so loose that a large part of all candidates would be
 //   evaluated. When the candidates above the best fresh gain cost more than bringing everybody up to date,
-//   all gains are corrected for just the clients whose best similarity changed since the last sweep; and
-//   where clients and candidates are the same points, the full sweep needs half of the products. So a pick
-//   never costs more than 0.6 n evaluations, nor much more than n times the share of clients it changed.
+//   all gains are corrected for just the clients whose best similarity changed since the last sweep; and if
+//   clients and candidates are the same points, the full sweep needs half of the products. So a pick never
+//   costs more than 0.6 n evaluations, nor much more than n times the share of clients it changed.
 //
 //   live pairs: once few pairs can still win anything, a candidate's evaluation leaves behind the list of its
 //   live pairs, and later evaluations read that list (live_lists.h).
@@ -116,7 +116,7 @@ class Greedy final : public FacilityLocation {
     Heap sample;
     for (int64_t i = 0; i < count; ++i) sample.append_unordered({bound_[candidates[i]], candidates[i]});
     sample.order();
-    heap_valid_ = false;  // it holds bounds that this pick improves
+    heap_valid_ = false;  // the heap holds bounds that this pick improves
     commit(select(sample, nullptr));
     return picked_.back();
   }
@@ -237,7 +237,7 @@ class Greedy final : public FacilityLocation {
     }
     use_foreseen();
     if (!heap_valid_) rebuild_heap();
-    heap_valid_ = false;  // until the candidates taken off it are back
+    heap_valid_ = false;  // until the candidates taken off the heap are back
     std::vector<int64_t> taken;
     const Entry best = select(heap_, &taken);
     for (const int64_t j : taken) {
@@ -257,8 +257,8 @@ class Greedy final : public FacilityLocation {
   }
 
   // Takes candidates off the heap until the best of them has a fresh gain that beats every bound left on it.
-  // With `taken`, the heap holds all open candidates: their names are noted there, more may be evaluated than
-  // this pick needs, or all brought up to date.
+  // With `taken`, the heap holds all open candidates: those taken off are noted in `taken`, more may be
+  // evaluated than this pick needs, or all brought up to date.
   Entry select(Heap& heap, std::vector<int64_t>* taken) {
     if (!listing_) consider_listing();
     Entry best{-1, INT64_MAX};
@@ -293,8 +293,8 @@ class Greedy final : public FacilityLocation {
     }
   }
 
-  // A source that wants large batches gets further candidates without a list: they would come up within a few
-  // picks.
+  // A source that wants large batches gets further candidates without a list: these candidates would come up
+  // within a few picks.
   void fill_up(Heap& heap, std::vector<int64_t>& batch, std::vector<int64_t>& taken) {
     int64_t without = 0;
     for (const int64_t j : batch) without += !lists_->has(j);
@@ -315,7 +315,7 @@ class Greedy final : public FacilityLocation {
     for (const Entry& e : passed) heap.push(e);
   }
 
-  // Fresh gains for a batch, from lists where there are some.
+  // Fresh gains for a batch, from lists for candidates that have one.
   void evaluate(const std::vector<int64_t>& batch) {
     std::vector<int64_t> listed, others;
     int64_t length = 0;
@@ -362,8 +362,8 @@ class Greedy final : public FacilityLocation {
            static_cast<double>(std::max<int64_t>(clients(), 1));
   }
 
-  // Exact gains of all open candidates. `swept_gain_` is what the last sweep left, untouched by evaluations
-  // since.
+  // Exact gains of all open candidates. `swept_gain_` holds what the last sweep left, untouched by
+  // evaluations since.
   void sweep() {
     const int64_t n = candidates();
     const bool first = swept_at_ == kNever;
@@ -408,8 +408,8 @@ class Greedy final : public FacilityLocation {
 
   // A few percent of the candidates, the likely picks, are run ahead greedily, and one sweep computes
   // everybody's gain both now and at some of the states foreseen: its products are shared, only the
-  // reductions multiply. If the picks come as foreseen, those are sweeps for nothing; from the first other
-  // pick on they are useless and forgotten. No bound ever rests on a guess.
+  // reductions multiply. If the picks come as foreseen, those sweeps cost nothing; from the first other pick
+  // on they are useless and forgotten. No bound ever rests on a guess.
 
   bool lookahead_pays() const {
     return points_ && candidates() >= kLookaheadCandidates && clients() >= kSurveyClients &&
@@ -541,7 +541,7 @@ class Greedy final : public FacilityLocation {
     return result;
   }
 
-  // Takes over the gains foreseen for the present state, if it came as foreseen.
+  // Takes over the gains foreseen for the present state, if the state came as foreseen.
   void use_foreseen() {
     if (foreseen_.empty() || foreseen_.front().at != picks()) return;
     swept_gain_ = std::move(foreseen_.front().gains);
@@ -553,8 +553,8 @@ class Greedy final : public FacilityLocation {
 
   // ---- lists
 
-  // Starts keeping lists once a sample of candidates says that they would fit and be short. Looks at picks 1,
-  // 2, 3, 4, 6, 8, 12, ...
+  // Starts keeping lists once a sample of candidates says that the lists would fit and be short. Checks at
+  // picks 1, 2, 3, 4, 6, 8, 12, ...
   void consider_listing() {
     if (picks() < next_look_ || lists_->capacity() == 0) return;
     next_look_ = picks() + std::max<int64_t>(1, picks() / 3);
@@ -606,7 +606,7 @@ class Greedy final : public FacilityLocation {
   }
 
   std::unique_ptr<Source<T>> source_;
-  PointSource<T>* points_;  // source_, where it is that and no matrix was made of it
+  PointSource<T>* points_;  // source_, if it is a PointSource and no matrix was made of it
   const T floor_;
   const std::vector<int64_t> preselected_;
   const bool self_clients_;

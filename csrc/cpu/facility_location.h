@@ -19,9 +19,9 @@ struct GreedyOptions {
   std::vector<int64_t> preselected;  // candidates already chosen, distinct
   double offset = 0;  // of distances, and of matrices of negated distances, s = offset - distance; >= 0
   bool self_clients = false;  // the clients are the candidates
-  int64_t memory_budget = 0;  // bytes for whatever is larger than n + m
+  int64_t memory_budget = 0;  // bytes for everything larger than n + m
   int64_t expected_picks =
-      INT64_MAX;  // how many picks the run is meant to make; a wrong number costs time, not correctness
+      INT64_MAX;  // how many picks the run is expected to make; a wrong number costs time, not correctness
   int threads = 1;
   std::function<bool()> poll;  // asked now and then whether to stop
 };
@@ -32,12 +32,12 @@ struct GreedyStats {
   int64_t pairs = 0;         // similarities computed from features (a pair and its mirror image count once)
   int64_t matrix_reads = 0;  // similarities read from a matrix
   int64_t list_reads = 0;    // live pairs read
-  int64_t sweeps = 0;        // times that all candidates were brought up to date together
-  int64_t foreseen = 0;      // times that this had been done in advance
+  int64_t sweeps = 0;        // how often all candidates were brought up to date together
+  int64_t foreseen = 0;      // how often this had been done in advance
 };
 
-// A greedy run that advances pick by pick. After an exception the object stays valid and step() goes on where
-// it was.
+// A greedy run that advances pick by pick. After an exception the object stays valid, and step() continues at
+// the place it had reached.
 class FacilityLocation {
  public:
   virtual ~FacilityLocation() = default;

@@ -1,4 +1,4 @@
-// Which instruction set the kernels beside this were compiled for.
+// Which instruction set the kernels in this directory were compiled for.
 #pragma once
 
 namespace fc {

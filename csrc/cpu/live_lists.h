@@ -64,7 +64,7 @@ class LiveLists {
     length_[j] = count;
   }
 
-  // Whether a list was refused since this was last asked.
+  // Whether a list was refused since the last call.
   bool take_overflow() { return std::exchange(overflow_, false); }
 
   // Empties the list of a candidate that is chosen and never evaluated again.

@@ -2,9 +2,9 @@
 //     u_id = (m_scale m_d + m_step g_id) / (sqrt(v_scale v_d + v_step g_id^2) + eps)
 // and for each group the `top` dimensions of largest |mean_i u_id|.
 //
-// The dimensions go by in tiles; of a tile only the sums over the rows are kept, and of the sums only those
-// that are among the largest so far, so memory is O(top) a group and thread whatever B and D. Cost: B D
-// square roots and quotients. In float these take half the time of double and are good for all but close
+// The dimensions are taken in tiles. Only the sums over the rows of a tile are kept, and only the sums that
+// are among the largest so far, so memory is O(top) per group and thread whatever B and D. Cost: B D square
+// roots and quotients. In float these take half the time of double and are precise enough for all but close
 // calls, so float tiles are a sieve: a dimension whose sum may reach the list, by a bound of the rounding
 // errors, is summed again in double, and the lists hold doubles alone. So float gradients give the dimensions
 // that double arithmetic gives. With random data about top ln(D / top) of D dimensions pass the sieve.
@@ -37,7 +37,7 @@ using simd::Vec;
 constexpr int64_t kTile = 1024;
 constexpr int64_t kTilesAtOnce = 8;
 constexpr int64_t kFloatSum = 32;  // terms that are summed in float before the sum goes on in double
-// Below it, what underflows in float could be seen in u.
+// Below this eps, underflow in float could change u visibly.
 constexpr double kLeastEpsOfSieve = 1e-10;
 
 template <class X>
@@ -48,7 +48,8 @@ double to_double(X x) {
     return x;
 }
 
-// Entries of gradients in some dimensions: all of a tile, or some of it. F is what they are computed in.
+// Entries of gradients in some dimensions: all of a tile, or some of it. F is the type that they are computed
+// in.
 template <class Gradients, class F>
 class Columns;
 
@@ -69,7 +70,7 @@ class Columns<DenseGradients<X>, F> {
     which_ = which;
   }
 
-  // The entries of row i, readable up to a whole vector.
+  // The entries of row i, readable to the end of a whole vector.
   const F* row(int64_t i) {
     const X* from = g_.rows.row(i) + begin_ * g_.rows.stride[1];
     const int64_t stride = g_.rows.stride[1];
@@ -129,7 +130,7 @@ class Columns<LowRankGradients<X>, F> {
       for (int64_t j = 0; j < count_; ++j) to[j] = c * z_[j];
       return to;
     }
-    // In double in any case: what cancels in a sum of floats is beyond the bound of the sieve.
+    // In double in any case: cancellation in a sum of floats is beyond the bound of the sieve.
     std::fill_n(sum_.begin(), count_, 0.0);
     for (int64_t p = 0; p < g_.coefficients.cols(); ++p) {
       const double c = g_.coefficients(i, p);
@@ -180,8 +181,8 @@ void updates(const AdamRule& rule, const F* g, const History<F>& history, int64_
   }
 }
 
-// The largest values so far and where they were. Positions come in ascending order, so of equal values the
-// first stay.
+// The largest values so far and where they were. Positions come in ascending order, so the first of equal
+// values stay.
 class TopList {
  public:
   struct Entry {
@@ -194,7 +195,7 @@ class TopList {
 
   explicit TopList(int64_t top) : top_(top) { entries_.reserve(2 * top); }
 
-  // What a value has to be above.
+  // The bar that a value has to be above.
   double bar() const { return bar_; }
 
   void offer(double value, int64_t at) {
@@ -323,8 +324,8 @@ class Search {
         updates<true>(rule_, w.sieve.row(groups_.member(r)), w.coarse, count, w.partial.data());
       for (int64_t j = 0; j < count; ++j) w.sum[j] += w.partial[j];
     }
-    // |u| <= this, of g alone and of m alone; sums of 32 terms and the eight roundings of each are off by 40
-    // units of 2^-24.
+    // |u| is at most this: the share of g alone plus that of m alone; sums of 32 terms and the eight
+    // roundings of each are off by 40 units of 2^-24.
     const double of_g = std::abs(rule_.m_step) / std::sqrt(rule_.v_step), unit = (kFloatSum + 8) * 0x1p-24;
     const double scale = 1.0 / static_cast<double>(last - first), bar = w.lists[group].bar();
     w.candidates.clear();
@@ -344,7 +345,7 @@ class Search {
     for (int64_t j = 0; j < count; ++j) w.sum[j] = w.u[j] / size;
   }
 
-  // Of the dimensions begin + which[j], or begin + j.
+  // The history of the dimensions begin + which[j], or begin + j.
   template <class F>
   void load_history(int64_t begin, const int64_t* which, int64_t count, History<F>& history) {
     if (!rule_.has_history) return;
@@ -456,7 +457,7 @@ class Moments<DenseGradients<X>> {
   TensorView<const int64_t, 1> chosen_;
 };
 
-// Of coefficients c and directions z: mean(c) . z and z . mean(c c^T) z.
+// For coefficients c and directions z: mean(c) . z and z . mean(c c^T) z.
 template <class X>
 class Moments<LowRankGradients<X>> {
  public:
@@ -488,7 +489,7 @@ class Moments<LowRankGradients<X>> {
           square[j] += factor * columns_.direction(p, j) * columns_.direction(o, j);
       }
     }
-    // Not negative but for rounding.
+    // Negative only by rounding.
     for (int64_t j = 0; j < count; ++j) square[j] = square[j] > 0 ? square[j] : 0;
   }
 

@@ -1,12 +1,12 @@
-// For each of K lists its L most similar items of a stream of n, and rounds in which every list takes its
-// best item that no earlier round took.
+// Finds, for each of K lists, its L most similar items of a stream of n, and makes rounds in which every list
+// takes its best item that no earlier round took.
 //
 // A list keeps between L and 1.5 L entries; when it is full, the L best stay and the worst of them becomes
-// the list's threshold. Most items fail against all thresholds, which costs one vector comparison for every
-// kWidth similarities; of n items in random order a list admits about L (1 + ln(n / L)). Rounds read the
-// lists from the front, and a list is sorted only as far as it is read. An entry kept is one of the L first
-// of the order (similarity falling, then item rising), which is total, so neither the cut into updates nor
-// the threads decide what is kept.
+// the list's threshold. Most items fail against all thresholds, which costs one vector comparison per kWidth
+// similarities; of n items in random order a list admits about L (1 + ln(n / L)). Rounds read the lists from
+// the front, and a list is sorted only as far as it is read. An entry kept is one of the L first of the order
+// (similarity falling, then item rising), which is total, so neither the cut into updates nor the threads
+// decide what is kept.
 //
 // L entries are enough for the next L items taken: while fewer than L are taken since the pass, one of a
 // list's L best is free. So a pass that keeps min(k, n) entries is the only one, and a pass that keeps L is
@@ -14,9 +14,9 @@
 // longer than before.
 //
 // Cost: n K d multiply-adds (none if similarities are given), n K comparisons, 24 bytes (float32) for each of
-// K L entries. Rejected: a full sort of n K similarities, which needs them all in memory and orders what
-// nobody asks for; a heap a list, which costs a data-dependent walk for each admitted item where an amortised
-// selection costs a few sequential ones.
+// K L entries. Rejected: a full sort of n K similarities, which needs them all in memory and orders items
+// that nobody asks for; one heap per list, which costs a data-dependent walk per admitted item, while an
+// amortised selection costs a few sequential steps.
 #include "cpu/nearest_order.h"
 
 #include <algorithm>
@@ -37,11 +37,11 @@
 namespace fc {
 namespace {
 
-// Similarities looked at between two merges: bounds the memory of the survivors (all of them, at worst) and
+// Similarities compared between two merges: bounds the memory of the survivors (all of them, at worst) and
 // lets thresholds rise.
 constexpr int64_t kSlice = int64_t{1} << 19;
 constexpr int64_t kFirstRows = 1024;
-// Places reserved in a list at once, which may be meant to be longer than there are items.
+// Places reserved at once in a list, whose length may be set to more than there are items.
 constexpr size_t kReserved = size_t{1} << 20;
 
 // Writes row [d] at unit length into lane `lane` of a panel [d, width]. The row is first brought near 1 by a
@@ -155,7 +155,7 @@ class StreamedOrder final : public NearestOrder<T> {
   Buffer<T> centroids_;  // [groups, d, kGroup], the last group filled up with zeros
   std::vector<List> lists_;
   Buffer<T> thresholds_;          // [K]: an item whose similarity is not above it cannot be among the best
-  std::vector<Scratch> scratch_;  // one a thread
+  std::vector<Scratch> scratch_;  // one per thread
   std::vector<uint64_t> taken_bits_;
   int64_t length_ = 0;
   int64_t rows_ = 0;    // seen in this pass
@@ -292,7 +292,7 @@ void StreamedOrder<T>::filter_panel(Scratch& scratch, int count) {
   }
 }
 
-// The same for one row of given similarities. `finite` becomes NaN where one is not.
+// The same for one row of given similarities. `finite` becomes NaN if one of them is not finite.
 template <class T>
 void StreamedOrder<T>::filter_row(Scratch& scratch, const T* row, int64_t item, simd::Vec<T>& finite) {
   constexpr int kWidth = simd::kWidth<T>;
@@ -371,7 +371,7 @@ void StreamedOrder<T>::sort_further(List& list, int64_t end) {
   list.sorted = end;
 }
 
-// Moves the cursor to the list's best item that is not taken; false if it keeps none.
+// Moves the cursor to the list's best item that is not taken; false if the list keeps none.
 template <class T>
 bool StreamedOrder<T>::advance(List& list) {
   const int64_t size = static_cast<int64_t>(list.entries.size());

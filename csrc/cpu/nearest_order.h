@@ -11,10 +11,10 @@
 
 namespace fc {
 
-// A pass over the items is begin(), any number of update() calls, finish(); then rounds() takes items. Where
+// A pass over the items is begin(), any number of update() calls, finish(); then rounds() takes items. If
 // rounds() stops early, a list has run out of kept items: another pass over the same items keeps the best of
-// those that were not taken. What is kept and taken does not depend on how the items are cut into updates,
-// nor on the number of threads.
+// the items that were not taken. What is kept and taken does not depend on how the items are cut into
+// updates, nor on the number of threads.
 template <class T>
 class NearestOrder {
  public:
@@ -23,7 +23,7 @@ class NearestOrder {
   virtual ~NearestOrder() = default;
 
   virtual int64_t lists() const = 0;
-  virtual int64_t features() const = 0;  // 0 where similarities are given
+  virtual int64_t features() const = 0;  // 0 if similarities are given
   virtual int64_t kept(int64_t list) const = 0;
   virtual int64_t taken() const = 0;
 

@@ -28,7 +28,7 @@
 
 namespace fc {
 
-// An uninitialised array on a 64-byte boundary; a large one on whole huge pages where Linux has some, since
+// An uninitialised array on a 64-byte boundary; a large one on whole huge pages if Linux has some, since
 // touching a matrix for the first time would otherwise cost as much as computing it.
 template <class T>
 class Buffer {
@@ -39,12 +39,12 @@ class Buffer {
   explicit Buffer(int64_t size) : size_(size) {
     if (size <= 0) return;
     size_t bytes = static_cast<size_t>(checked_mul(size, sizeof(T)));
-    // Filled up to whole huge pages where that adds an eighth at most.
+    // Filled up to whole huge pages if that adds an eighth at most.
     const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     if (whole - bytes <= bytes / 8) bytes = whole;
     const bool huge = bytes >= 2 * kHugePage;
     const std::align_val_t alignment{huge ? kHugePage : 64};
-    // nothrow, because sanitizers end the process where the other form is asked for too much.
+    // nothrow, because sanitizers end the process if the other form is asked for too much.
     data_ = {static_cast<T*>(::operator new[](bytes, alignment, std::nothrow)), Free{alignment}};
     if (!data_) throw std::bad_alloc();
 #if defined(__linux__)
@@ -94,8 +94,9 @@ void require_finite(T value, const char* name, int64_t row, int64_t column) {
   }
 }
 
-// What gives a row unit length: a power of two that brings its largest magnitude near 1, since squares of
-// large or tiny values leave the range of T, and the norm of the row times that. A zero row stays zero.
+// The factors that give a row unit length: a power of two that brings its largest magnitude near 1, since
+// squares of large or tiny values leave the range of T, and the norm of the row times that power. A zero row
+// stays zero.
 struct RowScale {
   double scale = 0, norm = 0, inverse = 0;
 
@@ -147,7 +148,7 @@ struct RowScale {
   }
 };
 
-// out[k * kStride] = feature k of the row, from `from` up to `to`, scaled where `scale` is given.
+// out[k * kStride] = feature k of the row, from `from` up to `to`, scaled if `scale` is given.
 template <int kStride, class T>
 void scatter_row(const TensorView<const T, 2>& x, int64_t row, const RowScale* scale, int64_t from,
                  int64_t to, T* out) {
@@ -244,7 +245,7 @@ template <class T>
 struct Rows {
   const Panels<T>* panels = nullptr;
   TensorView<const T, 2> view{};
-  const RowScale* scale = nullptr;  // null where rows are taken as they are
+  const RowScale* scale = nullptr;  // null if rows are taken as they are
 
   // out [groups of kRows][d][kRows] = rows index[0..count), the last group filled up with zeros.
   void pack_batch(const int64_t* index, int64_t count, T* out) const {

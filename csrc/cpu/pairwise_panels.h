@@ -26,7 +26,7 @@ int64_t block_rows(int64_t d) {
   return std::clamp<int64_t>(fit / kStep * kStep, kStep, kMostRows);
 }
 
-// A buffer of `size` values for each thread.
+// A buffer of `size` values per thread.
 template <class T>
 std::vector<Buffer<T>> per_thread(int threads, int64_t size) {
   std::vector<Buffer<T>> buffers;

@@ -1,25 +1,25 @@
 // Few rows of G [B, D] whose weighted sum is close to a target b [D].
 //
-// Orthogonal matching pursuit, with a step for each of up to k picks: the row of the largest correlation
-// c = G (b - G' w) with what is left of the target joins the picks, and all weights are fitted anew
-// (active_set.h). The residual is never formed: c = G b - K w with columns of the Gram matrix K = G G' (Batch
-// OMP: Rubinstein, Zibulevsky and Elad, "Efficient implementation of the K-SVD algorithm using batch
-// orthogonal matching pursuit", 2008). A column costs a product with all of G, which is as far as memory is
-// fast; so a dozen rows of the largest correlations get theirs at a time, in one pass over G and for the time
-// of one, and the next picks are mostly among them.
+// Orthogonal matching pursuit, with one step per pick, up to k of them: the row of the largest correlation c
+// = G (b - G' w) with the rest of the target joins the picks, and all weights are fitted anew (active_set.h).
+// The residual is never formed: c = G b - K w with columns of the Gram matrix K = G G' (Batch OMP:
+// Rubinstein, Zibulevsky and Elad, "Efficient implementation of the K-SVD algorithm using batch orthogonal
+// matching pursuit", 2008). A column costs a product with all of G, whose time is that of reading G from
+// memory; so a dozen rows of the largest correlations get their columns together, in one pass over G and in
+// the time of one column, and the next picks are mostly among them.
 //
-// Cost: 2 * B * D operations a column and itemsize * B * D bytes a pass, of which there are far fewer than
+// Cost: 2 * B * D operations per column and itemsize * B * D bytes per pass; there are far fewer passes than
 // picks; a step reads the columns of the picks in use, 8 * B * s bytes, and O(s^2) for the weights.
 //
 // Frank-Wolfe as GIGA (Campbell and Broderick, "Bayesian coreset construction via greedy iterative geodesic
 // ascent", 2018, algorithm 1) runs on the same columns; its products with the current direction follow from
 // those of the direction before.
 //
-// Every sum is in double, of exact products where the rows are float: a Gram matrix squares the condition of
-// the rows, and 7 digits would leave none for the weights of rows that are alike.
+// Every sum is in double, of exact products if the rows are float: a Gram matrix squares the condition of the
+// rows, and 7 digits would leave none for the weights of rows that are alike.
 //
-// Rejected: the residual as a vector and c = G r (a pass over G for every pick; kept for the case that k
-// columns exceed the memory budget); the whole Gram matrix (B^2 D operations, ten times as many at B = 10 k).
+// Rejected: the residual as a vector and c = G r (one pass over G per pick; kept for the case that k columns
+// exceed the memory budget); the whole Gram matrix (B^2 D operations, ten times as many at B = 10 k).
 #include "cpu/pursuit.h"
 
 #include <algorithm>
@@ -44,10 +44,10 @@ using V = simd::Vec<double>;
 
 constexpr int64_t kChunk = 1024;  // features that are summed in one vector; partial sums are added in order
 constexpr int kBatch = 12;        // columns at a time
-constexpr int64_t kLines = 2048;  // rows that a thread takes at a time where a row is a few operations
+constexpr int64_t kLines = 2048;  // rows that a thread takes at a time if a row is a few operations
 constexpr int64_t kStep = 4 * kWidth<double>;  // arrays over the rows are padded to a multiple of it
 constexpr double kNone = -std::numeric_limits<double>::infinity();
-// Norms of rows and target between which products, and what 1e-12 of them leaves, are normal numbers.
+// Norms of rows and target between which products, and 1e-12 of the products, are normal numbers.
 constexpr double kSmallest = 0x1p-400, kLargest = 0x1p480;
 
 // Rows and vectors of a block of sums in registers.
@@ -97,8 +97,9 @@ void add_products(const X* const* rows, int used, const double* const* vectors, 
   }
 }
 
-// out[v][i] = the product of row `which[i]` (row i, where `which` is null) of g with vectors[v], for i in
-// [0, n) and `count` vectors of length D. A product is the same bits whatever it is computed along with.
+// out[v][i] = the product of row `which[i]` (row i if `which` is null) of g with vectors[v], for i in [0, n)
+// and `count` vectors of length D. A product has the same bits whatever other products are computed along
+// with it.
 template <class X, class Y>
 void products(const TensorView<const X, 2>& g, const int64_t* which, int64_t n, const Y* const* vectors,
               int count, double* const* out, ThreadTeam& team) {
@@ -134,7 +135,7 @@ void products(const TensorView<const X, 2>& g, const int64_t* which, int64_t n, 
   });
 }
 
-// What both algorithms know of the rows from the start.
+// The facts about the rows that both algorithms start from.
 template <class X>
 struct Problem {
   const TensorView<const X, 2> g;
@@ -196,7 +197,7 @@ struct Problem {
     team.parallel_for(g.rows(), kLines, [&](int, int64_t begin, int64_t end) { fn(begin, end); });
   }
 
-  // The place of the largest score that is above kNone, the first of equal ones; -1 if there is none.
+  // The place of the largest score above kNone, the first of equal ones; -1 if there is none.
   int64_t best(const Buffer<double>& score) const {
     int64_t found = -1;
     double most = kNone;
@@ -221,11 +222,11 @@ class GramColumns {
 
   int64_t room() const { return room_; }
 
-  // Keeps the column of row j, which has been got, for good.
+  // Keeps the column of row j, which has been fetched, for good.
   void keep(int64_t j) { kept_[place_[j]] = 1; }
 
-  // The column [B] of row j. Where it has to be computed, those of the next largest scores are as well. What
-  // is not kept for good may be gone after the next call.
+  // The column [B] of row j. If it has to be computed, the columns of the next largest scores are computed as
+  // well. A column that is not kept for good may be gone after the next call.
   const double* get(int64_t j, const Buffer<double>& score) {
     if (place_[j] < 0) compute(choose(j, score));
     return columns_[place_[j]].data();
@@ -264,7 +265,8 @@ class GramColumns {
     products<X, X>(problem_.g, nullptr, problem_.g.rows(), vectors, count, out, problem_.team);
   }
 
-  // A new place for a column while there is room, else that of the oldest which is not kept for good.
+  // A new place for a column while there is room, else the place of the oldest column that is not kept for
+  // good.
   int64_t free_slot() {
     const int64_t slots = static_cast<int64_t>(columns_.size());
     if (slots < room_) {
@@ -373,7 +375,7 @@ class OrthogonalMatchingPursuit {
   }
 
   // rest = G b - sum_p weights[p] * columns[p] over rows [begin, end), in whole vectors: a row in a last,
-  // partial one would be rounded in another way than its duplicate.
+  // partial vector would be rounded in another way than its duplicate.
   void subtract(const std::vector<double>& weights, const std::vector<const double*>& columns, int64_t begin,
                 int64_t end) {
     for (int64_t i = begin; i < end; i += kStep) {
@@ -404,7 +406,7 @@ class OrthogonalMatchingPursuit {
     });
   }
 
-  // By the Gram matrix, which has 16 digits of |b|^2: where few of them are left, by the rows.
+  // By the Gram matrix, which has 16 digits of |b|^2; if few of them are left, by the rows.
   double residual_norm() {
     const double square = active_.squared_residual(), whole = problem_.target_norm * problem_.target_norm;
     if (!streamed_) {

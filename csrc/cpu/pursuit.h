@@ -22,11 +22,11 @@ struct MatchingPursuit {
   int64_t k = 1;  // the most picks
   bool nonnegative = true;
   double ridge = 0;
-  int64_t memory_budget = 0;  // bytes for columns of the Gram matrix; where k of them are more, none is kept
+  int64_t memory_budget = 0;  // bytes for columns of the Gram matrix; if k columns need more, none is kept
 };
 
 // g [B, D], rows contiguous, and target [D]. Both functions throw std::invalid_argument for NaN and infinity,
-// and where squares of the rows overflow. X is float or double; every sum is in double.
+// and if squares of the rows overflow. X is float or double; every sum is in double.
 template <class X>
 PursuitResult orthogonal_matching_pursuit(TensorView<const X, 2> g, const double* target,
                                           const MatchingPursuit& options, ThreadTeam& team);

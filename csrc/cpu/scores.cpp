@@ -4,19 +4,19 @@
 //     loss = log S - d_t                      entropy = log S - (W + e_t d_t) / S
 //     margin = (e_t - max_{j != t} e_j) / S   el2n = sqrt(Q + R^2) / S
 //
-// The target is left out of the sums, so that nothing cancels where its probability is close to 1: 1 - p_t is
-// R / S, and log S is log1p(R) where e_t = 1.
+// The target is left out of the sums, so that nothing cancels if its probability is close to 1: 1 - p_t is R
+// / S, and log S is log1p(R) if e_t = 1.
 //
-// A row is read once, in blocks that stay in the first-level cache while they are looked at twice: for the
-// largest value so far, then for the sums, which are scaled when the largest value grows. A block's sums are
-// float lanes, the row's are double.
+// A row is read once, in blocks that stay in the first-level cache while they are read twice: for the largest
+// value so far, then for the sums, which are scaled when the largest value grows. A block's sums are float
+// lanes, the row's are double.
 //
 // Cost: N * T * C exponentials and about 20 further vector operations, itemsize * N * T * C bytes read. At C
 // = 1,000 in float32 and AVX-512 the arithmetic takes about as long as the reading.
 //
 // Rejected: the online update element by element (a maximum, two exponentials and three dependent products
-// for each vector); the target as one more lane of the sums and EL2N by Q - 2 p_t + 1 (all digits cancel for
-// a sample that is well learned).
+// per vector); the target as one more lane of the sums and EL2N by Q - 2 p_t + 1 (all digits cancel for a
+// sample that is well learned).
 #include "cpu/scores.h"
 
 #include <algorithm>
@@ -47,7 +47,7 @@ ScoreOf<X> value_of(X x) {
   }
 }
 
-// x[0], x[stride], ... as contiguous numbers: where they lie, or copied to `buffer` [kBlock].
+// x[0], x[stride], ... as contiguous numbers: at the place where they lie, or copied to `buffer` [kBlock].
 template <class X>
 const ScoreOf<X>* fetch(const X* x, int64_t stride, int64_t count, ScoreOf<X>* buffer) {
   if (stride != 1) {
@@ -67,7 +67,7 @@ Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// The largest of some numbers, lane by lane. NaN may get lost: the sums show it.
+// The largest of some numbers, lane by lane. A NaN may get lost: the sums show it.
 template <class T>
 struct LaneMax {
   static constexpr int64_t W = kWidth<T>;
@@ -101,7 +101,7 @@ struct LaneSums {
     const Vec<T> e = simd::exp_or_zero<T>(d);
     sum += e;
     square = simd::fma<T>(e, e, square);
-    weighted = simd::fma<T>(e, d, weighted);  // NaN where a logit is NaN or infinite, even if e is 0
+    weighted = simd::fma<T>(e, d, weighted);  // NaN if a logit is NaN or infinite, even if e is 0
   }
 
   void add(const T* p, int64_t count, T most) {
@@ -110,11 +110,11 @@ struct LaneSums {
     for (; j + W <= count; j += W) add(simd::load(p + j) - m);
     if (j == count) return;
     const Vec<T> d = simd::load_or(p + j, count - j, most) - m;
-    add(simd::first_lanes<T>(count - j) ? d : simd::broadcast(T(-1000)));  // of which e is 0
+    add(simd::first_lanes<T>(count - j) ? d : simd::broadcast(T(-1000)));  // whose e is 0
   }
 };
 
-// What is known of a row x with target t: sums over the other classes, as if all logits were lower by `most`.
+// The state of a row x with target t: sums over the other classes, as if all logits were lower by `most`.
 template <class T>
 struct Row {
   T target;                                       // x_t
@@ -158,7 +158,7 @@ struct Row {
   bool is_finite() const { return std::isfinite(weighted) && std::isfinite(target); }
 };
 
-// The same for a row that Row could not do: false where a logit is NaN or infinite; else logits are so far
+// The same for a row that Row cannot handle: false if a logit is NaN or infinite; else logits are so far
 // apart that their differences overflow, and those classes have no part in the sums.
 template <class T, class X>
 bool add_far_apart(const X* x, int64_t stride, int64_t classes, int64_t t, Row<T>& row) {
@@ -191,7 +191,7 @@ bool is_correct(const Row<T>& row, const X* x, int64_t stride, int64_t t) {
   return true;
 }
 
-// Rows whose scores are computed together, a row a lane.
+// Rows whose scores are computed together, one row per lane.
 template <class T>
 class Group {
  public:
@@ -228,7 +228,7 @@ class Group {
     const V zero{}, one = simd::broadcast(1.0);
     const V d = simd::load(d_ + i), rest = simd::load(rest_ + i), weighted = simd::load(weighted_ + i);
     const V e = simd::exp<double>(d), sum = rest + e, log_sum = simd::log<double>(sum);
-    // Where e = 1, log(1 + rest) with all digits of rest: the error of 1 + rest is made good (by Kahan).
+    // If e = 1, log(1 + rest) with all digits of rest: the error of 1 + rest is corrected (by Kahan).
     const V above = sum - one;
     const V log1p = above == zero ? rest : log_sum * (rest / above);
     const V log_total = d == zero ? log1p : log_sum;

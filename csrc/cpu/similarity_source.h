@@ -28,8 +28,8 @@
 
 namespace fc {
 
-// What the clients have: the best similarity so far and the scaled weight, filled up to a whole panel with
-// clients that cannot gain.
+// The clients' best similarities so far and their scaled weights, filled up to a whole panel with clients
+// that cannot gain.
 template <class T>
 struct Cover {
   Buffer<T> best, weight;
@@ -52,7 +52,7 @@ class Source {
   // Checks the values and returns sum_i w_i * (an upper bound of max(0, s(j, i) - floor) over j).
   virtual double prepare(const std::vector<double>& weights, ThreadTeam& team) = 0;
 
-  // gains[i] of candidate index[i]. Stores live lists where `lists` is given and has room for them.
+  // gains[i] of candidate index[i]. Stores live lists if `lists` is given and has room for them.
   virtual void evaluate(const int64_t* index, int64_t count, const Cover<T>& cover, LiveLists<T>* lists,
                         int64_t* gains, ThreadTeam& team, GreedyStats& stats) = 0;
 
@@ -86,8 +86,8 @@ class Source {
   }
 };
 
-// Live pairs of a batch of candidates on their way into the lists: at most `limit` a candidate, none for
-// those with more.
+// Live pairs of a batch of candidates on their way into the lists: at most `limit` per candidate, none for
+// candidates with more.
 template <class T>
 class LiveRows {
  public:
@@ -114,7 +114,7 @@ class LiveRows {
     }
   }
 
-  // The longest list that is stored: four times what every candidate could have.
+  // The longest list that is stored: four times the length that every candidate could have.
   static int64_t limit(const LiveLists<T>& lists, int64_t n, int64_t m) {
     return std::min(m, std::max<int64_t>(256, 4 * (lists.capacity() / std::max<int64_t>(n, 1))));
   }
@@ -265,7 +265,7 @@ class PointSource final : public Source<T> {
     stats.pairs += self_ ? candidates() * (candidates() + 1) / 2 : candidates() * clients();
   }
 
-  // What a sweep costs, in evaluations of one candidate.
+  // The cost of a sweep, in evaluations of one candidate.
   double sweep_cost(int64_t covers) const {
     const double reduction =
         static_cast<double>(covers) * kReductionCost / static_cast<double>(columns_.features());
@@ -577,7 +577,7 @@ class MatrixSource final : public Source<T> {
   static constexpr int kWidth = simd::kWidth<T>;
 
  public:
-  // s [n, m] with unit column stride, and what takes the place of 0 below its entries.
+  // s [n, m] with unit column stride, and the value that takes the place of 0 below its entries.
   MatrixSource(TensorView<const T, 2> s, T floor) : s_(s), floor_(floor) {}
   // A matrix of this object's own, whose values are known to be finite.
   MatrixSource(Buffer<T> own, int64_t n, int64_t m) : own_(std::move(own)), s_{own_.data(), {n, m}, {m, 1}} {}
@@ -699,7 +699,7 @@ class SparseSource final : public Source<T> {
         throw std::invalid_argument("x: row pointers must not decrease, got a decrease at row " +
                                     std::to_string(j));
     }
-    // Only now do all of them lie within the stored entries.
+    // Only now is it known that all rows lie within the stored entries.
     T largest = 0;
     for (int64_t j = 0; j < s_.n; ++j) {
       int64_t before = -1;

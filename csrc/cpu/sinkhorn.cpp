@@ -1,26 +1,25 @@
-// Batched Sinkhorn iterations in the plain domain, at the log domain's range.
+// Batched Sinkhorn iterations in the plain domain, with the range of the log domain.
 //
-// Potentials f, g are double. The kernel matrix K_ij = exp((f_i + g_j - C_ij) / eps) is made at the
-// potentials of the moment, so that its rows sum to 1 under the weights b, and is then scaled, P_ij = a_i u_i
-// K_ij v_j b_j. A scaling beyond 1e+-8 is absorbed into the potentials and K made anew. An iteration reads K
-// once: four rows give their K v, from which their u follows, and while the next rows come from
-// memory their part of K^T u is taken from the first-level cache.
-//   sweep        K (or, where it does not fit the memory budget, a block of 24 rows of it) from the costs,
-//   and an
+// Potentials f, g are double. The kernel matrix K_ij = exp((f_i + g_j - C_ij) / eps) is made at the current
+// potentials, so that its rows sum to 1 under the weights b, and is then scaled, P_ij = a_i u_i K_ij v_j b_j.
+// A scaling beyond 1e+-8 is absorbed into the potentials and K is made anew. An iteration reads K once: four
+// rows give their K v, from which their u follows, and while the next rows come from memory, the four rows'
+// part of K^T u is taken from the first-level cache.
+//   sweep        K from the costs (a block of 24 rows of it if K does not fit the memory budget), and an
 //                iteration on the way: n m costs (d multiply-adds each from points) and exponentials
 //   plain        an iteration from K: 2 n m multiply-adds, 4 n m bytes read
 //   evaluate     the plan of the final potentials: marginals, cost, as a sweep
-// Where the sum of a row or column leaves the range of the type (costs far above eps before the potentials
-// have settled, or a bad start), it is taken in the log domain: again, with its largest exponent subtracted.
+// If the sum of a row or column leaves the range of the type (costs far above eps before the potentials have
+// settled, or a bad start), it is taken again in the log domain, with its largest exponent subtracted.
 //
 // Exponents are formed as ((f - C) + g) / eps from f, g in two parts and with the rounding error of f - C
-// added back, because f, g and C may be 10^4 times eps while their sum is of its size.
+// added back, because f, g and C may be 10^4 times eps while their sum is of the size of eps.
 //
 // Columns are summed over chunks of rows whose number depends on n alone, the chunks in order, so the result
-// does not depend on the number of threads. Small problems run one a thread, large ones on all threads.
+// does not depend on the number of threads. Small problems run one per thread, large ones on all threads.
 //
-// Rejected: two products, K v and K^T u, which read K twice; the log domain throughout (an exponential for
-// every entry in every half iteration); K in half the bytes (its rounding is the marginal error's floor).
+// Rejected: two products, K v and K^T u, which read K twice; the log domain throughout (one exponential per
+// entry in every half iteration); K in half the bytes (its rounding is the marginal error's floor).
 #include "cpu/sinkhorn.h"
 
 #include <algorithm>
@@ -44,7 +43,7 @@
 namespace fc {
 namespace {
 
-// Rows of K that are read together; twice as many of short ones, since a group has a fixed cost.
+// Rows of K that are read together; twice as many if rows are short, since a group has a fixed cost.
 constexpr int kTogether = 4;
 constexpr int64_t kShort = 256;            // columns
 constexpr int64_t kFirstCache = 32 << 10;  // bytes of rows that a first-level cache keeps beside others
@@ -114,7 +113,7 @@ void for_rows_together(int64_t count, Fn&& fn) {
   for (; r < count; ++r) fn(r, std::integral_constant<int, 1>{});
 }
 
-// A number in two of type T: the nearest, and the nearest to what is left.
+// A number as two of type T: the nearest, and the nearest to the remainder.
 template <class T>
 struct TwoParts {
   T high, low;
@@ -136,8 +135,8 @@ struct ColumnPotentials {
   }
 };
 
-// The exponents of one problem and what is summed over them. Column arrays have `width` entries, those beyond
-// m padding.
+// The exponents of one problem and the sums over them. Column arrays have `width` entries, those beyond m
+// padding.
 template <class T>
 class Exponents {
   using V = simd::Vec<T>;
@@ -269,7 +268,7 @@ class Chunks {
 
 double damping(double rho, double eps) { return std::isinf(rho) ? 1.0 : rho / (rho + eps); }
 
-// What a run of one problem needs, kept from problem to problem.
+// The arrays that a run of one problem needs, kept from problem to problem.
 template <class T>
 class Workspace {
  public:
@@ -401,8 +400,8 @@ class Problem {
   int64_t iterations() const { return schedule_.iterations(); }
 
  private:
-  // A bound of the costs' range; throws std::invalid_argument if they, or their exponents, leave that of the
-  // type.
+  // A bound of the costs' range; throws std::invalid_argument if the costs, or their exponents, leave the
+  // range of the type.
   static double spread_of(const CostTiles<T>& costs, const SinkhornBatch<T>& batch, int64_t p, double reg) {
     const double spread = costs.spread();
     // Euclidean distances are the roots of their squares.
@@ -427,8 +426,9 @@ class Problem {
     return sum;
   }
 
-  // How far marginals were off what the potentials ask for: the rows' of the plan that an iteration began
-  // with, the columns' of the one that it made. And the weights' sums of exp(-potential / rho) - 1 after it.
+  // How far marginals were off the ones that the potentials ask for: the row sums of the plan that an
+  // iteration began with, the column sums of the plan that it made. Also the weights' sums of exp(-potential
+  // / rho) - 1 after the iteration.
   struct Off {
     double rows = 0, columns = 0, lost_rows = 0, lost_columns = 0;
   };
@@ -450,7 +450,7 @@ class Problem {
   }
 
   // Moves the best constant from the columns' potentials to the rows', which leaves the plan as it is;
-  // returns by how much more the columns are off.
+  // returns by how much more the column sums are off.
   double translate(double lost_rows, double lost_columns) {
     const double constant = sinkhorn_translation(rho_a(), rho_b(), mass_a_, mass_b_, lost_rows, lost_columns);
     if (constant == 0) return 0;
@@ -531,17 +531,17 @@ class Problem {
       moved = simd::broadcast(static_cast<T>(taken / rho));
       share = simd::broadcast(static_cast<T>(eps / rho));
     }
-    // The next log u, from it and from the logarithm of what the line sums up to.
+    // The next log u, from the current one and from the logarithm of the line's sum.
     V of(V log_u, V log_sum, V pull) const { return step * (pull + moved) + (keep * log_u - step * log_sum); }
     // exp(-potential / rho).
     V asked(V log_u, V pull) const { return simd::exp<T>((pull + moved) - share * log_u); }
   };
 
-  // What an iteration learns from the rows of a chunk.
+  // The results of an iteration over the rows of a chunk.
   struct RowsSeen {
     Range<T> sums, scalings;
     V off{};   // by how much the rows' sums are off, as shares of the mass
-    V lost{};  // what they ask for from now on, less 1; likewise
+    V lost{};  // the sums that they ask for from now on, less 1; likewise
     double mass = 1;
     double error() const { return sum_of(off); }
     double sum_of(V shares) const {
@@ -551,8 +551,8 @@ class Problem {
     }
   };
 
-  // The rows of a chunk, some together. Where two groups of them fit the first-level cache, the columns' sums
-  // of one are taken while the next comes from memory.
+  // The rows of a chunk, some together. If two groups of them fit the first-level cache, the columns' sums of
+  // one group are taken while the next comes from memory.
   template <int kGroup>
   void plain_chunk(int64_t c, const Move& move, T* sums, RowsSeen& seen) {
     const bool overlap = 2 * kGroup * width_ * static_cast<int64_t>(sizeof(T)) <= kFirstCache;
@@ -625,7 +625,7 @@ class Problem {
     if (!balanced_) std::copy(next_asked, next_asked + kR, next_asked_.data() + i);
   }
 
-  // The next scalings of the columns from the chunks' sums; false if one of these leaves the range of the
+  // The next scalings of the columns from the chunks' sums; false if one of the sums leaves the range of the
   // type.
   bool scale_columns(Off& off, Range<T>& scalings) {
     chunks_.combine(column_sums_.data(), m_);
@@ -717,8 +717,8 @@ class Problem {
     return off;
   }
 
-  // E of a block of rows at the potentials, and the logarithms of the rows' sums S_i. Returns whether these
-  // could be taken as they are; otherwise E is not that.
+  // E of a block of rows at the potentials, and the logarithms of the rows' sums S_i. Returns whether the
+  // sums could be taken in the plain domain; otherwise E does not hold these values.
   bool make_block(int64_t i, int64_t count, double eps, T* e, double* logs, double* cost = nullptr) const {
     double f[kCostRows], shift[kCostRows] = {}, sum[kCostRows];
     for (int64_t r = 0; r < count; ++r) f[r] = f_[i + r] + eps * log_mass_b_;
@@ -759,7 +759,7 @@ class Problem {
     });
   }
 
-  // By how much row i of the plan, which sums up to a_i exp(log_sum), is off.
+  // By how much row i of the plan, whose sum is a_i exp(log_sum), is off.
   double row_off(int64_t i, double log_sum) const {
     if (!(a_[i] > 0)) return 0;
     if (std::isinf(rho_a())) return a_[i] * std::abs(std::expm1(log_sum));
@@ -868,7 +868,7 @@ class Problem {
     for (int64_t i = 0; i < n_; ++i) {
       const double row = a_[i] > 0 ? a_[i] * std::exp(rows[i]) : 0;
       double& f = result_.f(p_, i);
-      // A weight may also be 0 in the type of the scalings alone, where f then has not moved.
+      // A weight may also be 0 in the type of the scalings alone; f then has not moved.
       f = row_weight_[i] > 0 ? f_[i] : damp_rows(reg) * (f_[i] - reg * rows[i]);
       error += std::abs(row - a_[i] * (balanced_ ? 1 : sinkhorn_asked(f, rho_a())));
       mass += row;
@@ -910,7 +910,7 @@ class Problem {
     translate(lost_rows, lost_columns);
   }
 
-  // What a unit of weight adds to the dual objective.
+  // The amount that a unit of weight adds to the dual objective.
   static double worth(double potential, double rho) {
     return std::isinf(rho) ? potential : -rho * std::expm1(-potential / rho);
   }
@@ -938,8 +938,8 @@ class Problem {
   Chunks<T> chunks_;
   SinkhornSchedule schedule_;
   const bool translates_;
-  T* const matrix_;  // K [n, width], where it is kept
-  T* const blocks_;  // for each thread kCostRows rows of it
+  T* const matrix_;  // K [n, width], if it is kept
+  T* const blocks_;  // kCostRows rows of it per thread
   Buffer<double> a_, b_, f_, g_;
   Buffer<double> column_sums_;  // [m]
   Buffer<double> chunk_error_;
@@ -951,8 +951,8 @@ class Problem {
   bool drifted_ = false;  // whether u and v have to be absorbed
   double made_at_ = 1;    // the eps of K
   double columns_off_ = 0;
-  // Unbalanced: -potential / rho when K was made, which draws the scalings back; exp(-f / rho) now; and what
-  // f has gained and g lost since K was made.
+  // Unbalanced: -potential / rho when K was made, which draws the scalings back; exp(-f / rho) now; and the
+  // amount that f has gained and g lost since K was made.
   Buffer<double> chunk_lost_;
   Buffer<T> row_pull_, column_pull_, asked_, next_asked_;
   double moved_ = 0;
@@ -976,8 +976,7 @@ class SinkhornRun final : public Sinkhorn {
       all += size[p];
     }
     team_.parallel_for(batch.count(), 1, [&](int, int64_t p, int64_t) { CostTiles<T>::check(batch_, p); });
-    // One problem a thread where that keeps all of them busy and their matrices fit; what comes out is the
-    // same.
+    // One problem per thread if that keeps all threads busy and the matrices fit; the results are the same.
     one_a_thread_ = batch.count() > 1 && largest <= all / options.threads &&
                     largest <= options.memory_budget / static_cast<int64_t>(sizeof(T)) / options.threads;
     // The largest first, so that the threads end together.
@@ -1001,7 +1000,7 @@ class SinkhornRun final : public Sinkhorn {
   }
 
  private:
-  // The next `count` problems, one a thread.
+  // The next `count` problems, one per thread.
   void several(int64_t count) {
     const int64_t begin = done_, end = std::min(batch_.count(), begin + std::min(count, batch_.count()));
     team_.parallel_for(end - begin, 1, [&](int thread, int64_t which, int64_t) {
@@ -1032,7 +1031,7 @@ class SinkhornRun final : public Sinkhorn {
   const SinkhornOptions options_;
   ThreadTeam team_;
   std::vector<int64_t> order_;
-  const int64_t units_;  // what a problem counts for: its iterations, where the sum of all fits
+  const int64_t units_;  // what a problem counts for: its iterations, if the sum of all fits
   std::vector<Workspace<T>> workspaces_;
   bool one_a_thread_ = false;
   int64_t done_ = 0;  // problems, in `order_`
@@ -1040,7 +1039,7 @@ class SinkhornRun final : public Sinkhorn {
 };
 
 // fn(first, count, E) for blocks of rows of problem p, E[r][j] = exp((f_i + g_j - C_ij) / reg), 0 where b_j
-// is.
+// is 0.
 template <class T, class Fn>
 void for_kernel_blocks(const SinkhornBatch<T>& batch, int64_t p, const TensorView<const double, 2>& f,
                        const TensorView<const double, 2>& g, double reg, ThreadTeam& team, Fn&& fn) {
@@ -1086,7 +1085,7 @@ void sinkhorn_apply(const SinkhornBatch<T>& batch, TensorView<const double, 2> f
                     TensorView<const double, 2> g, double reg, TensorView<const T, 3> v, bool transpose,
                     TensorView<T, 3> out, int threads, std::function<bool()> poll) {
   if (transpose) {
-    // The transposed plan is the plan of the transposed problem; a cost is the same bits either way.
+    // The transposed plan is the plan of the transposed problem; a cost has the same bits either way.
     SinkhornBatch<T> other = batch;
     if (batch.is_cost) {
       other.x = swapped(batch.x, 1, 2);

@@ -12,15 +12,15 @@
 
 namespace fc {
 
-// B problems of at most n x m each. The views stay the caller's and have to outlive what is made of them.
+// B problems of at most n x m each. The views stay the caller's and have to outlive the objects made of them.
 template <class T>
 struct SinkhornBatch {
   TensorView<const T, 3> x;    // [B, n, d] points, or [B, n, m] costs
-  TensorView<const T, 3> y{};  // [B, m, d], where x are points
+  TensorView<const T, 3> y{};  // [B, m, d], if x are points
   bool is_cost = false;        // whether x are costs
   bool cosine = false;         // 1 - cos; else `metric`, a distance
   Metric metric = Metric::kSqeuclidean;
-  TensorView<const double, 2> a, b;    // [B, n], [B, m] weights, of equal sums where both are balanced
+  TensorView<const double, 2> a, b;    // [B, n], [B, m] weights, of equal sums if both are balanced
   const int64_t* x_lengths = nullptr;  // [B] sizes of the problems; null: n, m
   const int64_t* y_lengths = nullptr;
 
@@ -53,12 +53,13 @@ class Sinkhorn {
   virtual ~Sinkhorn() = default;
   // The most iterations that all problems together may take.
   virtual int64_t total() const = 0;
-  // Goes on for about so many iterations; returns how many of `total` are done or no longer needed. What
-  // comes out does not depend on how the run is cut.
+  // Goes on for about so many iterations; returns how many of `total` are done or no longer needed. The
+  // result does not depend on how the run is cut.
   virtual int64_t step(int64_t iterations) = 0;
 };
 
-// Throws std::invalid_argument, here, for NaN and infinity in the data; its steps do for costs that overflow.
+// Throws std::invalid_argument for NaN and infinity in the data; the run's steps throw it for costs that
+// overflow.
 template <class T>
 std::unique_ptr<Sinkhorn> make_sinkhorn(const SinkhornBatch<T>& batch, const SinkhornResult& result,
                                         const SinkhornOptions& options);

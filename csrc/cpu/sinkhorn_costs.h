@@ -100,8 +100,8 @@ class CostTiles {
 
   // The costs of rows [first, first + count) and columns [begin, begin + width), where `first` and `begin`
   // are multiples of kCostRows and kCostColumns and `width` goes to the end of a vector: a pointer to them
-  // and, in `stride`, what rows are apart. Columns beyond m are finite. `room` [kCostRows * kCostColumns] may
-  // be used.
+  // and, in `stride`, the distance between rows. Columns beyond m are finite. `room` [kCostRows *
+  // kCostColumns] may be used.
   const T* tile(int64_t first, int64_t count, int64_t begin, int64_t width, T* room, int64_t& stride) const {
     stride = kCostColumns<T>;
     if (matrix_.data != nullptr) return from_matrix(first, count, begin, width, room, stride);
@@ -130,7 +130,7 @@ class CostTiles {
   }
 
  private:
-  // Problem p of [B, rows, columns], as far as it goes.
+  // Problem p of [B, rows, columns], up to its own size.
   static TensorView<const T, 2> problem(const TensorView<const T, 3>& all, int64_t p, int64_t rows,
                                         int64_t columns) {
     return {all.data + p * all.stride[0], {rows, columns}, {all.stride[1], all.stride[2]}};

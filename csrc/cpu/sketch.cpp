@@ -1,17 +1,18 @@
-// Products of long rows with random matrices that are made on the way.
+// Products of long rows with random matrices that are generated on the way.
 //
 //   out_bc = sum over columns i of x of x_bi P_(offset + i)c
 //
 // rademacher   Signs are bits, so kFeatures columns of x have only 2^kFeatures different sums: these are
-//              tabulated, one table a vector register, and a vector of outputs takes its sums from the table
-//              by one permutation and adds them. With 16 floats a vector that is 4 columns for two operations
-//              where products take 4. Bits are made once for a block of columns of x and all rows of a slab.
+//              tabulated, one table per vector register, and a vector of outputs takes its sums from the
+//              table by one permutation and adds them. With 16 floats per vector that is 4 columns for two
+//              operations, while products take 4. Bits are made once per block of columns of x, for all rows
+//              of a slab.
 //
 // gaussian     Normal numbers are made for a block, then multiplied; making them is most of the cost of few
 //              rows.
 //
-// sjlt         Entries are made for a block, then every row adds its numbers where they belong: nnz additions
-//              each.
+// sjlt         Entries are made for a block, then every row adds its numbers to the outputs that they belong
+//              to: nnz additions each.
 //
 // srht         Per block of N: signs, a Hadamard transform in the first-level cache (log2 N additions each),
 //              a gather.
@@ -20,9 +21,9 @@
 // depends neither on the other rows nor on the threads. Sums within a block of columns are taken in the type
 // of x, over blocks in double.
 //
-// Rejected: flipping the sign of x for every output (an exclusive or and an addition where the table takes
-// half an operation each); fused multiply-adds with vectors of +-1 (matrix product's cost: 4 operations for 4
-// columns).
+// Rejected: flipping the sign of x for every output (an exclusive or and an addition, while the table takes
+// half an operation each); fused multiply-adds with vectors of +-1 (the cost of a matrix product: 4
+// operations for 4 columns).
 #include "cpu/sketch.h"
 
 #include <algorithm>
@@ -40,7 +41,7 @@ namespace fc {
 namespace {
 
 constexpr int64_t kBits = 128;          // columns that one random block gives signs
-constexpr int64_t kPieceColumns = 512;  // of the output, that a piece of work makes
+constexpr int64_t kPieceColumns = 512;  // columns of the output that a piece of work makes
 constexpr int64_t kBlock = 192;  // columns of x between two flushes to double; whole tables for every width
 constexpr int64_t kLeastBlock = 1 << 10, kMostBlock = 1 << 12;  // N of srht
 constexpr int64_t kMostPieces = 32, kPieceRows = 2048;          // of the columns of x
@@ -123,7 +124,7 @@ struct Signed<float> {
 #endif
 
 #if !defined(__AVX2__)
-// A byte's bits, a byte each, in the order of memory.
+// A byte's bits, one byte per bit, in the order of memory.
 struct Spread {
   uint64_t bytes[256];
   constexpr Spread() : bytes{} {
@@ -192,7 +193,7 @@ void add_to(double* sum, simd::Vec<T> v) {
 }
 
 // sum[r][c] += the products of kR rows' tables with the columns of the output from `index` on; `apart` bytes
-// of it a group of columns of x, `stride` numbers of `sum` a row.
+// of it per group of columns of x, `stride` numbers of `sum` per row.
 template <class T, int kR, int kC>
 void add_looked_up(const simd::Vec<T>* tables, int64_t table_rows, int64_t groups, const uint8_t* index,
                    int64_t apart, double* sum, int64_t stride) {
@@ -235,7 +236,7 @@ void add_product(const T* x, int64_t x_stride, int64_t count, const T* p, int64_
 
 // ---- random numbers
 
-// fn(row, words) for the rows [first, first + count), words being the four of their block.
+// fn(row, words) for the rows [first, first + count), `words` being the four words of the row's block.
 template <class Fn>
 void for_words(const Projection& p, int64_t first, int64_t count, uint32_t block, Fn&& fn) {
   alignas(64) uint32_t word[4][simd::kPhiloxRows];
@@ -296,7 +297,7 @@ class Sjlt {
                                  static_cast<uint64_t>(p_.nnz));
   }
 
-  // The bits of 1, or of -1 where the lowest bit of a word is set.
+  // The bits of 1, or of -1 if the lowest bit of a word is set.
   static void store_signs(simd::Words words, float* sign) {
     uint32_t bits[simd::kPhiloxRows];
     simd::store_low(((words & (simd::Words{} + 1)) << 31) | (simd::Words{} + 0x3F800000u), bits);
@@ -462,7 +463,7 @@ class Sketcher {
     const bool dense = this->dense();
     const int64_t width = this->width();
     const int64_t columns = x_.shape[1];
-    // Fewer where making a piece costs little beside adding its sums up.
+    // Fewer if making a piece costs little beside adding its sums up.
     const int64_t most = std::clamp((dense ? kMostPieces : kMostPieces / 4) * kPieceColumns / dim_,
                                     int64_t{1}, dense ? kMostPieces : kMostPieces / 4);
     pieces_ = std::clamp(columns / kPieceRows, int64_t{1}, most);
@@ -475,8 +476,8 @@ class Sketcher {
     partial_ = Buffer<double>(pieces_ * std::min(slab, x_.shape[0]) * dim_);
     for (int64_t first = 0; first < x_.shape[0]; first += slab) {
       const int64_t rows = std::min(slab, x_.shape[0] - first);
-      // Rows are given to several threads only where there are not pieces enough, since each makes the random
-      // numbers anew.
+      // Rows are given to several threads only if there are not pieces enough, since each thread makes the
+      // random numbers anew.
       const bool split = !dense && pieces_ < 4 * team_.size() &&
                          saturated_mul(saturated_mul(rows, columns), p_.nnz) >= ThreadTeam::kWorthwhile;
       const int64_t part =
@@ -631,7 +632,7 @@ class Sketcher {
     copy_out(room, rows, vectors, columns, sum);
   }
 
-  // Sums of whole vectors of columns, where these reach beyond the output's.
+  // Sums of whole vectors of columns, if these reach beyond the output's columns.
   void copy_out(const Buffer<double>& room, int64_t rows, int64_t vectors, int64_t columns,
                 double* sum) const {
     if (room.size() == 0) return;
@@ -639,8 +640,8 @@ class Sketcher {
       std::copy(room.data() + r * vectors, room.data() + r * vectors + columns, sum + r * dim_);
   }
 
-  // Sums are taken in the type of x over kSparseRows columns of it, or more of a long output, so that adding
-  // them up costs little; a vector of rows at a time, a lane each, or single ones by the same additions.
+  // Sums are taken in the type of x over kSparseRows columns of it, or more for a long output, so that adding
+  // them up costs little; a vector of rows at a time, one row per lane, or single rows by the same additions.
   void sjlt(int64_t row, int64_t rows, int64_t begin, int64_t end, double* sum) {
     constexpr int kW = simd::kWidth<T>;
     const int64_t together = rows >= kW / 2 ? kW : 1;

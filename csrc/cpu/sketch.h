@@ -12,7 +12,7 @@ template <class T>
 void sketch(TensorView<const T, 2> x, const Projection& projection, TensorView<T, 2> out, ThreadTeam& team);
 
 // out [B, dim] += the sketches of B long rows that are zero but for some of their parts: g [B, T, width] are
-// the parts, indices [B, T] their numbers; parts of the same number add up. Indices are >= 0.
+// the parts, indices [B, T] their numbers; parts with the same number add up. Indices are >= 0.
 template <class T>
 void sketch_rows(TensorView<const int64_t, 2> indices, TensorView<const T, 3> g, const Projection& projection,
                  TensorView<T, 2> out, ThreadTeam& team);

@@ -13,9 +13,9 @@ namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int64_t kPart = 1 << 15;  // multiply-adds that a thread takes at a time
-constexpr int64_t kParts = 8;       // of a pivot that are worth a second thread
+constexpr int64_t kParts = 8;       // parts of a pivot that are worth a second thread
 // Samples whose numbers are few and round have basic vectors at their ends and pivots that should be 0 but
-// for rounding. After one as small as this T is no longer good.
+// for rounding. After a pivot as small as this, T is no longer good.
 constexpr double kLeastPivot = 1e-3;
 
 bool all_finite(const double* x, int64_t count) {
@@ -96,7 +96,7 @@ void Tableau::reduce(std::vector<double>& rho, int64_t count) {
     team_.check();
     take_column(columns_ - 1);
     const Leaving down = leaving(rho, bound, -1);
-    if (!(rho[last_vector_] > down.longest)) {  // so that a NaN does not look for a vector that leaves
+    if (!(rho[last_vector_] > down.longest)) {  // so that with a NaN no vector that leaves is looked for
       move(rho, bound, rho[last_vector_]);
       rho[last_vector_] = 0;
       continue;

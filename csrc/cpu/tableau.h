@@ -38,13 +38,13 @@ inline double max_abs(const double* x, int64_t count) {
   return most;
 }
 
-// Loops that drop rows end only as long as weights are numbers.
+// Loops that drop rows end only if weights are finite.
 [[noreturn]] inline void refuse_sums() {
   throw std::invalid_argument("x, weights: sums of their products are not finite; scale them down");
 }
 
-// The vectors, one a column, and then T; column `extra`, if there is one, takes part in the elimination but
-// never enters the basis. A pivot costs a multiply-add for each number, and threads share large ones.
+// The vectors, one per column, and then T; column `extra`, if there is one, takes part in the elimination but
+// never enters the basis. A pivot costs one multiply-add per number, and threads share large pivots.
 class Tableau {
  public:
   // rows = coordinates, columns = vectors.
@@ -52,8 +52,9 @@ class Tableau {
 
   double* row(int64_t i) { return t_.data() + i * width_; }
 
-  // Divides each coordinate by its largest magnitude (`together`: all but the first by that of all of these),
-  // or leaves it out if that is at most least[i]. Throws std::invalid_argument for NaN and infinity.
+  // Divides each coordinate by its largest magnitude (`together`: all but the first by the largest magnitude
+  // of all of these), or leaves it out if that magnitude is at most least[i]. Throws std::invalid_argument
+  // for NaN and infinity.
   void scale(const std::vector<double>& least, bool together);
 
   // Turns columns into the basis and T.
@@ -76,13 +77,13 @@ class Tableau {
  private:
   struct Leaving;
 
-  // Takes column j out, into factor_; the last one moves to its place.
+  // Takes column j out, into factor_; the last column moves to its place.
   void take_column(int64_t j);
 
   // The column taken out last becomes the unit vector of row p of the first `count` rows.
   void pivot(int64_t p, int64_t count);
 
-  // How far basic vector i may go where rho of the column taken out goes down (sign -1) or up (1).
+  // How far basic vector i may go if rho of the column taken out goes down (sign -1) or up (1).
   double room(const std::vector<double>& rho, const std::vector<double>& bound, int64_t i, double sign) const;
 
   // Which basic vector comes to 0 or to its bound first.

@@ -1,15 +1,15 @@
-// The one routine that every similarity and distance comes from.
+// The one routine that computes every similarity and distance.
 //
 // A pair's value is a chain over the features 0, 1, ..., d-1 with one accumulator,
 //   product   acc = fma(a_k, b_k, acc)          (dot, cosine)
 //   square    acc = fma(a_k - b_k, a_k - b_k, acc)   (sqeuclidean, euclidean)
 //   absolute  acc = acc + |a_k - b_k|           (l1)
-// restarted every kChain features, the partial results added in order. So it is the same bits in whatever
-// tile or batch it is computed, the same for (a, b) and (b, a), and its rounding error grows with the number
-// of chains, not with d. A library matrix product promises none of this. Distances are formed from
+// restarted every kChain features, the partial results added in order. So a value has the same bits in
+// whatever tile or batch it is computed, the same for (a, b) and (b, a), and its rounding error grows with
+// the number of chains, not with d. A library matrix product promises none of this. Distances are formed from
 // differences: |a|^2 + |b|^2 - 2ab cancels for near points, and a duplicate would not be at distance 0.
 //
-// Cost of a tile: kRows x kCols x d multiply-adds (l1: a subtraction, an and, an addition each) from
+// Cost per tile: kRows x kCols x d multiply-adds (l1: a subtraction, an and, an addition for each) from
 // registers, kCols * d + kRows * d loads. Rejected: chains outermost, so that a chain's part of the panel
 // stays in the first-level cache for all tiles that share it: measured slower at d = 2,560 (the prefetcher
 // hides the second level, the partial tiles cost stores).
@@ -72,8 +72,8 @@ inline void tile(const T* __restrict a, const T* __restrict b, int64_t d, T* __r
   }
 }
 
-// The same for the first `rows` rows of a at least: a single one (a pick against all clients) goes the short
-// way.
+// The same for at least the first `rows` rows of a: a single row (a pick against all clients) takes a shorter
+// path.
 template <class T, Form form>
 inline void tile_rows(int64_t rows, const T* a, const T* b, int64_t d, T* out) {
   constexpr int kAtOnce = form == Form::kProduct ? Tile<T>::kRows : simd::kDistanceRows;
@@ -96,8 +96,8 @@ void with_form(Metric metric, Fn&& fn) {
   }
 }
 
-// Turns what the tile routine accumulated into the metric's value times `sign`: +1 for the value itself, -1
-// to see a distance as a similarity. (`count` values in place.)
+// Turns the value that the tile routine accumulated into the metric's value times `sign`: +1 for the value
+// itself, -1 to see a distance as a similarity. (`count` values in place.)
 template <class T>
 inline void finish_values(Metric metric, bool negate, T* __restrict values, int64_t count) {
   if (metric == Metric::kEuclidean) {

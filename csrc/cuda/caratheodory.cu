@@ -1,19 +1,18 @@
-// sums_rj = sum of w_i (1, shrink x_ij - c_j) over the rows i of run r, and what is left when runs are
-// dropped.
+// sums_rj = sum of w_i (1, shrink x_ij - c_j) over the rows i of run r, and the rows that are left when runs
+// are dropped.
 //
-//   sum_pieces  A block has a piece of a run and some columns (a power of two, 32 at most). Its threads take
-//   a
-//               column and every so-manieth row each; their sums are added up in shared memory as a tree.
+//   sum_pieces  A block has a piece of a run and some columns (a power of two, 32 at most). Each thread
+//               takes a column and every so-manieth row; the sums are added up in shared memory as a tree.
 //   add_pieces  A thread adds up the pieces of a run's column, in order.
 //   gather      A thread has a row of a run that is kept. Runs are kept or dropped whole, so the host knows
 //               where each goes: no counting, no atomics.
 //
 // All sums are double. A piece has 256 rows, or as many as make 2^13 pieces of all rows, which is enough to
 // keep every multiprocessor busy: the order of sums depends on the number of rows and columns and on `size`,
-// not on strides. A NaN or infinity in a row makes its run's sums not finite even where its weight is 0.
+// not on strides. A NaN or infinity in a row makes its run's sums not finite even if its weight is 0.
 //
-// Cost: a conversion, a subtraction and a fused multiply-add for each number, all in double; bytes: x once,
-// and for each 256 rows a row of partial sums. Memory: these.
+// Cost: a conversion, a subtraction and a fused multiply-add per number, all in double; bytes: x once, and
+// one row of partial sums per 256 rows. Memory: these partial sums.
 //
 // Rejected: float sums that are corrected afterwards (there is nothing to correct them with but the rows);
 // atomic additions (their order changes); a round without the host (the elimination is sequential, D^3
@@ -58,7 +57,7 @@ struct Cut {
   int width;       // of a tile
 };
 
-// Four blocks a multiprocessor are enough to hide loads; ptxas would go for six on sm_100, and spill.
+// Four blocks per multiprocessor are enough to hide loads; ptxas would go for six on sm_100, and spill.
 template <class X>
 __global__ void __launch_bounds__(kThreads, 4)
     sum_pieces(Matrix<X> x, Runs runs, const double* centre, double shrink, Cut cut, double* out) {

@@ -32,7 +32,7 @@ class DeviceBuffer {
     const auto bytes = static_cast<size_t>(checked_mul(size, sizeof(T)));
     const cudaError_t status = cudaMallocAsync(reinterpret_cast<void**>(&data_), bytes, stream);
     if (status == cudaErrorMemoryAllocation) {
-      cudaGetLastError();  // told here, not by the next launch
+      cudaGetLastError();  // reported here, not by the next launch
       throw OutOfDeviceMemory(bytes);
     }
     check(status, "allocating device memory");
@@ -45,7 +45,7 @@ class DeviceBuffer {
     return *this;
   }
   ~DeviceBuffer() {
-    // Nobody is left to tell of an error here; the next call on the stream reports it.
+    // A destructor cannot report an error; the next call on the stream reports it.
     if (data_ != nullptr) cudaFreeAsync(data_, stream_);
   }
 

@@ -2,21 +2,21 @@
 //
 // Gains are the exact 64-bit integers of the CPU kernel (docs/numerics.md),
 //   gain(j) = sum_i trunc(max(0, s(j, i) - best_i) * weight_i),   weights times a power of two,
-// so integer atomics may add them up in any order, and picks and gains are the CPU's, bit for bit, wherever a
-// pair's value is. A pick takes rounds of
-//   reduce   fold in what the last round summed; the best up-to-date gain and the best old gain (a bound)
+// so integer atomics may add them up in any order, and picks and gains equal the CPU's, bit for bit, wherever
+// a pair's value does. A pick takes rounds of
+//   reduce   fold in the sums of the last round; the best up-to-date gain and the best old gain (a bound)
 //   list     the candidates whose bound beats the best up-to-date gain
 //   evaluate their gains: tiles of candidates x clients, summed in registers along a strip of clients
-// until no bound beats the best gain. Where the list would cost more than correcting the gains of all
-// candidates for just those clients whose best similarity changed since that was last done, the latter is
-// done instead (sweep). Then one flat tile row brings best_i up to date. Between these the grid meets.
+// until no bound beats the best gain. If the list would cost more than a sweep, which corrects the gains of
+// all candidates for just those clients whose best similarity changed since the last sweep, a sweep is made
+// instead. Then one flat tile row brings best_i up to date. Between these steps the grid meets.
 //
 // Cost: one n x m x d product for the first gains; after pick p about m / p clients have changed, so a pick
 // never costs more than n m d / p or the evaluations that plain lazy greedy would make, whichever is less.
-// Memory: a packed copy of the points and about 40 bytes for each candidate and client; never n x m.
-// Rejected: a kernel for each phase, launched by the host, which has to look at the device to know which is
-// next; a heap, whose walks are serial; the symmetric half product for the first gains, whose column sums
-// would need as many atomics as pairs of tiles.
+// Memory: a packed copy of the points and about 40 bytes per candidate and client; never n x m. Rejected: one
+// kernel per phase, launched by the host, which has to read from the device to know which is next; a heap,
+// whose walks are serial; the symmetric half product for the first gains, whose column sums would need as
+// many atomics as pairs of tiles.
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
@@ -36,9 +36,10 @@ namespace {
 constexpr long long kNoBound = INT64_MAX;
 constexpr int kNever = -1;
 constexpr int kNobody = INT32_MAX;
-// An offset so many times above distances could lose these beside it: gains are computed from a lower one.
+// An offset so many times above the distances could lose them by rounding: gains are computed from a lower
+// offset.
 constexpr double kFarAbove = 1000;
-// What is left below 2^31 lets loops step by a whole grid without overflow.
+// The room left below 2^31 lets loops step by a whole grid without overflow.
 constexpr int64_t kMostPoints = INT32_MAX - (1 << 21);
 
 // The first bad entry of each argument, all ones for none.
@@ -57,7 +58,7 @@ enum Largest : int {
   kLargestCount
 };
 
-// What the blocks tell each other, and what is left for the host.
+// The values that the blocks pass to each other and leave for the host.
 struct Control {
   double scale;
   long long error_at;  // row * columns + column, or position
@@ -68,7 +69,7 @@ struct Control {
   int changed;  // length of `changed_clients`
   int last_pick;
   double objective;
-  double offset;         // distances: what they are subtracted from
+  double offset;         // the number that distances are subtracted from
   int refused;           // whether step_among() got a candidate that is not open,
   long long refused_as;  // and which
   unsigned long long largest[kLargestCount];
@@ -100,7 +101,7 @@ struct State {
   Partial* partial = nullptr;       // [blocks]
   long long* bound = nullptr;       // [n] an upper bound of the gain
   int* stamp = nullptr;             // [n] after how many picks it was exact
-  long long* sum = nullptr;         // [n] what the running round adds up; 0 between rounds
+  long long* sum = nullptr;         // [n] the sums of the running round; 0 between rounds
   int* pending = nullptr;           // [n] whether the running round evaluates the candidate
   int* open = nullptr;              // [n] neither picked nor preselected
   int* list = nullptr;              // [n]
@@ -150,15 +151,15 @@ __device__ void for_tile(const State<T>& state, const RowSet<T>& rows, int first
   }
 }
 
-// state.sum[j] += what clients `columns` are worth to every row j: their terms of its gain, or (`correct`) by
-// how much these have changed since the last sweep. Strips of column tiles, one addition a row and strip.
+// state.sum[j] += the worth of clients `columns` to every row j: their terms of its gain, or (`correct`) the
+// change of these terms since the last sweep. Strips of column tiles, one addition per row and strip.
 template <class T, Form form, int kRows, bool kChained, bool kMatrix>
 __device__ void add_over(const State<T>& state, const RowSet<T>& rows, const RowSet<T>& columns,
                          bool correct) {
   constexpr int kR = kRows / kSide;
   const int row_tiles = (rows.count + kRows - 1) / kRows;
   const int column_tiles = (columns.count + kCols<T> - 1) / kCols<T>;
-  // As many strips as keep the blocks evenly busy, as long as can be.
+  // As many strips as keep the blocks evenly busy, each as long as possible.
   const int wanted = (8 * static_cast<int>(gridDim.x) + row_tiles - 1) / row_tiles;
   const int length = (column_tiles + wanted - 1) / wanted;
   const int strips = length > 0 ? (column_tiles + length - 1) / length : 0;
@@ -226,15 +227,15 @@ struct Domain {
   __device__ int operator[](int t) const { return sample == nullptr ? t : sample[t]; }
 };
 
-// Part of the sweep that precedes a pick, in a launch of its own: so many candidates, of which the gains are
-// summed; or (`all_summed`) none, since launches before this one have summed all.
+// Part of the sweep that precedes a pick, in a launch of its own: so many candidates, whose gains are summed;
+// or (`all_summed`) none, since launches before this one have summed all.
 struct Sweep {
   int first = 0, count = 0;
   bool all_summed = false;
 };
 
-// Folds in the sums of the round before, and finds the best up-to-date gain and the best bound that is none.
-// The grid meets at its end.
+// Folds in the sums of the round before, and finds the best up-to-date gain and the best bound that is not up
+// to date. The grid meets at its end.
 template <class T>
 __device__ Partial reduce(const State<T>& state, const Domain& domain, Fold fold, int picks, int changed) {
   Partial own{{-1, kNobody}, {-1, kNobody}};
@@ -274,7 +275,7 @@ __device__ Partial reduce(const State<T>& state, const Domain& domain, Fold fold
   own.stale = block_best(own.stale);
   if (threadIdx.x == 0) state.partial[blockIdx.x] = own;
   grid_sync();
-  // Every block for itself: there are at most a few hundred partial results.
+  // Every block does it for itself: there are at most a few hundred partial results.
   Partial all{{-1, kNobody}, {-1, kNobody}};
   for (int b = static_cast<int>(threadIdx.x); b < static_cast<int>(gridDim.x); b += kThreads) {
     if (better(state.partial[b].fresh, all.fresh)) all.fresh = state.partial[b].fresh;
@@ -300,8 +301,8 @@ __device__ int list_above(const State<T>& state, const Domain& domain, const Bes
   return state.control->listed;
 }
 
-// The candidate of the largest gain, when `picks` picks have been made; nobody after a part of a sweep. A
-// sample is only evaluated, all candidates may be swept.
+// The candidate of the largest gain, when `picks` picks have been made; none after a part of a sweep. A
+// sample is only evaluated; all candidates may be swept.
 template <class T, Form form, bool kChained, bool kMatrix>
 __device__ Best choose(const State<T>& state, const Domain& domain, const Sweep& sweep, int picks, bool naive,
                        bool whole) {
@@ -380,7 +381,7 @@ struct Task {
   Sweep sweep = {};
 };
 
-// One kernel for all of this, since most of it is the tiles, which take their time to compile.
+// One kernel for all of this, since most of it is the tiles, which take long to compile.
 template <class T, Form form, bool kChained, bool kMatrix>
 __global__ void __launch_bounds__(kThreads, 1) greedy(State<T> state, Task task) {
   if (state.control->verdict != Verdict::kFine || state.control->refused) return;
@@ -457,7 +458,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) atomicMax(most, static_cast<unsigned long long>(__double_as_longlong(own)));
 }
 
-// *most = the bits of the largest similarity, or 0. Strips of the rows, a block for each.
+// *most = the bits of the largest similarity, or 0. Strips of the rows, one block per strip.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     largest_of_matrix(const T* s, int64_t stride, int n, int m, unsigned long long* most,
@@ -482,7 +483,7 @@ __device__ double largest_of(const Control& control, Largest which) {
   return __longlong_as_double(static_cast<long long>(control.largest[which]));
 }
 
-// An upper bound of all distances by the triangle inequality, and never 0; as the type T has it.
+// An upper bound of all distances by the triangle inequality, and never 0; in the type T.
 template <class T>
 __device__ double offset_of(const Control& control, bool self, bool squared) {
   const double of_candidates = largest_of(control, kOfCandidates);
@@ -493,16 +494,16 @@ __device__ double offset_of(const Control& control, bool self, bool squared) {
 
 struct PrepareArguments {
   const double* weights;
-  const double *candidate_norms, *client_norms;  // of dot products, else null
+  const double *candidate_norms, *client_norms;  // for dot products, else null
   bool matrix;
-  double upper;  // of similarities, above the floor, where neither tells: of distances (also negated, in a
+  double upper;  // of similarities, above the floor, if neither tells: for distances (also negated, in a
                  // matrix) the offset
   bool distances, find_offset, trim_offset, self, squared;
   double largest;  // that a similarity may reach
   const BadAt* bad_at;
 };
 
-// One block: is the data fine, and by which power of two are the weights scaled?
+// One block: checks the data, and finds the power of two that the weights are scaled by.
 template <class T>
 __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArguments a) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -595,7 +596,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block: the sample of step_among(), each candidate once; or which of them is not open.
+// One block: the sample of step_among(), each candidate once; or a candidate that is not open.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     check_sample(State<T> state, const int64_t* candidates, int count, int* sample) {
@@ -659,7 +660,7 @@ __global__ void __launch_bounds__(kThreads) serve_themselves(State<T> state, int
   }
 }
 
-// A block for each pick, and one more for f(S): sums over the clients in a fixed order.
+// One block per pick, and one more for f(S): sums over the clients in a fixed order.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_up(State<T> state, int picks, const double* weights, const int64_t* assignment, double* won) {
@@ -763,7 +764,7 @@ class Greedy final : public FacilityLocation {
     pace_.launched(picks_ + 1);
     const Control control = read_control();
     if (control.refused) {
-      // Else later picks would be refused with it.
+      // Else later picks would be refused because of it.
       check(cudaMemsetAsync(&state_.control->refused, 0, sizeof control.refused, stream_),
             "clearing device memory");
       throw std::invalid_argument("candidates: expected indices in [0, " + std::to_string(state_.n) +
@@ -961,7 +962,7 @@ class Greedy final : public FacilityLocation {
       if constexpr (sizeof(T) == 4) {
         if (!chained_) return fn(form, No{}, No{});
       }
-      return fn(form, Yes{}, No{});  // for float64 in any case: a kernel less for each form
+      return fn(form, Yes{}, No{});  // for float64 in any case: one kernel less per form
     };
     switch (form_) {
       case Form::kProduct:
@@ -991,7 +992,7 @@ class Greedy final : public FacilityLocation {
   bool points_ = false, separate_clients_ = false, chained_ = false;
   int64_t open_ = 0, picks_ = 0, picks_at_once_ = 1, sample_size_ = 0;
   bool swept_ = false;
-  // Multiply-adds of a pick's update, of a sweep, and of one launch.
+  // Multiply-adds per update of a pick, per sweep, and per launch.
   double take_work_ = 0, sweep_work_ = 0, at_once_ = 0;
   Verdict verdict_;
   int partials_ = 0;

@@ -16,16 +16,16 @@ struct GreedyArguments {
   const int64_t* preselected = nullptr;  // [preselected_count] on the device
   int64_t preselected_count = 0;
   double offset = 0;  // of distances, and of matrices of negated distances, s = offset - distance; >= 0
-  bool find_offset = false;  // an upper bound of all distances instead, which finish() tells
+  bool find_offset = false;  // an upper bound of all distances instead, which finish() returns
   bool trim_offset =
-      false;  // that bound in place of an offset far above it, beside which distances would be lost
+      false;  // that bound in place of an offset far above it, beside which rounding would lose distances
   bool self_clients = false;
   cudaStream_t stream = nullptr;
-  std::function<bool()> poll = nullptr;  // asked while the GPU works; true stops the run: Cancelled is thrown
-  int64_t work_at_once = 0;  // multiply-adds of one launch, about; 0: what a GPU does in some 100 ms at most
+  std::function<bool()> poll = nullptr;  // called while the GPU works; true stops the run by Cancelled
+  int64_t work_at_once = 0;  // multiply-adds per launch, about; 0: what a GPU does in some 100 ms at most
 };
 
-// What was wrong with the data, found on the way and known once finish() has waited.
+// The fault in the data, found on the way and known once finish() has waited.
 struct Verdict {
   enum Kind : int {
     kFine,
@@ -42,28 +42,29 @@ struct Verdict {
 };
 
 // A run that advances pick by pick. Long work goes to the stream of the arguments in several launches, of
-// which at most two are under way; so the GPU never idles, and `poll` is heard. Other than for that, nothing
-// but finish() and step_among() waits for the GPU. Arrays must outlive the object. After Cancelled the run is
+// which at most two are under way; so the GPU never idles, and `poll` is called. Apart from that, only
+// finish() and step_among() wait for the GPU. Arrays must outlive the object. After Cancelled the run is
 // over.
 class FacilityLocation {
  public:
   virtual ~FacilityLocation() = default;
 
   // Starts up to `count` further picks; `naive` evaluates every candidate at every pick. Returns the number
-  // of picks there will then be.
+  // of picks that there will be then.
   virtual int64_t step(int64_t count, bool naive) = 0;
 
-  // One pick among candidates [count] on the device, at least one; waits, and returns it, or -1 where
+  // One pick among candidates [count] on the device, at least one; waits, and returns the pick, or -1 if
   // verdict() says that something is wrong. Throws std::invalid_argument if one of them is not open.
   virtual int64_t step_among(const int64_t* candidates, int64_t count) = 0;
 
   // Writes the picks so far to arrays on the device: candidate, gain and client weight won, [picks], and the
   // pick that serves each client, [m], or -1. Waits; `objective` is f(S), the preselected included, `offset`
-  // what distances were subtracted from. Nothing is written where verdict() says that something is wrong.
+  // the value that distances were subtracted from. Nothing is written if verdict() says that something is
+  // wrong.
   virtual void finish(int64_t* indices, double* gains, double* weights, int64_t* assignment,
                       double* objective, double* offset) = 0;
 
-  // What step_among() or finish() found.
+  // The fault that step_among() or finish() found.
   virtual Verdict verdict() const = 0;
 
   virtual int64_t candidates() const = 0;

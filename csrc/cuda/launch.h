@@ -36,8 +36,8 @@ struct Launch {
 
 namespace detail {
 
-// Without asking, a block has 48 KiB less what the kernel itself declares, which is not known here: so it is
-// asked for in any case.
+// Without an explicit request, a block has 48 KiB less the memory that the kernel itself declares. That size
+// is not known here, so the memory is requested in any case.
 template <class... P>
 void allow_shared(void (*kernel)(P...), size_t bytes) {
   if (bytes > 0)
@@ -64,8 +64,8 @@ cudaError_t start(void (*kernel)(P...), const Launch& how, P... parameters) {
 
 }  // namespace detail
 
-// Runs kernel(arguments...), each argument converted to the type of its parameter. Like any launch it does
-// not wait for the kernel; what goes wrong with the launch itself is thrown.
+// Runs kernel(arguments...), each argument converted to the type of its parameter. Like any launch, this does
+// not wait for the kernel; errors of the launch itself are thrown.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const Launch& how, A&&... arguments) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument for each parameter of the kernel");
@@ -74,8 +74,8 @@ void launch(void (*kernel)(P...), const Launch& how, A&&... arguments) {
 }
 
 // How many blocks of the kernel the current device holds at once: the largest grid of a cooperative launch.
-// The environment variable FLASHCORESET_CUDA_BLOCKS lowers that to so many a multiprocessor, for tools whose
-// instrumented kernels take more of it than the occupancy calculation knows.
+// The environment variable FLASHCORESET_CUDA_BLOCKS lowers that to so many per multiprocessor, for tools
+// whose instrumented kernels take more of a multiprocessor than the occupancy calculation knows.
 template <class... P>
 int cooperative_blocks(void (*kernel)(P...), int threads, size_t shared) {
   detail::allow_shared(kernel, shared);

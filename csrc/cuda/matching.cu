@@ -2,31 +2,31 @@
 //     u_id = (m_scale m_d + m_step g_id) / (sqrt(v_scale v_d + v_step g_id^2) + eps)
 // and for each group the `top` dimensions of largest |mean_i u_id|.
 //
-// The dimensions go by in chunks, of which each doubles the one before. For a chunk
+// The dimensions are taken in chunks, each twice as long as the one before. For a chunk
 //
-//   sieve         A thread has a dimension and a group, and sums the group's updates in float. A dimension
-//   whose mean may be
-//                 above the bar, the least value of those kept so far, by a bound of the rounding errors,
-//                 joins the candidates.
-//   weigh         A thread has a candidate and sums its updates in double. What is above the bar joins the
-//   list. keep_largest  A block has a group's list, finds its top-th value bit by bit, eight at a time by
-//   histograms, and of that
-//                 value's dimensions the lowest; and keeps what is above.
+//   sieve         A thread has a dimension and a group, and sums the group's updates in float. If the mean
+//                 of a dimension may be above the bar, the least value kept so far, by a bound of the
+//                 rounding errors, the dimension joins the candidates.
+//   weigh         A thread has a candidate and sums its updates in double. A mean above the bar joins the
+//                 list.
+//   keep_largest  A block has a group's list. It finds the list's top-th value, eight bits at a time by
+//                 histograms, and the lowest dimensions of that value; and keeps everything above.
 //
-// Bar, candidates and lists stay on the device; the host launches only. With random data top ln 2 dimensions
-// of a chunk pass, so that a list has less than twice what it keeps. Double gradients, those without a
-// history and where a tiny eps lets float underflow go to weigh() right away, as all of the first chunk does.
+// Bar, candidates and lists stay on the device; the host only launches. With random data top ln 2 dimensions
+// of a chunk pass, so that a list has less than twice the entries that it keeps. Some gradients go to weigh()
+// right away, as all of the first chunk does: double ones, those without a history, and those with an eps so
+// tiny that floats underflow.
 //
-// A low-rank gradient's entries are made from the generator's words: a normal number for each direction,
-// dimension and 16 rows, of which a block of the generator would give four. Sums over several directions are
-// made in double in the sieve too, because what cancels in them would be lost to its bound.
+// A low-rank gradient's entries are made from the generator's words: one normal number per direction,
+// dimension and 16 rows; a block of the generator would give four. Sums over several directions are made in
+// double in the sieve too, because cancellation in them would exceed its bound.
 //
-// Order of sums: the rows', 16 at a time in float, then in double. Lists are in no order, but what is in them
-// is exact. Cost: B D square roots and quotients, in float: a GPU made for games does 64 operations in the
-// time of one in double. Bytes: g, and m and v once for each group. Memory: 24 for each group and dimension
-// of a chunk, of which there are 2^19 at most (or `top` dimensions).
+// Order of sums: the rows', 16 at a time in float, then in double. Lists are in no order, but their contents
+// are exact. Cost: B D square roots and quotients, in float: a GPU made for games does 64 operations in the
+// time of one in double. Bytes: g, and m and v once per group. Memory: 24 bytes per group and dimension of a
+// chunk; a chunk has 2^19 of these at most (or `top` dimensions).
 //
-// Rejected: double on the spot where one dimension of a warp passes (a few per cent of the dimensions do, and
+// Rejected: double on the spot if one dimension of a warp passes (a few per cent of the dimensions do, and
 // with them half of the warps); sorting each chunk's means with the list (the whole of D is sorted, for a
 // list of a thousandth of it).
 #include <algorithm>
@@ -51,7 +51,7 @@ constexpr int kRows = 16;          // at a time, summed in float before the sum 
 constexpr int kBins = 256;
 constexpr int64_t kChunk = int64_t{1} << 19;  // dimensions times groups, at most
 constexpr uint32_t kStream = 4;  // of the generator: the number after those of the kinds of sketches
-constexpr double kLeastEpsOfSieve = 1e-10;  // below it, what underflows in float could be seen in u
+constexpr double kLeastEpsOfSieve = 1e-10;  // below this eps, underflow in float could change u visibly
 
 __device__ __forceinline__ float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -228,7 +228,7 @@ __device__ double sum_of_updates(const Problem<Source, T>& p, int64_t group, int
 
 // ---- lists
 
-// What is kept of each group.
+// The lists of each group.
 struct Lists {
   int64_t top, width, chunk;   // a list has room for width = top + chunk entries
   double* value;               // [G, width]
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads) clear(Lists lists, int64_t groups) {
   lists.bar[group] = -1;
 }
 
-// A place behind `*length` others for each lane of the warp that `joins`; all lanes come here.
+// A place behind `*length` others for each lane of the warp that `joins`; all lanes have to call this.
 __device__ unsigned long long place_in(unsigned long long* length, bool joins) {
   const unsigned lanes = __ballot_sync(~0u, joins);
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -266,8 +266,8 @@ __global__ void __launch_bounds__(kThreads)
   if (j < count) {
     const double mean =
         fabs(sum_of_updates<float>(p, group, d)) / static_cast<double>(p.offset[group + 1] - p.offset[group]);
-    // |u| <= this, of g alone and of m alone; sums of kRows terms and the eight roundings of each are off by
-    // so many units.
+    // |u| is at most this: the share of g alone plus that of m alone; sums of kRows terms and the eight
+    // roundings of each are off by so many units.
     const Updates<float> update(p.rule, p.m, p.v, d);
     const double most =
         p.rule.m_step / sqrt(p.rule.v_step) +
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kThreads)
   if (passes) lists.candidate[group * lists.chunk + static_cast<int64_t>(place)] = d;
 }
 
-// Of the candidates, or of all `count` dimensions.
+// The means of the candidates, or of all `count` dimensions.
 template <class Source, class T>
 __global__ void __launch_bounds__(kThreads)
     weigh(Problem<Source, T> p, Lists lists, int64_t begin, int64_t count, bool sieved, long long* refused) {
@@ -304,15 +304,15 @@ __global__ void __launch_bounds__(kThreads)
   lists.at[group * lists.width + place] = d;
 }
 
-// A key of several, all of them in the block.
+// One key of several, shared by the block.
 struct Rank {
   unsigned long long key;
-  unsigned left;   // which of those that have this key, from 1 on
+  unsigned left;   // which of the entries that have this key, from 1 on
   unsigned equal;  // how many have it
 };
 
-// The left-th largest of the keys that key_of(i, &key) says there are for i < count. All threads of the block
-// come here.
+// The left-th largest of the keys that key_of(i, &key) gives for i < count. All threads of the block have to
+// call this.
 template <class KeyOf>
 __device__ Rank find_rank(int64_t count, unsigned left, const KeyOf& key_of) {
   FC_SHARED(unsigned, histogram, [kBins]);
@@ -354,7 +354,7 @@ __device__ Rank find_rank(int64_t count, unsigned left, const KeyOf& key_of) {
   return rank;
 }
 
-// A block for a group. Values are not negative, so that their bits are in their order.
+// One block per group. Values are not negative, so their bits have the same order.
 __global__ void __launch_bounds__(kListThreads) keep_largest(Lists lists) {
   FC_SHARED(unsigned long long, kept, );
   const int64_t group = blockIdx.x, top = lists.top, length = static_cast<int64_t>(lists.length[group]);
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(kListThreads) keep_largest(Lists lists) {
   const auto key_of_value = [=](int64_t i) {
     return static_cast<unsigned long long>(__double_as_longlong(value[i]));
   };
-  unsigned long long least = 0, last = 0;  // keys of the value and, of that value, of the dimension
+  unsigned long long least = 0, last = 0;  // keys of the value and, among equal values, of the dimension
   if (length >= top) {
     const Rank rank = find_rank(length, static_cast<unsigned>(top), [=](int64_t i, unsigned long long* key) {
       *key = key_of_value(i);
@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kListThreads) keep_largest(Lists lists) {
     if (i < left) {
       value[i] = kept_value[i];
       at[i] = kept_at[i];
-    } else {  // something was refused; what is written is a dimension all the same
+    } else {  // something was refused; a valid dimension is written all the same
       kept_value[i] = 0;
       kept_at[i] = 0;
     }
@@ -413,7 +413,7 @@ __global__ void __launch_bounds__(kListThreads) keep_largest(Lists lists) {
   }
 }
 
-// A thread for a group's dimension.
+// One thread per dimension of a group.
 template <class Source, class T>
 __global__ void __launch_bounds__(kThreads)
     restrict_rows(Problem<Source, T> p, const int64_t* dims, int64_t top, double* u) {
@@ -447,7 +447,7 @@ struct Step {
   long long* overflows;
 };
 
-// A thread for a dimension of [begin, end).
+// One thread per dimension of [begin, end).
 template <class Source, class T>
 __global__ void __launch_bounds__(kThreads) advance(Step<Source, T> s, int64_t begin, int64_t end) {
   const int64_t d = begin + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -459,7 +459,7 @@ __global__ void __launch_bounds__(kThreads) advance(Step<Source, T> s, int64_t b
     double g[kRows];
     column.take(s.chosen + row, count, g);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {  // those that there are not are 0
+    for (int r = 0; r < kRows; ++r) {  // rows that do not exist are 0
       mean += g[r];
       square += g[r] * g[r];
     }
@@ -537,7 +537,7 @@ void top_dimensions(const Gradients& g, const AdamRule& rule, TensorView<const T
   const Lists lists{top,          width,         most,       value.data(),
                     at.data(),    length.data(), bar.data(), candidate.data(),
                     found.data(), values.data,   dims.data};
-  // int64_t is a long, of which CUDA has no atomics.
+  // int64_t is a long, for which CUDA has no atomics.
   static_assert(sizeof(long long) == sizeof(int64_t));
   auto* const first_refused = reinterpret_cast<long long*>(refused);
   Pace pace(stream, std::move(poll));

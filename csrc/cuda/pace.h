@@ -38,7 +38,7 @@ class Event {
   bool reached() const {
     const cudaError_t status = cudaEventQuery(event_);
     if (status == cudaErrorNotReady) {
-      cudaGetLastError();  // it counts as an error otherwise, which the next launch would be blamed for
+      cudaGetLastError();  // otherwise it counts as an error, which the next launch would report as its own
       return false;
     }
     check(status, "work on the GPU");
@@ -59,16 +59,16 @@ class Pace {
     if (cancelled_) throw std::runtime_error("this run was interrupted; start another");
   }
 
-  // To be called after each launch, with how much will be done when it is; waits until no launch is left but
-  // this one and the one before it. Throws Cancelled if the poll says so.
+  // To be called after each launch, with how much will be done when the launch is; waits until no launch is
+  // left but this one and the one before it. Throws Cancelled if the poll returns true.
   void launched(int64_t done) {
     under_way_.push_back({Event(stream_), done, Clock::now()});
     while (under_way_.size() > 2) finish_first();
   }
 
-  // The same for a launch of `count` pieces of work; returns of how many the next should be, given the time
-  // that the last one to end took: launches of 50 to 200 ms are short enough to stop and long enough to be
-  // free.
+  // The same for a launch of `count` pieces of work; returns how many pieces the next launch should have,
+  // given the time that the last one to end took: launches of 50 to 200 ms are short enough to stop and long
+  // enough to cost nothing.
   int64_t next_count(int64_t done, int64_t count) {
     launched(done);
     if (last_took_ < std::chrono::milliseconds(50)) return 2 * count;
@@ -93,7 +93,7 @@ class Pace {
 
   void finish_first() {
     const Launched& first = under_way_.front();
-    // Short waits are spun through: a sleep would cost more than they do.
+    // Short waits are spun through: a sleep would cost more than the wait.
     for (const auto begin = Clock::now(); ask_to_stop(), !first.event.reached();) {
       if (Clock::now() - begin > std::chrono::microseconds(500)) {
         std::this_thread::sleep_for(std::chrono::microseconds(50));
@@ -112,7 +112,8 @@ class Pace {
     last_poll_ = now;
     if (!poll_()) return;
     cancelled_ = true;
-    // What is under way reads arrays that the caller may free now. An error of it is of no interest any more.
+    // The work under way reads arrays that the caller may free after this. Its errors are of no interest any
+    // more.
     cudaStreamSynchronize(stream_);
     under_way_.clear();
     throw Cancelled();

@@ -1,5 +1,6 @@
 // Rows brought into compact memory, and to unit length, with the operations of cpu/pack.h: a power of two
-// brings a row's largest magnitude near 1, and feature k counts into partial sum k % 8. Eight threads a row.
+// brings a row's largest magnitude near 1, and feature k counts into partial sum k % 8. Eight threads per
+// row.
 #pragma once
 
 #include <cmath>

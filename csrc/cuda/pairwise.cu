@@ -1,4 +1,4 @@
-// All similarities or distances between two sets of points: a block for each tile of the result. n * m * d
+// All similarities or distances between two sets of points: one block per tile of the result. n * m * d
 // multiply-adds, both sets packed first.
 #include <algorithm>
 #include <stdexcept>
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
     tile_of_pairs(RowSet<T> x, RowSet<T> y, bool root, T* out, int64_t stride) {
   constexpr int kRows = kTallRows<T, true>;
   T value[kRows / kSide][kCols<T> / kSide];
-  // In one dimension: the others have at most 65,535 blocks.
+  // In one dimension of the grid: the others have at most 65,535 blocks.
   const int row_tiles = (x.count + kRows - 1) / kRows, tile = static_cast<int>(blockIdx.x);
   const int first_row = tile % row_tiles * kRows, first_col = tile / row_tiles * kCols<T>;
   tile_values<T, form, kRows, true>(x, first_row, y, first_col, value);

@@ -8,8 +8,8 @@
 namespace fc::cuda {
 
 // out [n, m], rows contiguous: the metric's values between the rows of x [n, d] and of y [m, d], on the
-// device. Work goes to `stream`, nothing waits. NaN and infinity are not looked for: they give NaN or
-// infinity.
+// device. Work goes to `stream`; the call does not wait. NaN and infinity are not checked for: they give NaN
+// or infinity.
 template <class T>
 void pairwise(TensorView<const T, 2> x, TensorView<const T, 2> y, Metric metric, TensorView<T, 2> out,
               cudaStream_t stream);

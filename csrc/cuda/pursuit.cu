@@ -1,12 +1,12 @@
-// Products of long rows with a few vectors, and the row that the next pick of a matching pursuit is.
+// Products of long rows with a few vectors, and the choice of the next pick of a matching pursuit.
 //
 //   out_vi = g_i . y_v
 //                    A warp has 4 rows and up to 12 vectors, and a lane every 32nd column: 48 sums in double
-//                    registers, of exact products where the rows are float. A block's 8 warps share the
-//                    vectors, 256 columns of them at a time in shared memory as doubles, so that a number of
-//                    G is read and converted once. After 4,096 columns the lanes' sums are added up, and go
-//                    on as a total. With few rows each such piece has blocks of its own, and a second kernel
-//                    adds the pieces up in order.
+//                    registers, of exact products if the rows are float. A block's 8 warps share the
+//                    vectors, 256 columns of them at a time in shared memory as doubles, so that each number
+//                    of G is read and converted once. After 4,096 columns the lanes' sums are added up into
+//                    a running total. With few rows each such piece has blocks of its own, and a second
+//                    kernel adds the pieces up in order.
 //   score_i = c_i - sum_p w_p K_pi
 //                    A block has 32 rows; each of its 8 warps takes every eighth column K_p of the Gram
 //                    matrix, since rows alone are too few threads. The best of each block goes to memory, and
@@ -16,11 +16,11 @@
 //
 // Sums have one order each, which for products depends on D alone; there are no atomics.
 //
-// Cost of products: itemsize * B * D bytes and 2 * B * D operations in double for each vector; of scores 8 *
-// B * s bytes for s picks in use. Memory: 8 bytes for each piece and product where pieces are blocks of their
-// own, less than a hundredth of G.
+// Cost of products: itemsize * B * D bytes and 2 * B * D operations in double per vector; of scores: 8 * B *
+// s bytes for s picks in use. Memory: 8 bytes per piece and product if pieces have blocks of their own, less
+// than a hundredth of G.
 //
-// Rejected: float sums (a Gram matrix squares the condition of the rows); matrix units in double, which take
+// Rejected: float sums (a Gram matrix squares the condition of the rows); matrix units in double, which need
 // operands that are double in memory; the weights' fit on the GPU (each of p steps of a triangular solve
 // waits for the one before).
 #include <algorithm>
@@ -61,7 +61,7 @@ struct Products {
   const int64_t *which, *places;  // [count]
   int count;
   int64_t blocks;  // of rows
-  bool split;      // a piece a block
+  bool split;      // one piece per block
   double* out;     // [*, n], or split [pieces, count, n]
 };
 
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) multiply(Products<X, Y> p) {
   const X* row[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int64_t i = min(first + r, p.n - 1);  // one that there is
+    const int64_t i = min(first + r, p.n - 1);  // one that exists
     row[r] = p.g + (p.rows == nullptr ? i : p.rows[i]) * p.stride;
   }
   // A total is read and written by one lane.
@@ -290,7 +290,7 @@ void products(TensorView<const X, 2> g, TensorView<const int64_t, 1> rows, Tenso
 
 template <class X>
 void squares(TensorView<const X, 2> g, TensorView<double, 1> out, cudaStream_t stream, int64_t few_blocks) {
-  // One row of `out`, whose number is in device memory as others are.
+  // One row of `out`, whose number is in device memory as the other numbers are.
   const DeviceBuffer<int64_t> place(1, stream);
   check(cudaMemsetAsync(place.data(), 0, sizeof(int64_t), stream), "clearing device memory");
   Products<X, X> p{};

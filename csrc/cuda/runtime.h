@@ -16,7 +16,7 @@
 // total, ); a scalar, and FC_DYNAMIC_SHARED(float, buffer); a pointer to the shared memory that the launch
 // asked for. All are uninitialised.
 #if defined(FC_EMULATOR)
-// The lambda's type is what tells one declaration, in one instantiation of its template, from all others.
+// The lambda's type distinguishes one declaration, in one instantiation of its template, from all others.
 #define FC_SHARED(type, name, extents) auto& name = ::fc::emulator::shared_array<type extents>([] {}, #name)
 #define FC_DYNAMIC_SHARED(type, name) \
   type* const name = reinterpret_cast<type*>(::fc::emulator::dynamic_shared())
@@ -34,7 +34,7 @@ namespace cuda {
 // Waits until every thread of a cooperative launch is here, and makes what they wrote visible to all.
 #if defined(FC_EMULATOR)
 using emulator::grid_sync;
-#elif defined(__CUDACC__)  // what plain C++ includes of CUDA has no device code
+#elif defined(__CUDACC__)  // the CUDA headers that plain C++ includes have no device code
 __device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 #endif
 

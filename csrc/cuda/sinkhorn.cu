@@ -1,18 +1,17 @@
-// Batched Sinkhorn on the GPU: what goes before and after the iterations.
+// Batched Sinkhorn on the GPU: the work before and after the iterations.
 //
-//   inspect, weigh   is the data fine? and a bound of each problem's costs, by the triangle inequality
-//   through
-//                    the first column's point: one reading of points and weights
-//   solve            problems whose matrix fits into a block's shared memory: a block each
+//   inspect, weigh   check the data, and bound each problem's costs by the triangle inequality through the
+//                    first column's point: points and weights are read once
+//   solve            problems whose matrix fits into a block's shared memory: one block per problem
 //                    (sinkhorn_resident.cu); the rest: all blocks together (sinkhorn_streaming.cu)
 //   read the faults  the only time that the host waits
 //   apply, plan      P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg) from tiles, applied on the spot or written
 //
-// Which kernel takes a problem is told by its lengths, on the device: both are started where sizes differ,
-// and each passes over the other's.
+// The lengths of a problem decide, on the device, which kernel takes it: both kernels are started if sizes
+// differ, and each skips the other's problems.
 //
-// Rejected: a launch for each problem; float32 potentials, whose rounding alone moves the marginals by 1.5e-4
-// where reg is 1e-4 of the largest cost.
+// Rejected: one launch per problem; float32 potentials, whose rounding alone moves the marginals by 1.5e-4 if
+// reg is 1e-4 of the largest cost.
 #include <algorithm>
 #include <limits>
 
@@ -32,7 +31,7 @@ __device__ void lower(unsigned long long* least, int64_t at) {
   atomicMin(least, static_cast<unsigned long long>(at));
 }
 
-// faults.values and facts.most. Rows are shared out to warps: `slices` blocks a problem, blockIdx.x = p *
+// faults.values and facts.most. Rows are shared out to warps: `slices` blocks per problem, blockIdx.x = p *
 // slices + slice.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
     most[side] = max(most[side], ordered(problems.metric == Metric::kL1 ? sum : sqrt(sum)));
   }
   for (int side = 0; side < 2; ++side) {
-    // A warp at a time: whole warps run on, and one value each is little for the atomics.
+    // One warp at a time: whole warps run on, and one value per warp is little work for the atomics.
     for (int step = 16; step > 0; step /= 2) {
       most[side] = max(most[side], __shfl_xor_sync(0xffffffffu, most[side], step));
     }
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The rest of facts and faults: a block for each problem.
+// The rest of facts and faults: one block per problem.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     weigh(SinkhornProblems<T> problems, double reg, bool balanced, Facts* facts, Faults* faults) {
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
   weighted[l] = split<T>(potentials[l] + reg * log(weights[l]));
 }
 
-// What the kernels that make plans need: for each problem its lines and the others, [count, lines].
+// The arguments of the kernels that make plans: for each problem its lines and the others, [count, lines].
 template <class T>
 struct Plans {
   Batch<T> batch;
@@ -160,8 +159,7 @@ __device__ void plan_tile(const Plans<T>& plans, int64_t problem, int first_line
   }
 }
 
-// out [count, n, m] = P: a block for each tile, blockIdx.x = (problem * line tiles + tile) * other tiles +
-// tile.
+// out [count, n, m] = P: one block per tile, blockIdx.x = (problem * line tiles + tile) * other tiles + tile.
 template <class T>
 __global__ void __launch_bounds__(kThreads) write_plan(Plans<T> plans, double* out) {
   const int n = plans.batch.n, m = plans.batch.m;
@@ -180,13 +178,13 @@ __global__ void __launch_bounds__(kThreads) write_plan(Plans<T> plans, double* o
     for (int c = 0; c < kCols<T> / kSide; ++c) {
       const int o = first_other + tile_column<T>(c);
       if (o >= m) continue;
-      // A weight of 0 makes nothing of anything.
+      // A weight of 0 makes any value 0.
       out[(problem * n + l) * m + o] = weight > 0 ? weight * static_cast<double>(p[r][c]) : 0;
     }
   }
 }
 
-// out [count, lines, k]: out_lq = weight_l sum_o (P_lo / weight_l) v_oq. A block for kTileRows lines and
+// out [count, lines, k]: out_lq = weight_l sum_o (P_lo / weight_l) v_oq. One block per kTileRows lines and
 // kTerms columns of v, along all others; sums of a thread's part of a tile in T, of tiles in float64.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -241,7 +239,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the host's side
 
-// Points as the tiles take them: cosine's brought to unit length, in memory of their own.
+// Points as the tiles take them: those of cosine are brought to unit length, in memory of their own.
 template <class T>
 class Packed {
  public:
@@ -301,7 +299,7 @@ SinkhornVerdict verdict_of(const Faults& faults, const SinkhornProblems<T>& prob
   return verdict;
 }
 
-// What a block may have for its matrix.
+// The shared memory that a block may have for its matrix.
 template <class T>
 int64_t shared_for(int64_t wanted) {
   int device = 0, most = 0;

@@ -1,13 +1,13 @@
-// What the kernels of Sinkhorn share: the problems as a kernel sees them, tiles of their costs (the metric is
-// found out at run time, once for kDepth features: a kernel for each would take the compiler four times as
-// long), and exponents
+// The code that the kernels of Sinkhorn share: the problems as a kernel sees them, tiles of their costs (the
+// metric is found at run time, once for kDepth features: one kernel per metric would take the compiler four
+// times as long), and exponents
 //   (f_i + g_j - C_ij) / eps
 // formed so that potentials and costs of many times eps lose nothing. Potentials are float64. In float64 the
-// exponent is too; for float32 each potential is split into two floats and the difference of the first from
-// the cost keeps its rounding error (Knuth's two-sum), so what remains is the rounding of a number as small
-// as the result: 13 operations, none of them in float64. Rejected: float64 exponents for float32 costs, whose
-// conversions alone take as long as 8 features' products; potentials over eps as one float, which at costs of
-// 10^4 eps is off by 5e-4.
+// exponent is float64 too; for float32 each potential is split into two floats and the difference of the
+// first from the cost keeps its rounding error (Knuth's two-sum), so what remains is the rounding of a number
+// as small as the result: 13 operations, none of them in float64. Rejected: float64 exponents for float32
+// costs, whose conversions alone take as long as 8 features' products; potentials over eps as one float,
+// which at costs of 10^4 eps is off by 5e-4.
 #pragma once
 
 #include <cmath>
@@ -42,7 +42,7 @@ __device__ __forceinline__ double of_ordered(unsigned long long bits) {
   return __longlong_as_double(static_cast<long long>(bits >> 63 != 0 ? bits & ~(1ull << 63) : ~bits));
 }
 
-// What was found in the data of all problems: the least position of each fault, all ones for none.
+// The faults found in the data of all problems: the least position of each fault, all ones for none.
 struct Faults {
   static constexpr unsigned long long kNone = ~0ull;
   unsigned long long values[2];     // in x, y: (problem * rows + row) * columns + column
@@ -57,7 +57,7 @@ struct Faults {
   }
 };
 
-// What is known of a problem before it is solved.
+// The facts about a problem that are known before it is solved.
 struct Facts {
   unsigned long long most[2];  // ordered(): the farthest of x and of y from the first of y; costs and -costs
   double spread;               // of the costs, or a bound
@@ -80,7 +80,7 @@ template <class T>
 __device__ __forceinline__ Split<T> split(double value) {
   if constexpr (sizeof(T) == 4) {
     const float hi = static_cast<float>(value);
-    // An infinite potential, which a weight of 0 makes of it, has no remainder.
+    // An infinite potential, which a weight of 0 makes, has no remainder.
     return {hi, hi - hi == 0 ? static_cast<float>(value - hi) : 0.0f};
   } else {
     return {value};
@@ -102,7 +102,7 @@ __device__ __forceinline__ double exponent(Split<double> own, Split<double> othe
   return ((own.hi - cost) + other.hi) * inverse;
 }
 
-// The problems as a kernel sees them: cosine's points are of unit length already.
+// The problems as a kernel sees them: points of cosine have unit length already.
 template <class T>
 struct Batch {
   const T* x = nullptr;  // [count, n, d], or the costs [count, n, m]
@@ -124,7 +124,7 @@ struct Batch {
 template <class T>
 struct Costs {
   RowSet<T> lines, others;
-  const T* matrix = nullptr;                  // null: of points
+  const T* matrix = nullptr;                  // null: costs of points
   int64_t line_stride = 0, other_stride = 0;  // of the matrix
   Form form = Form::kSquare;
   bool root = false;
@@ -144,8 +144,9 @@ __device__ Costs<T> costs_of(const Batch<T>& batch, int64_t p, bool from_columns
   return {x, y, matrix, batch.m, 1, batch.form, batch.root};
 }
 
-// Costs that are given, for cost_tile(). Neighbouring threads have neighbouring others of a line. Where lines
-// are columns these are rows apart in memory: then threads read along the rows, and exchange what they read.
+// Costs that are given, for cost_tile(). Neighbouring threads have neighbouring others of a line. If lines
+// are columns, these others are rows apart in memory: then threads read along the rows, and exchange the
+// values.
 template <class T>
 __device__ void given_tile(const Costs<T>& costs, int first_line, int first_other,
                            T (&cost)[kTileRows<T> / kSide][kCols<T> / kSide]) {
@@ -167,7 +168,7 @@ __device__ void given_tile(const Costs<T>& costs, int first_line, int first_othe
   if (along) return;
 #pragma unroll
   for (int c = 0; c < kC; ++c) {
-    __syncthreads();  // everyone has taken what is theirs of the column before
+    __syncthreads();  // everyone has taken their values of the column before
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       const int place = r * kThreads + thread;
@@ -222,7 +223,7 @@ __device__ inline double block_sum(double own) {
 inline constexpr int kScheduleDoubles = sizeof(SinkhornSchedule) / sizeof(double);
 static_assert(sizeof(SinkhornSchedule) % sizeof(double) == 0 && alignof(SinkhornSchedule) <= alignof(double));
 
-// What a run was asked for, as its kernel gets it.
+// The settings of a run, as its kernel gets them.
 struct Task {
   SinkhornOptions options;
   SinkhornResult result;
@@ -242,24 +243,24 @@ __device__ __forceinline__ double damping(double rho, double eps) {
   return rho == HUGE_VAL ? 1.0 : rho / (rho + eps);
 }
 
-// By how much the sum `ratio` * weight of a line of the plan is off what its potential asks for.
+// By how much the sum `ratio` * weight of a line of the plan is off the sum that its potential asks for.
 __device__ __forceinline__ double off_by(double weight, double ratio, double potential, double rho) {
   if (!(weight > 0)) return 0;
   return weight * fabs(ratio - (rho == HUGE_VAL ? 1.0 : sinkhorn_asked(potential, rho)));
 }
 
-// What a weight's potential asks for, less the weight.
+// The sum that a weight's potential asks for, less the weight.
 __device__ __forceinline__ double lost_by(double weight, double potential, double rho) {
   return weight > 0 && rho < HUGE_VAL ? weight * expm1(-potential / rho) : 0.0;
 }
 
-// What a weight's potential counts in the dual.
+// The contribution of a weight's potential to the dual.
 __device__ __forceinline__ double worth(double weight, double potential, double rho) {
   if (!(weight > 0)) return 0;
   return weight * (rho == HUGE_VAL ? potential : -rho * expm1(-potential / rho));
 }
 
-// What a kernel holds at the end of a run, and the one thread that writes it.
+// The results that a kernel holds at the end of a run, and the one thread that writes them.
 struct Outcome {
   double error, dual, mass, transport_cost;
   int64_t iterations;
@@ -273,7 +274,7 @@ __device__ inline void write_outcome(const Task& task, int64_t p, const Outcome&
   task.result.iterations[p] = found.iterations;
 }
 
-// What a block that solves a problem in shared memory needs of it: see sinkhorn_resident.cu.
+// The bytes that a block needs to solve a problem in shared memory: see sinkhorn_resident.cu.
 inline constexpr int kMostParts = 512;
 constexpr int64_t fours(int64_t count) { return (count + 3) / 4 * 4; }
 
@@ -285,7 +286,7 @@ __host__ __device__ int64_t resident_bytes(int64_t rows, int64_t columns) {
   return (doubles + doubles % 2) * 8 + values * static_cast<int64_t>(sizeof(T));
 }
 
-// Solves the problems that fit into `shared` bytes, a block each; on the task's stream.
+// Solves the problems that fit into `shared` bytes, one block per problem; on the task's stream.
 template <class T>
 void launch_resident(const Batch<T>& batch, const Task& task, int64_t shared);
 

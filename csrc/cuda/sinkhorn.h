@@ -1,5 +1,5 @@
 // Batched entropic optimal transport on the GPU. python/flashcoreset/sinkhorn/reference.py has the
-// definition, sinkhorn.cu says how the work is shared out.
+// definition, sinkhorn.cu how the work is divided.
 #pragma once
 
 #include <cstddef>
@@ -10,14 +10,14 @@
 
 namespace fc::cuda {
 
-// Problems of up to n x m, all arrays compact and on the device. What lies beyond a problem's lengths is not
+// Problems of up to n x m, all arrays compact and on the device. Entries beyond a problem's lengths are not
 // read.
 template <class T>
 struct SinkhornProblems {
   const T* x = nullptr;  // [batch, n, d] points, or the costs [batch, n, m]
   const T* y = nullptr;  // [batch, m, d]; null: x are the costs
   int64_t batch = 0, n = 0, m = 0, d = 0;
-  Metric metric = Metric::kSqeuclidean;  // of points; a cosine's cost is 1 - cos
+  Metric metric = Metric::kSqeuclidean;  // of points; the cost of cosine is 1 - cos
   const double* a = nullptr;             // [batch, n] weights
   const double* b = nullptr;             // [batch, m]
   const int64_t* x_lengths = nullptr;    // [batch], in 1 .. n; null for n
@@ -31,11 +31,11 @@ struct SinkhornOptions {
   int64_t max_iter = 0;
   const double* f = nullptr;  // [batch, n] to start from; null for 0
   const double* g = nullptr;  // [batch, m]
-  int64_t shared_bytes = -1;  // what a block may take of shared memory; -1 for what there is
+  int64_t shared_bytes = -1;  // how much shared memory a block may take; -1 for all there is
   cudaStream_t stream = nullptr;
 };
 
-// Of [batch] problems; beyond a problem's lengths f and g are left as they are.
+// The results of [batch] problems; beyond a problem's lengths f and g are left as they are.
 struct SinkhornResult {
   double* f = nullptr;  // [batch, n]
   double* g = nullptr;  // [batch, m]
@@ -44,23 +44,24 @@ struct SinkhornResult {
   int64_t* iterations = nullptr;
 };
 
-// What is wrong with the data: nothing, or the first problem and, where there are such, its row and column.
+// The fault in the data: none, or the first problem that has one and, if the fault has them, its row and
+// column.
 struct SinkhornVerdict {
   enum Kind : int {
     kFine,
     kNotFinite,      // in x or (second) y
     kBadWeight,      // in a or b: negative, NaN or infinite
     kNoWeight,       // the sum of a or b is 0, or too large for a number
-    kUnequalWeight,  // of balanced problems, by more than one part in 10^4
+    kUnequalWeight,  // the sums of balanced problems differ by more than one part in 10^4
     kOverflow,       // the costs leave the range of the type
-    kSmallReg        // their exponents do
+    kSmallReg        // their exponents leave that range
   };
   Kind kind = kFine;
   bool second = false;
   int64_t problem = 0, row = 0, column = 0;
 };
 
-// Solves all problems; waits once, at the end. Where something is wrong with any of them nothing is written.
+// Solves all problems; waits once, at the end. If any problem has a fault, nothing is written.
 template <class T>
 SinkhornVerdict sinkhorn(const SinkhornProblems<T>& problems, const SinkhornOptions& options,
                          const SinkhornResult& result);

@@ -4,21 +4,21 @@
 // With absorbed potentials F, G the matrix holds K_ij = exp((F_i + G_j - C_ij) / eps), and the iteration is
 //   r_i = sum_j K_ij b_j v_j     u_i <- 1 / r_i         f_i = F_i + eps log u_i
 //   c_j = sum_i K_ij a_i u_i     v_j <- 1 / c_j         g_j = G_j + eps log v_j
-// (with a power and a factor where it is over-relaxed or a marginal is not kept): two reads of shared memory
-// and a multiply-add for each entry, and no exponential. u, v are float64, the products float32 in chains of
-// 8 whose sums are added up in float64.
+// (with a power and a factor if it is over-relaxed or a marginal is not kept): two reads of shared memory and
+// a multiply-add per entry, and no exponential. u, v are float64, the products float32 in chains of 8 whose
+// sums are added up in float64.
 //
 // The range is the log domain's. The first iteration, and one that follows a new eps, holds the costs
 // themselves in the matrix and takes logarithms of sums (float64 exponents), which makes u = v = 1 a good
-// start. Where u or v then leaves 10^-8 .. 10^8 they are absorbed and K is made anew; where a sum leaves
-// 10^-18 .. 10^18, which entries below the smallest float would be missing from, that half of the iteration
-// is made again from the costs.
+// start. If u or v then leaves 10^-8 .. 10^8, they are absorbed and K is made anew. If a sum leaves 10^-18 ..
+// 10^18, entries below the smallest float would be missing from it, and that half of the iteration is made
+// again from the costs.
 //
-// A thread sums a part of a row (or of a column), neighbours of a warp those of neighbouring rows: with rows
-// an odd number of entries apart no two are in one bank.
+// A thread sums a part of a row (or of a column), neighbours of a warp the parts of neighbouring rows: with
+// rows an odd number of entries apart no two are in one bank.
 //
-// Cost: rows * columns costs for each time that K is made; 2 * rows * columns multiply-adds an iteration.
-// Rejected: a warp for each row, whose sum takes five shuffles; K in registers, which leaves no room for more
+// Cost: rows * columns costs each time that K is made; 2 * rows * columns multiply-adds per iteration.
+// Rejected: one warp per row, whose sum takes five shuffles; K in registers, which leaves no room for more
 // than 128 x 128; log-sum-exp in every iteration, 30 times the operations.
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ namespace {
 
 constexpr double kDrift = 1e8, kRange = 1e18;
 
-// Rows or columns of the matrix in shared memory, and what belongs to each.
+// Rows or columns of the matrix in shared memory, and the arrays that belong to them.
 template <class T>
 struct Lines {
   int count;
@@ -158,7 +158,7 @@ class Resident {
         holds = Holds::kNothing;
       }
       if (!of_columns) {
-        // What is left of the iteration is made of what is there.
+        // The rest of the iteration works with the values that are there.
         wanted = holds == Holds::kNothing ? Holds::kKernel : holds;
         error = off + columns_off;
         next = Next::kColumns;
@@ -193,12 +193,13 @@ class Resident {
     }
   }
 
-  // What f has gained and g lost besides what the potentials in memory say: the plan does not change with it.
+  // The constant that f has gained and g lost besides the potentials in memory: the plan does not change with
+  // it.
   __device__ double constant_of(const Lines<T>& lines) const {
     return lines.of_columns ? -constant_ : constant_;
   }
 
-  // Moves the best constant from the columns to the rows; returns by how much more the columns are off.
+  // Moves the best constant from the columns to the rows; returns by how much more the column sums are off.
   __device__ double translate(double lost_rows, double lost_columns) {
     const Facts& facts = task_.facts[p_];
     const double rho_b = task_.options.rho_b;
@@ -208,7 +209,7 @@ class Resident {
     return (facts.mass[1] + lost_columns) * fabs(expm1(more / rho_b));
   }
 
-  // The sum of what a side asks for, less its weights.
+  // The sum that a side asks for, less its weights.
   __device__ double lost_of(const Lines<T>& lines, bool scaled, double eps) {
     const double rho = task_.rho(lines.of_columns);
     double lost = 0;
@@ -277,7 +278,7 @@ class Resident {
     }
   }
 
-  // Of both sides, when the matrix holds K no longer.
+  // Absorbs the scalings of both sides, when the matrix holds K no longer.
   __device__ void absorb(double eps) {
     for (int l = thread(); l < rows_.count; l += kThreads) rows_.potential[l] += eps * log(rows_.scale[l]);
     for (int l = thread(); l < columns_.count; l += kThreads) {
@@ -290,7 +291,7 @@ class Resident {
     return static_cast<int>(fours((others.count + lines.parts - 1) / lines.parts));
   }
 
-  // Half an iteration from K. False: a sum is out of range, and nothing has changed.
+  // Half an iteration from K. Returns false if a sum is out of range; then nothing has changed.
   __device__ bool advance(const Lines<T>& lines, const Lines<T>& others, double eps, double& off,
                           bool& drifted) {
     const int length = part_length(lines, others);
@@ -313,7 +314,7 @@ class Resident {
     bool own_drifted = false;
     for (int l = thread(); l < lines.count; l += kThreads) {
       const double sum = scratch_[l], scale = lines.scale[l];
-      // Of the plan that a row pass began with, and of the one that a column pass made.
+      // The error of the plan that a row pass began with, and of the one that a column pass made.
       double moved = 1 / sum, judged = 0;
       if (omega != 1 || damp != 1) {
         const double log_scale = log(scale), potential = lines.potential[l] + constant_of(lines);
@@ -400,7 +401,7 @@ class Resident {
         off += off_by(weight, ratio, potential, rho);
         dual += worth(weight, potential, rho);
         mass += weight > 0 ? weight * ratio : 0;
-        // Nothing that is still to be read: a weight of 0 counts in no sum.
+        // This value is not read any more: a weight of 0 counts in no sum.
         if (!(weight > 0)) {
           lines.potential[l] = damp * (potential - task_.options.reg * scratch_[l]) - constant_of(lines);
         }
@@ -447,7 +448,7 @@ class Resident {
   T* matrix_;              // [rows, width] costs or K
   int width_;
   Lines<T> rows_, columns_;
-  double constant_ = 0;  // what f has gained and g lost besides; the same in all threads
+  double constant_ = 0;  // the constant that f has gained and g lost; the same in all threads
 };
 
 template <class T>

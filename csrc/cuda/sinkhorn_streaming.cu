@@ -10,13 +10,14 @@
 //
 // The blocks form as many teams as there are problems, or as there are blocks; a team's blocks share one
 // problem's tiles, and it solves every so many-th problem. Teams meet the others at each barrier, whatever
-// each is at. Strips, and the order of all sums, hang on the shape of the problem alone, not on the GPU.
+// step each is at. Strips, and the order of all sums, depend on the shape of the problem alone, not on the
+// GPU.
 //
-// Cost: an iteration makes every cost twice, n m d multiply-adds each, and 2 n m exponentials; 30 bytes for
-// each line, and 2 for a strip of it. Four barriers, some microseconds.
+// Cost: an iteration makes every cost twice, n m d multiply-adds each, and 2 n m exponentials; 30 bytes per
+// line, and 2 per strip of it. Four barriers, some microseconds.
 // Rejected: both directions from one tile, since a column's sum needs the new potentials of all rows; one
-// launch for each pass, whose end the host would have to wait for to know whether another follows; the sum
-// without a maximum, which overflows where potentials are far from their end.
+// launch per pass, whose end the host would have to wait for to know whether another follows; the sum without
+// a maximum, which overflows if potentials are far from their final values.
 #include <algorithm>
 #include <cmath>
 
@@ -41,7 +42,7 @@ struct Partial {
   T most, sum;
 };
 
-// Sums over kThreads lines. `lost`: what they ask for, less their weights.
+// Sums over kThreads lines. `lost`: the sums that they ask for, less their weights.
 struct Sums {
   double off, dual, mass, lost;
 };
@@ -79,9 +80,9 @@ int64_t most_partials(int64_t lines, int64_t others) {
 }
 
 struct Workspace {
-  char* memory;  // `bytes` for each team
+  char* memory;  // `bytes` per team
   int64_t bytes;
-  int64_t partials;  // for which there is room
+  int64_t partials;  // partials for which there is room
   int* active;       // number of teams with a problem
   int teams, team_blocks;
 };
@@ -141,7 +142,7 @@ class Streaming {
   }
 
  private:
-  // What the next four parts are for: setting potentials up, an iteration, or the final evaluation.
+  // The purpose of the next four parts: setting potentials up, an iteration, or the final evaluation.
   enum class Round { kBegin, kIteration, kEvaluation };
 
   __device__ static int thread() { return static_cast<int>(threadIdx.x); }
@@ -185,7 +186,8 @@ class Streaming {
     return schedule_.translates(task_.options.rho_a, task_.options.rho_b);
   }
 
-  // What f has gained and g lost besides what the potentials in memory say: the plan does not change with it.
+  // The constant that f has gained and g lost besides the potentials in memory: the plan does not change with
+  // it.
   __device__ double constant_of(bool of_columns) const { return of_columns ? -constant_ : constant_; }
 
   // Potentials at the start of a problem or of a new eps.
@@ -298,7 +300,8 @@ class Streaming {
     return most + log(sum);
   }
 
-  // From the lines' sums: their new potentials, or in an evaluation those of zero weights; and `sums`.
+  // From the lines' sums: their new potentials, or in an evaluation the potentials of zero weights; and
+  // `sums`.
   __device__ void settle(bool of_columns) {
     const Lines<T> lines = lines_of(of_columns);
     const double* const weights = weights_of(of_columns);
@@ -314,7 +317,7 @@ class Streaming {
         const double log_of = log_sum(l, count, strips);
         const double weight = weights[l], potential = potentials[l] + constant;
         const double moved = sinkhorn_moved(potential, log_of, eps, omega, damp);
-        // Columns: of the plan that the iteration makes.
+        // For columns: the error of the plan that the iteration makes.
         const bool made = iterates && of_columns;
         const double ratio = exp(log_of + (made ? (moved - potential) / eps : 0));
         own.off = off_by(weight, ratio, made ? moved : potential, rho);
@@ -356,7 +359,7 @@ class Streaming {
     return block_sum(own);
   }
 
-  // Moves the best constant from the columns to the rows; returns by how much more the columns are off.
+  // Moves the best constant from the columns to the rows; returns by how much more the column sums are off.
   __device__ double translate() {
     const Facts& facts = task_.facts[p_];
     const double rho_b = task_.options.rho_b;
@@ -368,7 +371,7 @@ class Streaming {
     return (facts.mass[1] + lost_columns) * fabs(expm1(more / rho_b));
   }
 
-  // What the round has come to, and what the next is for.
+  // The result of the round, and the purpose of the next one.
   __device__ void decide() {
     FC_SHARED(SinkhornOrder, order, );
     FC_SHARED(int, go_on, );

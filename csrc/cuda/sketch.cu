@@ -1,34 +1,34 @@
-// Products of long rows with random matrices that are made on the way.
+// Products of long rows with random matrices that are generated on the way.
 //
 //   out_bc = sum over columns i of x of x_bi P_(offset + i)c
 //
-// rademacher, gaussian   A block has a tile of 64 (of few rows 16) rows of x by 128 outputs. It makes P's
+// rademacher, gaussian   A block has a tile of 64 (16 if rows are few) rows of x by 128 outputs. It makes P's
 //                        entries for some columns of x at a time in shared memory and multiplies there with
 //                        fused multiply-adds: B D dim of them, and D dim ceil(B / 64) entries made. One
 //                        random block is 128 signs, a small part of the work of 64 rows; a normal number
 //                        takes about 60 operations in double, as much as its products or more. x is read
-//                        once for each 128 outputs.
-// sjlt                   A warp has a row of x and its sums (up to 64 KiB of shared memory; of more outputs
-//                        than that x is read again for each so many). Entries are made for the warps of a
-//                        block together, B D nnz additions. Lanes take columns side by side; those that meet
-//                        in an output take turns, in the order of the columns.
+//                        once per 128 outputs.
+// sjlt                   A warp has a row of x and its sums (up to 64 KiB of shared memory; if there are more
+//                        outputs than that, x is read again for each further part of them). Entries are made
+//                        for the warps of a block together, B D nnz additions. Lanes take columns side by
+//                        side; lanes that meet in an output take turns, in the order of the columns.
 // srht                   A block has up to 8 rows of x. For each N columns: signs; a Hadamard transform,
-//                        log2 N additions a number, of which each thread makes 2 to 4 steps in registers
-//                        between two exchanges through shared memory; a gather into sums in double. Of more
-//                        than 4,096 outputs the transform is repeated for each so many.
+//                        log2 N additions per number, of which each thread makes 2 to 4 steps in registers
+//                        between two exchanges through shared memory; a gather into sums in double. With
+//                        more than 4,096 outputs the transform is repeated for each 4,096.
 //
 // The columns of x are cut into pieces whose bounds depend on D, dim and the offset alone. Sums within 256
 // columns (sjlt: until an output has 32 numbers on average; srht: N) are taken in the type of x, over them in
 // double, in one order; a second kernel adds the pieces up in order. There are no atomics: a row's result
 // depends neither on the other rows nor on the grid.
 //
-// Bytes: x once for each pass named above, and 16 for each output of each piece (of sjlt and srht a piece has
-// at least 4 dim columns, if there are as many).
+// Bytes: x once per pass named above, and 16 per output of each piece (for sjlt and srht a piece has at least
+// 4 dim columns, if there are as many).
 //
-// Rejected: signs as bits in the inner loop (a shift, an exclusive or and an addition where a product with
+// Rejected: signs as bits in the inner loop (a shift, an exclusive or and an addition, while a product with
 // +-1 in shared memory is one operation); TF32 and tensor cores, which do not compute float32 in float32;
 // sjlt in 64-bit fixed point by atomics (whose 43 bits below the largest sum miss float64's 10^-12), and by
-// one thread a row (32 rows of sums do not fit).
+// one thread per row (32 rows of sums do not fit).
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -46,7 +46,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSide = 16;                           // threads along either side of a tile of products
-constexpr int kColumns = 128;                       // outputs of a tile: those of a block of random bits
+constexpr int kColumns = 128;                       // outputs of a tile and of a block of random bits
 constexpr int kChunk = 256;                         // columns of x whose bits or entries are made together
 constexpr int kLeastLog = 10, kMostLog = 12;        // N of srht
 constexpr int kSums = 4096;                         // srht: outputs, of all rows of a block
@@ -65,7 +65,7 @@ struct alignas(16) Quad {
   T at[4];
 };
 
-// Part of the work: rows of x, outputs, and of each piece of the columns a range. Columns count from `base`,
+// Part of the work: rows of x, outputs, and a range of each piece of the columns. Columns count from `base`,
 // a row of the projection at which the cuts begin; x has [shift, end) of them.
 template <class T>
 struct Work {
@@ -84,7 +84,7 @@ struct Work {
   __device__ int64_t end_of(int64_t piece_number) const {
     return min(piece_number * piece + min(to, piece), end);
   }
-  // 0 for what there is not.
+  // 0 for entries that do not exist.
   __device__ T value(int64_t row, int64_t column) const {
     if (row >= rows || column < shift || column >= end) return T(0);
     return x[row * x_stride + (column - shift) * x_step];
@@ -113,7 +113,7 @@ __device__ uint32_t word_at(const PhiloxBlock& words, int k) {
 
 // ---- rademacher and gaussian
 
-// A block for a tile of 16 kR rows of x by 128 outputs, and a piece.
+// One block per tile of 16 kR rows of x by 128 outputs and piece.
 template <class T, bool kGaussian, int kR>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) dense_sums(Work<T> w) {
   constexpr int kRows = kSide * kR, kK = kStage<T>;
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(32 * kMostTogether) sparse_sums(Work<T> w, int
             words_of(w.projection, w.row_of_matrix(first + i), static_cast<uint32_t>(pair));
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          // The second of the last pair may be one too many: it has its place beyond all outputs.
+          // The second entry of the last pair may be one too many: its place is beyond all outputs.
           const int64_t at = entry_column(words[2 * k], bound[k], bound[k + 1]) - lowest;
           const bool inside = at >= 0 && at < outputs;
           const uint32_t place = inside ? static_cast<uint32_t>(at) : kInside | static_cast<uint32_t>(lane);
@@ -291,7 +291,7 @@ __device__ int chosen_column(uint32_t word, int64_t column, int64_t dim, int64_t
   return static_cast<int>(from + static_cast<int64_t>(word * static_cast<uint64_t>(to - from) >> 32));
 }
 
-// Where a number is kept in shared memory: threads that read at powers of two find it in different banks.
+// The place of a number in shared memory: threads that read at powers of two find it in different banks.
 __device__ constexpr int padded(int i) { return i + i / 32; }
 
 // v[i] = the sum over l of v[l] (-1)^popcount(i & l), for all bits or some.
@@ -483,7 +483,7 @@ class Sketcher {
     w_.shift = p.kind == SketchKind::kSrht ? p.offset % align : 0;
     w_.base = p.offset - w_.shift;
     w_.end = w_.shift + x.cols();
-    // As many as keep a GPU busy with few rows. Where making sums costs little they are few beside the
+    // As many as keep a GPU busy with few rows. If making sums costs little, there are few sums beside the
     // columns.
     const int64_t most = dense ? 512 / parts(dim_, kColumns) : kRowOfPieces / dim_;
     const int64_t least_columns = dense ? 2048 : std::max<int64_t>(4096, 4 * dim_);
@@ -566,7 +566,7 @@ class Sketcher {
     start_hadamard<12>();
   }
 
-  // Sums are the same, whichever the tile.
+  // Sums are the same for every tile.
   template <bool kGaussian>
   void start_dense() const {
     if (w_.rows <= kSide) return start_tiles<kGaussian, 1>();

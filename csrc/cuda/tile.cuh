@@ -3,8 +3,8 @@
 //   square    acc = fma(a_k - b_k, a_k - b_k, acc)    (sqeuclidean, euclidean)
 //   absolute  acc = acc + |a_k - b_k|                 (l1)
 // restarted every kChain features, the partial results added in order. So a pair has one value, whatever
-// tile, list or backend with fused multiply-add it is computed by. It is float32 (or float64) throughout: no
-// TF32.
+// tile, list or backend with fused multiply-add computes it. The arithmetic is float32 (or float64)
+// throughout: no TF32.
 //
 // 256 threads form a 16 x 16 grid over the tile; each keeps kRows/16 x kCols/16 accumulators. kDepth features
 // of both sides are staged in shared memory at a time, the next ones already on their way in registers.
@@ -29,7 +29,7 @@ inline constexpr int kChain = 256;
 template <class T>
 inline constexpr int kCols = sizeof(T) == 4 ? 128 : 64;
 
-// Rows of the tall tile. Long chains need a second set of accumulators, for which half of the rows make room.
+// Rows of the tall tile. Long chains need a second set of accumulators, so the tile has half of the rows.
 template <class T, bool kChained>
 inline constexpr int kTallRows = kCols<T> / (kChained ? 2 : 1);
 
@@ -78,7 +78,7 @@ __device__ __forceinline__ T accumulate(T a, T b, T sum) {
   }
 }
 
-// What the tall tile and the flat one of a kernel have in common.
+// The common part of a kernel's tall tile and its flat one.
 template <class T>
 using Staged = T[kDepth][kCols<T> + 16 / static_cast<int>(sizeof(T))];
 template <class T>
@@ -89,7 +89,7 @@ __device__ __forceinline__ Staged<T>& staged_columns() {
 
 // value[r][c] of this thread: rows first_row + tile_row(r) of `a` against rows first_col + tile_column(c) of
 // `b`. Rows beyond the sets are zeros. All threads of the block take part. with_form(fn) calls fn with the
-// form as a constant, which it knows or, the same for all threads, finds out for every kDepth features.
+// form as a constant, which it knows or, the same for all threads, finds out once per kDepth features.
 // kStored: where the sums of the chains before the running one are kept, in shared memory or in registers.
 template <class T, int kRows, bool kChained, bool kStored, class WithForm>
 __device__ void tile_values_of(const RowSet<T>& a, int first_row, const RowSet<T>& b, int first_col,
@@ -184,7 +184,7 @@ __device__ void tile_values(const RowSet<T>& a, int first_row, const RowSet<T>& 
                                               [](auto fn) { fn(std::integral_constant<Form, form>{}); });
 }
 
-// The metric's value as a similarity: the root where it is one, the sign turned for distances.
+// The metric's value as a similarity: the root if the metric has one, the sign turned for distances.
 template <class T>
 __device__ __forceinline__ T finish_value(T value, bool root, bool negate) {
   if (root) value = static_cast<T>(sqrt(value));

@@ -1,6 +1,6 @@
-// Facility location as its definition says: a double loop over candidates and clients at every pick.
-// Similarities come in as a matrix; gains are the same exact integers as the kernel's, so every comparison is
-// for equality.
+// Facility location by its definition: a double loop over candidates and clients at every pick. Similarities
+// come in as a matrix; gains are the same exact integers as the kernel's, so every comparison is for
+// equality.
 #pragma once
 
 #include <algorithm>

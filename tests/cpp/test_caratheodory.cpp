@@ -15,7 +15,7 @@ namespace {
 
 using samples::Matrix;
 
-// Of the sums of magnitudes.
+// The largest error, as a share of the sums of magnitudes.
 constexpr long double kTolerance = 1e-13L;
 
 template <class T>
@@ -88,7 +88,7 @@ void test_long_streams_of_even_weights() {
 }
 
 void test_many_columns() {
-  // More coordinates than twice the rows, of which the pivots of large tableaus go to several threads.
+  // More coordinates than twice the rows; the pivots of large tableaus go to several threads.
   check_all(samples::normal<double>(30, 900, 1), {}, 0, 30);
   check_all(samples::tied<double>(200, 900, 1), {}, 0, 6);
   check_all(samples::normal<float>(700, 300, 1), {}, 0, 301);
@@ -102,7 +102,7 @@ void test_refusals() {
       Matrix<T> x = samples::normal<T>(1000, d, 1);
       x(901, 3) = x(990, 0) = bad;
       std::vector<double> weights(1000, 1);
-      weights[901] = 0;  // looked at all the same
+      weights[901] = 0;  // checked all the same
       std::string said;
       try {
         reduce(x.view(), weights, 0, 2);
@@ -115,7 +115,7 @@ void test_refusals() {
   }
 }
 
-// What a backend does whose rows are elsewhere.
+// The steps of a backend whose rows are elsewhere.
 Matrix<double> sums_of_runs(const Matrix<float>& x, const std::vector<int64_t>& rows,
                             const std::vector<double>& weights, const fc::Moments& moments, int64_t size) {
   const auto count = static_cast<int64_t>(rows.size());

@@ -1,4 +1,4 @@
-// Sums and products of sizes: right where they fit in 64 bits, refused where they do not.
+// Sums and products of sizes: right if they fit in 64 bits, refused if they do not.
 #include <cstdint>
 #include <new>
 
@@ -50,7 +50,7 @@ void test_sums_and_products() {
 void test_several_factors() {
   CHECK_EQUAL(fc::checked_mul(3, 5, 7), 105);
   CHECK_EQUAL(fc::checked_mul(int64_t{1} << 20, int64_t{1} << 21, int64_t{1} << 21), int64_t{1} << 62);
-  // The last would bring the product back to 0, were it not looked at before.
+  // The last factor would bring the product back to 0, were the product not checked before.
   CHECK_THROWS(fc::checked_mul(int64_t{1} << 32, int64_t{1} << 32, 0), fc::TooLarge);
 }
 

@@ -250,7 +250,7 @@ void test_matrices() {
   }
 }
 
-// step_among all that is open is a greedy step; among one, that one.
+// step_among() all open candidates is a greedy step; among one candidate, it picks that one.
 template <class T>
 void test_step_among() {
   const auto x = samples::clustered<T>(97, 5, 1);
@@ -275,7 +275,7 @@ void test_step_among() {
   }
 }
 
-// A cancelled run goes on where it was and ends as if nothing had happened.
+// A cancelled run continues at the place it had reached and ends as if nothing had happened.
 template <class T>
 void test_cancellation() {
   const auto x = samples::clustered<T>(300, 9, 1);
@@ -349,7 +349,7 @@ void test_bad_sparse() {
   refused({0, 1, 2}, {-1, 1});
 }
 
-// Gains that add up beyond the range of double cannot be told apart: refused.
+// Gains that add up beyond the range of double cannot be compared: refused.
 void test_overflow() {
   Matrix<double> s(2, 2);
   for (double& value : s.values()) value = 1e308;

@@ -120,7 +120,7 @@ void test_same_bits() {
   }
 }
 
-// Only what belongs to the result is written.
+// Only the entries of the result are written.
 template <class T>
 void test_padded_output() {
   const auto x = samples::normal<T>(37, 5, 1), y = samples::normal<T>(41, 5, 2);

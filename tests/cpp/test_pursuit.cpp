@@ -138,7 +138,7 @@ void test_shapes() {
   }
 }
 
-// Rows that leave the factor in any order: what is left solves as if they had never been there.
+// Rows that leave the factor in any order: the rest solves as if they had never been there.
 void test_active_set() {
   const Matrix<double> g = samples::clustered<double>(60, 12, 5);
   samples::Random random(9);
@@ -187,7 +187,7 @@ void test_refusals() {
 
 }  // namespace
 
-// What is no number is refused: no row would leave, and the fit would look for one for ever.
+// A value that is no number is refused: no row would leave, and the fit would look for one for ever.
 void test_active_set_of_no_numbers() {
   constexpr double kNan = std::numeric_limits<double>::quiet_NaN(),
                    kInf = std::numeric_limits<double>::infinity();
@@ -201,7 +201,7 @@ void test_active_set_of_no_numbers() {
         CHECK_THROWS(set.add(products, place == 2 ? bad : 0.5), std::invalid_argument);
       }
     }
-    // Numbers whose weights are none.
+    // Numbers whose weights are not finite.
     fc::ActiveSet set(nonnegative, 0.0, 1.0);
     CHECK_THROWS(set.add({1e-300}, 1e308), std::invalid_argument);
     fc::ActiveSet two(nonnegative, 0.0, 1.0);

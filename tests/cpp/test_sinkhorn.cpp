@@ -25,7 +25,7 @@ struct Solved {
   std::vector<int64_t> iterations;
 };
 
-// A batch with the arrays that it looks at: points in three dimensions, or costs; NaN beyond the sizes.
+// A batch with the arrays that it views: points in three dimensions, or costs; NaN beyond the sizes.
 template <class T>
 struct Case {
   int64_t count, n, m;

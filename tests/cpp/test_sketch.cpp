@@ -1,5 +1,5 @@
 // Random projections: the product with the matrix that the same kernels write, for every kind, size and
-// layout, and the matrix against the generator where a few lines say what it is.
+// layout, and the matrix against the generator if a few lines define it.
 #include <cmath>
 #include <vector>
 

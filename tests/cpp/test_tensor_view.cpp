@@ -46,7 +46,7 @@ void test_strides() {
   CHECK_EQUAL(values[5], 100.0f);
 }
 
-// Dimensions of size 0 and 1 do not care for their strides.
+// For dimensions of size 0 and 1 strides do not matter.
 void test_degenerate() {
   float value = 3;
   CHECK((TensorView<float, 2>{&value, {1, 1}, {77, -5}}).is_compact());

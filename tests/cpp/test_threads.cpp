@@ -36,7 +36,8 @@ void test_every_index_once() {
   }
 }
 
-// What a region wrote is visible to the next one and to the caller, with no other synchronisation.
+// The results that a region wrote are visible to the next one and to the caller, with no other
+// synchronisation.
 void test_regions_follow_each_other() {
   fc::ThreadTeam team(3);
   std::vector<int64_t> values(1000);
@@ -128,7 +129,8 @@ void test_cancellation() {
   }
 }
 
-// The calling thread has no work left, and asks on while a worker is inside a chunk, which sees it.
+// The calling thread has no work left, and keeps polling while a worker is inside a chunk, which notices the
+// answer.
 void test_cancellation_of_the_last_chunk() {
   std::atomic<int> polls{0};
   fc::ThreadTeam team(2, [&] { return ++polls >= 3; });

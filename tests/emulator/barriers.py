@@ -2,9 +2,10 @@
 
     python tests/emulator/barriers.py [--only sketch.cu:228 sinkhorn] [--jobs 2]
 
-A barrier is a __syncthreads(), __syncwarp() or grid_sync(). Each is taken out of a clone of the current commit, the emulator's tests of its
-family are built and run, and the file is put back. A barrier that no test misses is needless, or the tests have a hole: README.md beside
-this file has the reason for each that is known. Takes about a minute for each barrier, so this is not part of `make test`.
+A barrier is a __syncthreads(), __syncwarp() or grid_sync(). Each is taken out of a clone of the current commit, the emulator's
+tests of its family are built and run, and the file is put back. A barrier that no test misses is needless, or the tests have a
+hole: README.md beside this file has the reason for each that is known. Takes about a minute per barrier, so this is not part
+of `make test`.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class Barrier:
 
     @property
     def tests(self) -> list[str]:
-        """The targets that run its kernel: the family's own, or all for what families share."""
+        """The targets that run its kernel: the family's own, or all for files that families share."""
         own = [family for family in FAMILIES if self.file.startswith(family)]
         return [f"test_cuda_{family}" for family in own or FAMILIES]
 
 
 def barriers() -> list[Barrier]:
-    """All of them, file by file."""
+    """All barriers, file by file."""
     found = []
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
         for number, text in enumerate(path.read_text().splitlines(), 1):
@@ -54,7 +55,7 @@ def barriers() -> list[Barrier]:
 
 
 def run(command: list[str], limit: float = 900) -> bool:
-    """Whether the command succeeds within the limit of seconds; a kernel that waits for ever has been missed a barrier."""
+    """Whether the command succeeds within the limit of seconds; a kernel that waits for ever fails."""
     try:
         return subprocess.run(command, capture_output=True, timeout=limit, check=False).returncode == 0
     except subprocess.TimeoutExpired:

@@ -1,5 +1,6 @@
-// CUDA on the CPU: what this project's kernels use of the language and its headers, as plain C++. A kernel is
-// compiled as C++ with FC_EMULATOR defined, launched through csrc/cuda/launch.h, and run by emulator.h.
+// CUDA on the CPU: the parts of the language and its headers that this project's kernels use, as plain C++. A
+// kernel is compiled as C++ with FC_EMULATOR defined, launched through csrc/cuda/launch.h, and run by
+// emulator.h.
 #pragma once
 
 #include "emulator/device.h"

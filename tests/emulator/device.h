@@ -18,7 +18,7 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 
-// Of the thread that is running; the emulator sets them when it switches.
+// The variables of the thread that is running; the emulator sets them when it switches.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -47,7 +47,7 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
 
-// CUDA's own list of argument types: what is ambiguous there must be so here.
+// CUDA's own list of argument types: a call that is ambiguous there must be ambiguous here.
 #define FC_MIN_MAX(A, B, R, smaller, larger)              \
   inline R min(A a, B b) {                                \
     const R x = static_cast<R>(a), y = static_cast<R>(b); \
@@ -78,7 +78,7 @@ FC_MIN_MAX(double, float, double, std::fmin(x, y), std::fmax(x, y))
 #undef FC_INTEGER_MIN_MAX
 #undef FC_MIN_MAX
 
-// Arithmetic with the rounding in the name. The compiler is told not to fuse, so plain operators round once.
+// Arithmetic with the rounding in the name. The compiler is set not to fuse, so plain operators round once.
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

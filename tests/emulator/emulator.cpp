@@ -137,7 +137,8 @@ struct Block {
   size_t static_bytes = 0;
   std::unique_ptr<char[]> dynamic;
 
-  // At the barrier: what the first thread came to, how many are there, and their votes; then the result.
+  // At the barrier: the operation that the first thread came to, how many are there, and their votes; then
+  // the result.
   Operation barrier;
   unsigned arrived = 0;
   int votes = 0;
@@ -190,7 +191,7 @@ struct Thread {
 
   Scope scope = Scope::none;
   Operation operation;
-  // Of an operation of the warp: what the lane brings, and what it gets.
+  // For an operation of the warp: the value that the lane brings, and the one that it gets.
   uint64_t value = 0, result = 0;
   int source = 0;
   Fold fold = nullptr;
@@ -265,7 +266,7 @@ class Runtime {
   std::vector<Block> blocks_;    // that are resident
   std::vector<Thread> threads_;  // of all of them
   std::vector<Warp> warps_;
-  std::vector<uint64_t> ready_;  // a bit for each thread that can go on
+  std::vector<uint64_t> ready_;  // one bit per thread that can go on
   unsigned unfinished_ = 0;
   Operation grid_;
   unsigned grid_arrived_ = 0;
@@ -283,7 +284,7 @@ class Runtime {
   std::vector<Fiber*> idle_;
 };
 
-// Never destroyed, because a fiber's stack must outlive whatever uses it.
+// Never destroyed, because a fiber's stack must outlive everything that uses it.
 Runtime& runtime() {
   static Runtime& only = *new Runtime;
   return only;
@@ -704,7 +705,7 @@ void Runtime::touch(const void* address, size_t bytes, Touch how) {
   }
 }
 
-// Where the address is: in the block's shared memory, or in device memory.
+// The place of the address: the block's shared memory, or device memory.
 std::string Runtime::where(const void* address) const {
   const auto at = reinterpret_cast<uintptr_t>(address);
   const auto within = [at](const void* memory, size_t bytes) {

@@ -1,16 +1,16 @@
-// The emulator behind cuda.h: it runs a kernel's blocks and threads, in the order of a schedule, and says
-// what they do wrong.
+// The emulator behind cuda.h: it runs a kernel's blocks and threads, in the order of a schedule, and reports
+// their faults.
 //
 // A thread of a kernel is a fiber that runs until it has to wait: at a barrier, at grid_sync(), or in an
 // operation of its warp. Then the next thread in the schedule's order goes on. Nothing else interrupts it, so
-// a launch is deterministic; the schedules are what shows that a result hangs on the order:
+// a launch is deterministic; the schedules show whether a result depends on the order:
 //
 //   forward       the first thread that can go on, in the first block
 //   reverse       the last one: each pair of threads that no barrier orders runs the other way round
 //   random:SEED   any; blocks in any order, too
 //
-// The memory a kernel gets is filled with bytes that differ from schedule to schedule, so what reads it
-// before writing it differs too.
+// The memory a kernel gets is filled with bytes that differ from schedule to schedule, so the results of a
+// kernel that reads memory before writing it differ too.
 #pragma once
 
 #include <cstddef>
@@ -35,7 +35,7 @@ std::string schedule();
 void set_resident_blocks(int blocks);
 int resident_blocks();
 
-// What a kernel did wrong, and which of its threads was found doing it. The launch throws it.
+// A fault of a kernel, and which of its threads was found committing it. The launch throws it.
 struct Fault : std::runtime_error {
   Fault(uint3 block, uint3 thread, const std::string& what);
   uint3 block, thread;
@@ -47,7 +47,7 @@ struct Configuration {
   bool cooperative = false;
 };
 
-// Runs body once for each thread. What a thread throws ends the launch and is thrown here.
+// Runs body once per thread. An exception that a thread throws ends the launch and is thrown here.
 cudaError_t run(const Configuration& configuration, const std::function<void()>& body);
 
 template <class... P>
@@ -59,15 +59,15 @@ cudaError_t launch(void (*kernel)(P...), const Configuration& configuration, P..
 // Fills memory with what the schedule has for uninitialised bytes.
 void poison(void* memory, size_t bytes);
 
-// Where in the kernel's source a thread waits. As a default argument it is the caller's place.
+// The place in the kernel's source where a thread waits. As a default argument it is the caller's place.
 struct Site {
   const char* file;
   int line;
   static Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// What the intrinsics of device.h are made of. `operation` is the name that reports use; threads that wait
-// for one another must have come to the same operation at the same site.
+// The functions that the intrinsics of device.h are made of. `operation` is the name that reports use;
+// threads that wait for one another must have come to the same operation at the same site.
 
 struct Votes {
   int count;  // threads whose predicate is not zero, of `threads`
@@ -86,16 +86,16 @@ uint64_t warp_fold(unsigned mask, uint64_t value, Fold fold, const char* operati
 // Reports a fault of the running thread.
 [[noreturn]] void fail(const std::string& what);
 
-// Races. Where kernels are compiled with -fsanitize=thread, the compiler announces each access to memory; the
-// functions it calls are ours (races.cpp), not the sanitizer's. Two accesses to a byte by different threads,
-// of which one writes and one is not atomic, are a fault unless a barrier stands between them. Threads of
-// different blocks are ordered by grid_sync(), or where one block's atomic operation after a __threadfence()
-// precedes one of the other's.
+// Races. If kernels are compiled with -fsanitize=thread, the compiler announces each access to memory; the
+// functions it calls are ours (races.cpp), not the sanitizer's. Two accesses to a byte by different threads
+// are a fault if one writes and one is not atomic, unless a barrier stands between them. Threads of different
+// blocks are ordered by grid_sync(), or if one block's atomic operation after a __threadfence() precedes one
+// of the other's.
 enum class Touch { read, write, atomic };
 void touch(const void* address, size_t bytes, Touch how);
 void fence();
 
-// Memory of the block's own, one allocation for each tag; and the launch's dynamic shared memory.
+// Memory of the block's own, one allocation per tag; and the launch's dynamic shared memory.
 void* static_shared(const void* tag, const char* name, size_t bytes, size_t alignment);
 void* dynamic_shared();
 

@@ -19,18 +19,18 @@ __global__ void blocks_write(int* out);
 // Counts threads; the update is two accesses if it is not atomic.
 template <bool atomic>
 __global__ void lost_update(int* out);
-// The last block to arrive adds what the others wrote; the fence makes that visible to it.
+// The last block to arrive adds the values that the others wrote; the fence makes them visible to it.
 template <bool fence>
 __global__ void last_block(int* out);
-// A relay: each lane changes the value that the lane before it left, after an operation of these two alone;
-// or of the second alone.
+// A relay: each lane changes the value that the lane before it left, after an operation of these two lanes
+// alone; or of the second alone.
 template <bool met>
 __global__ void lanes_in_turn(int* out);
 // No race: each thread has bytes of its own in words that they share.
 __global__ void neighbouring_bytes(int* out);
-// One thread writes a word of which another reads a byte.
+// One thread writes a word, and another reads one of its bytes.
 __global__ void byte_of_word(int* out);
-// One thread writes what the others update atomically.
+// One thread writes a value that the others update atomically.
 __global__ void atomic_and_plain(int* out);
 // Reads shared memory that nobody wrote.
 __global__ void uninitialised_static(int* out);
@@ -53,5 +53,5 @@ __global__ void read_static(int* out, int at);
 __global__ void write_static(int* out, int at);
 __global__ void read_dynamic(int* out, int at);
 __global__ void write_dynamic(int* out, int at);
-// The sum of 1 to depth, 4 KiB of stack for each: needs more than there is when depth is large.
+// The sum of 1 to depth, 4 KiB of stack per term: needs more than there is when depth is large.
 __global__ void recurse(int* out, int depth);

@@ -30,7 +30,7 @@
 
 #if !defined(FC_EMULATOR_UCONTEXT)
 // Saves what a callee must preserve on the stack, stores the stack pointer at *save, and takes up the stack
-// at `load`. The rounding mode and the like are every fiber's alike.
+// at `load`. The rounding mode and the like are the same for every fiber.
 extern "C" __attribute__((visibility("hidden"))) void fc_emulator_switch(void** save, void* load);
 
 #if defined(__x86_64__)
@@ -111,7 +111,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 
 size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 
-// The two ends of the switch in progress: what runs first on the other stack reads them.
+// The two ends of the switch in progress: the code that runs first on the other stack reads them.
 Fiber* leaving = nullptr;
 Fiber* entering = nullptr;
 
@@ -182,7 +182,7 @@ void Fiber::arrived() {
   const void* bottom = nullptr;
   size_t bytes = 0;
   __sanitizer_finish_switch_fiber(fake_stack_, &bottom, &bytes);
-  // The program's own stack: only now does the sanitizer say where it is.
+  // The program's own stack: only now does the sanitizer report where it is.
   if (leaving->mapping_ == nullptr) {
     leaving->bottom_ = bottom;
     leaving->bytes_ = bytes;

@@ -3,9 +3,9 @@
 //
 // Rejected: operating-system threads (a switch is a system call and a trip through the scheduler, some
 // microseconds instead of nanoseconds, and the order is the kernel's, not the schedule's); C++20 coroutines
-// (they only stop in the coroutine's own frame, so every device function would have to become one);
-// splitting kernels at their barriers (a compiler pass); swapcontext alone (two system calls a switch, to
-// save a signal mask that nobody changes). It remains for processors for which no switch is written out.
+// (they only stop in the coroutine's own frame, so every device function would have to become one); splitting
+// kernels at their barriers (a compiler pass); swapcontext alone (two system calls per switch, to save a
+// signal mask that nobody changes). swapcontext remains for processors for which no switch is written out.
 #pragma once
 
 #include <cstddef>

@@ -24,7 +24,7 @@ namespace {
 thread_local cudaError_t last_error = cudaSuccess;
 
 std::mutex mutex;
-// Never destroyed: whatever a program keeps in static objects may be freed after them.
+// Never destroyed: memory that a program keeps in static objects may be freed after them.
 struct Block {
   size_t bytes;
   int device;
@@ -217,7 +217,7 @@ cudaError_t cudaFree(void* memory) {
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
   if (!fc::emulator::is_stream(stream)) return remember(cudaErrorInvalidResourceHandle);
   {
-    // CUDA itself takes the stream of another device, whose order says nothing of the memory's use.
+    // CUDA itself takes the stream of another device, whose order says nothing about the memory's use.
     const std::lock_guard<std::mutex> lock(fc::emulator::mutex);
     const auto found = fc::emulator::allocations.find(static_cast<const char*>(memory));
     if (found != fc::emulator::allocations.end() && found->second.device != fc::emulator::device_of(stream))

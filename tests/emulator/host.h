@@ -92,7 +92,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 
-// Reached when it is recorded, though cudaEventQuery may be told to deny that for a while:
+// Reached when it is recorded, though cudaEventQuery may be set to deny that for a while:
 // Device::event_delay.
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
@@ -106,19 +106,19 @@ constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStaticSharedBytes = 48 * 1024;
 constexpr size_t kSharedBytes = 163 * 1024;
 
-// What a test may have otherwise than it is: less than the device's limits, or more devices of its kind.
+// The properties that a test may change: less than the device's limits, or more devices of its kind.
 struct Device {
   int count = 1;
   bool cooperative_launch = true, memory_pools = true;
   bool has_code = true;                               // whether the kernels were compiled for it
   unsigned largest_grid_y = 65535;                    // and z
   size_t bytes = std::numeric_limits<size_t>::max();  // of memory
-  int event_delay = 0;                                // how often an event says that it is not reached yet
+  int event_delay = 0;                                // how often an event reports that it is not reached yet
 };
 void set_device(const Device& device);
 const Device& device();
 
-// Of all devices together.
+// The totals of all devices together.
 size_t allocated_bytes();
 
 // The device memory that the address is in, or a null pointer.

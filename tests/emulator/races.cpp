@@ -1,5 +1,5 @@
-// What GCC calls before each access in code compiled with -fsanitize=thread: the interface of its thread
-// sanitizer, whose own library is not linked.
+// The functions that GCC calls before each access in code compiled with -fsanitize=thread: the interface of
+// its thread sanitizer, whose own library is not linked.
 #include <cstddef>
 
 #include "emulator/emulator.h"

@@ -1,6 +1,6 @@
-// What the race detector remembers of each byte that kernels touch: who wrote it last, and two threads that
-// read it last. One cell stands for an aligned word of four bytes until something touches less of a word
-// nearby: most kernels never do, and the detector's time goes into fetching cells.
+// The race detector's record of each byte that kernels touch: who wrote it last, and two threads that read it
+// last. One cell stands for an aligned word of four bytes until something touches less of a word nearby: most
+// kernels never do, and the detector's time goes into fetching cells.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@
 
 namespace fc::emulator {
 
-// An access, packed into 64 bits; what does not fit wraps round, which can hide a race and invents none that
-// is not one: the block's number in its launch, the thread's in the block, how many barriers the block had
-// passed, the lane's clock (see Warp in emulator.cpp), and whether it was atomic. Zero: none.
+// An access, packed into 64 bits; numbers that do not fit wrap round, which can hide a race and never invents
+// one: the block's number in its launch, the thread's in the block, how many barriers the block had passed,
+// the lane's clock (see Warp in emulator.cpp), and whether it was atomic. Zero: none.
 class Access {
  public:
   Access() = default;
@@ -44,7 +44,7 @@ class Shadow {
     Access write, read, other_read;
   };
 
-  // Forgets all, in no time: what an older launch left counts as nothing.
+  // Forgets all, in no time: records of an older launch count as nothing.
   void begin_launch() { ++launch_; }
 
   // The cell of the first of `bytes` bytes, and how many of them it stands for.

@@ -19,7 +19,7 @@ using fc::TensorView;
 using fc::cuda::Runs;
 using fc::emulator::DeviceArray;
 
-// Some rows in order, with weights, of which some are 0.
+// Some rows in order, with weights, some of them 0.
 struct Case {
   std::vector<int64_t> rows;
   std::vector<double> weights, centre;
@@ -52,7 +52,7 @@ std::vector<double> sums_on_device(const X* data, const TensorView<const X, 2>& 
   return sums.values();
 }
 
-// Of the sums of magnitudes. Worst seen: 5e-16.
+// The largest error, as a share of the sums of magnitudes. Worst seen: 5e-16.
 constexpr long double kTolerance = 2e-15L;
 
 template <class X>
@@ -133,7 +133,7 @@ void test_halves() {
             true, true, 1, 50) == want);
 }
 
-// Where the weight is 0, too.
+// Also if the weight is 0.
 void test_infinity_shows() {
   auto x = samples::normal<float>(100, 3, 1);
   Case c = make_case(100, 3);

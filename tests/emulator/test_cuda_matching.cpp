@@ -97,7 +97,7 @@ std::vector<double> on_device(const Case<Gradients>& c, int64_t first_chunk) {
                                          TensorView<int64_t, 2>::compact(dims.data(), groups, top),
                                          TensorView<double, 2>::compact(means.data(), groups, top),
                                          refused.data(), nullptr, nullptr, first_chunk);
-  // What is left to the caller.
+  // The sorting that is left to the caller.
   const std::vector<int64_t> found = dims.values();
   const std::vector<double> mean = means.values();
   std::vector<int64_t> sorted;
@@ -154,7 +154,7 @@ std::vector<double> history_on_device(const Case<Gradients>& c, int64_t at_once)
   return all;
 }
 
-// Worst seen: 0, but 2e-16 of the history of gradients along several directions, whose sums the CPU takes in
+// Worst seen: 0, but 2e-16 for the history of gradients along several directions, whose sums the CPU takes in
 // another way.
 template <class T>
 void check_close(const std::vector<double>& got, const std::vector<double>& want) {
@@ -211,7 +211,7 @@ void test_halves() {
   test<DenseGradients<fc::Half>>({view}, values, 20, 1100, 30, true);
 }
 
-// The first dimension with something that cannot be.
+// The first dimension with an impossible value.
 void test_refusal() {
   auto x = samples::normal<float>(20, 1000, 1);
   x(7, 900) = x(3, 905) = std::numeric_limits<float>::infinity();
@@ -228,7 +228,7 @@ void test_refusal() {
   CHECK_EQUAL(history_on_device(c, 1).back(), 1.0);
 }
 
-// A long run ends where its poll says so, and memory is given back.
+// A long run ends when its poll returns true, and memory is given back.
 void test_cancellation() {
   const auto x = samples::normal<float>(4, 20000, 1);
   const size_t before = fc::emulator::allocated_bytes();
@@ -240,7 +240,7 @@ void test_cancellation() {
     const DenseGradients<float> g{
         TensorView<const float, 2>::compact(static_cast<const float*>(in.data()), 4, 20000)};
     fc::emulator::Device slow;
-    slow.event_delay = 1000000;  // times that an event says it has not been reached
+    slow.event_delay = 1000000;  // how often an event reports that it has not been reached
     fc::emulator::set_device(slow);
     CHECK_THROWS((fc::cuda::top_dimensions<DenseGradients<float>, float>(
                      g, {}, {}, {}, {view_of(member, 2), view_of(offset, 2)},

@@ -83,7 +83,7 @@ void test_products(int64_t n, int64_t d) {
       CHECK(std::fabs(got[(14 - v) * n + i] - want) <= 1e-15 * scale);
     }
   }
-  // The same bits alone, of other rows, and where one block takes all pieces.
+  // The same bits alone, with other rows, and if one block takes all pieces.
   CHECK(products(g, {}, vectors, which, 0) == got);
   const auto listed = products(g, rows, vectors, which, 256);
   for (int64_t v = 0; v < 15; ++v) {
@@ -121,7 +121,7 @@ void test_best_row(int64_t n, int64_t count, bool magnitude, bool tied) {
     numbers.push_back(static_cast<double>(random.below(5) - 2));
     slots.push_back((5 * p) % (count + 3));
   }
-  numbers.push_back(0.5);  // what does not count
+  numbers.push_back(0.5);  // a rounding error: smaller scores do not count
   const auto got = check_schedules([&] {
     const DeviceArray<double> from(start), columns(gram.values()), by(numbers), lengths(norm), scores(n),
         found(2);

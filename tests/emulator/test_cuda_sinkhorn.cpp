@@ -34,7 +34,7 @@ struct Case {
   bool ragged = false, zero_weights = false, warm = false;
 };
 
-// The arrays of a batch. Of a ragged one problem p lacks p rows and 2 p columns, and the padding is NaN.
+// The arrays of a batch. In a ragged batch problem p lacks p rows and 2 p columns, and the padding is NaN.
 template <class T>
 struct Data {
   std::vector<T> x, y;
@@ -172,7 +172,7 @@ Row expected(const Case& c, const Data<T>& data) {
       for (int64_t j = 0; j < m; ++j) g[j] = damp_b * (g[j] - c.reg * sums[j]);
     }
     if (std::isinf(c.rho_b) && !std::isinf(c.rho_a)) {
-      // The best constant, which the plan does not know.
+      // The best constant, which does not change the plan.
       double asked = 0, mass = 0;
       for (int64_t i = 0; i < n; ++i) asked += a[i] > 0 ? a[i] * std::exp(-f[i] / c.rho_a) : 0;
       for (int64_t j = 0; j < m; ++j) mass += b[j];
@@ -256,7 +256,7 @@ Row run(const Case& c, const Data<T>& data, int64_t shared_bytes, SinkhornVerdic
   const std::vector<double> zeros(c.batch * std::max(c.n, c.m), 0.0);
   const DeviceArray<double> f(std::vector<double>(zeros.begin(), zeros.begin() + c.batch * c.n)),
       g(std::vector<double>(zeros.begin(), zeros.begin() + c.batch * c.m)), value(c.batch), cost(c.batch),
-      error(c.batch);
+      error(c.batch), tol(c.batch);
   const DeviceArray<int64_t> iterations(c.batch);
   fc::cuda::SinkhornOptions options;
   options.reg = c.reg;
@@ -269,9 +269,9 @@ Row run(const Case& c, const Data<T>& data, int64_t shared_bytes, SinkhornVerdic
     options.f = device.f.data();
     options.g = device.g.data();
   }
-  const SinkhornVerdict found =
-      fc::cuda::sinkhorn<T>(device.problems, options,
-                            {f.data(), g.data(), value.data(), cost.data(), error.data(), iterations.data()});
+  const SinkhornVerdict found = fc::cuda::sinkhorn<T>(
+      device.problems, options,
+      {f.data(), g.data(), value.data(), cost.data(), error.data(), tol.data(), iterations.data()});
   if (verdict != nullptr) {
     *verdict = found;
     return {};
@@ -343,7 +343,7 @@ void test_variants() {
   c.rho_a = c.rho_b = kInfinity;
   c.precomputed = true;
   check_case<T>(c);
-  // Five problems, of which the larger ones are streamed, by fewer teams than there are problems.
+  // Five problems; the larger ones are streamed, by fewer teams than there are problems.
   c = {5, 9, 11, 2};
   c.ragged = true;
   c.max_iter = 2;
@@ -385,7 +385,7 @@ void check_barriers(int64_t groups, double barrier, double light) {
 template <class T>
 void test_absorption() {
   check_barriers<T>(5, 40, 1e-3);    // scalings leave their range, of rows and of columns
-  check_barriers<T>(2, 400, 1e-60);  // sums do
+  check_barriers<T>(2, 400, 1e-60);  // sums leave their range
 }
 
 // Stopping, over-relaxation and annealing: the same number of iterations whichever kernel makes them.

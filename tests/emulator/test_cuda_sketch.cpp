@@ -27,7 +27,7 @@ struct Case {
   int64_t batch, d, dim, nnz, offset;
 };
 
-// Of several tiles and Hadamard blocks, of large offsets, and of pieces that launches do not divide evenly.
+// Sizes of several tiles and Hadamard blocks, large offsets, and pieces that launches do not divide evenly.
 constexpr Case kCases[] = {
     {1, 1, 1, 1, 0}, {3, 700, 133, 3, int64_t{1} << 40}, {17, 300, 9, 1, 4090}, {2, 9000, 40, 1, 1000}};
 constexpr Case kWide[] = {{1, 300, 2000, 1, 7}, {2, 260, 17000, 2, 5}};
@@ -36,7 +36,7 @@ Projection projection_of(SketchKind kind, const Case& c) {
   return {kind, 0xFEDCBA9876543210u, c.offset, c.nnz};
 }
 
-// Of the largest entry. Worst seen: float32 4e-7, float64 8e-16.
+// The largest error, as a share of the largest entry. Worst seen: float32 4e-7, float64 8e-16.
 template <class T>
 void check_close(const std::vector<T>& got, const std::vector<T>& want) {
   double most = 0, off = 0;
@@ -55,7 +55,7 @@ std::vector<T> on_cpu(const samples::Matrix<T>& x, const Projection& p, int64_t 
   return out.values();
 }
 
-// Of rows in an odd layout where `odd`.
+// Sketches of rows, in an odd layout if `odd`.
 template <class T>
 std::vector<T> on_device(const samples::Matrix<T>& x, const Projection& p, int64_t dim, bool odd,
                          double first_launch) {
@@ -103,7 +103,7 @@ void test_matrix(const Case& c, SketchKind kind) {
   }
 }
 
-// A long run ends where its poll says so, and memory is given back.
+// A long run ends when its poll returns true, and memory is given back.
 void test_cancellation() {
   const auto x = samples::normal<float>(1, 20000, 1);
   const Projection p = projection_of(SketchKind::kRademacher, {1, 20000, 8, 1, 0});
@@ -113,7 +113,7 @@ void test_cancellation() {
     const auto in_view = TensorView<const float, 2>::compact(in.data(), 1, 20000);
     const auto out_view = TensorView<float, 2>::compact(out.data(), 1, 8);
     fc::emulator::Device slow;
-    slow.event_delay = 1000000;  // times that an event says it has not been reached
+    slow.event_delay = 1000000;  // how often an event reports that it has not been reached
     fc::emulator::set_device(slow);
     CHECK_THROWS(
         fc::cuda::sketch<float>(in_view, p, out_view, nullptr, [] { return true; }, 1), fc::Cancelled);

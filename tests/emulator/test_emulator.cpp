@@ -571,7 +571,7 @@ void test_host() {
   CHECK_EQUAL(cudaMemsetAsync(second + 3, 0, 4, stream), cudaSuccess);
   CHECK_EQUAL(cudaMemcpy(back.data(), second, 16, cudaMemcpyDefault), cudaSuccess);
   CHECK(back == std::vector<int>({-1, 2, 3, 0}));
-  // What is not where the direction says, or reaches beyond an allocation.
+  // Copies of memory that is not where the direction says, or that reaches beyond an allocation.
   CHECK_EQUAL(cudaMemcpy(first, host.data(), 16, cudaMemcpyDeviceToHost), cudaErrorInvalidValue);
   CHECK_EQUAL(cudaMemcpy(host.data(), back.data(), 16, cudaMemcpyDeviceToHost), cudaErrorInvalidValue);
   CHECK_EQUAL(cudaMemcpy(first + 1, host.data(), 16, cudaMemcpyHostToDevice), cudaErrorInvalidValue);
@@ -589,7 +589,7 @@ void test_host() {
   CHECK_EQUAL(cudaGetLastError(), cudaErrorInvalidResourceHandle);
 }
 
-// A stream is done with what precedes an event, but says so as late as it is told to.
+// A stream is done with what precedes an event, but reports it as late as it is set to.
 void test_events() {
   cudaEvent_t event = nullptr;
   CHECK_EQUAL(cudaEventCreateWithFlags(&event, 4), cudaErrorInvalidValue);
@@ -619,7 +619,8 @@ void test_events() {
 
 __global__ void nothing() {}
 
-// A poorer device refuses what one like it refuses, and memory is freed by streams of its own device alone.
+// A poorer device refuses what a real one like it refuses, and memory is freed by streams of its own device
+// alone.
 void test_other_devices() {
   Device device;
   device.count = 2;
@@ -763,7 +764,7 @@ void test_exceptions() {
       thrower = error.thread;
     }
     CHECK_EQUAL(thrower, 40u);
-    // Those that had started were unwound: in order, all up to the thrower.
+    // The threads that had started were unwound: in order, all up to the thrower.
     if (std::string(name) == "forward") CHECK_EQUAL(destroyed.values()[0], 41);
     if (std::string(name) == "reverse") CHECK_EQUAL(destroyed.values()[0], 24);
     test_block_sum<int>();  // the next launch is not disturbed

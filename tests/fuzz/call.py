@@ -45,7 +45,7 @@ STATE = struct.Struct("qqqq")  # the program's number, its step, programs and st
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind` and `where` say which one it is, whatever the arguments."""
+    """A fault: `kind` and `where` say which one, whatever the arguments."""
 
     kind: str
     where: str
@@ -53,7 +53,7 @@ class Fault:
 
 
 def _prepared(options: argparse.Namespace) -> None:
-    """Starts this program anew where its environment is not what it has to be."""
+    """Starts this program anew if its environment is not what it has to be."""
     wanted = {
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1",
@@ -117,7 +117,7 @@ class Target:
     def run(
         self, source: str, valid: bool = False, on_step: Callable[[int], None] = lambda i: None
     ) -> Fault | None:
-        """Runs the lines of a program. A line that is refused is left out, and so is what needs its result."""
+        """Runs the lines of a program. A line that is refused is left out, and so are the lines that need its result."""
         space = dict(self.space)
         for i, line in enumerate(source.splitlines()):
             on_step(i)
@@ -146,9 +146,9 @@ class Target:
             or "meta tensor" in text  # torch's words on its tensors that hold no data
         ):
             return None
-        # What an argument raises while it is made, or because it is a liar, is the caller's own.
+        # Exceptions that an argument raises while it is made, or because it is a liar, are the caller's own.
         known = isinstance(error, self.allowed) or frames[-1].filename == values_file
-        # torch's own refusal to export a tensor is what the producer says.
+        # torch's own refusal to export a tensor is the producer's answer.
         if not known and frames[-1].filename.endswith(("torch/_tensor.py", "torch/utils/dlpack.py")):
             known = self.name != "public"
         if known:
@@ -157,7 +157,7 @@ class Target:
 
 
 def _target(line: str) -> str:
-    """What a line calls."""
+    """The function that a line calls."""
     found = re.match(r"\w+ = (?:called\()?([\w.]+)", line)
     return found[1] if found else line[:40]
 
@@ -195,7 +195,7 @@ def _forked(work: Callable[[], None], errors: int) -> int:
 
 
 def _died(status: int, text: str, target: str) -> Fault:
-    """What a process that ended on its own left behind."""
+    """The output that a process that ended on its own left behind."""
     summary = re.search(r"SUMMARY: (.+)", text)
     undefined = re.search(r"(\S+:\d+):\d+: runtime error: (.+)", text)
     if undefined:
@@ -208,7 +208,7 @@ def _died(status: int, text: str, target: str) -> Fault:
 
 
 def _trace(text: str) -> str:
-    """Of a report, what is not pybind11's, the interpreter's or about bytes."""
+    """The lines of a report that are not pybind11's, the interpreter's or about bytes."""
     lines = text[text.rfind("ERROR: ") if "ERROR: " in text else 0 :].splitlines()
     ours = [
         line for line in lines if not re.match(r"\s+#\d+ ", line) or "/csrc/" in line or "/emulator/" in line
@@ -268,7 +268,7 @@ def _ended(child: int, until: float) -> int | None:
 
 
 def _kill(child: int) -> None:
-    """First asks for the Python stack."""
+    """Ends the child, after asking for its Python stack."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGABRT)
         for _ in range(100):
@@ -367,7 +367,7 @@ def campaign(target: Target, options: argparse.Namespace) -> int:
 
 
 def _watched(child: int, state: mmap.mmap, limit: float) -> int | None:
-    """The child's exit status, or None where one step took longer than the limit and the child was killed."""
+    """The child's exit status, or None if one step took longer than the limit and the child was killed."""
     last, since = None, time.monotonic()
     while True:
         done, status = os.waitpid(child, os.WNOHANG)

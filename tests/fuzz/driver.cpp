@@ -1,6 +1,6 @@
 // Runs a fuzz target over seeded random inputs of all lengths, for compilers without libFuzzer: the same
-// inputs every time, or as many as FC_FUZZ_SECONDS allow from the input FC_FUZZ_FIRST on. The number of one
-// that ends the program is printed: FC_FUZZ_FIRST=number runs it again.
+// inputs every time, or as many as FC_FUZZ_SECONDS allow from the input FC_FUZZ_FIRST on. The number of an
+// input that ends the program is printed: FC_FUZZ_FIRST=number runs it again.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -36,7 +36,7 @@ TEST_PROGRAM {
   for (long i = first; seconds > 0 ? std::time(nullptr) - began < seconds : i < first + inputs; ++i) {
     current = i;
     const size_t size = fc::philox4x32(1, i, 0)[0] % (i % 10 == 0 ? 4096 : 300);
-    std::vector<uint8_t> bytes(size);  // on the heap and no longer than it says, so that an overrun is seen
+    std::vector<uint8_t> bytes(size);  // on the heap, of exactly this size, so that an overrun is seen
     for (size_t at = 0; at < size; ++at) bytes[at] = static_cast<uint8_t>(fc::philox4x32(2, i, at)[0]);
     CHECK_EQUAL(LLVMFuzzerTestOneInput(bytes.data(), size), 0);
   }

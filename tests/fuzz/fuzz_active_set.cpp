@@ -1,5 +1,5 @@
 // Fuzzes the least-squares problem inside matching pursuit with products that need not be those of any rows:
-// it ends, with weights that are finite and of the right sign where the numbers are those of rows.
+// the fit ends, with weights that are finite and, if the numbers are those of rows, of the right sign.
 #include <cmath>
 #include <cstdlib>
 #include <stdexcept>

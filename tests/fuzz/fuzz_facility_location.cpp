@@ -1,5 +1,5 @@
-// Fuzzes greedy runs from points, matrices and sparse rows (with pointers and columns that may lie): whatever
-// comes, a run either throws what it documents or makes distinct picks whose gains never rise.
+// Fuzzes greedy runs from points, matrices and sparse rows (with pointers and columns that may lie): for any
+// input, a run either throws a documented exception or makes distinct picks whose gains never rise.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>

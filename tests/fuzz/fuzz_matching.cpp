@@ -1,4 +1,4 @@
-// Fuzzes what gradient matching reads off gradients, dense and as coefficients of random directions: chosen
+// Fuzzes gradient matching, with gradients that are dense or coefficients of random directions: chosen
 // dimensions are distinct and in order of their mean updates, and the two forms agree, or the input is
 // refused.
 #include <algorithm>
@@ -95,7 +95,7 @@ void low_rank(fuzz::Input& in, int64_t rows, bool any) {
   const fuzz::Array<X> coefficients(in, rows, q, any, false);
   const uint64_t seed = in.byte();
   check(in, fc::LowRankGradients<X>{coefficients.view, seed, numel}, rows, any);
-  // Any part of the directions is that part of them all.
+  // Any part of the directions equals that part of all of them.
   const int64_t begin = in.below(numel), first = in.below(1 << 15), count = numel - begin;
   std::vector<X> all(2 * numel), part(2 * count);
   fc::ThreadTeam team(static_cast<int>(1 + in.below(3)));

@@ -1,5 +1,5 @@
-// Fuzzes the nearest-order kernel with calls in any order: it works, or throws what it documents and goes on
-// after begin().
+// Fuzzes the nearest-order kernel with calls in any order: it works, or throws a documented exception and
+// goes on after begin().
 #include <cstdlib>
 #include <memory>
 #include <set>

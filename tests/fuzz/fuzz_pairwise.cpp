@@ -1,4 +1,5 @@
-// Fuzzes pairwise distances: any shapes, layouts, values and threads either work or throw what they document.
+// Fuzzes pairwise distances: any shapes, layouts, values and threads either work or throw a documented
+// exception.
 #include <cstdlib>
 #include <stdexcept>
 #include <vector>

@@ -1,5 +1,5 @@
-// Fuzzes random projections: of any shapes, layouts, seeds and offsets, the product with the matrix is that
-// with the matrix itself, whole or of long rows given by their parts.
+// Fuzzes random projections: for any shapes, layouts, seeds and offsets, the sketch equals the product with
+// the matrix itself, of whole rows or of long rows given by their parts.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>

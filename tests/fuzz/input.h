@@ -57,7 +57,7 @@ struct Array {
 
   Array(Input& in, int64_t n, int64_t d, bool any, bool contiguous_rows) : values(in.numbers<T>(n * d, any)) {
     const bool transposed = !contiguous_rows && in.coin(), backwards = in.coin();
-    // As the bindings' views: nothing is stepped over where there is nothing.
+    // As in the bindings' views: without elements, strides are 0.
     const int64_t step = n * d == 0 ? 0 : 1;
     const int64_t row = step * (transposed ? 1 : d), column = step * (transposed ? n : 1);
     view = {

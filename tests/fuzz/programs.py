@@ -79,7 +79,7 @@ def array(
 
 @dataclass(frozen=True)
 class Step:
-    """result = target(**arguments); a target without parentheses to come (`attribute`) is read."""
+    """result = target(**arguments); a target that is not called (`attribute`) is read."""
 
     result: str
     target: str
@@ -108,7 +108,7 @@ class Program:
         return "\n".join(step.source(self.sizes) for step in self.steps)
 
     def smaller(self) -> Iterator[Program]:
-        """Programs with one thing less, the largest first."""
+        """Programs with one part less, the largest first."""
         for i in range(len(self.steps) - 1, 0, -1):
             yield replace(self, steps=self.steps[:i] + self.steps[i + 1 :])
         for i, step in enumerate(self.steps):
@@ -130,7 +130,7 @@ class Program:
 
 
 def reduce(program: Program, fails: Callable[[Program], bool], tries: int = 300) -> Program:
-    """The program with as little in it as still fails."""
+    """The smallest program that still fails."""
     while tries > 0:
         for smaller in program.smaller():
             tries -= 1
@@ -160,7 +160,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "int64", "int32", "uint8"
 
 
 def hostile_int(r: random.Random, most: int | None = None) -> Value:
-    """`most`: larger counts would be taken at their word."""
+    """`most`: work of larger counts would be carried out."""
     if r.random() < 0.3:
         return Value(r.choice(OTHERS))
     return literal(r.choice([i for i in INTS if most is None or i <= most]))

@@ -1,4 +1,4 @@
-"""Random programs that call the public functions, and what their results must be."""
+"""Random programs that call the public functions, and the checks of their results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from values import COSTS, FINITE, FLOATS, HALVES, KINDS, LAYOUTS, POINTS
 
 import flashcoreset as fc
 
-# What the work, or what is allocated, is as large as: a large one would be taken at its word.
+# Arguments that the work or the memory grows with: a large one would be carried out.
 LONG = {"max_iter", "n_init", "max_exchanges", "n_candidates", "n_clusters", "n_initial", "dim", "D", "numel", "n_perturbations",
         "n_samples", "n_strata", "el2n_epochs", "top", "memory_budget"}  # fmt: skip
 
@@ -300,7 +300,7 @@ BACKENDS = {
     "LowRankGradients": ("cpu", "torch", "cuda"),
     "zeroth_order_gradients": ("cpu", "torch", "cuda"),
 }
-# What is done with the result.
+# The calls that are made on the result.
 USES = {
     "sinkhorn": ("a.plan()", "a.apply(torch.ones(*a.g.shape, 2, dtype=a.f.dtype))", "a.value.sum()"),
     "LowRankGradients": ("a.dense()", "a.directions(0)"),
@@ -324,7 +324,7 @@ class Called(Step):
 
 
 def generate(seed: int) -> Program:
-    """A call of a public function, with arguments that fit in half of the programs, and what is done with the result."""
+    """A call of a public function, with arguments that fit in half of the programs, and the calls on the result."""
     r = random.Random(seed)
     recipes = Recipes(r)
     name = r.choice(FUNCTIONS)
@@ -361,7 +361,7 @@ def generate(seed: int) -> Program:
 
 
 def _spoiled(r: random.Random, step: Step) -> Step:
-    """One argument is another, or an option is there that was not, or an argument is left out."""
+    """Replaces one argument, or adds an option, or leaves an argument out."""
     names = list(step.arguments)
     if not names:
         return step
@@ -460,7 +460,8 @@ def called(
     arguments: Callable[[], dict[str, Any]],
     checked: bool,
 ) -> Any:
-    """function(**arguments()) on every backend: all of them give results that are right (`checked`) or none is given."""
+    """function(**arguments()) on every backend: all of them give results that are right (`checked`), or none gives a
+    result."""
     results: dict[str, Any] = {}
     refusals: dict[str, Exception] = {}
     given: dict[str, Any] = {}
@@ -509,7 +510,7 @@ def called(
 AT_THE_END = re.compile("go beyond the range of|differ by rounding alone")
 # Products with NaN are NaN, as documented.
 NAN_IN_NAN_OUT = ("sketch", "LowRankGradients", "zeroth_order_gradients")
-# Of equal choices, or choices equal within rounding, backends may take different ones, and an entropy near 0 has few digits:
+# If choices are equal, or equal within rounding, backends may take different ones, and an entropy near 0 has few digits:
 # CHECKS say whether they are right.
 NOT_COMPARED = ("facility_location", "match_gradients", "sinkhorn", "simcore", "zeroth_order_gradients", "caratheodory",
                 "sinkhorn_divergence", "sample_scores")  # fmt: skip
@@ -521,7 +522,7 @@ def _require(holds: bool, what: str) -> None:
 
 
 def _bytes(value: Any) -> bytes | None:
-    """What a plain tensor or array holds, to see whether it was written to."""
+    """The contents of a plain tensor or array, to check whether it was written to."""
     if isinstance(value, np.ndarray):
         return value.tobytes()
     if type(value) is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu":
@@ -564,7 +565,7 @@ def _float64(value: Any) -> torch.Tensor:
 def _check_facility_location(given: dict[str, Any], found: fc.Selection) -> None:
     picks = found.indices.tolist()
     _require(len(set(picks)) == len(picks) == given["k"], "k distinct picks")
-    # An offset far above what is left of it leaves few digits.
+    # An offset far above its difference from the distances leaves few digits.
     exact = found.offset is None or float(found.gains[0]) > 0.05 * found.offset * float(found.weights.sum())
     if given.get("method") != "stochastic" and exact:
         options = {name: given[name] for name in ("clients", "metric", "weights", "groups") if name in given}
@@ -693,7 +694,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Any], None]] = {
     "top_scores": _check_top,
 }
 
-# What programs refer to.
+# The names that programs refer to.
 SPACE = {
     "called": called,
     "ridge": Ridge,

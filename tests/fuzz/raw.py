@@ -1,5 +1,5 @@
-"""Random programs that call the compiled modules: what is called and with which arguments is read off their docstrings, so that
-a new one is called too, and a recipe says which arguments fit each other."""
+"""Random programs that call the compiled modules: the functions and their arguments are read from their docstrings, so that a
+new function is called too, and a recipe says which arguments fit each other."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TRUSTED = {
 # Sizes of work that nothing stored bounds: a large one would be done.
 LONG = {"length"}
 LONG_ON_DEVICE = {"max_iter"}  # where the CPU's binding goes step by step
-# What sets the emulator up, and what a module has beside its kernels.
+# The functions that set the emulator up, and those that a module has beside its kernels.
 LEFT_OUT = {"set_schedule", "set_device", "set_current_device", "allocated_bytes", "unusable"}
 
 
@@ -54,7 +54,7 @@ class Parameter:
 
 
 def parameters(function: object) -> list[Parameter]:
-    """Of a bound function, from the first line of its docstring; without `self`."""
+    """The parameters of a bound function, from the first line of its docstring; without `self`."""
     text = (function.__doc__ or "").split("\n")[0]
     inside = text[text.index("(") + 1 : text.rindex(") ->")]
     found = []
@@ -431,7 +431,7 @@ class Recipes:
         return {"x": self.any_array("n", "d")}
 
 
-# What a class's objects are used for, in an order that makes sense; random programs shuffle a part of them.
+# The calls of a class's objects, in an order that makes sense; random programs shuffle a part of them.
 USES = {
     "FacilityLocation": ("step", "finish"),
     "NearestOrder": ("begin", "update", "update_similarities", "finish", "rounds", "order"),
@@ -443,7 +443,7 @@ USES = {
 
 
 def callables(module: ModuleType) -> dict[str, object]:
-    """Functions, classes and what else makes their objects, by name."""
+    """Functions, classes and other makers of their objects, by name."""
     found = {}
     for name in sorted(vars(module)):
         value = getattr(module, name)
@@ -458,7 +458,8 @@ def callables(module: ModuleType) -> dict[str, object]:
 
 
 def generate(seed: int, module: ModuleType, on_device: bool) -> Program:
-    """A program of a few calls of the module `m`: half of them of arguments that fit, with one or two that do not in the others."""
+    """A program of a few calls of the module `m`: half of the programs have arguments that fit; the others have one or two
+    that do not."""
     r = random.Random(seed)
     recipes = Recipes(r, on_device)
     names = callables(module)

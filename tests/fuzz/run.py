@@ -1,9 +1,9 @@
 """Runs fuzz targets, some at a time, and tells inputs and faults of each: python tests/fuzz/run.py --seconds 60 [TARGET...]
 
-Targets: the random callers of call.py (public, cpu, cuda), on modules with the address and undefined-behaviour sanitizers, and the C++
-targets of this folder by the names of their kernels (sinkhorn, sketch, ...), which libFuzzer runs where build/fuzz-targets has been built
-by Clang, and else a seeded driver. `make fuzz` builds both. Each target writes to build/fuzz/TARGET.log; the table goes to
-build/fuzz/figures.txt too. Exit status 1: there are faults.
+Targets: the random callers of call.py (public, cpu, cuda), on modules with the address and undefined-behaviour sanitizers, and
+the C++ targets of this folder by the names of their kernels (sinkhorn, sketch, ...), which libFuzzer runs if
+build/fuzz-targets has been built by Clang, and else a seeded driver. `make fuzz` builds both. Each target writes to
+build/fuzz/TARGET.log; the table goes to build/fuzz/figures.txt too. Exit status 1: there are faults.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = FUZZ.parent.parent
 LOGS = ROOT / "build" / "fuzz"
 KERNELS = ROOT / "build" / "fuzz-targets"
 CALLERS = ("public", "cpu", "cuda")
-# A sanitizer that ends a program lets it say where it was.
+# A sanitizer that ends a program lets it report where it was.
 ABORT = {
     "ASAN_OPTIONS": "abort_on_error=1:detect_leaks=0:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -37,7 +37,8 @@ def kernels() -> dict[str, Path]:
 
 
 def _output(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> str:
-    """What the command prints, which also goes to the log. It has time to spare for reducing what it finds."""
+    """What the command prints, which also goes to the log. The command has extra time for reducing the faults that it
+    finds."""
     began = log.stat().st_size if log.exists() else 0
     with open(log, "ab") as file:
         process = subprocess.Popen(
@@ -54,7 +55,7 @@ def _output(command: list[str], environment: dict[str, str], log: Path, seconds:
 
 
 def run_caller(name: str, seconds: float, seed: int) -> tuple[str, int, str]:
-    """Inputs, faults, and what they are."""
+    """The numbers of inputs and faults, and a description of the faults."""
     command = [sys.executable, str(FUZZ / "call.py"), name, "--sanitizer", "address", "--limit", "120",
                "--seconds", str(seconds), "--seed", str(seed)]  # fmt: skip
     text = _output(command, {}, LOGS / f"{name}.out", seconds)

@@ -1,4 +1,4 @@
-"""What the programs of the random callers are written in: tensors by shape, dtype, content and layout, and objects that lie."""
+"""The vocabulary of the random callers' programs: tensors by shape, dtype, content and layout, and objects that lie."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ nan, inf = float("nan"), float("inf")
 FLOATS = ("float32", "float64")
 HALVES = ("float16", "bfloat16")
 
-# What a number of one of these contents is; see `tensor`.
+# The kinds of contents; see `tensor`.
 FINITE = ("normal", "ties", "zeros", "ones", "mixed")
 EXTREME = ("tiny", "huge", "denormal", "largest", "bits", "nan", "inf")
 # Metrics of points, those of costs, and kinds of sketches.
@@ -34,7 +34,7 @@ HOSTILE_LAYOUTS = (
 
 
 class Planted(Exception):
-    """What an object that lies raises: it may come through a call, since it is the caller's own."""
+    """The exception of an object that lies: it may come through a call, since it is the caller's own."""
 
 
 def _content(shape: tuple[int, ...], dtype: torch.dtype, content: str, seed: int) -> torch.Tensor:
@@ -94,7 +94,8 @@ def tensor(
     layout: str = "plain",
     seed: int = 0,
 ) -> Any:
-    """An array of that shape. Views of larger memory are cut to exactly what they span, so that a sanitizer sees an overrun."""
+    """An array of that shape. Views of larger memory are cut to exactly the part that they span, so that a sanitizer sees an
+    overrun."""
     kind = getattr(torch, dtype)
     if kind.is_complex or kind == torch.bool:
         x = torch.ones(shape, dtype=kind)
@@ -132,7 +133,7 @@ def tensor(
 
 
 class Liar:
-    """An array whose answers are not what an array's are. `how` says in what."""
+    """An array whose answers differ from those of an array. `how` says in which way."""
 
     def __init__(self, how: str, shape: tuple[int, ...] = (4, 3)) -> None:
         self.how, self._tensor = how, torch.ones(shape)
@@ -178,7 +179,7 @@ LIES = (
 
 
 class Awkward:
-    """A number that is none when it is asked."""
+    """A number that raises when it is asked for its value."""
 
     def __init__(self, how: str) -> None:
         self.how = how

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_shape, register_estimate
+from flashcoreset._core.op import define_op
 from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale
 from flashcoreset._core.tensor import (
@@ -82,7 +83,7 @@ def caratheodory(
             raise ValueError(f"max_size must be >= 1, got {limit}")
     if is_traced(points):
         check_not_meta(points, "x")
-        indices, new_weights = torch.ops.flashcoreset.caratheodory(points, weights, limit, backend)
+        indices, new_weights = _CARATHEODORY(points, weights, limit, backend)
     else:
         indices, new_weights = _solve(points, weights, limit, backend)
     return Selection(
@@ -158,12 +159,10 @@ def _estimate(
 
 # The torch op, which torch.compile and fake tensors see.
 
-_NAME = "flashcoreset::caratheodory"
-torch.library.define(_NAME, "(Tensor x, Tensor? weights, int max_size, str? backend) -> (Tensor, Tensor)")
-torch.library.impl(_NAME, "default")(_solve)
 
-
-@torch.library.register_fake(_NAME)
 def _fake(x: Tensor, weights: Tensor | None, max_size: int, backend: str | None) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     return x.new_empty(count, dtype=torch.int64), x.new_empty(count, dtype=compute_dtype(x.dtype))
+
+
+_CARATHEODORY = define_op("caratheodory", _solve, _fake, ("indices", "weights"))

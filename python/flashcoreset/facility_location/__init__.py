@@ -17,6 +17,7 @@ from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
 from flashcoreset._core.dispatch import DEFAULTS, check_backend
 from flashcoreset._core.errors import InputWarning, warn_caller
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
+from flashcoreset._core.op import define_op
 from flashcoreset._core.progress import Progress, check_progress
 from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale, times_power
@@ -765,90 +766,72 @@ def group_members(
 # The torch op, which torch.compile and fake tensors see. An eager call goes to the kernel without the
 # dispatcher, which would cost as much as a small problem.
 
-_NAME = "flashcoreset::facility_location"
-torch.library.define(
-    _NAME,
-    "(Tensor x, Tensor? crow, Tensor? col, int columns, int k, Tensor? clients, str metric, Tensor? weights, "
-    "Tensor? groups, Tensor? labels, Tensor? budgets, Tensor? preselected, str method, float epsilon, str seed, "
-    "float? offset, int memory_budget, str? backend) -> "
-    "(Tensor indices, Tensor gains, Tensor weights, Tensor assignment, Tensor objective, Tensor offset)",
-)
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of the op, which takes tensors and numbers alone."""
+
+    x: Tensor  # values, if the matrix is sparse
+    crow: Tensor | None
+    col: Tensor | None
+    columns: int
+    k: int
+    clients: Tensor | None
+    metric: str
+    weights: Tensor | None
+    groups: Tensor | None
+    labels: Tensor | None
+    budgets: Tensor | None
+    preselected: Tensor | None
+    method: str
+    epsilon: float
+    seed: str  # a torch op's int ends at 2^63
+    offset: float | None
+    memory_budget: int
+    backend: str | None
 
 
-@torch.library.impl(_NAME, "default")
-def _op(
-    x: Tensor,
-    crow: Tensor | None,
-    col: Tensor | None,
-    columns: int,
-    k: int,
-    clients: Tensor | None,
-    metric: str,
-    weights: Tensor | None,
-    groups: Tensor | None,
-    labels: Tensor | None,
-    budgets: Tensor | None,
-    preselected: Tensor | None,
-    method: str,
-    epsilon: float,
-    seed: str,
-    offset: float | None,
-    memory_budget: int,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    data: Tensor | Csr = x.detach()
-    if (crow is None) != (col is None):
+def _op(c: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    data: Tensor | Csr = c.x.detach()
+    if (c.crow is None) != (c.col is None):
         raise ValueError("crow and col must be given together, or neither of them")
-    if crow is not None and col is not None:
-        data = canonical_csr(crow, col, x.detach(), (crow.shape[0] - 1, columns), "x")
+    if c.crow is not None and c.col is not None:
+        data = canonical_csr(c.crow, c.col, c.x.detach(), (c.crow.shape[0] - 1, c.columns), "x")
     named = None
-    if labels is not None and budgets is not None:
-        named = dict(zip(labels.tolist(), budgets.tolist(), strict=True))
+    if c.labels is not None and c.budgets is not None:
+        named = dict(zip(c.labels.tolist(), c.budgets.tolist(), strict=True))
     problem = _check(
-        data, k, clients, metric, weights, groups, named, preselected, method, epsilon, int(seed), offset,
-        memory_budget,
+        data, c.k, c.clients, c.metric, c.weights, c.groups, named, c.preselected, c.method, c.epsilon, int(c.seed), c.offset,
+        c.memory_budget,
     )  # fmt: skip
-    indices, gains, won, assignment, objective, used_offset = _solve_naming_offset(problem, backend, None)
-    scalars = [torch.tensor(v, dtype=torch.float64, device=x.device) for v in (objective, used_offset or 0.0)]
+    indices, gains, won, assignment, objective, used_offset = _solve_naming_offset(problem, c.backend, None)
+    scalars = [
+        torch.tensor(v, dtype=torch.float64, device=c.x.device) for v in (objective, used_offset or 0.0)
+    ]
     return indices, gains, won, assignment, scalars[0], scalars[1]
 
 
-@torch.library.register_fake(_NAME)
-def _fake(
-    x: Tensor,
-    crow: Tensor | None,
-    col: Tensor | None,
-    columns: int,
-    k: int,
-    clients: Tensor | None,
-    metric: str,
-    weights: Tensor | None,
-    groups: Tensor | None,
-    labels: Tensor | None,
-    budgets: Tensor | None,
-    preselected: Tensor | None,
-    method: str,
-    epsilon: float,
-    seed: str,
-    offset: float | None,
-    memory_budget: int,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if clients is not None:
-        m = clients.shape[0]
-    elif crow is not None:
-        m = columns
+def _fake(c: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if c.clients is not None:
+        m = c.clients.shape[0]
+    elif c.crow is not None:
+        m = c.columns
     else:
-        m = x.shape[1] if metric in MATRICES else x.shape[0]
-    floating = compute_dtype(x.dtype)
+        m = c.x.shape[1] if c.metric in MATRICES else c.x.shape[0]
+    floating = compute_dtype(c.x.dtype)
     return (
-        x.new_empty(k, dtype=torch.int64),
-        x.new_empty(k, dtype=floating),
-        x.new_empty(k, dtype=floating),
-        x.new_empty(m, dtype=torch.int64),
-        x.new_empty((), dtype=torch.float64),
-        x.new_empty((), dtype=torch.float64),
+        c.x.new_empty(c.k, dtype=torch.int64),
+        c.x.new_empty(c.k, dtype=floating),
+        c.x.new_empty(c.k, dtype=floating),
+        c.x.new_empty(m, dtype=torch.int64),
+        c.x.new_empty((), dtype=torch.float64),
+        c.x.new_empty((), dtype=torch.float64),
     )
+
+
+_SELECT = define_op(
+    "facility_location", _op, _fake, ("indices", "gains", "weights", "assignment", "objective", "offset")
+)
 
 
 def _call_op(p: _Problem, backend: str | None) -> Selection:
@@ -856,10 +839,11 @@ def _call_op(p: _Problem, backend: str | None) -> Selection:
         x, crow, col, columns = p.x.values, p.x.crow, p.x.col, p.x.shape[1]
     else:
         x, crow, col, columns = p.x, None, None, 0
-    indices, gains, won, assignment, objective, offset = torch.ops.flashcoreset.facility_location(
-        x, crow, col, columns, p.k, p.clients, p.metric, p.weights, p.groups, p.labels, p.budgets,
-        p.preselected, p.method, p.epsilon, str(p.seed), p.offset, p.memory_budget, backend,
+    call = _Call(
+        x, crow, col, columns, p.k, p.clients, p.metric, p.weights, p.groups, p.labels, p.budgets, p.preselected, p.method,
+        p.epsilon, str(p.seed), p.offset, p.memory_budget, backend,
     )  # fmt: skip
+    indices, gains, won, assignment, objective, offset = _SELECT(call)
     # The descriptor turns the 0-d tensors into numbers when they are read.
     return Selection(
         indices,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.op import define_op
 from flashcoreset._core.philox import philox4x32
 from flashcoreset._core.tensor import (
     FLOATING,
@@ -93,7 +94,7 @@ class LowRankGradients:
             raise ValueError(
                 f"begin and end must satisfy 0 <= begin < end <= {self.numel}, got {begin} and {end}"
             )
-        make = torch.ops.flashcoreset.directions if is_traced(self.coefficients) else _directions
+        make = _DIRECTIONS if is_traced(self.coefficients) else _directions
         made: Tensor = make(self.coefficients, self.seed, begin, end, self.backend)
         return made
 
@@ -117,14 +118,12 @@ def _directions(like: Tensor, seed: int, begin: int, end: int, backend: str | No
 
 # The torch op, which torch.compile and fake tensors see.
 
-_NAME = "flashcoreset::directions"
-torch.library.define(_NAME, "(Tensor like, int seed, int begin, int end, str? backend) -> Tensor")
-torch.library.impl(_NAME, "default")(_directions)
 
-
-@torch.library.register_fake(_NAME)
 def _fake_directions(like: Tensor, seed: int, begin: int, end: int, backend: str | None) -> Tensor:
     return like.new_empty(like.shape[1], end - begin)
+
+
+_DIRECTIONS = define_op("directions", _directions, _fake_directions)
 
 
 def zeroth_order_gradients(

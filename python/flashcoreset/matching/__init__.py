@@ -15,6 +15,7 @@ from torch import Tensor
 from flashcoreset._core.constants import DISTANCES
 from flashcoreset._core.dispatch import DEFAULTS, check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, memory_estimate, register_estimate
+from flashcoreset._core.op import define_op
 from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset._core.tensor import (
@@ -750,54 +751,52 @@ def _sizes_of_groups(groups: Any, count: int) -> list[int]:
 
 # The torch op, which torch.compile and fake tensors see.
 
-_NAME = "flashcoreset::match_gradients"
-torch.library.define(
-    _NAME,
-    # Coefficients come with a length and the backend of their directions; rows come with neither.
-    "(Tensor g, int? length, int seed, str? directions, int k, Tensor? m, Tensor? v, int step, float beta1, float beta2, "
-    "float eps, int? top, Tensor? groups, Tensor? labels, Tensor? budgets, str metric, str method, bool nonnegative, "
-    "float ridge, str? backend) -> "
-    "(Tensor indices, Tensor gains, Tensor weights, Tensor assignment, Tensor objective, Tensor offset, Tensor dims, Tensor m, "
-    "Tensor v)",
-)
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.impl(_NAME, "default")
-def _op(
-    g: Tensor,
-    length: int | None,
-    seed: int,
-    directions: str | None,
-    k: int,
-    m: Tensor | None,
-    v: Tensor | None,
-    step: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    top: int | None,
-    groups: Tensor | None,
-    labels: Tensor | None,
-    budgets: Tensor | None,
-    metric: str,
-    method: str,
-    nonnegative: bool,
-    ridge: float,
-    backend: str | None,
-) -> _Outputs:
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of the op, which takes tensors and numbers alone. Coefficients have a length and what makes their directions; rows
+    have none."""
+
+    g: Tensor
+    length: int | None
+    seed: int
+    directions: str | None
+    k: int
+    m: Tensor | None
+    v: Tensor | None
+    step: int
+    beta1: float
+    beta2: float
+    eps: float
+    top: int | None
+    groups: Tensor | None
+    labels: Tensor | None
+    budgets: Tensor | None
+    metric: str
+    method: str
+    nonnegative: bool
+    ridge: float
+    backend: str | None
+
+
+def _op(c: _Call) -> _Outputs:
+    g = c.g
     rows = g.detach()
-    given = rows if length is None else LowRankGradients(rows, seed, length, directions)
-    if (m is None) != (v is None):
+    given = rows if c.length is None else LowRankGradients(rows, c.seed, c.length, c.directions)
+    if (c.m is None) != (c.v is None):
         raise ValueError("m and v must be given together, or neither of them")
     history = None
-    if m is not None and v is not None:
-        history = AdamState(m.detach(), v.detach(), step, (beta1, beta2), eps)
+    if c.m is not None and c.v is not None:
+        history = AdamState(c.m.detach(), c.v.detach(), c.step, (c.beta1, c.beta2), c.eps)
     named = None
-    if labels is not None and budgets is not None:
-        named = dict(zip(labels.tolist(), budgets.tolist(), strict=True))
-    problem, _ = _check(given, k, history, top, groups, named, metric, method, nonnegative, ridge)
-    found = match_members(problem, backend)
+    if c.labels is not None and c.budgets is not None:
+        named = dict(zip(c.labels.tolist(), c.budgets.tolist(), strict=True))
+    problem, _ = _check(
+        given, c.k, history, c.top, c.groups, named, c.metric, c.method, c.nonnegative, c.ridge
+    )
+    found = match_members(problem, c.backend)
     objective, offset = (
         torch.tensor(value or 0.0, dtype=torch.float64, device=g.device)
         for value in (found.objective, found.offset)
@@ -813,35 +812,13 @@ def _op(
     return found.indices, found.gains, found.weights, assignment, objective, offset, dims, new_m, new_v
 
 
-@torch.library.register_fake(_NAME)
-def _fake(
-    g: Tensor,
-    length: int | None,
-    seed: int,
-    directions: str | None,
-    k: int,
-    m: Tensor | None,
-    v: Tensor | None,
-    step: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    top: int | None,
-    groups: Tensor | None,
-    labels: Tensor | None,
-    budgets: Tensor | None,
-    metric: str,
-    method: str,
-    nonnegative: bool,
-    ridge: float,
-    backend: str | None,
-) -> _Outputs:
+def _fake(c: _Call) -> _Outputs:
     # Weighted sums may take fewer than k; groups without a budget have no dimensions.
-    taken: Any = k if method == "medoid" else torch.library.get_ctx().new_dynamic_size()
-    lists: Any = 0 if top is None else 1
-    if top is not None and groups is not None:
+    taken: Any = c.k if c.method == "medoid" else torch.library.get_ctx().new_dynamic_size()
+    lists: Any = 0 if c.top is None else 1
+    if c.top is not None and c.groups is not None:
         lists = torch.library.get_ctx().new_dynamic_size()
-    dtype = compute_dtype(g.dtype)
+    g, dtype = c.g, compute_dtype(c.g.dtype)
     return (
         g.new_empty(taken, dtype=torch.int64),
         g.new_empty(taken, dtype=dtype),
@@ -849,10 +826,18 @@ def _fake(
         g.new_empty(g.shape[0], dtype=torch.int64),
         g.new_empty((), dtype=torch.float64),
         g.new_empty((), dtype=torch.float64),
-        g.new_empty(lists, top or 0, dtype=torch.int64),
-        g.new_empty(0) if m is None else torch.empty_like(m),
-        g.new_empty(0) if v is None else torch.empty_like(v),
+        g.new_empty(lists, c.top or 0, dtype=torch.int64),
+        g.new_empty(0) if c.m is None else torch.empty_like(c.m),
+        g.new_empty(0) if c.v is None else torch.empty_like(c.v),
     )
+
+
+_MATCH = define_op(
+    "match_gradients",
+    _op,
+    _fake,
+    ("indices", "gains", "weights", "assignment", "objective", "offset", "dims", "m", "v"),
+)
 
 
 def _call_op(problem: Problem, asked: Asked, backend: str | None) -> Selection:
@@ -862,12 +847,20 @@ def _call_op(problem: Problem, asked: Asked, backend: str | None) -> Selection:
         raise TypeError(
             "normalize must be an AdamState in a function given to torch.compile, got RankOneAdamState; pass its dense()"
         )
-    adam: tuple[Any, ...] = (None, None, 1, 0.9, 0.999, 1e-8)
+    past_m, past_v, step, (beta1, beta2), eps = None, None, 1, (0.9, 0.999), 1e-8
     if history is not None:
-        adam = history.m, history.v, history.step, *history.betas, history.eps
-    indices, gains, weights, assignment, objective, offset, dims, m, v = torch.ops.flashcoreset.match_gradients(
-        g.values, g.length, g.seed, g.backend, k, *adam, problem.top, groups, labels, budgets, problem.metric, problem.method, problem.nonnegative, problem.ridge, backend,
+        past_m, past_v, step, (beta1, beta2), eps = (
+            history.m,
+            history.v,
+            history.step,
+            history.betas,
+            history.eps,
+        )
+    call = _Call(
+        g.values, g.length, g.seed, g.backend, k, past_m, past_v, step, beta1, beta2, eps, problem.top, groups, labels, budgets, problem.metric, problem.method,
+        problem.nonnegative, problem.ridge, backend,
     )  # fmt: skip
+    indices, gains, weights, assignment, objective, offset, dims, m, v = _MATCH(call)
     if problem.method != "medoid" or problem.metric not in DISTANCES:
         offset = None
     return Selection(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.op import define_op
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset._core.tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype, is_traced
 from flashcoreset.pursuit.backend import choose
@@ -96,8 +97,7 @@ def orthogonal_matching_pursuit(
     if ridge < 0:
         raise ValueError(f"ridge must be >= 0, got {ridge}")
     if is_traced(rows):
-        solve = torch.ops.flashcoreset.orthogonal_matching_pursuit
-        return Pursuit(*solve(rows, b, k, nonnegative, ridge, backend))
+        return Pursuit(*_PURSUIT(rows, b, k, nonnegative, ridge, backend))
     return Pursuit(*_rounded(rows.dtype, *solve_pursuit(rows, b, k, nonnegative, ridge, backend)))
 
 
@@ -135,7 +135,7 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
     """
     rows, b, k = _check(g, target, k, backend)
     if is_traced(rows):
-        return Pursuit(*torch.ops.flashcoreset.frank_wolfe(rows, b, k, backend))
+        return Pursuit(*_FRANK_WOLFE(rows, b, k, backend))
     return Pursuit(*_rounded(rows.dtype, *solve_frank_wolfe(rows, b, k, backend)))
 
 
@@ -255,29 +255,17 @@ def pursuit_bytes(b: int, d: int, k: int, dtype: torch.dtype, orthogonal: bool, 
 
 # The torch ops, which torch.compile and fake tensors see.
 
-_PURSUIT, _FRANK_WOLFE = "flashcoreset::orthogonal_matching_pursuit", "flashcoreset::frank_wolfe"
-torch.library.define(
-    _PURSUIT,
-    "(Tensor g, Tensor target, int k, bool nonnegative, float ridge, str? backend) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    _FRANK_WOLFE, "(Tensor g, Tensor target, int k, str? backend) -> (Tensor, Tensor, Tensor)"
-)
 
-
-@torch.library.impl(_PURSUIT, "default")
 def _pursuit_op(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _padded(k, _rounded(g.dtype, *solve_pursuit(g, target, k, nonnegative, ridge, backend)))
 
 
-@torch.library.impl(_FRANK_WOLFE, "default")
 def _frank_wolfe_op(g: Tensor, target: Tensor, k: int, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     return _padded(k, _rounded(g.dtype, *solve_frank_wolfe(g, target, k, backend)))
 
 
-@torch.library.register_fake(_PURSUIT)
 def _fake_pursuit(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,8 +277,12 @@ def _fake_pursuit(
     )
 
 
-@torch.library.register_fake(_FRANK_WOLFE)
 def _fake_frank_wolfe(
     g: Tensor, target: Tensor, k: int, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_pursuit(g, target, k, True, 0.0, backend)
+
+
+_RESULTS = ("indices", "weights", "residual_norms")
+_PURSUIT = define_op("orthogonal_matching_pursuit", _pursuit_op, _fake_pursuit, _RESULTS)
+_FRANK_WOLFE = define_op("frank_wolfe", _frank_wolfe_op, _fake_frank_wolfe, _RESULTS)

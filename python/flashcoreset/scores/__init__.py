@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
+from flashcoreset._core.op import define_op
 from flashcoreset._core.tensor import FLOATING, as_dense, as_integers, compute_dtype, is_traced
 from flashcoreset.scores.backend import choose
 from flashcoreset.scores.checks import check_targets, mean_over_tokens
@@ -86,10 +87,7 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
     """
     check_backend(backend)
     x, t, m = _check(logits, targets, mask)
-    if is_traced(x):
-        found = torch.ops.flashcoreset.sample_scores(x, t, m, backend)
-    else:
-        found = _solve(x, t, m, backend)
+    found = _SCORES(x, t, m, backend) if is_traced(x) else _solve(x, t, m, backend)
     loss, entropy, margin, el2n, correct = found.unbind()
     return SampleScores(loss, entropy, margin, el2n, correct > 0 if x.dim() == 2 else correct)
 
@@ -149,14 +147,12 @@ def _checked_mask(mask: Tensor) -> Tensor:
 
 # The torch op, which torch.compile and fake tensors see.
 
-_NAME = "flashcoreset::sample_scores"
-torch.library.define(_NAME, "(Tensor logits, Tensor targets, Tensor? mask, str? backend) -> Tensor")
-torch.library.impl(_NAME, "default")(_solve)
 
-
-@torch.library.register_fake(_NAME)
 def _fake(logits: Tensor, targets: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
     return logits.new_empty(5, logits.shape[0], dtype=compute_dtype(logits.dtype))
+
+
+_SCORES = define_op("sample_scores", _solve, _fake)
 
 
 @register_estimate("sample_scores")

@@ -15,6 +15,7 @@ from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.errors import ConvergenceWarning, warn_caller
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
+from flashcoreset._core.op import define_op
 from flashcoreset._core.progress import Progress, check_progress
 from flashcoreset._core.tensor import (
     FLOATING,
@@ -93,9 +94,7 @@ class Transport:
         """
         p = self._problem
         x, y, a, b = p.arrays()
-        plan = torch.ops.flashcoreset.sinkhorn_plan(
-            x, y, a, b, *self._potentials, p.reg, p.metric, p.x_lengths, p.y_lengths, p.backend
-        )
+        plan = _PLAN(x, y, a, b, *self._potentials, p.reg, p.metric, p.x_lengths, p.y_lengths, p.backend)
         return p.shaped(plan.to(p.out_dtype))
 
     def apply(self, v: Any) -> Tensor:
@@ -138,7 +137,7 @@ class Transport:
         lengths = p.x_lengths if transpose else p.y_lengths
         if lengths is not None:
             batched = torch.where(_mask(lengths, size)[:, :, None], batched, 0)
-        out = torch.ops.flashcoreset.sinkhorn_apply(
+        out = _APPLY(
             x, y, a, b, *self._potentials, batched.detach().to(x.dtype), p.reg, p.metric, transpose, p.x_lengths, p.y_lengths,
             p.memory_budget, p.backend,
         )  # fmt: skip
@@ -727,7 +726,7 @@ def _transport(p: _Problem, progress: Callable[[int, int], object] | bool | None
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     traced = is_traced(*inputs)
     if traced:
-        solution = Solution(*torch.ops.flashcoreset.sinkhorn(*_op_arguments(p)))
+        solution = Solution(*_SOLVE(p))
     else:
         solution = _solve(p, progress)
         if wants_gradient:
@@ -767,9 +766,7 @@ class _Envelope(torch.autograd.Function):
         # The potentials count as constants here, so a second derivative would be wrong: without a graph it is refused.
         with torch.no_grad():
             needs = list(ctx.needs_input_grad[:4])
-            found = torch.ops.flashcoreset.sinkhorn_gradients(
-                *ctx.saved_tensors, gradients[0], *ctx.options, needs
-            )
+            found = _GRADIENTS(*ctx.saved_tensors, gradients[0], *ctx.options, needs)
         return (*_if_needed(ctx, found), None, None)
 
 
@@ -817,48 +814,15 @@ def _gradients(
 
 # ---- the torch ops
 
-_NAME = "flashcoreset::sinkhorn"
-torch.library.define(
-    _NAME,
-    "(Tensor x, Tensor? y, Tensor? a, Tensor? b, float reg, str metric, float[] reg_marginal, Tensor? x_lengths, "
-    "Tensor? y_lengths, int max_iter, float tol, Tensor? f, Tensor? g, int memory_budget, str? backend) -> "
-    "(Tensor f, Tensor g, Tensor value, Tensor transport_cost, Tensor error, Tensor iterations, Tensor converged)",
-)
-_Arguments = tuple[
-    Tensor, Tensor | None, Tensor | None, Tensor | None, float, str, list[float], Tensor | None, Tensor | None, int,
-    float, Tensor | None, Tensor | None, int, str | None,
-]  # fmt: skip
 
-
-def _op_arguments(p: _Problem) -> _Arguments:
-    return (
-        p.x, p.y, p.a, p.b, p.reg, p.metric, list(p.reg_marginal), p.x_lengths, p.y_lengths, p.max_iter, p.tol, p.f, p.g,
-        p.memory_budget, p.backend,
-    )  # fmt: skip
-
-
-def _of_op(arguments: _Arguments) -> _Problem:
-    x, y, a, b, reg, metric, marginal, x_lengths, y_lengths, max_iter, tol, f, g, memory_budget, backend = (
-        arguments
-    )
-    return _Problem(
-        x, y, a, b, reg, metric, (marginal[0], marginal[1]), x_lengths, y_lengths, max_iter, tol, f, g, memory_budget,
-        backend, batched=x.shape[0] > 1,
-    )  # fmt: skip
-
-
-@torch.library.impl(_NAME, "default")
-def _op(*arguments: Any) -> Solution:
-    found = _solve(_of_op(arguments), None)
+def _op(p: _Problem) -> Solution:
+    found = _solve(p, None)
     # Results of an op share no memory.
     return Solution(*(t.contiguous().clone() if t.dim() == 1 else t for t in found))
 
 
-@torch.library.register_fake(_NAME)
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    x, y = arguments[:2]
-    batch, n = x.shape[:2]
-    m = x.shape[2] if y is None else y.shape[1]
+def _fake(p: _Problem) -> tuple[Tensor, ...]:
+    x, batch, (n, m) = p.x, p.x.shape[0], p.sizes
     number = [x.new_empty(batch, dtype=torch.float64) for _ in range(3)]
     return (
         x.new_empty(batch, n, dtype=torch.float64),
@@ -869,17 +833,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-_GRADIENTS = "flashcoreset::sinkhorn_gradients"
-torch.library.define(
-    _GRADIENTS,
-    "(Tensor x, Tensor? y, Tensor? a, Tensor? b, Tensor? x_lengths, Tensor? y_lengths, Tensor f, Tensor g, Tensor of_value, "
-    "float reg, str metric, float[] reg_marginal, int memory_budget, str? backend, bool[] needs) -> "
-    "(Tensor x, Tensor y, Tensor a, Tensor b)",
-)
-torch.library.impl(_GRADIENTS, "default")(_gradients)
+_SOLVE = define_op("sinkhorn", _op, _fake, Solution._fields[:7])
 
 
-@torch.library.register_fake(_GRADIENTS)
 def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     (x, y), (f, g), needs = arguments[:2], arguments[6:8], arguments[-1]
     like = (
@@ -891,30 +847,24 @@ def _fake_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(f.new_empty(0) if t is None else torch.empty_like(t) for t in like)
 
 
-def _setup_context(ctx: Any, inputs: _Arguments, output: tuple[Tensor, ...]) -> None:
-    x, y, a, b, reg, metric, marginal, x_lengths, y_lengths, *_, memory_budget, backend = inputs
+_GRADIENTS = define_op("sinkhorn_gradients", _gradients, _fake_gradients, ("x", "y", "a", "b"))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, a, b, reg, metric, marginal, x_lengths, y_lengths, *_, memory_budget, backend, _ = inputs
     ctx.save_for_backward(x, y, a, b, x_lengths, y_lengths, output[0], output[1])
     ctx.options = (reg, metric, marginal, memory_budget, backend)
 
 
 def _backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:4])
-    found = torch.ops.flashcoreset.sinkhorn_gradients(*ctx.saved_tensors, gradients[2], *ctx.options, needs)
-    return (*_if_needed(ctx, found), *([None] * 11))
+    found = _GRADIENTS(*ctx.saved_tensors, gradients[2], *ctx.options, needs)
+    return (*_if_needed(ctx, found), *([None] * 12))
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
+torch.library.register_autograd("flashcoreset::sinkhorn", _backward, setup_context=_setup_context)
 
 
-_PLAN = "flashcoreset::sinkhorn_plan"
-torch.library.define(
-    _PLAN,
-    "(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor f, Tensor g, float reg, str metric, Tensor? x_lengths, "
-    "Tensor? y_lengths, str? backend) -> Tensor",
-)
-
-
-@torch.library.impl(_PLAN, "default")
 def _plan(
     x: Tensor,
     y: Tensor | None,
@@ -935,21 +885,13 @@ def _plan(
     return plan.to(x.dtype)
 
 
-@torch.library.register_fake(_PLAN)
-def _fake_plan(*arguments: Any) -> Tensor:
-    x, _, a, b = arguments[:4]
+def _fake_plan(x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, *_: object) -> Tensor:
     return x.new_empty(a.shape[0], a.shape[1], b.shape[1])
 
 
-_APPLY = "flashcoreset::sinkhorn_apply"
-torch.library.define(
-    _APPLY,
-    "(Tensor x, Tensor? y, Tensor a, Tensor b, Tensor f, Tensor g, Tensor v, float reg, str metric, bool transpose, "
-    "Tensor? x_lengths, Tensor? y_lengths, int memory_budget, str? backend) -> Tensor",
-)
+_PLAN = define_op("sinkhorn_plan", _plan, _fake_plan)
 
 
-@torch.library.impl(_APPLY, "default")
 def _product(
     x: Tensor,
     y: Tensor | None,
@@ -974,10 +916,14 @@ def _product(
     return out.to(x.dtype)
 
 
-@torch.library.register_fake(_APPLY)
-def _fake_product(*arguments: Any) -> Tensor:
-    x, _, a, b, _, _, v, _, _, transpose = arguments[:10]
+def _fake_product(
+    x: Tensor, y: Tensor | None, a: Tensor, b: Tensor, f: Tensor, g: Tensor, v: Tensor, reg: float, metric: str,
+    transpose: bool, *_: object,
+) -> Tensor:  # fmt: skip
     return x.new_empty(a.shape[0], (b if transpose else a).shape[1], v.shape[2])
+
+
+_APPLY = define_op("sinkhorn_apply", _product, _fake_product)
 
 
 @register_estimate("sinkhorn")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
+from flashcoreset._core.op import define_op
 from flashcoreset._core.tensor import as_int64, as_integer, as_matrix, check_finite, compute_dtype, one_of
 from flashcoreset.sketch.backend import choose
 from flashcoreset.sketch.kinds import KINDS, ROWS_AT_ONCE
@@ -66,7 +67,7 @@ def sketch(
     matrix = as_matrix(x, "x")
     dim, seed, offset, nnz = check_projection(matrix.shape[1], dim, kind, seed, offset, nnz)
     check_backend(backend)
-    return torch.ops.flashcoreset.sketch(matrix, dim, kind, seed, offset, nnz, backend)
+    return _SKETCH(matrix, dim, kind, seed, offset, nnz, backend)
 
 
 def projection_matrix(
@@ -144,13 +145,6 @@ def _device(value: Any) -> torch.device:
     return place
 
 
-_NAME = "flashcoreset::sketch"
-torch.library.define(
-    _NAME, "(Tensor x, int dim, str kind, int seed, int offset, int nnz, str? backend) -> Tensor"
-)
-
-
-@torch.library.impl(_NAME, "default")
 def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backend: str | None) -> Tensor:
     dim, seed, offset, nnz = check_projection(x.shape[1], dim, kind, seed, offset, nnz)
     kernels = choose(backend, x.device)
@@ -176,9 +170,11 @@ def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backen
     return out
 
 
-@torch.library.register_fake(_NAME)
 def _fake(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backend: str | None) -> Tensor:
     return x.new_empty(x.shape[0], dim, dtype=compute_dtype(x.dtype))
+
+
+_SKETCH = define_op("sketch", _op, _fake)
 
 
 # Bytes of random words, bits and numbers per entry of the reference's matrix.
