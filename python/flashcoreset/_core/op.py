@@ -1,4 +1,4 @@
-"""The one way to define a torch op, which is what torch.compile and fake tensors see: from typed Python, without a schema by hand."""
+"""The one way to define a torch op, which torch.compile and fake tensors see: from typed Python, without a schema by hand."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SCHEMA: dict[Any, str] = {
 def define_op(
     name: str, run: Callable[..., Any], fake: Callable[..., Any], results: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """Defines flashcoreset::`name` and returns what calls it.
+    """Defines the op flashcoreset::`name` and returns the function that calls it.
 
     Args:
         name: the op's name.
         run: computes the results. Its parameters with their types are the op's arguments; or its one parameter is a dataclass, whose
-            fields with their types are.
+            fields with their types are the arguments.
         fake: makes empty results of the right shapes, from the same arguments as `run`.
-        results: names of the results, each a tensor; none means one tensor without a name.
+        results: names of the results, each of which is a tensor; no names mean one tensor without a name.
 
     Returns:
         A function of the arguments of `run`, which calls the op.

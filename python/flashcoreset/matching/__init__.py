@@ -756,8 +756,8 @@ _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of the op, which takes tensors and numbers alone. Coefficients have a length and what makes their directions; rows
-    have none."""
+    """The arguments of the op, which takes tensors and numbers alone. Coefficients come with a length and the backend of their directions;
+    rows come with neither."""
 
     g: Tensor
     length: int | None
