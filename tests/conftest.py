@@ -33,6 +33,8 @@ from cases import DEVICE
 
 from flashcoreset._core import cuda, native
 
+pytest.register_assert_rewrite("checks")
+
 # No part of the reference is compiled here: sanitizers (tests/sanitize.py) have nothing to watch in it.
 REFERENCE = [] if "FLASHCORESET_SANITIZER" in os.environ else ["torch"]
 BACKENDS = [*REFERENCE, *(f"cpu-{isa}" for isa in native.available_isas())]

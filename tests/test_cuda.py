@@ -32,7 +32,7 @@ from cases import (
     select_on_device,
     worst_error,
 )
-from test_boundary import Handmade
+from checks.boundary import Handmade
 
 import flashcoreset as fc
 from flashcoreset._core import native

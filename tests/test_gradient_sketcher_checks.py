@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_gradient_sketcher import points, seeded
+from checks.gradient_sketcher import points, seeded
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 

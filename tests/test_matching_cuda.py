@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE
-from test_matching import BETAS, CHECKS, EPS, Check, normal
+from checks.matching import BETAS, CHECKS, EPS, Check, normal
 
 from flashcoreset import kernels
 from flashcoreset._core import native

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE
-from test_matching import BETAS, CHECKS, EPS, Check, normal
+from checks.matching import BETAS, CHECKS, EPS, Check, normal
 
 if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)

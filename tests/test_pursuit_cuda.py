@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import DEVICE
-from test_pursuit import (
+from checks.pursuit import (
     check_bad_values,
     check_by_hand,
     check_ends,

@@ -11,7 +11,7 @@ import platform
 import pytest
 import torch
 from cases import DEVICE
-from test_pursuit import (
+from checks.pursuit import (
     check_bad_values,
     check_by_hand,
     check_ends,

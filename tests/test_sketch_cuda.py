@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import DEVICE, on_device
-from test_sketch import DTYPES, KINDS, SIZES, check_close, check_matrix, check_product, check_stays, rows
+from checks.sketch import DTYPES, KINDS, SIZES, check_close, check_matrix, check_product, check_stays, rows
 
 import flashcoreset as fc
 from flashcoreset.kernels import cuda
