@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 from cases import DEVICE
-from test_caratheodory import (
+from checks.caratheodory import (
     Check,
     check,
     check_driver,
     check_matching,
     check_memory,
     check_op,
-    on_a_device,
+    checks_of,
     random,
     reduce,
 )
@@ -39,7 +39,7 @@ SIZES = [(n, d) for n in (1, 7, 97, 1025) for d in (1, 2, 7, 33)]
 
 
 @pytest.mark.usefixtures("all_on_device")
-@pytest.mark.parametrize("holds", on_a_device(SIZES))
+@pytest.mark.parametrize("holds", checks_of(SIZES))
 def test_as_on_the_cpu(holds: Check) -> None:
     holds("cuda")
 

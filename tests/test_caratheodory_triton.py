@@ -8,14 +8,14 @@ import platform
 import pytest
 import torch
 from cases import DEVICE
-from test_caratheodory import (
+from checks.caratheodory import (
     Check,
     check_driver,
     check_matching,
     check_memory,
     check_op,
+    checks_of,
     exact_sums,
-    on_a_device,
     random,
     reduce,
 )
@@ -44,7 +44,7 @@ SIZES = [(1, 1), (97, 7), (1025, 3)]
 # Warnings of NumPy, in the interpreter, when sums are to become infinite or NaN.
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.usefixtures("all_on_device")
-@pytest.mark.parametrize("holds", on_a_device(SIZES))
+@pytest.mark.parametrize("holds", checks_of(SIZES))
 def test_as_on_the_cpu(holds: Check) -> None:
     holds("triton")
 

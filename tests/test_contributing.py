@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -41,3 +42,13 @@ def test_the_oracle_is_imported_by_nobody_else() -> None:
             # A protocol names the modules that satisfy it, for the type checker alone.
             if path.name not in ("reference.py", "backend.py") and path.parent.name != "kernels":
                 assert not importing.search(path.read_text()), path
+
+
+def test_no_test_module_imports_another() -> None:
+    """What several of them need lies in tests/checks, cases.py and conftest.py."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("test_"), path
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("test_") for alias in node.names), path
