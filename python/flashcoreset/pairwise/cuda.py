@@ -24,7 +24,7 @@ def pairwise(x: Tensor, y: Tensor | None = None, *, metric: str, out: Tensor | N
         out: [n, m], same dtype, rows contiguous; None allocates it.
 
     Returns:
-        `out`; the work is on torch's current queue; the call does not wait for it.
+        `out`; the work is on torch's current stream; the call does not wait for it.
 
     Raises:
         BackendUnavailableError: if there are no CUDA kernels or no device.

@@ -26,7 +26,7 @@ def sketch(
         out: [B, dim], same dtype and device, rows contiguous; None allocates it.
 
     Returns:
-        `out`; the work is on torch's current queue. Only if it takes several launches of tenths of a second, the call waits for
+        `out`; the work is on torch's current stream. Only if it takes several launches of tenths of a second, the call waits for
         the last launch but one, so that Ctrl-C is handled.
 
     Raises:
