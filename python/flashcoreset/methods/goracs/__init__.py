@@ -28,7 +28,7 @@ from flashcoreset._core.tensor import (
 )
 from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.methods.goracs.entropic_transport import solve_entropic
-from flashcoreset.methods.goracs.exact_transport import Transport, load_pot, solve
+from flashcoreset.methods.goracs.exact_transport import CertifiedPlan, load_pot, solve
 from flashcoreset.methods.goracs.exchanges import IMPROVEMENT, Exchanges
 from flashcoreset.methods.goracs.transport_costs import TransportCosts, cover_bytes, cover_picks
 
@@ -379,7 +379,7 @@ class _Descent:
     def subset(self) -> Tensor:
         return self._members.subset
 
-    def _solve(self, u: Tensor, cells: tuple[Tensor, Tensor] | None = None) -> Transport:
+    def _solve(self, u: Tensor, cells: tuple[Tensor, Tensor] | None = None) -> CertifiedPlan:
         self.solves += 1
         if self._options.solver == "exact":
             return solve(self._members.blocks, u, self._members.sinks, cells)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcoreset.methods.goracs.exact_transport import CostBlocks, Transport, dual_value, sink_duals
+from flashcoreset.methods.goracs.exact_transport import CertifiedPlan, CostBlocks, dual_value, sink_duals
 
 _ITERATIONS = 500
 
 
-def solve_entropic(blocks: CostBlocks, u: Tensor, sinks: int, reg: float, backend: str | None) -> Transport:
+def solve_entropic(
+    blocks: CostBlocks, u: Tensor, sinks: int, reg: float, backend: str | None
+) -> CertifiedPlan:
     """A feasible plan's cost for the costs [k, V] of `blocks()`, and by how much that cost may exceed the optimum.
 
     Args:
@@ -49,4 +51,4 @@ def solve_entropic(blocks: CostBlocks, u: Tensor, sinks: int, reg: float, backen
     f = sink_duals(blocks, u, sinks)
     # The largest u that f allows.
     u = torch.cat([(block.double() - f).amin(1) for _, block in blocks()])
-    return Transport(value, max(0.0, value - dual_value(u, f)), u)
+    return CertifiedPlan(value, max(0.0, value - dual_value(u, f)), u)

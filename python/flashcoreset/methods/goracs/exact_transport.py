@@ -32,8 +32,8 @@ _DENSE = 2**16  # the most cells of a problem that POT gets as a whole
 
 
 @dataclass(frozen=True)
-class Transport:
-    """A plan and the dual variables that belong to it.
+class CertifiedPlan:
+    """A transport plan with the dual variables that bound how far it is from the optimum.
 
     Attributes:
         value: the plan's cost.
@@ -82,7 +82,9 @@ def feasible_cells(sources: int, sinks: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(source), torch.from_numpy(sink)
 
 
-def solve(blocks: CostBlocks, u: Tensor, sinks: int, cells: tuple[Tensor, Tensor] | None = None) -> Transport:
+def solve(
+    blocks: CostBlocks, u: Tensor, sinks: int, cells: tuple[Tensor, Tensor] | None = None
+) -> CertifiedPlan:
     """The optimal transport of the costs [k, V] that `blocks()` yields as row blocks.
 
     Args:
@@ -128,7 +130,7 @@ def solve(blocks: CostBlocks, u: Tensor, sinks: int, cells: tuple[Tensor, Tensor
         value /= total
         gap = value - dual_value(u, f)
         if gap <= _GAP:
-            return Transport(value, max(0.0, gap), u, (source, sink))
+            return CertifiedPlan(value, max(0.0, gap), u, (source, sink))
     raise RuntimeError(f"POT left a gap of {gap:.2g} on a {k} x {sinks} problem after {_RUNS} runs")
 
 
@@ -139,7 +141,7 @@ def _masses(sources: int, sinks: int) -> tuple[tuple[np.ndarray, np.ndarray], fl
     return masses, float(sources * (sinks // common))
 
 
-def _solve_dense(ot: ModuleType, blocks: CostBlocks, u: Tensor, sinks: int) -> Transport:
+def _solve_dense(ot: ModuleType, blocks: CostBlocks, u: Tensor, sinks: int) -> CertifiedPlan:
     """One run on all cells, which for few cells costs less than choosing some."""
     masses, total = _masses(len(u), sinks)
     costs = torch.cat([c.double() for _, c in blocks()]).cpu().numpy()
@@ -150,7 +152,7 @@ def _solve_dense(ot: ModuleType, blocks: CostBlocks, u: Tensor, sinks: int) -> T
     value = math.fsum((plan[source, sink] * costs[source, sink]).tolist()) / total
     u = torch.from_numpy(np.asarray(log["u"], np.float64)).to(u.device)
     gap = value - dual_value(u, sink_duals(blocks, u, sinks))
-    return Transport(value, max(0.0, gap), u, (torch.from_numpy(source), torch.from_numpy(sink)))
+    return CertifiedPlan(value, max(0.0, gap), u, (torch.from_numpy(source), torch.from_numpy(sink)))
 
 
 def _scan(blocks: CostBlocks, u: Tensor, v: Tensor, threshold: float, count: int) -> tuple[Tensor, Tensor]:
