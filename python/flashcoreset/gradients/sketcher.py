@@ -18,18 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.tensor import FLOATING, compute_dtype, one_of
-from flashcoreset.gradients.checks import (
-    Inputs,
-    Record,
-    State,
-    Sums,
-    Unavailable,
-    check_rows,
-    kept,
-    precision_of,
-    rehearsal,
-    without_dropout,
-)
+from flashcoreset.gradients.inputs import Inputs
 from flashcoreset.gradients.layers import (
     Gradient,
     Layer,
@@ -41,7 +30,11 @@ from flashcoreset.gradients.layers import (
     problem_of,
 )
 from flashcoreset.gradients.norms import SquaredNorms, TiedEmbedding, add_explicit, squares
+from flashcoreset.gradients.precision import kept, precision_of
 from flashcoreset.gradients.products import add_products, add_rows
+from flashcoreset.gradients.rehearsal import State, rehearsal, without_dropout
+from flashcoreset.gradients.row_checks import Record, Unavailable, check_rows
+from flashcoreset.gradients.sum_checks import Sums
 from flashcoreset.sketch import check_projection
 from flashcoreset.sketch.backend import choose
 
