@@ -19,6 +19,10 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset import cli
+from flashcoreset.cli import select
+from flashcoreset.cli.errors import CommandError
+from flashcoreset.cli.files_in import load_array
+from flashcoreset.cli.files_out import Output, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -457,7 +461,7 @@ def test_no_stop_takes_all(features: Path, tmp_path: Path) -> None:
 
 
 def test_npy_is_memory_mapped(features: Path) -> None:
-    array = cli.load_array(str(features), "--features", kinds="f", ndim=2, wanted="features")
+    array = load_array(str(features), "--features", kinds="f", ndim=2, wanted="features")
     assert isinstance(array, np.memmap)
 
 
@@ -642,13 +646,13 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     def fill_the_disk(stream: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(cli.CommandError, match="No space left"):
-        cli.write_whole(cli.Output(out, "--out", fill_the_disk, replace=True))
+    with pytest.raises(CommandError, match="No space left"):
+        write_whole(Output(out, "--out", fill_the_disk, replace=True))
     # Nor does it leave the first of two files.
-    with pytest.raises(cli.CommandError, match=r"--save-state: cannot write .*No space left"):
-        cli.write_whole(
-            cli.Output(out, "--out", lambda stream: stream.write(b"new"), replace=True),
-            cli.Output(tmp_path / "state.npz", "--save-state", fill_the_disk),
+    with pytest.raises(CommandError, match=r"--save-state: cannot write .*No space left"):
+        write_whole(
+            Output(out, "--out", lambda stream: stream.write(b"new"), replace=True),
+            Output(tmp_path / "state.npz", "--save-state", fill_the_disk),
         )
     assert out.read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
@@ -764,7 +768,7 @@ def test_nothing_is_written_where_one_output_of_two_exists(
     )
     state.write_text("old")
     expect_error(capsys, f"--save-state: {state} exists", *command)
-    original = cli._savez
+    original = select._savez
 
     def appear(contents: dict, stream: object) -> None:
         state.write_text("old")
@@ -772,7 +776,7 @@ def test_nothing_is_written_where_one_output_of_two_exists(
 
     state.unlink()
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "_savez", appear)
+        patched.setattr(select, "_savez", appear)
         expect_error(capsys, f"--save-state: {state} exists", *command)
     assert state.read_text() == "old"
     assert _entries(tmp_path) == ["b.npz", "state.npz"]

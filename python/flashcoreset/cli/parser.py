@@ -1,0 +1,235 @@
+"""The arguments of all commands."""
+
+from __future__ import annotations
+
+import argparse
+
+import flashcoreset as fc
+from flashcoreset._core.dispatch import BACKENDS
+from flashcoreset.cli.commands import run_bench, run_demo, run_info
+from flashcoreset.cli.errors import Parser
+from flashcoreset.cli.select import ALGORITHMS, MATRICES, run_select
+
+POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="flashcoreset",
+        description="Choose training data: facility location, SimCore, CCS, GORACS, CoLM and AutoCoreset.",
+    )
+    parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
+
+    info = commands.add_parser(
+        "info", help="backends, instruction sets, devices, and why each missing one is missing"
+    )
+    info.set_defaults(run=run_info)
+
+    demo = commands.add_parser("demo", help="the five methods on real data: tables and pictures")
+    demo.add_argument(
+        "--out",
+        default="demo.png",
+        help="the picture; others go beside it, as NAME-ccs.png, NAME-colm.png and NAME-autocoreset.png (default: %(default)s)",
+    )
+    _add_force(demo)
+    demo.set_defaults(run=run_demo)
+
+    bench = commands.add_parser("bench", help="run the benchmarks of a checkout")
+    bench.add_argument(
+        "family", nargs="*", metavar="FAMILY", help="one or more kernel families (default: the quick ones)"
+    )
+    bench.set_defaults(run=run_bench)
+
+    select = commands.add_parser("select", help="choose rows of a file of features, scores or gradients")
+    select.set_defaults(run=run_select)
+    algorithms = select.add_subparsers(
+        dest="algorithm", required=True, metavar=" | ".join(reversed(ALGORITHMS))
+    )
+    _add_simcore(
+        algorithms.add_parser(
+            "simcore", argument_default=argparse.SUPPRESS, help="open-set rows close to a target"
+        )
+    )
+    _add_ccs(
+        algorithms.add_parser(
+            "ccs", argument_default=argparse.SUPPRESS, help="samples spread over the range of their scores"
+        )
+    )
+    _add_goracs(
+        algorithms.add_parser(
+            "goracs", argument_default=argparse.SUPPRESS, help="training rows that stand for validation rows"
+        )
+    )
+    _add_colm(
+        algorithms.add_parser(
+            "colm", argument_default=argparse.SUPPRESS, help="rows of a batch that train as all of it would"
+        )
+    )
+    _add_autocoreset(
+        algorithms.add_parser(
+            "autocoreset", argument_default=argparse.SUPPRESS, help="rows on which a model fits as on all"
+        )
+    )
+    _add_facility_location(
+        algorithms.add_parser(
+            "facility-location", argument_default=argparse.SUPPRESS, help="rows that represent all rows"
+        )
+    )
+    return parser
+
+
+def _add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace outputs that exist")
+
+
+def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool) -> None:
+    parser.add_argument("-k", type=int, required=needs_k, metavar="K", help="how many rows to select")
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        metavar="OUT.npz",
+        help="indices, weights and info (JSON text) are written here",
+    )
+    _add_force(parser)
+    parser.add_argument("--seed", type=int)
+
+
+def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False) -> None:
+    _add_output(parser, needs_k=needs_k)
+    parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
+    parser.add_argument("--memory-budget", type=int, metavar="BYTES", help="for similarities and orders")
+    parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
+
+
+def _add_simcore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", required=True, metavar="F", help="open set [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    parser.add_argument("--target", required=True, metavar="T", help="features of the target data [m, d]")
+    _add_common(parser)
+    parser.add_argument("--n-clusters", type=int, metavar="N", help="centroids of the target")
+    parser.add_argument(
+        "--stop-threshold", type=float, metavar="R", help="stop below this share of the first value"
+    )
+    parser.add_argument("--patience", type=int, metavar="N", help="the round whose value is the first value")
+    parser.add_argument("--no-stop", dest="stop", action="store_false", help="take K rows however dissimilar")
+
+
+def _add_ccs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scores", required=True, metavar="S", help="how hard each sample is [n]: S.npy, S.npz or S.npz:key"
+    )
+    _add_output(parser, needs_k=True)
+    parser.add_argument("--mislabel-scores", metavar="M", help="low for labels that are probably wrong [n]")
+    parser.add_argument("--mislabel-ratio", type=float, metavar="R", help="the share to drop of the lowest")
+    parser.add_argument("--n-strata", type=int, metavar="N", help="strata of equal width")
+    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets its share")
+
+
+def _add_goracs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--train", required=True, metavar="F", help="training features [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    parser.add_argument("--valid", required=True, metavar="V", help="validation features [m, d]")
+    parser.add_argument("--grad-norms", required=True, metavar="G", help="gradient norms [n]")
+    _add_common(parser, needs_k=True)
+    parser.add_argument("--lam", type=float, help="weight of the gradient norms")
+    parser.add_argument("--max-exchanges", type=int, metavar="N", help="exchanges to make at most")
+    parser.add_argument("--n-candidates", type=int, metavar="N", help="removals and additions to pair")
+    parser.add_argument("--train-labels", metavar="L", help="integer class labels [n]")
+    parser.add_argument("--valid-labels", metavar="L", help="integer class labels [m]")
+    parser.add_argument("--solver", choices=("exact", "sinkhorn"))
+    parser.add_argument("--reg", type=float, help="regularisation of --solver sinkhorn")
+
+
+def _add_colm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gradients",
+        required=True,
+        metavar="G",
+        help="per-sample gradients [B, D]: G.npy, G.npz or G.npz:key",
+    )
+    parser.add_argument(
+        "--numel",
+        type=int,
+        metavar="D",
+        help="the rows of G are coefficients [B, q] of directions of this length, made from --seed",
+    )
+    _add_output(parser, needs_k=True)
+    parser.add_argument("--groups", metavar="L", help="integer labels of the rows' sources [B]")
+    parser.add_argument(
+        "--keep-groups", type=_labels, metavar="LABEL,...", help="sources of which every row is kept"
+    )
+    parser.add_argument(
+        "--top", type=_top, metavar="N", help="dimensions that count in each source, or all (default: 2560)"
+    )
+    parser.add_argument(
+        "--rule", choices=("proportional", "balanced", "none"), help="for the sources' shares"
+    )
+    parser.add_argument("--metric", choices=POINT_METRICS, help="default: l1")
+    parser.add_argument("--betas", type=float, nargs=2, metavar=("BETA1", "BETA2"), help="Adam's")
+    parser.add_argument("--eps", type=float, help="Adam's")
+    parser.add_argument("--state", metavar="STATE.npz", help="Adam's history, as --save-state wrote it")
+    parser.add_argument(
+        "--save-state",
+        metavar="STATE.npz",
+        help="the history after this batch is written here (without --force also where it is STATE)",
+    )
+    parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
+
+
+def _labels(text: str) -> list[int]:
+    try:
+        return [int(label) for label in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected LABEL,LABEL,..., got {text!r}") from None
+
+
+def _top(text: str) -> int | None:
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or all, got {text!r}") from None
+
+
+def _add_autocoreset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", required=True, metavar="F", help="rows [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    parser.add_argument("--targets", metavar="Y", help="labels or numbers [n]; --model kmeans needs none")
+    parser.add_argument(
+        "--model", required=True, choices=("kmeans", "logistic_regression", "linear_svm", "linear_regression")
+    )
+    _add_output(parser, needs_k=True)
+    parser.add_argument("--method", choices=("caratheodory", "importance", "median_of_means", "uniform"))
+    parser.add_argument("--n-initial", type=int, metavar="N", help="models fitted on uniform samples first")
+    parser.add_argument("--patience", type=int, metavar="N", help="rounds without gain to end after")
+    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets an equal share")
+    parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
+
+
+def _add_facility_location(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        required=True,
+        metavar="F",
+        help="candidates [n, d], or the similarities or distances: F.npy, F.npz or F.npz:key",
+    )
+    parser.add_argument(
+        "--target",
+        "--clients",
+        dest="clients",
+        metavar="T",
+        help="clients [m, d] (default: the candidates themselves)",
+    )
+    _add_common(parser)
+    parser.add_argument("--metric", choices=(*POINT_METRICS, *MATRICES))
+    parser.add_argument("--weights", metavar="W", help="client weights [m]")
+    parser.add_argument("--groups", metavar="G", help="integer labels [n]")
+    parser.add_argument("--budgets", metavar="B", help="LABEL=COUNT,LABEL=COUNT,... or a file of counts")
+    parser.add_argument("--preselected", metavar="P", help="rows that are in the set already")
+    parser.add_argument("--method", choices=("lazy", "naive", "stochastic"))
+    parser.add_argument("--epsilon", type=float, help="sampling of --method stochastic")
+    parser.add_argument("--offset", type=float, help="similarity of a distance of 0")

@@ -1,0 +1,224 @@
+"""`flashcoreset select`: a method on files."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+
+import flashcoreset as fc
+from flashcoreset.cli.errors import CommandError
+from flashcoreset.cli.files_in import (
+    FLOATS,
+    NO_HISTORY,
+    load_array,
+    load_features,
+    load_matrix,
+    load_state,
+    parse_budgets,
+)
+from flashcoreset.cli.files_out import Output, check_output, jsonable, write_whole
+from flashcoreset.methods.colm import nothing_kept
+
+MATRICES = ("precomputed", "precomputed_distance")
+
+
+class _Chosen(NamedTuple):
+    arrays: dict[str, np.ndarray]
+    info: dict[str, Any]
+    state: dict[str, np.ndarray] | None = None  # for --save-state
+
+
+def _options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given; the library's own defaults hold for the rest."""
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _load_into(options: dict[str, Any], name: str, **expected: Any) -> None:
+    if name in options:
+        options[name] = load_array(options[name], f"--{name}", **expected)
+
+
+def _facility_location(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(
+        arguments, "metric", "weights", "groups", "preselected", "method", "epsilon", "seed", "offset"
+    )
+    options |= _options(arguments, "backend", "progress", "memory_budget", "clients", "budgets")
+    is_matrix = options.get("metric") in MATRICES
+    x = (load_matrix if is_matrix else load_features)(arguments.features, "--features")
+    if "clients" in options:
+        options["clients"] = load_features(options["clients"], "--target")
+    if "budgets" in options:
+        options["budgets"] = parse_budgets(options["budgets"])
+    _load_into(options, "weights", kinds="fiu", ndim=1, wanted="a real array [clients]")
+    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [rows]")
+    _load_into(options, "preselected", kinds="iu", ndim=1, wanted="an integer array of rows")
+    k = getattr(arguments, "k", None)
+    if k is None and "budgets" not in options:
+        raise CommandError("-k: the number of rows to select is missing (only --budgets replaces it)")
+    selection = fc.facility_location(x, k, **options)
+    arrays = {
+        "indices": selection.indices.numpy(),
+        "weights": selection.weights.numpy(),
+        "gains": selection.gains.numpy(),
+        "assignment": selection.assignment.numpy(),
+    }
+    return _Chosen(arrays, {"rows": x.shape[0], "objective": selection.objective, "offset": selection.offset})
+
+
+def _simcore(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed")
+    options |= _options(arguments, "backend", "progress", "memory_budget")
+    openset = load_features(arguments.features, "--features")
+    target = load_features(arguments.target, "--target")
+    coreset = fc.simcore(openset, target, getattr(arguments, "k", None), **options)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    info = dict(coreset.info)
+    arrays["centroids"] = info.pop("centroids").numpy()
+    return _Chosen(arrays, {"rows": openset.shape[0], **info})
+
+
+def _goracs(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "lam", "max_exchanges", "n_candidates", "solver", "reg", "seed")
+    options |= _options(arguments, "backend", "progress", "memory_budget", "train_labels", "valid_labels")
+    for name, rows in (("train_labels", "train rows"), ("valid_labels", "validation rows")):
+        if name in options:
+            option = f"--{name.replace('_', '-')}"
+            wanted = f"an integer array [{rows}]"
+            options[name] = load_array(options[name], option, kinds="iu", ndim=1, wanted=wanted)
+    train = load_features(arguments.train, "--train")
+    valid = load_features(arguments.valid, "--valid")
+    norms = load_array(
+        arguments.grad_norms, "--grad-norms", kinds="fiu", ndim=1, wanted="a real array [train rows]"
+    )
+    coreset = fc.goracs(train, valid, norms, arguments.k, **options)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return _Chosen(arrays, {"rows": train.shape[0], **coreset.info})
+
+
+def _ccs(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "mislabel_ratio", "n_strata", "seed", "groups", "mislabel_scores")
+    wanted = "a real array [samples]"
+    scores = load_array(arguments.scores, "--scores", kinds="fiu", ndim=1, wanted=wanted)
+    if "mislabel_scores" in options:
+        options["mislabel_scores"] = load_array(
+            options["mislabel_scores"], "--mislabel-scores", kinds="fiu", ndim=1, wanted=wanted
+        )
+    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [samples]")
+    coreset = fc.ccs(scores, arguments.k, **options)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return _Chosen(arrays, {"rows": scores.shape[0], **coreset.info})
+
+
+def _colm(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "top", "betas", "eps", "keep_groups", "rule", "metric", "backend")
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    method = fc.CoLM(arguments.k, **options)
+    if hasattr(arguments, "state"):
+        state = load_state(arguments.state, "--state")
+        try:
+            method.load_state_dict(state)
+        except (TypeError, ValueError) as error:
+            raise CommandError(f"--state: {arguments.state}: {error}") from None
+    groups = None
+    if hasattr(arguments, "groups"):
+        groups = load_array(
+            arguments.groups, "--groups", kinds="iu", ndim=1, wanted="an integer array [rows]"
+        )
+    grads: Any = load_array(
+        arguments.gradients, "--gradients", kinds="f", ndim=2, wanted=f"{FLOATS} array [rows, dimensions]"
+    )
+    rows = grads.shape[0]
+    if hasattr(arguments, "numel"):
+        grads = fc.LowRankGradients(torch.tensor(grads), getattr(arguments, "seed", 0), arguments.numel)
+    elif hasattr(arguments, "seed"):
+        raise CommandError("--seed: it makes the directions of coefficients; give their length as --numel")
+    coreset = method.select(grads, groups)
+    if coreset.info["unseen"] and not hasattr(arguments, "state"):
+        warnings.warn(nothing_kept(coreset.info["unseen"], "--groups", torch.as_tensor(groups)), stacklevel=1)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    info = dict(coreset.info)
+    dims = info.pop("dims")
+    if dims is not None:
+        arrays["dims"] = dims.numpy()
+    return _Chosen(arrays, {"rows": rows, **info}, _state_arrays(method))
+
+
+def _state_arrays(method: fc.CoLM) -> dict[str, np.ndarray]:
+    history = method.state_dict()["history"] or {"kind": NO_HISTORY}
+    return {name: np.asarray(value) for name, value in history.items()}
+
+
+def _autocoreset(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "method", "n_initial", "patience", "seed", "groups", "progress")
+    x = load_features(arguments.features, "--features")
+    y = None
+    if hasattr(arguments, "targets"):
+        y = load_array(arguments.targets, "--targets", kinds="fiub", ndim=1, wanted="a real array [rows]")
+    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [rows]")
+    if y is None and arguments.model != "kmeans":
+        raise CommandError(f"--targets: {arguments.model} needs the targets of the rows")
+    coreset = fc.autocoreset(x, y, arguments.model, None, arguments.k, **options)
+    arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return _Chosen(arrays, {"rows": x.shape[0], "model": arguments.model, **coreset.info})
+
+
+# Options that name files.
+_INPUTS = (
+    *("features", "target", "clients", "weights", "groups", "budgets", "preselected"),
+    *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
+    *("scores", "mislabel_scores", "targets", "gradients"),
+)
+
+ALGORITHMS = {
+    "facility-location": _facility_location,
+    "simcore": _simcore,
+    "ccs": _ccs,
+    "goracs": _goracs,
+    "colm": _colm,
+    "autocoreset": _autocoreset,
+}
+
+
+def _savez(contents: dict[str, Any], stream: IO[bytes]) -> None:
+    np.savez(stream, **contents)
+
+
+def _same_place(a: str, b: str) -> bool:
+    """Whether two names are those of one file that is not a symbolic link."""
+    first, second = (Path(text).parent.resolve() / Path(text).name for text in (a, b))
+    return first == second and not first.is_symlink()
+
+
+def run_select(arguments: argparse.Namespace) -> int:
+    given = [getattr(arguments, name) for name in _INPUTS if hasattr(arguments, name)]
+    states = [arguments.state] if hasattr(arguments, "state") else []
+    force = getattr(arguments, "force", False)
+    out = check_output(arguments.out, "--out", ".npz", given + states, replace=force)
+    kept, replaces = None, force
+    if hasattr(arguments, "save_state"):
+        # The saved state may replace the state that was read.
+        replaces = force or any(_same_place(arguments.save_state, state) for state in states)
+        kept = check_output(arguments.save_state, "--save-state", ".npz", given, replace=replaces)
+        if kept.resolve() == out.resolve():
+            raise CommandError(f"--save-state: {kept} is also --out; choose another name")
+    start = time.perf_counter()
+    arrays, info, state = ALGORITHMS[arguments.algorithm](arguments)
+    seconds = time.perf_counter() - start
+    info = {"algorithm": arguments.algorithm, "version": fc.__version__, "seconds": seconds, **info}
+    contents: dict[str, Any] = {"info": np.array(json.dumps(jsonable(info))), **arrays}
+    files = [Output(out, "--out", functools.partial(_savez, contents), force)]
+    if kept is not None and state is not None:
+        # Written last: if the state is one step behind its output, the same call once more makes up for it.
+        files.append(Output(kept, "--save-state", functools.partial(_savez, state), replaces))
+    write_whole(*files)
+    print(f"{out}: {len(arrays['indices']):,} of {info['rows']:,} rows in {seconds:.2f} s")
+    return 0
