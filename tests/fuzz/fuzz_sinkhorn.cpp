@@ -74,6 +74,9 @@ void run(fuzz::Input& in) {
   Found start{std::vector<double>(count * n), std::vector<double>(count * m), std::vector<double>(4 * count),
               std::vector<int64_t>(count)};
   options.warm = in.coin();
+  // Few iterations from potentials that are large beside rho leave masses exp(-g / rho) beyond all numbers,
+  // which the public function refuses.
+  const bool may_overflow = any || (options.warm && relaxed);
   for (double& f : start.f) f = options.warm ? in.number<double>(any) : 0;
   for (double& g : start.g) g = options.warm ? in.number<double>(any) : 0;
   Found found;
@@ -89,7 +92,7 @@ void run(fuzz::Input& in) {
                          fc::TensorView<const double, 2>::compact(found.g.data(), count, m), options.reg,
                          fc::TensorView<T, 3>::compact(plan.data(), count, n, m), options.threads, nullptr);
     for (const T mass : plan) {
-      if (!any && !(mass >= 0 && std::isfinite(mass))) std::abort();
+      if (!may_overflow && !(mass >= 0 && std::isfinite(mass))) std::abort();
     }
   } catch (const std::invalid_argument&) {
     if (!any) std::abort();
@@ -97,7 +100,8 @@ void run(fuzz::Input& in) {
   }
   for (int64_t p = 0; p < count; ++p) {
     if (found.iterations[p] < 0 || found.iterations[p] > options.max_iter) std::abort();
-    if (!any && !(found.scalars[2 * count + p] >= 0 && std::isfinite(found.scalars[p]))) std::abort();
+    if (!may_overflow && !(found.scalars[2 * count + p] >= 0 && std::isfinite(found.scalars[p])))
+      std::abort();
   }
 }
 
