@@ -335,6 +335,25 @@ def test_masses_far_below_one(marginals: Pair, solver: Callable[..., fc.Transpor
 
 
 @WITH_TRITON
+def test_a_value_beyond_float32_is_refused(solver: Callable[..., fc.Transport]) -> None:
+    """One iteration from a potential that is large beside rho: the plan has a mass of exp(424), which float64 holds."""
+    start = torch.tensor([-0.0625]), torch.tensor([-6.6875])
+    options: dict[str, Any] = {
+        "metric": "precomputed",
+        "reg": 2.0**-6,
+        "reg_marginal": (None, 2.0**-13),
+        "max_iter": 1,
+        "tol": 0,
+    }
+    start = tuple(t.to(solver.device) for t in start)  # type: ignore[attr-defined,assignment]
+    cost = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="value or error is not finite"):
+        solver(cost, warm_start=start, **options)
+    found = solver(cost.double(), warm_start=start, **options)
+    assert float(found.plan()) == pytest.approx(math.exp((float(found.f) + float(found.g)) * 64), rel=1e-9)
+
+
+@WITH_TRITON
 def test_masses_that_differ_are_refused_if_balanced(solver: Callable[..., fc.Transport]) -> None:
     """On a GPU the weights had been made equal before they were checked."""
     x, b = torch.zeros(2, 3, 1), torch.full((2, 3), 1 / 3).double()

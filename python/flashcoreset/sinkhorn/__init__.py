@@ -692,9 +692,10 @@ def _solve(p: _Problem, progress: Callable[[int, int], object] | bool | None) ->
             y_lengths=p.y_lengths, max_iter=p.max_iter, tol=p.tol, f=p.f, g=p.g, memory_budget=p.memory_budget,
             report=report,
         )  # fmt: skip
-    if p.tol > 0 and bool((solution.converged & solution.value.isfinite()).all()):
+    # In the type of the result, whose numbers end earlier.
+    if p.tol > 0 and bool((solution.converged & solution.value.to(x.dtype).isfinite()).all()):
         return solution
-    lost = ~(solution.value + solution.error).isfinite()
+    lost = ~(solution.value + solution.error).to(x.dtype).isfinite()
     if bool(lost.any()):
         raise ValueError(
             f"reg: value or error{_of(p, int(lost.nonzero()[0]))} is not finite: {p.reg:.3g} is so small beside the costs that "
