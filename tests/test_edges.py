@@ -698,11 +698,53 @@ def test_gains_that_are_lost_are_refused(backend: str, dtype: torch.dtype, case:
 
         if far > 1e4:
             with pytest.raises(
-                ValueError, match=r"^x: gains of .* are lost beside (distances|similarities) whose sum is"
+                ValueError,
+                match=r"^x: gains of .* are lost beside (distances|similarities) whose sum is up to",
             ):
                 run()
             continue
         assert float(run().gains[1]) > 0
+
+
+def test_gains_lost_beside_what_no_pick_brings(backend: str) -> None:
+    """The large similarity belongs to a preselected row, to a row that no sample had, or to one client's weight."""
+    lost = pytest.raises(ValueError, match=r"^x: gains of .* are lost beside similarities whose sum is up to")
+    s = torch.diag(torch.tensor([1e20, 1.0, 2.0], dtype=torch.float64))
+    with lost:
+        fc.facility_location(
+            on(backend, s),
+            1,
+            metric="precomputed",
+            preselected=on(backend, torch.tensor([0])),
+            backend=backend,
+        )
+    x = torch.eye(6, dtype=torch.float64)
+    x[0] *= 1e10
+    with lost:
+        fc.facility_location(
+            on(backend, x), 2, metric="dot", preselected=on(backend, torch.tensor([0])), backend=backend
+        )
+    x = torch.cat([torch.eye(6)[:5], torch.eye(6)[4:5]])
+    weights = torch.tensor([1e25, 1, 1, 1, 1, 1], dtype=torch.float64)
+    with lost:
+        fc.facility_location(on(backend, x), 4, weights=on(backend, weights), backend=backend)
+    large = torch.rand(60, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    large[0], large[0, 0] = 0, 1e20
+    for seed in range(4):
+        with lost:
+            fc.facility_location(
+                on(backend, large),
+                5,
+                metric="precomputed",
+                method="stochastic",
+                epsilon=0.5,
+                seed=seed,
+                backend=backend,
+            )
+    picks = fc.facility_location(
+        on(backend, x), 4, weights=on(backend, weights.clamp(max=1e3)), backend=backend
+    ).indices
+    assert 4 in picks.tolist()
 
 
 @pytest.mark.parametrize("exponent", [-960, -1000, -1010])

@@ -672,7 +672,10 @@ class Run:
         self._translates = (accelerated | columns_hold).int() * (0 if self._balanced else 1)
         self._masses = [side.weight.sum(1) for side in problems.sides]
         # As Schedule has it, for each problem.
-        self.tolerance = (max(tol, Schedule.LEAST_SHARE) * torch.minimum(*self._masses)).clamp(max=tol)
+        whole = torch.maximum(*self._masses)
+        if math.isinf(reg_marginal[0]) != math.isinf(reg_marginal[1]):
+            whole = self._masses[0 if math.isinf(reg_marginal[0]) else 1]
+        self.tolerance = (max(tol, Schedule.LEAST_SHARE) * whole).clamp(max=tol)
         self._eps = torch.where(anneals, spread / Schedule.FACTOR, reg)
         self._omega = torch.ones_like(self._eps)
         self._base = torch.zeros_like(self._eps)

@@ -10,11 +10,16 @@
 
 namespace fc {
 
-// The error at which a problem is solved: tol, but for masses below 1 no larger a share of the mass than tol
-// or 1e-6.
-FC_HOST_DEVICE inline double sinkhorn_tolerance(double tol, double mass_a, double mass_b) {
-  const double least = mass_a < mass_b ? mass_a : mass_b;
-  const double share = (tol > 1e-6 ? tol : 1e-6) * least;
+// The mass that errors are a share of: the plan's if a marginal holds, else the larger one of the weights'.
+FC_HOST_DEVICE inline double sinkhorn_mass(double rho_a, double rho_b, double mass_a, double mass_b) {
+  const bool rows_hold = rho_a == HUGE_VAL, columns_hold = rho_b == HUGE_VAL;
+  if (rows_hold != columns_hold) return rows_hold ? mass_a : mass_b;
+  return mass_a > mass_b ? mass_a : mass_b;
+}
+
+// The error at which a problem is solved: tol, but no larger a share of `mass` than tol or 1e-6.
+FC_HOST_DEVICE inline double sinkhorn_tolerance(double tol, double mass) {
+  const double share = (tol > 1e-6 ? tol : 1e-6) * mass;
   return share < tol ? share : tol;
 }
 
@@ -26,10 +31,11 @@ class SinkhornSchedule {
   static constexpr int64_t kStageIterations = 200, kPeriod = 10;
 
   SinkhornSchedule() = default;
-  // The masses of the weights a, with which errors of the stages are compared, and b.
+  // mass_a: the mass of the rows' weights, which errors of the stages are compared with; mass: see
+  // sinkhorn_mass().
   FC_HOST_DEVICE SinkhornSchedule(double reg, double spread, double tol, int64_t max_iter, bool warm,
-                                  double mass_a, double mass_b)
-      : reg_(reg), tol_(sinkhorn_tolerance(tol, mass_a, mass_b)), mass_(mass_a), max_iter_(max_iter) {
+                                  double mass_a, double mass)
+      : reg_(reg), tol_(sinkhorn_tolerance(tol, mass)), mass_(mass_a), max_iter_(max_iter) {
     int64_t stages = 0;
     if (!warm && spread > kAnnealedFrom * reg && spread < HUGE_VAL) {
       // The quotient of two doubles may leave their range. Its logarithm cannot: 1100 stages are the most.

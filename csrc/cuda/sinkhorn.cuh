@@ -232,9 +232,12 @@ struct Task {
 
   __device__ double rho(bool of_columns) const { return of_columns ? options.rho_b : options.rho_a; }
   __device__ bool balanced() const { return options.rho_a == HUGE_VAL && options.rho_b == HUGE_VAL; }
+  __device__ double mass(int64_t p) const {
+    return sinkhorn_mass(options.rho_a, options.rho_b, facts[p].mass[0], facts[p].mass[1]);
+  }
   __device__ SinkhornSchedule schedule(int64_t p) const {
     return SinkhornSchedule(options.reg, facts[p].spread, options.tol, options.max_iter, options.f != nullptr,
-                            facts[p].mass[0], facts[p].mass[1]);
+                            facts[p].mass[0], mass(p));
   }
 };
 
@@ -270,7 +273,7 @@ __device__ inline void write_outcome(const Task& task, int64_t p, const Outcome&
   task.result.value[p] = found.dual - task.options.reg * (found.mass - facts.mass[0] * facts.mass[1]);
   task.result.transport_cost[p] = found.transport_cost;
   task.result.error[p] = found.error;
-  task.result.tol[p] = sinkhorn_tolerance(task.options.tol, facts.mass[0], facts.mass[1]);
+  task.result.tol[p] = sinkhorn_tolerance(task.options.tol, task.mass(p));
   task.result.iterations[p] = found.iterations;
 }
 

@@ -40,10 +40,12 @@ def check_gains(
     Raises:
         ValueError: if a pick is worth more than its reported gain, or a client still misses more than the worst pick brought.
     """
-    if metric == "cosine" or len(gains) < (2 if preselected is None else 1):
+    if len(gains) < (2 if preselected is None else 1) or (metric == "cosine" and weights is None):
         return
     m = x.shape[1] if metric == "precomputed" else x.shape[0] if clients is None else clients.shape[0]
-    bound = offset * (m if weights is None else float(weights.sum())) if offset else float(gains[0])
+    # A first pick among all candidates is worth at least what the largest similarity is.
+    known = preselected is None and not stochastic and metric != "cosine" and not offset
+    bound = float(gains[0]) if known else _bound(x, clients, metric, weights, offset, m)
     limit, least = m * bound * _SAFE_UNITS, float(gains.min())
     if least >= limit:
         return
@@ -78,10 +80,32 @@ def check_gains(
         what, how = ("distances", "farther away") if offset else ("similarities", "longer")
         if metric == "precomputed" and not offset:
             how = "larger"
+        remedy = f"leave out rows that are so much {how} than the others"
+        if weights is not None:
+            remedy += ", or bring the weights nearer to each other"
         raise ValueError(
-            f"x: gains of {most:.3g} are lost beside {what} whose sum is {bound:.3g}, so that picks would be arbitrary; leave out rows "
-            f"that are so much {how} than the others"
+            f"x: gains of {most:.3g} are lost beside {what} whose sum is up to {bound:.3g}, so that picks would be arbitrary; {remedy}"
         )
+
+
+def _bound(
+    x: Tensor | Csr, clients: Tensor | None, metric: str, weights: Tensor | None, offset: float, m: int
+) -> float:
+    """An upper bound of all sums of weights times similarities."""
+    total = float(m) if weights is None else float(weights.sum())
+    if offset:
+        return offset * total
+    if metric == "cosine":
+        return total
+    if isinstance(x, Csr):
+        return total * max(0.0, float(x.values.max())) if len(x.values) else 0.0
+    if metric == "precomputed":
+        return total * max(0.0, float(x.max()))
+    longest = [
+        float(torch.linalg.vector_norm(some, dim=1, dtype=torch.float64).max())
+        for some in (x, x if clients is None else clients)
+    ]
+    return total * longest[0] * longest[1]
 
 
 def _similarities(
@@ -96,7 +120,7 @@ def _similarities(
     if metric == "precomputed":
         return x[rows, some].double()
     values = kernels.pairwise(x[rows], (x if clients is None else clients)[some], metric=metric).double()
-    return values if metric == "dot" else -values
+    return values if metric in ("cosine", "dot") else -values
 
 
 def _own(x: Tensor | Csr, metric: str, some: slice) -> Tensor:
@@ -109,6 +133,8 @@ def _own(x: Tensor | Csr, metric: str, some: slice) -> Tensor:
         return s
     if metric == "precomputed":
         return x.diagonal()[some].double()
+    if metric == "cosine":
+        return x[some].any(1).double()
     if metric == "dot":
         return x[some].double().square().sum(1)
     return torch.zeros(some.stop - some.start, dtype=torch.float64, device=x.device)
@@ -116,7 +142,7 @@ def _own(x: Tensor | Csr, metric: str, some: slice) -> Tensor:
 
 def _least_told(x: Tensor | Csr, clients: Tensor | None, metric: str, some: slice) -> Tensor | None:
     """For each client the distance above which distances are more than rounding of the points; None for similarities."""
-    if isinstance(x, Csr) or metric in ("dot", "precomputed"):
+    if isinstance(x, Csr) or metric in ("cosine", "dot", "precomputed"):
         return None
     size = _ROUNDING * (x if clients is None else clients)[some].abs().amax(1).double()
     return size.square() if metric == "sqeuclidean" else size

@@ -227,7 +227,7 @@ def sinkhorn(
             padding, which may be NaN) is not read and costs no work.
         max_iter: the most iterations that one problem takes.
         tol: a problem stops when its `Transport.error`, an L1 distance of marginals, is at most `tol`, but no larger a
-            share of the smaller mass of a and b than `tol` or 1e-6. 0 makes exactly
+            share of the plan's mass (if both marginals are relaxed, of the larger mass of a and b) than `tol` or 1e-6. 0 makes exactly
             `max_iter` iterations, plain ones if reg is at least 1/500 of the costs' range, without a warning.
         warm_start: a `Transport` of problems of the same sizes, or potentials (f, g), to start from: at most 1e9 times the
             costs or reg.

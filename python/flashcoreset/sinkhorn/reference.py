@@ -52,7 +52,7 @@ from flashcoreset._core.tensor import check_finite
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import pairwise as pairwise
 from flashcoreset.pairwise.reference import values_of_rows
-from flashcoreset.sinkhorn.schedule import Schedule, Solution, asked, dual_value, range_fault
+from flashcoreset.sinkhorn.schedule import Schedule, Solution, asked, dual_value, range_fault, whole_mass
 
 TAKES = Takes()
 
@@ -195,7 +195,9 @@ def sinkhorn(
             raise ValueError(fault)
         start = None if f is None or g is None else (f[p, r], g[p, c])
         masses = float(a[p, r].sum()), float(b[p, c].sum())
-        schedule = Schedule(reg, costs.spread, tol, max_iter, start is not None, *masses)
+        schedule = Schedule(
+            reg, costs.spread, tol, max_iter, start is not None, masses[0], whole_mass(reg_marginal, *masses)
+        )
         own_report = None
         if report is not None:
             own_report = _of_problem(report, p, batch, max_iter)

@@ -27,6 +27,14 @@ class Solution(NamedTuple):
     converged: Tensor  # [B] bool
 
 
+def whole_mass(reg_marginal: tuple[float, float], mass_a: float, mass_b: float) -> float:
+    """The mass that errors are a share of: the plan's if a marginal holds, else the larger one of the weights'."""
+    rows_hold, columns_hold = (math.isinf(rho) for rho in reg_marginal)
+    if rows_hold != columns_hold:
+        return mass_a if rows_hold else mass_b
+    return max(mass_a, mass_b)
+
+
 @dataclass
 class Schedule:
     """The course of one problem's iterations, the same on every backend (csrc/core/sinkhorn_schedule.h).
@@ -46,7 +54,7 @@ class Schedule:
     max_iter: int
     warm: bool  # potentials are given
     mass: float = 1.0  # of the rows: the errors of the stages are compared with it
-    column_mass: float = 1.0
+    whole: float = 1.0  # what the error at the end is a share of, see `whole_mass`
 
     LEAST_SHARE = 1e-6
     ANNEALED_FROM = 500.0
@@ -69,7 +77,7 @@ class Schedule:
         self.stage_iterations = min(self.STAGE_ITERATIONS, self.max_iter // (2 * stages)) if stages else 0
         self.accelerated = self.tol > 0 or stages > 0
         # The error at which the problem is solved: for masses below 1 no larger a share of the mass than tol or LEAST_SHARE.
-        self.tolerance = min(self.tol, max(self.tol, self.LEAST_SHARE) * min(self.mass, self.column_mass))
+        self.tolerance = min(self.tol, max(self.tol, self.LEAST_SHARE) * self.whole)
         self.omega = 1.0
         self.iterations = 0
         self._in_stage = 0
