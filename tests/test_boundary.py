@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checks.boundary import Handmade, _new_capsule
+from checks.boundary import Handmade, new_capsule
 
 from flashcoreset._core import native
 
@@ -49,10 +49,6 @@ GRAM = ROWS @ ROWS.T
 
 
 # --------------------------------------------------------------------------------------------- capsules by hand
-
-
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class Producer:
@@ -230,7 +226,7 @@ def test_capsules_are_consumed_once(m: ModuleType) -> None:
         dot(m, capsule, ROWS)
     for name in (b"something", None):
         with pytest.raises(ValueError, match="x: expected a DLPack capsule"):
-            dot(m, _new_capsule(ctypes.addressof(Handmade(ROWS, (4, 3)).managed), name, None), ROWS)
+            dot(m, new_capsule(ctypes.addressof(Handmade(ROWS, (4, 3)).managed), name, None), ROWS)
 
 
 def test_unconsumed_capsule_is_left_alone(m: ModuleType) -> None:

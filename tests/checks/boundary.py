@@ -46,7 +46,9 @@ class Versioned(ctypes.Structure):
     ]
 
 
-_new_capsule = ctypes.pythonapi.PyCapsule_New
+new_capsule = ctypes.pythonapi.PyCapsule_New
+new_capsule.restype = ctypes.py_object
+new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 class Handmade:
@@ -92,7 +94,7 @@ class Handmade:
         self.deleted += 1
 
     def capsule(self) -> Any:
-        return _new_capsule(ctypes.addressof(self.managed), self.name, None)
+        return new_capsule(ctypes.addressof(self.managed), self.name, None)
 
     def __dlpack__(self, max_version: tuple[int, int] | None = None) -> Any:
         return self.capsule()
