@@ -313,7 +313,7 @@ def test_points_whose_distances_overflow_half(solver: Callable[..., fc.Transport
 @WITH_TRITON
 @pytest.mark.parametrize("marginals", [(None, None), (0.5, None), (None, 0.5), (0.2, 4.0)], ids=str)
 def test_masses_far_below_one(marginals: Pair, solver: Callable[..., fc.Transport]) -> None:
-    """An error of 1e-6 is all of a mass of 1e-6: tol is a share of the smaller mass, in each problem of a batch by itself."""
+    """An error of 1e-6 is all of a mass of 1e-6: tol is a share of the plan's mass, in each problem of a batch by itself."""
     cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
     left, right = torch.tensor([0.3, 0.7]).double(), torch.tensor([0.7, 0.3]).double()
     reg = 0.3  # few iterations, since the interpreter is slow
@@ -356,7 +356,6 @@ def test_float32_reaches_the_error_of_unequal_masses(solver: Callable[..., fc.Tr
 @WITH_TRITON
 def test_a_value_beyond_float32_is_refused(solver: Callable[..., fc.Transport]) -> None:
     """One iteration from a potential that is large beside rho: the plan has a mass of exp(424), which float64 holds."""
-    start = torch.tensor([-0.0625]), torch.tensor([-6.6875])
     options: dict[str, Any] = {
         "metric": "precomputed",
         "reg": 2.0**-6,
@@ -364,11 +363,11 @@ def test_a_value_beyond_float32_is_refused(solver: Callable[..., fc.Transport]) 
         "max_iter": 1,
         "tol": 0,
     }
-    start = tuple(t.to(solver.device) for t in start)  # type: ignore[attr-defined,assignment]
+    start = [torch.tensor([number], device=solver.device) for number in (-0.0625, -6.6875)]
     cost = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="value or error is not finite"):
-        solver(cost, warm_start=start, **options)
-    found = solver(cost.double(), warm_start=start, **options)
+        solver(cost, warm_start=tuple(start), **options)
+    found = solver(cost.double(), warm_start=tuple(start), **options)
     assert float(found.plan()) == pytest.approx(math.exp((float(found.f) + float(found.g)) * 64), rel=1e-9)
 
 

@@ -54,7 +54,9 @@ def check_gains(
     square = clients is None and (metric != "precomputed" or x.shape[0] == x.shape[1])
     worth = torch.zeros(len(order), dtype=torch.float64, device=x.device)
     missed = 0.0
-    columns = m if isinstance(x, Csr) else max(1, _BLOCK // min(_PICKS, len(order)))
+    # The rows of a sparse matrix are made dense one at a time.
+    step = 1 if isinstance(x, Csr) else min(_PICKS, len(order))
+    columns = m if isinstance(x, Csr) else max(1, _BLOCK // step)
     for begin in range(0, m, columns):
         some = slice(begin, min(begin + columns, m))
         w = (
@@ -64,8 +66,8 @@ def check_gains(
         )
         best = torch.full((some.stop - begin,), -offset, dtype=torch.float64, device=x.device)
         least_told = _least_told(x, clients, metric, some)
-        for first in range(0, len(order), 1 if isinstance(x, Csr) else _PICKS):
-            rows = order[first : first + (1 if isinstance(x, Csr) else _PICKS)]
+        for first in range(0, len(order), step):
+            rows = order[first : first + step]
             s = _similarities(kernels, x, clients, metric, rows, some)
             bests = torch.cat([best[None], s]).cummax(0).values
             worth[first : first + len(rows)] += (_told(s, bests[:-1], least_told) * w).sum(1)
