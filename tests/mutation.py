@@ -327,7 +327,6 @@ class Workshop:
     def try_out(self, mutant: Mutant) -> dict[str, object] | None:
         """The outcome of a mutant; None if it does not compile."""
         self.check(test_files(self.root, mutant.file))
-        self.check(test_files(self.root, mutant.file))
         path = self.root / mutant.file
         text = path.read_text()
         path.write_text(mutant.apply(text))
