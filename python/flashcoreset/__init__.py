@@ -26,7 +26,17 @@ from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.gradients.sketcher import GradientSketcher
 from flashcoreset.gradients.zeroth_order import LowRankGradients, zeroth_order_gradients
 from flashcoreset.matching import match_gradients
-from flashcoreset.methods import CoLM, autocoreset, ccs, goracs, select, simcore, top_scores
+from flashcoreset.methods import (
+    CoLM,
+    autocoreset,
+    ccs,
+    coverage_auc,
+    goracs,
+    select,
+    simcore,
+    top_scores,
+    tune_ccs,
+)
 from flashcoreset.scores import SampleScores, sample_scores
 from flashcoreset.scores.dynamics import TrainingDynamics
 from flashcoreset.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
@@ -57,6 +67,7 @@ __all__ = [
     "autocoreset",
     "caratheodory",
     "ccs",
+    "coverage_auc",
     "facility_location",
     "goracs",
     "integrations",
@@ -72,5 +83,6 @@ __all__ = [
     "sinkhorn_divergence",
     "sketch",
     "top_scores",
+    "tune_ccs",
     "zeroth_order_gradients",
 ]

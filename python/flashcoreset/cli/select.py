@@ -74,14 +74,21 @@ def _facility_location(arguments: argparse.Namespace) -> _Chosen:
 
 
 def _simcore(arguments: argparse.Namespace) -> _Chosen:
-    options = _options(arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed")
-    options |= _options(arguments, "backend", "progress", "memory_budget")
+    options = _options(
+        arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed", "ratio", "fit_on"
+    )
+    options |= _options(arguments, "backend", "progress", "memory_budget", "target", "centroids")
+    if "target" not in options and "centroids" not in options:
+        raise CommandError("--target: the target's features are missing (only --centroids replaces them)")
     openset = load_features(arguments.features, "--features")
-    target = load_features(arguments.target, "--target")
-    coreset = fc.simcore(openset, target, getattr(arguments, "k", None), **options)
+    for name in ("target", "centroids"):
+        if name in options:
+            options[name] = load_features(options[name], f"--{name}")
+    coreset = fc.simcore(openset, k=getattr(arguments, "k", None), **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     info = dict(coreset.info)
-    arrays["centroids"] = info.pop("centroids").numpy()
+    for name in ("similarity", "centroid", "centroids"):
+        arrays[name] = info.pop(name).numpy()
     return _Chosen(arrays, {"rows": openset.shape[0], **info})
 
 
@@ -104,7 +111,7 @@ def _goracs(arguments: argparse.Namespace) -> _Chosen:
 
 
 def _ccs(arguments: argparse.Namespace) -> _Chosen:
-    options = _options(arguments, "mislabel_ratio", "n_strata", "seed", "groups", "mislabel_scores")
+    options = _options(arguments, "mislabel_ratio", "n_strata", "strata", "seed", "groups", "mislabel_scores")
     wanted = "a real array [samples]"
     scores = load_array(arguments.scores, "--scores", kinds="fiu", ndim=1, wanted=wanted)
     if "mislabel_scores" in options:
@@ -173,7 +180,7 @@ def _autocoreset(arguments: argparse.Namespace) -> _Chosen:
 
 # Options that name files.
 _INPUTS = (
-    *("features", "target", "clients", "weights", "groups", "budgets", "preselected"),
+    *("features", "target", "centroids", "clients", "weights", "groups", "budgets", "preselected"),
     *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
     *("scores", "mislabel_scores", "targets", "gradients"),
 )

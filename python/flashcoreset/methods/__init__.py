@@ -8,6 +8,8 @@ from typing import Any
 from flashcoreset._core.results import Coreset
 from flashcoreset.methods.autocoreset import autocoreset
 from flashcoreset.methods.ccs import ccs, top_scores
+from flashcoreset.methods.ccs.coverage import coverage_auc
+from flashcoreset.methods.ccs.tuning import tune_ccs
 from flashcoreset.methods.colm import CoLM, colm
 from flashcoreset.methods.goracs import goracs
 from flashcoreset.methods.simcore import simcore
@@ -48,4 +50,14 @@ def select(name: str, **arguments: Any) -> Coreset:
     return _METHODS[name](**arguments)
 
 
-__all__ = ["CoLM", "autocoreset", "ccs", "goracs", "select", "simcore", "top_scores"]
+__all__ = [
+    "CoLM",
+    "autocoreset",
+    "ccs",
+    "coverage_auc",
+    "goracs",
+    "select",
+    "simcore",
+    "top_scores",
+    "tune_ccs",
+]
