@@ -221,7 +221,26 @@ def test_goracs(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     labels = ("--train-labels", tmp_path / "labels.npy", "--valid-labels", tmp_path / "own.npy")
     assert run(*options, *norms, *labels, "-k", 5, "--force") == 0
     assert read(out)[1]["budgets"] == {"0": 3, "1": 2}
+    more = ("--lam", 0.2, "--norm-clip", 0.9, "--norm-scale", "spread", "--scaling", "global", "--tol", 0.01)
+    more += ("--max-solves", 2, "--time-limit", 60)
+    assert run(*options, *norms, *labels, *more, "-k", 5, "--force") == 0
+    expected = fc.goracs(
+        x, files["valid"], files["norms"], 5, lam=0.2, norm_clip=0.9, norm_scale="spread", scaling="global", tol=0.01,
+        max_solves=2, train_labels=files["labels"], valid_labels=files["own"],
+    )  # fmt: skip
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
+    assert run(*options, "-k", 5, "--force") == 0
+    expected = fc.goracs(x, files["valid"], k=5)
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
     capsys.readouterr()
+    for words, arguments in (
+        ("grad_norms must be given with lam=0.5, got None", ("--lam", 0.5)),
+        ("norm_clip must be in (0, 1], got 2.0", (*norms, "--norm-clip", 2)),
+        ("max_solves must be >= 1, got 0", ("--max-solves", 0)),
+        ("time_limit must be > 0 seconds, got -1.0", ("--time-limit", -1)),
+        ("tol must be >= 0, got -0.5", ("--tol", -0.5)),
+    ):
+        expect_error(capsys, words, *options, *arguments, "-k", 5, "--force")
     assert run(*options, "--grad-norms", features, "-k", 5, "--force") == 2
     assert "--grad-norms: expected a real array [train rows]" in capsys.readouterr().err
     assert run(*options, *norms) == 2

@@ -10,6 +10,7 @@ from flashcoreset.cli.commands import run_bench, run_demo, run_info
 from flashcoreset.cli.errors import Parser
 from flashcoreset.cli.select import ALGORITHMS, MATRICES, run_select
 from flashcoreset.methods.ccs.strata import KINDS
+from flashcoreset.methods.goracs import NORM_SCALES, SCALINGS, SOLVERS
 
 POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
 
@@ -150,14 +151,28 @@ def _add_goracs(parser: argparse.ArgumentParser) -> None:
         "--train", required=True, metavar="F", help="training features [n, d]: F.npy, F.npz or F.npz:key"
     )
     parser.add_argument("--valid", required=True, metavar="V", help="validation features [m, d]")
-    parser.add_argument("--grad-norms", required=True, metavar="G", help="gradient norms [n]")
+    parser.add_argument("--grad-norms", metavar="G", help="gradient norms [n], for --lam")
     _add_common(parser, needs_k=True)
-    parser.add_argument("--lam", type=float, help="weight of the gradient norms")
+    parser.add_argument("--lam", type=float, help="weight of the gradient norms (default: 0)")
+    parser.add_argument(
+        "--norm-clip", type=float, metavar="Q", help="the quantile that larger norms count as"
+    )
+    parser.add_argument(
+        "--norm-scale",
+        choices=NORM_SCALES,
+        help="divide norms by the largest, or scale them to the distances' spread",
+    )
     parser.add_argument("--max-exchanges", type=int, metavar="N", help="exchanges to make at most")
     parser.add_argument("--n-candidates", type=int, metavar="N", help="removals and additions to pair")
+    parser.add_argument("--max-solves", type=int, metavar="N", help="transport problems to solve at most")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the exchanges")
+    parser.add_argument(
+        "--tol", type=float, metavar="R", help="share of the score that an exchange has to gain"
+    )
     parser.add_argument("--train-labels", metavar="L", help="integer class labels [n]")
     parser.add_argument("--valid-labels", metavar="L", help="integer class labels [m]")
-    parser.add_argument("--solver", choices=("exact", "sinkhorn"))
+    parser.add_argument("--scaling", choices=SCALINGS, help="by the maxima of each class, or of all items")
+    parser.add_argument("--solver", choices=SOLVERS)
     parser.add_argument("--reg", type=float, help="regularisation of --solver sinkhorn")
 
 

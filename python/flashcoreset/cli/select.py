@@ -95,6 +95,7 @@ def _simcore(arguments: argparse.Namespace) -> _Chosen:
 def _goracs(arguments: argparse.Namespace) -> _Chosen:
     options = _options(arguments, "lam", "max_exchanges", "n_candidates", "solver", "reg", "seed")
     options |= _options(arguments, "backend", "progress", "memory_budget", "train_labels", "valid_labels")
+    options |= _options(arguments, "norm_clip", "norm_scale", "max_solves", "time_limit", "tol", "scaling")
     for name, rows in (("train_labels", "train rows"), ("valid_labels", "validation rows")):
         if name in options:
             option = f"--{name.replace('_', '-')}"
@@ -102,9 +103,11 @@ def _goracs(arguments: argparse.Namespace) -> _Chosen:
             options[name] = load_array(options[name], option, kinds="iu", ndim=1, wanted=wanted)
     train = load_features(arguments.train, "--train")
     valid = load_features(arguments.valid, "--valid")
-    norms = load_array(
-        arguments.grad_norms, "--grad-norms", kinds="fiu", ndim=1, wanted="a real array [train rows]"
-    )
+    norms = None
+    if hasattr(arguments, "grad_norms"):
+        norms = load_array(
+            arguments.grad_norms, "--grad-norms", kinds="fiu", ndim=1, wanted="a real array [train rows]"
+        )
     coreset = fc.goracs(train, valid, norms, arguments.k, **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     return _Chosen(arrays, {"rows": train.shape[0], **coreset.info})
