@@ -139,7 +139,9 @@ def test_no_cut_off_hurts_where_much_is_pruned_and_labels_are_right(pruning: dem
     assert mean["random", 0.9] > mean[demo_pruning.UNCUT, 0.9] + 0.1
     assert abs(mean["CCS", 0.9] - mean[demo_pruning.CONTROL, 0.9]) < 0.06
     lines = demo_pruning.table(pruning).splitlines()
-    assert f"{100 * np.mean(pruning.clean_whole):.1f} ± " in next(x for x in lines if x.startswith("With all"))
+    assert f"{100 * np.mean(pruning.clean_whole):.1f} ± " in next(
+        x for x in lines if x.startswith("With all")
+    )
     line = next(x for x in lines if x.startswith(demo_pruning.UNCUT))
     for pruned in shares:
         assert f"{100 * mean[demo_pruning.UNCUT, pruned]:.1f} ± " in line
@@ -165,7 +167,8 @@ def test_picture_of_the_strata_shows_their_counts(pruning: demo_pruning.Pruning)
     assert taken == pruning.coreset.info["counts"]
     assert [bar.get_x() for bar in axes.containers[0]] == pruning.coreset.info["edges"][:-1]
     with pytest.raises(
-        ValueError, match=r"one that ccs returned without groups, .* info with dropped, mislabel_ratio, mislabel_ratio_from, groups"
+        ValueError,
+        match=r"one that ccs returned without groups, .* info with dropped, mislabel_ratio, mislabel_ratio_from, groups",
     ):
         fc.plot.strata(fc.ccs(range(6), 2, groups=[0, 1] * 3, n_strata=1))
     with pytest.raises(TypeError, match="coreset must be a Coreset, got int"):

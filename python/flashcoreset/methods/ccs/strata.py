@@ -83,7 +83,7 @@ def _by_width(values: np.ndarray, n_strata: int, small: type) -> tuple[np.ndarra
     # (high - low) overflows if the two are far apart: then everything is halved.
     scale = 1.0 if math.isfinite(high - low) else 0.5
     if low == high:
-        place = np.full(values.shape, n_strata - 1, dtype=small)
+        place: np.ndarray = np.full(values.shape, n_strata - 1, dtype=small)
         place[values < low] = 0
     else:
         position = values * scale - low * scale
@@ -104,7 +104,7 @@ def _by_rank(values: np.ndarray, n_strata: int, small: type) -> tuple[np.ndarray
     ordered = np.sort(values)
     ranks = np.arange(n_strata) * len(values) // n_strata
     starts = ordered[ranks]
-    place = np.searchsorted(starts[1:], values, side="right").astype(small)
+    place: np.ndarray = np.searchsorted(starts[1:], values, side="right").astype(small)
     return place, np.append(starts, ordered[-1])
 
 
