@@ -38,12 +38,17 @@ BUDGET = 9 * 60.0  # seconds for everything
 # The tests' names of one plain case per metric, and of a few cases with everything else that a kernel reads: under the
 # sanitizer a case takes seconds.
 SANITIZED = (
-    "test_follows_the_definition and (97-float32 or cosine-float32-clients-weights-preselected or "
+    "test_follows_the_definition and cuda and (97-float32 or cosine-float32-clients-weights-preselected or "
     "l1-float64-weights or precomputed-float32-rectangular or sqeuclidean-float32-wide) or "
     "test_as_on_the_cpu and (keeps_the_sums-1025-7-torch.float32 or rows_of_weight_zero) or "
     "test_is_the_definition and float32 and 530"
 )
-SANITIZED_FILES = ("tests/test_cuda.py", "tests/test_caratheodory_cuda.py", "tests/test_pursuit_cuda.py")
+SANITIZED_FILES = (
+    "tests/test_facility_location.py",
+    "tests/backends/test_facility_location_cuda.py",
+    "tests/test_caratheodory_cuda.py",
+    "tests/test_pursuit_cuda.py",
+)
 
 
 def run(command: list[str], log: Path, seconds: float, **environment: str) -> tuple[int, float]:
@@ -427,10 +432,18 @@ def main(argv: list[str] | None = None) -> int:
     passed = built
     if built:
         test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        families = ("", "_sketch", "_matching", "_caratheodory", "_pursuit")
+        families = ("_sketch", "_matching", "_caratheodory", "_pursuit")
         of_cuda = [f"tests/test{family}_cuda.py" for family in families]
-        passed &= step("test-cuda", [*test, *of_cuda], 120, **on_gpu)
-        passed &= step("test-triton", [*test, "tests/test_triton.py"], 120, **on_gpu)
+        # On every backend, by the part of a test's name that says which.
+        every = [
+            f"tests/test_{name}.py" for name in ("facility_location", "precomputed_distance", "pairwise")
+        ]
+        own = [f"tests/backends/test_{name}_cuda.py" for name in ("facility_location",)]
+        passed &= step("test-cuda", [*test, *of_cuda, *own, *every, "-k", "cuda"], 120, **on_gpu)
+        own = [
+            f"tests/backends/test_{name}_triton.py" for name in ("facility_location", "pairwise", "scores")
+        ]
+        passed &= step("test-triton", [*test, *own, *every, "-k", "triton"], 120, **on_gpu)
         passed &= step("test-triton-sketch", [*test, "tests/test_sketch_triton.py"], 120, **on_gpu)
         passed &= step("test-triton-matching", [*test, "tests/test_matching_triton.py"], 120, **on_gpu)
         passed &= step(

@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 KINDS = ("Integer", "Real", "Flag")  # of csrc/bindings/arguments.h
@@ -24,8 +24,14 @@ HOSTILE: dict[str, Any] = {
     "0": 0, "-1": -1, "2**31": 2**31, "2**62": 2**62, "2**63-1": 2**63 - 1, "2**63": 2**63, "-2**63": -(2**63), "2**70": 2**70,
     "10**400": 10**400, "1.5": 1.5, "nan": float("nan"), "inf": float("inf"), "'3'": "3", "None": None, "True": True, "b'x'": b"x",
 }  # fmt: skip
+# Bindings that take a problem, and its fields that are numbers; "columns" are those of a sparse x, which the CPU alone takes.
+FIELDS = {
+    "FacilityLocation.__init__": [
+        ("offset", "Real"), ("memory_budget", "Integer"), ("expected_picks", "Integer"), ("columns", "Integer"),
+    ],
+}  # fmt: skip
 LARGE = {
-    ("FacilityLocation.from_csr", "m"),
+    ("FacilityLocation.__init__", "columns"),
     ("NearestOrder.of_similarities", "lists"),
 }  # numbers that memory is made for
 _SECONDS = 20  # per call
@@ -34,7 +40,7 @@ _ROOM = 2 << 30  # bytes that calls may take: a working array of 2^31 numbers is
 
 def signatures(module: ModuleType) -> dict[str, list[tuple[str, str]]]:
     """(parameter, type) of every function, method and property of the module, as it reports them."""
-    found = {}
+    found: dict[str, list[tuple[str, str]]] = {}
     for name, value in vars(module).items():
         if isinstance(value, type):
             for method, member in vars(value).items():
@@ -46,6 +52,9 @@ def signatures(module: ModuleType) -> dict[str, list[tuple[str, str]]]:
                     found[f"{name}.{method}"] = _parameters(doc)
         elif callable(value):
             found[name] = _parameters(value.__doc__)
+    for name, fields in FIELDS.items():
+        # Fields of a problem count as parameters.
+        found[name] += [field for field in fields if field[0] != "columns" or not hasattr(module, "unusable")]
     return found
 
 
@@ -103,15 +112,17 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "sketch": {"x": f32(4, 9), "out": f32(4, 8)} | projection | where,
         "projection_matrix": {"out": f32(9, 8)} | projection | where,
         "directions": {"out": f32(2, 9), "seed": 1, "begin": 3, "first": 0} | where,
+        "FacilityLocation.__init__": {
+            "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "costs": None, "offset": 9.0,
+            "memory_budget": 1 << 20, "expected_picks": 3,
+        } | where,
         "FacilityLocation.step": {"count": 2, "naive": False},
+        "FacilityLocation.pick": {"naive": False, "stop_gain": 0.5},
         "sinkhorn_apply": points | potentials | {"v": (f64 if cuda else f32)(2, 5, 2), "transpose": False, "out": (f64 if cuda else f32)(2, 4, 2)} | where,
         "sinkhorn_plan": points | potentials | {"out": (f64 if cuda else f32)(2, 4, 5)} | where,
     }  # fmt: skip
     runs: dict[str, Any] = {"rows": None, "weights": None, "size": 2}
     of_cuda: dict[str, Any] = {
-        "FacilityLocation.__init__": {
-            "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "offset": 9.0, "stream": 0,
-        },
         "sinkhorn": points | solve | {
             "reg_marginal_a": 1.0, "reg_marginal_b": 1.0, "start_f": None, "start_g": None, "f": f64(2, 4), "g": f64(2, 5), "value": f64(2),
             "transport_cost": f64(2), "error": f64(2), "tolerance": f64(2), "iterations": zeros(2), "shared_bytes": -1, "stream": 0,
@@ -142,14 +153,6 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
     }  # fmt: skip
     of_cpu: dict[str, Any] = {
         "pairwise": common["pairwise"] | {"symmetric": False},
-        "FacilityLocation.__init__": {
-            "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "offset": 9.0,
-            "memory_budget": 1 << 20, "threads": 2, "expected_picks": 3,
-        },
-        "FacilityLocation.from_csr": {
-            "indptr": i64(0, 1, 2), "indices": i64(0, 1), "values": f32(2), "m": 3, "weights": None, "preselected": None,
-            "self_clients": False, "memory_budget": 1 << 20, "threads": 2,
-        },
         "NearestOrder.__init__": {"centroids": f32(3, 2), "threads": 2},
         "NearestOrder.of_similarities": {"lists": 3, "dtype": "float32", "threads": 2},
         "NearestOrder.begin": {"length": 2},
@@ -185,7 +188,13 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         return found
 
     def run_of(**arguments: Any) -> Any:
-        return m.FacilityLocation(**(calls["FacilityLocation.__init__"] | arguments))
+        given = calls["FacilityLocation.__init__"] | arguments
+        if "columns" in given:
+            shape = (2, given.pop("columns"))
+            given["x"] = SimpleNamespace(crow=i64(0, 1, 2), col=i64(0, 1), values=f32(2), shape=shape)
+            given |= {"metric": "precomputed", "offset": 0.0}
+        beside = {name: given.pop(name) for name in where}
+        return m.FacilityLocation(SimpleNamespace(**given), **beside)
 
     def finished_order() -> Any:
         order = m.NearestOrder(f32(3, 2), 1)
@@ -199,8 +208,6 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         owner, _, method = name.rpartition(".")
         if name == "FacilityLocation.__init__":
             run_of(**given).step(2, False)
-        elif name == "FacilityLocation.from_csr":
-            m.FacilityLocation.from_csr(**given).step(1, False)
         elif name == "NearestOrder.of_similarities":
             m.NearestOrder.of_similarities(**given).begin(2)
         elif name == "NearestOrder.begin":

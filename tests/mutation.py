@@ -69,8 +69,11 @@ TESTS = (
     ("*sketch*|*projection*|*philox*|*normal*", "sketch zeroth_order"),
     ("*integrations/torch*", "integrations_torch"),
     ("*integrations/transformers*", "integrations_transformers"),
-    ("*facility_location*|*sampling*|*live_lists*|*similarity_source*", "facility_location select"),
-    ("*pairwise*|*pack*|*tile*|*metric*", "facility_location nearest_order"),
+    (
+        "*facility_location*|*sampling*|*live_lists*|*similarity_source*",
+        "facility_location precomputed select",
+    ),
+    ("*pairwise*|*pack*|*tile*|*metric*", "pairwise facility_location precomputed nearest_order"),
     (
         "*kernels/*|*dispatch*",
         "facility_location sinkhorn sketch scores matching caratheodory pursuit nearest_order",
@@ -207,15 +210,12 @@ def test_files(root: Path, file: str) -> list[str]:
     """The test files that guard a source: those of its own backend if there are any, else those of all."""
     plain, own, other = [], [], []
     for family in families_of(file):
-        for path in sorted(root.glob(f"tests/test_{family}*.py")):
+        for path in sorted((root / "tests").rglob(f"test_{family}*.py")):
             backend = path.stem.rpartition("_")[2]
             if backend == "interrupt":
                 continue
             kind = plain if backend not in ("cuda", "triton") else own if backend in file else other
-            kind.append(path.name)
-        if family == "facility_location":  # whose files for one backend have that backend's name alone
-            for backend in ("cuda", "triton"):
-                (own if backend in file else other).append(f"test_{backend}.py")
+            kind.append(str(path.relative_to(root / "tests")))
     names = own or (plain if file.startswith("csrc/cpu") else plain + other)
     return [f"tests/{name}" for name in dict.fromkeys(names)]
 

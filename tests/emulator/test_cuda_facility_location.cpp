@@ -17,6 +17,7 @@
 #include "cuda/pairwise.h"
 #include "emulator/device_array.h"
 #include "emulator/schedules.h"
+#include "greedy_oracle.h"
 #include "samples.h"
 
 namespace {
@@ -96,14 +97,14 @@ template <class T, class Start>
 Row run_on_device(const Case& c, bool self, Start&& start) {
   const DeviceArray<double> weights(c.weights);
   const DeviceArray<int64_t> preselected(c.preselected);
-  fc::cuda::GreedyArguments arguments;
-  arguments.weights = c.weights.empty() ? nullptr : weights.data();
-  arguments.preselected = preselected.data();
-  arguments.preselected_count = static_cast<int64_t>(c.preselected.size());
-  arguments.offset = c.offset;
-  arguments.self_clients = self;
-  arguments.work_at_once = c.work_at_once;
-  const auto run = start(arguments);
+  fc::GreedyOptions options;
+  options.weights = c.weights.empty() ? nullptr : weights.data();
+  options.preselected = preselected.data();
+  options.preselected_count = static_cast<int64_t>(c.preselected.size());
+  options.offset = c.offset;
+  options.self_clients = self;
+  options.work_at_once = c.work_at_once;
+  const auto run = start(options);
   make_picks(*run, c, [&](const std::vector<int64_t>& sample) {
     const DeviceArray<int64_t> copy(sample);
     return run->step_among(copy.data(), static_cast<int64_t>(sample.size()));
@@ -113,9 +114,7 @@ Row run_on_device(const Case& c, bool self, Start&& start) {
 
 template <class T, class Start>
 Row run_on_cpu(const Case& c, bool self, Start&& start) {
-  fc::GreedyOptions options;
-  options.weights = c.weights;
-  options.preselected = c.preselected;
+  fc::GreedyOptions options = oracle::options_of(c.weights, c.preselected);
   options.offset = c.offset;
   options.self_clients = self;
   const auto run = start(options);
@@ -148,9 +147,9 @@ void check_points(const Matrix<T>& x, const Matrix<T>* clients, Metric metric, c
   });
   const auto device = fc::emulator::check_schedules([&] {
     const OnDevice<T> candidates(x), others(clients ? *clients : x);
-    return run_on_device<T>(c, clients == nullptr, [&](const fc::cuda::GreedyArguments& arguments) {
+    return run_on_device<T>(c, clients == nullptr, [&](const fc::GreedyOptions& options) {
       return fc::cuda::facility_location_points<T>(candidates.view, clients ? &others.view : nullptr, metric,
-                                                   arguments);
+                                                   options, nullptr);
     });
   });
   check_same(device, cpu, c.k);
@@ -200,8 +199,8 @@ void test_matrix() {
       });
       const auto device = fc::emulator::check_schedules([&] {
         const OnDevice<T> matrix(s);
-        return run_on_device<T>(c, n == m, [&](const fc::cuda::GreedyArguments& arguments) {
-          return fc::cuda::facility_location_matrix<T>(matrix.view, arguments);
+        return run_on_device<T>(c, n == m, [&](const fc::GreedyOptions& options) {
+          return fc::cuda::facility_location_matrix<T>(matrix.view, options, nullptr);
         });
       });
       check_same(device, cpu, c.k);
@@ -233,12 +232,12 @@ Verdict verdict_of(const Matrix<T>& x, Metric metric, const Case& c) {
   const OnDevice<T> points(x);
   const DeviceArray<double> weights(c.weights);
   const DeviceArray<int64_t> preselected(c.preselected);
-  fc::cuda::GreedyArguments arguments;
-  arguments.weights = c.weights.empty() ? nullptr : weights.data();
-  arguments.preselected = preselected.data();
-  arguments.preselected_count = static_cast<int64_t>(c.preselected.size());
-  arguments.self_clients = true;
-  const auto run = fc::cuda::facility_location_points<T>(points.view, nullptr, metric, arguments);
+  fc::GreedyOptions options;
+  options.weights = c.weights.empty() ? nullptr : weights.data();
+  options.preselected = preselected.data();
+  options.preselected_count = static_cast<int64_t>(c.preselected.size());
+  options.self_clients = true;
+  const auto run = fc::cuda::facility_location_points<T>(points.view, nullptr, metric, options, nullptr);
   run->step(c.k, false);
   DeviceArray<int64_t> indices(run->picks()), assignment(run->clients());
   DeviceArray<double> gains(run->picks()), won(run->picks());
@@ -290,11 +289,12 @@ void test_cancelled() {
   slow.event_delay = 1 << 30;
   for (const bool slowly : {false, true}) {
     int asked = 0;
-    fc::cuda::GreedyArguments arguments;
-    arguments.self_clients = true;
-    arguments.work_at_once = 1;
-    arguments.poll = [&] { return slowly && ++asked == 3; };
-    const auto run = fc::cuda::facility_location_points<T>(points.view, nullptr, Metric::kCosine, arguments);
+    fc::GreedyOptions options;
+    options.self_clients = true;
+    options.work_at_once = 1;
+    options.poll = [&] { return slowly && ++asked == 3; };
+    const auto run =
+        fc::cuda::facility_location_points<T>(points.view, nullptr, Metric::kCosine, options, nullptr);
     if (!slowly) {
       CHECK_EQUAL(run->step(20, false), 20);
       CHECK(run->completed() > 0 && run->completed() < 20);  // the last two launches are not waited for
@@ -352,8 +352,8 @@ void test_scale() {
     return fc::facility_location_matrix<T>(s.view(), options);
   });
   const OnDevice<T> matrix(s);
-  const auto device = run_on_device<T>(c, false, [&](const fc::cuda::GreedyArguments& arguments) {
-    return fc::cuda::facility_location_matrix<T>(matrix.view, arguments);
+  const auto device = run_on_device<T>(c, false, [&](const fc::GreedyOptions& options) {
+    return fc::cuda::facility_location_matrix<T>(matrix.view, options, nullptr);
   });
   check_same(device, cpu, 3);
 }

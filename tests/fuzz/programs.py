@@ -77,9 +77,22 @@ def array(
     return Tensor("", shape, dtype, content, layout, seed)
 
 
+def _listed(texts: dict[str, str]) -> str:
+    """Keyword arguments; those of names such as "problem.x" are attributes of one object."""
+    objects: dict[str, dict[str, str]] = {}
+    for name, text in texts.items():
+        owner, _, attribute = name.partition(".")
+        objects.setdefault(owner, {})[attribute] = text
+    return ", ".join(
+        f"{owner}={parts['']}" if "" in parts else f"{owner}=SimpleNamespace({_listed(parts)})"
+        for owner, parts in objects.items()
+    )
+
+
 @dataclass(frozen=True)
 class Step:
-    """result = target(**arguments); a target that is not called (`attribute`) is read."""
+    """result = target(**arguments); a target that is not called (`attribute`) is read. An argument named "problem.x" is the
+    attribute x of the argument `problem`."""
 
     result: str
     target: str
@@ -90,11 +103,9 @@ class Step:
     def source(self, sizes: dict[str, int]) -> str:
         if self.attribute:
             return f"{self.result} = {self.target}"
-        texts = [
-            value.source(sizes) if i < self.positional else f"{name}={value.source(sizes)}"
-            for i, (name, value) in enumerate(self.arguments.items())
-        ]
-        return f"{self.result} = {self.target}({', '.join(texts)})"
+        texts = {name: value.source(sizes) for name, value in self.arguments.items()}
+        first = [texts.pop(name) for name in list(texts)[: self.positional]]
+        return f"{self.result} = {self.target}({', '.join(filter(None, [*first, _listed(texts)]))})"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace as SimpleNamespace
 from typing import Any
 
 import numpy as np

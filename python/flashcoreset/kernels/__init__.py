@@ -6,8 +6,9 @@ by pick.
 except where the list says otherwise:
 
     pairwise(x, y=None, *, metric, out=None)
-    FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
-        .step(count, naive=False), .step_among(candidates), .finish(indices, gains, weights, assignment)
+    FacilityLocation(FacilityLocationProblem(x, clients, metric, weights, preselected, costs, offset, memory_budget))
+        .step(count, naive=False), .pick(naive, stop_gain), .step_among(candidates), .close(candidates),
+        .finish(indices, gains, weights, assignment)
     sinkhorn(x, y, a, b, *, reg, metric, ...), sinkhorn_apply(...), sinkhorn_plan(...)
     sketch(x, dim, *, kind, seed, offset, nnz, out=None), projection_matrix(rows, dim, *, kind, seed, ...)
     sample_scores(logits, targets, *, masked=False, out=None)    (not in `kernels.cuda`)
@@ -30,6 +31,7 @@ Example:
             [2., 0.]])
 """
 
+from flashcoreset.facility_location.problem import Problem as FacilityLocationProblem
 from flashcoreset.kernels import cpu, cuda, torch
 
-__all__ = ["cpu", "cuda", "torch"]
+__all__ = ["FacilityLocationProblem", "cpu", "cuda", "torch"]

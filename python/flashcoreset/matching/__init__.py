@@ -30,7 +30,8 @@ from flashcoreset._core.tensor import (
     one_of,
 )
 from flashcoreset.caratheodory import caratheodory
-from flashcoreset.facility_location import check_picks, facility_location, group_members
+from flashcoreset.facility_location import facility_location
+from flashcoreset.facility_location.checks import check_picks, group_members
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 from flashcoreset.matching.backend import Kernels, choose
