@@ -17,7 +17,13 @@ from flashcoreset._core.op import define_op
 from flashcoreset._core.progress import check_progress
 from flashcoreset._core.results import Selection
 from flashcoreset._core.tensor import as_integer, compute_dtype, is_traced, one_of
-from flashcoreset.facility_location.checks import METHODS, check_memory_budget, check_request, check_seed
+from flashcoreset.facility_location.checks import (
+    METHODS,
+    check_memory_budget,
+    check_no_limits,
+    check_request,
+    check_seed,
+)
 from flashcoreset.facility_location.problem import MATRICES, METRICS, Problem, Request
 from flashcoreset.facility_location.solve import solve
 
@@ -39,6 +45,13 @@ def facility_location(
     backend: str | None = None,
     progress: Callable[[int, int], object] | bool | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    costs: Any = None,
+    cost_budget: float | None = None,
+    cost_sensitive: bool = True,
+    stop_gain: float | None = None,
+    exclude: Any = None,
+    caps: Any = None,
+    min_distance: float | None = None,
 ) -> Selection:
     """Greedy maximisation of f(S) = sum_i w_i * max(0, max_{j in S} s(j, i)) over candidates j and clients i.
 
@@ -49,7 +62,7 @@ def facility_location(
             torch sparse CSR tensor whose absent entries are 0. With metric="precomputed_distance": distances >= 0 of
             that shape.
         k: how many to pick, 1 <= k <= the candidates that are not preselected. With `budgets`: their sum, or
-            None.
+            None. With `cost_budget` or `stop_gain`: the most picks, or None for any number.
         clients: [m, d], same dtype as `x`; default `x` (passing `x` itself means the same).
         metric: "cosine" (0 for a zero row) and "dot" are s; "euclidean", "sqeuclidean" and "l1" make s =
             offset - distance; "precomputed" takes `x` as s, "precomputed_distance" as distances. A square matrix of
@@ -62,7 +75,7 @@ def facility_location(
         budgets: how many to pick from each group: a dict label -> count that names every label, or counts [G]
             for the labels 0..G-1. Default: `allocate_budgets` of the groups' sizes (without the preselected)
             and `k`.
-        preselected: [p] distinct candidates already in S: they cover clients and are not returned.
+        preselected: [p] distinct candidates already in S, or a boolean mask [n]: they cover clients and are not returned.
         method: "lazy" and "naive" give the exact greedy sequence; "stochastic" picks the best of ceil(n/k *
             ln(1/epsilon)) candidates drawn anew for each pick.
         epsilon: in (0, 1), for "stochastic".
@@ -75,6 +88,22 @@ def facility_location(
             torch.compile.
         memory_budget: bytes that may be spent on similarities and lists larger than n + m, >= 0; default 256
             MiB. The result does not depend on it.
+        costs: [n] > 0: each pick is the candidate of the largest gain / cost, both as float64 (a tie is a tie of that number);
+            with `cost_sensitive=False` it is the one of the largest gain, as without costs.
+        cost_budget: a number >= 0: candidates that no longer fit, because their cost and those of all picks so far sum up (exactly,
+            rounded once) to more, are passed over, until k are picked or nothing fits. What the preselected cost is not counted.
+            This is the greedy rule of Khuller, Moss and Naor 1999 without their comparison with the best single candidate. For the
+            rules that end at the first candidate that does not fit, or take it as the last one, leave `cost_budget` None and cut
+            the picks where their costs reach the budget.
+        cost_sensitive: whether picks go by gain per cost.
+        stop_gain: picks end before the first gain below it (compared in float64), so that fewer than k may come back.
+        exclude: indices, or a boolean mask [n], of candidates that are not picked; as clients they count.
+        caps: a dict label -> at most so many picks of that label in `groups`, or counts [G] for the labels 0..G-1; labels
+            that it does not name are not capped. The groups are one problem then, and the preselected count. Fewer than k picks
+            come back if no candidate is left.
+        min_distance: candidates at a smaller distance than this from a pick or a preselected one are not picked (1 - s for
+            "cosine"; not for "dot" and "precomputed"; within groups that are problems of their own only). Fewer than k picks
+            come back if no candidate is left.
 
     Returns:
         Selection, on the device of `x`: `indices` [k] in pick order; `gains` [k] (float64 for float64, else
@@ -104,15 +133,19 @@ def facility_location(
         (tensor([2, 3]), tensor([80., 15.]), tensor([0, 0, 0, 1, 1]))
         >>> fc.facility_location(x, None, metric="l1", groups=[0, 0, 0, 1, 1], budgets={0: 1, 1: 1}).indices
         tensor([1, 3])
+        >>> fc.facility_location(x, None, metric="l1", costs=[1, 3, 2, 1, 2], cost_budget=4).indices
+        tensor([0, 3, 2])
     """
+    wanted: Any = k  # None is replaced by the checks
     request = Request(
-        x, None, None, 0, k, clients, metric, weights, groups, None, budgets, preselected, method, epsilon, check_seed(seed),
-        offset, memory_budget, backend,
+        x, None, None, 0, wanted, clients, metric, weights, groups, None, budgets, preselected, method, epsilon, check_seed(seed),
+        offset, memory_budget, backend, costs, cost_budget, cost_sensitive, stop_gain, exclude, None, caps, min_distance,
     )  # fmt: skip
     check_request(request)
     check_backend(backend)
     check_progress(progress)
     if is_traced(request.x):
+        check_no_limits(request)
         return _call_op(request)
     return solve(request, progress)
 
@@ -124,6 +157,7 @@ def facility_location(
 def _op(r: Request) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     r.x, r.seed = r.x.detach(), check_seed(int(r.seed))
     check_request(r)
+    check_no_limits(r)
     found = solve(r, None)
     scalars = [
         torch.tensor(value, dtype=torch.float64, device=r.x.device)
@@ -189,6 +223,7 @@ def _estimate(call: SimpleNamespace) -> int:
         None if clients is None else like(*clients),
         "precomputed" if is_matrix else call.metric,
         preselected=None if call.preselected is None else like(1),
+        costs=None if call.costs is None else like(n),
         memory_budget=memory_budget,
         expected_picks=k,
     )

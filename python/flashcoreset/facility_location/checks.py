@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ def check_request(r: Request) -> None:
     one_of(r.metric, "metric", METRICS)
     one_of(r.method, "method", METHODS)
     # With groups, clients that are passed belong to every group; without groups, passing `x` is the default.
-    if r.clients is r.x and r.groups is None and r.metric not in MATRICES:
+    if r.clients is r.x and not r.is_grouped and r.metric not in MATRICES:
         r.clients = None
     n, m = _check_matrix(r)
     device = r.x.device
@@ -43,7 +44,7 @@ def check_request(r: Request) -> None:
             raise ValueError(
                 f"clients must be None with metric {r.metric!r}, where they are the columns of x"
             )
-        if r.groups is not None and n != m:
+        if r.is_grouped and n != m:
             raise ValueError(f"x must be square for groups with metric {r.metric!r}, got shape {(n, m)}")
     elif r.clients is None:
         m = n
@@ -57,12 +58,12 @@ def check_request(r: Request) -> None:
         m = r.clients.shape[0]
     if r.weights is not None:
         r.weights = as_vector(r.weights, "weights", device, integers=False, length=m)
-    if r.preselected is not None:
-        r.preselected = as_vector(r.preselected, "preselected", device, integers=True)
-        if r.preselected.shape[0] == 0:
-            r.preselected = None
+    r.preselected = _indices(r.preselected, "preselected", device, n)
     taken = 0 if r.preselected is None else r.preselected.shape[0]
+    if r.k is None and r.budgets is None and (r.cost_budget is not None or r.stop_gain is not None):
+        r.k = n - taken
     r.k, r.groups, r.labels, r.budgets = check_picks(n, r.k, r.groups, r.budgets, device, taken, r.labels)
+    _check_limits(r, n)
     r.epsilon = as_number(r.epsilon, "epsilon")
     if not 0 < r.epsilon < 1:
         raise ValueError(f"epsilon must be in (0, 1), got {r.epsilon}")
@@ -73,6 +74,117 @@ def check_request(r: Request) -> None:
             raise ValueError(f"offset is for distances; metric {r.metric!r} takes None, got {r.offset}")
         if not 0 <= r.offset <= torch.finfo(r.dtype).max:
             raise ValueError(f"offset must be >= 0 and in the range of the dtype of x, got {r.offset}")
+
+
+def _check_limits(r: Request, n: int) -> None:
+    if not isinstance(r.cost_sensitive, bool):
+        raise TypeError(f"cost_sensitive must be True or False, got {type(r.cost_sensitive).__name__}")
+    if r.costs is None and not r.is_limited:
+        return
+    device = r.x.device
+    r.exclude = _indices(r.exclude, "exclude", device, n)
+    if r.costs is not None:
+        r.costs = as_vector(r.costs, "costs", device, integers=False, length=n)
+        if r.is_grouped:
+            raise ValueError("costs are for one problem, got groups, each of which is a problem of its own")
+    for name, least in (("cost_budget", 0.0), ("stop_gain", -math.inf), ("min_distance", 0.0)):
+        value = getattr(r, name)
+        if value is None:
+            continue
+        value = as_number(value, name)
+        if not value >= least:
+            raise ValueError(f"{name} must be a number{' >= 0' if least == 0 else ''}, got {value}")
+        setattr(r, name, value)
+    if r.cost_budget is not None and r.costs is None:
+        raise ValueError("cost_budget needs costs, got costs=None")
+    if r.stop_gain is not None and r.method == "stochastic":
+        raise ValueError(
+            "stop_gain needs method 'lazy' or 'naive', got 'stochastic', whose gains are not the largest ones"
+        )
+    if r.min_distance is not None:
+        if r.metric in ("dot", "precomputed"):
+            raise ValueError(f"min_distance needs distances, of which metric {r.metric!r} has none")
+        if r.metric in MATRICES and r.x.shape[0] != r.x.shape[1]:
+            raise ValueError(
+                f"x must be square for min_distance with metric {r.metric!r}, got shape {tuple(r.x.shape)}"
+            )
+    if r.caps is None:
+        return
+    if r.groups is None:
+        raise ValueError("caps need groups, the labels that they cap, got groups=None")
+    if r.budgets is not None:
+        raise ValueError("caps and budgets exclude each other: with budgets each group is its own problem")
+    if r.cap_labels is None:
+        r.cap_labels, r.caps, _ = _check_budgets(r.caps, device, None, "caps")
+
+
+def _indices(value: Any, name: str, device: torch.device, n: int) -> Tensor | None:
+    """Candidates [p] int64 from indices or a boolean mask [n]; None if there are none."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)) and value and all(isinstance(entry, bool) for entry in value):
+        value = torch.tensor(value, device=device)
+    is_mask = (
+        value.dtype is torch.bool if isinstance(value, Tensor) else str(getattr(value, "dtype", "")) == "bool"
+    )
+    if not is_mask:
+        found = as_vector(value, name, device, integers=True)
+        return found if found.shape[0] else None
+    mask = torch.as_tensor(value)
+    same_device(mask, name, device)
+    if mask.shape != (n,):
+        raise ValueError(
+            f"{name} must have shape {(n,)} as a mask, one entry per candidate, got {tuple(mask.shape)}"
+        )
+    if torch.compiler.is_compiling():
+        raise TypeError(f"{name} must be indices under torch.compile, where a mask has no values yet")
+    found = mask.nonzero()[:, 0]
+    return found if found.shape[0] else None
+
+
+def excluded_mask(r: Request) -> Tensor | None:
+    """The candidates [n] bool in `exclude`, whose values are checked."""
+    if r.exclude is None:
+        return None
+    n = r.x.shape[0] if r.crow is None else r.crow.shape[0] - 1
+    outside = (r.exclude < 0) | (r.exclude >= n)
+    if outside.any():
+        raise ValueError(f"exclude must be in [0, {n}), got {int(r.exclude[outside][0])}")
+    mask = torch.zeros(n, dtype=torch.bool, device=r.x.device)
+    mask[r.exclude] = True
+    return mask
+
+
+def check_left(r: Request, excluded: Tensor) -> None:
+    """Raises ValueError if fewer than k candidates are left, and k picks have to come back."""
+    taken = excluded.clone()
+    if r.preselected is not None:
+        taken[r.preselected] = True
+    left = len(taken) - int(taken.sum())
+    if (
+        r.k > left
+        and r.cost_budget is None
+        and r.stop_gain is None
+        and r.caps is None
+        and r.min_distance is None
+    ):
+        raise ValueError(
+            f"k must be at most {left} ({len(taken)} candidates less {len(taken) - left} preselected or excluded), got {r.k}"
+        )
+
+
+def check_costs(costs: Tensor) -> None:
+    bad = ~((costs >= 2.0**-900) & (costs <= 2.0**900))
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"costs must be > 0, in [2^-900, 2^900], got {float(costs[at])} at position {at}")
+
+
+def check_no_limits(r: Request) -> None:
+    """Raises ValueError for what leaves the number of picks open, which a graph has to know."""
+    for name in ("cost_budget", "stop_gain", "caps", "min_distance"):
+        if getattr(r, name) is not None:
+            raise ValueError(f"{name} is not for torch.compile: how many picks come back depends on values")
 
 
 def _check_matrix(r: Request) -> tuple[int, int]:
@@ -145,18 +257,20 @@ def check_picks(
     return k, groups, labels, budgets
 
 
-def _check_budgets(budgets: Any, device: torch.device, k: Any) -> tuple[Tensor, Tensor, int | None]:
+def _check_budgets(
+    budgets: Any, device: torch.device, k: Any, name: str = "budgets"
+) -> tuple[Tensor, Tensor, int | None]:
     """Labels [G], counts [G] and the sum of the counts (None if it is not known yet, under
     torch.compile)."""
     if isinstance(budgets, Mapping):
-        keys = [as_int64(label, "a label in budgets") for label in budgets]
-        counts = [as_int64(count, f"budgets[{label}]") for label, count in budgets.items()]
+        keys = [as_int64(label, f"a label in {name}") for label in budgets]
+        counts = [as_int64(count, f"{name}[{label}]") for label, count in budgets.items()]
         labels = torch.tensor(keys, dtype=torch.int64, device=device)
         return labels, torch.tensor(counts, dtype=torch.int64, device=device), sum(counts)
-    vector = as_vector(budgets, "budgets", device, integers=True)
+    vector = as_vector(budgets, name, device, integers=True)
     labels = torch.arange(vector.shape[0], device=device)
     if isinstance(budgets, (list, tuple)):
-        return labels, vector, sum(as_integer(count, "a count in budgets") for count in budgets)
+        return labels, vector, sum(as_integer(count, f"a count in {name}") for count in budgets)
     if torch.compiler.is_compiling():
         if k is None:
             raise ValueError("k is needed beside a tensor of budgets under torch.compile, got None")
@@ -165,7 +279,12 @@ def _check_budgets(budgets: Any, device: torch.device, k: Any) -> tuple[Tensor, 
 
 
 def group_members(
-    k: int, groups: Tensor, labels: Tensor | None, budgets: Tensor | None, preselected: Tensor | None = None
+    k: int,
+    groups: Tensor,
+    labels: Tensor | None,
+    budgets: Tensor | None,
+    preselected: Tensor | None = None,
+    excluded: Tensor | None = None,
 ) -> list[tuple[Tensor, int]]:
     """For each label, ascending: its members, ascending, and how many of them to pick."""
     order = torch.argsort(groups, stable=True)
@@ -173,10 +292,11 @@ def group_members(
     rows = order.split(sizes.tolist())
     in_groups = present.tolist()
     free = sizes.clone()
-    if preselected is not None:
-        free -= torch.bincount(torch.searchsorted(present, groups[preselected]), minlength=len(in_groups)).to(
-            free.device
-        )
+    if preselected is not None or excluded is not None:
+        taken = torch.zeros_like(groups, dtype=torch.bool) if excluded is None else excluded.clone()
+        if preselected is not None:
+            taken[preselected] = True
+        free -= torch.bincount(torch.searchsorted(present, groups[taken]), minlength=len(in_groups))
     if budgets is None or labels is None:
         counts = allocate_budgets(free, k).tolist()
         return list(zip(rows, counts, strict=True))
@@ -197,7 +317,7 @@ def group_members(
         if budget_of[label] > left:
             raise ValueError(
                 f"budgets: {budget_of[label]} asked of label {label}, whose group has {left} candidates left "
-                f"({size} less {size - left} preselected)"
+                f"({size} less {size - left} preselected{'' if excluded is None else ' or excluded'})"
             )
     return [(group, budget_of[label]) for group, label in zip(rows, in_groups, strict=True)]
 

@@ -21,7 +21,7 @@ def solve_groups(
     problem: Problem,
     members: list[tuple[Tensor, int]],
     offset: float | None,
-    solve_one: Callable[[Problem, int, int], Selection],
+    solve_one: Callable[[Tensor, Problem, int, int], Selection],
 ) -> Selection:
     """The picks of all groups, one group after the other.
 
@@ -30,7 +30,7 @@ def solve_groups(
         problem: the problem that has all candidates.
         members: each group's candidates, and how many of them to pick.
         offset: the one that distances are meant to be subtracted from.
-        solve_one: solves one problem, given its number of picks, and the number of those made before.
+        solve_one: solves one problem, given its candidates among all, its number of picks, and the number of those made before.
     """
     x, clients = problem.x, problem.clients
     # Checked here, since a group's kernel would name the row within its group.
@@ -52,15 +52,14 @@ def solve_groups(
             x=_part(x, rows, square=problem.metric == "precomputed"),
             weights=weights[rows] if clients is None and weights is not None else weights,
             preselected=chosen if chosen.shape[0] else None,
-            costs=None if problem.costs is None else problem.costs[rows],
             expected_picks=count,
         )
-        found = solve_one(group, count, done)
+        found = solve_one(rows, group, count, done)
         parts.append((rows[found.indices], found.gains, found.weights))
         if clients is None:
             assignment[rows] = torch.where(found.assignment >= 0, found.assignment + done, -1)
             objective += found.objective
-        done += count
+        done += found.indices.shape[0]
     indices, gains, won = (torch.cat(column) for column in zip(*parts, strict=True))
     if clients is not None:
         won, assignment, objective = _serve(kernels, problem, indices, offset)
@@ -87,18 +86,20 @@ def _serve(
     fixed = None if problem.preselected is None else x[problem.preselected]
     k, m = len(indices), clients.shape[0]
     position = torch.arange(k, device=x.device)[:, None]
-    assignment = torch.empty(m, dtype=torch.int64, device=x.device)
+    assignment = torch.full((m,), -1, dtype=torch.int64, device=x.device)
     best = torch.empty(m, dtype=x.dtype, device=x.device)
     block = max(1, min(problem.memory_budget, 1 << 24) // (x.element_size() * (k + x.shape[1])))
     for begin in range(0, m, block):
         some = clients[begin : begin + block]
-        s = sign * kernels.pairwise(picks, some, metric=metric)
         covered = floor
         if fixed is not None:
             covered = torch.maximum(floor, (sign * kernels.pairwise(fixed, some, metric=metric)).amax(0))
-        most = s.amax(0)
-        first = torch.where(s == most, position, k).amin(0)  # argmax does not promise the first
-        assignment[begin : begin + block] = torch.where(most > covered, first, -1)
+        most = covered
+        if k:
+            s = sign * kernels.pairwise(picks, some, metric=metric)
+            most = s.amax(0)
+            first = torch.where(s == most, position, k).amin(0)  # argmax does not promise the first
+            assignment[begin : begin + block] = torch.where(most > covered, first, -1)
         best[begin : begin + block] = torch.maximum(most, covered)
     # Summed on the CPU, where the order of summation is fixed.
     weights = torch.ones(m, dtype=torch.float64) if problem.weights is None else problem.weights.cpu()

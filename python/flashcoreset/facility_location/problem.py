@@ -93,6 +93,26 @@ class Request:
     offset: float | None
     memory_budget: int
     backend: str | None
+    costs: Tensor | None  # [n] float64
+    cost_budget: float | None
+    cost_sensitive: bool
+    stop_gain: float | None
+    exclude: Tensor | None  # [e] int64
+    cap_labels: Tensor | None  # [C] int64
+    caps: Tensor | None  # [C] int64
+    min_distance: float | None
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether each group is a problem of its own; with caps they are but labels of one problem."""
+        return self.groups is not None and self.caps is None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether candidates are ruled out, or picks may be fewer than k."""
+        return not (
+            self.cost_budget is self.stop_gain is self.exclude is self.caps is self.min_distance is None
+        )
 
     @property
     def matrix(self) -> Tensor | Csr:

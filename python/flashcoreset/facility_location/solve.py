@@ -14,8 +14,15 @@ from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset._core.tensor import Csr, check_finite, check_preselected, check_weights
 from flashcoreset.facility_location.backend import Kernels, Run, choose
-from flashcoreset.facility_location.checks import group_members, warn_of_distances
+from flashcoreset.facility_location.checks import (
+    check_costs,
+    check_left,
+    excluded_mask,
+    group_members,
+    warn_of_distances,
+)
 from flashcoreset.facility_location.groups import solve_groups
+from flashcoreset.facility_location.limits import Limits
 from flashcoreset.facility_location.lost_gains import check_gains
 from flashcoreset.facility_location.problem import MATRICES, Problem, Request
 from flashcoreset.facility_location.sampling import CandidateSampler
@@ -89,8 +96,8 @@ def _exponent(r: Request) -> int:
 def _solve_scaled(r: Request, exponent: int, progress: Report | bool | None) -> Selection:
     limit = torch.finfo(r.dtype)
     offset = r.offset
+    power = exponent if r.metric in ("euclidean", "l1") else 2 * exponent
     if offset:
-        power = 2 * exponent if r.metric == "sqeuclidean" else exponent
         if not limit.tiny <= times_power(offset, power) <= limit.max / 4:
             raise ValueError(
                 f"offset: {offset} is too far from all distances to be added to them in {r.dtype}; leave it None, or scale x"
@@ -101,9 +108,11 @@ def _solve_scaled(r: Request, exponent: int, progress: Report | bool | None) -> 
         x=scale(r.x.to(r.dtype), exponent),
         clients=None if r.clients is None else scale(r.clients.to(r.dtype), exponent),
         offset=offset,
+        stop_gain=None if r.stop_gain is None else times_power(r.stop_gain, power),
+        min_distance=None if r.min_distance is None else times_power(r.min_distance, power),
     )
     found = _solve_in_range(scaled, progress, scaled=True)
-    back = -exponent if r.metric in ("euclidean", "l1") else -2 * exponent
+    back = -power
     value, offset = times_power(found.objective, back), found.offset
     what = "distances" if r.metric in DISTANCES else "similarities"
     if r.offset is None and offset is not None:
@@ -126,15 +135,19 @@ def _solve_in_range(r: Request, progress: Report | bool | None, scaled: bool = F
     if x.dtype != dtype:
         x = Csr(x.crow, x.col, x.values.to(dtype), x.shape) if isinstance(x, Csr) else x.to(dtype)
         clients = None if clients is None else clients.to(dtype)
-    # Groups are taken apart here, so their values are checked here.
-    on_device = r.groups is None and kernels.TAKES.checks_values
+    # Groups are taken apart here, and limits looked up here, so their values are checked here.
+    on_device = not r.is_grouped and not r.is_limited and r.costs is None and kernels.TAKES.checks_values
     if r.weights is not None and not on_device:
         check_weights(r.weights, dtype)
     if r.preselected is not None and not on_device:
         check_preselected(r.preselected, x.shape[0])
-    members = None
-    if r.groups is not None:
-        members = group_members(r.k, r.groups, r.labels, r.budgets, r.preselected)
+    if r.costs is not None:
+        check_costs(r.costs)
+    excluded, members = excluded_mask(r), None
+    if r.groups is not None and r.is_grouped:
+        members = group_members(r.k, r.groups, r.labels, r.budgets, r.preselected, excluded)
+    elif excluded is not None:
+        check_left(r, excluded)
 
     metric, offset = r.metric, r.offset
     near: float | None = 0.0  # the kernels' offset: beside one far above all distances sums would be rounded
@@ -152,12 +165,13 @@ def _solve_in_range(r: Request, progress: Report | bool | None, scaled: bool = F
             if r.offset is not None and not on_device and _is_far_above(kernels, x, clients, metric, offset):
                 near = min(_rounded(_default_offset(kernels, x, clients, metric), dtype), offset)
 
-    problem = Problem(x, clients, metric, r.weights, r.preselected, None, near, r.memory_budget, r.k)
+    costs = r.costs if r.cost_sensitive else None
+    problem = Problem(x, clients, metric, r.weights, r.preselected, costs, near, r.memory_budget, r.k)
     if progress is None:
-        found = _solve_checked(kernels, r, problem, members, offset, None)
+        found = _solve_checked(kernels, r, problem, members, excluded, offset, None)
     else:
         with Progress(progress, r.k, "facility location") as bar:
-            found = _solve_checked(kernels, r, problem, members, offset, bar)
+            found = _solve_checked(kernels, r, problem, members, excluded, offset, bar)
     if not found.objective <= torch.finfo(dtype).max:
         lower = "" if r.offset is None else f", lower offset, {r.offset:.3g},"
         raise ValueError(
@@ -226,14 +240,18 @@ def _solve_checked(
     r: Request,
     problem: Problem,
     members: list[tuple[Tensor, int]] | None,
+    excluded: Tensor | None,
     offset: float | None,
     bar: Progress | None,
 ) -> Selection:
-    def solve_one(problem: Problem, k: int, done: int = 0) -> Selection:
-        return _solve_one(kernels, r, problem, k, offset, bar, done)
-
     if members is None:
-        return solve_one(problem, r.k)
+        return _solve_one(kernels, r, problem, r.k, excluded, offset, bar, 0)
+
+    def solve_one(rows: Tensor, group: Problem, k: int, done: int) -> Selection:
+        return _solve_one(
+            kernels, r, group, k, None if excluded is None else excluded[rows], offset, bar, done
+        )
+
     return solve_groups(kernels, problem, members, offset, solve_one)
 
 
@@ -242,14 +260,22 @@ def _solve_one(
     r: Request,
     problem: Problem,
     k: int,
+    excluded: Tensor | None,
     offset: float | None,
     bar: Progress | None,
     done: int,
 ) -> Selection:
-    """The `k` picks of one problem; `done` picks were made in the groups before it."""
+    """The `k` picks of one problem, or fewer if its limits are reached; `done` picks were made in the groups before it."""
     run = kernels.FacilityLocation(problem)
+    # The part of the offset that is far above all distances, and that the kernels leave out, is worth to a first pick:
+    constant = (
+        0.0 if offset is None or problem.offset is None else (offset - problem.offset) * problem.total_weight
+    )
     unseen = False  # whether picks were made that the progress has not reported yet
-    if r.method == "stochastic" and k > 0:
+    if r.is_limited:
+        limits = Limits(kernels, r, problem, excluded)
+        k = _step_within(limits, run, r, problem, k, constant, bar, done)
+    elif r.method == "stochastic" and k > 0:
         _step_stochastic(run, r, problem, k, bar, done)
     elif bar is None or not bar.active:
         run.step(k, r.method == "naive")
@@ -271,7 +297,8 @@ def _solve_one(
         bar.update(done + k)
     near = run.offset
     assert near is not None
-    check_gains(kernels, problem, near, indices, gains, r.method == "stochastic")
+    some = r.method == "stochastic" or r.is_limited or problem.costs is not None
+    check_gains(kernels, problem, near, indices, gains, some)
     if offset is None and problem.metric in DISTANCES:
         offset = near
     elif offset is not None and offset > near:
@@ -283,11 +310,54 @@ def _solve_one(
     return Selection(indices, gains, won, assignment, objective, offset)
 
 
-def _step_stochastic(run: Run, r: Request, problem: Problem, k: int, bar: Progress | None, done: int) -> None:
+def _step_within(
+    limits: Limits,
+    run: Run,
+    r: Request,
+    problem: Problem,
+    k: int,
+    constant: float,
+    bar: Progress | None,
+    done: int,
+) -> int:
+    """Makes up to `k` picks one by one, closing after each what the limits rule out; returns how many were made. A first pick is
+    worth `constant` more than the run says."""
+    closed, sampler = limits.first(), None
+    if r.method == "stochastic" and k > 0:
+        sampler, size = _sampler(r, problem, k, done)
+    for made in range(k):
+        if len(closed):
+            run.close(closed)
+            if sampler is not None:
+                sampler.discard(closed)
+        if sampler is not None:
+            if sampler.left == 0:
+                return made
+            j = run.step_among(sampler.draw(size).to(problem.x.device))
+            sampler.remove(j)
+        else:
+            stop_gain = r.stop_gain
+            if stop_gain is not None and made == 0 and problem.preselected is None:
+                stop_gain -= constant
+            j = run.pick(r.method == "naive", stop_gain)
+            if j < 0:
+                return made
+        closed = limits.after(j)
+        if bar is not None:
+            bar.update(done + made + 1)
+    return k
+
+
+def _sampler(r: Request, problem: Problem, k: int, done: int) -> tuple[CandidateSampler, int]:
+    """Draws candidates for stochastic greedy; and how many each time."""
     taken = set() if problem.preselected is None else set(problem.preselected.tolist())
     candidates = [j for j in range(problem.shape[0]) if j not in taken]
     size = max(1, math.ceil(len(candidates) / k * -math.log(r.epsilon)))
-    sampler = CandidateSampler(candidates, int(r.seed), first_row=done)
+    return CandidateSampler(candidates, int(r.seed), first_row=done), size
+
+
+def _step_stochastic(run: Run, r: Request, problem: Problem, k: int, bar: Progress | None, done: int) -> None:
+    sampler, size = _sampler(r, problem, k, done)
     for made in range(1, k + 1):
         sampler.remove(run.step_among(sampler.draw(size).to(problem.x.device)))
         if bar is not None:
