@@ -64,7 +64,7 @@ TESTS = (
     ("*tableau*|*caratheodory*", "caratheodory autocoreset"),
     ("*pursuit*|*active_set*", "pursuit"),
     ("*zeroth_order*|*directions*", "zeroth_order matching"),
-    ("*matching*|*bindings/gradients*|*core/gradients*", "matching"),
+    ("*matching*|*core/gradients*", "matching"),
     ("*gradients/*", "gradient_sketcher"),
     ("*sketch*|*projection*|*philox*|*normal*", "sketch zeroth_order"),
     ("*integrations/torch*", "integrations_torch"),
@@ -204,19 +204,19 @@ def families_of(file: str) -> list[str]:
 
 
 def test_files(root: Path, file: str) -> list[str]:
-    """The test files that guard a source: those of its own backend if there are any, else those of all."""
+    """The test files that guard a source: those of all backends, and those of its own backend if there are any."""
     plain, own, other = [], [], []
     for family in families_of(file):
-        for path in sorted(root.glob(f"tests/test_{family}*.py")):
+        for path in sorted(root.glob(f"tests/**/test_{family}*.py")):
             backend = path.stem.rpartition("_")[2]
             if backend == "interrupt":
                 continue
             kind = plain if backend not in ("cuda", "triton") else own if backend in file else other
-            kind.append(path.name)
+            kind.append(path.relative_to(root / "tests").as_posix())
         if family == "facility_location":  # whose files for one backend have that backend's name alone
             for backend in ("cuda", "triton"):
                 (own if backend in file else other).append(f"test_{backend}.py")
-    names = own or (plain if file.startswith("csrc/cpu") else plain + other)
+    names = plain + (own or ([] if file.startswith("csrc/cpu") else other))
     return [f"tests/{name}" for name in dict.fromkeys(names)]
 
 
