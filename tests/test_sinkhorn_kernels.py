@@ -5,7 +5,6 @@ An interpreted or emulated iteration of one problem takes up to a tenth of a sec
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -15,27 +14,22 @@ from cases import DEVICE, on_device
 from checks.sinkhorn import BOTH, DTYPES, METRICS, Case, points, spoil_padding, there
 from conftest import BACKENDS, GPU_BACKENDS
 
+from flashcoreset._core import native
 from flashcoreset.sinkhorn import cuda, reference
 from flashcoreset.sinkhorn.backend import Kernels, kernels_of
 
 COMPILED = [name for name in BACKENDS if name != "torch" and DEVICE == "cpu"]
-pytestmark = pytest.mark.parametrize(
-    "kernels", [*COMPILED, "cuda", "cuda streamed", *GPU_BACKENDS[1:]], indirect=True
-)
-# Triton's interpreter does not finish what takes many iterations.
-NOT_TRITON = pytest.mark.parametrize("kernels", [*COMPILED, "cuda", "cuda streamed"], indirect=True)
+SOLVERS = [*COMPILED, "cuda", "cuda streamed", *GPU_BACKENDS[1:]]
 
 
-@pytest.fixture
+@pytest.fixture(params=SOLVERS)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """The low-level calls of a backend. CUDA's keep problems that fit in shared memory there, or stream them all."""
-    name = request.param.split()[0]
-    request.param, streamed = name, request.param != name
+    name, *streamed = request.param.split()
     if name == "cuda":
         request.getfixturevalue("emulated_cuda")
         monkeypatch.setattr(cuda, "SINKHORN_SHARED_BYTES", 0 if streamed else None)
     elif name.startswith("cpu-"):
-        native = importlib.import_module("flashcoreset._core.native")
         monkeypatch.setattr(native, "_loaded", native.load_isa(name.removeprefix("cpu-")))
     return kernels_of(name.split("-")[0])
 
@@ -179,7 +173,9 @@ def test_comes_to_its_tolerance(kernels: Kernels) -> None:
 @pytest.mark.parametrize(
     ("part", "iterations", "tol"), [(0.05, 100, 1e-5), (0.01, 100, 1e-5), (1e-3, 150, 0.0), (1e-4, 150, 0.0)]
 )
-@NOT_TRITON
+@pytest.mark.parametrize(
+    "kernels", SOLVERS[: len(COMPILED) + 2], indirect=True
+)  # the interpreter takes too long
 def test_small_regularisation(
     part: float, iterations: int, tol: float, dtype: torch.dtype, kernels: Kernels
 ) -> None:
@@ -276,7 +272,7 @@ def test_bad_values_of_a_single_problem(kernels: Kernels) -> None:
         ({"f": torch.ones(1, 6, dtype=torch.float64)}, "f, g: expected both, or None for both"),
     ],
 )
-@NOT_TRITON
+@pytest.mark.parametrize("kernels", SOLVERS[: len(COMPILED) + 2], indirect=True)  # which a binding checks
 def test_arrays_that_do_not_fit(replaced: dict[str, Any], words: str, kernels: Kernels) -> None:
     problem = Case(1, 6, 5).problem(reg=1.0)
     for name, value in replaced.items():

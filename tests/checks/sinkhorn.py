@@ -11,7 +11,7 @@ import torch
 from cases import on_device
 from torch import Tensor
 
-from flashcoreset.sinkhorn import reference
+from flashcoreset.sinkhorn import cpu, reference
 from flashcoreset.sinkhorn.backend import Kernels
 from flashcoreset.sinkhorn.problem import Problem, Result
 
@@ -23,6 +23,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 # to the largest cost, or reg or (cosine, where 1 - cos cancels) 1 if that is more: costs computed in float32 are off by some
 # units of 6e-8, and so are all numbers made from them. Worst seen: 1.9e-7 and 1.2e-15.
 TOLERANCE = {torch.float32: 5e-7, torch.float64: 5e-15}
+# On the CPU sums are taken in float32 too, 512 columns at a time. Worst seen: 9.6e-7, in the error of a plan of one entry.
+_OF_CPU = {torch.float32: 4.0, torch.float64: 1.0}
 
 
 def points(batch: int, n: int, d: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -78,6 +80,8 @@ class Case:
         got, want = self.solve(kernels, **options), reference.sinkhorn(self.problem(**options))
         scale = max(self.largest, options["reg"], 1.0 if self.metric == "cosine" else 0.0)
         within, tol = TOLERANCE[self.dtype] * tolerance, options.get("tol", 0.0)
+        if kernels is cpu:
+            within *= _OF_CPU[self.dtype]
         assert [t.dtype for t in got] == [t.dtype for t in want]
         assert torch.equal(got.iterations, want.iterations)
         assert torch.equal(got.converged, got.error <= tol)

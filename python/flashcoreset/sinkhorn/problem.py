@@ -19,8 +19,8 @@ class Problem:
     """B problems of up to n rows and m columns each; see `flashcoreset.sinkhorn.reference` for the definition.
 
     Attributes:
-        x: [B, n, d] points, or with metric "precomputed" the costs [B, n, m]; float32 or float64. What lies beyond a problem's
-            sizes (the padding) is not read, here and below.
+        x: [B, n, d] points, or with metric "precomputed" the costs, [B, n, m] or [1, n, m] for all problems, +inf for pairs that are
+            forbidden; float32 or float64. What lies beyond a problem's sizes (the padding) is not read, here and below.
         y: [B, m, d] points of the type of `x`; None with metric "precomputed".
         a, b: [B, n] and [B, m] float64: weights >= 0, of equal sums if both marginals are balanced.
         reg: eps, the weight of the entropy, > 0, in the units of the costs.
@@ -61,6 +61,11 @@ class Problem:
     def sizes(self) -> tuple[int, int, int]:
         """B, n and m."""
         return self.a.shape[0], self.a.shape[1], self.b.shape[1]
+
+    @property
+    def each_x(self) -> Tensor:
+        """`x` with all B problems, without a copy."""
+        return self.x.expand(len(self.a), -1, -1)
 
     @property
     def balanced(self) -> bool:
@@ -145,10 +150,11 @@ class Output(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> Output:
-        a, b = problem.a, problem.b
-        batch = a.shape[0]
-        f, g = (torch.zeros(side.shape, dtype=side.dtype, device=side.device) for side in (a, b))
-        return cls(f, g, a.new_empty(4, batch), torch.empty(batch, dtype=torch.int64, device=a.device))
+        batch, n, m = problem.sizes
+        device = problem.a.device
+        f, g = (torch.zeros(batch, size, dtype=torch.float64, device=device) for size in (n, m))
+        scalars = torch.empty(4, batch, dtype=torch.float64, device=device)
+        return cls(f, g, scalars, torch.empty(batch, dtype=torch.int64, device=device))
 
     def result(self) -> Result:
         value, transport_cost, error, tolerance = self.scalars
