@@ -77,22 +77,10 @@ def array(
     return Tensor("", shape, dtype, content, layout, seed)
 
 
-def _listed(texts: dict[str, str]) -> str:
-    """Keyword arguments; those of names such as "problem.x" are attributes of one object."""
-    objects: dict[str, dict[str, str]] = {}
-    for name, text in texts.items():
-        owner, _, attribute = name.partition(".")
-        objects.setdefault(owner, {})[attribute] = text
-    return ", ".join(
-        f"{owner}={parts['']}" if "" in parts else f"{owner}=SimpleNamespace({_listed(parts)})"
-        for owner, parts in objects.items()
-    )
-
-
 @dataclass(frozen=True)
 class Step:
-    """result = target(**arguments); a target that is not called (`attribute`) is read. An argument named "problem.x" is the
-    attribute x of the argument `problem`."""
+    """result = target(**arguments); a target that is not called (`attribute`) is read. "problem.g.seed" among the arguments is a field
+    of an object that is one."""
 
     result: str
     target: str
@@ -103,9 +91,27 @@ class Step:
     def source(self, sizes: dict[str, int]) -> str:
         if self.attribute:
             return f"{self.result} = {self.target}"
-        texts = {name: value.source(sizes) for name, value in self.arguments.items()}
-        first = [texts.pop(name) for name in list(texts)[: self.positional]]
-        return f"{self.result} = {self.target}({', '.join(filter(None, [*first, _listed(texts)]))})"
+        texts = [
+            text if i < self.positional else f"{name}={text}"
+            for i, (name, text) in enumerate(_sources(self.arguments, sizes).items())
+        ]
+        return f"{self.result} = {self.target}({', '.join(texts)})"
+
+
+def _sources(arguments: dict[str, Value], sizes: dict[str, int]) -> dict[str, str]:
+    """The texts of arguments, of objects as calls of `fields`."""
+    texts: dict[str, str] = {}
+    objects: dict[str, dict[str, Value]] = {}
+    for name, value in arguments.items():
+        owner, _, field = name.partition(".")
+        if field:
+            texts.setdefault(owner, "")
+            objects.setdefault(owner, {})[field] = value
+        else:
+            texts[name] = value.source(sizes)
+    for owner, own in objects.items():
+        texts[owner] = f"fields({', '.join(f'{name}={text}' for name, text in _sources(own, sizes).items())})"
+    return texts
 
 
 @dataclass(frozen=True)
