@@ -142,10 +142,9 @@ def _indices(value: Any, name: str, device: torch.device, n: int) -> Tensor | No
     return found if found.shape[0] else None
 
 
-def excluded_mask(r: Request) -> Tensor | None:
+def excluded_mask(r: Request) -> Tensor:
     """The candidates [n] bool in `exclude`, whose values are checked."""
-    if r.exclude is None:
-        return None
+    assert r.exclude is not None
     n = r.x.shape[0] if r.crow is None else r.crow.shape[0] - 1
     outside = (r.exclude < 0) | (r.exclude >= n)
     if outside.any():

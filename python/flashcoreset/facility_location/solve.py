@@ -136,14 +136,14 @@ def _solve_in_range(r: Request, progress: Report | bool | None, scaled: bool = F
         x = Csr(x.crow, x.col, x.values.to(dtype), x.shape) if isinstance(x, Csr) else x.to(dtype)
         clients = None if clients is None else clients.to(dtype)
     # Groups are taken apart here, and limits looked up here, so their values are checked here.
-    on_device = not r.is_grouped and not r.is_limited and r.costs is None and kernels.TAKES.checks_values
+    on_device = kernels.TAKES.checks_values and not (r.is_grouped or r.is_limited or r.costs is not None)
     if r.weights is not None and not on_device:
         check_weights(r.weights, dtype)
     if r.preselected is not None and not on_device:
         check_preselected(r.preselected, x.shape[0])
     if r.costs is not None:
         check_costs(r.costs)
-    excluded, members = excluded_mask(r), None
+    excluded, members = None if r.exclude is None else excluded_mask(r), None
     if r.groups is not None and r.is_grouped:
         members = group_members(r.k, r.groups, r.labels, r.budgets, r.preselected, excluded)
     elif excluded is not None:
@@ -167,11 +167,22 @@ def _solve_in_range(r: Request, progress: Report | bool | None, scaled: bool = F
 
     costs = r.costs if r.cost_sensitive else None
     problem = Problem(x, clients, metric, r.weights, r.preselected, costs, near, r.memory_budget, r.k)
+
+    def solve_all(bar: Progress | None) -> Selection:
+        if members is None:
+            return _solve_one(kernels, r, problem, r.k, excluded, offset, bar)
+
+        def solve_group(rows: Tensor, group: Problem, k: int, done: int) -> Selection:
+            own = None if excluded is None else excluded[rows]
+            return _solve_one(kernels, r, group, k, own, offset, bar, done)
+
+        return solve_groups(kernels, problem, members, offset, solve_group)
+
     if progress is None:
-        found = _solve_checked(kernels, r, problem, members, excluded, offset, None)
+        found = solve_all(None)
     else:
         with Progress(progress, r.k, "facility location") as bar:
-            found = _solve_checked(kernels, r, problem, members, excluded, offset, bar)
+            found = solve_all(bar)
     if not found.objective <= torch.finfo(dtype).max:
         lower = "" if r.offset is None else f", lower offset, {r.offset:.3g},"
         raise ValueError(
@@ -235,26 +246,6 @@ def _farthest(kernels: Kernels, point: Tensor, points: Tensor, name: str, metric
     return farthest
 
 
-def _solve_checked(
-    kernels: Kernels,
-    r: Request,
-    problem: Problem,
-    members: list[tuple[Tensor, int]] | None,
-    excluded: Tensor | None,
-    offset: float | None,
-    bar: Progress | None,
-) -> Selection:
-    if members is None:
-        return _solve_one(kernels, r, problem, r.k, excluded, offset, bar, 0)
-
-    def solve_one(rows: Tensor, group: Problem, k: int, done: int) -> Selection:
-        return _solve_one(
-            kernels, r, group, k, None if excluded is None else excluded[rows], offset, bar, done
-        )
-
-    return solve_groups(kernels, problem, members, offset, solve_one)
-
-
 def _solve_one(
     kernels: Kernels,
     r: Request,
@@ -263,18 +254,15 @@ def _solve_one(
     excluded: Tensor | None,
     offset: float | None,
     bar: Progress | None,
-    done: int,
+    done: int = 0,
 ) -> Selection:
     """The `k` picks of one problem, or fewer if its limits are reached; `done` picks were made in the groups before it."""
     run = kernels.FacilityLocation(problem)
-    # The part of the offset that is far above all distances, and that the kernels leave out, is worth to a first pick:
-    constant = (
-        0.0 if offset is None or problem.offset is None else (offset - problem.offset) * problem.total_weight
-    )
     unseen = False  # whether picks were made that the progress has not reported yet
-    if r.is_limited:
+    limited = r.is_limited
+    if limited:
         limits = Limits(kernels, r, problem, excluded)
-        k = _step_within(limits, run, r, problem, k, constant, bar, done)
+        k = _step_within(limits, run, r, problem, k, offset, bar, done)
     elif r.method == "stochastic" and k > 0:
         _step_stochastic(run, r, problem, k, bar, done)
     elif bar is None or not bar.active:
@@ -287,17 +275,17 @@ def _solve_one(
             completed = run.completed
             bar.update(done + completed)
         unseen = completed < k
-    device = problem.x.device
+    device, dtype = problem.x.device, problem.x.dtype
     indices = torch.empty(k, dtype=torch.int64, device=device)
-    gains = torch.empty(k, dtype=r.dtype, device=device)
-    won = torch.empty(k, dtype=r.dtype, device=device)
+    gains = torch.empty(k, dtype=dtype, device=device)
+    won = torch.empty(k, dtype=dtype, device=device)
     assignment = torch.empty(problem.shape[1], dtype=torch.int64, device=device)
     objective = run.finish(indices, gains, won, assignment)
     if unseen and bar is not None:
         bar.update(done + k)
     near = run.offset
     assert near is not None
-    some = r.method == "stochastic" or r.is_limited or problem.costs is not None
+    some = limited or r.method == "stochastic" or problem.costs is not None
     check_gains(kernels, problem, near, indices, gains, some)
     if offset is None and problem.metric in DISTANCES:
         offset = near
@@ -316,12 +304,11 @@ def _step_within(
     r: Request,
     problem: Problem,
     k: int,
-    constant: float,
+    offset: float | None,
     bar: Progress | None,
     done: int,
 ) -> int:
-    """Makes up to `k` picks one by one, closing after each what the limits rule out; returns how many were made. A first pick is
-    worth `constant` more than the run says."""
+    """Makes up to `k` picks one by one, closing after each what the limits rule out; returns how many were made."""
     closed, sampler = limits.first(), None
     if r.method == "stochastic" and k > 0:
         sampler, size = _sampler(r, problem, k, done)
@@ -336,9 +323,16 @@ def _step_within(
             j = run.step_among(sampler.draw(size).to(problem.x.device))
             sampler.remove(j)
         else:
-            stop_gain = r.stop_gain
-            if stop_gain is not None and made == 0 and problem.preselected is None:
-                stop_gain -= constant
+            stop_gain, near = r.stop_gain, problem.offset
+            if (
+                stop_gain is not None
+                and made == 0
+                and problem.preselected is None
+                and offset is not None
+                and near is not None
+            ):
+                # The run leaves out what an offset far above all distances adds to the first gain.
+                stop_gain -= (offset - near) * problem.total_weight
             j = run.pick(r.method == "naive", stop_gain)
             if j < 0:
                 return made
