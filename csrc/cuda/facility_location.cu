@@ -60,7 +60,7 @@ enum Largest : int {
 
 // The values that the blocks pass to each other and leave for the host.
 struct Control {
-  double scale;
+  double scale, unit;  // what gains are multiplied by; 1 / scale, which is exact
   long long error_at;  // row * columns + column, or position
   int verdict;         // Verdict::Kind
   int in_clients;
@@ -399,7 +399,7 @@ __global__ void __launch_bounds__(kThreads, 1) greedy(State<T> state, Task task)
       if (task.sweep.count > 0) return;
       const bool found = best.candidate != kNobody;
       const long long gain = found && state.costs != nullptr ? state.exact[best.candidate] : best.bound;
-      if (!found || static_cast<double>(gain) / state.control->scale < task.stop_gain) {
+      if (!found || static_cast<double>(gain) * state.control->unit < task.stop_gain) {
         if (grid_thread() == 0) state.control->last_pick = -1;
         return;
       }
@@ -578,6 +578,7 @@ __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArgum
     const int weight_power = frexp(heaviest, &weight_exponent) > 0.5 ? weight_exponent : weight_exponent - 1;
     const int room = 61 - power, most = (sizeof(T) == 4 ? 126 : 1000) - weight_power;
     control->scale = ldexp(1.0, min(min(room, most), 1000));
+    control->unit = 1.0 / control->scale;
     if (bound * control->scale < 0x1p30) report(control, Verdict::kVanishing, false, 0);
   }
 }
@@ -654,7 +655,7 @@ __global__ void __launch_bounds__(kThreads) start(State<T> state, const double* 
 __global__ void __launch_bounds__(kThreads) clear(Control* control, BadAt* bad_at) {
   if (threadIdx.x != 0) return;
   *control = Control{};
-  control->scale = 1;
+  control->scale = control->unit = 1;
   *bad_at = BadAt{~0ull, ~0ull, ~0ull};
 }
 
