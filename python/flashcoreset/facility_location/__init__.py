@@ -130,7 +130,7 @@ def facility_location(
         >>> x = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0]])
         >>> selection = fc.facility_location(x, 2, metric="l1", offset=20.0)
         >>> selection.indices, selection.gains, selection.assignment
-        (tensor([2, 3]), tensor([80., 15.]), tensor([0, 0, 0, 1, 1]))
+        (tensor([2, 3]), tensor([80., 16.]), tensor([0, 0, 0, 1, 1]))
         >>> fc.facility_location(x, None, metric="l1", groups=[0, 0, 0, 1, 1], budgets={0: 1, 1: 1}).indices
         tensor([1, 3])
         >>> fc.facility_location(x, None, metric="l1", costs=[1, 3, 2, 1, 2], cost_budget=4).indices
