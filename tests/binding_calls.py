@@ -112,12 +112,14 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
 
     cuda = hasattr(m, "unusable")
     where = {"stream": 0} if cuda else {"threads": 2}
-    points: dict[str, Any] = {
-        "x": f32(2, 4, 3), "y": f32(2, 5, 3), "metric": "sqeuclidean", "a": torch.full((2, 4), 0.25, dtype=torch.float64),
-        "b": torch.full((2, 5), 0.2, dtype=torch.float64), "x_lengths": None, "y_lengths": None,
+    transport: dict[str, Any] = {
+        "problem": SimpleNamespace(
+            x=f32(2, 4, 3), y=f32(2, 5, 3), a=torch.full((2, 4), 0.25, dtype=torch.float64),
+            b=torch.full((2, 5), 0.2, dtype=torch.float64), reg=0.5, metric="sqeuclidean", rho_a=1.0, rho_b=1.0, x_lengths=None,
+            y_lengths=None, max_iter=20, tol=1e-3, f=f64(2, 4), g=f64(2, 5), memory_budget=1 << 20,
+        ),
     }  # fmt: skip
-    potentials = {"f": f64(2, 4), "g": f64(2, 5), "reg": 0.5}
-    solve = {"reg": 0.5, "max_iter": 20, "tol": 1e-3}
+    solved = {"f": f64(2, 4), "g": f64(2, 5), "scalars": f64(4, 2), "iterations": zeros(2)}
     projection = {"kind": "sjlt", "seed": 1, "offset": 0, "nnz": 2}
     fields = SimpleNamespace
     # With a length the gradients are coefficients of directions; the history has the same.
@@ -137,18 +139,15 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "projection_matrix": {"out": f32(9, 8)} | projection | where,
         "directions": {"out": f32(2, 9), "seed": 1, "begin": 3, "first": 0} | where,
         "FacilityLocation.step": {"count": 2, "naive": False},
-        "sinkhorn_apply": points | potentials | {"v": (f64 if cuda else f32)(2, 5, 2), "transpose": False, "out": (f64 if cuda else f32)(2, 4, 2)} | where,
-        "sinkhorn_plan": points | potentials | {"out": (f64 if cuda else f32)(2, 4, 5)} | where,
+        "sinkhorn_apply": transport | {"v": (f64 if cuda else f32)(2, 5, 2), "transpose": False, "out": (f64 if cuda else f32)(2, 4, 2)} | where,
+        "sinkhorn_plan": transport | {"out": (f64 if cuda else f32)(2, 4, 5)} | where,
     }  # fmt: skip
     runs: dict[str, Any] = {"runs": fields(x=f32(6, 3), rows=None, weights=None, size=2)}
     of_cuda: dict[str, Any] = {
         "FacilityLocation.__init__": {
             "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "offset": 9.0, "stream": 0,
         },
-        "sinkhorn": points | solve | {
-            "reg_marginal_a": 1.0, "reg_marginal_b": 1.0, "start_f": None, "start_g": None, "f": f64(2, 4), "g": f64(2, 5), "value": f64(2),
-            "transport_cost": f64(2), "error": f64(2), "tolerance": f64(2), "iterations": zeros(2), "shared_bytes": -1, "stream": 0,
-        },
+        "sinkhorn": transport | solved | {"shared_bytes": -1, "stream": 0},
         "top_dimensions": updates | {
             "dims": zeros(2, 3), "values": f64(2, 3), "refused": i64(2**62), "stream": 0,
         },
@@ -190,10 +189,7 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "NearestOrder.begin": {"length": 2},
         "NearestOrder.rounds": {"k": 2, "items": zeros(6), "counts": zeros(2), "values": f64(2)},
         "NearestOrder.order": {"list": 0, "items": zeros(9), "similarities": f32(9)},
-        "Sinkhorn.__init__": points | solve | {
-            "reg_marginal_a": 1.0, "reg_marginal_b": 1.0, "warm": False, "memory_budget": 1 << 20, "threads": 2, "f": f64(2, 4),
-            "g": f64(2, 5), "scalars": f64(4, 2), "iterations": zeros(2),
-        },
+        "Sinkhorn.__init__": transport | solved | {"threads": 2},
         "Sinkhorn.step": {"iterations": 5},
         "sketch_rows": {"indices": zeros(2, 3), "g": f32(2, 3, 4), "out": f32(2, 8)} | projection | where,
         "sample_scores": {"logits": f32(3, 2, 4), "targets": zeros(3, 2), "masked": False, "out": f32(5, 3, 2)} | where,

@@ -236,73 +236,57 @@ class Recipes:
 
     frank_wolfe = orthogonal_matching_pursuit
 
-    def _batch(self) -> dict[str, Value]:
+    def _batch(self, warm: bool = True) -> dict[str, Value]:
         self.sizes["B"] = min(self.sizes["B"], 5)
         self.sizes["n"], self.sizes["m"] = min(self.sizes["n"], 60), min(self.sizes["m"], 60)
         costs = self.r.random() < 0.4
         r = self.r
         x = self.any_array("B", "n", "m" if costs else "d")
         y = Value("None") if costs else self.any_array("B", "m", "d")
-        some = {
+        length = {"x_lengths": "n", "y_lengths": "m"}
+        problem = {
             "x": x,
             "y": y,
             "a": array("B", "n", dtype="float64", content="shares", seed=r.randrange(100)),
             "b": array("B", "m", dtype="float64", content="shares", seed=r.randrange(100)),
             "metric": literal("precomputed" if costs else r.choice(COSTS)),
             "reg": literal(r.choice((0.01, 0.1, 1.0, 10.0))),
-            "x_lengths": Value("None") if r.random() < 0.7 else array("B", dtype="int64", content="whole:n"),
-            "y_lengths": Value("None") if r.random() < 0.7 else array("B", dtype="int64", content="whole:m"),
-        }
-        return some
-
-    def _potentials(self) -> dict[str, Value]:
-        return {"f": array("B", "n", dtype="float64"), "g": array("B", "m", dtype="float64")}
-
-    def _relaxation(self) -> Value:
-        return Value(self.r.choice(("inf", "inf", "0.5", "10.0")))
-
-    def Sinkhorn(self) -> dict[str, Value]:
-        r = self.r
-        return {
-            **self._batch(),
-            **self._potentials(),
-            "reg_marginal_a": self._relaxation(),
-            "reg_marginal_b": self._relaxation(),
+            "rho_a": Value(r.choice(("inf", "inf", "0.5", "10.0"))),
+            "rho_b": Value(r.choice(("inf", "inf", "0.5", "10.0"))),
             "max_iter": literal(r.choice((1, 2, 30))),
             "tol": literal(r.choice((0.0, 1e-6, 1e-2))),
-            "warm": literal(r.random() < 0.3),
+            "memory_budget": self.common()["memory_budget"],
+            **{
+                name: Value("None")
+                if r.random() < 0.7
+                else array("B", dtype="int64", content=f"whole:{size}")
+                for name, size in length.items()
+            },
+        }
+        start = array("B", "n", dtype="float64"), array("B", "m", dtype="float64")
+        problem |= dict(zip("fg", start if warm else (Value("None"), Value("None")), strict=True))
+        return within("problem", problem)
+
+    def Sinkhorn(self) -> dict[str, Value]:
+        return {
+            **self._batch(warm=self.r.random() < 0.3),
+            "f": array("B", "n", dtype="float64"),
+            "g": array("B", "m", dtype="float64"),
             "scalars": self.out(4, "B", dtype="float64"),
             "iterations": self.out("B", dtype="int64"),
         }
 
-    def sinkhorn(self) -> dict[str, Value]:
-        """The CUDA module's, in one call."""
-        warm = self.r.random() < 0.3
-        numbers = {
-            name: self.out("B", dtype="float64") for name in ("value", "transport_cost", "error", "tolerance")
-        }
-        return {
-            **self._batch(),
-            **self._potentials(),
-            **numbers,
-            "reg_marginal_a": self._relaxation(),
-            "reg_marginal_b": self._relaxation(),
-            "max_iter": literal(self.r.choice((1, 2, 30))),
-            "tol": literal(self.r.choice((0.0, 1e-6, 1e-2))),
-            "start_f": array("B", "n", dtype="float64") if warm else Value("None"),
-            "start_g": array("B", "m", dtype="float64") if warm else Value("None"),
-            "iterations": self.out("B", dtype="int64"),
-        }
+    sinkhorn = Sinkhorn  # the CUDA module's, in one call
 
     def sinkhorn_plan(self) -> dict[str, Value]:
         dtype = "float64" if self.on_device else self.dtype
-        return {**self._batch(), **self._potentials(), "out": self.out("B", "n", "m", dtype=dtype)}
+        return {**self._batch(), "out": self.out("B", "n", "m", dtype=dtype)}
 
     def sinkhorn_apply(self) -> dict[str, Value]:
         dtype = "float64" if self.on_device else self.dtype
         transpose = self.r.random() < 0.5
         long, short = ("n", "m") if transpose else ("m", "n")
-        return {**self._batch(), **self._potentials(), "transpose": literal(transpose),
+        return {**self._batch(), "transpose": literal(transpose),
                 "v": array("B", long, "k", dtype=dtype), "out": self.out("B", short, "k", dtype=dtype)}  # fmt: skip
 
     def sum_runs(self) -> dict[str, Value]:

@@ -8,7 +8,7 @@ except where the list says otherwise:
     pairwise(x, y=None, *, metric, out=None)
     FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
         .step(count, naive=False), .step_among(candidates), .finish(indices, gains, weights, assignment)
-    sinkhorn(x, y, a, b, *, reg, metric, ...), sinkhorn_apply(...), sinkhorn_plan(...)
+    sinkhorn(SinkhornProblem(x, y, a, b, reg, metric, ...)), sinkhorn_apply(problem, v, transpose=False), sinkhorn_plan(problem)
     sketch(x, dim, *, kind, seed, offset, nnz, out=None), projection_matrix(rows, dim, *, kind, seed, ...)
     sample_scores(logits, targets, *, masked=False, out=None)    (not in `kernels.cuda`)
     directions(out, *, seed, begin, first=0)
@@ -37,5 +37,15 @@ from flashcoreset.kernels import cpu, cuda, torch
 from flashcoreset.matching.problem import Gradients
 from flashcoreset.matching.problem import Updates as UpdatesProblem
 from flashcoreset.pursuit.problem import Problem as PursuitProblem
+from flashcoreset.sinkhorn.problem import Problem as SinkhornProblem
 
-__all__ = ["CaratheodoryProblem", "Gradients", "PursuitProblem", "UpdatesProblem", "cpu", "cuda", "torch"]
+__all__ = [
+    "CaratheodoryProblem",
+    "Gradients",
+    "PursuitProblem",
+    "SinkhornProblem",
+    "UpdatesProblem",
+    "cpu",
+    "cuda",
+    "torch",
+]
