@@ -132,7 +132,9 @@ def _from_numbers(value: Sequence[Any], name: str) -> Tensor:
 
 
 def as_floating(tensor: Tensor, name: str) -> Tensor:
-    """`tensor` in a floating type: flags and integers of 8 and 16 bits become float32, which has them all."""
+    """`tensor`, which must be dense, in a floating type: flags and integers of 8 and 16 bits become float32, which has them all."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.dtype in FLOATING:
         return tensor
     if tensor.dtype in _SMALL:
@@ -161,7 +163,7 @@ def as_dense(value: Any, name: str) -> Tensor:
 
 def as_matrix(value: Any, name: str) -> Tensor:
     """`value` as a dense floating tensor [rows, columns], neither of them 0."""
-    tensor = as_floating(as_dense(value, name), name)
+    tensor = as_floating(as_tensor(value, name), name)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
     rows, columns = tensor.shape

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._core.tensor import as_dense, as_floating, as_int64, as_integer, as_number, promoted
+from flashcoreset._core.tensor import as_floating, as_int64, as_integer, as_number, as_tensor, promoted
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 
 
@@ -40,7 +40,7 @@ class AdamState:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        m, v = as_floating(as_dense(self.m, "m"), "m"), as_floating(as_dense(self.v, "v"), "v")
+        m, v = as_floating(as_tensor(self.m, "m"), "m"), as_floating(as_tensor(self.v, "v"), "v")
         m, v = promoted(m, v)
         for name, tensor in (("m", m), ("v", v)):
             if tensor.dtype not in (torch.float32, torch.float64):
