@@ -22,6 +22,7 @@ from flashcoreset._core.tensor import (
     canonical_csr,
     is_sparse,
     one_of,
+    promoted,
     same_device,
 )
 from flashcoreset.facility_location.problem import MATRICES, METRICS, Request
@@ -51,8 +52,7 @@ def check_request(r: Request) -> None:
     else:
         r.clients = as_matrix(r.clients, "clients")
         same_device(r.clients, "clients", device)
-        if r.clients.dtype != r.x.dtype:
-            raise TypeError(f"clients must have the dtype of x, {r.x.dtype}, got {r.clients.dtype}")
+        r.x, r.clients = promoted(r.x, r.clients)
         if r.clients.shape[1] != m:
             raise ValueError(f"clients must have {m} columns as x has, got shape {tuple(r.clients.shape)}")
         m = r.clients.shape[0]
