@@ -303,5 +303,50 @@ def test_promotion_loses_no_digit() -> None:
         assert as_floating(torch.tensor(ends).to(dtype), "x").tolist() == ends
 
 
+NAMES = ["sea", "air", "land", "air", "sea", "land", "land", "air", "sea", "air", "land", "air"]
+CODES = [sorted(set(NAMES)).index(name) for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        list,
+        tuple,
+        np.array,
+        lambda names: np.array(names, dtype=object),
+        lambda names: Column(np.array(names)),
+        lambda names: Listed(np.array(names)),
+    ],
+    ids=["list", "tuple", "array", "objects", "column", "sequence"],
+)
+def test_labels_may_be_strings(convert: Callable[[list[str]], Any]) -> None:
+    """They count as their places in sorted order."""
+    labels = convert(NAMES)
+    for solve in (fc.facility_location, fc.match_gradients):
+        check_same(solve(POINTS, 5, groups=labels), solve(POINTS, 5, groups=CODES))
+        by_name = solve(POINTS, None, groups=labels, budgets={"sea": 1, "air": 3, "land": 0})
+        check_same(by_name, solve(POINTS, None, groups=CODES, budgets={2: 1, 0: 3, 1: 0}))
+    capped = fc.facility_location(POINTS, 5, groups=labels, caps={"air": 2})
+    check_same(capped, fc.facility_location(POINTS, 5, groups=CODES, caps={0: 2}))
+
+
+@pytest.mark.parametrize(
+    ("groups", "budgets", "error", "words"),
+    [
+        (NAMES, {"sea": 1, "air": 1}, ValueError, "got none for label 'land'"),
+        (NAMES, {"sea": 1, "air": 1, "land": 1, "moon": 1}, ValueError, "1 asked of label 'moon', which no"),
+        (NAMES, {"sea": 4, "air": 1, "land": 1}, ValueError, "4 asked of label 'sea', whose group has 3"),
+        (NAMES, [1, 2, 3], TypeError, "budgets must be a dict by label where groups holds labels of type str"),
+        ([*NAMES[:11], None], None, TypeError, "groups must hold labels that can be sorted, such as strings"),
+        (["a", "b"], None, ValueError, r"groups must have shape \[12\], got \(2,\)"),
+        ([1.5] * 12, None, TypeError, "groups must hold integers"),
+    ],
+)  # fmt: skip
+def test_bad_labels_are_named(groups: Any, budgets: Any, error: type[Exception], words: str) -> None:
+    for solve in (fc.facility_location, fc.match_gradients):
+        with pytest.raises(error, match=words):
+            solve(POINTS, None if budgets is not None else 3, groups=groups, budgets=budgets)
+
+
 def test_a_column_of_objects_that_are_numbers() -> None:
     assert as_array(Column(np.array([1, 2.5], dtype=object)), "x").tolist() == [1.0, 2.5]

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DISTANCES
 from flashcoreset._core.errors import InputWarning, warn_caller
+from flashcoreset._core.inputs import numbered_labels
 from flashcoreset._core.tensor import (
     as_csr,
     as_int64,
@@ -35,6 +36,7 @@ def check_request(r: Request) -> None:
     Values are not looked at: under torch.compile there are none."""
     one_of(r.metric, "metric", METRICS)
     one_of(r.method, "method", METHODS)
+    r.groups, r.budgets, r.caps = numbered_labels(r.groups, budgets=r.budgets, caps=r.caps)
     # With groups, clients that are passed belong to every group; without groups, passing `x` is the default.
     if r.clients is r.x and not r.is_grouped and r.metric not in MATRICES:
         r.clients = None

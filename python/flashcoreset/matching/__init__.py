@@ -39,7 +39,7 @@ def match_gradients(
             gradients is float32 and the other float64, all is float64.
         top: in each group, only the `top` dimensions of the largest |mean (normalised) gradient| count, ties to the lower
             dimension; 1 <= top <= D. None takes all.
-        groups: [B] integer labels; each label is its own problem over its own members.
+        groups: [B] labels, integers or values that can be sorted, such as strings; each label is its own problem over its own members.
         budgets: how many to take from each group: a dict label -> count, or counts [G] for the labels 0..G-1. Default:
             `allocate_budgets` of the groups' sizes and `k`.
         metric: "l1", "euclidean", "sqeuclidean", "cosine" or "dot", between rows, for "medoid".

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcoreset._core.inputs import numbered_labels
 from flashcoreset._core.tensor import (
     as_integer,
     as_matrix,
@@ -150,6 +151,7 @@ def check(
             f"nonnegative and ridge are for method 'omp', got {nonnegative} and {ridge} with {method!r}"
         )
     device = gradients.values.device
+    groups, budgets = numbered_labels(groups, budgets=budgets)
     asked = check_picks(gradients.count, k, groups, budgets, device)
     gradients, history = check_history(normalize, gradients, "normalize")
     top = check_top(top, gradients.numel)
