@@ -264,6 +264,7 @@ def sparse_rows(batch: int, d: int, dtype: torch.dtype, share: float = 0.1) -> t
     return x
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize("kind", [*KINDS, *CHOICES])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -311,6 +312,7 @@ def test_sparse_rows_cost_their_entries() -> None:
     assert not found[1].any()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.parametrize("backend", GPU_BACKENDS, indirect=True)
 def test_backends_without_sparse_kernels_say_so(backend: str) -> None:
     x = on_device(torch.eye(3)).to_sparse_csr()
