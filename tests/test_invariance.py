@@ -201,7 +201,7 @@ CALLS: dict[str, dict[str, Call]] = {
             backends=EVERY,
             rows=("x",),
         )
-        for kind in ("rademacher", "gaussian", "sjlt", "srht")
+        for kind in ("rademacher", "gaussian", "sjlt", "srht", "mask", "grass")
     },
     "projection_matrix": {
         kind: Call(
@@ -212,7 +212,7 @@ CALLS: dict[str, dict[str, Call]] = {
             backends=EVERY,
             exact=frozenset() if kind == "gaussian" else frozenset({0}),
         )
-        for kind in ("rademacher", "gaussian", "sjlt", "srht")
+        for kind in ("rademacher", "gaussian", "sjlt", "srht", "mask", "grass")
     },
     "sample_scores": {
         "samples": Call(

@@ -148,6 +148,12 @@ class Recipes:
     def projection_matrix(self) -> dict[str, Value]:
         return {"out": self.out("D", "d"), **self._projection("d")}
 
+    def sketch_csr(self) -> dict[str, Value]:
+        self.sizes["G"] = min(self.sizes["G"], self.sizes["n"])
+        csr = {"crow": array("G + 1", dtype="int64", content="offsets:n"), "col": self.indices("n", below="D"),
+               "values": self.any_array("n")}  # fmt: skip
+        return {**within("csr", csr), "out": self.out("G", "d"), **self._projection("d")}
+
     def sketch_rows(self) -> dict[str, Value]:
         return {"indices": self.indices("B", "q", below="n"), "g": self.any_array("B", "q", "d"),
                 "out": self.out("B", "k"), **self._projection("k"),

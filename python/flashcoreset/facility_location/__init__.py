@@ -68,7 +68,7 @@ def facility_location(
             offset - distance; "precomputed" takes `x` as s, "precomputed_distance" as distances. A square matrix of
             similarities with zeros on the diagonal alone, as distances have them, gets an `InputWarning`.
         weights: [m] client weights >= 0; default 1.
-        groups: [n] integer labels: each label is its own problem over its own members (as candidates and,
+        groups: [n] labels, integers or values that can be sorted, such as strings: each label is its own problem over its own members (as candidates and,
             without `clients`, as clients). Picks come label by label, ascending. With `clients`, every
             group's candidates face all clients, gains are the group's own, and weights, assignment and
             objective are those of all picks together.
