@@ -8,7 +8,7 @@ Example:
 
 from importlib.metadata import version as _version
 
-from flashcoreset import integrations, kernels, plot
+from flashcoreset import compat, integrations, kernels, plot
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.errors import (
     BackendUnavailableError,
@@ -57,6 +57,7 @@ __all__ = [
     "autocoreset",
     "caratheodory",
     "ccs",
+    "compat",
     "facility_location",
     "goracs",
     "integrations",
