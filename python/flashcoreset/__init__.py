@@ -26,7 +26,18 @@ from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.gradients.sketcher import GradientSketcher
 from flashcoreset.gradients.zeroth_order import LowRankGradients, zeroth_order_gradients
 from flashcoreset.matching import match_gradients
-from flashcoreset.methods import CoLM, autocoreset, ccs, goracs, select, simcore, top_scores
+from flashcoreset.methods import (
+    CoLM,
+    autocoreset,
+    ccs,
+    goracs,
+    k_center,
+    nearest,
+    random_subset,
+    select,
+    simcore,
+    top_scores,
+)
 from flashcoreset.scores import SampleScores, sample_scores
 from flashcoreset.scores.dynamics import TrainingDynamics
 from flashcoreset.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
@@ -61,11 +72,14 @@ __all__ = [
     "facility_location",
     "goracs",
     "integrations",
+    "k_center",
     "kernels",
     "match_gradients",
     "memory_estimate",
+    "nearest",
     "plot",
     "projection_matrix",
+    "random_subset",
     "sample_scores",
     "select",
     "simcore",
