@@ -43,6 +43,7 @@ def test_pages_with_examples() -> None:
         "colm.md",
         "colm_training.md",
         "controls.md",
+        "sklearn.md",
     }
 
 
