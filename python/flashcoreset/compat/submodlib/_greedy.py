@@ -146,5 +146,7 @@ def sample_size(n: int, budget: float, epsilon: float) -> int:
     """How many elements are drawn for a pick."""
     size = int(n / budget * math.log(1 / epsilon)) if epsilon < 1 else int(epsilon)
     if size < 1:
-        raise ValueError(f"epsilon: {epsilon} leaves nothing to draw for a budget of {budget:g} out of {n} elements")
+        raise ValueError(
+            f"epsilon: {epsilon} leaves nothing to draw for a budget of {budget:g} out of {n} elements"
+        )
     return size

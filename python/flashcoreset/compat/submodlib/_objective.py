@@ -31,7 +31,9 @@ _BLOCK = 2**22  # similarities in memory beside the matrix
 class Objective:
     """One of the functions above. `rows` and `problem` depend on how similarities are held."""
 
-    def __init__(self, n: int, clients: int, base: np.ndarray | None = None, bonus: np.ndarray | None = None) -> None:
+    def __init__(
+        self, n: int, clients: int, base: np.ndarray | None = None, bonus: np.ndarray | None = None
+    ) -> None:
         self.n = n
         self._base = base
         self.base = np.zeros(clients, dtype=np.float32) if base is None else base
@@ -67,7 +69,8 @@ class Objective:
     def gains(self, elements: np.ndarray, best: np.ndarray) -> np.ndarray:
         """Marginal gains of `elements`, float64."""
         parts = [
-            np.maximum(self.rows(block) - best, 0).sum(axis=1, dtype=np.float64) for block in self._blocks(elements)
+            np.maximum(self.rows(block) - best, 0).sum(axis=1, dtype=np.float64)
+            for block in self._blocks(elements)
         ]
         gains = np.concatenate(parts) if parts else np.empty(0)
         return gains if self.bonus is None else gains + self.bonus[elements]

@@ -15,7 +15,10 @@ from flashcoreset.pairwise.backend import choose
 
 # Which metrics each method of submodlib has, and what it says of others.
 _METHODS = {
-    "sklearn": (("euclidean", "cosine", "dot"), "ERROR: unsupported metric for this method of kernel creation"),
+    "sklearn": (
+        ("euclidean", "cosine", "dot"),
+        "ERROR: unsupported metric for this method of kernel creation",
+    ),
     "scipy": (("euclidean", "cosine"), "ERROR: unsupported metric"),
     "np": (("euclidean", "cosine", "dot"), "ERROR: unsupported metric"),
     "np_numba": (("euclidean", "cosine"), "ERROR: unsupported metric"),
@@ -62,7 +65,9 @@ def create_kernel(
     raise Exception("ERROR: unsupported mode")
 
 
-def create_sparse_kernel(X: Any, metric: str, num_neigh: int, n_jobs: int = 1, method: str = "sklearn") -> scipy.sparse.csr_matrix:
+def create_sparse_kernel(
+    X: Any, metric: str, num_neigh: int, n_jobs: int = 1, method: str = "sklearn"
+) -> scipy.sparse.csr_matrix:
     """Similarities [n, n] to the `num_neigh` nearest rows, the row itself among them; see `create_kernel`."""
     X = _as_points(X, "X")
     n = X.shape[0]
@@ -132,7 +137,9 @@ def _dense(X: torch.Tensor, metric: str, X_rep: torch.Tensor | None, method: str
     """[m, n] for rows X_rep [m, d] (default X) and columns X [n, d]."""
     if method not in _METHODS:
         raise KeyError(f"create_kernel_dense_{method}")
-    if not (method == "np_numba" and X_rep is not None and metric == "dot"):  # its form for X_rep has one metric more
+    if not (
+        method == "np_numba" and X_rep is not None and metric == "dot"
+    ):  # its form for X_rep has one metric more
         _check_metric(metric, method)
     rows = X if X_rep is None else X_rep
     pairwise = choose(None, X.device).pairwise
@@ -149,7 +156,9 @@ def _as_points(X: Any, name: str) -> torch.Tensor:
     if isinstance(X, torch.Tensor):
         return X
     array = np.asarray(X)
-    points = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float32 else np.float64))
+    points = torch.from_numpy(
+        np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float32 else np.float64)
+    )
     if points.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(points.shape)}")
     check_finite(points, name)

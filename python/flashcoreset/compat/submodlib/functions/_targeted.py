@@ -44,7 +44,9 @@ class TargetedFunction(SetFunction):
     metric: str
     data: Any
 
-    def _set_kernels(self, data_sijs: Any, targets: list[Targets], ignored: str, missing: str, *, pairs: bool = True) -> None:
+    def _set_kernels(
+        self, data_sijs: Any, targets: list[Targets], ignored: str, missing: str, *, pairs: bool = True
+    ) -> None:
         """Checks kernels and data.
 
         Args:
@@ -112,7 +114,9 @@ class TargetedFunction(SetFunction):
 
     def _similarities(self, rows: Tensor, columns: Tensor) -> Tensor:
         if rows.shape[1] != columns.shape[1]:
-            raise ValueError(f"data has {rows.shape[1]} features, but the other elements have {columns.shape[1]}")
+            raise ValueError(
+                f"data has {rows.shape[1]} features, but the other elements have {columns.shape[1]}"
+            )
         return similarities(rows, columns, self.metric)
 
     def _read(self, name: str) -> np.ndarray:

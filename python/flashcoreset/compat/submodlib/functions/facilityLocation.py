@@ -10,7 +10,14 @@ import torch
 
 from flashcoreset._core.tensor import as_integer, one_of
 from flashcoreset.compat.submodlib._objective import Clustered, Dense, Objective, Points, Sparse
-from flashcoreset.compat.submodlib._similarity import as_points, check_metric, mirrored, nearest, similarities, square
+from flashcoreset.compat.submodlib._similarity import (
+    as_points,
+    check_metric,
+    mirrored,
+    nearest,
+    similarities,
+    square,
+)
 from flashcoreset.compat.submodlib.functions.setFunction import SetFunction
 from flashcoreset.compat.submodlib.helper import create_cluster_kernels
 
@@ -91,7 +98,9 @@ class FacilityLocationFunction(SetFunction):
     @property
     def cluster_sijs(self) -> list[list[list[float]]] | None:
         """The similarities within each cluster, as nested lists."""
-        return None if self._cluster_kernels is None else [kernel.tolist() for kernel in self._cluster_kernels]
+        return (
+            None if self._cluster_kernels is None else [kernel.tolist() for kernel in self._cluster_kernels]
+        )
 
     def _check_ground(self) -> None:
         if self.n <= 0:
@@ -144,7 +153,9 @@ class FacilityLocationFunction(SetFunction):
         rows, columns = np.shape(self._sijs)
         if self.separate_rep:
             if columns != self.n or rows != self.n_rep:
-                raise Exception("ERROR: Inconsistency between n_rep, n and no of rows, columns of given kernel")
+                raise Exception(
+                    "ERROR: Inconsistency between n_rep, n and no of rows, columns of given kernel"
+                )
         elif rows != self.n or columns != self.n:
             raise Exception("ERROR: Inconsistentcy between n and dimensionality of given similarity kernel")
         if self.data is not None or self.data_rep is not None:
@@ -186,7 +197,9 @@ class FacilityLocationFunction(SetFunction):
         data = as_points(self.data, "data")
         clients = as_points(self.data_rep, "data_rep") if self.separate_rep else None
         # A zero row has cosine 1 with itself in submodlib's square kernel, 0 in ours.
-        if self.metric == "euclidean" or (self.metric == "cosine" and clients is None and not data.any(dim=1).all()):
+        if self.metric == "euclidean" or (
+            self.metric == "cosine" and clients is None and not data.any(dim=1).all()
+        ):
             return Dense(self._dense_similarities().numpy(), "data")
         return Points(data, clients, self.metric)
 
@@ -207,7 +220,13 @@ class FacilityLocationFunction(SetFunction):
             rows = np.array(sorted(members), dtype=np.int64)
             labels[rows] = label
             # [candidate, client], where submodlib has [client, candidate]
-            entries.append((kernel.T.astype(np.float32).reshape(-1), np.repeat(rows, len(rows)), np.tile(rows, len(rows))))
+            entries.append(
+                (
+                    kernel.T.astype(np.float32).reshape(-1),
+                    np.repeat(rows, len(rows)),
+                    np.tile(rows, len(rows)),
+                )
+            )
         values, candidates, clients = (np.concatenate(parts) for parts in zip(*entries, strict=True))
         x = scipy.sparse.csr_matrix((values, (candidates, clients)), shape=(self.n, self.n))
         return Clustered(x, labels, "data")

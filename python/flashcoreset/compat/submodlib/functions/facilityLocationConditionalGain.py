@@ -34,15 +34,30 @@ class FacilityLocationConditionalGainFunction(TargetedFunction):
         metric: str = "cosine",
         privacyHardness: float = 1,
     ) -> None:
-        self.n, self.num_privates, self.metric, self.privacyHardness = n, num_privates, metric, privacyHardness
+        self.n, self.num_privates, self.metric, self.privacyHardness = (
+            n,
+            num_privates,
+            metric,
+            privacyHardness,
+        )
         self.data, self.privateData = data, privateData
         self._set_kernels(
             data_sijs,
-            [Targets("private", num_privates, private_sijs, privateData, "ERROR: Private Kernel should be n X num_privates")],
+            [
+                Targets(
+                    "private",
+                    num_privates,
+                    private_sijs,
+                    privateData,
+                    "ERROR: Private Kernel should be n X num_privates",
+                )
+            ],
             "WARNING: similarity kernels found. Provided data matrix and query matrix will be ignored.",
             "Since kernels are not provided, data matrices are a must",
         )
-        self._objective = Dense(self._kernel("data"), "data_sijs", base=self._largest("private", privacyHardness))
+        self._objective = Dense(
+            self._kernel("data"), "data_sijs", base=self._largest("private", privacyHardness)
+        )
 
     @property
     def data_sijs(self) -> np.ndarray:

@@ -46,8 +46,20 @@ class FacilityLocationConditionalMutualInformationFunction(TargetedFunction):
         self._set_kernels(
             data_sijs,
             [
-                Targets("query", num_queries, query_sijs, queryData, "ERROR: Query Kernel should be n X num_queries"),
-                Targets("private", num_privates, private_sijs, privateData, "ERROR: Query Kernel should be n X num_privates"),
+                Targets(
+                    "query",
+                    num_queries,
+                    query_sijs,
+                    queryData,
+                    "ERROR: Query Kernel should be n X num_queries",
+                ),
+                Targets(
+                    "private",
+                    num_privates,
+                    private_sijs,
+                    privateData,
+                    "ERROR: Query Kernel should be n X num_privates",
+                ),
             ],
             "WARNING: similarity kernels found. Provided data and query and private matrices will be ignored.",
             "Since kernels are not provided, data matrices are a must",

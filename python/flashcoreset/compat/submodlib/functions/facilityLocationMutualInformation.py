@@ -34,15 +34,30 @@ class FacilityLocationMutualInformationFunction(TargetedFunction):
         metric: str = "cosine",
         magnificationEta: float = 1,
     ) -> None:
-        self.n, self.num_queries, self.metric, self.magnificationEta = n, num_queries, metric, magnificationEta
+        self.n, self.num_queries, self.metric, self.magnificationEta = (
+            n,
+            num_queries,
+            metric,
+            magnificationEta,
+        )
         self.data, self.queryData = data, queryData
         self._set_kernels(
             data_sijs,
-            [Targets("query", num_queries, query_sijs, queryData, "ERROR: Query Kernel should be n X num_queries")],
+            [
+                Targets(
+                    "query",
+                    num_queries,
+                    query_sijs,
+                    queryData,
+                    "ERROR: Query Kernel should be n X num_queries",
+                )
+            ],
             "WARNING: similarity kernels found. Provided data and query matrices will be ignored.",
             "Since kernels are not provided, data matrices are a must",
         )
-        self._objective = Dense(self._kernel("data"), "data_sijs", cap=self._largest("query", magnificationEta))
+        self._objective = Dense(
+            self._kernel("data"), "data_sijs", cap=self._largest("query", magnificationEta)
+        )
 
     @property
     def data_sijs(self) -> np.ndarray:

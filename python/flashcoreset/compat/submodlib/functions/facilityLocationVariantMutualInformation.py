@@ -32,11 +32,24 @@ class FacilityLocationVariantMutualInformationFunction(TargetedFunction):
         metric: str = "cosine",
         queryDiversityEta: float = 1,
     ) -> None:
-        self.n, self.num_queries, self.metric, self.queryDiversityEta = n, num_queries, metric, queryDiversityEta
+        self.n, self.num_queries, self.metric, self.queryDiversityEta = (
+            n,
+            num_queries,
+            metric,
+            queryDiversityEta,
+        )
         self.data, self.queryData = data, queryData
         self._set_kernels(
             None,
-            [Targets("query", num_queries, query_sijs, queryData, "ERROR: Query Kernel should be n X num_queries")],
+            [
+                Targets(
+                    "query",
+                    num_queries,
+                    query_sijs,
+                    queryData,
+                    "ERROR: Query Kernel should be n X num_queries",
+                )
+            ],
             "WARNING: similarity query kernel found. Provided data and query matrices will be ignored.",
             "Since query kernel is not provided, data matrices are a must",
             pairs=False,

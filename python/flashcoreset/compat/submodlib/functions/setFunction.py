@@ -170,5 +170,7 @@ def _checked_costs(costs: Sequence[float] | np.ndarray, per_cost: bool) -> np.nd
     least = prices.min()
     if not np.isfinite(prices).all() or least < 0 or (per_cost and least == 0):
         above = "> 0 with costSensitiveGreedy=True" if per_cost else ">= 0"
-        raise ValueError(f"costs must be finite numbers {above}, got {prices[np.argmin(prices)]:g} at the least")
+        raise ValueError(
+            f"costs must be finite numbers {above}, got {prices[np.argmin(prices)]:g} at the least"
+        )
     return prices
