@@ -27,4 +27,13 @@ def __getattr__(name: str) -> type:
     return getattr(functions, name)
 
 
-__all__ = [*functions.__all__, "functions", "helper"]
+__all__ = [
+    "FacilityLocationConditionalGainFunction",
+    "FacilityLocationConditionalMutualInformationFunction",
+    "FacilityLocationFunction",
+    "FacilityLocationMutualInformationFunction",
+    "FacilityLocationVariantMutualInformationFunction",
+    "SetFunction",
+    "functions",
+    "helper",
+]

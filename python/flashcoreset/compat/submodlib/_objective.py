@@ -26,6 +26,7 @@ from flashcoreset._core.tensor import check_finite
 from flashcoreset.pairwise.backend import choose
 
 _BLOCK = 2**22  # similarities in memory beside the matrix
+_NOTHING = 1e-37  # a bonus that only has a sign
 
 
 class Objective:
@@ -121,7 +122,8 @@ class Dense(Objective):
             taken = None if self._base is None else torch.tensor([self.n])
             return {"x": torch.from_numpy(self._x), "metric": "precomputed", "preselected": taken}
         every = np.arange(self.n)
-        own = scipy.sparse.csr_matrix((self.bonus[::-1], (every, every)), shape=(self.n, self.n))
+        bonus = np.where(self.bonus > _NOTHING, self.bonus, 0)[::-1]
+        own = scipy.sparse.csr_matrix((bonus, (every, every)), shape=(self.n, self.n))
         x = scipy.sparse.hstack([scipy.sparse.csr_matrix(self._x), own], format="csr")
         return {"x": x, "metric": "precomputed"}
 
@@ -160,7 +162,7 @@ class Clustered(Sparse):
         super().__init__(x, name)
         self.clusters = clusters
         self._signed = bool((x.data < 0).any())
-        self._first = np.asarray(x.sum(axis=1, dtype=np.float64)).reshape(-1)
+        self._first = np.asarray(x.astype(np.float64).sum(axis=1)).reshape(-1)
 
     @property
     def is_plain(self) -> bool:
@@ -216,7 +218,7 @@ class State:
 
     def gains(self, elements: np.ndarray) -> np.ndarray:
         gains = self._objective.gains(elements, self.best)
-        if isinstance(self._objective, Clustered):
+        if isinstance(self._objective, Clustered) and not self._objective.is_plain:
             return self._objective.first_gains(elements, gains, self._begun)
         return gains
 

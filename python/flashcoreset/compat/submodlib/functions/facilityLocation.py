@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from flashcoreset._core.tensor import as_integer, one_of
+from flashcoreset._core.tensor import as_integer
 from flashcoreset.compat.submodlib._objective import Clustered, Dense, Objective, Points, Sparse
 from flashcoreset.compat.submodlib._similarity import (
     as_points,
@@ -213,7 +213,8 @@ class FacilityLocationFunction(SetFunction):
         self.clusters, self._cluster_kernels, self.cluster_map = create_cluster_kernels(
             self.data, self.metric, self.cluster_labels, self.num_clusters
         )
-        assert self.clusters is not None and self._cluster_kernels is not None
+        assert self.clusters is not None
+        assert self._cluster_kernels is not None
         labels = np.empty(self.n, dtype=np.int64)
         entries = []
         for label, (members, kernel) in enumerate(zip(self.clusters, self._cluster_kernels, strict=True)):

@@ -54,7 +54,8 @@ class FacilityLocationVariantMutualInformationFunction(TargetedFunction):
             "Since query kernel is not provided, data matrices are a must",
             pairs=False,
         )
-        bonus = self._largest("query", 1) * np.float32(queryDiversityEta)
+        # submodlib takes the smallest normal number for the similarity of what is like no query, which decides signs of gains.
+        bonus = np.maximum(self._largest("query", 1), np.finfo(np.float32).tiny) * np.float32(queryDiversityEta)
         self._objective = Dense(self._kernel("query").T, "query_sijs", bonus=bonus)
 
     @property
