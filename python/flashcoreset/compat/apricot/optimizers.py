@@ -156,7 +156,7 @@ class TwoStageGreedy(BaseOptimizer):
     def select(self, X: Any, k: float, sample_cost: Any = None) -> None:
         first = _made(self.optimizer1, "optimizer1", self.function)
         second = _made(self.optimizer2, "optimizer2", self.function)
-        if sample_cost is None and isinstance(first, NaiveGreedy) and isinstance(second, NaiveGreedy):
+        if sample_cost is None and {type(first), type(second)} <= {NaiveGreedy, LazyGreedy}:
             before = self.function._kept()
             if not self.function._pick_greedily(X, int(k)):
                 return

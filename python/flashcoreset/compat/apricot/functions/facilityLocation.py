@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,9 +176,12 @@ class FacilityLocationSelection(BaseGraphSelection):
         part = X[self.idxs]
         if not len(self._covering):
             return part, None, self.idxs
-        stack = scipy.sparse.vstack if scipy.sparse.issparse(part) else np.vstack
-        x = stack([part, self.current_values[None].astype(part.dtype)])
-        return (x.tocsr() if scipy.sparse.issparse(part) else x), np.array([len(self.idxs)]), self.idxs
+        stack = partial(scipy.sparse.vstack, format="csr") if scipy.sparse.issparse(part) else np.vstack
+        return (
+            stack([part, self.current_values[None].astype(part.dtype)]),
+            np.array([len(self.idxs)]),
+            self.idxs,
+        )
 
     def _finish(self, X: Any, picks: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
         picks = picks if rows is None else rows[picks]

@@ -55,7 +55,9 @@ class FacilityLocationVariantMutualInformationFunction(TargetedFunction):
             pairs=False,
         )
         # submodlib takes the smallest normal number for the similarity of what is like no query, which decides signs of gains.
-        bonus = np.maximum(self._largest("query", 1), np.finfo(np.float32).tiny) * np.float32(queryDiversityEta)
+        bonus = np.maximum(self._largest("query", 1), np.finfo(np.float32).tiny) * np.float32(
+            queryDiversityEta
+        )
         self._objective = Dense(self._kernel("query").T, "query_sijs", bonus=bonus)
 
     @property
