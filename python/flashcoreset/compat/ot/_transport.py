@@ -25,6 +25,9 @@ DID_NOT_CONVERGE = (
 # Errors of marginals below this are beyond float32; such problems are solved in float64.
 _LEAST_OF_FLOAT32 = 1e-6
 
+# Sums that differ by less are the same, rounded, as for `fc.sinkhorn`.
+_SAME_MASS = 1e-4
+
 _NAMES = {
     "x": "M",
     "tol": "stopThr",
