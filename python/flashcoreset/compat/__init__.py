@@ -1,0 +1,1 @@
+"""Other libraries' names over these kernels: an import swap each."""
