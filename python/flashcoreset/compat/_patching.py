@@ -15,7 +15,7 @@ from typing import Any
 from flashcoreset._core.errors import warn_caller
 from flashcoreset.compat._calls import CALLS, table
 from flashcoreset.compat._peers import PEERS, Entry, Peer
-from flashcoreset.compat._takeover import ClassTakeover, FunctionTakeover
+from flashcoreset.compat._takeover import ClassTakeover, FunctionTakeover, TableTakeover
 
 # Held for changes of what is patched; never while something is imported, since other threads may wait for it in an import.
 _lock = threading.RLock()
@@ -136,10 +136,7 @@ class _Patched:
         self.peer = peer
         self.prefix = f"{peer.package}."
         self.absent = absent
-        self._takeovers = [
-            (ClassTakeover if isinstance(theirs, type) else FunctionTakeover)(entry, theirs, ours)
-            for entry, theirs, ours in found
-        ]
+        self._takeovers = [_kind_of(theirs)(entry, theirs, ours) for entry, theirs, ours in found]
         self._functions = [t for t in self._takeovers if isinstance(t, FunctionTakeover)]
 
     def install(self) -> None:
@@ -154,6 +151,12 @@ class _Patched:
             takeover.restore()
 
 
+def _kind_of(theirs: Any) -> Any:
+    if isinstance(theirs, dict):
+        return TableTakeover
+    return ClassTakeover if isinstance(theirs, type) else FunctionTakeover
+
+
 def _take_over(peer: Peer) -> None:
     importlib.import_module(peer.package)  # waits for another thread that is importing it
     found, absent = [], []
@@ -162,8 +165,12 @@ def _take_over(peer: Peer) -> None:
         if theirs is None:
             absent.append(entry)
         else:
-            module, _, attribute = entry.ours.partition(":")
-            found.append((entry, theirs, getattr(importlib.import_module(module), attribute)))
+            name, _, attribute = entry.ours.partition(":")
+            is_new = name not in sys.modules
+            module = importlib.import_module(name)
+            if is_new and isinstance(theirs, dict):
+                module.unregister()  # being imported it has put its functions into the tables, uncounted
+            found.append((entry, theirs, getattr(module, attribute)))
     with _lock:
         if peer.name in _active:
             return
@@ -184,7 +191,10 @@ def _find(path: str) -> Any:
     """The peer's object at "module:attribute"; None if the installed version has no such module or attribute."""
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute, None)
+        found = importlib.import_module(module)
+        for name in attribute.split("."):
+            found = getattr(found, name, None)
+        return found
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             return None

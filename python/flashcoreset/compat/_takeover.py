@@ -1,6 +1,6 @@
 """Functions and classes of a peer whose calls go to ours first, and to the peer's own code if ours raise NotImplementedError.
 
-A function is replaced by a wrapper in every module that has it. A class stays the object that it is, so that isinstance,
+A function is replaced by a wrapper in every module, or table, that has it. A class stays the object that it is, so that isinstance,
 subclasses, `super(Name, self)` and names that were imported before go on working: its methods are replaced in place. An
 object is either held (an object of our class does the work, and the peer's own constructor has not run) or the peer's own, in every detail.
 What ours do not have turns a held object into the peer's own, unless earlier calls of the object were taken over and the peer's code
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -53,6 +54,29 @@ class FunctionTakeover:
 
     def restore(self) -> None:
         self.is_installed = False
+
+
+class TableTakeover:
+    """A peer's table of functions by types of layers: under the types that ours take there are wrappers of both."""
+
+    def __init__(self, entry: Entry, theirs: dict[Any, Any], ours: Callable[..., Any]) -> None:
+        self._table = theirs
+        kinds = sys.modules[ours.__module__].LAYERS
+        self._own = {kind: theirs[kind] for kind in kinds if kind in theirs}
+        self._functions = {
+            kind: FunctionTakeover(replace(entry, theirs=f"{entry.theirs}.{kind.__name__}"), own, ours)
+            for kind, own in self._own.items()
+        }
+
+    def install(self) -> None:
+        for kind, function in self._functions.items():
+            function.install()
+            self._table[kind] = function.wrapper
+
+    def restore(self) -> None:
+        for kind, function in self._functions.items():
+            function.restore()
+            self._table[kind] = self._own[kind]
 
 
 @dataclass
