@@ -105,7 +105,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         (
             "trak",
             "with_traker.py",
-            {"trak.projectors.BasicProjector": 3, "trak.projectors.BasicProjector.project": 10},
+            {"trak.projectors.BasicProjector": 3, "trak.projectors.BasicProjector.project": 11},
             {},
         ),
     ],
@@ -220,7 +220,7 @@ def test_opacus_tables(patched: Any) -> None:
     def gradients() -> torch.Tensor:
         torch.manual_seed(0)
         model = GradSampleModule(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2)))
-        model(torch.randn(7, 5)).square().sum().backward()
+        model(torch.randn(7, 5, requires_grad=True)).square().sum().backward()
         return torch.cat([p.grad_sample.flatten(1) for p in model.parameters()], 1)
 
     expected = gradients()

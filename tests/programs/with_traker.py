@@ -10,18 +10,18 @@ from trak import TRAKer
 from trak.projectors import BasicProjector, ProjectionType
 
 torch.manual_seed(0)
-x, y = torch.randn(48, 20), torch.arange(48) % 3
+x, y = torch.randn(200, 20), torch.arange(200) % 3
 model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
-loader = DataLoader(TensorDataset(x, y), batch_size=16)
+loader = DataLoader(TensorDataset(x, y), batch_size=50)
 
 with tempfile.TemporaryDirectory() as folder:
     traker = TRAKer(
-        model=model, task="image_classification", train_set_size=48, save_dir=folder, device="cpu", proj_dim=256,
+        model=model, task="image_classification", train_set_size=200, save_dir=folder, device="cpu", proj_dim=128,
         use_half_precision=False, logging_level=50,
     )  # fmt: skip
     traker.load_checkpoint(model.state_dict(), model_id=0)
     for batch in loader:
-        traker.featurize(batch=batch, num_samples=16)
+        traker.featurize(batch=batch, num_samples=50)
     traker.finalize_features()
     traker.start_scoring_checkpoint("targets", model.state_dict(), model_id=0, num_targets=4)
     traker.score(batch=(x[:4], y[:4]), num_samples=4)
