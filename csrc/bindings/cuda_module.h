@@ -76,6 +76,8 @@ struct DeviceArrays {
 
 inline cudaStream_t stream_of(Integer handle) { return reinterpret_cast<cudaStream_t>(handle.stream()); }
 
+void bind_cuda_pairwise(py::module_& m);
+void bind_cuda_facility_location(py::module_& m);
 void bind_cuda_sinkhorn(py::module_& m);
 void bind_cuda_sketch(py::module_& m);
 void bind_cuda_matching(py::module_& m);

@@ -15,7 +15,7 @@ from flashcoreset._core.tensor import (
     is_traced,
     one_of,
 )
-from flashcoreset.facility_location import check_picks, group_members
+from flashcoreset.facility_location.checks import check_picks, group_members
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 from flashcoreset.matching.rule import Rule
