@@ -13,6 +13,7 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset._core.tensor import as_csr
+from flashcoreset.compat._coverage import covered_gains
 from flashcoreset.compat.apricot.functions.base import BaseGraphSelection
 from flashcoreset.facility_location.backend import choose
 
@@ -99,12 +100,8 @@ class FacilityLocationSelection(BaseGraphSelection):
 
     def _gains_in_order(self, X: Any, picks: np.ndarray) -> np.ndarray:
         """The gain of each of `picks` after those before it, float64; they are covered from now on."""
-        gains, step = np.empty(len(picks)), max(1, _BLOCK // X.shape[1])
-        for begin in range(0, len(picks), step):
-            rows = _dense(X[picks[begin : begin + step]])
-            reached = np.maximum.accumulate(np.vstack([self.current_values, rows]), axis=0)
-            gains[begin : begin + step] = np.diff(reached.sum(axis=1))
-            self.current_values = reached[-1]
+        gains, best = covered_gains(picks, lambda some: _dense(X[some]), self.current_values)
+        self.current_values = best.astype(np.float64)
         return gains
 
     def _cover(self, row: Any) -> None:
