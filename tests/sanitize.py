@@ -29,17 +29,18 @@ TESTS = (
     "test_cuda.py",
     "test_nearest_order.py",
     "test_sinkhorn.py",
-    "test_sinkhorn_cuda.py",
+    "test_sinkhorn_kernels.py",
+    "backends/test_sinkhorn_cuda.py",
     "test_sketch.py",
-    "test_sketch_cuda.py",
+    "backends/test_sketch_cuda.py",
     "test_scores.py",
     "test_matching.py",
-    "test_matching_cuda.py",
+    "backends/test_matching_cuda.py",
     "test_zeroth_order.py",
     "test_caratheodory.py",
-    "test_caratheodory_cuda.py",
+    "backends/test_caratheodory_cuda.py",
     "test_pursuit.py",
-    "test_pursuit_cuda.py",
+    "backends/test_pursuit_cuda.py",
 )
 
 

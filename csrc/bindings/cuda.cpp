@@ -10,6 +10,7 @@
 #include "bindings/bindings.h"
 #include "bindings/boundary.h"
 #include "bindings/cuda_module.h"
+#include "bindings/fields.h"
 #include "bindings/run.h"
 #include "cuda/facility_location.h"
 #include "cuda/launch.h"
@@ -210,6 +211,7 @@ py::object unusable(Integer device_number) {
 }
 
 void define_cuda_module(py::module_& m) {
+  define_exporter(m);
   m.def("unusable", &unusable, py::arg("device") = 0, "Why the device cannot be used, or None.");
   m.def("pairwise", &pairwise, py::arg("x"), py::arg("y"), py::arg("out"), py::arg("metric"),
         py::arg("stream"),
