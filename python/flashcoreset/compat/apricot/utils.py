@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import KNeighborsTransformer
 
-from flashcoreset._core.tensor import check_finite
+from flashcoreset.compat._coverage import check_values
 from flashcoreset.pairwise.backend import choose
 
 
@@ -78,5 +78,5 @@ def _of_neighbors(X: Any, metric: str, n_neighbors: Any) -> scipy.sparse.csr_mat
 
 def _points(X: Any) -> torch.Tensor:
     points = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float64))
-    check_finite(points, "X")
+    check_values(points, "X")
     return points

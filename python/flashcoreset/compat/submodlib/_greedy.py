@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
-import torch
 
 import flashcoreset as fc
 from flashcoreset._core.progress import Progress
-from flashcoreset._core.tensor import as_csr, is_sparse
 from flashcoreset.compat._knapsack import knapsack
+from flashcoreset.compat._run import SampledRun
 from flashcoreset.compat.submodlib._objective import Clustered, Objective, State
-from flashcoreset.facility_location.backend import choose
 
 EXACT = ("NaiveGreedy", "LazyGreedy")
 SAMPLED = ("StochasticGreedy", "LazierThanLazyGreedy")
@@ -36,11 +33,13 @@ def exact(objective: Objective, count: int, progress: bool) -> np.ndarray:
 def sampled(objective: Objective, count: int, sample: int, progress: bool) -> np.ndarray:
     """`count` elements, each the best of `sample` that are drawn anew."""
     draws = _Draws(objective.n, sample)
-    pick = _Run(objective, count).pick if objective.is_plain else partial(_add_best, State(objective))
+    last, state = objective.n - 1, State(objective)
+    run = SampledRun(count=count, **objective.problem()) if objective.is_plain else None
     picks: list[int] = []
     with Progress(progress, count, LABEL) as bar:
         for _ in range(count):
-            picks.append(pick(draws.draw()))
+            drawn = draws.draw()
+            picks.append(_add_best(state, drawn) if run is None else last - run.pick(last - drawn))
             draws.remove(picks[-1])
             bar.update(len(picks))
     return np.array(picks, dtype=np.int64)
@@ -89,21 +88,6 @@ def _add_best(state: State, elements: np.ndarray) -> int:
     element = int(elements[np.argmax(state.gains(elements))])
     state.add(element)
     return element
-
-
-class _Run:
-    """A run of the kernels that makes each pick among given elements."""
-
-    def __init__(self, objective: Objective, count: int) -> None:
-        problem = objective.problem()
-        sparse = is_sparse(problem["x"])
-        if sparse:
-            problem["x"] = as_csr(problem["x"], "x")
-        kernels = choose(None, torch.device("cpu"), sparse=sparse)
-        self._run, self._last = kernels.FacilityLocation(**problem, expected_picks=count), objective.n - 1
-
-    def pick(self, elements: np.ndarray) -> int:
-        return self._last - int(self._run.step_among(torch.from_numpy(np.sort(self._last - elements))))
 
 
 class _Draws:

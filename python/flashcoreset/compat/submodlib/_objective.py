@@ -22,7 +22,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from flashcoreset._core.tensor import check_finite
+from flashcoreset.compat._coverage import check_values, covered_gains
 from flashcoreset.pairwise.backend import choose
 
 _BLOCK = 2**22  # similarities in memory beside the matrix
@@ -78,12 +78,7 @@ class Objective:
 
     def gains_in_order(self, picks: np.ndarray) -> np.ndarray:
         """The gain of each pick after those before it, float64."""
-        best, parts = self.base, []
-        for block in self._blocks(picks):
-            reached = np.maximum.accumulate(np.vstack([best, self.rows(block)]), axis=0)
-            parts.append(np.diff(reached.sum(axis=1, dtype=np.float64)))
-            best = reached[-1]
-        gains = np.concatenate(parts) if parts else np.empty(0)
+        gains = covered_gains(picks, self.rows, self.base)[0]
         return gains if self.bonus is None else gains + self.bonus[picks]
 
     def _blocks(self, elements: np.ndarray) -> list[np.ndarray]:
@@ -112,7 +107,7 @@ class Dense(Objective):
         clients, n = s.shape
         super().__init__(n, clients, base, bonus)
         self._x = _reversed_transpose(s, base, cap)
-        check_finite(torch.from_numpy(self._x), name)
+        check_values(torch.from_numpy(self._x), name)
 
     def rows(self, elements: np.ndarray) -> np.ndarray:
         return self._x[self.n - 1 - elements]
@@ -138,7 +133,7 @@ class Sparse(Objective):
     def __init__(self, x: scipy.sparse.csr_matrix, name: str) -> None:
         super().__init__(x.shape[0], x.shape[1])
         self._x = x[::-1].tocsr()
-        check_finite(torch.from_numpy(self._x.data), name)
+        check_values(torch.from_numpy(self._x.data), name)
 
     def rows(self, elements: np.ndarray) -> np.ndarray:
         return self._x[self.n - 1 - elements].toarray()

@@ -9,7 +9,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from flashcoreset._core.tensor import check_finite
+from flashcoreset.compat._coverage import check_values
 from flashcoreset.pairwise.backend import choose
 
 METRICS = ("cosine", "euclidean", "dot")
@@ -21,7 +21,7 @@ def as_points(data: Any, name: str) -> Tensor:
     points = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
     if points.dim() != 2 or 0 in points.shape:
         raise ValueError(f"{name} must have 2 dimensions of at least 1, got shape {tuple(points.shape)}")
-    check_finite(points, name)
+    check_values(points, name)
     return points
 
 

@@ -10,7 +10,7 @@ import torch
 from sklearn.cluster import Birch
 from sklearn.neighbors import NearestNeighbors
 
-from flashcoreset._core.tensor import check_finite
+from flashcoreset.compat._coverage import check_values
 from flashcoreset.pairwise.backend import choose
 
 # Which metrics each method of submodlib has, and what it says of others.
@@ -161,5 +161,5 @@ def _as_points(X: Any, name: str) -> torch.Tensor:
     )
     if points.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(points.shape)}")
-    check_finite(points, name)
+    check_values(points, name)
     return points

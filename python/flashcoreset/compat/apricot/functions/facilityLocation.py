@@ -12,9 +12,9 @@ import scipy.sparse
 import torch
 
 import flashcoreset as fc
-from flashcoreset._core.tensor import as_csr
+from flashcoreset.compat._coverage import covered_gains
+from flashcoreset.compat._run import SampledRun
 from flashcoreset.compat.apricot.functions.base import BaseGraphSelection
-from flashcoreset.facility_location.backend import choose
 
 _BLOCK = 2**22  # similarities in memory beside the matrix
 
@@ -99,12 +99,8 @@ class FacilityLocationSelection(BaseGraphSelection):
 
     def _gains_in_order(self, X: Any, picks: np.ndarray) -> np.ndarray:
         """The gain of each of `picks` after those before it, float64; they are covered from now on."""
-        gains, step = np.empty(len(picks)), max(1, _BLOCK // X.shape[1])
-        for begin in range(0, len(picks), step):
-            rows = _dense(X[picks[begin : begin + step]])
-            reached = np.maximum.accumulate(np.vstack([self.current_values, rows]), axis=0)
-            gains[begin : begin + step] = np.diff(reached.sum(axis=1))
-            self.current_values = reached[-1]
+        gains, best = covered_gains(picks, lambda some: _dense(X[some]), self.current_values)
+        self.current_values = best.astype(np.float64)
         return gains
 
     def _cover(self, row: Any) -> None:
@@ -150,19 +146,12 @@ class FacilityLocationSelection(BaseGraphSelection):
         if count < 1:
             return
         x, preselected, rows = self._problem(X)
-        sparse = scipy.sparse.issparse(x)
-        run = choose(None, torch.device("cpu"), sparse=sparse).FacilityLocation(
-            as_csr(x, "X") if sparse else torch.from_numpy(x),
-            metric="precomputed",
-            preselected=None if preselected is None else torch.from_numpy(preselected),
-            expected_picks=count,
-        )
+        covered = None if preselected is None else torch.from_numpy(preselected)
+        run = SampledRun(x, count, metric="precomputed", preselected=covered)
         left, picks = self.idxs, np.empty(count, dtype=np.int64)
         for i in range(count):
-            drawn = np.sort(draw(left))
-            picks[i] = run.step_among(
-                torch.from_numpy(drawn if rows is None else np.searchsorted(rows, drawn))
-            )
+            drawn = draw(left)
+            picks[i] = run.pick(drawn if rows is None else np.searchsorted(rows, drawn))
             left = left[left != (picks[i] if rows is None else rows[picks[i]])]
         self._finish(X, picks, rows)
 
