@@ -41,8 +41,8 @@ class LinearOperator:
 
     @property
     def shape(self) -> tuple[int, int]:
-        shape = self._result._problem.ab._potentials
-        n, m = (t.numel() if self._result._batched else t.shape[1] for t in shape)
+        problem = self._result._problem
+        n, m = problem.a.numel(), problem.b.numel()
         return (m, n) if self._transposed else (n, m)
 
     @property
