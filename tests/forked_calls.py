@@ -120,7 +120,7 @@ def new_order() -> NearestOrder:
 
 
 def new_run() -> kernels.cpu.FacilityLocation:
-    return kernels.cpu.FacilityLocation(X, memory_budget=1 << 20)
+    return kernels.cpu.FacilityLocation(kernels.FacilityLocationProblem(X, memory_budget=1 << 20))
 
 
 CALLS: dict[str, Callable[[], Any]] = {

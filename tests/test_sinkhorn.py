@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks.sinkhorn import points, weights
 from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,21 +44,10 @@ MARGINALS: dict[str, Any] = {
 PLAN = {torch.float32: 2e-5, torch.float64: 1e-9}
 
 
-def points(batch: int, n: int, d: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(batch, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        dtype
-    )
-
-
 def costs(n: int, m: int, seed: int = 0, dtype: torch.dtype = torch.float64, batch: int = 1) -> torch.Tensor:
     """Squared distances of two sets in space, at most 1."""
     cost = torch.cdist(points(batch, n, 3, seed), points(batch, m, 3, seed + 1)) ** 2
     return (cost / cost.max()).to(dtype)
-
-
-def weights(batch: int, n: int, seed: int) -> torch.Tensor:
-    raw = torch.rand(batch, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
-    return raw / raw.sum(1, keepdim=True)
 
 
 def check_marginals(transport: fc.Transport, a: torch.Tensor, b: torch.Tensor, slack: float) -> None:
@@ -809,24 +799,45 @@ def test_opcheck(metric: str, lengths: list[int] | None) -> None:
     sizes = None if lengths is None else torch.tensor(lengths)
     if sizes is not None:
         a = a.detach() / torch.stack([a[0, :3].sum(), a[1, :2].sum()]).detach()[:, None]
-    torch.library.opcheck(
-        OP, (x, y, a, None, 0.5, metric, [INF, 2.0], sizes, None, 5000, 1e-9, None, None, 2**28, None, True)
+    b = torch.full((2, 5 if y is not None else 3), 0.2 if y is not None else 1 / 3, dtype=torch.float64)
+    problem = (
+        x,
+        y,
+        a,
+        b,
+        0.5,
+        metric,
+        INF,
+        2.0,
+        sizes,
+        None,
+        5000,
+        1e-9,
+        None,
+        None,
+        2**28,
+        True,
+        True,
+        None,
     )
+    torch.library.opcheck(OP, problem)
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "precomputed"])
 def test_opcheck_of_plan_and_apply(metric: str) -> None:
     x = points(2, 4, 3, 0, torch.float32)
     y = points(2, 3, 3, 1, torch.float32) if metric != "precomputed" else None
-    sides = weights(2, 4, 2), weights(2, 3, 3), torch.zeros(2, 4).double(), torch.zeros(2, 3).double()
+    potentials = torch.zeros(2, 4).double(), torch.zeros(2, 3).double()
     lengths = torch.tensor([3, 2]), None
     ops = torch.ops.flashcoreset
-    torch.library.opcheck(ops.sinkhorn_plan.default, (x, y, *sides, 0.5, metric, *lengths, None))
+    problem = (
+        x, y, weights(2, 4, 2), weights(2, 3, 3), 0.5, metric, INF, INF, *lengths, 1000, 1e-6, *potentials, 2**28, True, True,
+        None,
+    )  # fmt: skip
+    torch.library.opcheck(ops.sinkhorn_plan.default, problem)
     for transpose in (False, True):
         v = torch.ones(2, 4 if transpose else 3, 2)
-        torch.library.opcheck(
-            ops.sinkhorn_apply.default, (x, y, *sides, v, 0.5, metric, transpose, *lengths, 2**28, None)
-        )
+        torch.library.opcheck(ops.sinkhorn_apply.default, (*problem, v, transpose))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

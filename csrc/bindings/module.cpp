@@ -2,6 +2,7 @@
 #include <string>
 
 #include "bindings/bindings.h"
+#include "bindings/fields.h"
 #include "cpu/isa.h"
 
 namespace fc {
@@ -11,6 +12,7 @@ namespace {
 void define_module(py::module_& m) {
   m.doc() = std::string("flashcoreset's CPU kernels, compiled for ") + kernel_isa() + ".";
   m.attr("ISA") = kernel_isa();
+  define_exporter(m);
   bind_pairwise(m);
   bind_facility_location(m);
   bind_nearest_order(m);

@@ -29,6 +29,19 @@ SIZES = [
 ]
 
 
+# For Triton's interpreter, whose tiles take ten milliseconds: several tiles of each, a piece more, all sizes of Hadamard blocks, large
+# offsets.
+FEW_SIZES = [
+    (1, 1, 1, 1, 0),
+    (2, 7, 5, 1, 3),
+    (5, 97, 130, 3, 11),
+    (9, 4500, 64, 4, 1000),
+    (35, 300, 129, 129, 4097),
+    (3, 40, 4500, 2, 2**40),
+    (2, 130, 2000, 1, 5),
+]
+
+
 # |sketch(x) - x P| as a share of the largest entry of the product. Worst seen: float32 2e-6 (sjlt with dim = 1), float64 7e-15;
 # half types are converted to float32, exactly.
 ERROR = {torch.float64: 1e-12}

@@ -26,15 +26,21 @@ MODULES = {
 
 _REMEDY = "reinstall flashcoreset with a C++17 compiler present (pip install .), or pass backend='torch'"
 
+capsule = torch.utils.dlpack.to_dlpack
+
 
 @functools.cache
 def _import(name: str) -> ModuleType | str:
     """The package's compiled module of that name, or why there is none."""
     try:
         # Imported where Ctrl-C does not reach: pybind11 turns Ctrl-C into an ImportError, and the build would count as missing.
-        return imported(f"flashcoreset.{name}")
+        module = imported(f"flashcoreset.{name}")
     except ImportError as error:
         return f"{type(error).__name__}: {error}"
+    if name != "_processor":
+        # A capsule costs 0.3 us, calling Tensor.__dlpack__ from C++ 2 us.
+        module.set_exporter(Tensor, capsule)
+    return module
 
 
 @functools.cache
@@ -120,7 +126,7 @@ def cuda_failure(device: int = 0) -> str | None:
     if isinstance(module, str):
         return (
             "flashcoreset was built without CUDA kernels; reinstall it where nvcc 12.4 or newer is found "
-            f"(pip install . with FLASHCORESET_CUDA unset or auto), or pass another backend ({module})"
+            f"(pip install . with FLASHCORESET_CUDA unset or auto), or pass backend='cpu' or backend='torch' ({module})"
         )
     if (reason := _unusable(device)) is not None:
         return f"CUDA device {device} cannot be used: {reason}; pass backend='cpu' or backend='torch'"
@@ -161,10 +167,6 @@ def failure() -> str | None:
     except BackendUnavailableError as error:
         return str(error)
     return None
-
-
-# A capsule costs 0.3 us, calling Tensor.__dlpack__ from C++ 2 us.
-capsule = torch.utils.dlpack.to_dlpack
 
 
 def optional_capsule(tensor: Tensor | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,11 @@ class AdamState:
     def numel(self) -> int:
         """The length D of the gradients."""
         return self.m.numel()
+
+    def contiguous(self) -> AdamState:
+        """The same with means that are contiguous in memory."""
+        m, v = self.m.contiguous(), self.v.contiguous()
+        return self if m is self.m and v is self.v else replace(self, m=m, v=v)
 
 
 @dataclass(frozen=True, eq=False)

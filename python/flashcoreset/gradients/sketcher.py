@@ -192,7 +192,7 @@ class GradientSketcher:
         if not isinstance(norms, bool):
             raise TypeError(f"norms must be a bool, got {norms!r} of type {type(norms).__name__}")
         if dim is None and not norms:
-            raise ValueError("dim must be a number where norms is False, got None: nothing would be computed")
+            raise ValueError("dim must be a number if norms is False, got None: nothing would be computed")
         wanted = _wanted(model, parameters)
         self.offsets: dict[str, int] = {}
         self.numel = 0
@@ -281,7 +281,7 @@ class GradientSketcher:
             )
         if self._missed:
             raise RuntimeError(
-                f"the gradient of parameter {next(iter(self._missed))!r} came from no call of its module that was seen: "
+                f"the gradient of parameter {next(iter(self._missed))!r} came from no call of its module in the block: "
                 "run the forward pass inside `with sketcher:`, and call modules rather than their forward() (where torch.compile "
                 "has left the hooks out, call the model uncompiled), or leave the parameter out with parameters="
             )
@@ -301,7 +301,7 @@ class GradientSketcher:
         for name, module in self._model.named_modules():
             if batch_statistics(module):
                 raise ValueError(
-                    f"{type(module).__name__} {name!r} normalises by the batch, where samples have no gradients of their own; "
+                    f"{type(module).__name__} {name!r} normalises over the batch, so that samples have no gradients of their own; "
                     "put it in eval mode: .eval()"
                 )
         for target in self._targets.values():
@@ -496,8 +496,8 @@ class GradientSketcher:
                 return None
             if any(value is not None and value is not False for value in others):
                 raise ValueError(
-                    f"{place} is called with more than one input, which its gradients are not known for; leave its parameters out "
-                    "with parameters="
+                    f"{place} is called with more than one input, but its per-sample gradients are known for one input only; leave its "
+                    "parameters out with parameters="
                 )
             single = self._check_batch(place, x, output)
             saved = (x.detach(),) if keeps_input else ()
@@ -582,7 +582,7 @@ class GradientSketcher:
             )
         if batch_statistics(place.module):
             raise ValueError(
-                f"{place} normalises by the batch, where samples have no gradients of their own; put it in eval mode: .eval()"
+                f"{place} normalises over the batch, so that samples have no gradients of their own; put it in eval mode: .eval()"
             )
         current, size = self._pass, output.shape[0]
         if size == 0 or x.shape[0] != size:
@@ -597,8 +597,8 @@ class GradientSketcher:
             if batch is not None and size != batch:
                 raise ValueError(
                     f"{place} must have an output with the batch of {batch} in dimension 0, {source}, got shape "
-                    f"{tuple(output.shape)}: rows that are no samples (flattened tokens, windows, time first) have no gradients a "
-                    "sample; leave its parameters out with parameters="
+                    f"{tuple(output.shape)}: its rows are not samples (but flattened tokens, windows or time steps, say); leave its "
+                    "parameters out with parameters="
                 )
         if size > 1:
             current.batch = size
@@ -891,7 +891,7 @@ def _matching(
         if not found:
             some = ", ".join(list(every)[:3])
             raise ValueError(
-                f"parameters: {pattern!r} matches no parameter of the model; its names are like {some}"
+                f"parameters: {pattern!r} matches no parameter of the model; its parameters have names like {some}"
             )
         if not any(p.requires_grad for p in found):
             raise ValueError(f"parameters: what {pattern!r} matches does not require gradients")

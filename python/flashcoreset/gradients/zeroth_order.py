@@ -215,8 +215,7 @@ def zeroth_order_gradients(
             column = difference.to(compute_dtype(above.dtype))
             if not bool(column.isfinite().all()):
                 raise ValueError(
-                    f"eps must be large enough for the differences of losses over 2 eps to be in range, got {eps}, by which "
-                    f"they overflow {column.dtype}"
+                    f"eps must be large enough that the differences of losses divided by 2 eps do not overflow {column.dtype}, got {eps}"
                 )
             if not bool(column.any()) and not _moves(
                 tensors, originals, eps, partial(fill, seed=seed, first=p)

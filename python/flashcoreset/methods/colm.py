@@ -16,7 +16,8 @@ from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.results import Coreset
 from flashcoreset._core.tensor import as_int64, as_integer, as_vector, one_of
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState, check_betas, check_eps
-from flashcoreset.matching import METRICS, Gradients, Problem, check_history, check_top, match_members
+from flashcoreset.matching.problem import METRICS, Gradients, Problem, check_history, check_top
+from flashcoreset.matching.solve import match_members
 
 _PATIENCE = 100  # batches in which a kept label is expected
 

@@ -1,4 +1,5 @@
-"""The CUDA kernels of the Carathéodory reduction, run by the emulator (on a GPU under `make gpu`): everything that holds on the CPU."""
+"""The CUDA kernels of the Carathéodory reduction, run by the emulator (on a GPU under `make gpu`): more sizes, schedules, memory,
+errors."""
 
 from __future__ import annotations
 
@@ -7,22 +8,11 @@ import math
 import pytest
 import torch
 from cases import DEVICE
-from checks.caratheodory import (
-    Check,
-    check,
-    check_driver,
-    check_matching,
-    check_memory,
-    check_op,
-    checks_of,
-    random,
-    reduce,
-)
+from checks.caratheodory import DTYPES, check, check_keeps_the_sums, random, reduce
 
-import flashcoreset as fc
 from flashcoreset._core import native
 from flashcoreset.caratheodory import on_device as driver
-from flashcoreset.kernels import cuda
+from flashcoreset.caratheodory.problem import Runs
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -35,13 +25,11 @@ def all_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "QR_NUMBERS", 1_000)
 
 
-SIZES = [(n, d) for n in (1, 7, 97, 1025) for d in (1, 2, 7, 33)]
-
-
 @pytest.mark.usefixtures("all_on_device")
-@pytest.mark.parametrize("holds", checks_of(SIZES))
-def test_as_on_the_cpu(holds: Check) -> None:
-    holds("cuda")
+@pytest.mark.parametrize(("n", "d"), [(n, d) for n in (1, 7, 97, 1025) for d in (1, 2, 7, 33)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_on_the_cpu_keeps_the_sums(n: int, d: int, dtype: torch.dtype) -> None:
+    check_keeps_the_sums("cuda", n, d, dtype)
 
 
 @pytest.mark.parametrize("n", [97, 1025])
@@ -52,10 +40,6 @@ def test_small_problems_are_the_cpus(n: int) -> None:
         expected = reduce(x, None, max_size, backend="cpu")
         assert torch.equal(found.indices, expected.indices)
         assert torch.equal(found.weights, expected.weights)
-
-
-def test_the_way_to_the_host() -> None:
-    check_driver("cuda", 50_000)
 
 
 @pytest.mark.usefixtures("all_on_device")
@@ -71,29 +55,6 @@ def test_schedules_change_no_bit() -> None:
         assert torch.equal(first.indices, other.indices)
         assert torch.equal(first.weights, other.weights)
     check(found[0], x)
-
-
-@pytest.mark.usefixtures("all_on_device")
-def test_memory_of_the_callers_own() -> None:
-    check_memory(cuda, DEVICE)
-
-
-@pytest.mark.usefixtures("all_on_device")
-def test_opcheck() -> None:
-    check_op("cuda", DEVICE)
-
-
-@pytest.mark.usefixtures("all_on_device")
-def test_gradients_are_matched_exactly() -> None:
-    check_matching("cuda")
-
-
-def test_without_the_compiled_cpu_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "failure", lambda: "no compiled CPU module could be loaded (broken)")
-    with pytest.raises(
-        fc.BackendUnavailableError, match=r"backend 'cuda': of caratheodory sums of runs .*\(broken\)"
-    ):
-        reduce(random(9, 2), backend="cuda")
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the emulated device alone can be made a poorer one")
@@ -119,16 +80,8 @@ def test_the_binding_checks_its_arrays() -> None:
     capsule = torch.utils.dlpack.to_dlpack
 
     def sums(rows: int = 4, columns: int = 4, size: int = 5, weights: int = 20, centre: int = 3) -> None:
-        module.sum_runs(
-            capsule(x),
-            None,
-            capsule(x.new_ones(weights)),
-            capsule(x.new_zeros(centre)),
-            1.0,
-            size,
-            capsule(x.new_empty(rows, columns)),
-            0,
-        )
+        runs = Runs(x, None, x.new_ones(weights), size)
+        module.sum_runs(runs, capsule(x.new_zeros(centre)), 1.0, capsule(x.new_empty(rows, columns)), 0)
 
     sums()
     for wrong, words in (
@@ -143,17 +96,8 @@ def test_the_binding_checks_its_arrays() -> None:
     kept = torch.tensor([0, 2], device=DEVICE)
 
     def keep(count: int, factors: int = 2) -> None:
-        module.keep_runs(
-            20,
-            None,
-            None,
-            5,
-            capsule(kept),
-            capsule(x.new_ones(factors)),
-            capsule(kept.new_empty(count)),
-            capsule(x.new_empty(count)),
-            0,
-        )
+        arrays = kept, x.new_ones(factors), kept.new_empty(count), x.new_empty(count)
+        module.keep_runs(Runs(x, None, None, 5), *map(capsule, arrays), 0)
 
     keep(10)
     with pytest.raises(ValueError, match="new_rows: expected as many as the runs kept have, got 11"):

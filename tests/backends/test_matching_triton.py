@@ -1,43 +1,40 @@
-"""The Triton kernels of gradient matching, in Triton's interpreter (on a GPU under `make gpu`), against the definition."""
+"""The Triton kernels of gradient matching, in Triton's interpreter (on a GPU under `make gpu`): chunks, layouts, the sieve."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from cases import DEVICE
-from checks.matching import BETAS, CHECKS, EPS, Check, normal
+from checks.matching import history, moved, normal
 
 if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
 
+from flashcoreset.kernels import Gradients, UpdatesProblem
 from flashcoreset.kernels import triton as kernels
-from flashcoreset.matching.rule import Rule
 from flashcoreset.triton_kernels import matching as launchers
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_equals_the_definition(check: Check) -> None:
-    check("triton", DEVICE)
 
 
 def test_chunks_and_layout_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     numel = 5_003
-    g = normal(20, numel, dtype=torch.float32).to(DEVICE)
-    m = normal(numel, seed=1, dtype=torch.float32).to(DEVICE)
-    v = normal(numel, seed=2, dtype=torch.float32).square().to(DEVICE)
-    member, offset = torch.arange(20, device=DEVICE).flip(0), torch.tensor([0, 7, 20], device=DEVICE)
-    rule = Rule.adam(4, BETAS, EPS)
+    past = history(
+        normal(numel, seed=1, dtype=torch.float32), normal(numel, seed=2, dtype=torch.float32).square(), 4
+    )
+    member, offset = torch.arange(20).flip(0), torch.tensor([0, 7, 20])
+    rows = Gradients(normal(20, numel, dtype=torch.float32))
+    given = moved(UpdatesProblem(rows, past, member, offset, 50), DEVICE)
 
     def results(g: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            *kernels.top_updates(g, m, v, rule, member, offset, 50),
-            *kernels.update_history(g, m, v, BETAS, member),
-        ]
+        problem = replace(given, g=Gradients(g), history=replace(given.history, m=m, v=v))
+        step = kernels.update_history(problem.g, problem.history, problem.member)
+        return [*kernels.top_updates(problem), *step]
 
+    g, m, v = given.g.values, given.history.m, given.history.v
     expected = results(g, m, v)
     wide = torch.cat([g, g], 1)[:, :numel]
     twice = torch.stack([m, v], 1)
@@ -67,9 +64,9 @@ def test_few_dimensions_pass_the_sieve(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launchers, "weigh_kernel", Watched())
     numel, top = 20_000, 100
-    g = normal(8, numel, dtype=torch.float32).to(DEVICE)
-    m, v = torch.zeros(numel, device=DEVICE), torch.ones(numel, device=DEVICE)
-    member, offset = torch.arange(8, device=DEVICE), torch.tensor([0, 8], device=DEVICE)
-    kernels.top_updates(g, m, v, Rule.adam(9, BETAS, EPS), member, offset, top)
+    past = history(torch.zeros(numel), torch.ones(numel), 9)
+    g = Gradients(normal(8, numel, dtype=torch.float32))
+    problem = UpdatesProblem(g, past, torch.arange(8), torch.tensor([0, 8]), top)
+    kernels.top_updates(moved(problem, DEVICE))
     assert len(passed) == 2  # chunks of 8,192 dimensions and of the rest
     assert 50 < sum(count for (count,) in passed) < 400
