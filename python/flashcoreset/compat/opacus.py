@@ -3,7 +3,7 @@
     import flashcoreset.compat.opacus
 
 From then on `PrivacyEngine`, `GradSampleModule` and `GradSampleModuleFastGradientClipping` (mode "ghost") take these layers' per-sample gradients and
-norms from here: Linear, Embedding, LayerNorm, RMSNorm, GroupNorm, Conv1d, Conv2d, Conv3d. A norm is computed without the gradient, or with it, whichever
+norms from here: Linear, Embedding, LayerNorm, RMSNorm, Conv1d, Conv2d, Conv3d. A norm is computed without the gradient, or with it, whichever
 costs less; half types are summed in float32. `unregister()` puts opacus' own samplers back.
 """
 
@@ -35,7 +35,6 @@ LAYERS: tuple[type[nn.Module], ...] = (
     nn.Embedding,
     nn.LayerNorm,
     nn.RMSNorm,
-    nn.GroupNorm,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
