@@ -191,7 +191,7 @@ def _find(path: str) -> Any:
     """The peer's object at "module:attribute"; None if the installed version has no such module or attribute."""
     module, _, attribute = path.partition(":")
     try:
-        found = importlib.import_module(module)
+        found: Any = importlib.import_module(module)
         for name in attribute.split("."):
             found = getattr(found, name, None)
         return found
