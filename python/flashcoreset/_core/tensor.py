@@ -246,6 +246,14 @@ def as_integer(value: Any, name: str) -> int:
     raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
 
 
+def at_least_one(value: Any, name: str) -> int:
+    """`value` as an int >= 1."""
+    number = as_integer(value, name)
+    if number < 1:
+        raise ValueError(f"{name} must be >= 1, got {number}")
+    return number
+
+
 def as_int64(value: Any, name: str) -> int:
     """`value` as an int that fits into 64 bits."""
     number = as_integer(value, name)
