@@ -132,7 +132,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "sinkhorn_divergence": lambda: fc.sinkhorn_divergence(X[:500], Y, reg=1.0, max_iter=50, tol=0.0),
     "simcore": lambda: fc.simcore(X, Y, 30, n_clusters=20),
     "simcore torch": lambda: fc.simcore(X, Y, 30, n_clusters=20, backend="torch"),
-    "goracs": lambda: fc.goracs(X[:2000], Y, NORMS, 20, max_exchanges=5),
+    "goracs": lambda: fc.goracs(X[:2000], Y, NORMS, 20, lam=0.5, max_exchanges=5),
     "goracs sinkhorn": lambda: fc.goracs(
         X[:2000], Y, NORMS, 20, max_exchanges=2, solver="sinkhorn", reg=0.05
     ),

@@ -30,6 +30,7 @@ from flashcoreset.methods import (
     CoLM,
     autocoreset,
     ccs,
+    coverage_auc,
     goracs,
     k_center,
     nearest,
@@ -37,6 +38,7 @@ from flashcoreset.methods import (
     select,
     simcore,
     top_scores,
+    tune_ccs,
 )
 from flashcoreset.scores import SampleScores, sample_scores
 from flashcoreset.scores.dynamics import TrainingDynamics
@@ -69,6 +71,7 @@ __all__ = [
     "caratheodory",
     "ccs",
     "compat",
+    "coverage_auc",
     "facility_location",
     "goracs",
     "integrations",
@@ -87,5 +90,6 @@ __all__ = [
     "sinkhorn_divergence",
     "sketch",
     "top_scores",
+    "tune_ccs",
     "zeroth_order_gradients",
 ]

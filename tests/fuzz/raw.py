@@ -412,7 +412,8 @@ class Recipes:
 
     def rounds(self) -> dict[str, Value]:
         return {"k": Size("k"), "items": self.out("T * q", dtype="int64"), "counts": self.out("T", dtype="int64"),
-                "values": self.out("T", dtype="float64")}  # fmt: skip
+                "values": self.out("T", dtype="float64"), "takers": self.out("T * q", dtype="int64"),
+                "similarities": self.out("T * q", dtype="float64")}  # fmt: skip
 
     def order(self) -> dict[str, Value]:
         return {"list": literal(0), "items": self.out("m", dtype="int64"), "similarities": self.out("m")}

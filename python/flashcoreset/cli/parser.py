@@ -9,6 +9,8 @@ from flashcoreset._core.dispatch import BACKENDS
 from flashcoreset.cli.commands import run_bench, run_demo, run_info
 from flashcoreset.cli.errors import Parser
 from flashcoreset.cli.select import ALGORITHMS, MATRICES, run_select
+from flashcoreset.methods.ccs.strata import KINDS
+from flashcoreset.methods.goracs import NORM_SCALES, SCALINGS, SOLVERS
 
 POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
 
@@ -125,13 +127,23 @@ def _add_simcore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", required=True, metavar="F", help="open set [n, d]: F.npy, F.npz or F.npz:key"
     )
-    parser.add_argument("--target", required=True, metavar="T", help="features of the target data [m, d]")
+    parser.add_argument("--target", metavar="T", help="features of the target data [m, d]")
+    parser.add_argument("--centroids", metavar="C", help="in place of --target: centroids of it [c, d]")
     _add_common(parser)
+    parser.add_argument(
+        "--ratio", type=float, metavar="R", help="in place of -k: the share of rows to select"
+    )
     parser.add_argument("--n-clusters", type=int, metavar="N", help="centroids of the target")
+    parser.add_argument("--fit-on", type=int, metavar="N", help="rows of the target that k-means sees")
     parser.add_argument(
         "--stop-threshold", type=float, metavar="R", help="stop below this share of the first value"
     )
-    parser.add_argument("--patience", type=int, metavar="N", help="the round whose value is the first value")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="the round whose value is the first value (default: 1 to 20, by the sizes)",
+    )
     parser.add_argument("--no-stop", dest="stop", action="store_false", help="take K rows however dissimilar")
 
 
@@ -141,8 +153,14 @@ def _add_ccs(parser: argparse.ArgumentParser) -> None:
     )
     _add_output(parser, needs_k=True)
     parser.add_argument("--mislabel-scores", metavar="M", help="low for labels that are probably wrong [n]")
-    parser.add_argument("--mislabel-ratio", type=float, metavar="R", help="the share to drop of the lowest")
-    parser.add_argument("--n-strata", type=int, metavar="N", help="strata of equal width")
+    parser.add_argument(
+        "--mislabel-ratio",
+        type=float,
+        metavar="R",
+        help="the share to drop of the lowest (default: as published, by the share of rows that K leaves out)",
+    )
+    parser.add_argument("--n-strata", type=int, metavar="N", help="the number of strata; 1 draws at random")
+    parser.add_argument("--strata", choices=KINDS, help="what strata have in common (default: width)")
     parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets its share")
 
 
@@ -151,14 +169,28 @@ def _add_goracs(parser: argparse.ArgumentParser) -> None:
         "--train", required=True, metavar="F", help="training features [n, d]: F.npy, F.npz or F.npz:key"
     )
     parser.add_argument("--valid", required=True, metavar="V", help="validation features [m, d]")
-    parser.add_argument("--grad-norms", required=True, metavar="G", help="gradient norms [n]")
+    parser.add_argument("--grad-norms", metavar="G", help="gradient norms [n], for --lam")
     _add_common(parser, needs_k=True)
-    parser.add_argument("--lam", type=float, help="weight of the gradient norms")
+    parser.add_argument("--lam", type=float, help="weight of the gradient norms (default: 0)")
+    parser.add_argument(
+        "--norm-clip", type=float, metavar="Q", help="the quantile that larger norms count as"
+    )
+    parser.add_argument(
+        "--norm-scale",
+        choices=NORM_SCALES,
+        help="divide norms by the largest, or scale them to the distances' spread",
+    )
     parser.add_argument("--max-exchanges", type=int, metavar="N", help="exchanges to make at most")
     parser.add_argument("--n-candidates", type=int, metavar="N", help="removals and additions to pair")
+    parser.add_argument("--max-solves", type=int, metavar="N", help="transport problems to solve at most")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the exchanges")
+    parser.add_argument(
+        "--tol", type=float, metavar="R", help="share of the score that an exchange has to gain"
+    )
     parser.add_argument("--train-labels", metavar="L", help="integer class labels [n]")
     parser.add_argument("--valid-labels", metavar="L", help="integer class labels [m]")
-    parser.add_argument("--solver", choices=("exact", "sinkhorn"))
+    parser.add_argument("--scaling", choices=SCALINGS, help="by the maxima of each class, or of all items")
+    parser.add_argument("--solver", choices=SOLVERS)
     parser.add_argument("--reg", type=float, help="regularisation of --solver sinkhorn")
 
 

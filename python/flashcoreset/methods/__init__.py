@@ -8,6 +8,8 @@ from typing import Any
 from flashcoreset._core.results import Coreset
 from flashcoreset.methods.autocoreset import autocoreset
 from flashcoreset.methods.ccs import ccs, top_scores
+from flashcoreset.methods.ccs.coverage import coverage_auc
+from flashcoreset.methods.ccs.tuning import tune_ccs
 from flashcoreset.methods.colm import CoLM, colm
 from flashcoreset.methods.goracs import goracs
 from flashcoreset.methods.k_center import k_center
@@ -60,6 +62,7 @@ __all__ = [
     "CoLM",
     "autocoreset",
     "ccs",
+    "coverage_auc",
     "goracs",
     "k_center",
     "nearest",
@@ -67,4 +70,5 @@ __all__ = [
     "select",
     "simcore",
     "top_scores",
+    "tune_ccs",
 ]

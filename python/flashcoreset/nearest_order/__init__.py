@@ -17,7 +17,7 @@ from flashcoreset._core.inputs import is_array
 from flashcoreset._core.progress import Progress
 from flashcoreset._core.tensor import as_matrix, compute_dtype
 from flashcoreset.nearest_order import cpu
-from flashcoreset.nearest_order.backend import choose
+from flashcoreset.nearest_order.backend import Taken, choose
 
 _CHUNK = 64 * 2**20  # bytes of features handed to a kernel at a time
 _FINGERPRINT = 16  # one of this many rows of a batch source enters a checksum
@@ -273,15 +273,13 @@ class Rounds:
             self._progress.update(min(self._order.taken, self._k))
         self._order.finish()
 
-    def take(self) -> tuple[Tensor, list[int], list[float]]:
-        """The next rounds, at least one unless `k` items or all items are taken: the items one round after the other,
-        how many each round took, and the rounds' values.
-        """
+    def take(self) -> Taken:
+        """The next rounds, at least one unless `k` items or all items are taken."""
         count = max(1, _TAKES // self._lists)
         for attempt in range(2):
-            items, counts, values = self._order.rounds(count, self._k)
-            if counts or self._order.taken >= min(self._k, self._source.rows or 0):
-                return items, counts, values
+            taken = self._order.rounds(count, self._k)
+            if taken.counts or self._order.taken >= min(self._k, self._source.rows or 0):
+                return taken
             if attempt == 0:
                 self.read()
         # A pass leaves every list an item that is free, except if a similarity is NaN or -inf.
