@@ -38,12 +38,16 @@ BUDGET = 9 * 60.0  # seconds for everything
 # The tests' names of one plain case per metric, and of a few cases with everything else that a kernel reads: under the
 # sanitizer a case takes seconds.
 SANITIZED = (
-    "test_follows_the_definition and (97-float32 or cosine-float32-clients-weights-preselected or "
+    "test_follows_the_definition and cuda and (97-float32 or cosine-float32-clients-weights-preselected or "
     "l1-float64-weights or precomputed-float32-rectangular or sqeuclidean-float32-wide) or "
-    "test_as_on_the_cpu and (keeps_the_sums-1025-7-torch.float32 or rows_of_weight_zero) or "
-    "test_is_the_definition and float32 and 530"
+    "test_as_on_the_cpu and cuda and (keeps_the_sums-1025-3-torch.float32 or rows_of_weight_zero) or "
+    "test_is_the_definition and cuda and float32 and 530"
 )
-SANITIZED_FILES = ("tests/test_cuda.py", "tests/test_caratheodory_cuda.py", "tests/test_pursuit_cuda.py")
+SANITIZED_FILES = (
+    "tests/test_facility_location.py",
+    "tests/test_caratheodory.py",
+    "tests/test_pursuit.py",
+)
 
 
 def run(command: list[str], log: Path, seconds: float, **environment: str) -> tuple[int, float]:
@@ -203,36 +207,42 @@ def pairwise_row(metric: str, backend: str, found: dict[str, float]) -> Row:
 
 def matching_row(backend: str, found: dict[str, float]) -> Row:
     """A row of gradient matching: which dimensions of low-rank gradients count, and the updates there."""
-    from flashcoreset import kernels
-    from flashcoreset.matching.rule import Rule
+    import flashcoreset as fc
+    from flashcoreset.kernels import Gradients, UpdatesProblem, cpu
 
     count, numel, groups, top = 128, 655_360, 4, 2_560
     coefficients, m, v = torch.randn(count, 1), 0.1 * torch.randn(numel), torch.rand(numel)
-    member = torch.arange(count)
-    arguments = (member, torch.arange(0, count + 1, count // groups))
-    rule = Rule.adam(10, (0.9, 0.999), 1e-8)
-    here = [coefficients.cuda(), m.cuda(), v.cuda(), rule, *(tensor.cuda() for tensor in arguments)]
+    offset = torch.arange(0, count + 1, count // groups)
+
+    def problem_on(device: str) -> UpdatesProblem:
+        history = fc.AdamState(m.to(device), v.to(device), 10)
+        g = Gradients(coefficients.to(device), 1, numel)
+        return UpdatesProblem(g, history, torch.arange(count, device=device), offset.to(device), top)
+
+    here = problem_on("cuda")
     kernel = importlib.import_module(f"flashcoreset.kernels.{backend}").top_updates
-    options = {"seed": 1, "length": numel}
-    times = event_times(lambda: kernel(*here, top, **options), 5)
+    times = event_times(lambda: kernel(here), 5)
     # m and v are read.
     row = shares(times, 2.0 * count * numel, 8.0 * numel, found)
-    row["memory"] = peak_memory(lambda: kernel(*here, top, **options))
-    dims, _ = kernels.cpu.top_updates(coefficients, m, v, rule, *arguments, top, **options)
-    row["same_picks_as_cpu"] = torch.equal(kernel(*here, top, **options)[0].cpu(), dims)
+    row["memory"] = peak_memory(lambda: kernel(here))
+    dims, _ = cpu.top_updates(problem_on("cpu"))
+    row["same_picks_as_cpu"] = torch.equal(kernel(here)[0].cpu(), dims)
     return row
 
 
 def caratheodory_row(backend: str, found: dict[str, float]) -> Row:
     """A row of the Carathéodory reduction, all of whose rounds count."""
+    from flashcoreset.kernels import CaratheodoryProblem
+
     n, d = 1_000_000, 32
     x = torch.randn(n, d, device="cuda")
+    problem = CaratheodoryProblem(x)
     kernel = importlib.import_module(f"flashcoreset.kernels.{backend}").caratheodory
-    times = event_times(lambda: kernel(x), 5)
+    times = event_times(lambda: kernel(problem), 5)
     # Each round reads a quarter of the rows that the one before did.
     row = shares(times, 2.0 * n * d * 4 / 3, 4.0 * n * d * 4 / 3, found)
-    row["memory"] = peak_memory(lambda: kernel(x))
-    indices, weights = kernel(x)
+    row["memory"] = peak_memory(lambda: kernel(problem))
+    indices, weights = kernel(problem)
     missing = (weights @ x[indices].double() - x.double().sum(0)).abs() / x.double().abs().sum(0)
     row["keeps_sums"] = len(indices) == d + 1 and float(missing.max()) < 1e-14
     return row
@@ -246,13 +256,15 @@ def pursuit_row(backend: str, found: dict[str, float]) -> Row:
     g = torch.from_numpy(data.clustered(b, d)).cuda()
     target = g.double().sum(0)
     kernel = importlib.import_module(f"flashcoreset.kernels.{backend}").orthogonal_matching_pursuit
-    times = event_times(lambda: kernel(g, target, k), 5)
+    problem = kernels.PursuitProblem(g, target, k)
+    times = event_times(lambda: kernel(problem), 5)
     # The rows are read for a dozen columns of the Gram matrix at a time, and the columns of the earlier picks are read for
     # each pick.
     row = shares(times, 2.0 * b * d * k, 4.0 * b * d * k / 12 + 4.0 * b * k * k, found)
-    row["memory"] = peak_memory(lambda: kernel(g, target, k))
-    picks, _, _ = kernels.cpu.orthogonal_matching_pursuit(g.cpu(), target.cpu(), k)
-    row["same_picks_as_cpu"] = torch.equal(kernel(g, target, k)[0].cpu(), picks)
+    row["memory"] = peak_memory(lambda: kernel(problem))
+    on_host = kernels.PursuitProblem(g.cpu(), target.cpu(), k)
+    picks = kernels.cpu.orthogonal_matching_pursuit(on_host).indices
+    row["same_picks_as_cpu"] = torch.equal(kernel(problem).indices.cpu(), picks)
     return row
 
 
@@ -427,16 +439,16 @@ def main(argv: list[str] | None = None) -> int:
     passed = built
     if built:
         test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        families = ("", "_sketch", "_matching", "_caratheodory", "_pursuit")
-        of_cuda = [f"tests/test{family}_cuda.py" for family in families]
-        passed &= step("test-cuda", [*test, *of_cuda], 120, **on_gpu)
-        passed &= step("test-triton", [*test, "tests/test_triton.py"], 120, **on_gpu)
-        passed &= step("test-triton-sketch", [*test, "tests/test_sketch_triton.py"], 120, **on_gpu)
-        passed &= step("test-triton-matching", [*test, "tests/test_matching_triton.py"], 120, **on_gpu)
-        passed &= step(
-            "test-triton-caratheodory", [*test, "tests/test_caratheodory_triton.py"], 120, **on_gpu
-        )
-        passed &= step("test-triton-pursuit", [*test, "tests/test_pursuit_triton.py"], 120, **on_gpu)
+        for backend in ("cuda", "triton"):
+            for family in ("facility_location", "sketch", "matching", "caratheodory", "pursuit"):
+                files = [f"tests/test_{family}.py", f"tests/backends/test_{family}_{backend}.py"]
+                if family == "facility_location":
+                    files += [
+                        "tests/test_facility_location_limits.py",
+                        "tests/test_precomputed_distance.py",
+                        "tests/test_pairwise.py",
+                    ]
+                passed &= step(f"test-{backend}-{family}", [*test, *files, "-k", backend], 120, **on_gpu)
         others = ["tests/test_torch_library.py", "tests/test_facility_location_interrupt.py"]
         passed &= step("test-others", [*test, *others, "-k", "opcheck or compile or ctrl_c"], 60, **on_gpu)
         bench = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), f"--measure={deadline - 60}"]

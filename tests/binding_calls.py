@@ -2,8 +2,8 @@
 PATH`` loads the module NAME from PATH.
 
 A line of JSON is printed before each call and one with its outcome after it, so that a call that ends the process is named.
-Parameters that are numbers are found by the signatures that the bindings report; `CALLS` says with which other arguments each
-binding is called.
+Parameters that are numbers are found by the signatures that the bindings report, and numbers of problems by the table's objects; the
+table says with which other arguments each binding is called.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 KINDS = ("Integer", "Real", "Flag")  # of csrc/bindings/arguments.h
@@ -24,10 +24,7 @@ HOSTILE: dict[str, Any] = {
     "0": 0, "-1": -1, "2**31": 2**31, "2**62": 2**62, "2**63-1": 2**63 - 1, "2**63": 2**63, "-2**63": -(2**63), "2**70": 2**70,
     "10**400": 10**400, "1.5": 1.5, "nan": float("nan"), "inf": float("inf"), "'3'": "3", "None": None, "True": True, "b'x'": b"x",
 }  # fmt: skip
-LARGE = {
-    ("FacilityLocation.from_csr", "m"),
-    ("NearestOrder.of_similarities", "lists"),
-}  # numbers that memory is made for
+LARGE = {("NearestOrder.of_similarities", "lists")}  # numbers that memory is made for
 _SECONDS = 20  # per call
 _ROOM = 2 << 30  # bytes that calls may take: a working array of 2^31 numbers is refused, not filled
 
@@ -56,9 +53,39 @@ def _parameters(doc: str) -> list[tuple[str, str]]:
     return [(name, kind.split(" = ")[0].strip()) for name, kind in pairs if name != "self"]
 
 
-def numbers(signature: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The parameters that are numbers or flags."""
-    return [(name, kind) for name, kind in signature if kind in KINDS]
+def numbers(module: ModuleType) -> dict[str, list[tuple[str, str]]]:
+    """(path, kind) of every number and flag of every binding: a parameter, or with dots the field of an object."""
+    calls, _ = _tables(module)
+    found = {}
+    for binding, signature in signatures(module).items():
+        given = calls.get(binding, {})
+        found[binding] = [pair for pair in signature if pair[1] in KINDS]
+        for name, kind in signature:
+            if kind not in KINDS and isinstance(given.get(name), SimpleNamespace):
+                found[binding] += _fields(given[name], name)
+    return found
+
+
+def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, SimpleNamespace):
+        for name, field in vars(value).items():
+            yield from _fields(field, f"{path}.{name}")
+    elif type(value) in (bool, int, float):
+        yield path, {bool: "Flag", int: "Integer", float: "Real"}[type(value)]
+
+
+def _with(given: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """The arguments with another value at a path, objects made anew."""
+    name, _, rest = path.partition(".")
+    if rest:
+        value = SimpleNamespace(**_with(vars(given[name]), rest, value))
+    return given | {name: value}
+
+
+def _anew(value: Any) -> Any:
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{name: _anew(field) for name, field in vars(value).items()})
+    return value.clone() if hasattr(value, "clone") else value
 
 
 # ------------------------------------------------------------------------------------------------ how each is called
@@ -82,55 +109,62 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
 
     cuda = hasattr(m, "unusable")
     where = {"stream": 0} if cuda else {"threads": 2}
-    points: dict[str, Any] = {
-        "x": f32(2, 4, 3), "y": f32(2, 5, 3), "metric": "sqeuclidean", "a": torch.full((2, 4), 0.25, dtype=torch.float64),
-        "b": torch.full((2, 5), 0.2, dtype=torch.float64), "x_lengths": None, "y_lengths": None,
+    transport: dict[str, Any] = {
+        "problem": SimpleNamespace(
+            x=f32(2, 4, 3), y=f32(2, 5, 3), a=torch.full((2, 4), 0.25, dtype=torch.float64),
+            b=torch.full((2, 5), 0.2, dtype=torch.float64), reg=0.5, metric="sqeuclidean", rho_a=1.0, rho_b=1.0, x_lengths=None,
+            y_lengths=None, max_iter=20, tol=1e-3, f=f64(2, 4), g=f64(2, 5), memory_budget=1 << 20,
+        ),
     }  # fmt: skip
-    potentials = {"f": f64(2, 4), "g": f64(2, 5), "reg": 0.5}
-    solve = {"reg": 0.5, "max_iter": 20, "tol": 1e-3}
+    solved = {"f": f64(2, 4), "g": f64(2, 5), "scalars": f64(4, 2), "iterations": zeros(2)}
     projection = {"kind": "sjlt", "seed": 1, "offset": 0, "nnz": 2}
-    rule = {"m_scale": 0.9, "m_step": 0.1, "v_scale": 0.9, "v_step": 0.1, "eps": 1e-8}
+    fields = SimpleNamespace
     # With a length the gradients are coefficients of directions; the history has the same.
-    estimates = {"g": f32(4, 2), "seed": 1, "length": 9, "m": f32(9), "v": f32(9)}
-    groups = {"member": i64(0, 1, 2, 3), "offset": i64(0, 2, 4)}
-    step = estimates | {"beta1": 0.9, "beta2": 0.99, "chosen": i64(0, 2), "new_m": f32(9), "new_v": f32(9)}
+    g, history = fields(values=f32(4, 2), seed=1, length=9), fields(m=f32(9), v=f32(9), betas=(0.9, 0.99))
+    rule = fields(m_scale=0.9, m_step=0.1, v_scale=0.9, v_step=0.1, eps=1e-8)
+    updates = {
+        "problem": fields(g=g, history=history, rule=rule, member=i64(0, 1, 2, 3), offset=i64(0, 2, 4))
+    }
+    step = {"gradients": g, "history": history, "chosen": i64(0, 2), "new_m": f32(9), "new_v": f32(9)}
     pursuit = {
-        "g": f32(6, 4), "target": f64(4), "indices": zeros(3), "weights": f64(3), "residual_norms": f64(3),
-        "memory_budget": 1 << 20,
+        "problem": fields(g=f32(6, 4), target=f64(4), nonnegative=True, ridge=0.1, memory_budget=1 << 20),
+        "indices": zeros(3), "weights": f64(3), "residual_norms": f64(3),
     }  # fmt: skip
+    greedy = fields(
+        x=f32(6, 3), clients=None, metric="euclidean", weights=None, preselected=None, costs=None, offset=9.0, memory_budget=1 << 20,
+        expected_picks=3,
+    )  # fmt: skip
     common: dict[str, Any] = {
         "pairwise": {"x": f32(4, 3), "y": f32(4, 3), "out": f32(4, 4), "metric": "l1"} | where,
         "sketch": {"x": f32(4, 9), "out": f32(4, 8)} | projection | where,
         "projection_matrix": {"out": f32(9, 8)} | projection | where,
         "directions": {"out": f32(2, 9), "seed": 1, "begin": 3, "first": 0} | where,
+        "FacilityLocation.__init__": {"problem": greedy} | where,
         "FacilityLocation.step": {"count": 2, "naive": False},
-        "sinkhorn_apply": points | potentials | {"v": (f64 if cuda else f32)(2, 5, 2), "transpose": False, "out": (f64 if cuda else f32)(2, 4, 2)} | where,
-        "sinkhorn_plan": points | potentials | {"out": (f64 if cuda else f32)(2, 4, 5)} | where,
+        "FacilityLocation.pick": {"naive": False, "stop_gain": 0.5},
+        "sinkhorn_apply": transport | {"v": (f64 if cuda else f32)(2, 5, 2), "transpose": False, "out": (f64 if cuda else f32)(2, 4, 2)} | where,
+        "sinkhorn_plan": transport | {"out": (f64 if cuda else f32)(2, 4, 5)} | where,
     }  # fmt: skip
-    runs: dict[str, Any] = {"rows": None, "weights": None, "size": 2}
+    runs: dict[str, Any] = {"runs": fields(x=f32(6, 3), rows=None, weights=None, size=2)}
     of_cuda: dict[str, Any] = {
-        "FacilityLocation.__init__": {
-            "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "offset": 9.0, "stream": 0,
-        },
-        "sinkhorn": points | solve | {
-            "reg_marginal_a": 1.0, "reg_marginal_b": 1.0, "start_f": None, "start_g": None, "f": f64(2, 4), "g": f64(2, 5), "value": f64(2),
-            "transport_cost": f64(2), "error": f64(2), "tolerance": f64(2), "iterations": zeros(2), "shared_bytes": -1, "stream": 0,
-        },
-        "top_dimensions": estimates | rule | groups | {
+        "sinkhorn": transport | solved | {"shared_bytes": -1, "stream": 0},
+        "top_dimensions": updates | {
             "dims": zeros(2, 3), "values": f64(2, 3), "refused": i64(2**62), "stream": 0,
         },
-        "restrict_updates": estimates | rule | groups | {"dims": zeros(2, 3), "u": f64(4, 3), "stream": 0},
+        "restrict_updates": updates | {"dims": zeros(2, 3), "u": f64(4, 3), "stream": 0},
         "update_history": step | {"overflows": zeros(1), "stream": 0},
-        "sum_runs": runs | {"x": f32(6, 3), "centre": f64(3), "shrink": 1.0, "sums": f64(3, 4), "stream": 0},
+        "sum_runs": runs | {"centre": f64(3), "shrink": 1.0, "sums": f64(3, 4), "stream": 0},
         "keep_runs": runs | {
-            "n": 6, "kept": i64(0, 2), "factors": f64(2), "new_rows": zeros(4), "new_weights": f64(4), "stream": 0,
+            "kept": i64(0, 2), "factors": f64(2), "new_rows": zeros(4), "new_weights": f64(4), "stream": 0,
         },
         "products": {
             "g": f32(6, 4), "rows": None, "vectors": f32(2, 4), "which": i64(0, 1), "out": f64(2, 6), "places": i64(0, 1), "stream": 0,
         },
         "squares": {"g": f32(6, 4), "out": f64(6), "stream": 0},
         "best_row": {
-            "start": f64(6), "gram": f64(2, 6), "slots": i64(0), "numbers": f64(2), "norm": f64(6), "magnitude": True,
+            "correlations": fields(
+                start=f64(6), gram=f64(2, 6), slots=i64(0), numbers=f64(2), norm=f64(6), magnitude=True,
+            ),
             "scores": f64(6), "found": f64(2), "stream": 0,
         },
         "residual": {"g": f32(6, 4), "target": f64(4), "rows": i64(1), "weights": f64(1), "out": f64(4), "stream": 0},
@@ -142,30 +176,22 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
     }  # fmt: skip
     of_cpu: dict[str, Any] = {
         "pairwise": common["pairwise"] | {"symmetric": False},
-        "FacilityLocation.__init__": {
-            "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "offset": 9.0,
-            "memory_budget": 1 << 20, "threads": 2, "expected_picks": 3,
-        },
-        "FacilityLocation.from_csr": {
-            "indptr": i64(0, 1, 2), "indices": i64(0, 1), "values": f32(2), "m": 3, "weights": None, "preselected": None,
-            "self_clients": False, "memory_budget": 1 << 20, "threads": 2,
-        },
         "NearestOrder.__init__": {"centroids": f32(3, 2), "threads": 2},
         "NearestOrder.of_similarities": {"lists": 3, "dtype": "float32", "threads": 2},
         "NearestOrder.begin": {"length": 2},
         "NearestOrder.rounds": {"k": 2, "items": zeros(6), "counts": zeros(2), "values": f64(2), "takers": zeros(6), "similarities": f64(6)},
         "NearestOrder.order": {"list": 0, "items": zeros(9), "similarities": f32(9)},
-        "Sinkhorn.__init__": points | solve | {
-            "reg_marginal_a": 1.0, "reg_marginal_b": 1.0, "warm": False, "memory_budget": 1 << 20, "threads": 2, "f": f64(2, 4),
-            "g": f64(2, 5), "scalars": f64(4, 2), "iterations": zeros(2),
-        },
+        "Sinkhorn.__init__": transport | solved | {"threads": 2},
         "Sinkhorn.step": {"iterations": 5},
+        "sketch_csr": {
+            "csr": fields(crow=i64(0, 2, 3), col=i64(0, 3, 1), values=f32(3)), "out": f32(2, 8),
+        } | projection | where,
         "sketch_rows": {"indices": zeros(2, 3), "g": f32(2, 3, 4), "out": f32(2, 8)} | projection | where,
         "sample_scores": {"logits": f32(3, 2, 4), "targets": zeros(3, 2), "masked": False, "out": f32(5, 3, 2)} | where,
-        "top_updates": estimates | rule | groups | {"dims": zeros(2, 3), "u": f64(4, 3)} | where,
+        "top_updates": updates | {"dims": zeros(2, 3), "u": f64(4, 3)} | where,
         "update_history": step | where,
         "caratheodory": {
-            "x": f32(9, 2), "weights": None, "max_size": 0, "indices": zeros(3), "new_weights": f64(3), "one_scale": False,
+            "problem": fields(x=f32(9, 2), weights=None, max_size=0, one_scale=False), "indices": zeros(3), "new_weights": f64(3),
         } | where,
         "CaratheodoryReduction.__init__": {"centre": f64(2), "shrink": 1.0},
         "CaratheodoryReduction.factors": {"sums": f64(8, 3), "out": f64(8)} | where,
@@ -174,8 +200,10 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "CaratheodorySampler.__init__": {"weights": f64(9), "goal": 4} | where,
         "ActiveSet.__init__": {"nonnegative": True, "ridge": 0.1, "target_norm": 1.0},
         "ActiveSet.add": {"products": f64(1), "correlation": 0.5},
-        "orthogonal_matching_pursuit": pursuit | {"nonnegative": True, "ridge": 0.1} | where,
-        "frank_wolfe": pursuit | where,
+        "orthogonal_matching_pursuit": pursuit | where,
+        "frank_wolfe": pursuit | {
+            "problem": fields(g=f32(6, 4), target=f64(4), memory_budget=1 << 20),
+        } | where,
     }  # fmt: skip
     calls = common | (of_cuda if cuda else of_cpu)
 
@@ -199,8 +227,6 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         owner, _, method = name.rpartition(".")
         if name == "FacilityLocation.__init__":
             run_of(**given).step(2, False)
-        elif name == "FacilityLocation.from_csr":
-            m.FacilityLocation.from_csr(**given).step(1, False)
         elif name == "NearestOrder.of_similarities":
             m.NearestOrder.of_similarities(**given).begin(2)
         elif name == "NearestOrder.begin":
@@ -264,9 +290,9 @@ def main(name: str, path: str) -> None:
         elif sanitized and value == "2**31" and (binding, parameter) in LARGE:
             outcome, message = "MemoryError", "not called under a sanitizer"
         else:
-            given = {n: v.clone() if hasattr(v, "clone") else v for n, v in calls[binding].items()}
+            given = {name: _anew(argument) for name, argument in calls[binding].items()}
             if parameter is not None:
-                given[parameter] = HOSTILE[value]
+                given = _with(given, parameter, HOSTILE[value])
             signal.alarm(_SECONDS)
             try:
                 call(binding, given)
@@ -279,8 +305,8 @@ def main(name: str, path: str) -> None:
 
 def cases(module: ModuleType) -> Iterator[tuple[str, str | None, str]]:
     """A binding, its parameter and the value passed for it; first each binding as it is meant to be called."""
-    for binding, signature in signatures(module).items():
-        if parameters := numbers(signature):
+    for binding, parameters in numbers(module).items():
+        if parameters:
             yield binding, None, ""
             for parameter, _ in parameters:
                 for value in HOSTILE:

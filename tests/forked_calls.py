@@ -120,7 +120,7 @@ def new_order() -> NearestOrder:
 
 
 def new_run() -> kernels.cpu.FacilityLocation:
-    return kernels.cpu.FacilityLocation(X, memory_budget=1 << 20)
+    return kernels.cpu.FacilityLocation(kernels.FacilityLocationProblem(X, memory_budget=1 << 20))
 
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -147,6 +147,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "colm": lambda: fc.select("colm", grads=X, k=16, top=16),
     "ccs": lambda: fc.ccs(X[:, 0], 300),
     "top_scores": lambda: fc.top_scores(X[:, 0], 300),
+    "random_subset": lambda: fc.random_subset(4000, 300),
+    "k_center": lambda: fc.k_center(X, 30),
+    "nearest": lambda: fc.nearest(X, Y, 30),
     "sketch": lambda: fc.sketch(X, 64),
     "sketch srht": lambda: fc.sketch(X, 16, kind="srht"),
     "projection_matrix": lambda: fc.projection_matrix(5000, 64),

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import binding_calls
 import conftest
@@ -23,14 +24,15 @@ import torch
 from binding_calls import HOSTILE, cases, numbers, signatures
 
 from flashcoreset._core import native
+from flashcoreset._core.tensor import Csr
 from flashcoreset.directions.reference import directions
+from flashcoreset.kernels import FacilityLocationProblem as Problem
 from flashcoreset.sketch.kinds import KINDS
 
 WORKS, REFUSED = "works", ("TypeError", "ValueError")
 # Parameters that may be something else than a number.
-MAY_BE_NONE = {("FacilityLocation.__init__", "offset"), ("top_updates", "length"), ("update_history", "length"),
-               ("top_dimensions", "length"), ("restrict_updates", "length")}  # fmt: skip
-MAY_BE_INFINITE = {"reg_marginal_a", "reg_marginal_b"}
+MAY_BE_NONE = {"offset", "length", "expected_picks", "stop_gain"}
+MAY_BE_INFINITE = {"rho_a", "rho_b"}
 # These alone can't be negative, 0, or that large by what the others are.
 POSITIVE = {"threads", "length", "lists", "size", "n", "nnz", "goal", "max_iter", "iterations"}
 
@@ -49,6 +51,11 @@ class Outcome:
     value: str
     outcome: str
     message: str
+
+    @property
+    def name(self) -> str:
+        """The parameter's, or the field's of an object."""
+        return (self.parameter or "").rpartition(".")[2]
 
 
 @functools.cache
@@ -74,6 +81,14 @@ def outcomes(which: str) -> list[Outcome]:
 @pytest.fixture(params=["cpu", "cuda"])
 def which(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def kinds_of(which: str) -> dict[tuple[str, str], str]:
+    return {
+        (binding, name): kind
+        for binding, parameters in numbers(module_of(which)).items()
+        for name, kind in parameters
+    }
 
 
 def test_every_binding_says_what_it_takes(which: str) -> None:
@@ -102,11 +117,7 @@ def test_hostile_numbers_work_or_are_refused(which: str) -> None:
 
 
 def test_what_is_of_another_type_is_a_type_error_that_names_the_argument(which: str) -> None:
-    kinds = {
-        (binding, name): kind
-        for binding, signature in signatures(module_of(which)).items()
-        for name, kind in numbers(signature)
-    }
+    kinds = kinds_of(which)
     others = {
         "Integer": ("1.5", "nan", "inf", "'3'", "None", "True", "b'x'"),
         "Real": ("'3'", "None", "True", "b'x'"),
@@ -116,33 +127,27 @@ def test_what_is_of_another_type_is_a_type_error_that_names_the_argument(which: 
     for o in outcomes(which):
         if o.parameter is None or o.value not in others[kinds[o.binding, o.parameter]]:
             continue
-        if o.value == "None" and (o.binding, o.parameter) in MAY_BE_NONE:
+        if o.value == "None" and o.name in MAY_BE_NONE:
             continue
         assert o.outcome == "TypeError", o
-        assert re.match(f"{o.parameter}: expected .*, got {type(HOSTILE[o.value]).__name__}$", o.message), o
+        assert re.match(f"{o.name}: expected .*, got {type(HOSTILE[o.value]).__name__}$", o.message), o
         checked += 1
     assert checked > 200
 
 
 def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: str) -> None:
-    kinds = {
-        (binding, name): kind
-        for binding, signature in signatures(module_of(which)).items()
-        for name, kind in numbers(signature)
-    }
+    kinds = kinds_of(which)
     for o in outcomes(which):
         if o.parameter is None:
             continue
         kind, value = kinds[o.binding, o.parameter], HOSTILE[o.value]
         beyond = False
         if kind == "Integer" and type(value) is int:
-            least = 1 if o.parameter in POSITIVE else -1 if o.parameter == "shared_bytes" else 0
-            beyond = value >= 2**63 or value < (-(2**63) if o.parameter == "seed" else least)
-            beyond |= o.parameter in ("threads", "device", "count", "event_delay") and value == 2**70
+            least = 1 if o.name in POSITIVE else -1 if o.name == "shared_bytes" else 0
+            beyond = value >= 2**63 or value < (-(2**63) if o.name == "seed" else least)
+            beyond |= o.name in ("threads", "device", "count", "event_delay") and value == 2**70
             beyond |= (
-                o.parameter in ("threads", "m", "lists", "n", "length")
-                and value >= 2**62
-                and "begin" not in o.binding
+                o.name in ("threads", "lists", "n", "length") and value >= 2**62 and "begin" not in o.binding
             )
         elif kind == "Real" and type(value) in (int, float):
             beyond = o.value in ("nan", "10**400") or (
@@ -150,7 +155,7 @@ def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: st
             )
         if beyond:
             assert o.outcome == "ValueError", o
-            assert re.match(f"{o.parameter}: expected .*, got ", o.message), o
+            assert re.match(f"{o.name}: expected .*, got ", o.message), o
 
 
 def test_working_arrays_that_fit_in_no_memory_are_a_memory_error() -> None:
@@ -211,9 +216,16 @@ def test_an_error_of_the_number_itself_comes_through(m: ModuleType) -> None:
 
 def test_a_sparse_matrix_of_more_columns_than_there_can_be(m: ModuleType) -> None:
     arrays = torch.tensor([0, 1, 2]), torch.tensor([0, 1]), torch.ones(2)
-    for columns in (2**62, 2**48 + 1):
-        with pytest.raises(ValueError, match=r"m: expected an integer in \[0, 281474976710656\], got"):
-            m.FacilityLocation.from_csr(*arrays, columns, None, None, False, 1 << 20, 1)
+    for columns in HOSTILE.values():
+        problem = Problem(Csr(*arrays, (2, columns)), metric="precomputed")
+        if type(columns) is not int:
+            with pytest.raises(TypeError, match="columns: expected an integer, got"):
+                m.FacilityLocation(problem, 1)
+        elif not 0 <= columns <= 2**48:
+            with pytest.raises(
+                ValueError, match=r"columns: expected an integer in \[0, 281474976710656\], got"
+            ):
+                m.FacilityLocation(problem, 1)
 
 
 @pytest.mark.parametrize("columns", [[0, 0], [1, 0], [0, 1, 1]])
@@ -221,7 +233,7 @@ def test_a_sparse_row_that_has_a_column_twice(m: ModuleType, columns: list[int])
     """Its gain would be summed beyond the range that fixed-point numbers have."""
     count = len(columns)
     arrays = torch.tensor([0, count]), torch.tensor(columns), torch.ones(count)
-    run = m.FacilityLocation.from_csr(*arrays, 3, None, None, False, 1 << 20, 1)
+    run = m.FacilityLocation(Problem(Csr(*arrays, (1, 3)), metric="precomputed"), 1)
     with pytest.raises(ValueError, match="column indices must rise within a row, got"):
         run.step(1, False)
 
@@ -249,20 +261,26 @@ def test_arrays_that_claim_more_elements_than_any_memory_has(m: ModuleType) -> N
 
 
 def test_a_similarity_matrix_without_clients(m: ModuleType) -> None:
-    run = m.FacilityLocation(torch.empty(3, 0), None, "precomputed", None, None, 0.0, 1 << 20, 1, 9)
+    run = m.FacilityLocation(Problem(torch.empty(3, 0), metric="precomputed"), 1)
     assert run.step(2, False) == 2
+
+
+def updates(**rule: float) -> SimpleNamespace:
+    """A problem of gradient matching, as its bindings take it."""
+    numbers = {"m_scale": 0.9, "m_step": 0.1, "v_scale": 0.9, "v_step": 0.1, "eps": 1e-8} | rule
+    return SimpleNamespace(
+        g=SimpleNamespace(values=torch.arange(18.0).reshape(2, 9), seed=0, length=None),
+        history=SimpleNamespace(m=torch.arange(9.0), v=torch.ones(9)), rule=SimpleNamespace(**numbers),
+        member=torch.tensor([0, 1]), offset=torch.tensor([0, 2]),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("which", ["m_scale", "m_step", "v_scale", "v_step", "eps"])
 def test_a_rule_of_negative_numbers(m: ModuleType, which: str) -> None:
     """With a negative m_step the bound of |u| was one of nothing, and lists stayed empty."""
-    rule = {"m_scale": 0.9, "m_step": 0.1, "v_scale": 0.9, "v_step": 0.1, "eps": 1e-8} | {which: -0.1}
+    dims, u = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match=f"{which}: expected a finite number >= 0, got -0.1"):
-        m.top_updates(
-            g=torch.randn(2, 9), seed=0, length=None, m=torch.randn(9), v=torch.rand(9), **rule,
-            member=torch.tensor([0, 1]), offset=torch.tensor([0, 2]), dims=torch.zeros(1, 2, dtype=torch.int64),
-            u=torch.zeros(2, 2, dtype=torch.float64), threads=1,
-        )  # fmt: skip
+        m.top_updates(updates(**{which: -0.1}), dims, u)
 
 
 @pytest.mark.parametrize("which", ["m_scale", "m_step", "v_scale", "v_step", "eps"])
@@ -270,14 +288,26 @@ def test_minus_zero_is_zero(m: ModuleType, which: str) -> None:
     """With a v_step of -0 the bound of |u| was -inf, and lists stayed empty."""
     found = []
     for zero in (0.0, -0.0):
-        rule = {"m_scale": 0.9, "m_step": 0.1, "v_scale": 0.9, "v_step": 0.1, "eps": 1e-8} | {which: zero}
         dims, u = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.float64)
-        m.top_updates(
-            g=torch.arange(18.0).reshape(2, 9), seed=0, length=None, m=torch.arange(9.0), v=torch.ones(9), **rule,
-            member=torch.tensor([0, 1]), offset=torch.tensor([0, 2]), dims=dims, u=u, threads=1,
-        )  # fmt: skip
+        m.top_updates(updates(**{which: zero}), dims, u)
         found.append((dims.tolist(), u.tolist()))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), [0.9, 0.99], (0.9, 0.99, 0.999), None])
+def test_betas_are_a_pair(m: ModuleType, betas: object) -> None:
+    problem, out = updates(), torch.zeros(9)
+    problem.history.betas = betas
+    with pytest.raises(TypeError, match="betas: expected a tuple of two numbers, got"):
+        m.update_history(problem.g, problem.history, torch.tensor([0]), out, out.clone())
+
+
+@pytest.mark.parametrize("betas", [("0.9", 0.99), (0.9, math.nan), (True, 0.99)])
+def test_betas_are_numbers(m: ModuleType, betas: object) -> None:
+    problem, out = updates(), torch.zeros(9)
+    problem.history.betas = betas
+    with pytest.raises((TypeError, ValueError), match=r"betas\[[01]\]: expected a (finite )?number, got"):
+        m.update_history(problem.g, problem.history, torch.tensor([0]), out, out.clone())
 
 
 def in_a_process(m: ModuleType, code: str) -> subprocess.CompletedProcess[str]:
@@ -341,10 +371,10 @@ def test_a_reduction_of_what_is_no_number_is_refused(m: ModuleType, bad: float) 
 
 def test_estimates_of_no_directions_have_a_history_of_zeros() -> None:
     new_m, new_v = torch.ones(9), torch.ones(9)
-    module_of("cuda").update_history(
-        g=torch.empty(4, 0), seed=1, length=9, beta1=0.5, beta2=0.5, m=torch.full((9,), 2.0), v=torch.full((9,), 4.0),
-        chosen=torch.tensor([0, 2]), new_m=new_m, new_v=new_v, overflows=torch.zeros(1, dtype=torch.int64), stream=0,
-    )  # fmt: skip
+    history = SimpleNamespace(m=torch.full((9,), 2.0), v=torch.full((9,), 4.0), betas=(0.5, 0.5))
+    g = SimpleNamespace(values=torch.empty(4, 0), seed=1, length=9)
+    overflows = torch.zeros(1, dtype=torch.int64)
+    module_of("cuda").update_history(g, history, torch.tensor([0, 2]), new_m, new_v, overflows, 0)
     assert torch.equal(new_m, torch.full((9,), 1.0))
     assert torch.equal(new_v, torch.full((9,), 2.0))
 

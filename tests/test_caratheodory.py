@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,17 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import DEVICE
 from checks.caratheodory import (
     Check,
     X,
     check,
+    check_driver,
     check_half_types,
+    check_matching,
     check_memory,
     check_op,
     check_sums_only,
     checks_of,
     random,
+    reduce,
 )
+from conftest import EVERY_BACKEND, GPU_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,6 +33,20 @@ from torch import Tensor
 import flashcoreset as fc
 from flashcoreset import kernels
 from flashcoreset._core import native
+from flashcoreset.caratheodory import on_device as driver
+from flashcoreset.kernels import CaratheodoryProblem
+
+
+@pytest.fixture
+def small_on_device(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Small problems go to the device too, in Triton's interpreter for a round or two, and pieces of them to the host."""
+    monkeypatch.setattr(driver, "FEW", 300 if backend == "triton" else 0)
+    monkeypatch.setattr(driver, "PIECE_BYTES", 4_000)
+    monkeypatch.setattr(driver, "QR_NUMBERS", 1_000)
+
+
+ON_GPU = pytest.mark.parametrize("backend", GPU_BACKENDS, indirect=True)
+
 
 # --- the definition -------------------------------------------------------------------------------
 
@@ -105,20 +125,21 @@ def test_half_types_compute_in_float64() -> None:
     check_half_types("cpu")
 
 
-def test_memory_of_the_callers_own(backend: str) -> None:
-    check_memory(getattr(kernels, backend), "cpu")
+@EVERY_BACKEND
+def test_memory_of_the_callers_own(backend: str, small_on_device: None) -> None:
+    check_memory(importlib.import_module(f"flashcoreset.kernels.{backend}"), DEVICE)
 
 
 def test_the_binding_checks_its_arrays() -> None:
     x, ints, floats = random(9, 2), torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.float64)
     for weights in (torch.zeros(9), torch.full((9,), -1.0), torch.full((9,), math.nan), torch.ones(8)):
         with pytest.raises(ValueError, match="weights: expected"):
-            kernels.cpu.caratheodory(x, weights.double())
+            kernels.cpu.caratheodory(CaratheodoryProblem(x, weights.double()))
     for out in ((ints[:2], floats), (ints, floats[:2])):
         with pytest.raises(ValueError, match="expected shape"):
-            kernels.cpu.caratheodory(x, out=out)
+            kernels.cpu.caratheodory(CaratheodoryProblem(x), out)
     with pytest.raises(ValueError, match="max_size"):
-        kernels.cpu.caratheodory(x, max_size=-1, out=(ints, floats))
+        kernels.cpu.caratheodory(CaratheodoryProblem(x, max_size=-1), (ints, floats))
 
 
 def test_the_parts_for_devices_check_their_arrays() -> None:
@@ -202,7 +223,7 @@ def test_backends_that_are_not_there() -> None:
         fc.caratheodory(X, backend="gpu")
 
 
-# --- what tests of the kernels on a GPU run too -----------------------------------------------------
+# --- what holds on every backend -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,3 +231,36 @@ def test_backends_that_are_not_there() -> None:
 )
 def test_reduction(backend: str, holds: Check) -> None:
     holds(backend)
+
+
+# Warnings of NumPy, in Triton's interpreter, when sums are to become infinite or NaN.
+@ON_GPU
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("holds", checks_of([(1, 1), (97, 7), (1025, 3)]))
+def test_as_on_the_cpu(backend: str, holds: Check, small_on_device: None) -> None:
+    holds(backend)
+
+
+@ON_GPU
+def test_the_way_to_the_host(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"triton": 4_000}.get(backend, driver.FEW)
+    monkeypatch.setattr(driver, "FEW", few)
+    check_driver(backend, 8_000 if backend == "triton" else 50_000)
+
+
+@ON_GPU
+def test_opcheck(backend: str, small_on_device: None) -> None:
+    check_op(backend, DEVICE)
+
+
+@ON_GPU
+def test_gradients_are_matched_exactly(backend: str, small_on_device: None) -> None:
+    check_matching(backend)
+
+
+@ON_GPU
+def test_without_the_compiled_cpu_module(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "failure", lambda: "no compiled CPU module could be loaded (broken)")
+    words = rf"backend '{backend}': of caratheodory sums of runs .*\(broken\)"
+    with pytest.raises(fc.BackendUnavailableError, match=words):
+        reduce(random(9, 2), backend=backend)

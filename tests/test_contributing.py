@@ -46,7 +46,7 @@ def test_the_oracle_is_imported_by_nobody_else() -> None:
 
 def test_no_test_module_imports_another() -> None:
     """What several of them need lies in tests/checks, cases.py and conftest.py."""
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert not (node.module or "").startswith("test_"), path

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE
 from checks.matching import (
     BETAS,
     CHECKS,
@@ -16,12 +17,15 @@ from checks.matching import (
     check_all_dimensions,
     check_steps,
     greedy_medoids,
+    history,
     normal,
 )
+from conftest import EVERY_BACKEND
 from torch import Tensor
 
 import flashcoreset as fc
 from flashcoreset import kernels
+from flashcoreset.kernels import Gradients, UpdatesProblem
 from flashcoreset.matching.rule import Rule
 from flashcoreset.pursuit import orthogonal_matching_pursuit
 
@@ -35,7 +39,6 @@ def test_twenty_steps_equal_the_dense_restatement(backend: str, kind: str, dtype
 def test_threads_and_layout_change_no_bit() -> None:
     g = normal(50, 40_000, dtype=torch.float32)
     m, v = normal(40_000, seed=1, dtype=torch.float32), normal(40_000, seed=2, dtype=torch.float32).square()
-    rule = Rule.adam(4, BETAS, EPS)
     member, offset = torch.randperm(50, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 21, 50])
     threads = torch.get_num_threads()
     results = []
@@ -44,8 +47,9 @@ def test_threads_and_layout_change_no_bit() -> None:
             (1, 2, 5), (g, g.T.contiguous().T, torch.cat([g, g], 1)[:, :40_000])
         ):
             torch.set_num_threads(count)
-            dims, u = kernels.cpu.top_updates(rows, m, v, rule, member, offset, 500)
-            results.append((dims, u, *kernels.cpu.update_history(rows, m, v, BETAS, member)))
+            problem = UpdatesProblem(Gradients(rows), history(m, v, 4), member, offset, 500)
+            dims, u = kernels.cpu.top_updates(problem)
+            results.append((dims, u, *kernels.cpu.update_history(problem.g, problem.history, member)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -199,17 +203,10 @@ def test_one_direction_needs_no_rows(backend: str) -> None:
     history = fc.RankOneAdamState(numel, mean=0.4, mean_square=1.5, seed=3, step=4)
     g = fc.LowRankGradients(normal(31, 1), seed=3, numel=numel, backend=backend)
     dense = history.dense(torch.float64)
-    _, u = kernels.torch.top_updates(
-        g.coefficients,
-        dense.m,
-        dense.v,
-        Rule.adam(4, BETAS, EPS),
-        torch.arange(31),
-        torch.tensor([0, 31]),
-        top,
-        seed=3,
-        length=numel,
+    problem = UpdatesProblem(
+        Gradients(g.coefficients, 3, numel), dense, torch.arange(31), torch.tensor([0, 31]), top
     )
+    _, u = kernels.torch.top_updates(problem)
     distance = torch.cdist(u, u, p=1)
     found = fc.match_gradients(g, 6, normalize=history, top=top, backend=backend)
     by_rows = fc.match_gradients(g, 6, normalize=dense, top=top, backend=backend)
@@ -245,9 +242,8 @@ def test_memory_does_not_grow_with_the_length_of_gradients() -> None:
     """From low-rank gradients the lists and rows are all there is: 20 million dimensions of 64 samples would be 5 GB."""
     g = fc.LowRankGradients(normal(64, 1, dtype=torch.float32), seed=0, numel=20_000_000)
     member, offset = torch.arange(64), torch.tensor([0, 64])
-    dims, u = kernels.cpu.top_updates(
-        g.coefficients, None, None, None, member, offset, 10, seed=0, length=g.numel
-    )
+    problem = UpdatesProblem(Gradients(g.coefficients, 0, g.numel), None, member, offset, 10)
+    dims, u = kernels.cpu.top_updates(problem)
     z = g.directions()[0].abs()
     assert torch.equal(dims[0].sort().values, z.topk(10).indices.sort().values)
     assert u.shape == (64, 10)
@@ -279,13 +275,6 @@ ZERO = torch.zeros(5)
             {"normalize": fc.AdamState(torch.zeros(4), torch.zeros(4), 1)},
             ValueError,
             r"normalize must be of gradients of length 5, .* length 4",
-        ),
-        (
-            G.double(),
-            1,
-            {"normalize": fc.AdamState(ZERO, ZERO, 1)},
-            TypeError,
-            "normalize must have dtype torch.float64",
         ),
         (G, 1, {"nonnegative": False}, ValueError, "are for method 'omp'"),
         (G, 1, {"ridge": 1.0}, ValueError, "are for method 'omp'"),
@@ -364,9 +353,8 @@ def test_the_row_of_a_bad_value_is_named(backend: str) -> None:
         ({"betas": 0.9}, TypeError, "betas must be a pair"),
         ({"eps": 0.0}, ValueError, "eps must be > 0"),
         ({"m": torch.zeros(4)}, ValueError, r"v must have the shape of m"),
-        ({"m": torch.zeros(5, dtype=torch.float64)}, TypeError, "v must have the dtype of m"),
         ({"m": torch.zeros(5, 1)}, ValueError, r"m must have shape \[D\]"),
-        ({"v": torch.zeros(5, dtype=torch.int64)}, TypeError, "v must have dtype float32 or float64"),
+        ({"v": torch.zeros(5, dtype=torch.int64)}, TypeError, "v must have dtype float16, .* got int64"),
     ],
 )
 def test_bad_histories_are_named(change: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -374,6 +362,7 @@ def test_bad_histories_are_named(change: dict[str, Any], error: type[Exception],
         dataclasses.replace(fc.AdamState(ZERO, ZERO, 1), **change)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("check", CHECKS)
 def test_equals_the_definition(backend: str, check: Check) -> None:
-    check(backend, "cpu")
+    check(backend, DEVICE)

@@ -2,56 +2,87 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import DEVICE
 from checks.pursuit import (
     GOAL,
     G,
     check_bad_values,
     check_by_hand,
     check_ends,
+    check_equal,
     check_frank_wolfe,
     check_half_types,
+    check_interrupt,
     check_less_memory,
+    check_match_gradients,
+    check_memory,
     check_nearly_dependent,
+    check_needs_the_cpu_module,
     check_opcheck_and_compile,
     check_overflow,
     check_pursuit,
     check_ties,
+    check_views,
     check_weights_that_round_to_zero,
     make_rows,
     make_target,
     normal,
 )
-from conftest import BACKENDS
+from conftest import BACKENDS, EVERY_BACKEND, GPU_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 import flashcoreset as fc
 from flashcoreset import kernels
+from flashcoreset.kernels import PursuitProblem
 from flashcoreset.pursuit import frank_wolfe, orthogonal_matching_pursuit
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIZES = [(1, 1), (7, 3), (7, 97), (40, 1), (97, 40), (130, 1025), (1025, 33)]
 
 
+ON_GPU = pytest.mark.parametrize("backend", GPU_BACKENDS, indirect=True)
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def module_of(backend: str) -> ModuleType:
+    return importlib.import_module(f"flashcoreset.pursuit.{backend}")
 
 
 # --- the definitions ------------------------------------------------------------------------------
 
 
-def test_cases_worked_by_hand(backend: str) -> None:
-    check_by_hand(backend, "cpu")
+@EVERY_BACKEND
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # NumPy's, in Triton's interpreter
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_by_hand,
+        check_ends,
+        check_half_types,
+        check_overflow,
+        check_views,
+        check_weights_that_round_to_zero,
+    ],
+    ids=lambda check: check.__name__.removeprefix("check_"),
+)
+def test_holds(backend: str, check: Callable[[str, str], None]) -> None:
+    check(backend, DEVICE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
@@ -64,6 +95,56 @@ def test_is_the_definition(backend: str, kind: str, dtype: torch.dtype, size: tu
     check_pursuit(name, "cpu", kind, dtype, size, min(k, 20))
     if size[1] > 2:  # on a circle every geodesic is the same
         check_frank_wolfe(name, "cpu", kind, dtype, size, 12)
+
+
+# Several blocks of rows and tiles of columns, and a part more; half types are converted.
+FEW = [
+    *((torch.float64, size) for size in [(1, 1), (7, 3), (70, 20), (30, 129), (19, 530)]),
+    *((torch.float32, size) for size in [(1, 9), (70, 20), (19, 530)]),
+    (torch.float16, (7, 30)),
+    (torch.bfloat16, (7, 30)),
+]
+
+
+@ON_GPU
+@pytest.mark.parametrize(("dtype", "size"), FEW, ids=str)
+def test_is_the_definition_on_a_gpu(backend: str, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    check_pursuit(backend, DEVICE, "clustered", dtype, size, 5)
+    if size[1] > 2:  # on a circle every geodesic is the same
+        check_frank_wolfe(backend, DEVICE, "clustered", dtype, size, 5)
+
+
+@ON_GPU
+@pytest.mark.parametrize("kind", ["scaled", "repeated"])
+def test_rows_of_all_magnitudes_duplicates_and_zeros_on_a_gpu(backend: str, kind: str) -> None:
+    check_pursuit(backend, DEVICE, kind, torch.float64, (40, 20), 8)
+    check_pursuit(backend, DEVICE, kind, torch.float32, (40, 20), 4)
+    check_frank_wolfe(backend, DEVICE, kind, torch.float64, (40, 20), 5)
+
+
+@ON_GPU
+def test_as_many_picks_as_rows(backend: str) -> None:
+    check_pursuit(backend, DEVICE, "normal", torch.float64, (8, 20), 8)
+
+
+@ON_GPU
+def test_memory_is_that_of_the_columns(backend: str) -> None:
+    check_memory(module_of(backend), DEVICE)
+
+
+@ON_GPU
+def test_ctrl_c_is_handled_between_steps(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_interrupt(module_of(backend), DEVICE, monkeypatch)
+
+
+@ON_GPU
+def test_match_gradients(backend: str) -> None:
+    check_match_gradients(backend, DEVICE)
+
+
+@ON_GPU
+def test_needs_the_cpu_module(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_needs_the_cpu_module(backend, DEVICE, monkeypatch)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
@@ -183,16 +264,14 @@ def test_conditions_of_the_optimum(rows: list[list[int]], goal: list[int], ridge
         )
 
 
+@EVERY_BACKEND
 def test_ties_go_to_the_lowest_index(backend: str) -> None:
-    check_ties(backend, "cpu", 40, 30)
+    check_ties(backend, DEVICE, *((20, 6) if backend in GPU_BACKENDS else (40, 30)))
 
 
-def test_ends_where_the_residual_vanishes(backend: str) -> None:
-    check_ends(backend, "cpu")
-
-
+@EVERY_BACKEND
 def test_nearly_dependent_rows_are_passed_over(backend: str) -> None:
-    check_nearly_dependent(backend, "cpu", 30)
+    check_nearly_dependent(backend, DEVICE, 8 if backend in GPU_BACKENDS else 30)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -202,20 +281,26 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
+        problem = PursuitProblem(g, target, 50)
         results.append(
             [
-                kernels.cpu.orthogonal_matching_pursuit(g, target, 50),
-                kernels.cpu.orthogonal_matching_pursuit(g, target, 50, memory_budget=0),
-                kernels.cpu.frank_wolfe(g, target, 50),
+                kernels.cpu.orthogonal_matching_pursuit(problem),
+                kernels.cpu.orthogonal_matching_pursuit(replace(problem, memory_budget=0)),
+                kernels.cpu.frank_wolfe(problem),
             ]
         )
     for again in results[1:]:
         for one, other in zip(results[0], again, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+            check_equal(one, other)
 
 
 def test_less_memory_gives_the_same() -> None:
     check_less_memory(kernels.cpu, "cpu", (97, 300), 40, [0, 3, 25])
+
+
+@ON_GPU
+def test_less_memory_gives_the_same_on_a_gpu(backend: str) -> None:
+    check_less_memory(module_of(backend), DEVICE, (40, 30), 7, [0, 3, 7, 8])
 
 
 def test_permuted_rows_give_permuted_picks(backend: str) -> None:
@@ -235,10 +320,6 @@ def test_a_gram_matrix_in_double_keeps_the_weights_of_rows_that_are_alike() -> N
     found = orthogonal_matching_pursuit(g, target, 30, nonnegative=False, backend="cpu")
     wanted = np.linalg.lstsq(g[found.indices].double().numpy().T, target.numpy(), rcond=None)[0]
     np.testing.assert_allclose(found.weights.double().numpy(), wanted, rtol=1e-5)
-
-
-def test_half_types_compute_with_their_exact_values(backend: str) -> None:
-    check_half_types(backend, "cpu")
 
 
 def test_views_and_arrays(backend: str) -> None:
@@ -264,6 +345,11 @@ def test_opcheck_and_compile(name: str | None) -> None:
     check_opcheck_and_compile(name, "cpu")
     meta = orthogonal_matching_pursuit(G.to("meta"), GOAL.to("meta"), 3)
     assert (meta.indices.is_meta, meta.weights.shape) == (True, (3,))
+
+
+@ON_GPU
+def test_opcheck_and_compile_on_a_gpu(backend: str) -> None:
+    check_opcheck_and_compile(backend, DEVICE, 3)
 
 
 LONG_CALL = """
@@ -298,28 +384,22 @@ def test_ctrl_c_ends_the_call_within_a_second(name: str) -> None:
 # --- bad input ------------------------------------------------------------------------------------
 
 
+@EVERY_BACKEND
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # NumPy's, in Triton's interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_are_refused(backend: str, value: float, dtype: torch.dtype) -> None:
-    check_bad_values(backend, "cpu", value, dtype)
-
-
-def test_overflow_is_refused(backend: str) -> None:
-    check_overflow(backend, "cpu")
-
-
-def test_weights_that_round_to_zero(backend: str) -> None:
-    check_weights_that_round_to_zero(backend, "cpu")
+    check_bad_values(backend, DEVICE, value, dtype)
 
 
 BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "g int": ((G.int(), GOAL, 1), {}, TypeError, "g must have dtype float16, .*, got int32"),
-    "g list": (([[1.0]], GOAL, 1), {}, TypeError, "g must be a torch.Tensor, .*, got list"),
+    "g list": (([[1.0], [2.0, 3.0]], GOAL, 1), {}, ValueError, "g must be a list of numbers, got a nested one"),
     "g 1-d": ((GOAL, GOAL, 1), {}, ValueError, r"g must have 2 dimensions, got shape \(3,\)"),
     "g empty": ((G[:0], GOAL, 1), {}, ValueError, r"g must have at least 1 row and 1 column, got shape \(0, 3\)"),
     "target long": ((G, torch.ones(4), 1), {}, ValueError, r"target must have shape \[3\], got \(4,\)"),
     "target 2-d": ((G, GOAL[None], 1), {}, ValueError, r"target must have shape \[3\], got \(1, 3\)"),
-    "target bool": ((G, GOAL.bool(), 1), {}, TypeError, "target must hold real numbers, got dtype bool"),
+    "target complex": ((G, GOAL.to(torch.complex64), 1), {}, TypeError, "target must hold real numbers, got dtype complex64"),
     "target None": ((G, None, 1), {}, TypeError, "target must be a torch.Tensor, .*, got NoneType"),
     "target elsewhere": ((G, GOAL.to("meta"), 1), {}, ValueError, "target is on device meta, but g is on cpu"),
     "k 0": ((G, GOAL, 0), {}, ValueError, "k must be between 1 and the number of rows of g, 4, got 0"),
@@ -345,11 +425,11 @@ def test_bad_arguments(name: str) -> None:
 
 def test_the_compiled_call_checks_what_it_is_given() -> None:
     with pytest.raises(ValueError, match=r"target: expected shape \(3,\), got \(4,\)"):
-        kernels.cpu.orthogonal_matching_pursuit(G, torch.ones(4).double(), 1)
+        kernels.cpu.orthogonal_matching_pursuit(PursuitProblem(G, torch.ones(4).double(), 1))
     with pytest.raises(TypeError, match="target: expected dtype float64, got float32"):
-        kernels.cpu.frank_wolfe(G, GOAL, 1)
+        kernels.cpu.frank_wolfe(PursuitProblem(G, GOAL, 1))
     with pytest.raises(TypeError, match="g: expected dtype float32 or float64, got float16"):
-        kernels.cpu.frank_wolfe(G.half(), GOAL.double(), 1)
+        kernels.cpu.frank_wolfe(PursuitProblem(G.half(), GOAL.double(), 1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU both are there")

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashcoreset.caratheodory.problem import Runs
 from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
 COLUMNS = 1024 if INTERPRETED else 32  # columns of a tile, at most
@@ -123,41 +124,31 @@ def tile_of(d: int) -> tuple[int, int]:
     return min(TILE // columns, PIECE), columns
 
 
-def launch_sums(
-    x: Tensor,
-    rows: Tensor | None,
-    weights: Tensor | None,
-    centre: Tensor,
-    shrink: float,
-    size: int,
-    sums: Tensor,
-) -> None:
-    """Writes sums [runs, 1 + d] of w (1, shrink x - centre) over `size` of the rows [count] of x each. Does not wait for the
-    device."""
-    d = x.shape[1]
-    runs, count = len(sums), x.shape[0] if rows is None else len(rows)
+def launch_sums(runs: Runs, centre: Tensor, shrink: float, sums: Tensor) -> None:
+    """Writes sums [runs, 1 + d] of w (1, shrink x - centre) over the rows of each run. Does not wait for the device."""
+    x, count, d = runs.x, runs.count, runs.x.shape[1]
     tile_rows, columns = tile_of(d)
     piece_rows = PIECE * triton.cdiv(count, PIECE * _PIECES)
-    pieces, tiles = triton.cdiv(size, piece_rows), triton.cdiv(d, columns)
+    pieces, tiles = triton.cdiv(runs.size, piece_rows), triton.cdiv(d, columns)
     numbers = torch.cat([centre.new_full((1,), shrink), centre])
-    partial = sums if pieces == 1 else sums.new_empty(runs, pieces, 1 + d)
+    partial = sums if pieces == 1 else sums.new_empty(len(sums), pieces, 1 + d)
     with torch.cuda.device_of(x):
-        sum_pieces_kernel[(runs * pieces * tiles,)](
+        sum_pieces_kernel[(len(sums) * pieces * tiles,)](
             x,
             x.stride(0),
             x.stride(1),
-            sums if rows is None else rows,
-            sums if weights is None else weights,
+            sums if runs.rows is None else runs.rows,
+            sums if runs.weights is None else runs.weights,
             numbers,
             count,
-            size,
+            runs.size,
             d,
             piece_rows,
             pieces,
             tiles,
             partial,
-            HAS_ROWS=rows is not None,
-            HAS_WEIGHTS=weights is not None,
+            HAS_ROWS=runs.rows is not None,
+            HAS_WEIGHTS=runs.weights is not None,
             ROWS=tile_rows,
             COLS=columns,
             PIECE=PIECE,
@@ -167,30 +158,21 @@ def launch_sums(
         torch.sum(partial, 1, out=sums)
 
 
-def launch_keep(
-    n: int,
-    rows: Tensor | None,
-    weights: Tensor | None,
-    size: int,
-    kept: Tensor,
-    factors: Tensor,
-    new_rows: Tensor,
-    new_weights: Tensor,
-) -> None:
+def launch_keep(runs: Runs, kept: Tensor, factors: Tensor, new_rows: Tensor, new_weights: Tensor) -> None:
     """Writes the rows of the runs `kept` and their weights times their run's factor. Does not wait for the device."""
     count = len(new_rows)
     with torch.cuda.device_of(kept):
         gather_kernel[(triton.cdiv(count, BLOCK),)](
-            kept if rows is None else rows,
-            factors if weights is None else weights,
+            kept if runs.rows is None else runs.rows,
+            factors if runs.weights is None else runs.weights,
             kept,
             factors,
-            size,
+            runs.size,
             count,
             new_rows,
             new_weights,
-            HAS_ROWS=rows is not None,
-            HAS_WEIGHTS=weights is not None,
+            HAS_ROWS=runs.rows is not None,
+            HAS_WEIGHTS=runs.weights is not None,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

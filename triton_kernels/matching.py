@@ -25,7 +25,6 @@ with them half of the blocks); the list's selection in a kernel (no sort there i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,7 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flashcoreset.directions import STREAM
-from flashcoreset.matching.rule import Rule
+from flashcoreset.gradients.adam import AdamState
+from flashcoreset.matching.problem import Gradients, Updates
 from flashcoreset.triton_kernels.pairwise import INTERPRETED
 from flashcoreset.triton_kernels.sketch import (
     in_turn,
@@ -443,34 +443,23 @@ def directions_kernel(
     tl.store(out + row * out_stride + column * out_step, z.to(out.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Rows, or coefficients of directions, as the kernels take them."""
+def _form(g: Gradients) -> str:
+    if g.length is None:
+        return "rows"
+    return "one direction" if g.values.shape[1] == 1 else "directions"
 
-    values: Tensor  # [B, D], or coefficients [B, q]
-    seed: int
-    length: int | None  # of the directions
 
-    @property
-    def numel(self) -> int:
-        return self.values.shape[1] if self.length is None else self.length
-
-    @property
-    def form(self) -> str:
-        if self.length is None:
-            return "rows"
-        return "one direction" if self.values.shape[1] == 1 else "directions"
-
-    def arguments(self) -> dict[str, object]:
-        return {
-            "g": self.values,
-            "g_stride": self.values.stride(0),
-            "g_step": self.values.stride(1),
-            "q": self.values.shape[1],
-            "FORM": self.form,
-            "ROWS": ROWS[self.form],
-            **_seed(self.seed),
-        }
+def _arguments(g: Gradients) -> dict[str, object]:
+    form = _form(g)
+    return {
+        "g": g.values,
+        "g_stride": g.values.stride(0),
+        "g_step": g.values.stride(1),
+        "q": g.values.shape[1],
+        "FORM": form,
+        "ROWS": ROWS[form],
+        **_seed(g.seed),
+    }
 
 
 def _seed(seed: int) -> dict[str, int]:
@@ -499,35 +488,22 @@ def chunks(numel: int, groups: int, top: int) -> Iterator[tuple[int, int]]:
         begin, size = begin + size, 2 * size
 
 
-def launch_top_updates(
-    g: Gradients,
-    history: tuple[Tensor, Tensor] | None,
-    rule: Rule | None,
-    member: Tensor,
-    offset: Tensor,
-    top: int,
-) -> tuple[Tensor, Tensor, int]:
+def launch_top_updates(problem: Updates) -> tuple[Tensor, Tensor, int]:
     """Returns dims [G, top], u [R, top], and the first dimension that is refused, or 2^63 - 1. Waits for the device."""
-    groups, device = len(offset) - 1, g.values.device
-    scales = (0.0, 1.0, 0.0, 0.0, 0.0)
-    if rule is not None:
-        scales = (rule.m_scale, rule.m_step, rule.v_scale, rule.v_step, rule.eps)
-    sieves = (
-        rule is not None
-        and history is not None
-        and g.values.dtype != torch.float64
-        and rule.eps >= _LEAST_EPS_OF_SIEVE
-    )
-    m, v = (g.values, g.values) if history is None else history
+    g, history, rule, top = problem.g, problem.history, problem.rule, problem.top
+    groups, device = len(problem.offset) - 1, g.values.device
+    scales = (rule.m_scale, rule.m_step, rule.v_scale, rule.v_step, rule.eps)
+    sieves = history is not None and g.values.dtype != torch.float64 and rule.eps >= _LEAST_EPS_OF_SIEVE
+    m, v = (g.values, g.values) if history is None else (history.m, history.v)
     common: dict[str, object] = {
         "m": m,
         "v": v,
         "numbers": torch.tensor(scales, dtype=torch.float64, device=device),
-        "member": member,
-        "offset": offset,
+        "member": problem.member,
+        "offset": problem.offset,
         "groups": groups,
         "num_warps": WARPS,
-        **g.arguments(),
+        **_arguments(g),
     }
     refused = torch.full((1,), 2**63 - 1, dtype=torch.int64, device=device)
     best = torch.empty(groups, 0, dtype=torch.float64, device=device)
@@ -561,26 +537,19 @@ def launch_top_updates(
             best = best[:, :top].contiguous()
             bar = best[:, -1].contiguous()
             wait_for_all_but_a_few(waiting, device)
-        u = torch.empty(len(member), top, dtype=torch.float64, device=device)
+        u = torch.empty(len(problem.member), top, dtype=torch.float64, device=device)
         restrict_kernel[(groups * triton.cdiv(top, BLOCK),)](
             top=top, dims_of=dims, u_of=u, HISTORY=history is not None, BLOCK=BLOCK, **common
         )
     return dims, u, int(refused)
 
 
-def launch_history(
-    g: Gradients,
-    m: Tensor,
-    v: Tensor,
-    betas: tuple[float, float],
-    chosen: Tensor,
-    new_m: Tensor,
-    new_v: Tensor,
-) -> bool:
+def launch_history(g: Gradients, history: AdamState, chosen: Tensor, new_m: Tensor, new_v: Tensor) -> bool:
     """Writes the history after a step whose gradients are the rows `chosen` to `new_m` and `new_v`; returns whether they
     overflow. Waits for the device."""
+    m, v = history.m, history.v
     overflows = torch.zeros(1, dtype=torch.int32, device=m.device)
-    both = torch.tensor(betas, dtype=torch.float64, device=m.device)
+    both = torch.tensor(history.betas, dtype=torch.float64, device=m.device)
     products = len(chosen) * (1 if g.length is None else g.values.shape[1])
     at_once = max(1, _PRODUCTS // (products * BLOCK)) * BLOCK
     waiting: list[torch.cuda.Event] = []
@@ -600,7 +569,7 @@ def launch_history(
                 overflows=overflows,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
-                **g.arguments(),
+                **_arguments(g),
             )
             wait_for_all_but_a_few(waiting, m.device)
     return bool(overflows)

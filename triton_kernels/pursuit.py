@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashcoreset.pursuit.on_device import Correlations
 from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
 VECTORS = 4  # per program
@@ -304,34 +305,25 @@ def _launch(
             )
 
 
-def launch_pick(
-    correlation: Tensor,
-    gram: Tensor,
-    slots: Tensor,
-    numbers: Tensor,
-    norm: Tensor,
-    magnitude: bool,
-    scores: Tensor,
-    found: Tensor,
-) -> None:
-    """scores [B] float64 = correlation - sum_p numbers[p] gram[slots[p]] (or its magnitude) if that is more than the last of
-    `numbers` [p + 1] times `norm`, else -inf; found [2] float64 = the best and its row, the first of equal ones."""
-    rows = len(correlation)
+def launch_pick(c: Correlations, scores: Tensor, found: Tensor) -> None:
+    """scores [B] float64 = start - sum_p numbers[p] gram[slots[p]] (or its magnitude) if that is more than the last of
+    `numbers` times `norm`, else -inf; found [2] float64 = the best and its row, the first of equal ones."""
+    rows = len(c.start)
     blocks = triton.cdiv(rows, LINES)
-    best, best_row = scores.new_empty(blocks), slots.new_empty(blocks)
-    with torch.cuda.device_of(correlation):
+    best, best_row = scores.new_empty(blocks), c.slots.new_empty(blocks)
+    with torch.cuda.device_of(scores):
         pick_kernel[(blocks,)](
-            correlation,
-            gram,
-            slots,
-            numbers,
-            norm,
+            c.start,
+            c.gram,
+            c.slots,
+            c.numbers,
+            c.norm,
             scores,
             best,
             best_row,
             rows,
-            len(slots),
-            MAGNITUDE=magnitude,
+            len(c.slots),
+            MAGNITUDE=c.magnitude,
             LINES=LINES,
             TERMS=TERMS,
             num_warps=WARPS,

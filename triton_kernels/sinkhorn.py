@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashcoreset.sinkhorn.problem import Problem
 from flashcoreset.sinkhorn.schedule import MOST_EXPONENT, Schedule
 from flashcoreset.triton_kernels.pairwise import Tile, pair_values
 
@@ -528,7 +529,7 @@ class Side:
         return self.weight.shape[1]
 
 
-class Problems:
+class Batch:
     """A batch of problems as the kernels take it.
 
     Args:
@@ -633,61 +634,50 @@ class Run:
     """The iterations of a batch: their state, on the device.
 
     Args:
-        problems: whose potentials are the start, and the result.
-        reg, reg_marginal, tol, max_iter: as in the reference.
+        batch: the problems; their potentials are the start, and the result.
+        problem: the options, and whether a start was given.
         spread: [B] float64, a bound of the range of each problem's costs.
-        warm: whether the potentials were given.
     """
 
-    def __init__(
-        self,
-        problems: Problems,
-        reg: float,
-        reg_marginal: tuple[float, float],
-        tol: float,
-        max_iter: int,
-        spread: Tensor,
-        warm: bool,
-    ) -> None:
-        self._problems, self._max_iter = problems, max_iter
-        self._balanced = all(map(math.isinf, reg_marginal))
-        weight = problems.sides[0].weight
-        batch, device = weight.shape[0], weight.device
-        self._reg, *self._rho = torch.tensor(
-            [reg, *reg_marginal], dtype=torch.float64, device=device
-        ).unbind()
-        self._regs = weight.new_full((batch,), reg)
+    def __init__(self, batch: Batch, problem: Problem, spread: Tensor) -> None:
+        reg, rho, tol, max_iter = problem.reg, (problem.rho_a, problem.rho_b), problem.tol, problem.max_iter
+        self._batch, self._max_iter = batch, max_iter
+        self._balanced = problem.balanced
+        weight = batch.sides[0].weight
+        count, device = weight.shape[0], weight.device
+        self._reg, *self._rho = torch.tensor([reg, *rho], dtype=torch.float64, device=device).unbind()
+        self._regs = weight.new_full((count,), reg)
 
         quotient = spread / reg
         logs = torch.where(quotient < math.inf, quotient.log(), spread.log() - math.log(reg))
         stages = (logs / math.log(Schedule.FACTOR)).ceil() - 1
         anneals = (spread > Schedule.ANNEALED_FROM * reg) & torch.isfinite(spread) & (2 * stages <= max_iter)
-        if warm:
+        if problem.f is not None:
             anneals = torch.zeros_like(anneals)
         share = max_iter // (2 * torch.where(anneals, stages, 1)).long()
         self._stage_iterations = share.clamp(max=Schedule.STAGE_ITERATIONS)
         accelerated = anneals | (tol > 0)
         self._accelerated = accelerated.int()
-        columns_hold = math.isinf(reg_marginal[1])
+        columns_hold = math.isinf(rho[1])
         self._translates = (accelerated | columns_hold).int() * (0 if self._balanced else 1)
-        self._masses = [side.weight.sum(1) for side in problems.sides]
+        self._masses = [side.weight.sum(1) for side in batch.sides]
         # As Schedule has it, for each problem.
         whole = torch.maximum(*self._masses)
-        if math.isinf(reg_marginal[0]) != math.isinf(reg_marginal[1]):
-            whole = self._masses[0 if math.isinf(reg_marginal[0]) else 1]
+        if math.isinf(rho[0]) != math.isinf(rho[1]):
+            whole = self._masses[0 if math.isinf(rho[0]) else 1]
         self.tolerance = (max(tol, Schedule.LEAST_SHARE) * whole).clamp(max=tol)
         self._eps = torch.where(anneals, spread / Schedule.FACTOR, reg)
         self._omega = torch.ones_like(self._eps)
         self._base = torch.zeros_like(self._eps)
         self._carried, self.constant = torch.zeros_like(self._eps), torch.zeros_like(self._eps)
         self.iterations, self._in_stage, self._since = torch.zeros(
-            3, batch, dtype=torch.int64, device=device
+            3, count, dtype=torch.int64, device=device
         ).unbind()
-        self._state = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._state = torch.zeros(count, dtype=torch.int32, device=device)
         # By side: errors of the marginal; its mass and <P, C> in the rows of the others; the sums that it asks for less its
         # weights. Blocks beyond a problem's size stay 0.
-        self._sums = [weight.new_zeros(4, batch, problems.tiles(side)) for side in (0, 1)]
-        self.error, self.mass, self.cost = weight.new_zeros(3, batch).unbind()
+        self._sums = [weight.new_zeros(4, count, batch.tiles(side)) for side in (0, 1)]
+        self.error, self.mass, self.cost = weight.new_zeros(3, count).unbind()
 
     def potentials(self) -> list[Tensor]:
         """f [B, n] and g [B, m], with the constant that they have gained and lost besides."""
@@ -697,7 +687,7 @@ class Run:
                 side.potential + constant[:, None],
                 side.potential,
             )
-            for side, constant in zip(self._problems.sides, (self.constant, -self.constant), strict=True)
+            for side, constant in zip(self._batch.sides, (self.constant, -self.constant), strict=True)
         ]
 
     def look(self) -> tuple[list[int], list[int]]:
@@ -707,7 +697,6 @@ class Run:
 
     def iterate(self, count: int) -> None:
         """Up to `count` iterations of each problem that is running."""
-        problems = self._problems
         for _ in range(count):
             for side in (0, 1):
                 tensors = (
@@ -719,22 +708,22 @@ class Run:
                     self.constant,
                     self._state,
                 )
-                problems.launch(
+                self._batch.launch(
                     half_iteration_kernel, side, tensors, BALANCED=self._balanced, AFTER=side == 1
                 )
             self._after_iteration()
 
     def _after_iteration(self) -> None:
         """Decides what comes next for each problem that is running, by the errors in `_sums`."""
-        rows, columns = self._problems.sides
+        rows, columns = self._batch.sides
         with torch.cuda.device_of(self._eps):
             schedule_kernel[(len(self._eps),)](
                 self._sums[0][0],
                 self._sums[1][0],
                 rows.count,
                 columns.count,
-                self._problems.tiles(0),
-                self._problems.tiles(1),
+                self._batch.tiles(0),
+                self._batch.tiles(1),
                 self._reg,
                 self.tolerance,
                 self._max_iter,
@@ -754,7 +743,7 @@ class Run:
                 self._in_stage,
                 self._since,
                 self._state,
-                ROWS=self._problems.tile.rows,
+                ROWS=self._batch.tile.rows,
                 BALANCED=self._balanced,
                 num_warps=1,
             )
@@ -763,7 +752,7 @@ class Run:
         """Evaluates the plans of the problems that may have converged or have ended: their errors, masses and costs, and the
         potentials that zero weights have. Problems that did not converge after all go on, with plain iterations."""
         for side in (0, 1):
-            self._problems.launch(
+            self._batch.launch(
                 marginal_kernel,
                 side,
                 (*self._sums[side][:3], self._regs, self._rho[side], self.constant, self._state),

@@ -369,7 +369,18 @@ class ArrayArgument {
   DType dtype_ = DType::kFloat32;
 };
 
-inline DType dtype_of(const ArrayArgument& array) { return array.dtype(); }
+// How bindings of both devices read and write arrays: on the CPU in any strides. DeviceArrays is the GPU's
+// way.
+struct HostArrays {
+  template <class T, int Rank>
+  TensorView<const T, Rank> input(const ArrayArgument& array) const {
+    return array.input<T, Rank>();
+  }
+  template <class T, int Rank>
+  TensorView<T, Rank> output(const ArrayArgument& array) const {
+    return array.output<T, Rank>();
+  }
+};
 
 // fn(float{}) or fn(double{}), whichever type the array holds; TypeError for other types.
 template <class Fn>

@@ -9,7 +9,7 @@
 #include <stdexcept>
 
 #include "bindings/bindings.h"
-#include "bindings/boundary.h"
+#include "bindings/fields.h"
 #include "bindings/run.h"
 
 namespace fc {
@@ -213,13 +213,14 @@ class PySampler {
 void bind_caratheodory(py::module_& m) {
   m.def(
       "caratheodory",
-      [](py::object x_array, py::object weights_array, Integer max_size_number, py::object indices_array,
-         py::object new_weights_array, Integer threads_number, Flag one_scale_flag) {
-        const int64_t max_size = max_size_number.in("max_size", 0);
+      [](py::object object, py::object indices_array, py::object new_weights_array, Integer threads_number) {
+        const Fields problem(object);
+        const int64_t max_size = problem.integer("max_size").in("max_size", 0);
+        const bool one_scale = problem.flag("one_scale").on("one_scale");
         const int threads = threads_number.threads();
-        const bool one_scale = one_scale_flag.on("one_scale");
-        const ArrayArgument x(x_array, "x"), indices(indices_array, "indices"),
-            new_weights(new_weights_array, "new_weights");
+        const ArrayArgument x = problem.array("x"), indices(indices_array, "indices"),
+                            new_weights(new_weights_array, "new_weights");
+        const std::optional<ArrayArgument> given = problem.optional_array("weights");
         const auto out = indices.output<int64_t, 1>();
         const auto out_weights = new_weights.output<double, 1>();
         int64_t count = 0;
@@ -230,12 +231,8 @@ void bind_caratheodory(py::module_& m) {
           if (n == 0 || d == 0) throw py::value_error("x: expected at least 1 row and 1 column");
           indices.require_shape({std::min(n, std::max(d + 1, max_size))});
           new_weights.require_shape({out.shape[0]});
-          std::optional<ArrayArgument> weights_argument;  // holds what the view shows
           TensorView<const double, 1> weights{};
-          if (!weights_array.is_none()) {
-            weights_argument.emplace(weights_array, "weights");
-            weights = PyReduction::positive(*weights_argument, n);
-          }
+          if (given) weights = PyReduction::positive(*given, n);
           const WeightedRows found = without_gil([&] {
             ThreadTeam team(threads, signal_poll());
             return caratheodory<X>(points, weights.data ? &weights : nullptr, max_size, team, one_scale);
@@ -244,8 +241,7 @@ void bind_caratheodory(py::module_& m) {
         });
         return count;
       },
-      py::arg("x"), py::arg("weights").none(true), py::arg("max_size"), py::arg("indices"),
-      py::arg("new_weights"), py::arg("threads") = 1, py::arg("one_scale") = false,
+      py::arg("problem"), py::arg("indices"), py::arg("new_weights"), py::arg("threads") = 1,
       "Writes at most rank + 1 rows of x [n, d] with the weighted mean and total weight of all into indices "
       "and new_weights [min(n, max(d + 1, max_size))] and returns their number; with max_size > 0 it stops "
       "as soon as at most that many are left. one_scale: what is small beside the largest of all numbers is "

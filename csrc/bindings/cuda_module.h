@@ -25,22 +25,6 @@ inline void require_device(const ArrayArgument& array, int device) {
                         ", where x is, got one on device " + there + "; move it there");
 }
 
-// An array on that device, in one piece, to read from.
-template <class T, int Rank>
-TensorView<const T, Rank> read(const ArrayArgument& array, int device) {
-  require_device(array, device);
-  const auto view = array.input<T, Rank>();
-  if (!view.is_compact()) throw py::value_error(std::string(array.name()) + ": expected a contiguous array");
-  return view;
-}
-
-// The same to write to.
-template <class T, int Rank>
-TensorView<T, Rank> written(const ArrayArgument& array, int device) {
-  read<T, Rank>(array, device);
-  return array.output<T, Rank>();
-}
-
 // Makes the device of an array the current one for as long as the object lives.
 class DeviceGuard {
  public:
@@ -76,8 +60,30 @@ TensorView<T, Rank> compact_output(const ArrayArgument& array, int device) {
   return array.output<T, Rank>();
 }
 
+// All arrays of a call, on that device and each in one piece.
+struct DeviceArrays {
+  int device;
+
+  template <class T, int Rank>
+  TensorView<const T, Rank> input(const ArrayArgument& array) const {
+    return compact_input<T, Rank>(array, device);
+  }
+  template <class T, int Rank>
+  TensorView<T, Rank> output(const ArrayArgument& array) const {
+    return compact_output<T, Rank>(array, device);
+  }
+};
+
 inline cudaStream_t stream_of(Integer handle) { return reinterpret_cast<cudaStream_t>(handle.stream()); }
 
+// What the kernels were compiled for.
+const char* cuda_architectures();
+
+// Everything that Python calls.
+void define_cuda_module(py::module_& m);
+
+void bind_cuda_pairwise(py::module_& m);
+void bind_cuda_facility_location(py::module_& m);
 void bind_cuda_sinkhorn(py::module_& m);
 void bind_cuda_sketch(py::module_& m);
 void bind_cuda_matching(py::module_& m);

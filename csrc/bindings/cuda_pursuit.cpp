@@ -2,8 +2,8 @@
 #include <string>
 
 #include "bindings/bindings.h"
-#include "bindings/boundary.h"
 #include "bindings/cuda_module.h"
+#include "bindings/fields.h"
 #include "cuda/pursuit.h"
 
 namespace fc {
@@ -28,9 +28,10 @@ void products(py::object g_array, py::object rows_array, py::object vectors_arra
       which(which_array, "which", kDevice), out(out_array, "out", kDevice),
       places(places_array, "places", kDevice);
   const int device = g.device_id();
-  const auto numbers = read<int64_t, 1>(which, device), to = read<int64_t, 1>(places, device);
+  const auto numbers = compact_input<int64_t, 1>(which, device),
+             to = compact_input<int64_t, 1>(places, device);
   places.require_shape({numbers.size()});
-  const auto result = written<double, 2>(out, device);
+  const auto result = compact_output<double, 2>(out, device);
   const auto run = [&](auto of_rows, auto of_vectors) {
     using X = decltype(of_rows);
     using Y = decltype(of_vectors);
@@ -44,7 +45,7 @@ void products(py::object g_array, py::object rows_array, py::object vectors_arra
     };
     if (rows_array.is_none()) return call({}, all.rows());
     const ArrayArgument listed(rows_array, "rows", kDevice);
-    const auto rows = read<int64_t, 1>(listed, device);
+    const auto rows = compact_input<int64_t, 1>(listed, device);
     if (rows.size() == 0) throw py::value_error("rows: expected at least 1 row, got 0");
     call(rows, rows.size());
   };
@@ -72,7 +73,7 @@ void bind_cuda_pursuit(py::module_& module) {
         const cudaStream_t stream = stream_of(stream_number);
         const ArrayArgument g(g_array, "g", kDevice), out(out_array, "out", kDevice);
         const int device = g.device_id();
-        const auto result = written<double, 1>(out, device);
+        const auto result = compact_output<double, 1>(out, device);
         dispatch_floating(g, [&](auto zero) {
           const auto rows = long_rows<decltype(zero)>(g, device);
           out.require_shape({rows.rows()});
@@ -84,19 +85,20 @@ void bind_cuda_pursuit(py::module_& module) {
       "out [B] = the squares of the rows of g, on the device.");
   module.def(
       "best_row",
-      [](py::object start_array, py::object gram_array, py::object slots_array, py::object numbers_array,
-         py::object norm_array, Flag magnitude, py::object scores_array, py::object found_array,
-         Integer stream_number) {
+      [](py::object correlations, py::object scores_array, py::object found_array, Integer stream_number) {
         const cudaStream_t stream = stream_of(stream_number);
-        const ArrayArgument start(start_array, "start", kDevice), gram(gram_array, "gram", kDevice),
-            slots(slots_array, "slots", kDevice), numbers(numbers_array, "numbers", kDevice),
-            norm(norm_array, "norm", kDevice), scores(scores_array, "scores", kDevice),
-            found(found_array, "found", kDevice);
+        const Fields given(correlations, kDevice);
+        const bool magnitude = given.flag("magnitude").on("magnitude");
+        const ArrayArgument start = given.array("start"), gram = given.array("gram"),
+                            slots = given.array("slots"), numbers = given.array("numbers"),
+                            norm = given.array("norm"), scores(scores_array, "scores", kDevice),
+                            found(found_array, "found", kDevice);
         const int device = scores.device_id();
-        const auto result = written<double, 1>(scores, device), best = written<double, 1>(found, device);
-        const cuda::Correlations c{read<double, 1>(start, device),  read<double, 2>(gram, device),
-                                   read<int64_t, 1>(slots, device), read<double, 1>(numbers, device),
-                                   read<double, 1>(norm, device),   magnitude.on("magnitude")};
+        const DeviceArrays arrays{device};
+        const auto result = arrays.output<double, 1>(scores), best = arrays.output<double, 1>(found);
+        const cuda::Correlations c{arrays.input<double, 1>(start),  arrays.input<double, 2>(gram),
+                                   arrays.input<int64_t, 1>(slots), arrays.input<double, 1>(numbers),
+                                   arrays.input<double, 1>(norm),   magnitude};
         if (result.size() == 0) throw py::value_error("scores: expected at least 1 row, got 0");
         start.require_shape({result.size()});
         norm.require_shape({result.size()});
@@ -106,11 +108,9 @@ void bind_cuda_pursuit(py::module_& module) {
         const DeviceGuard guard(device);
         without_gil([&] { cuda::best_row(c, result, best, stream); });
       },
-      py::arg("start"), py::arg("gram"), py::arg("slots"), py::arg("numbers"), py::arg("norm"),
-      py::arg("magnitude"), py::arg("scores"), py::arg("found"), py::arg("stream"),
+      py::arg("correlations"), py::arg("scores"), py::arg("found"), py::arg("stream"),
       "scores [B] = start - sum_p numbers[p] gram[slots[p]], or its magnitude, or -inf where that is within "
-      "the "
-      "last of `numbers` times `norm`; found [2] = the largest and its row, on the device.");
+      "the last of `numbers` times `norm`; found [2] = the largest and its row, on the device.");
   module.def(
       "residual",
       [](py::object g_array, py::object target_array, py::object rows_array, py::object weights_array,
@@ -120,9 +120,10 @@ void bind_cuda_pursuit(py::module_& module) {
             rows(rows_array, "rows", kDevice), weights(weights_array, "weights", kDevice),
             out(out_array, "out", kDevice);
         const int device = g.device_id();
-        const auto of = read<int64_t, 1>(rows, device);
-        const auto from = read<double, 1>(target, device), by = read<double, 1>(weights, device);
-        const auto result = written<double, 1>(out, device);
+        const auto of = compact_input<int64_t, 1>(rows, device);
+        const auto from = compact_input<double, 1>(target, device),
+                   by = compact_input<double, 1>(weights, device);
+        const auto result = compact_output<double, 1>(out, device);
         weights.require_shape({of.size()});
         dispatch_floating(g, [&](auto zero) {
           using X = decltype(zero);

@@ -36,9 +36,12 @@ struct Exporter {
 
 class Fields {
  public:
-  // `where` is kCpu or kCuda: what the kernels can read. The object must outlive this view of it.
+  // `where` is kCpu or kCuda: what the kernels can read.
   explicit Fields(py::handle object, dlpack::DeviceType where = dlpack::kCpu)
-      : object_(object), where_(where) {}
+      : object_(py::reinterpret_borrow<py::object>(object)), where_(where) {}
+
+  // The fields of an object that is itself a field.
+  Fields nested(const char* name) const { return Fields((*this)[name], where_); }
 
   // Raises TypeError if the object has no such attribute, or what reading it raises.
   py::object operator[](const char* name) const {
@@ -81,7 +84,7 @@ class Fields {
     return {py::reinterpret_steal<py::object>(capsule), name, where_};
   }
 
-  py::handle object_;
+  py::object object_;
   dlpack::DeviceType where_;
 };
 

@@ -6,21 +6,22 @@
 #include <vector>
 
 #include "bindings/bindings.h"
-#include "bindings/boundary.h"
+#include "bindings/fields.h"
 #include "cpu/active_set.h"
 
 namespace fc {
 namespace {
 
-// Runs solve(g view, target, team) and writes its result into the arrays; returns the numbers of rows and of
-// steps.
+// Runs solve(g view, target, k, budget, team) on a problem as flashcoreset.pursuit.problem has it, and writes
+// its result into the arrays, whose length is k; returns the numbers of rows and of steps.
 template <class Solve>
-std::pair<int64_t, int64_t> pursue(const py::object& g_array, const py::object& target_array,
-                                   const py::object& indices_array, const py::object& weights_array,
-                                   const py::object& norms_array, Integer threads_number, Solve&& solve) {
+py::tuple pursue(const Fields& problem, const py::object& indices_array, const py::object& weights_array,
+                 const py::object& norms_array, Integer threads_number, Solve&& solve) {
   const int threads = threads_number.threads();
-  const ArrayArgument g(g_array, "g"), target(target_array, "target"), indices(indices_array, "indices"),
-      weights(weights_array, "weights"), norms(norms_array, "residual_norms");
+  const int64_t budget = problem.integer("memory_budget").memory_budget();
+  const ArrayArgument g = problem.array("g"), target = problem.array("target"),
+                      indices(indices_array, "indices"), weights(weights_array, "weights"),
+                      norms(norms_array, "residual_norms");
   std::pair<int64_t, int64_t> counts;
   dispatch_floating(g, [&](auto zero) {
     using X = decltype(zero);
@@ -39,7 +40,7 @@ std::pair<int64_t, int64_t> pursue(const py::object& g_array, const py::object& 
     }
     const PursuitResult found = without_gil([&] {
       ThreadTeam team(threads, signal_poll());
-      return solve(rows, b.data, i.shape[0], team);
+      return solve(rows, b.data, i.shape[0], budget, team);
     });
     counts = {static_cast<int64_t>(found.indices.size()), static_cast<int64_t>(found.residual_norms.size())};
     for (int64_t p = 0; p < counts.first; ++p) {
@@ -48,7 +49,7 @@ std::pair<int64_t, int64_t> pursue(const py::object& g_array, const py::object& 
     }
     for (int64_t p = 0; p < counts.second; ++p) r(p) = found.residual_norms[p];
   });
-  return counts;
+  return py::make_tuple(counts.first, counts.second);
 }
 
 // The fit of the weights for backends whose kernels find the picks.
@@ -97,38 +98,34 @@ void bind_pursuit(py::module_& m) {
                              "|target - sum_i w_i g_i|^2, which cancels where little is left.");
   m.def(
       "orthogonal_matching_pursuit",
-      [](py::object g, py::object target, Flag nonnegative, Real ridge, py::object indices,
-         py::object weights, py::object residual_norms, Integer memory_budget, Integer threads) {
+      [](py::object object, py::object indices, py::object weights, py::object residual_norms,
+         Integer threads) {
+        const Fields problem(object);
         MatchingPursuit options;
-        options.nonnegative = nonnegative.on("nonnegative");
-        options.ridge = ridge.not_negative("ridge");
-        options.memory_budget = memory_budget.memory_budget();
-        const auto counts = pursue(g, target, indices, weights, residual_norms, threads,
-                                   [&](const auto& rows, const double* b, int64_t k, ThreadTeam& team) {
-                                     options.k = k;
-                                     return orthogonal_matching_pursuit(rows, b, options, team);
-                                   });
-        return py::make_tuple(counts.first, counts.second);
+        options.nonnegative = problem.flag("nonnegative").on("nonnegative");
+        options.ridge = problem.real("ridge").not_negative("ridge");
+        return pursue(problem, indices, weights, residual_norms, threads,
+                      [&](const auto& rows, const double* b, int64_t k, int64_t budget, ThreadTeam& team) {
+                        options.k = k;
+                        options.memory_budget = budget;
+                        return orthogonal_matching_pursuit(rows, b, options, team);
+                      });
       },
-      py::arg("g"), py::arg("target"), py::arg("nonnegative"), py::arg("ridge"), py::arg("indices"),
-      py::arg("weights"), py::arg("residual_norms"), py::arg("memory_budget"), py::arg("threads") = 1,
+      py::arg("problem"), py::arg("indices"), py::arg("weights"), py::arg("residual_norms"),
+      py::arg("threads") = 1,
       "Writes up to k = len(indices) rows of g [B, D] and their float64 weights, and the residual's norm "
-      "after "
-      "each step; returns the numbers of rows and steps.");
+      "after each step; returns the numbers of rows and steps.");
   m.def(
       "frank_wolfe",
-      [](py::object g, py::object target, py::object indices, py::object weights, py::object residual_norms,
-         Integer memory_budget, Integer threads) {
-        const int64_t budget = memory_budget.memory_budget();
-        const auto counts = pursue(g, target, indices, weights, residual_norms, threads,
-                                   [&](const auto& rows, const double* b, int64_t k, ThreadTeam& team) {
-                                     return frank_wolfe(rows, b, k, budget, team);
-                                   });
-        return py::make_tuple(counts.first, counts.second);
+      [](py::object problem, py::object indices, py::object weights, py::object residual_norms,
+         Integer threads) {
+        return pursue(Fields(problem), indices, weights, residual_norms, threads,
+                      [&](const auto& rows, const double* b, int64_t k, int64_t budget, ThreadTeam& team) {
+                        return frank_wolfe(rows, b, k, budget, team);
+                      });
       },
-      py::arg("g"), py::arg("target"), py::arg("indices"), py::arg("weights"), py::arg("residual_norms"),
-      py::arg("memory_budget"), py::arg("threads") = 1,
-      "The same by Frank-Wolfe, in k = len(indices) steps.");
+      py::arg("problem"), py::arg("indices"), py::arg("weights"), py::arg("residual_norms"),
+      py::arg("threads") = 1, "The same by Frank-Wolfe, in k = len(indices) steps.");
 }
 
 }  // namespace fc

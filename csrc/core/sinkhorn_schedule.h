@@ -10,6 +10,14 @@
 
 namespace fc {
 
+// The numbers of a run, on every device.
+struct SinkhornSettings {
+  double reg = 1;
+  double rho_a = HUGE_VAL, rho_b = HUGE_VAL;  // infinite: a marginal that holds
+  double tol = 1e-6;
+  int64_t max_iter = 1000;
+};
+
 // The mass that errors are a share of: the plan's if a marginal holds, else the larger one of the weights'.
 FC_HOST_DEVICE inline double sinkhorn_mass(double rho_a, double rho_b, double mass_a, double mass_b) {
   const bool rows_hold = rho_a == HUGE_VAL, columns_hold = rho_b == HUGE_VAL;

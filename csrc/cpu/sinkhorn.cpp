@@ -328,7 +328,7 @@ class Problem {
         n_(batch.rows(p)),
         m_(batch.columns(p)),
         width_(round_up(m_, kW)),
-        balanced_(std::isinf(options.reg_marginal[0]) && std::isinf(options.reg_marginal[1])),
+        balanced_(std::isinf(options.rho_a) && std::isinf(options.rho_b)),
         resident_(width_ <= options.memory_budget / static_cast<int64_t>(sizeof(T)) / n_),
         options_(options),
         result_(result),
@@ -336,11 +336,11 @@ class Problem {
         costs_(batch, p, team),
         exponents_(costs_),
         chunks_(n_, width_),
-        schedule_(options.reg, spread_of(costs_, batch, p, options.reg), options.tol, options.max_iter,
-                  options.warm, mass_of(batch.a, p, n_),
-                  sinkhorn_mass(options.reg_marginal[0], options.reg_marginal[1], mass_of(batch.a, p, n_),
-                                mass_of(batch.b, p, m_))),
-        translates_(schedule_.translates(options.reg_marginal[0], options.reg_marginal[1])),
+        schedule_(
+            options.reg, spread_of(costs_, batch, p, options.reg), options.tol, options.max_iter,
+            options.warm(), mass_of(batch.a, p, n_),
+            sinkhorn_mass(options.rho_a, options.rho_b, mass_of(batch.a, p, n_), mass_of(batch.b, p, m_))),
+        translates_(schedule_.translates(options.rho_a, options.rho_b)),
         matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
         blocks_(workspace.blocks(team.size() * kCostRows * width_)),
         a_(n_),
@@ -365,9 +365,9 @@ class Problem {
     ratio_ = mass_a_ / mass_b_;
     for (int64_t i = 0; i < n_; ++i) row_weight_[i] = static_cast<T>(a_[i] / mass_a_);
     for (int64_t j = 0; j < m_; ++j) column_weight_[j] = static_cast<T>(b_[j] / mass_b_);
-    if (options.warm) {
-      for (int64_t i = 0; i < n_; ++i) f_[i] = result.f(p, i);
-      for (int64_t j = 0; j < m_; ++j) g_[j] = result.g(p, j);
+    if (options.warm()) {
+      for (int64_t i = 0; i < n_; ++i) f_[i] = options.f(p, i);
+      for (int64_t j = 0; j < m_; ++j) g_[j] = options.g(p, j);
     }
     if (balanced_) return;
     chunk_lost_ = Buffer<double>(chunks_.count());
@@ -477,8 +477,8 @@ class Problem {
     moved_ = 0;
   }
 
-  double rho_a() const { return options_.reg_marginal[0]; }
-  double rho_b() const { return options_.reg_marginal[1]; }
+  double rho_a() const { return options_.rho_a; }
+  double rho_b() const { return options_.rho_b; }
   double damp_rows(double eps) const { return damping(rho_a(), eps); }
   double damp_columns(double eps) const { return damping(rho_b(), eps); }
   bool is_simple() const { return balanced_ && schedule_.omega() == 1; }

@@ -4,10 +4,10 @@
 
 #include <cstdint>
 #include <functional>
-#include <limits>
 #include <memory>
 
 #include "core/metric.h"
+#include "core/sinkhorn_schedule.h"
 #include "core/tensor_view.h"
 
 namespace fc {
@@ -29,18 +29,17 @@ struct SinkhornBatch {
   int64_t columns(int64_t p) const { return y_lengths != nullptr ? y_lengths[p] : b.shape[1]; }
 };
 
-struct SinkhornOptions {
-  double reg = 1;
-  double reg_marginal[2] = {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity()};
-  int64_t max_iter = 1000;
-  double tol = 1e-6;
-  bool warm = false;          // whether to start from the potentials that are there
-  int64_t memory_budget = 0;  // bytes for the kernel matrix of one problem
+struct SinkhornOptions : SinkhornSettings {
+  TensorView<const double, 2> f{}, g{};  // [B, n], [B, m] to start from; without data: 0
+  int64_t memory_budget = 0;             // bytes for the kernel matrix of one problem
+
+  bool warm() const { return f.data != nullptr; }
+
   int threads = 1;
   std::function<bool()> poll;
 };
 
-// Where the results go; potentials are also where a warm start comes from.
+// Where the results go.
 struct SinkhornResult {
   TensorView<double, 2> f, g;  // [B, n], [B, m]; entries beyond a problem's size are left alone
   // [B]; tol: the error at which each problem is solved.

@@ -321,7 +321,8 @@ __device__ Rank find_rank(int64_t count, unsigned left, const KeyOf& key_of) {
   unsigned long long prefix = 0, known = 0;
   Rank rank{0, left, 0};
   for (int shift = 56; shift >= 0; shift -= 8) {
-    __syncthreads();  // what was shared before has been read
+    // The histogram has been read before the barrier that ended the last round, and `shared` is read before
+    // the next one, which comes before anything is written to it.
     for (int b = t; b < kBins; b += kListThreads) histogram[b] = 0;
     __syncthreads();
     for (int64_t i = t; i < count; i += kListThreads) {
@@ -381,7 +382,6 @@ __global__ void __launch_bounds__(kListThreads) keep_largest(Lists lists) {
              }).key;
     }
   }
-  __syncthreads();
   if (t == 0) kept = 0;
   __syncthreads();
   const int64_t rounds = (length + kListThreads - 1) / kListThreads * kListThreads;

@@ -35,7 +35,7 @@ __device__ void lower(unsigned long long* least, int64_t at) {
 // slices + slice.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    inspect(SinkhornProblems<T> problems, int64_t slices, Facts* facts, Faults* faults) {
+    inspect(SinkhornBatch<T> problems, int64_t slices, Facts* facts, Faults* faults) {
   constexpr int kWarps = kThreads / 32;
   const int64_t p = blockIdx.x / slices, slice = blockIdx.x % slices;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
 // The rest of facts and faults: one block per problem.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    weigh(SinkhornProblems<T> problems, double reg, bool balanced, Facts* facts, Faults* faults) {
+    weigh(SinkhornBatch<T> problems, double reg, bool balanced, Facts* facts, Faults* faults) {
   const int64_t p = blockIdx.x;
   Facts& own = facts[p];
   double mass[2];
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 class Packed {
  public:
-  Packed(const SinkhornProblems<T>& problems, cudaStream_t stream) {
+  Packed(const SinkhornBatch<T>& problems, cudaStream_t stream) {
     batch_.x = problems.x;
     batch_.y = problems.y;
     batch_.count = problems.batch;
@@ -278,7 +278,7 @@ class Packed {
 
 // The first of the faults, those of values before those of sums.
 template <class T>
-SinkhornVerdict verdict_of(const Faults& faults, const SinkhornProblems<T>& problems) {
+SinkhornVerdict verdict_of(const Faults& faults, const SinkhornBatch<T>& problems) {
   SinkhornVerdict verdict;
   const auto found = [&](unsigned long long at, SinkhornVerdict::Kind kind, bool second, int64_t rows,
                          int64_t columns) {
@@ -333,7 +333,7 @@ int64_t tiles_of(int64_t count, int size) { return (count + size - 1) / size; }
 }  // namespace
 
 template <class T>
-SinkhornVerdict sinkhorn(const SinkhornProblems<T>& problems, const SinkhornOptions& options,
+SinkhornVerdict sinkhorn(const SinkhornBatch<T>& problems, const SinkhornOptions& options,
                          const SinkhornResult& result) {
   const cudaStream_t stream = options.stream;
   const DeviceBuffer<Facts> facts(problems.batch, stream);
@@ -368,7 +368,7 @@ SinkhornVerdict sinkhorn(const SinkhornProblems<T>& problems, const SinkhornOpti
 }
 
 template <class T>
-void sinkhorn_apply(const SinkhornProblems<T>& problems, double reg, const double* f, const double* g,
+void sinkhorn_apply(const SinkhornBatch<T>& problems, double reg, const double* f, const double* g,
                     const double* v, int64_t k, bool transpose, double* out, cudaStream_t stream) {
   const Packed<T> packed(problems, stream);
   const SplitPotentials<T> rows(f, problems.a, problems.batch * problems.n, reg, stream);
@@ -386,7 +386,7 @@ void sinkhorn_apply(const SinkhornProblems<T>& problems, double reg, const doubl
 }
 
 template <class T>
-void sinkhorn_plan(const SinkhornProblems<T>& problems, double reg, const double* f, const double* g,
+void sinkhorn_plan(const SinkhornBatch<T>& problems, double reg, const double* f, const double* g,
                    double* out, cudaStream_t stream) {
   const Packed<T> packed(problems, stream);
   const SplitPotentials<T> rows(f, problems.a, problems.batch * problems.n, reg, stream);
@@ -396,12 +396,12 @@ void sinkhorn_plan(const SinkhornProblems<T>& problems, double reg, const double
   launch(write_plan<T>, {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream}, plans, out);
 }
 
-#define FC_INSTANTIATE(T)                                                                                   \
-  template SinkhornVerdict sinkhorn<T>(const SinkhornProblems<T>&, const SinkhornOptions&,                  \
-                                       const SinkhornResult&);                                              \
-  template void sinkhorn_apply<T>(const SinkhornProblems<T>&, double, const double*, const double*,         \
-                                  const double*, int64_t, bool, double*, cudaStream_t);                     \
-  template void sinkhorn_plan<T>(const SinkhornProblems<T>&, double, const double*, const double*, double*, \
+#define FC_INSTANTIATE(T)                                                                                \
+  template SinkhornVerdict sinkhorn<T>(const SinkhornBatch<T>&, const SinkhornOptions&,                  \
+                                       const SinkhornResult&);                                           \
+  template void sinkhorn_apply<T>(const SinkhornBatch<T>&, double, const double*, const double*,         \
+                                  const double*, int64_t, bool, double*, cudaStream_t);                  \
+  template void sinkhorn_plan<T>(const SinkhornBatch<T>&, double, const double*, const double*, double*, \
                                  cudaStream_t);
 FC_INSTANTIATE(float)
 FC_INSTANTIATE(double)

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/metric.h"
+#include "core/sinkhorn_schedule.h"
 #include "cuda/runtime.h"
 
 namespace fc::cuda {
@@ -13,7 +14,7 @@ namespace fc::cuda {
 // Problems of up to n x m, all arrays compact and on the device. Entries beyond a problem's lengths are not
 // read.
 template <class T>
-struct SinkhornProblems {
+struct SinkhornBatch {
   const T* x = nullptr;  // [batch, n, d] points, or the costs [batch, n, m]
   const T* y = nullptr;  // [batch, m, d]; null: x are the costs
   int64_t batch = 0, n = 0, m = 0, d = 0;
@@ -24,11 +25,7 @@ struct SinkhornProblems {
   const int64_t* y_lengths = nullptr;    // [batch], in 1 .. m
 };
 
-struct SinkhornOptions {
-  double reg = 1;
-  double rho_a = 0, rho_b = 0;  // infinity for a balanced marginal
-  double tol = 0;
-  int64_t max_iter = 0;
+struct SinkhornOptions : SinkhornSettings {
   const double* f = nullptr;  // [batch, n] to start from; null for 0
   const double* g = nullptr;  // [batch, m]
   int64_t shared_bytes = -1;  // how much shared memory a block may take; -1 for all there is
@@ -63,18 +60,18 @@ struct SinkhornVerdict {
 
 // Solves all problems; waits once, at the end. If any problem has a fault, nothing is written.
 template <class T>
-SinkhornVerdict sinkhorn(const SinkhornProblems<T>& problems, const SinkhornOptions& options,
+SinkhornVerdict sinkhorn(const SinkhornBatch<T>& problems, const SinkhornOptions& options,
                          const SinkhornResult& result);
 
 // out [batch, n, k] = P v of the plans with potentials f, g, for v [batch, m, k]; with `transpose` out
 // [batch, m, k] = P^T v for v [batch, n, k]. Rows beyond a problem's size become 0. Does not wait.
 template <class T>
-void sinkhorn_apply(const SinkhornProblems<T>& problems, double reg, const double* f, const double* g,
+void sinkhorn_apply(const SinkhornBatch<T>& problems, double reg, const double* f, const double* g,
                     const double* v, int64_t k, bool transpose, double* out, cudaStream_t stream);
 
 // out [batch, n, m] = P, 0 beyond a problem's size. Does not wait.
 template <class T>
-void sinkhorn_plan(const SinkhornProblems<T>& problems, double reg, const double* f, const double* g,
+void sinkhorn_plan(const SinkhornBatch<T>& problems, double reg, const double* f, const double* g,
                    double* out, cudaStream_t stream);
 
 }  // namespace fc::cuda

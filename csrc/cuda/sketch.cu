@@ -224,8 +224,9 @@ __global__ void __launch_bounds__(32 * kMostTogether) sparse_sums(Work<T> w, int
   const int64_t first_entry = entry_of(lowest, dim, nnz),
                 last_entry = entry_of(lowest + outputs - 1, dim, nnz);
   T* const own = all_sums + t / 32 * slab;
+  // Other lanes come to these numbers, and to those of a flush below, after the barriers of a chunk's
+  // entries.
   for (int c = lane; c < outputs; c += 32) own[c] = T(0);
-  __syncwarp();
   int64_t known = -1, bound[3] = {};
   const int64_t end = w.end_of(piece), last = min((piece + 1) * w.piece, w.end);
   for (int64_t first = w.begin_of(piece); first < end; first += kChunk) {
@@ -277,7 +278,6 @@ __global__ void __launch_bounds__(32 * kMostTogether) sparse_sums(Work<T> w, int
         sums[c] = done <= until_flush ? sum : sums[c] + sum;
         own[c] = T(0);
       }
-      __syncwarp();
     }
   }
 }

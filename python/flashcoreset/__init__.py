@@ -8,7 +8,7 @@ Example:
 
 from importlib.metadata import version as _version
 
-from flashcoreset import integrations, kernels, plot
+from flashcoreset import compat, integrations, kernels, plot
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.errors import (
     BackendUnavailableError,
@@ -32,6 +32,9 @@ from flashcoreset.methods import (
     ccs,
     coverage_auc,
     goracs,
+    k_center,
+    nearest,
+    random_subset,
     select,
     simcore,
     top_scores,
@@ -67,15 +70,19 @@ __all__ = [
     "autocoreset",
     "caratheodory",
     "ccs",
+    "compat",
     "coverage_auc",
     "facility_location",
     "goracs",
     "integrations",
+    "k_center",
     "kernels",
     "match_gradients",
     "memory_estimate",
+    "nearest",
     "plot",
     "projection_matrix",
+    "random_subset",
     "sample_scores",
     "select",
     "simcore",

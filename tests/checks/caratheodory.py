@@ -16,6 +16,7 @@ from cases import DEVICE, to_cpu
 from torch import Tensor
 
 import flashcoreset as fc
+from flashcoreset.kernels import CaratheodoryProblem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -253,10 +254,10 @@ def check_memory(module: ModuleType, device: str) -> None:
         torch.empty(5, dtype=torch.int64, device=device),
         torch.empty(5, dtype=torch.float64, device=device),
     )
-    indices, weights = module.caratheodory(x, out=out)
+    indices, weights = module.caratheodory(CaratheodoryProblem(x), out)
     assert indices.data_ptr() == out[0].data_ptr()
     assert weights.data_ptr() == out[1].data_ptr()
-    assert torch.equal(indices, module.caratheodory(x)[0])
+    assert torch.equal(indices, module.caratheodory(CaratheodoryProblem(x))[0])
 
 
 def check_op(backend: str, device: str) -> None:

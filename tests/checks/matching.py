@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import flashcoreset as fc
 from flashcoreset import kernels
+from flashcoreset.kernels import Gradients, UpdatesProblem
 from flashcoreset.matching.rule import Rule
 
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -34,6 +36,26 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def kernels_of(backend: str) -> ModuleType:
     return importlib.import_module(f"flashcoreset.kernels.{backend}")
+
+
+def history(m: Tensor, v: Tensor, step: int, eps: float = EPS) -> fc.AdamState:
+    return fc.AdamState(m, v, step, BETAS, eps)
+
+
+def moved(problem: UpdatesProblem, device: str) -> UpdatesProblem:
+    """The problem with its tensors on the device."""
+    g, h = problem.g, problem.history
+    there = None if h is None else dataclasses.replace(h, m=h.m.to(device), v=h.v.to(device))
+    return UpdatesProblem(
+        Gradients(g.values.to(device), g.seed, g.length), there, problem.member.to(device),
+        problem.offset.to(device), problem.top,
+    )  # fmt: skip
+
+
+def in_float64(problem: UpdatesProblem) -> UpdatesProblem:
+    h = problem.history
+    exact = None if h is None else dataclasses.replace(h, m=h.m.double(), v=h.v.double())
+    return dataclasses.replace(problem, g=Gradients(problem.g.values.double()), history=exact)
 
 
 def greedy_medoids(distance: np.ndarray, k: int) -> tuple[list[int], list[float]]:
@@ -129,22 +151,23 @@ def check_kernels(
     count, numel, top = size
     g = normal(count, numel, dtype=dtype)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    m = v = rule = None
+    past = None
     if step is not None:
-        m, v = 0.1 * normal(numel, seed=1, dtype=exact), normal(numel, seed=2, dtype=exact).square()
-        rule = Rule.adam(step, BETAS, EPS)
+        past = history(
+            0.1 * normal(numel, seed=1, dtype=exact), normal(numel, seed=2, dtype=exact).square(), step
+        )
     member = torch.arange(count).flip(0)
     offset = torch.tensor([0, (count + 1) // 2, count] if count > 1 else [0, 1])
-    kernel = kernels_of(backend)
-    ours, our_m, our_v, our_member = (None if x is None else x.to(device) for x in (g, m, v, member))
-    dims, u = kernel.top_updates(ours, our_m, our_v, rule, our_member, offset.to(device), top)
-    expected_dims, expected_u = kernels.torch.top_updates(g.double(), m, v, rule, member, offset, top)
+    kernel, problem = kernels_of(backend), UpdatesProblem(Gradients(g), past, member, offset, top)
+    ours, wanted = moved(problem, device), in_float64(problem)
+    dims, u = kernel.top_updates(ours)
+    expected_dims, expected_u = kernels.torch.top_updates(wanted)
     assert torch.equal(dims.cpu(), expected_dims)
     assert torch.allclose(u.cpu(), expected_u, rtol=1e-13, atol=1e-13)
-    if m is not None and v is not None:
+    if past is not None:
         for found, theirs in zip(
-            kernel.update_history(ours, our_m, our_v, BETAS, our_member),
-            kernels.torch.update_history(g.double(), m.double(), v.double(), BETAS, member),
+            kernel.update_history(ours.g, ours.history, ours.member),
+            kernels.torch.update_history(wanted.g, wanted.history, member),
             strict=True,
         ):
             assert found.dtype == exact
@@ -156,22 +179,19 @@ def check_kernels(
 def check_low_rank(backend: str, device: str, q: int, dtype: torch.dtype, numel: int) -> None:
     c = normal(19, q, dtype=dtype)
     rows = c.double() @ fc.LowRankGradients(c, -4, numel, "torch").directions().double()
-    m, v = 0.1 * normal(numel, seed=1, dtype=dtype), normal(numel, seed=2, dtype=dtype).square()
+    past = history(0.1 * normal(numel, seed=1, dtype=dtype), normal(numel, seed=2, dtype=dtype).square(), 4)
     member, offset = torch.arange(19), torch.tensor([0, 6, 19])
     kernel = kernels_of(backend)
-    ours, our_m, our_v, our_member = (x.to(device) for x in (c, m, v, member))
-    for rule in (None, Rule.adam(4, BETAS, EPS)):
-        dims, u = kernel.top_updates(
-            ours, our_m, our_v, rule, our_member, offset.to(device), 40, seed=-4, length=numel
-        )
-        expected_dims, expected_u = kernels.torch.top_updates(
-            rows, m.double(), v.double(), rule, member, offset, 40
-        )
+    for before in (None, past):
+        problem = UpdatesProblem(Gradients(c, -4, numel), before, member, offset, 40)
+        ours, wanted = moved(problem, device), in_float64(dataclasses.replace(problem, g=Gradients(rows)))
+        dims, u = kernel.top_updates(ours)
+        expected_dims, expected_u = kernels.torch.top_updates(wanted)
         assert torch.equal(dims.cpu(), expected_dims)
         # Normal numbers of float32 that are rounded the other way are off by one in 2^23 (none was seen).
         assert torch.allclose(u.cpu(), expected_u, rtol=1e-12, atol=1e-12)
-    found = kernel.update_history(ours, our_m, our_v, BETAS, our_member[::3], seed=-4, length=numel)
-    expected = kernels.torch.update_history(rows, m.double(), v.double(), BETAS, member[::3])
+    found = kernel.update_history(ours.g, ours.history, ours.member[::3])
+    expected = kernels.torch.update_history(wanted.g, wanted.history, member[::3])
     for got, theirs in zip(found, expected, strict=True):
         assert torch.allclose(
             got.cpu().double(), theirs, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=1e-9
@@ -180,22 +200,23 @@ def check_low_rank(backend: str, device: str, q: int, dtype: torch.dtype, numel:
 
 def check_ties(backend: str, device: str) -> None:
     kernel = kernels_of(backend)
-    member, offset = torch.arange(4, device=device), torch.tensor([0, 4], device=device)
-    g = torch.ones(4, 9_000, device=device)
+
+    def dims_of(g: Tensor, past: fc.AdamState | None, top: int) -> Tensor:
+        problem = UpdatesProblem(Gradients(g), past, torch.arange(4), torch.tensor([0, 4]), top)
+        dims, u = kernel.top_updates(moved(problem, device))
+        assert past is None or not u.any()
+        return dims
+
+    g = torch.ones(4, 9_000)
     g[:, 7_777] = -2
-    dims, _ = kernel.top_updates(g, None, None, None, member, offset, 5)
-    assert dims.tolist() == [[7_777, 0, 1, 2, 3]]
+    assert dims_of(g, None, 5).tolist() == [[7_777, 0, 1, 2, 3]]
     # More of them than a list holds, some below and some above the others.
     g[:, 1:8_000:3], g[:, 5:8_000:3] = 3, 0.5
-    dims, _ = kernel.top_updates(g, None, None, None, member, offset, 2_700)
     expected = [*range(1, 8_000, 3), *(d for d in range(9_000) if g[0, d] == -2)]
     expected += [d for d in range(9_000) if g[0, d] == 1]
-    assert dims.tolist() == [expected[:2_700]]
-    zero = torch.zeros(9_000, device=device)
-    rule = Rule.adam(1, BETAS, EPS)
-    dims, u = kernel.top_updates(torch.zeros(4, 9_000, device=device), zero, zero, rule, member, offset, 5)
-    assert dims.tolist() == [[0, 1, 2, 3, 4]]
-    assert not u.any()
+    assert dims_of(g, None, 2_700).tolist() == [expected[:2_700]]
+    zero = torch.zeros(9_000)
+    assert dims_of(torch.zeros(4, 9_000), history(zero, zero, 1), 5).tolist() == [[0, 1, 2, 3, 4]]
 
 
 def check_close_calls(backend: str, device: str) -> None:
@@ -208,10 +229,15 @@ def check_close_calls(backend: str, device: str) -> None:
     v = torch.ones(numel)
     rule = Rule.adam(3, BETAS, EPS)
     member, offset = torch.arange(count), torch.tensor([0, count])
-    ours = (x.to(device) for x in (g, m, v))
-    dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
-    expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
-    assert torch.equal(dims.cpu(), expected)
+
+    def check_dims() -> Tensor:
+        problem = UpdatesProblem(Gradients(g), history(m, v, 3), member, offset, top)
+        dims, _ = kernels_of(backend).top_updates(moved(problem, device))
+        expected, _ = kernels.torch.top_updates(in_float64(problem))
+        assert torch.equal(dims.cpu(), expected)
+        return expected
+
+    check_dims()
     # A list whose least mean is that of all other dimensions but for a few parts in 10^8; float32 may round it either way.
     early = torch.arange(numel) < 4_096
     for low in (1.0, 1.1, 1.2, 1.3):
@@ -220,11 +246,7 @@ def check_close_calls(backend: str, device: str) -> None:
         least = float(rule.updates(g[0, 0].double(), torch.tensor(low).double(), torch.ones(1).double()))
         root = (rule.m_scale * m.double() + rule.m_step) / least - rule.eps
         v = torch.where(early, 1.0, ((root.square() - rule.v_step) / rule.v_scale).float())
-        ours = (x.to(device) for x in (g, m, v))
-        dims, _ = kernels_of(backend).top_updates(*ours, rule, member.to(device), offset.to(device), top)
-        expected, _ = kernels.torch.top_updates(g.double(), m.double(), v.double(), rule, member, offset, top)
-        assert (expected[:, 500:] >= 4_096).all()
-        assert torch.equal(dims.cpu(), expected)
+        assert (check_dims()[:, 500:] >= 4_096).all()
 
 
 @np.errstate(**QUIET)
@@ -232,12 +254,10 @@ def check_large(backend: str, device: str) -> None:
     numel = 9_000
     g, m, v = torch.zeros(4, numel), torch.linspace(1, 2, numel), torch.ones(numel)
     g[:, 8_000] = 6e20
-    rule = Rule.adam(2_000, BETAS, EPS)
-    ours = (x.to(device) for x in (g, m, v))
-    member, offset = torch.arange(4, device=device), torch.tensor([0, 4], device=device)
-    dims, u = kernels_of(backend).top_updates(*ours, rule, member, offset, 3)
+    problem = UpdatesProblem(Gradients(g), history(m, v, 2_000), torch.arange(4), torch.tensor([0, 4]), 3)
+    dims, u = kernels_of(backend).top_updates(moved(problem, device))
     assert dims.tolist() == [[8_000, 8_999, 8_998]]
-    expected = rule.updates(g.double(), m.double(), v.double())[:, dims[0].cpu()]
+    expected = problem.rule.updates(g.double(), m.double(), v.double())[:, dims[0].cpu()]
     assert torch.allclose(u.cpu(), expected, rtol=1e-13)
 
 
@@ -254,14 +274,11 @@ def check_cancellation(backend: str, device: str) -> None:
     c = torch.stack([z[1, d], other[d]])[None]
     m, v = torch.zeros(numel), torch.ones(numel)
     v[d] = 0
-    rule = Rule.adam(2_000, BETAS, 1e-10)
-    member, offset = torch.arange(1), torch.tensor([0, 1])
-    expected, _ = kernels.torch.top_updates(c, m, v, rule, member, offset, 5, seed=3, length=numel)
+    past = history(m, v, 2_000, 1e-10)
+    problem = UpdatesProblem(Gradients(c, 3, numel), past, torch.arange(1), torch.tensor([0, 1]), 5)
+    expected, _ = kernels.torch.top_updates(problem)
     assert expected[0, 0] == d
-    ours = (x.to(device) for x in (c, m, v))
-    dims, _ = kernels_of(backend).top_updates(
-        *ours, rule, member.to(device), offset.to(device), 5, seed=3, length=numel
-    )
+    dims, _ = kernels_of(backend).top_updates(moved(problem, device))
     assert torch.equal(dims.cpu(), expected)
 
 

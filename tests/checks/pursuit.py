@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import flashcoreset as fc
 from flashcoreset._core import native
+from flashcoreset.kernels import PursuitProblem
 from flashcoreset.pursuit import Pursuit, frank_wolfe, orthogonal_matching_pursuit, pursuit_bytes
 
 # Largest relative error of a weight or a norm. Every backend computes in float64 and float32 results are rounded in the
@@ -61,6 +62,15 @@ def check_same(found: Pursuit, wanted: Pursuit, target: Tensor, dtype: torch.dty
     torch.testing.assert_close(
         found.residual_norms.cpu(), wanted.residual_norms, rtol=tolerance, atol=1e-10 * float(target.norm())
     )
+
+
+def on_host(found: Pursuit) -> Pursuit:
+    return Pursuit(found.indices.cpu(), found.weights.cpu(), found.residual_norms.cpu())
+
+
+def check_equal(found: Pursuit, wanted: Pursuit) -> None:
+    for name in ("indices", "weights", "residual_norms"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name))
 
 
 def check_pursuit(
@@ -165,15 +175,15 @@ def check_less_memory(
     g = g.to(device)
     budgets = [8 * size[0] * count for count in columns]
     for nonnegative in (True, False):
-        options: dict[str, Any] = {"nonnegative": nonnegative, "ridge": 0.1}
-        many = module.orthogonal_matching_pursuit(g, target, k, **options)
+        problem = PursuitProblem(g, target, k, nonnegative, 0.1)
+        many = on_host(module.orthogonal_matching_pursuit(problem))
         for budget in budgets:
-            few = module.orthogonal_matching_pursuit(g, target, k, memory_budget=budget, **options)
-            check_same(Pursuit(*few), Pursuit(*(part.cpu() for part in many)), target, torch.float64)
-    many = module.frank_wolfe(g, target, k)
+            few = module.orthogonal_matching_pursuit(replace(problem, memory_budget=budget))
+            check_same(few, many, target, torch.float64)
+    problem = PursuitProblem(g, target, k)
+    many = module.frank_wolfe(problem)
     for budget in budgets:
-        few = module.frank_wolfe(g, target, k, memory_budget=budget)
-        assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
+        check_equal(module.frank_wolfe(replace(problem, memory_budget=budget)), many)
 
 
 def check_half_types(backend: str, device: str) -> None:
@@ -324,10 +334,10 @@ def check_memory(module: ModuleType, device: str) -> None:
     for solve in (module.orthogonal_matching_pursuit, module.frank_wolfe):
         for budget in (8 * b * columns, 0):
             with Allocations(g, target) as seen:
-                solve(g, target, k, memory_budget=budget)
+                solve(PursuitProblem(g, target, k, memory_budget=budget))
             assert seen.largest <= max(8 * d, 8 * b * columns)
         with Allocations(g, target) as seen:  # much is allowed, little is needed
-            solve(g, target, k, memory_budget=2**40)
+            solve(PursuitProblem(g, target, k, memory_budget=2**40))
         assert seen.largest <= max(8 * d, 8 * b * (2 * k + 12))
         name, orthogonal = module.__name__.rpartition(".")[2], solve is module.orthogonal_matching_pursuit
         expected = pursuit_bytes(b, d, k, g.dtype, orthogonal, name) - 2**20
@@ -349,5 +359,5 @@ def check_interrupt(module: ModuleType, device: str, monkeypatch: pytest.MonkeyP
     for solve in (module.orthogonal_matching_pursuit, module.frank_wolfe):
         calls[0] = 0
         with pytest.raises(KeyboardInterrupt):
-            solve(g, g.sum(0), 9, memory_budget=0)
+            solve(PursuitProblem(g, g.sum(0), 9, memory_budget=0))
         assert calls[0] == 3

@@ -180,8 +180,8 @@ void check_one_answer(bool costs, const double (&marginal)[2]) {
   const Case<T> c(7, 150, 90, costs, true, 5);
   SinkhornOptions options;
   options.reg = 0.02;
-  options.reg_marginal[0] = marginal[0];
-  options.reg_marginal[1] = marginal[1];
+  options.rho_a = marginal[0];
+  options.rho_b = marginal[1];
   options.tol = sizeof(T) == 4 ? 1e-5 : 1e-9;
   options.max_iter = 300;
   for (const int64_t budget : {int64_t{0}, int64_t{1} << 26}) {

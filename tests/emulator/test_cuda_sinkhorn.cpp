@@ -223,7 +223,7 @@ struct OnDevice {
   DeviceArray<T> x, y;
   DeviceArray<double> a, b, f, g;
   DeviceArray<int64_t> x_lengths, y_lengths;
-  fc::cuda::SinkhornProblems<T> problems;
+  fc::cuda::SinkhornBatch<T> problems;
 
   OnDevice(const Case& c, const Data<T>& data)
       : x(data.x),

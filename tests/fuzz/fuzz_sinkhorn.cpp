@@ -66,19 +66,27 @@ void run(fuzz::Input& in) {
   batch.b = fc::TensorView<const double, 2>::compact(b.data(), count, m);
   fc::SinkhornOptions options;
   options.reg = std::ldexp(1.0, static_cast<int>(in.below(any ? 200 : 12)) - (any ? 100 : 6));
-  if (relaxed) options.reg_marginal[in.byte() % 2] = std::ldexp(1.0, static_cast<int>(in.below(40)) - 20);
+  if (relaxed)
+    (in.byte() % 2 == 0 ? options.rho_a : options.rho_b) =
+        std::ldexp(1.0, static_cast<int>(in.below(40)) - 20);
   options.max_iter = 1 + in.below(30);
   options.tol = in.coin() ? 0 : 1e-4;
   options.memory_budget = in.coin() ? 0 : 1 << 20;
   options.threads = static_cast<int>(1 + in.below(3));
   Found start{std::vector<double>(count * n), std::vector<double>(count * m), std::vector<double>(4 * count),
               std::vector<int64_t>(count)};
-  options.warm = in.coin();
+  const bool warm = in.coin();
   // Few iterations from potentials that are large beside rho leave masses exp(-g / rho) beyond all numbers,
   // which the public function refuses.
-  const bool may_overflow = any || (options.warm && relaxed);
-  for (double& f : start.f) f = options.warm ? in.number<double>(any) : 0;
-  for (double& g : start.g) g = options.warm ? in.number<double>(any) : 0;
+  const bool may_overflow = any || (warm && relaxed);
+  for (double& f : start.f) f = warm ? in.number<double>(any) : 0;
+  for (double& g : start.g) g = warm ? in.number<double>(any) : 0;
+  if (warm) {
+    options.f =
+        fc::TensorView<const double, 2>::compact(static_cast<const double*>(start.f.data()), count, n);
+    options.g =
+        fc::TensorView<const double, 2>::compact(static_cast<const double*>(start.g.data()), count, m);
+  }
   Found found;
   try {
     found = solve<T>(batch, options, start, 1 + in.below(7));

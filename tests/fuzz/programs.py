@@ -79,7 +79,8 @@ def array(
 
 @dataclass(frozen=True)
 class Step:
-    """result = target(**arguments); a target that is not called (`attribute`) is read."""
+    """result = target(**arguments); a target that is not called (`attribute`) is read. "problem.g.seed" among the arguments is a field
+    of an object that is one."""
 
     result: str
     target: str
@@ -91,10 +92,26 @@ class Step:
         if self.attribute:
             return f"{self.result} = {self.target}"
         texts = [
-            value.source(sizes) if i < self.positional else f"{name}={value.source(sizes)}"
-            for i, (name, value) in enumerate(self.arguments.items())
+            text if i < self.positional else f"{name}={text}"
+            for i, (name, text) in enumerate(_sources(self.arguments, sizes).items())
         ]
         return f"{self.result} = {self.target}({', '.join(texts)})"
+
+
+def _sources(arguments: dict[str, Value], sizes: dict[str, int]) -> dict[str, str]:
+    """The texts of arguments, of objects as calls of `fields`."""
+    texts: dict[str, str] = {}
+    objects: dict[str, dict[str, Value]] = {}
+    for name, value in arguments.items():
+        owner, _, field = name.partition(".")
+        if field:
+            texts.setdefault(owner, "")
+            objects.setdefault(owner, {})[field] = value
+        else:
+            texts[name] = value.source(sizes)
+    for owner, own in objects.items():
+        texts[owner] = f"fields({', '.join(f'{name}={text}' for name, text in _sources(own, sizes).items())})"
+    return texts
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ def parameters(function: object) -> list[Parameter]:
     return found
 
 
+def within(owner: str, fields: dict[str, Value]) -> dict[str, Value]:
+    """The fields of an object that is an argument, by the names that programs have for them."""
+    return {f"{owner}.{name}": value for name, value in fields.items()}
+
+
 class Recipes:
     """Arguments by name that fit each other, for each function and class. `r` makes all choices."""
 
@@ -143,6 +148,12 @@ class Recipes:
     def projection_matrix(self) -> dict[str, Value]:
         return {"out": self.out("D", "d"), **self._projection("d")}
 
+    def sketch_csr(self) -> dict[str, Value]:
+        self.sizes["G"] = min(self.sizes["G"], self.sizes["n"])
+        csr = {"crow": array("G + 1", dtype="int64", content="offsets:n"), "col": self.indices("n", below="D"),
+               "values": self.any_array("n")}  # fmt: skip
+        return {**within("csr", csr), "out": self.out("G", "d"), **self._projection("d")}
+
     def sketch_rows(self) -> dict[str, Value]:
         return {"indices": self.indices("B", "q", below="n"), "g": self.any_array("B", "q", "d"),
                 "out": self.out("B", "k"), **self._projection("k"),
@@ -159,27 +170,35 @@ class Recipes:
 
     def _gradients(self) -> tuple[dict[str, Value], str, str]:
         """The arguments, the name of the number of dimensions and the history's dtype."""
+        seed = self.common()["seed"]
         if self.r.random() < 0.5:
             dtype = "float64" if self.real == "float64" else "float32"
-            return {"g": self.any_array("n", "D", dtype=self.real), "length": Value("None")}, "D", dtype
-        return {"g": self.any_array("n", "q"), "length": Size("D")}, "D", self.dtype
+            values = self.any_array("n", "D", dtype=self.real)
+            return {"values": values, "length": Value("None"), "seed": seed}, "D", dtype
+        return {"values": self.any_array("n", "q"), "length": Size("D"), "seed": seed}, "D", self.dtype
 
     def _updates(self) -> dict[str, Value]:
-        found, length, dtype = self._gradients()
+        g, length, dtype = self._gradients()
         history = self.r.random() < 0.6
         self.sizes["G"] = min(self.sizes["G"], self.sizes["n"])
         self.sizes["k"] = min(self.sizes["k"], self.sizes["D"])
         content = self.r.choice(("normal", "zeros", "tiny"))
-        found |= {
-            "m": array(length, dtype=dtype, content=content) if history else Value("None"),
-            "v": array(length, dtype=dtype, content="positive") if history else Value("None"),
-            "member": array("n", dtype="int64", content="range"),
-            "offset": array("G + 1", dtype="int64", content="offsets:n"),
+        past = {
+            "m": array(length, dtype=dtype, content=content),
+            "v": array(length, dtype=dtype, content="positive"),
+        }
+        rule = {
+            name: literal(self.r.choice((0.1, 0.9, 1.0)))
+            for name in ("m_scale", "m_step", "v_scale", "v_step", "eps")
+        }
+        return {
+            **within("problem.g", g),
+            **(within("problem.history", past) if history else {"problem.history": Value("None")}),
+            **within("problem.rule", rule),
+            "problem.member": array("n", dtype="int64", content="range"),
+            "problem.offset": array("G + 1", dtype="int64", content="offsets:n"),
             "dims": self.out("G", "k", dtype="int64"),
         }
-        for name in ("m_scale", "m_step", "v_scale", "v_step", "eps"):
-            found[name] = literal(self.r.choice((0.1, 0.9, 1.0)))
-        return found
 
     def top_updates(self) -> dict[str, Value]:
         return {**self._updates(), "u": self.out("n", "k", dtype="float64")}
@@ -192,13 +211,12 @@ class Recipes:
                 "refused": self.out(1, dtype="int64", content="whole:2**63 - 1")}  # fmt: skip
 
     def update_history(self) -> dict[str, Value]:
-        found, length, dtype = self._gradients()
+        g, length, dtype = self._gradients()
         return {
-            **found,
-            "beta1": literal(0.9),
-            "beta2": literal(0.99),
-            "m": array(length, dtype=dtype),
-            "v": array(length, dtype=dtype, content="positive"),
+            **within("gradients", g),
+            "history.m": array(length, dtype=dtype),
+            "history.v": array(length, dtype=dtype, content="positive"),
+            "history.betas": literal((0.9, 0.99)),
             "chosen": self.indices("k", below="n"),
             "new_m": self.out(length, dtype=dtype),
             "new_v": self.out(length, dtype=dtype),
@@ -209,95 +227,88 @@ class Recipes:
         size = Size(self.r.choice(("0", "0", "k", "n")))
         room = f"min(n, max(d + 1, {size.text}))"
         weights = array("n", dtype="float64", content="positive", seed=self.r.randrange(100))
-        return {"x": self.any_array("n", "d", dtype=self.real), "max_size": size,
-                "weights": weights if self.r.random() < 0.5 else Value("None"),
-                "indices": self.out(room, dtype="int64"),
+        problem = {"x": self.any_array("n", "d", dtype=self.real), "max_size": size,
+                   "weights": weights if self.r.random() < 0.5 else Value("None"),
+                   "one_scale": self.common()["one_scale"]}  # fmt: skip
+        return {**within("problem", problem), "indices": self.out(room, dtype="int64"),
                 "new_weights": self.out(room, dtype="float64")}  # fmt: skip
 
     def orthogonal_matching_pursuit(self) -> dict[str, Value]:
-        return {"g": self.rows("n", "D"), "target": self.any_array("D", dtype="float64", plain=True),
-                "indices": self.out("k", dtype="int64"), "weights": self.out("k", dtype="float64"),
+        common = self.common()
+        problem = {"g": self.rows("n", "D"), "target": self.any_array("D", dtype="float64", plain=True),
+                   **{name: common[name] for name in ("nonnegative", "ridge", "memory_budget")}}  # fmt: skip
+        return {**within("problem", problem), "indices": self.out("k", dtype="int64"), "weights": self.out("k", dtype="float64"),
                 "residual_norms": self.out("k", dtype="float64")}  # fmt: skip
 
     frank_wolfe = orthogonal_matching_pursuit
 
-    def _batch(self) -> dict[str, Value]:
+    def _batch(self, warm: bool = True) -> dict[str, Value]:
         self.sizes["B"] = min(self.sizes["B"], 5)
         self.sizes["n"], self.sizes["m"] = min(self.sizes["n"], 60), min(self.sizes["m"], 60)
         costs = self.r.random() < 0.4
         r = self.r
         x = self.any_array("B", "n", "m" if costs else "d")
         y = Value("None") if costs else self.any_array("B", "m", "d")
-        some = {
+        length = {"x_lengths": "n", "y_lengths": "m"}
+        problem = {
             "x": x,
             "y": y,
             "a": array("B", "n", dtype="float64", content="shares", seed=r.randrange(100)),
             "b": array("B", "m", dtype="float64", content="shares", seed=r.randrange(100)),
             "metric": literal("precomputed" if costs else r.choice(COSTS)),
             "reg": literal(r.choice((0.01, 0.1, 1.0, 10.0))),
-            "x_lengths": Value("None") if r.random() < 0.7 else array("B", dtype="int64", content="whole:n"),
-            "y_lengths": Value("None") if r.random() < 0.7 else array("B", dtype="int64", content="whole:m"),
-        }
-        return some
-
-    def _potentials(self) -> dict[str, Value]:
-        return {"f": array("B", "n", dtype="float64"), "g": array("B", "m", dtype="float64")}
-
-    def _relaxation(self) -> Value:
-        return Value(self.r.choice(("inf", "inf", "0.5", "10.0")))
-
-    def Sinkhorn(self) -> dict[str, Value]:
-        r = self.r
-        return {
-            **self._batch(),
-            **self._potentials(),
-            "reg_marginal_a": self._relaxation(),
-            "reg_marginal_b": self._relaxation(),
+            "rho_a": Value(r.choice(("inf", "inf", "0.5", "10.0"))),
+            "rho_b": Value(r.choice(("inf", "inf", "0.5", "10.0"))),
             "max_iter": literal(r.choice((1, 2, 30))),
             "tol": literal(r.choice((0.0, 1e-6, 1e-2))),
-            "warm": literal(r.random() < 0.3),
+            "memory_budget": self.common()["memory_budget"],
+            **{
+                name: Value("None")
+                if r.random() < 0.7
+                else array("B", dtype="int64", content=f"whole:{size}")
+                for name, size in length.items()
+            },
+        }
+        start = array("B", "n", dtype="float64"), array("B", "m", dtype="float64")
+        problem |= dict(zip("fg", start if warm else (Value("None"), Value("None")), strict=True))
+        return within("problem", problem)
+
+    def Sinkhorn(self) -> dict[str, Value]:
+        return {
+            **self._batch(warm=self.r.random() < 0.3),
+            "f": array("B", "n", dtype="float64"),
+            "g": array("B", "m", dtype="float64"),
             "scalars": self.out(4, "B", dtype="float64"),
             "iterations": self.out("B", dtype="int64"),
         }
 
-    def sinkhorn(self) -> dict[str, Value]:
-        """The CUDA module's, in one call."""
-        warm = self.r.random() < 0.3
-        numbers = {
-            name: self.out("B", dtype="float64") for name in ("value", "transport_cost", "error", "tolerance")
-        }
-        return {
-            **self._batch(),
-            **self._potentials(),
-            **numbers,
-            "reg_marginal_a": self._relaxation(),
-            "reg_marginal_b": self._relaxation(),
-            "max_iter": literal(self.r.choice((1, 2, 30))),
-            "tol": literal(self.r.choice((0.0, 1e-6, 1e-2))),
-            "start_f": array("B", "n", dtype="float64") if warm else Value("None"),
-            "start_g": array("B", "m", dtype="float64") if warm else Value("None"),
-            "iterations": self.out("B", dtype="int64"),
-        }
+    sinkhorn = Sinkhorn  # the CUDA module's, in one call
 
     def sinkhorn_plan(self) -> dict[str, Value]:
         dtype = "float64" if self.on_device else self.dtype
-        return {**self._batch(), **self._potentials(), "out": self.out("B", "n", "m", dtype=dtype)}
+        return {**self._batch(), "out": self.out("B", "n", "m", dtype=dtype)}
 
     def sinkhorn_apply(self) -> dict[str, Value]:
         dtype = "float64" if self.on_device else self.dtype
         transpose = self.r.random() < 0.5
         long, short = ("n", "m") if transpose else ("m", "n")
-        return {**self._batch(), **self._potentials(), "transpose": literal(transpose),
+        return {**self._batch(), "transpose": literal(transpose),
                 "v": array("B", long, "k", dtype=dtype), "out": self.out("B", short, "k", dtype=dtype)}  # fmt: skip
 
     def sum_runs(self) -> dict[str, Value]:
-        return {"x": self.any_array("n", "d", dtype=self.real), "rows": array("n", dtype="int64", content="range"),
-                "weights": array("n", dtype="float64", content="positive"), "centre": array("d", dtype="float64"),
-                "shrink": literal(1.0), "size": Size("T"),
+        runs = {"x": self.any_array("n", "d", dtype=self.real), "rows": array("n", dtype="int64", content="range"),
+                "weights": array("n", dtype="float64", content="positive"), "size": Size("T")}  # fmt: skip
+        return {**within("runs", runs), "centre": array("d", dtype="float64"), "shrink": literal(1.0),
                 "sums": self.out("(n + T - 1) // T", "1 + d", dtype="float64")}  # fmt: skip
 
     def keep_runs(self) -> dict[str, Value]:
-        return {"n": Size("n * T"), "rows": Value("None"), "weights": Value("None"), "size": Size("T"),
+        runs = {
+            "x": self.any_array("n * T", "d"),
+            "rows": Value("None"),
+            "weights": Value("None"),
+            "size": Size("T"),
+        }
+        return {**within("runs", runs),
                 "kept": array("k", dtype="int64", content="range"), "factors": array("k", dtype="float64"),
                 "new_rows": self.out("k * T", dtype="int64"),
                 "new_weights": self.out("k * T", dtype="float64")}  # fmt: skip
@@ -311,9 +322,11 @@ class Recipes:
         return {"g": self.any_array("n", "D"), "out": self.out("n", dtype="float64")}
 
     def best_row(self) -> dict[str, Value]:
-        return {"start": array("n", dtype="float64"), "gram": array("m", "n", dtype="float64"),
-                "slots": self.indices("k", below="m"), "numbers": array("k + 1", dtype="float64"),
-                "norm": array("n", dtype="float64", content="positive"), "scores": self.out("n", dtype="float64"),
+        known = {"start": array("n", dtype="float64"), "gram": array("m", "n", dtype="float64"),
+                 "slots": self.indices("k", below="m"), "numbers": array("k + 1", dtype="float64"),
+                 "norm": array("n", dtype="float64", content="positive"),
+                 "magnitude": literal(self.r.random() < 0.5)}  # fmt: skip
+        return {**within("correlations", known), "scores": self.out("n", dtype="float64"),
                 "found": self.out(2, dtype="float64")}  # fmt: skip
 
     def residual(self) -> dict[str, Value]:
@@ -331,7 +344,15 @@ class Recipes:
         self.sizes["m"] += (
             self.sizes["m"] == self.sizes["n"]
         )  # a square matrix has clients that are candidates
-        some = {
+        if not self.on_device and r.random() < 0.2:
+            self._clients = "m"
+            fields = {
+                "x.crow": array("n + 1", dtype="int64", content="range"), "x.col": self.indices("n", below="m"),
+                "x.values": self.any_array("n", plain=True), "x.shape": Size("n, m"), "clients": Value("None"),
+                "metric": literal("precomputed"), "weights": Value("None"), "preselected": Value("None"), "offset": literal(0.0),
+            }  # fmt: skip
+            return self._problem(fields)
+        fields = {
             "x": self.rows("n", "m") if matrix else self.any_array("n", "d"),
             "clients": self.any_array("m", "d") if clients == "m" and not matrix else Value("None"),
             "metric": literal("precomputed" if matrix else r.choice(POINTS)),
@@ -341,13 +362,20 @@ class Recipes:
             "preselected": array(1, dtype="int64", content="whole:0") if r.random() < 0.2 else Value("None"),
             "offset": literal(0.0 if matrix else 1000.0),
         }
-        return some
+        return self._problem(fields)
 
-    def from_csr(self) -> dict[str, Value]:
-        self._clients = "m"
-        return {"indptr": array("n + 1", dtype="int64", content="range"), "values": self.any_array("n", plain=True),
-                "indices": self.indices("n", below="m"), "m": Size("m"), "weights": Value("None"),
-                "preselected": Value("None"), "self_clients": literal(False)}  # fmt: skip
+    def _problem(self, fields: dict[str, Value]) -> dict[str, Value]:
+        """The fields of a problem, also those that are common to several."""
+        common = self.common()
+        costs = array("n", dtype="float64", content="positive") if self.r.random() < 0.2 else Value("None")
+        fields |= {"costs": costs, **{name: common[name] for name in ("memory_budget", "expected_picks")}}
+        return {f"problem.{name}": value for name, value in fields.items()}
+
+    def FacilityLocation_pick(self) -> dict[str, Value]:
+        return {"stop_gain": literal(self.r.choice((0.0, 1.0, 1e30)))}
+
+    def close(self) -> dict[str, Value]:
+        return {"candidates": self.indices("k", below="n")}
 
     def FacilityLocation_step(self) -> dict[str, Value]:
         return {"count": Size("k")}
@@ -434,7 +462,7 @@ class Recipes:
 
 # The calls of a class's objects, in an order that makes sense; random programs shuffle a part of them.
 USES = {
-    "FacilityLocation": ("step", "finish"),
+    "FacilityLocation": ("step", "close", "pick", "finish"),
     "NearestOrder": ("begin", "update", "update_similarities", "finish", "rounds", "order"),
     "CaratheodoryReduction": ("take_total", "factors", "move_to_mean", "centre", "rest", "correct"),
     "CaratheodorySampler": ("push", "finish"),
@@ -508,24 +536,34 @@ def _step(recipes: Recipes, result: str, target: str, name: str, function: objec
     defaults = {"int": literal(1), "float": literal(1.0), "str": literal("cosine"), "bool": literal(False)}
     arguments = {}
     for parameter in signature:
+        fields = {key: value for key, value in known.items() if key.startswith(f"{parameter.name}.")}
         if parameter.name in known:
             arguments[parameter.name] = known[parameter.name]
+        elif fields:
+            arguments |= fields
         elif not parameter.optional:
             arguments[parameter.name] = defaults.get(parameter.kind, Value("None"))
     return Step(result, target, arguments, sum(name.startswith("arg") for name in arguments))
 
 
+def field_of(name: str) -> str:
+    """The last part of an argument's name."""
+    return name.rpartition(".")[2]
+
+
 def _spoiled(r: random.Random, step: Step, on_device: bool) -> Step:
-    names = [name for name in step.arguments if name not in UNTOUCHED]
+    names = [name for name in step.arguments if field_of(name) not in UNTOUCHED]
     if not names:
         return step
     name = r.choice(names)
     value = step.arguments[name]
     if isinstance(value, Tensor):
-        other = hostile_array(r, value, trusted=on_device and not TRUSTED.isdisjoint(step.arguments))
+        other = hostile_array(
+            r, value, trusted=on_device and not TRUSTED.isdisjoint(map(field_of, step.arguments))
+        )
     elif value.text == "None" or r.random() < 0.1:
         other = r.choice((hostile_any(r), array("n", "d"), array("n", dtype="int64", content="range")))
-        if on_device and name in TRUSTED:
+        if on_device and field_of(name) in TRUSTED:
             other = hostile_any(r)
     elif value.text in ("True", "False"):
         other = r.choice((hostile_any(r), literal(value.text == "False")))
@@ -534,7 +572,7 @@ def _spoiled(r: random.Random, step: Step, on_device: bool) -> Step:
     elif "." in value.text or value.text in ("inf", "nan") or "e-" in value.text:
         other = hostile_float(r)
     else:
-        other = hostile_int(r, 10_000 if name in (LONG | LONG_ON_DEVICE if on_device else LONG) else None)
-        if step.target.endswith("from_csr") and re.fullmatch("[0-9]{10,11}", other.text):
-            other = literal(2**62)  # columns that a machine may have the memory for
+        other = hostile_int(
+            r, 10_000 if field_of(name) in (LONG | LONG_ON_DEVICE if on_device else LONG) else None
+        )
     return replace(step, arguments={**step.arguments, name: other})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace as fields  # noqa: F401 - an object with these attributes
 from typing import Any
 
 import numpy as np

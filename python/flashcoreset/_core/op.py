@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -23,8 +23,8 @@ def define_op(
 
     Args:
         name: the op's name.
-        run: computes the results. Its parameters with their types are the op's arguments; or its one parameter is a dataclass, whose
-            fields with their types are the arguments.
+        run: computes the results. Its parameters with their types are the op's arguments; in the place of a parameter that is a
+            dataclass there are its fields with their types.
         fake: makes empty results of the right shapes, from the same arguments as `run`.
         results: names of the results, each of which is a tensor; no names mean one tensor without a name.
 
@@ -34,27 +34,42 @@ def define_op(
     Raises:
         TypeError: for a type that a torch op cannot take.
     """
-    parameters = [*inspect.signature(run).parameters]
-    types = get_type_hints(run)
-    record = types[parameters[0]]
-    # A dataclass goes through the dispatcher field by field.
-    packed = len(parameters) == 1 and is_dataclass(record)
-    if packed:
-        parameters, types = [field.name for field in fields(record)], get_type_hints(record)
-    for parameter in parameters:
-        if types[parameter] not in _SCHEMA:
-            raise TypeError(
-                f"{name}: {parameter} is of type {types[parameter]}, which a torch op cannot take"
-            )
-    arguments = ", ".join(f"{_SCHEMA[types[parameter]]} {parameter}" for parameter in parameters)
+    hints = get_type_hints(run)
+    parts: list[tuple[type[Any] | None, list[str]]] = []  # of each parameter: a dataclass, the op's arguments
+    types: dict[str, Any] = {}
+    for parameter in inspect.signature(run).parameters:
+        kind = hints[parameter]
+        record = kind if isinstance(kind, type) and is_dataclass(kind) else None
+        own = {parameter: kind}
+        if record is not None:
+            own = {field.name: get_type_hints(record)[field.name] for field in fields(record)}
+        parts.append((record, [*own]))
+        types |= own
+    for argument, kind in types.items():
+        if kind not in _SCHEMA:
+            raise TypeError(f"{name}: {argument} is of type {kind}, which a torch op cannot take")
+    arguments = ", ".join(f"{_SCHEMA[kind]} {argument}" for argument, kind in types.items())
     returns = f"({', '.join(f'Tensor {result}' for result in results)})" if results else "Tensor"
     full = f"flashcoreset::{name}"
     torch.library.define(full, f"({arguments}) -> {returns}")
-    if not packed:
+
+    def gathered(values: tuple[Any, ...]) -> Iterator[Any]:
+        for record, own in parts:
+            yield values[0] if record is None else record(*values[: len(own)])
+            values = values[len(own) :]
+
+    if all(record is None for record, _ in parts):
         torch.library.impl(full, "default")(run)
         torch.library.register_fake(full)(fake)
         return getattr(torch.ops.flashcoreset, name)
-    torch.library.impl(full, "default")(lambda *values: run(record(*values)))
-    torch.library.register_fake(full)(lambda *values: fake(record(*values)))
+    torch.library.impl(full, "default")(lambda *values: run(*gathered(values)))
+    torch.library.register_fake(full)(lambda *values: fake(*gathered(values)))
     op = getattr(torch.ops.flashcoreset, name)
-    return lambda given: op(*(getattr(given, parameter) for parameter in parameters))
+
+    def call(*given: Any) -> Any:
+        flat: list[Any] = []
+        for value, (record, own) in zip(given, parts, strict=True):
+            flat += [value] if record is None else [getattr(value, argument) for argument in own]
+        return op(*flat)
+
+    return call

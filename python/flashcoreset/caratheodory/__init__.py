@@ -23,6 +23,7 @@ from flashcoreset._core.tensor import (
 )
 from flashcoreset.caratheodory import on_device as driver
 from flashcoreset.caratheodory.backend import choose
+from flashcoreset.caratheodory.problem import Problem
 
 # Sums over many rows may overflow for numbers above this.
 _HUGE = 2.0**900
@@ -99,17 +100,18 @@ def caratheodory(
 
 def _solve(x: Tensor, weights: Tensor | None, max_size: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """The rows [k] that are taken and their weights [k]."""
-    kernels = choose(backend, x.device)
+    kernels, x = choose(backend, x.device), x.detach()
     dtype = compute_dtype(x.dtype)
     if weights is not None:
         check_weights(weights, dtype)
         if not weights.any():
             raise ValueError(f"weights must not all be 0, got {len(weights)} zeros")
-    indices, new_weights = kernels.caratheodory(x, weights, max_size=max_size)
+    indices, new_weights = kernels.caratheodory(Problem(x, weights, max_size))
     if dtype == torch.float64 and largest_magnitude(x.index_select(0, indices)) > _HUGE:
         # The kernels shrink all columns if one is huge, and tiny numbers are then lost: scaling each column by itself keeps all.
         exponents = [exponent_into(most, (-400, 400)) for most in x.abs().amax(0).tolist()]
-        indices, new_weights = kernels.caratheodory(scale(x.T, exponents).T, weights, max_size=max_size)
+        scaled = Problem(scale(x.T, exponents).T, weights, max_size)
+        indices, new_weights = kernels.caratheodory(scaled)
     if 0 < max_size < len(indices):
         raise ValueError(
             f"max_size must be >= {len(indices)}, to which these rows can be reduced (rank + 1), got {max_size}"

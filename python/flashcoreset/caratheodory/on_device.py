@@ -12,15 +12,17 @@ are more columns than twice the rows, the device makes a triangle by QR factoris
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flashcoreset._core import native
+from flashcoreset._core.native import capsule
 from flashcoreset._core.tensor import check_finite
 from flashcoreset.caratheodory import cpu
+from flashcoreset.caratheodory.problem import Problem, Runs
 
 # Numbers of rows that come to the host without another round: a round costs the device's latency twice.
 FEW = 1 << 17
@@ -33,148 +35,73 @@ _SAMPLE = 64  # rows whose mean is the first centre
 _SHRINK = 2.0**-80  # the factor for huge numbers, whose sums would overflow
 _EPS = torch.finfo(torch.float64).eps
 
-_capsule = torch.utils.dlpack.to_dlpack
-
 
 class SumRuns(Protocol):
-    """Writes sums [runs, 1 + d] of w (1, shrink x - centre) over `size` of the rows [count] of x [n, d] each; rows None is
-    all, weights None is 1."""
+    """Writes sums [runs, 1 + d] of w (1, shrink x - centre) over the rows of each run."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        rows: Tensor | None,
-        weights: Tensor | None,
-        centre: Tensor,
-        shrink: float,
-        size: int,
-        sums: Tensor,
-    ) -> None: ...
+    def __call__(self, runs: Runs, centre: Tensor, shrink: float, sums: Tensor) -> None: ...
 
 
 class KeepRuns(Protocol):
-    """Writes the rows of the runs `kept` (of all n rows of x if `rows` is None), and their weights times their run's factor."""
+    """Writes the rows of the runs `kept`, and their weights times their run's factor."""
 
     def __call__(
-        self,
-        n: int,
-        rows: Tensor | None,
-        weights: Tensor | None,
-        size: int,
-        kept: Tensor,
-        factors: Tensor,
-        new_rows: Tensor,
-        new_weights: Tensor,
+        self, runs: Runs, kept: Tensor, factors: Tensor, new_rows: Tensor, new_weights: Tensor
     ) -> None: ...
-
-
-@dataclass
-class _Left:
-    """The rows that are left, on the device."""
-
-    x: Tensor  # [n, d]
-    rows: Tensor | None  # [count] int64, None: all
-    weights: Tensor | None  # [count] float64, None: 1
-
-    @property
-    def count(self) -> int:
-        return len(self.x) if self.rows is None else len(self.rows)
-
-    def points(self, begin: int, end: int) -> Tensor:
-        """Rows begin to end, on the host."""
-        points = self.x[begin:end] if self.rows is None else self.x.index_select(0, self.rows[begin:end])
-        return points.cpu()
-
-    def host_rows(self) -> Tensor:
-        return torch.arange(self.count) if self.rows is None else self.rows.cpu()
-
-    def host_weights(self) -> Tensor:
-        """A copy of the weights on the host."""
-        if self.weights is None:
-            return torch.ones(self.count, dtype=torch.float64)
-        return self.weights.to("cpu", copy=True)
-
-    def without_zeros(self) -> _Left:
-        if self.weights is None:
-            return self
-        rows = self.weights.nonzero()[:, 0]
-        return _Left(self.x, rows if self.rows is None else self.rows[rows], self.weights[rows])
 
 
 class _Reduction:
     """The sums that have to be kept, their centre, and how the device takes them."""
 
-    def __init__(self, left: _Left, sum_runs: SumRuns) -> None:
+    def __init__(self, left: Runs, sum_runs: SumRuns) -> None:
         """Reads all rows."""
         self.sum_runs = sum_runs
         for shrink in (1.0, _SHRINK):
             self.shrink = shrink
-            self.native = native.module().CaratheodoryReduction(
-                _capsule(_mean_of_a_few(left, shrink)), shrink
-            )
+            self.native = native.module().CaratheodoryReduction(capsule(_mean_of_a_few(left, shrink)), shrink)
             self.sums = self.of_runs(left)
-            if self.native.take_total(_capsule(self.sums)):
+            if self.native.take_total(capsule(self.sums)):
                 break
             check_finite(left.x, "x")
-        if not self.native.move_to_mean(_capsule(self.sums)):
+        if not self.native.move_to_mean(capsule(self.sums)):
             self.sums = self.of_runs(left)
-            self.native.take_total(_capsule(self.sums))
+            self.native.take_total(capsule(self.sums))
 
     def size(self, count: int) -> int:
         """The number of rows in a run."""
         return -(-count // self.native.most_runs)
 
-    def of_runs(self, left: _Left) -> Tensor:
+    def of_runs(self, left: Runs) -> Tensor:
         """The sums of runs [runs, 1 + d] about the centre, on the host."""
         d, device = left.x.shape[1], left.x.device
         centre = torch.empty(d, dtype=torch.float64)
-        self.native.centre(_capsule(centre))
+        self.native.centre(capsule(centre))
         size = self.size(left.count)
         sums = torch.empty(-(-left.count // size), 1 + d, dtype=torch.float64, device=device)
-        self.sum_runs(left.x, left.rows, left.weights, centre.to(device), self.shrink, size, sums)
+        self.sum_runs(replace(left, size=size), centre.to(device), self.shrink, sums)
         return sums.cpu()
 
 
 def reduce_on_device(
-    x: Tensor,
-    weights: Tensor | None,
-    max_size: int,
-    out: tuple[Tensor, Tensor] | None,
-    sum_runs: SumRuns,
-    keep_runs: KeepRuns,
+    problem: Problem, out: tuple[Tensor, Tensor] | None, sum_runs: SumRuns, keep_runs: KeepRuns
 ) -> tuple[Tensor, Tensor]:
-    """At most rank + 1 of the rows and their new weights; see `flashcoreset.caratheodory.reference` for the definition.
-
-    Args:
-        x: [n, d] float16, bfloat16, float32 or float64, on a device.
-        weights: [n] float64 >= 0 there, not all 0; None for 1.
-        max_size: > 0 ends the reduction as soon as at most that many rows are left.
-        out: two tensors [min(n, max(d + 1, max_size))] there, int64 and float64, to write to; None allocates them.
-        sum_runs, keep_runs: the device's kernels.
-
-    Returns:
-        [k] int64, ascending, and [k] float64, > 0: the first k entries of `out`.
-
-    Raises:
-        BackendUnavailableError: if no compiled CPU module can be loaded.
-        ValueError: for NaN or infinity in `x`.
-    """
-    x = x.detach()
+    """As `flashcoreset.caratheodory.backend.Kernels` has it, by the device's kernels `sum_runs` and `keep_runs`."""
+    x, weights = problem.x.detach(), problem.weights
     if weights is not None and not bool(weights.any()):
         raise ValueError("weights: expected one that is > 0")
     if x.numel() <= FEW:
-        found = cpu.caratheodory(x.cpu(), None if weights is None else weights.cpu(), max_size=max_size)
+        host = None if weights is None else weights.cpu()
+        found = cpu.caratheodory(Problem(x.cpu(), host, problem.max_size))
     else:
-        found = _reduce(x, weights, max_size, sum_runs, keep_runs)
+        found = _reduce(Problem(x, weights, problem.max_size), sum_runs, keep_runs)
     if out is None:
         return found[0].to(x.device), found[1].to(x.device)
     count = len(found[0])
     return out[0][:count].copy_(found[0]), out[1][:count].copy_(found[1])
 
 
-def _reduce(
-    x: Tensor, weights: Tensor | None, max_size: int, sum_runs: SumRuns, keep_runs: KeepRuns
-) -> tuple[Tensor, Tensor]:
+def _reduce(problem: Problem, sum_runs: SumRuns, keep_runs: KeepRuns) -> tuple[Tensor, Tensor]:
+    x, weights, max_size = problem.x, problem.weights, problem.max_size
     exponent, live = 0, len(x)
     scaled = None
     if weights is not None:
@@ -182,7 +109,7 @@ def _reduce(
         exponent = math.frexp(float(weights.max()))[1]
         scaled = _times_power(weights.contiguous(), -exponent)
         live = int(scaled.count_nonzero())
-    left = _Left(x, None, scaled)
+    left = Runs(x, None, scaled)
     if live <= max(max_size, 1):
         check_finite(x, "x")
         left = left.without_zeros()
@@ -191,7 +118,7 @@ def _reduce(
         check_finite(x, "x")
         left = left.without_zeros()
         w = left.host_weights()
-        places, w = cpu.caratheodory(_triangle(left, w), w, max_size=max_size, one_scale=True)
+        places, w = cpu.caratheodory(Problem(_triangle(left, w), w, max_size, one_scale=True))
         rows = left.host_rows()[places]
     elif max_size > 0:
         rows, w = _sample(left, live, max_size, sum_runs)
@@ -200,7 +127,7 @@ def _reduce(
     return rows, _times_power(w, exponent)
 
 
-def _run(left: _Left, live: int, sum_runs: SumRuns, keep_runs: KeepRuns) -> tuple[Tensor, Tensor]:
+def _run(left: Runs, live: int, sum_runs: SumRuns, keep_runs: KeepRuns) -> tuple[Tensor, Tensor]:
     """As few rows as possible, and their weights."""
     d = left.x.shape[1]
     reduction = _Reduction(left, sum_runs)
@@ -213,38 +140,29 @@ def _run(left: _Left, live: int, sum_runs: SumRuns, keep_runs: KeepRuns) -> tupl
     most = min(left.count, d + 1)
     places, w = torch.empty(most, dtype=torch.int64), torch.empty(most, dtype=torch.float64)
     count = reduction.native.rest(
-        _capsule(left.points(0, left.count)),
-        _capsule(left.host_weights()),
-        _capsule(places),
-        _capsule(w),
+        capsule(left.points(0, left.count)),
+        capsule(left.host_weights()),
+        capsule(places),
+        capsule(w),
         torch.get_num_threads(),
     )
     return left.host_rows()[places[:count]], w[:count]
 
 
-def _drop(left: _Left, reduction: _Reduction, sums: Tensor, keep_runs: KeepRuns) -> _Left:
+def _drop(left: Runs, reduction: _Reduction, sums: Tensor, keep_runs: KeepRuns) -> Runs:
     """The rows of the runs that a round leaves."""
     device, size = left.x.device, reduction.size(left.count)
     factors = torch.empty(len(sums), dtype=torch.float64)
-    reduction.native.factors(_capsule(sums), _capsule(factors), torch.get_num_threads())
+    reduction.native.factors(capsule(sums), capsule(factors), torch.get_num_threads())
     kept = factors.nonzero()[:, 0]
     count = min(len(kept) * size, left.count - int(kept[-1]) * size + (len(kept) - 1) * size)
     rows = torch.empty(count, dtype=torch.int64, device=device)
     weights = torch.empty(count, dtype=torch.float64, device=device)
-    keep_runs(
-        len(left.x),
-        left.rows,
-        left.weights,
-        size,
-        kept.to(device),
-        factors[kept].to(device),
-        rows,
-        weights,
-    )
-    return _Left(left.x, rows, weights)
+    keep_runs(replace(left, size=size), kept.to(device), factors[kept].to(device), rows, weights)
+    return Runs(left.x, rows, weights)
 
 
-def _sample(left: _Left, live: int, max_size: int, sum_runs: SumRuns) -> tuple[Tensor, Tensor]:
+def _sample(left: Runs, live: int, max_size: int, sum_runs: SumRuns) -> tuple[Tensor, Tensor]:
     """At most `max_size` rows, of weights as even as that allows."""
     x = left.x
     reduction = _Reduction(left, sum_runs)
@@ -252,10 +170,10 @@ def _sample(left: _Left, live: int, max_size: int, sum_runs: SumRuns) -> tuple[T
         left = left.without_zeros()
     w = left.host_weights()
     threads = torch.get_num_threads()
-    sampler = native.module().CaratheodorySampler(reduction.native, _capsule(w), max_size, threads)
+    sampler = native.module().CaratheodorySampler(reduction.native, capsule(w), max_size, threads)
     step = max(1, PIECE_BYTES // (x.shape[1] * x.element_size()))
     for begin in range(0, left.count, step):
-        if not sampler.push(_capsule(left.points(begin, begin + step))):
+        if not sampler.push(capsule(left.points(begin, begin + step))):
             break
     sampler.finish()
     del sampler  # it holds rows
@@ -264,16 +182,16 @@ def _sample(left: _Left, live: int, max_size: int, sum_runs: SumRuns) -> tuple[T
     # Among many rows, the heaviest take what the sums lack.
     chosen = w.sort(descending=True, stable=True).indices[: reduction.native.most_runs].sort().values
     on_device = rows.to(x.device)
-    points = _Left(x, on_device[chosen.to(x.device)], None).points(0, len(chosen))
+    points = Runs(x, on_device[chosen.to(x.device)], None).points(0, len(chosen))
     for _ in range(2):
-        sums = reduction.of_runs(_Left(x, on_device, w.to(x.device))).sum(0)
+        sums = reduction.of_runs(Runs(x, on_device, w.to(x.device))).sum(0)
         own = w[chosen]
-        reduction.native.correct(_capsule(points), _capsule(own), _capsule(sums), threads)
+        reduction.native.correct(capsule(points), capsule(own), capsule(sums), threads)
         w[chosen] = own
     return rows, w
 
 
-def _mean_of_a_few(left: _Left, shrink: float) -> Tensor:
+def _mean_of_a_few(left: Runs, shrink: float) -> Tensor:
     """The mean [d] float64 of a few rows, on the host."""
     count = min(left.count, _SAMPLE)
     at = torch.arange(count) * left.count // count
@@ -285,7 +203,7 @@ def _mean_of_a_few(left: _Left, shrink: float) -> Tensor:
     return (points * shrink * (w / w.sum())[:, None]).sum(0)
 
 
-def _triangle(left: _Left, w: Tensor) -> Tensor:
+def _triangle(left: Runs, w: Tensor) -> Tensor:
     """Points [n, n] float64 on the host with the null vectors of the n rows less their mean: the columns of R in a QR
     factorisation of these rows. Each column of the rows is divided by its largest magnitude; a constant column is 0."""
     n, d = left.count, left.x.shape[1]

@@ -29,29 +29,15 @@ from torch import Tensor
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.philox import uniforms
 from flashcoreset._core.tensor import check_finite
+from flashcoreset.caratheodory.problem import Problem
 
 TAKES = Takes()
 
 _EPS = torch.finfo(torch.float64).eps
 
 
-def caratheodory(
-    x: Tensor, weights: Tensor | None = None, *, max_size: int = 0, out: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """At most rank + 1 of the rows and their new weights.
-
-    Args:
-        x: [n, d] float16, bfloat16, float32 or float64; all arithmetic is float64.
-        weights: [n] float64 >= 0, not all 0; None for 1.
-        max_size: > 0 ends the reduction as soon as at most that many rows are left.
-        out: two tensors [min(n, max(d + 1, max_size))], int64 and float64, to write to; None allocates them.
-
-    Returns:
-        [k] int64, ascending, and [k] float64, > 0: the first k entries of `out`.
-
-    Raises:
-        ValueError: for NaN or infinity in `x`.
-    """
+def caratheodory(problem: Problem, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    x, weights, max_size = problem.x, problem.weights, problem.max_size
     check_finite(x, "x")
     if x.dtype == torch.float64:  # so that sums of huge columns stay finite
         x = torch.where(x.abs().amax(0) > 2.0**900, x * 2.0**-200, x)

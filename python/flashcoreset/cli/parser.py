@@ -18,7 +18,7 @@ POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="flashcoreset",
-        description="Choose training data: facility location, SimCore, CCS, GORACS, CoLM and AutoCoreset.",
+        description="Choose training data: facility location, SimCore, CCS, GORACS, CoLM and AutoCoreset, and the controls beside them.",
     )
     parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
@@ -73,6 +73,23 @@ def make_parser() -> argparse.ArgumentParser:
             "autocoreset", argument_default=argparse.SUPPRESS, help="rows on which a model fits as on all"
         )
     )
+    _add_random_subset(
+        algorithms.add_parser(
+            "random-subset",
+            argument_default=argparse.SUPPRESS,
+            help="a uniform choice, the control of all others",
+        )
+    )
+    _add_k_center(
+        algorithms.add_parser(
+            "k-center", argument_default=argparse.SUPPRESS, help="rows that leave no row far from all of them"
+        )
+    )
+    _add_nearest(
+        algorithms.add_parser(
+            "nearest", argument_default=argparse.SUPPRESS, help="open-set rows most similar to any target row"
+        )
+    )
     _add_facility_location(
         algorithms.add_parser(
             "facility-location", argument_default=argparse.SUPPRESS, help="rows that represent all rows"
@@ -85,7 +102,7 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace outputs that exist")
 
 
-def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool) -> None:
+def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool, has_seed: bool = True) -> None:
     parser.add_argument("-k", type=int, required=needs_k, metavar="K", help="how many rows to select")
     parser.add_argument(
         "-o",
@@ -95,11 +112,12 @@ def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool) -> None:
         help="indices, weights and info (JSON text) are written here",
     )
     _add_force(parser)
-    parser.add_argument("--seed", type=int)
+    if has_seed:
+        parser.add_argument("--seed", type=int)
 
 
-def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False) -> None:
-    _add_output(parser, needs_k=needs_k)
+def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False, has_seed: bool = True) -> None:
+    _add_output(parser, needs_k=needs_k, has_seed=has_seed)
     parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
     parser.add_argument("--memory-budget", type=int, metavar="BYTES", help="for similarities and orders")
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
@@ -240,6 +258,32 @@ def _add_autocoreset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=int, metavar="N", help="rounds without gain to end after")
     parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets an equal share")
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
+
+
+def _add_random_subset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", type=int, required=True, metavar="N", help="how many samples there are")
+    _add_output(parser, needs_k=True)
+    parser.add_argument("--mislabel-scores", metavar="M", help="low for labels that are probably wrong [n]")
+    parser.add_argument("--mislabel-ratio", type=float, metavar="R", help="the share to drop of the lowest")
+    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets its share")
+
+
+def _add_k_center(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", required=True, metavar="F", help="rows [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    _add_common(parser, needs_k=True, has_seed=False)
+    parser.add_argument("--metric", choices=("euclidean", "sqeuclidean", "l1", "cosine"))
+    parser.add_argument("--preselected", metavar="P", help="rows that are picks already")
+
+
+def _add_nearest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", required=True, metavar="F", help="open set [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    parser.add_argument("--target", required=True, metavar="T", help="features of the target data [m, d]")
+    _add_common(parser, needs_k=True, has_seed=False)
+    parser.add_argument("--metric", choices=POINT_METRICS)
 
 
 def _add_facility_location(parser: argparse.ArgumentParser) -> None:

@@ -181,6 +181,35 @@ def _autocoreset(arguments: argparse.Namespace) -> _Chosen:
     return _Chosen(arrays, {"rows": x.shape[0], "model": arguments.model, **coreset.info})
 
 
+def _plain(coreset: fc.Coreset, rows: int, *arrays: str) -> _Chosen:
+    """A control's result; the entries of `info` named by `arrays` are written as arrays."""
+    info = dict(coreset.info)
+    kept = {name: info.pop(name).numpy() for name in arrays}
+    chosen = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return _Chosen(chosen | kept, {"rows": rows, **info})
+
+
+def _random_subset(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "mislabel_ratio", "seed", "groups", "mislabel_scores")
+    _load_into(options, "mislabel_scores", kinds="fiu", ndim=1, wanted="a real array [samples]")
+    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [samples]")
+    return _plain(fc.random_subset(arguments.n, arguments.k, **options), arguments.n)
+
+
+def _k_center(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "metric", "preselected", "backend", "progress", "memory_budget")
+    _load_into(options, "preselected", kinds="iu", ndim=1, wanted="an integer array of rows")
+    x = load_features(arguments.features, "--features")
+    return _plain(fc.k_center(x, arguments.k, **options), x.shape[0], "distances", "pick_distances")
+
+
+def _nearest(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "metric", "backend", "progress", "memory_budget")
+    openset = load_features(arguments.features, "--features")
+    target = load_features(arguments.target, "--target")
+    return _plain(fc.nearest(openset, target, arguments.k, **options), openset.shape[0], "values", "targets")
+
+
 # Options that name files.
 _INPUTS = (
     *("features", "target", "centroids", "clients", "weights", "groups", "budgets", "preselected"),
@@ -195,6 +224,9 @@ ALGORITHMS = {
     "goracs": _goracs,
     "colm": _colm,
     "autocoreset": _autocoreset,
+    "random-subset": _random_subset,
+    "k-center": _k_center,
+    "nearest": _nearest,
 }
 
 

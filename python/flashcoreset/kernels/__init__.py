@@ -6,14 +6,18 @@ by pick.
 except where the list says otherwise:
 
     pairwise(x, y=None, *, metric, out=None)
-    FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
-        .step(count, naive=False), .step_among(candidates), .finish(indices, gains, weights, assignment)
-    sinkhorn(x, y, a, b, *, reg, metric, ...), sinkhorn_apply(...), sinkhorn_plan(...)
+    FacilityLocation(FacilityLocationProblem(x, clients, metric, weights, preselected, costs, offset, memory_budget))
+        .step(count, naive=False), .pick(naive, stop_gain), .step_among(candidates), .close(candidates),
+        .finish(indices, gains, weights, assignment)
+    sinkhorn(SinkhornProblem(x, y, a, b, reg, metric, ...)), sinkhorn_apply(problem, v, transpose=False), sinkhorn_plan(problem)
     sketch(x, dim, *, kind, seed, offset, nnz, out=None), projection_matrix(rows, dim, *, kind, seed, ...)
+    sketch_csr(csr, dim, *, kind, seed, ...)    (in `kernels.cpu` and `kernels.torch`)
     sample_scores(logits, targets, *, masked=False, out=None)    (not in `kernels.cuda`)
-    directions(out, *, seed, begin, first=0), top_updates(g, m, v, rule, member, offset, top, ...),
-        update_history(g, m, v, betas, chosen, ...)
-    caratheodory(x, weights=None, *, max_size=0, out=None)
+    directions(out, *, seed, begin, first=0)
+    top_updates(UpdatesProblem(Gradients(values, seed, length), history, member, offset, top)),
+        update_history(Gradients(values, ...), history, chosen)
+    caratheodory(CaratheodoryProblem(x, weights, max_size), out=None)
+    orthogonal_matching_pursuit(PursuitProblem(g, target, k, nonnegative, ridge, memory_budget)), frank_wolfe(...)
     NearestOrder(centroids) or NearestOrder.of_similarities(lists, dtype)
         .begin(length), .update(x) or .update_similarities(s), .finish(), .rounds(count, k), .order(i), .taken
         (in neither)
@@ -30,6 +34,22 @@ Example:
             [2., 0.]])
 """
 
+from flashcoreset.caratheodory.problem import Problem as CaratheodoryProblem
+from flashcoreset.facility_location.problem import Problem as FacilityLocationProblem
 from flashcoreset.kernels import cpu, cuda, torch
+from flashcoreset.matching.problem import Gradients
+from flashcoreset.matching.problem import Updates as UpdatesProblem
+from flashcoreset.pursuit.problem import Problem as PursuitProblem
+from flashcoreset.sinkhorn.problem import Problem as SinkhornProblem
 
-__all__ = ["cpu", "cuda", "torch"]
+__all__ = [
+    "CaratheodoryProblem",
+    "FacilityLocationProblem",
+    "Gradients",
+    "PursuitProblem",
+    "SinkhornProblem",
+    "UpdatesProblem",
+    "cpu",
+    "cuda",
+    "torch",
+]

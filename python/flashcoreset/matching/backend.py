@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import Takes, choose_kernels
-from flashcoreset.matching.rule import Rule
+from flashcoreset.gradients.adam import AdamState
+from flashcoreset.matching.problem import Gradients, Updates
 
 
 class Kernels(Protocol):
-    """The kernels of one backend: a module, whose functions say what they do."""
+    """The kernels of one backend, for tensors on its device; `flashcoreset.matching.reference` defines what they compute."""
 
     TAKES: Takes
 
@@ -20,31 +21,26 @@ class Kernels(Protocol):
         self, x: Tensor, y: Tensor | None = None, *, metric: str, out: Tensor | None = None
     ) -> Tensor: ...
 
-    def top_updates(
-        self,
-        g: Tensor,
-        m: Tensor | None,
-        v: Tensor | None,
-        rule: Rule | None,
-        member: Tensor,
-        offset: Tensor,
-        top: int,
-        *,
-        seed: int = 0,
-        length: int | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+    def top_updates(self, problem: Updates) -> tuple[Tensor, Tensor]:
+        """The dimensions of the largest mean updates of each group, dims [G, top] int64, the largest first, and its members'
+        updates there, u [R, top] float64.
 
-    def update_history(
-        self,
-        g: Tensor,
-        m: Tensor,
-        v: Tensor,
-        betas: tuple[float, float],
-        chosen: Tensor,
-        *,
-        seed: int = 0,
-        length: int | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+        Raises:
+            BackendUnavailableError: if the kernels cannot run here.
+            ValueError: for NaN and infinity, for v < 0, and for arrays that do not fit each other.
+            torch.OutOfMemoryError: if a device has no room for the lists (24 bytes for each of 2^19 candidates, or for `top`
+                in each group).
+        """
+        ...
+
+    def update_history(self, g: Gradients, history: AdamState, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Adam's history after a step: the means of the new m and v, [D] each, in the dtype of the old, of the rows `chosen` [c]
+        int64; other errors are those of `top_updates`.
+
+        Raises:
+            ValueError: if these means overflow.
+        """
+        ...
 
 
 def choose(backend: str | None, device: torch.device) -> Kernels:

@@ -1,4 +1,4 @@
-"""The coreset methods, each a composition of ops, and `select`, which calls one by its name."""
+"""The coreset methods and the controls beside them, each a composition of ops, and `select`, which calls one by its name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from flashcoreset.methods.ccs.coverage import coverage_auc
 from flashcoreset.methods.ccs.tuning import tune_ccs
 from flashcoreset.methods.colm import CoLM, colm
 from flashcoreset.methods.goracs import goracs
+from flashcoreset.methods.k_center import k_center
+from flashcoreset.methods.nearest import nearest
+from flashcoreset.methods.random_subset import random_subset
 from flashcoreset.methods.simcore import simcore
 
 _METHODS: dict[str, Callable[..., Coreset]] = {
@@ -20,6 +23,10 @@ _METHODS: dict[str, Callable[..., Coreset]] = {
     "ccs": ccs,
     "goracs": goracs,
     "autocoreset": autocoreset,
+    "random_subset": random_subset,
+    "top_scores": top_scores,
+    "k_center": k_center,
+    "nearest": nearest,
 }
 
 
@@ -27,7 +34,8 @@ def select(name: str, **arguments: Any) -> Coreset:
     """Calls a coreset method by its name.
 
     Args:
-        name: "colm", "simcore", "ccs", "goracs" or "autocoreset".
+        name: "colm", "simcore", "ccs", "goracs" or "autocoreset"; or a control: "random_subset", "top_scores", "k_center" or
+            "nearest".
         arguments: those of the function of that name; "colm" takes those of `CoLM` and of its `select`.
 
     Returns:
@@ -56,6 +64,9 @@ __all__ = [
     "ccs",
     "coverage_auc",
     "goracs",
+    "k_center",
+    "nearest",
+    "random_subset",
     "select",
     "simcore",
     "top_scores",

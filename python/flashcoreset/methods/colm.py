@@ -16,7 +16,8 @@ from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.results import Coreset
 from flashcoreset._core.tensor import as_int64, as_integer, as_vector, one_of
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState, check_betas, check_eps
-from flashcoreset.matching import METRICS, Gradients, Problem, check_history, check_top, match_members
+from flashcoreset.matching.problem import METRICS, Gradients, Problem, check_history, check_top
+from flashcoreset.matching.solve import match_members
 
 _PATIENCE = 100  # batches in which a kept label is expected
 
@@ -121,7 +122,7 @@ class CoLM:
         g = Gradients.of(grads, "grads")
         device = g.values.device
         top = check_top(self.top, g.numel)
-        history = check_history(self._history_for(g), g, "history")
+        g, history = check_history(self._history_for(g), g, "history")
         if groups is None and self.keep_groups:
             raise ValueError(f"groups must be given with keep_groups={self.keep_groups}, got None")
         labels = torch.zeros(g.count, dtype=torch.int64, device=device)

@@ -5,7 +5,7 @@ memory they may take.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from flashcoreset._core.inputs import is_array
 from flashcoreset._core.progress import Progress
 from flashcoreset._core.tensor import as_matrix, compute_dtype
 from flashcoreset.nearest_order import cpu
@@ -75,7 +76,8 @@ class RowSource:
         self.passes = 0
         self._checksum: int | None = None
         self._array: Tensor | None = None
-        if isinstance(openset, (Tensor, np.ndarray)) or hasattr(openset, "__dlpack__"):
+        frame = is_array(openset) and not isinstance(openset, Sequence)
+        if isinstance(openset, Tensor) or hasattr(openset, "__dlpack__") or frame:
             self._array = first = as_matrix(openset, "openset")
             self.rows = first.shape[0]
             self.once = False
@@ -157,6 +159,8 @@ class RowSource:
                     f"openset batch {number} must have {self.columns} columns as the first has, "
                     f"got shape {tuple(batch.shape)}"
                 )
+            if torch.promote_types(batch.dtype, self.dtype) == self.dtype:
+                batch = batch.to(self.dtype)
             if batch.dtype != self.dtype or batch.device != self.device:
                 raise ValueError(
                     f"openset batch {number} must have dtype {self.dtype} on {self.device} as the first has, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,33 +12,12 @@ from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.op import define_op
 from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale, times_power
-from flashcoreset._core.tensor import as_integer, as_matrix, as_number, as_vector, compute_dtype, is_traced
+from flashcoreset._core.tensor import as_integer, as_matrix, as_vector, compute_dtype, is_traced
 from flashcoreset.pursuit.backend import choose
 from flashcoreset.pursuit.on_device import columns_kept
+from flashcoreset.pursuit.problem import Problem, Pursuit, check_fit
 
-
-@dataclass(frozen=True, eq=False)
-class Pursuit:
-    """Rows whose weighted sum is close to a target.
-
-    Attributes:
-        indices: [r] int64, the rows, distinct, in pick order; r <= k.
-        weights: [r], none of them 0.
-        residual_norms: [s], |target - sum_i w_i g_i| after each of the s <= k steps.
-
-    Inside a function given to torch.compile all three have k entries: -1, 0 and -1 in places without a row or step.
-
-    Example:
-        >>> import torch
-        >>> from flashcoreset.pursuit import orthogonal_matching_pursuit
-        >>> found = orthogonal_matching_pursuit(torch.eye(3), torch.tensor([1.0, 3.0, -2.0]), 3)
-        >>> found.indices.tolist(), found.weights.tolist()
-        ([1, 0], [3.0, 1.0])
-    """
-
-    indices: Tensor
-    weights: Tensor
-    residual_norms: Tensor
+__all__ = ["Pursuit", "frank_wolfe", "orthogonal_matching_pursuit"]
 
 
 def orthogonal_matching_pursuit(
@@ -88,17 +67,10 @@ def orthogonal_matching_pursuit(
         >>> bool((g[found.indices].T @ found.weights - g.sum(0)).norm() < 0.5 * g.sum(0).norm())
         True
     """
-    rows, b, k = _check(g, target, k, backend)
-    if not isinstance(nonnegative, bool):
-        raise TypeError(
-            f"nonnegative must be a bool, got {nonnegative!r} of type {type(nonnegative).__name__}"
-        )
-    ridge = as_number(ridge, "ridge")
-    if ridge < 0:
-        raise ValueError(f"ridge must be >= 0, got {ridge}")
-    if is_traced(rows):
-        return Pursuit(*_PURSUIT(rows, b, k, nonnegative, ridge, backend))
-    return Pursuit(*_rounded(rows.dtype, *solve_pursuit(rows, b, k, nonnegative, ridge, backend)))
+    problem = _check(g, target, k, backend, nonnegative, ridge)
+    if is_traced(problem.g):
+        return Pursuit(*_PURSUIT(problem.g, problem.target, problem.k, nonnegative, problem.ridge, backend))
+    return _rounded(problem.g.dtype, solve_pursuit(problem, backend))
 
 
 def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> Pursuit:
@@ -133,13 +105,15 @@ def frank_wolfe(g: Any, target: Any, k: int, *, backend: str | None = None) -> P
         >>> found.indices.tolist(), [round(weight, 6) for weight in found.weights.tolist()]
         ([1, 0], [3.0, 1.0])
     """
-    rows, b, k = _check(g, target, k, backend)
-    if is_traced(rows):
-        return Pursuit(*_FRANK_WOLFE(rows, b, k, backend))
-    return Pursuit(*_rounded(rows.dtype, *solve_frank_wolfe(rows, b, k, backend)))
+    problem = _check(g, target, k, backend)
+    if is_traced(problem.g):
+        return Pursuit(*_FRANK_WOLFE(problem.g, problem.target, problem.k, backend))
+    return _rounded(problem.g.dtype, solve_frank_wolfe(problem, backend))
 
 
-def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Tensor, int]:
+def _check(
+    g: Any, target: Any, k: Any, backend: str | None, nonnegative: Any = True, ridge: Any = 0.0
+) -> Problem:
     check_backend(backend)
     rows = as_matrix(g, "g")
     on = getattr(target, "device", None)
@@ -149,84 +123,84 @@ def _check(g: Any, target: Any, k: int, backend: str | None) -> tuple[Tensor, Te
     k = as_integer(k, "k")
     if not 1 <= k <= rows.shape[0]:
         raise ValueError(f"k must be between 1 and the number of rows of g, {rows.shape[0]}, got {k}")
-    return rows, b, k
+    return Problem(rows, b, k, nonnegative, check_fit(nonnegative, ridge))
 
 
 # The range of largest magnitudes of rows and target in which kernels take them.
 _SAFE = (-399, 460)
 _MOST_RIDGE = 2.0**900
 
-_Found = tuple[Tensor, Tensor, Tensor]
+
+def _converted(problem: Problem) -> Problem:
+    """The problem for kernels, which take no half types."""
+    dtype = compute_dtype(problem.g.dtype)
+    return problem if problem.g.dtype == dtype else replace(problem, g=problem.g.to(dtype))
 
 
-def solve_pursuit(
-    g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
-) -> _Found:
-    """Indices, and weights and residual norms in float64, for arguments that were checked."""
-    kernels = choose(backend, g.device)
-    rows = g.to(compute_dtype(g.dtype))
-
-    def solve(rows: Tensor, target: Tensor, exponent: int = 0) -> _Found:
-        by = times_power(ridge, 2 * exponent)
-        if by > max(ridge, _MOST_RIDGE):
-            raise ValueError(
-                f"ridge: {ridge} is so far above the squares of g that no weights are left; lower it"
-            )
-        return kernels.orthogonal_matching_pursuit(rows, target, k, nonnegative=nonnegative, ridge=by)
-
+def solve_pursuit(problem: Problem, backend: str | None) -> Pursuit:
+    """Matching pursuit by checked arguments; `g` may be of a half type, and weights and norms are float64."""
+    kernels = choose(backend, problem.g.device)
+    problem = _converted(problem)
     try:
-        found = solve(rows, target)
+        return kernels.orthogonal_matching_pursuit(problem)
     except ValueError:
-        exponent = exponent_into(largest_magnitude(rows), _SAFE)
-        of_target = exponent_into(largest_magnitude(target), _SAFE)
+        exponent = exponent_into(largest_magnitude(problem.g), _SAFE)
+        of_target = exponent_into(largest_magnitude(problem.target), _SAFE)
         if exponent == of_target == 0:
             raise
-        indices, weights, norms = solve(scale(rows, exponent), scale(target, of_target), exponent)
-        found = indices, scale(weights, exponent - of_target), scale(norms, -of_target)
-    return found
+        ridge = times_power(problem.ridge, 2 * exponent)
+        if ridge > max(problem.ridge, _MOST_RIDGE):
+            raise ValueError(
+                f"ridge: {problem.ridge} is so far above the squares of g that no weights are left; lower it"
+            ) from None
+        g, target = scale(problem.g, exponent), scale(problem.target, of_target)
+        found = kernels.orthogonal_matching_pursuit(replace(problem, g=g, target=target, ridge=ridge))
+        weights = scale(found.weights, exponent - of_target)
+        return Pursuit(found.indices, weights, scale(found.residual_norms, -of_target))
 
 
-def solve_frank_wolfe(g: Tensor, target: Tensor, k: int, backend: str | None) -> _Found:
-    """Indices, and weights and residual norms in float64, for arguments that were checked."""
-    kernels = choose(backend, g.device)
-    rows = g.to(compute_dtype(g.dtype))
+def solve_frank_wolfe(problem: Problem, backend: str | None) -> Pursuit:
+    """Frank-Wolfe by checked arguments; `g` may be of a half type, and weights and norms are float64."""
+    kernels = choose(backend, problem.g.device)
+    problem = _converted(problem)
     try:
-        found = kernels.frank_wolfe(rows, target, k)
+        return kernels.frank_wolfe(problem)
     except ValueError:
         # Only directions count, so each row is scaled by itself.
-        exponents = [exponent_into(most, _SAFE) for most in rows.abs().amax(1).tolist()]
-        of_target = exponent_into(largest_magnitude(target), _SAFE)
+        exponents = [exponent_into(most, _SAFE) for most in problem.g.abs().amax(1).tolist()]
+        of_target = exponent_into(largest_magnitude(problem.target), _SAFE)
         if not any(exponents) and of_target == 0:
             raise
-        indices, weights, norms = kernels.frank_wolfe(scale(rows, exponents), scale(target, of_target), k)
-        own = [exponents[row] - of_target for row in indices.tolist()]
-        found = indices, scale(weights, own), scale(norms, -of_target)
-    return found
+        g, target = scale(problem.g, exponents), scale(problem.target, of_target)
+        found = kernels.frank_wolfe(replace(problem, g=g, target=target))
+        own = [exponents[row] - of_target for row in found.indices.tolist()]
+        return Pursuit(found.indices, scale(found.weights, own), scale(found.residual_norms, -of_target))
 
 
-def _rounded(
-    dtype: torch.dtype, indices: Tensor, weights: Tensor, residual_norms: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rounded(dtype: torch.dtype, found: Pursuit) -> Pursuit:
     """The results in the type of rows of `dtype`; a pick whose weight rounds to 0 in that type is left out."""
-    dtype = compute_dtype(dtype)
-    rounded, norms = weights.to(dtype), residual_norms.to(dtype)
+    dtype, indices = compute_dtype(dtype), found.indices
+    rounded, norms = found.weights.to(dtype), found.residual_norms.to(dtype)
     if not rounded.isfinite().all():
-        most = float(weights.abs().max())
+        most = float(found.weights.abs().max())
         raise ValueError(f"weights of up to {most:.3g} overflow {dtype}; scale g up or target down")
     if not norms.isfinite().all():
-        most = float(residual_norms.max())
+        most = float(found.residual_norms.max())
         raise ValueError(
             f"norms of what is left of target, of up to {most:.3g}, overflow {dtype}; scale g and target down"
         )
     if not rounded.all():
         indices, rounded = indices[rounded != 0], rounded[rounded != 0]
-    return indices, rounded, norms
+    return Pursuit(indices, rounded, norms)
 
 
-def _padded(k: int, found: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(k: int, found: Pursuit) -> tuple[Tensor, Tensor, Tensor]:
     """The results at length k, since the shapes of an op's outputs must not depend on values."""
-    indices, weights, residual_norms = found
-    return _filled(indices, k, -1), _filled(weights, k, 0), _filled(residual_norms, k, -1)
+    return (
+        _filled(found.indices, k, -1),
+        _filled(found.weights, k, 0),
+        _filled(found.residual_norms, k, -1),
+    )
 
 
 def _filled(values: Tensor, k: int, fill: float) -> Tensor:
@@ -259,11 +233,12 @@ def pursuit_bytes(b: int, d: int, k: int, dtype: torch.dtype, orthogonal: bool, 
 def _pursuit_op(
     g: Tensor, target: Tensor, k: int, nonnegative: bool, ridge: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _padded(k, _rounded(g.dtype, *solve_pursuit(g, target, k, nonnegative, ridge, backend)))
+    problem = Problem(g, target, k, nonnegative, ridge)
+    return _padded(k, _rounded(g.dtype, solve_pursuit(problem, backend)))
 
 
 def _frank_wolfe_op(g: Tensor, target: Tensor, k: int, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    return _padded(k, _rounded(g.dtype, *solve_frank_wolfe(g, target, k, backend)))
+    return _padded(k, _rounded(g.dtype, solve_frank_wolfe(Problem(g, target, k), backend)))
 
 
 def _fake_pursuit(

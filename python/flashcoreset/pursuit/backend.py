@@ -5,21 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
-from torch import Tensor
 
 from flashcoreset._core.dispatch import Takes, choose_kernels
+from flashcoreset.pursuit.problem import Problem, Pursuit
 
 
 class Kernels(Protocol):
-    """The kernels of one backend: a module, whose functions say what they do."""
+    """The kernels of one backend, for tensors on its device; `flashcoreset.pursuit.reference` defines what they compute.
+
+    All raise ValueError for NaN or infinity, arrays that do not fit each other, and products that overflow,
+    BackendUnavailableError if they cannot run here, and torch.OutOfMemoryError if a device has no room for the columns.
+    """
 
     TAKES: Takes
 
-    def orthogonal_matching_pursuit(
-        self, g: Tensor, target: Tensor, k: int, *, nonnegative: bool = True, ridge: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def orthogonal_matching_pursuit(self, problem: Problem) -> Pursuit:
+        """Up to k rows, the weights of all fitted anew with each."""
+        ...
 
-    def frank_wolfe(self, g: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def frank_wolfe(self, problem: Problem) -> Pursuit:
+        """Rows and weights by k steps of Frank-Wolfe on the sphere."""
+        ...
 
 
 def choose(backend: str | None, device: torch.device) -> Kernels:

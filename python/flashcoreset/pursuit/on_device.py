@@ -17,10 +17,30 @@ from torch import Tensor
 from flashcoreset._core import native
 from flashcoreset._core.tensor import check_finite
 from flashcoreset.pursuit.limits import LEAST_SQUARED_SINE, UNIT_NOISE, check_products
+from flashcoreset.pursuit.problem import Problem, Pursuit
 
 _BATCH = 12  # columns of the Gram matrix at a time
 
-Found = tuple[Tensor, Tensor, Tensor]
+
+@dataclass(slots=True, eq=False)
+class Correlations:
+    """The correlations of all rows with the residual of a pursuit, as a sum of known columns.
+
+    Attributes:
+        start: [B] float64, those with the target, or with the residual itself.
+        gram: [slots, B] float64, columns of the Gram matrix.
+        slots: [p] int64, the picks' places in `gram`.
+        numbers: [p + 1] float64, the picks' weights, and the share of `norm` up to which correlations are rounding errors.
+        norm: [B] float64, the rows' norms; infinite for rows that are not to be picked.
+        magnitude: whether a row's score is the magnitude of its correlation.
+    """
+
+    start: Tensor
+    gram: Tensor
+    slots: Tensor
+    numbers: Tensor
+    norm: Tensor
+    magnitude: bool
 
 
 @dataclass(frozen=True)
@@ -29,25 +49,24 @@ class Launchers:
 
     products: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor], None]
     squares: Callable[[Tensor, Tensor], None]
-    pick: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool, Tensor, Tensor], None]
+    pick: Callable[[Correlations, Tensor, Tensor], None]
     residual: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
-class _Problem:
+class _Rows:
     """The rows and what is known about them from the start; `unit_rows`: whether short ones count as much as long ones."""
 
-    def __init__(self, launchers: Launchers, g: Tensor, target: Tensor, *, unit_rows: bool) -> None:
-        check_finite(target, "target")
-        g = g.detach()
+    def __init__(self, launchers: Launchers, problem: Problem, *, unit_rows: bool) -> None:
+        check_finite(problem.target, "target")
+        problem = problem.compact()
         self.launchers = launchers
-        self.g = g if g.stride(1) == 1 else g.contiguous()
-        self.target = target.contiguous()
-        self.target_norm = math.sqrt(float(target.square().sum()))
+        self.g, self.target = problem.g, problem.target
+        self.target_norm = math.sqrt(float(self.target.square().sum()))
         self.correlation = self.products(self.target)
         squares = torch.empty_like(self.correlation)
         launchers.squares(self.g, squares)
         self.norm = squares.sqrt()
-        check_products(g, target, self.norm, self.target_norm, self.correlation, unit_rows)
+        check_products(self.g, self.target, self.norm, self.target_norm, self.correlation, unit_rows)
 
     def products(self, vector: Tensor) -> Tensor:
         """The products [B] float64 of all rows with a vector [D] float64."""
@@ -73,7 +92,7 @@ class _Problem:
 class _GramColumns:
     """Columns of the Gram matrix, computed as they are asked for and kept while there is room."""
 
-    def __init__(self, problem: _Problem, slots: int) -> None:
+    def __init__(self, problem: _Rows, slots: int) -> None:
         rows = len(problem.g)
         self.columns = problem.target.new_empty(slots, rows)
         self._problem = problem
@@ -128,33 +147,28 @@ def columns_kept(rows: int, k: int, memory_budget: int, *, orthogonal: bool) -> 
     return 0 if orthogonal and count < min(k, rows) else count
 
 
-def run_pursuit(
-    launchers: Launchers,
-    g: Tensor,
-    target: Tensor,
-    k: int,
-    *,
-    nonnegative: bool,
-    ridge: float,
-    memory_budget: int,
-) -> Found:
-    """Runs orthogonal matching pursuit; see `flashcoreset.kernels.cpu.orthogonal_matching_pursuit`."""
-    problem = _Problem(launchers, g, target, unit_rows=False)
-    count = columns_kept(len(g), k, memory_budget, orthogonal=True)
+def run_pursuit(launchers: Launchers, problem: Problem) -> Pursuit:
+    """Runs orthogonal matching pursuit."""
+    rows_of, k = _Rows(launchers, problem, unit_rows=False), problem.k
+    g = rows_of.g
+    count = columns_kept(len(g), k, problem.memory_budget, orthogonal=True)
     streamed = count == 0  # every pick costs a pass over g
-    columns = _GramColumns(problem, count)
-    active = native.module().ActiveSet(nonnegative, ridge, problem.target_norm)
-    norm, products_with_target = problem.norm.clone(), problem.correlation.cpu()
+    columns = _GramColumns(rows_of, count)
+    active = native.module().ActiveSet(problem.nonnegative, problem.ridge, rows_of.target_norm)
+    norm, products_with_target = rows_of.norm.clone(), rows_of.correlation.cpu()
     picked, slots = torch.zeros(2, k, dtype=torch.int64, device=g.device)
     scores, found = torch.empty_like(norm), norm.new_empty(2)
     picks: list[int] = []
     weights = torch.zeros(0, dtype=torch.float64)
-    rest = problem.correlation
+    rest = rows_of.correlation
     norms: list[float] = []
     while len(picks) < k:
         own = 0 if streamed else len(picks)
         numbers = torch.cat([weights[:own], torch.tensor([active.noise], dtype=torch.float64)]).to(g.device)
-        launchers.pick(rest, columns.columns, slots[:own], numbers, norm, not nonnegative, scores, found)
+        correlations = Correlations(
+            rest, columns.columns, slots[:own], numbers, norm, not problem.nonnegative
+        )
+        launchers.pick(correlations, scores, found)
         score, row = found.tolist()
         if score == -math.inf:
             break
@@ -164,7 +178,7 @@ def run_pursuit(
         rows = picked[: len(picks) + 1]
         slot = -1
         if streamed:
-            products = problem.products_of(j, rows)
+            products = rows_of.products_of(j, rows)
         else:
             slot = columns.slot(j, scores)
             products = columns.columns[slot].index_select(0, rows)
@@ -178,34 +192,36 @@ def run_pursuit(
         active.weights(weights)
         # Computed from the Gram matrix, which has 16 digits of |b|^2; if few of these digits are left, from the rows.
         square = active.squared_residual
-        if streamed or not square > 1e-6 * problem.target_norm**2:
+        if streamed or not square > 1e-6 * rows_of.target_norm**2:
             used = weights != 0
             chosen = torch.tensor(picks)[used]
-            residual = problem.residual(chosen.to(g.device), weights[used].to(g.device))
+            residual = rows_of.residual(chosen.to(g.device), weights[used].to(g.device))
             norms.append(math.sqrt(float(residual.square().sum())))
             if streamed:
-                rest = problem.products(residual)
+                rest = rows_of.products(residual)
         else:
             norms.append(math.sqrt(square))
     kept = weights != 0
     indices = torch.tensor(picks, dtype=torch.int64)[kept]
-    return (
+    return Pursuit(
         indices.to(g.device),
         weights[kept].to(g.device),
         torch.tensor(norms, dtype=torch.float64, device=g.device),
     )
 
 
-def run_frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, memory_budget: int) -> Found:
-    """Runs Frank-Wolfe; see `flashcoreset.kernels.cpu.frank_wolfe`."""
-    problem = _Problem(launchers, g, target, unit_rows=True)
-    columns = _GramColumns(problem, columns_kept(len(g), k, memory_budget, orthogonal=False))
-    norm = problem.norm
-    lengths = norm * problem.target_norm
+def run_frank_wolfe(launchers: Launchers, problem: Problem) -> Pursuit:
+    """Runs Frank-Wolfe."""
+    rows_of, k = _Rows(launchers, problem, unit_rows=True), problem.k
+    g = rows_of.g
+    kept = columns_kept(len(g), k, problem.memory_budget, orthogonal=False)
+    columns = _GramColumns(rows_of, kept)
+    norm = rows_of.norm
+    lengths = norm * rows_of.target_norm
     inverse = torch.where(norm > 0, 1 / norm, 0)
-    cosines = torch.where(lengths > 0, problem.correlation / lengths, 0)
+    cosines = torch.where(lengths > 0, rows_of.correlation / lengths, 0)
     places = torch.arange(len(norm), device=norm.device)
-    along, y = torch.zeros_like(norm), torch.zeros_like(problem.target)
+    along, y = torch.zeros_like(norm), torch.zeros_like(rows_of.target)
     weights: dict[int, float] = {}  # of unit rows, whose sum is y
     towards, norms = 0.0, []
     for _ in range(k):
@@ -228,15 +244,15 @@ def run_frank_wolfe(launchers: Launchers, g: Tensor, target: Tensor, k: int, *, 
         weights[j] = weights.get(j, 0.0) + added
         scale = added / length_of_row
         along = old * along + scale * columns.columns[columns.slot(j, score)] * inverse
-        y = old * y + scale * problem.g[j].double()
+        y = old * y + scale * rows_of.g[j].double()
         unit = y.square().sum().sqrt()
-        projection = (y * problem.target).sum() / unit
-        residual = (problem.target - projection / unit * y).square().sum().sqrt()
+        projection = (y * rows_of.target).sum() / unit
+        residual = (rows_of.target - projection / unit * y).square().sum().sqrt()
         projected, left = torch.stack([projection, residual]).tolist()
-        towards = projected / problem.target_norm
+        towards = projected / rows_of.target_norm
         norms.append(left)
-    kept = [row for row, weight in weights.items() if weight > 0]
-    indices = torch.tensor(kept, dtype=torch.int64, device=g.device)
-    parts = torch.tensor([weights[row] for row in kept], dtype=torch.float64, device=g.device)
-    found = parts * towards * problem.target_norm / norm[indices]
-    return indices, found, torch.tensor(norms, dtype=torch.float64, device=g.device)
+    taken = [row for row, weight in weights.items() if weight > 0]
+    indices = torch.tensor(taken, dtype=torch.int64, device=g.device)
+    parts = torch.tensor([weights[row] for row in taken], dtype=torch.float64, device=g.device)
+    found = parts * towards * rows_of.target_norm / norm[indices]
+    return Pursuit(indices, found, torch.tensor(norms, dtype=torch.float64, device=g.device))

@@ -15,15 +15,12 @@ from flashcoreset.pursuit.limits import (
     UNIT_NOISE,
     check_products,
 )
+from flashcoreset.pursuit.problem import Problem, Pursuit
 
 TAKES = Takes()
 
-Found = tuple[Tensor, Tensor, Tensor]
 
-
-def orthogonal_matching_pursuit(
-    g: Tensor, target: Tensor, k: int, *, nonnegative: bool = True, ridge: float = 0.0
-) -> Found:
+def orthogonal_matching_pursuit(problem: Problem) -> Pursuit:
     """Picks up to k rows of g [B, D] and weights w that make |sum_i w_i g_i - target|^2 + ridge |w|^2 small.
 
     A step picks the row of the largest inner product with the residual target - sum_i w_i g_i (of the largest
@@ -32,18 +29,16 @@ def orthogonal_matching_pursuit(
     later fit may give it weight again; picks that have weight 0 in the end are left out. A row that depends on those in use is
     passed over, and the run ends early when no row has a positive correlation that is more than rounding.
 
-    Returns:
-        The rows [r] in pick order, their weights [r] (float64) and the norm of the residual after each step.
-
     Source: Killamsetty, Sivasubramanian, Ramakrishnan, De and Iyer, "GRAD-MATCH: gradient matching based data subset
     selection for efficient deep model training", ICML 2021, algorithm 2.
     """
-    rows, b, norms = _checked(g, target, False)
+    nonnegative, ridge = problem.nonnegative, problem.ridge
+    rows, b, norms = _checked(problem, False)
     picks: list[int] = []
     weights = rows.new_zeros(0)
     free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     residual, residual_norms = b, []
-    while len(picks) < k:
+    while len(picks) < problem.k:
         rest = (rows * residual).sum(1)  # row by row, so that equal rows give equal bits
         score = rest if nonnegative else rest.abs()
         scale = b.norm() + (weights.abs() * norms[picks]).sum()
@@ -67,10 +62,10 @@ def orthogonal_matching_pursuit(
         residual_norms.append(residual.norm())
     kept = weights != 0
     indices = torch.tensor(picks, dtype=torch.int64, device=rows.device)
-    return indices[kept], weights[kept], torch.stack(residual_norms) if picks else rows.new_zeros(0)
+    return Pursuit(indices[kept], weights[kept], torch.stack(residual_norms) if picks else rows.new_zeros(0))
 
 
-def frank_wolfe(g: Tensor, target: Tensor, k: int) -> Found:
+def frank_wolfe(problem: Problem) -> Pursuit:
     """Picks rows of g [B, D] and weights >= 0 by k steps on the unit sphere towards the target.
 
     A step moves the direction y, a unit vector, along the geodesic towards the unit row whose geodesic from y points
@@ -78,14 +73,12 @@ def frank_wolfe(g: Tensor, target: Tensor, k: int) -> Found:
     nearest to the target. The weights are in the end scaled so that the sum is the target's projection on y. The run
     ends early when no row leads nearer.
 
-    Returns:
-        The rows [r] in the order of their first pick, their weights [r] (float64) and the norm of the residual
-        after each step.
+    The rows are in the order of their first pick.
 
     Source: Campbell and Broderick, "Bayesian coreset construction via greedy iterative geodesic ascent", ICML 2018,
     algorithm 1.
     """
-    rows, b, norms = _checked(g, target, True)
+    rows, b, norms = _checked(problem, True)
     units = torch.where(norms[:, None] > 0, rows / norms[:, None], 0)
     goal = b / b.norm() if b.norm() > 0 else b
     cosines = (units * goal).sum(1)
@@ -93,7 +86,7 @@ def frank_wolfe(g: Tensor, target: Tensor, k: int) -> Found:
     y, towards = torch.zeros_like(b), 0.0
     picks: list[int] = []
     residual_norms = []
-    for _ in range(k):
+    for _ in range(problem.k):
         along = (units * y).sum(1)
         square = 1 - along**2
         score = torch.where(
@@ -115,11 +108,12 @@ def frank_wolfe(g: Tensor, target: Tensor, k: int) -> Found:
     indices = torch.tensor(picks, dtype=torch.int64, device=rows.device)
     found = weights[indices] * towards * b.norm() / norms[indices]
     kept = found > 0
-    return indices[kept], found[kept], torch.stack(residual_norms) if picks else rows.new_zeros(0)
+    return Pursuit(indices[kept], found[kept], torch.stack(residual_norms) if picks else rows.new_zeros(0))
 
 
-def _checked(g: Tensor, target: Tensor, unit_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(problem: Problem, unit_rows: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The rows and the target in float64, and the norms of the rows; see `check_products`."""
+    g, target = problem.g, problem.target
     check_finite(target, "target")
     check_finite(g, "g")
     rows, b = g.double(), target.double()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import Takes, choose_kernels
-from flashcoreset.sinkhorn.schedule import Solution
+from flashcoreset._core.imports import imported
+from flashcoreset.sinkhorn.problem import Problem, Result
 
 
 class Kernels(Protocol):
-    """The kernels of one backend: a module, whose functions say what they do."""
+    """The kernels of one backend, a module."""
 
     TAKES: Takes
 
@@ -23,58 +22,22 @@ class Kernels(Protocol):
         self, x: Tensor, y: Tensor | None = None, *, metric: str, out: Tensor | None = None
     ) -> Tensor: ...
 
-    def sinkhorn(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        *,
-        reg: float,
-        metric: str,
-        reg_marginal: tuple[float, float] = (math.inf, math.inf),
-        x_lengths: Tensor | None = None,
-        y_lengths: Tensor | None = None,
-        max_iter: int = 1000,
-        tol: float = 1e-6,
-        f: Tensor | None = None,
-        g: Tensor | None = None,
-        memory_budget: int = DEFAULT_MEMORY_BUDGET,
-        report: Callable[[int, int], None] | None = None,
-    ) -> Solution: ...
+    def sinkhorn(self, problem: Problem, report: Callable[[int, int], None] | None = None) -> Result:
+        """Solves a batch of problems. `report` is called with the number of iterations done and their largest possible number.
 
-    def sinkhorn_apply(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        f: Tensor,
-        g: Tensor,
-        v: Tensor,
-        *,
-        reg: float,
-        metric: str,
-        transpose: bool = False,
-        x_lengths: Tensor | None = None,
-        y_lengths: Tensor | None = None,
-        memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    ) -> Tensor: ...
+        Raises:
+            ValueError: for NaN or infinity in `x` or `y`, costs that overflow, and arrays that do not fit each other.
+        """
 
-    def sinkhorn_plan(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        f: Tensor,
-        g: Tensor,
-        *,
-        reg: float,
-        metric: str,
-        x_lengths: Tensor | None = None,
-        y_lengths: Tensor | None = None,
-    ) -> Tensor: ...
+    def sinkhorn_apply(self, problem: Problem, v: Tensor, transpose: bool = False) -> Tensor:
+        """The products P v [B, n, k] of the plans with potentials f, g for v [B, m, k] of the type of `x`; with `transpose` P^T v
+        [B, m, k] for v [B, n, k]. Rows beyond a problem's size are 0."""
+
+    def sinkhorn_plan(self, problem: Problem) -> Tensor:
+        """The plans P [B, n, m] with potentials f, g; 0 beyond a problem's size."""
+
+    def workspace(self, problem: Problem) -> int:
+        """An upper bound of the bytes that `sinkhorn` allocates beside its arguments and results."""
 
 
 def choose(backend: str | None, device: torch.device) -> Kernels:
@@ -82,12 +45,13 @@ def choose(backend: str | None, device: torch.device) -> Kernels:
     return cast(Kernels, choose_kernels(backend, device, "sinkhorn"))
 
 
+def kernels_of(backend: str) -> Kernels:
+    """The kernels of a backend, whether they can run here or not."""
+    name = "reference" if backend == "torch" else backend
+    return cast(Kernels, imported(f"flashcoreset.sinkhorn.{name}"))
+
+
 if TYPE_CHECKING:
     from flashcoreset.sinkhorn import cpu, cuda, reference, triton
 
-    _CONFORM: tuple[Kernels, ...] = (
-        cpu,
-        cuda,
-        reference,
-        triton,
-    )
+    _CONFORM: tuple[Kernels, ...] = (cpu, cuda, reference, triton)

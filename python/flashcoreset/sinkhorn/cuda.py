@@ -1,23 +1,22 @@
-"""Batches of entropic optimal transport, by the CUDA kernels, on CUDA tensors."""
+"""Batches of entropic optimal transport, by the CUDA kernels, on CUDA tensors. A tensor that is not contiguous is copied."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from flashcoreset._core import native
-from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
-from flashcoreset._core.cuda import compact, optional_compact, stream, with_memory
+from flashcoreset._core.cuda import compact, stream, with_memory
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
 from flashcoreset.pairwise.cuda import pairwise
-from flashcoreset.sinkhorn.schedule import Solution
+from flashcoreset.sinkhorn.problem import Output, Problem, Result
 
-__all__ = ["TAKES", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan"]
+__all__ = ["TAKES", "pairwise", "sinkhorn", "sinkhorn_apply", "sinkhorn_plan", "workspace"]
 
 TAKES = Takes(checks_values=True)
 
@@ -26,115 +25,56 @@ TAKES = Takes(checks_values=True)
 # more are streamed.
 SINKHORN_SHARED_BYTES: int | None = None
 
-
-def _problems(
-    x: Tensor,
-    y: Tensor | None,
-    metric: str,
-    a: Tensor,
-    b: Tensor,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
-) -> tuple[Any, ...]:
-    """The first arguments of each compiled function. Capsules keep the memory that they show alive."""
-    return (
-        compact(x),
-        None if y is None else compact(y),
-        metric,
-        compact(a),
-        compact(b),
-        optional_compact(x_lengths),
-        optional_compact(y_lengths),
-    )
+_ARRAYS = ("x", "y", "a", "b", "x_lengths", "y_lengths", "f", "g")
 
 
-def sinkhorn(
-    x: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    *,
-    reg: float,
-    metric: str,
-    reg_marginal: tuple[float, float] = (math.inf, math.inf),
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
-    max_iter: int = 1000,
-    tol: float = 1e-6,
-    f: Tensor | None = None,
-    g: Tensor | None = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    report: Callable[[int, int], None] | None = None,
-) -> Solution:
-    """Solves a batch of problems on the device; see `flashcoreset.sinkhorn.reference` for the definition.
+def _module(problem: Problem) -> ModuleType:
+    return native.cuda_module(problem.x.device.index or 0)
 
-    Waits once, when all problems are solved.
 
-    Args:
-        x: [B, n, d] points with `y` [B, m, d], or the costs [B, n, m] with `y` None; float32 or float64, on a CUDA
-            device, like all that follows. A tensor that is not contiguous is copied.
-        a, b: [B, n] and [B, m] float64.
-        reg, metric, reg_marginal, max_iter, tol: as in the reference.
-        x_lengths, y_lengths: [B] int64, from 1 to n and m; None for n and m.
-        f, g: [B, n] and [B, m] float64 to start from; None starts from 0.
-        memory_budget: not used: costs are kept in the multiprocessors' own memory or not at all.
-        report: called once, at the end.
+def _in_one_piece(problem: Problem) -> Problem:
+    given = {name: getattr(problem, name) for name in _ARRAYS}
+    copies = {name: t.contiguous() for name, t in given.items() if t is not None and not t.is_contiguous()}
+    return replace(problem, **copies) if copies else problem
+
+
+def sinkhorn(problem: Problem, report: Callable[[int, int], None] | None = None) -> Result:
+    """Solves a batch of problems; see `Problem` and `Kernels.sinkhorn`. Waits once, when all problems are solved; `report` is
+    called once, at the end. `memory_budget` is not used: costs are kept in the multiprocessors' own memory or not at all.
 
     Raises:
         BackendUnavailableError: if there are no CUDA kernels or no device.
-        ValueError: for data that turned out to be NaN, infinite or too large, and for weights that are negative, all
-            zero or of unequal sums.
+        ValueError: for weights that are negative, all zero or of unequal sums, too.
     """
-    batch = len(a)
-    value, transport_cost, error, tolerance = a.new_empty(4, batch).unbind()
-    found_f, found_g = (
-        torch.zeros_like(weights, memory_format=torch.contiguous_format) for weights in (a, b)
-    )
-    iterations = torch.empty(batch, dtype=torch.int64, device=a.device)
-    outputs = (found_f, found_g, value, transport_cost, error, tolerance, iterations)
-    wrong, argument, problem, row, column = with_memory(
-        lambda: native.cuda_module(x.device.index or 0).sinkhorn(
-            *_problems(x, y, metric, a, b, x_lengths, y_lengths),
-            reg,
-            *reg_marginal,
-            max_iter,
-            tol,
-            None if f is None else compact(f),
-            None if g is None else compact(g),
-            *map(capsule, outputs),
-            -1 if SINKHORN_SHARED_BYTES is None else SINKHORN_SHARED_BYTES,
-            stream(x.device),
-        )
+    problem = _in_one_piece(problem)
+    output = Output.of(problem)
+    shared = -1 if SINKHORN_SHARED_BYTES is None else SINKHORN_SHARED_BYTES
+    wrong, argument, number, row, column = with_memory(
+        lambda: _module(problem).sinkhorn(problem, *map(capsule, output), shared, stream(problem.x.device))
     )
     if wrong is not None:
-        tensors = {"x": x, "y": y, "a": a, "b": b}
-        raise ValueError(_sinkhorn_fault(wrong, argument, tensors, problem, row, column))
+        raise ValueError(_fault(problem, wrong, argument, number, row, column))
     if report is not None:
-        report(batch * max_iter, batch * max_iter)
-    return Solution(found_f, found_g, value, transport_cost, error, iterations, error <= tolerance)
+        total = problem.sizes[0] * problem.max_iter
+        report(total, total)
+    return output.result()
 
 
-def _sinkhorn_fault(
-    wrong: str, argument: str, tensors: dict[str, Tensor | None], problem: int, row: int, column: int
-) -> str:
-    tensor, a, b = tensors[argument], tensors["a"], tensors["b"]
-    assert tensor is not None
-    assert a is not None
-    assert b is not None
-    of = f" of problem {problem}" if len(a) > 1 else ""
+def _fault(problem: Problem, wrong: str, argument: str, number: int, row: int, column: int) -> str:
+    tensor: Tensor = getattr(problem, argument)
+    of = problem.within(number)
     within = of.replace(" of", " in", 1)
     if wrong == "not finite":
-        value = float(tensor[problem, row, column])
+        value = float(tensor[number, row, column])
         return f"{argument} must be finite, got {_named(value)} at row {row}, column {column}{of}"
     if wrong == "weight":
-        return f"{argument} must be finite and >= 0, got {_named(float(tensor[problem, row]))} at position {row}{of}"
+        return f"{argument} must be finite and >= 0, got {_named(float(tensor[number, row]))} at position {row}{of}"
     if wrong == "no weight":
         return f"{argument} must have a finite sum > 0; its sum is not{within}"
     if wrong == "unequal":
         return f"a and b must have equal sums where both marginals are balanced; they differ by more than 1 in 10^4{within}"
-    assert tensors["x"] is not None
-    dtype = tensors["x"].dtype
-    remedy = " or use float64" if dtype == torch.float32 else ""
+    dtype = problem.x.dtype
+    remedy = " or use float64" if dtype.itemsize == 4 else ""
     if wrong == "small reg":
         return f"reg: costs in units of it overflow {dtype}{within}; raise reg{remedy}"
     return f"x: costs overflow {dtype}{within}; scale the data down{remedy}"
@@ -144,63 +84,34 @@ def _named(value: float) -> str:
     return "NaN" if math.isnan(value) else str(value)
 
 
-def sinkhorn_apply(
-    x: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    v: Tensor,
-    *,
-    reg: float,
-    metric: str,
-    transpose: bool = False,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-) -> Tensor:
-    """The products P v [B, n, k] float64 of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
-    [B, n, k]. Rows beyond a problem's size are 0. Does not wait for the device; `memory_budget` is not used."""
-    out = a.new_empty(len(a), (b if transpose else a).shape[1], v.shape[2])
+def sinkhorn_apply(problem: Problem, v: Tensor, transpose: bool = False) -> Tensor:
+    """In float64. Does not wait for the device."""
+    problem = _in_one_piece(problem)
+    batch, n, m = problem.sizes
+    out = problem.a.new_empty(batch, m if transpose else n, v.shape[2])
     with_memory(
-        lambda: native.cuda_module(x.device.index or 0).sinkhorn_apply(
-            *_problems(x, y, metric, a, b, x_lengths, y_lengths),
-            reg,
-            compact(f),
-            compact(g),
-            compact(v.double()),
-            transpose,
-            capsule(out),
-            stream(x.device),
+        lambda: _module(problem).sinkhorn_apply(
+            problem, compact(v.double()), transpose, capsule(out), stream(problem.x.device)
         )
     )
     return out
 
 
-def sinkhorn_plan(
-    x: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    *,
-    reg: float,
-    metric: str,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
-) -> Tensor:
-    """The plans P [B, n, m] float64 with potentials f, g; 0 beyond a problem's size. Does not wait for the device."""
-    out = a.new_empty(*a.shape, b.shape[1])
-    with_memory(
-        lambda: native.cuda_module(x.device.index or 0).sinkhorn_plan(
-            *_problems(x, y, metric, a, b, x_lengths, y_lengths),
-            reg,
-            compact(f),
-            compact(g),
-            capsule(out),
-            stream(x.device),
-        )
-    )
+def sinkhorn_plan(problem: Problem) -> Tensor:
+    """In float64. Does not wait for the device."""
+    problem = _in_one_piece(problem)
+    out = problem.a.new_empty(problem.sizes)
+    with_memory(lambda: _module(problem).sinkhorn_plan(problem, capsule(out), stream(problem.x.device)))
     return out
+
+
+def workspace(problem: Problem) -> int:
+    batch, n, m = problem.sizes
+    size = problem.x.element_size()
+    # Points of cosine at unit length; teams' potentials in two parts, their strips' sums and costs, in 256 MB or for one team.
+    units = batch * (n + m) * problem.x.shape[2] * size if problem.metric == "cosine" else 0
+    rows, columns = (64, 128) if size == 4 else (32, 64)
+    tiles = max((n // rows + 1) * (m // columns + 1), (m // rows + 1) * (n // columns + 1))
+    sums = min(tiles, 2048 + (n + m) // rows + 2 + tiles // 16 + (n + m) // rows + 2) * rows
+    team = sums * (2 * size + 8) + (n + m) * (4 * size + 1) + 2**12
+    return units + min(batch * team, max(team, 2**28)) + batch * 64 + 2**20

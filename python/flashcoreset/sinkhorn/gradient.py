@@ -15,12 +15,13 @@ The gradients with respect to the points follow through the costs, without P if 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flashcoreset.sinkhorn.backend import Kernels
+from flashcoreset.sinkhorn.problem import Problem, masked
 
 # Blocks of rows of a plan take about this many bytes.
 _BLOCK_BYTES = 2**24
@@ -40,31 +41,18 @@ def weight_gradients(
 
 
 def cost_gradients(
-    kernels: Kernels,
-    problem: Any,
-    x: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    of_value: Tensor,
-    needs_y: bool,
+    kernels: Kernels, problem: Problem, of_value: Tensor, needs_y: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients, times of_value [B], with respect to the costs, or to both sets of points."""
-    common = {"reg": problem.reg, "metric": problem.metric}
-    lengths = {"x_lengths": problem.x_lengths, "y_lengths": problem.y_lengths}
+    """The gradients, times of_value [B], with respect to the costs, or to both sets of points, of a problem with potentials."""
+    x, y, (f, g) = problem.x, problem.y, problem.potentials()
     scale = of_value.to(x.dtype)[:, None, None]
     if y is None:
-        plan = kernels.sinkhorn_plan(x, y, a, b, f, g, **common, **lengths).to(x.dtype)
-        return plan.mul_(scale), None
+        return kernels.sinkhorn_plan(problem).to(x.dtype).mul_(scale), None
 
     def apply(v: Tensor, transpose: bool) -> Tensor:
-        return kernels.sinkhorn_apply(
-            x, y, a, b, f, g, v, **common, **lengths, transpose=transpose, memory_budget=problem.memory_budget
-        ).to(x.dtype)
+        return kernels.sinkhorn_apply(problem, v, transpose).to(v.dtype)
 
-    x, y = (_without_padding(points, size) for points, size in zip((x, y), lengths.values(), strict=True))
+    x, y = masked(x, problem.x_lengths), masked(y, problem.y_lengths)
     if problem.metric == "sqeuclidean":
         of_x = _pull(x, apply(_with_ones(y), False))
         of_y = _pull(y, apply(_with_ones(x), True)) if needs_y else None
@@ -84,15 +72,11 @@ def cost_gradients(
         one, columns = slice(p, p + 1), slice(0, m)
         for begin in range(0, n, step):
             rows = slice(begin, min(begin + step, n))
-            plan = kernels.sinkhorn_plan(
-                x[one, rows],
-                y[one, columns],
-                a[one, rows],
-                b[one, columns],
-                f[one, rows],
-                g[one, columns],
-                **common,
-            ).to(x.dtype)[0]
+            part = replace(
+                problem, x=x[one, rows], y=y[one, columns], a=problem.a[one, rows], b=problem.b[one, columns],
+                f=f[one, rows], g=g[one, columns], x_lengths=None, y_lengths=None,
+            )  # fmt: skip
+            plan = kernels.sinkhorn_plan(part).to(x.dtype)[0]
             if problem.metric == "euclidean":
                 distance = kernels.pairwise(x[p, rows], y[p, columns], metric="euclidean")
                 pull = torch.where(distance > 0, plan / distance, 0)
@@ -104,13 +88,6 @@ def cost_gradients(
                 of_x[p, rows, k] = pull.sum(1)
                 of_y[p, columns, k] -= pull.sum(0)
     return scale * of_x, scale * of_y
-
-
-def _without_padding(points: Tensor, lengths: Tensor | None) -> Tensor:
-    if lengths is None:
-        return points
-    mask = torch.arange(points.shape[1], device=points.device) < lengths[:, None]
-    return torch.where(mask[:, :, None], points, 0)
 
 
 def _with_ones(points: Tensor) -> Tensor:

@@ -42,17 +42,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import check_finite
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import pairwise as pairwise
 from flashcoreset.pairwise.reference import values_of_rows
-from flashcoreset.sinkhorn.schedule import Schedule, Solution, asked, dual_value, range_fault, whole_mass
+from flashcoreset.sinkhorn.problem import Problem, Result
+from flashcoreset.sinkhorn.schedule import Schedule, asked, dual_value, range_fault, whole_mass
 
 TAKES = Takes()
 
@@ -104,20 +105,12 @@ class _Costs:
         return far * far if self.metric == "sqeuclidean" else far
 
 
-def _problems(
-    x: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    metric: str,
-    x_lengths: Tensor | None,
-    y_lengths: Tensor | None,
-    memory_budget: int,
-) -> Iterator[tuple[int, slice, slice, _Costs]]:
+def _each(problem: Problem, memory_budget: int) -> Iterator[tuple[int, slice, slice, _Costs]]:
     """The number of each problem, its rows and its columns, and its costs."""
-    batch = a.shape[0]
-    rows = [a.shape[1]] * batch if x_lengths is None else x_lengths.tolist()
-    columns = [b.shape[1]] * batch if y_lengths is None else y_lengths.tolist()
+    x, y = problem.x, problem.y
+    batch, n, m = problem.sizes
+    rows = [n] * batch if problem.x_lengths is None else problem.x_lengths.tolist()
+    columns = [m] * batch if problem.y_lengths is None else problem.y_lengths.tolist()
     for p, (r, c) in enumerate(zip(rows, columns, strict=True)):
         own, other = (x[p, :r, :c], None) if y is None else (x[p, :r], y[p, :c])
         try:
@@ -125,8 +118,8 @@ def _problems(
             if other is not None:
                 check_finite(other, "y")
         except ValueError as error:
-            raise ValueError(f"{error} of problem {p}" if batch > 1 else str(error)) from None
-        yield p, slice(0, r), slice(0, c), _Costs(own, other, metric, memory_budget)
+            raise ValueError(f"{error}{problem.within(p)}") from None
+        yield p, slice(0, r), slice(0, c), _Costs(own, other, problem.metric, memory_budget)
 
 
 def damping(rho: float, eps: float) -> float:
@@ -139,75 +132,44 @@ def moved(potential: Tensor, log_sum: Tensor, eps: float, omega: float, damp: fl
     return (1 - omega) * (1 - damp) * potential + damp * (potential - omega * eps * log_sum)
 
 
-def translation(f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg_marginal: tuple[float, float]) -> float:
+def translation(f: Tensor, g: Tensor, a: Tensor, b: Tensor, rho_a: float, rho_b: float) -> float:
     """The c for which f + c and g - c have the largest dual value: both sides then ask for the same mass,
 
     A exp(-c / rho_a) = B exp(c / rho_b)    A = sum a exp(-f / rho_a)    B = sum b exp(-g / rho_b)
     """
     logs = []
-    for potential, weight, rho in zip((f, g), (a, b), reg_marginal, strict=True):
+    for potential, weight, rho in zip((f, g), (a, b), (rho_a, rho_b), strict=True):
         mass = float(weight.sum())
         # Computed from the difference to the weights, which keeps its digits if rho is large and c is a small difference of
         # large numbers.
         lost = float((weight * torch.expm1(-potential / rho)).nan_to_num(0.0).sum()) / mass
         logs.append(math.log(mass) + math.log1p(lost) if -1 < lost < math.inf else -math.inf)
-    c = (logs[0] - logs[1]) / (1 / reg_marginal[0] + 1 / reg_marginal[1])
+    c = (logs[0] - logs[1]) / (1 / rho_a + 1 / rho_b)
     return c if math.isfinite(c) else 0.0
 
 
-def sinkhorn(
-    x: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    *,
-    reg: float,
-    metric: str,
-    reg_marginal: tuple[float, float] = (math.inf, math.inf),
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
-    max_iter: int = 1000,
-    tol: float = 1e-6,
-    f: Tensor | None = None,
-    g: Tensor | None = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    report: Callable[[int, int], None] | None = None,
-) -> Solution:
-    """Solves a batch of problems, one after the other.
-
-    Args:
-        x: [B, n, d] points with `y` [B, m, d], or the costs [B, n, m] with `y` None and metric "precomputed".
-        a: [B, n] float64, and b [B, m]: weights >= 0, of equal sums if both marginals are balanced.
-        reg, reg_marginal: eps and (rho_a, rho_b); inf for a balanced marginal.
-        metric: "sqeuclidean", "euclidean", "l1", "cosine" or "precomputed".
-        x_lengths, y_lengths: [B] int64, the sizes of the problems; None for n and m. What lies beyond is not read.
-        max_iter, tol: see `Schedule`.
-        f, g: [B, n] and [B, m] float64 to start from; None starts from 0.
-        memory_budget: bytes that the costs of a problem may take.
-        report: called with the number of iterations done and their largest possible number.
-    """
-    batch = a.shape[0]
+def sinkhorn(problem: Problem, report: Callable[[int, int], None] | None = None) -> Result:
+    """Solves a batch of problems, one after the other; see `Problem`."""
+    a, b = problem.a, problem.b
+    batch = len(a)
     out_f, out_g = torch.zeros_like(a), torch.zeros_like(b)
     scalars = torch.zeros(5, batch, dtype=torch.float64)
-    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
-        fault = range_fault(costs.spread, reg, metric, x.dtype, f" in problem {p}" if batch > 1 else "")
+    for p, r, c, costs in _each(problem, problem.memory_budget):
+        within = problem.within(p).replace(" of", " in", 1)
+        fault = range_fault(costs.spread, problem.reg, problem.metric, problem.x.dtype, within)
         if fault is not None:
             raise ValueError(fault)
-        start = None if f is None or g is None else (f[p, r], g[p, c])
-        masses = float(a[p, r].sum()), float(b[p, c].sum())
-        schedule = Schedule(
-            reg, costs.spread, tol, max_iter, start is not None, masses[0], whole_mass(reg_marginal, *masses)
-        )
+        one = replace(
+            problem, a=a[p : p + 1, r], b=b[p : p + 1, c], f=None if problem.f is None else problem.f[p : p + 1, r],
+            g=None if problem.g is None else problem.g[p : p + 1, c],
+        )  # fmt: skip
         own_report = None
         if report is not None:
-            own_report = _of_problem(report, p, batch, max_iter)
-        out_f[p, r], out_g[p, c], *found = _solve(
-            costs, a[p, r], b[p, c], reg, reg_marginal, schedule, start, own_report
-        )
-        scalars[:, p] = torch.tensor([*found, schedule.tolerance], dtype=torch.float64)
-    scalars = scalars.to(a.device)
-    value, transport_cost, error, iterations, tolerance = scalars
-    return Solution(out_f, out_g, value, transport_cost, error, iterations.long(), error <= tolerance)
+            own_report = _of_problem(report, p, batch, problem.max_iter)
+        out_f[p, r], out_g[p, c], *found = _solve(costs, one, own_report)
+        scalars[:, p] = torch.tensor(found, dtype=torch.float64)
+    value, transport_cost, error, iterations, tolerance = scalars.to(a.device)
+    return Result(out_f, out_g, value, transport_cost, error, iterations.long(), error <= tolerance)
 
 
 def _of_problem(report: Callable[[int, int], None], p: int, batch: int, most: int) -> Callable[[int], None]:
@@ -215,24 +177,25 @@ def _of_problem(report: Callable[[int, int], None], p: int, batch: int, most: in
 
 
 def _solve(
-    costs: _Costs,
-    a: Tensor,
-    b: Tensor,
-    reg: float,
-    reg_marginal: tuple[float, float],
-    schedule: Schedule,
-    start: tuple[Tensor, Tensor] | None,
-    report: Callable[[int], None] | None,
-) -> tuple[Tensor, Tensor, float, float, float, int]:
+    costs: _Costs, problem: Problem, report: Callable[[int], None] | None
+) -> tuple[Tensor, Tensor, float, float, float, int, float]:
+    """Solves one problem, whose sizes are those of its weights [1, n] and [1, m]: the potentials, the value, <P, C>, the error, the
+    number of iterations and the error at which the problem is solved."""
+    a, b = problem.a[0], problem.b[0]
+    rho_a, rho_b = problem.rho_a, problem.rho_b
     n, m = costs.shape
-    f, g = start if start is not None else (a.new_zeros(n), b.new_zeros(m))
-    f, g = f.clone(), g.clone()
-    relaxed = [not math.isinf(rho) for rho in reg_marginal]
-    translates = any(relaxed) and (schedule.accelerated or not relaxed[1])
+    f = a.new_zeros(n) if problem.f is None else problem.f[0].clone()
+    g = b.new_zeros(m) if problem.g is None else problem.g[0].clone()
+    masses = float(a.sum()), float(b.sum())
+    schedule = Schedule(
+        problem.reg, costs.spread, problem.tol, problem.max_iter, problem.f is not None, masses[0],
+        whole_mass(rho_a, rho_b, *masses),
+    )  # fmt: skip
+    translates = not problem.balanced and (schedule.accelerated or math.isinf(rho_b))
     columns_off = 0.0
     while True:
         eps, omega = schedule.eps, schedule.omega
-        damp_a, damp_b = (damping(rho, eps) for rho in reg_marginal)
+        damp_a, damp_b = damping(rho_a, eps), damping(rho_b, eps)
         row_sums, column_sums = a.new_empty(n), b.new_full((m,), -math.inf)
         before = f.clone()
         for rows, cost in costs.blocks():
@@ -244,15 +207,13 @@ def _solve(
             column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent, 0))
         new = moved(g, column_sums, eps, omega, damp_b)
         # `error` is that of the plan that this iteration began with, `columns_off` that of the plan that it made.
-        error = _off(a, row_sums, before, reg_marginal[0]) + columns_off
-        columns_off = _off(b, column_sums + (new - g) / eps, new, reg_marginal[1])
+        error = _off(a, row_sums, before, rho_a) + columns_off
+        columns_off = _off(b, column_sums + (new - g) / eps, new, rho_b)
         g = new
         if translates:
-            c = translation(f, g, a, b, reg_marginal)
-            if relaxed[1]:
-                columns_off += float((b * asked(g, reg_marginal[1])).sum()) * abs(
-                    math.expm1(c / reg_marginal[1])
-                )
+            c = translation(f, g, a, b, rho_a, rho_b)
+            if not math.isinf(rho_b):
+                columns_off += float((b * asked(g, rho_b)).sum()) * abs(math.expm1(c / rho_b))
             f, g = f + c, g - c
         order = schedule.after(error)
         if report is not None:
@@ -260,11 +221,11 @@ def _solve(
         if order == "new eps":
             columns_off = 0.0  # as at the start: not known, and computed before the end
         elif order != "go on":
-            f, g, error, mass, total = _evaluate(costs, f, g, a, b, reg, reg_marginal)
+            f, g, error, mass, total = _evaluate(costs, problem, f, g)
             if order == "check" and not error <= schedule.tolerance and schedule.disappointed():
                 continue
-            value = dual_value(f[None], g[None], a[None], b[None], mass, reg, reg_marginal)
-            return f, g, float(value), total, error, schedule.iterations
+            value = float(dual_value(problem, f[None], g[None], mass))
+            return f, g, value, total, error, schedule.iterations, schedule.tolerance
 
 
 def _off(weight: Tensor, log_sum: Tensor, potential: Tensor, rho: float) -> float:
@@ -274,9 +235,10 @@ def _off(weight: Tensor, log_sum: Tensor, potential: Tensor, rho: float) -> floa
 
 
 def _evaluate(
-    costs: _Costs, f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg: float, reg_marginal: tuple[float, float]
+    costs: _Costs, problem: Problem, f: Tensor, g: Tensor
 ) -> tuple[Tensor, Tensor, float, Tensor, float]:
     """The potentials (at zero weights those that the other side implies), the error and the mass of the plan, and <P, C>."""
+    a, b, reg = problem.a[0], problem.b[0], problem.reg
     row_sums, column_sums = torch.empty_like(f), g.new_full(g.shape, -math.inf)
     total = 0.0
     for rows, cost in costs.blocks():
@@ -284,65 +246,45 @@ def _evaluate(
         row_sums[rows] = torch.logsumexp(exponent + b.log(), 1)
         column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent + a[rows, None].log(), 0))
         total += float(((exponent + a[rows, None].log() + b.log()).exp() * cost).sum())
-    damp_a, damp_b = (damping(rho, reg) for rho in reg_marginal)
+    damp_a, damp_b = damping(problem.rho_a, reg), damping(problem.rho_b, reg)
     f = torch.where(a > 0, f, damp_a * (f - reg * row_sums))
     g = torch.where(b > 0, g, damp_b * (g - reg * column_sums))
-    error = _off(a, row_sums, f, reg_marginal[0]) + _off(b, column_sums, g, reg_marginal[1])
+    error = _off(a, row_sums, f, problem.rho_a) + _off(b, column_sums, g, problem.rho_b)
     return f, g, error, torch.where(a > 0, a * row_sums.exp(), 0).sum(), total
 
 
-def sinkhorn_apply(
-    x: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    v: Tensor,
-    *,
-    reg: float,
-    metric: str,
-    transpose: bool = False,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
-) -> Tensor:
-    """The products P v [B, n, k] of the plans with potentials f, g for v [B, m, k]; with `transpose` P^T v [B, m, k] for v
-    [B, n, k]. Rows beyond a problem's size are 0."""
-    size = (b if transpose else a).shape[1]
-    out = torch.zeros(a.shape[0], size, v.shape[2], dtype=torch.float64, device=v.device)
-    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, memory_budget):
-        for some, plan in _plan_blocks(costs, f[p, r], g[p, c], a[p, r], b[p, c], reg):
-            if transpose:
-                out[p, c] += plan.mT @ v[p, some].double()
-            else:
-                out[p, some] = plan @ v[p, c].double()
+def sinkhorn_apply(problem: Problem, v: Tensor, transpose: bool = False) -> Tensor:
+    batch, n, m = problem.sizes
+    out = torch.zeros(batch, m if transpose else n, v.shape[2], dtype=torch.float64, device=v.device)
+    for p, rows, columns, plan in _plan_blocks(problem, problem.memory_budget):
+        if transpose:
+            out[p, columns] += plan.mT @ v[p, rows].double()
+        else:
+            out[p, rows] = plan @ v[p, columns].double()
     return out
 
 
-def sinkhorn_plan(
-    x: Tensor,
-    y: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    f: Tensor,
-    g: Tensor,
-    *,
-    reg: float,
-    metric: str,
-    x_lengths: Tensor | None = None,
-    y_lengths: Tensor | None = None,
-) -> Tensor:
-    """The plans P [B, n, m] float64 with potentials f, g; 0 beyond a problem's size."""
-    out = torch.zeros(*a.shape, b.shape[1], dtype=torch.float64, device=a.device)
-    for p, r, c, costs in _problems(x, y, a, b, metric, x_lengths, y_lengths, 0):
-        for some, part in _plan_blocks(costs, f[p, r], g[p, c], a[p, r], b[p, c], reg):
-            out[p, some, c] = part
+def sinkhorn_plan(problem: Problem) -> Tensor:
+    """In float64."""
+    out = torch.zeros(problem.sizes, dtype=torch.float64, device=problem.a.device)
+    for p, rows, columns, plan in _plan_blocks(problem, 0):
+        out[p, rows, columns] = plan
     return out
 
 
-def _plan_blocks(
-    costs: _Costs, f: Tensor, g: Tensor, a: Tensor, b: Tensor, reg: float
-) -> Iterator[tuple[slice, Tensor]]:
-    for rows, cost in costs.blocks():
-        yield rows, ((f[rows, None] + g - cost) / reg + a[rows, None].log() + b.log()).exp()
+def _plan_blocks(problem: Problem, memory_budget: int) -> Iterator[tuple[int, slice, slice, Tensor]]:
+    """The number of each problem, some of its rows, its columns, and the plan there."""
+    f, g = problem.potentials()
+    a, b = problem.a, problem.b
+    for p, _, c, costs in _each(problem, memory_budget):
+        for rows, cost in costs.blocks():
+            logs = (f[p, rows, None] + g[p, c] - cost) / problem.reg
+            yield p, rows, c, (logs + a[p, rows, None].log() + b[p, c].log()).exp()
+
+
+def workspace(problem: Problem) -> int:
+    _, n, m = problem.sizes
+    d = 0 if problem.y is None else problem.x.shape[2]
+    resident = n * m * 8 if n * m * problem.x.element_size() <= problem.memory_budget else 0
+    # Points and potentials in float64; temporaries of a block of rows, and the allocator's share of them.
+    return resident + (n + m) * (16 * d + 128) + 16 * max(_BLOCK_BYTES, 8 * m)

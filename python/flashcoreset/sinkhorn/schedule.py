@@ -1,13 +1,14 @@
-"""The course of a problem's iterations, what a solution holds, and its value: the same on every backend."""
+"""The course of a problem's iterations, and the value of a solution: the same on every backend."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from flashcoreset.sinkhorn.problem import Problem
 
 # Exponents, which are sums of potentials and costs in units of reg, stay below this part of what a type holds.
 EXPONENTS = 1e-3
@@ -15,21 +16,9 @@ EXPONENTS = 1e-3
 MOST_EXPONENT = 700.0
 
 
-class Solution(NamedTuple):
-    """What every backend's `sinkhorn` returns: potentials in float64, 0 in the padding, and one entry per problem for the rest."""
-
-    f: Tensor  # [B, n] float64
-    g: Tensor  # [B, m] float64
-    value: Tensor  # [B] float64
-    transport_cost: Tensor  # [B] float64
-    error: Tensor  # [B] float64
-    iterations: Tensor  # [B] int64
-    converged: Tensor  # [B] bool
-
-
-def whole_mass(reg_marginal: tuple[float, float], mass_a: float, mass_b: float) -> float:
+def whole_mass(rho_a: float, rho_b: float, mass_a: float, mass_b: float) -> float:
     """The mass that errors are a share of: the plan's if a marginal holds, else the larger one of the weights'."""
-    rows_hold, columns_hold = (math.isinf(rho) for rho in reg_marginal)
+    rows_hold, columns_hold = (math.isinf(rho) for rho in (rho_a, rho_b))
     if rows_hold != columns_hold:
         return mass_a if rows_hold else mass_b
     return max(mass_a, mass_b)
@@ -147,16 +136,15 @@ def range_fault(spread: float, reg: float, metric: str, dtype: torch.dtype, with
     return None
 
 
-def dual_value(
-    f: Tensor, g: Tensor, a: Tensor, b: Tensor, mass: Tensor, reg: float, reg_marginal: tuple[float, float]
-) -> Tensor:
+def dual_value(problem: Problem, f: Tensor, g: Tensor, mass: Tensor) -> Tensor:
     """The dual objective [B] at potentials f [B, n], g [B, m] of plans of total `mass` [B]."""
+    a, b = problem.a, problem.b
     sides = []
-    for potential, weight, rho in zip((f, g), (a, b), reg_marginal, strict=True):
+    for potential, weight, rho in zip((f, g), (a, b), (problem.rho_a, problem.rho_b), strict=True):
         worth = potential if math.isinf(rho) else -rho * torch.expm1(-potential / rho)
         # If a weight is 0, its potential may be anything.
         sides.append(torch.where(weight > 0, weight * worth, 0).sum(1))
-    return sides[0] + sides[1] - reg * (mass - a.sum(1) * b.sum(1))
+    return sides[0] + sides[1] - problem.reg * (mass - a.sum(1) * b.sum(1))
 
 
 def asked(potential: Tensor, rho: float) -> Tensor | float:

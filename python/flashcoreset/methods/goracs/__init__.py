@@ -27,6 +27,7 @@ from flashcoreset._core.tensor import (
     check_finite,
     compute_dtype,
     one_of,
+    promoted,
 )
 from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.methods.goracs.descent import KEPT_BYTES, Descent, Options, pool_rows
@@ -187,10 +188,9 @@ def goracs(
     x, y = as_matrix(train, "train"), as_matrix(valid, "valid")
     if y.shape[1] != x.shape[1]:
         raise ValueError(f"valid must have {x.shape[1]} columns as train has, got shape {tuple(y.shape)}")
-    if y.dtype != x.dtype:
-        raise TypeError(f"valid must have the dtype of train, {x.dtype}, got {y.dtype}")
     if y.device != x.device:
         raise ValueError(f"valid is on device {y.device}, but train is on {x.device}; move one of them")
+    x, y = promoted(x, y)
     n, device = x.shape[0], x.device
     if grad_norms is None:
         for name, value in (("lam", options.lam), ("norm_clip", quantile)):

@@ -30,6 +30,7 @@ from flashcoreset._core.tensor import Csr
 from flashcoreset.facility_location import cpu
 from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.facility_location.gains import gain_scale
+from flashcoreset.facility_location.problem import Problem
 
 _BLOCK_BYTES, _LEAST_BYTES = 2**24, 2**18
 # Largest distances for which that distance and those 2^-20 times as long have squares that are normal numbers.
@@ -204,7 +205,7 @@ class Cover:
         self._run_picks = 0
         if costs.held is not None:
             self._run = costs._kernels.FacilityLocation(
-                costs.held, metric="precomputed", memory_budget=costs.memory_budget // 4
+                Problem(costs.held, metric="precomputed", memory_budget=costs.memory_budget // 4)
             )
             return
         ones = torch.ones(clients, dtype=torch.float64, device=device)
@@ -324,8 +325,9 @@ class Cover:
             kernels = choose("torch", self.owner.device)
         del self._sample, self._bounds
         self._live = live  # the kernel reads the matrix in place
+        budget = self._costs.memory_budget // 4
         return kernels.FacilityLocation(
-            live, metric="precomputed", preselected=fixed, memory_budget=self._costs.memory_budget // 4
+            Problem(live, metric="precomputed", preselected=fixed, memory_budget=budget)
         )
 
     def _kernel_picks(self, count: int) -> list[int]:
