@@ -60,7 +60,7 @@ def table() -> dict[str, Callable[[], tuple[Call, Call]]]:
     def goracs(n: int, exchanges: int, solver: str = "exact") -> Call:
         x, y, norms = points(n), points(n // 5, 64, 1), points(n, 1)[:, 0].abs()
         return lambda: (
-            fc.goracs(x, y, norms, n // 20, max_exchanges=exchanges, solver=solver, reg=0.05).indices
+            fc.goracs(x, y, norms, n // 20, lam=0.5, max_exchanges=exchanges, solver=solver, reg=0.05).indices
         )
 
     def autocoreset(n: int, k: int) -> Call:
@@ -242,7 +242,7 @@ def in_child(act: Callable[[], None]) -> None:
         say("died", status)
 
 
-def work(name: str, count: int) -> None:
+def work(name: str, count: int, seconds: float | None) -> None:
     long, small = table()[name]()
     if name == FRESH:
         here, there = os.pipe()
@@ -254,9 +254,11 @@ def work(name: str, count: int) -> None:
             in_child(lambda: interrupted(long, small, expected))
         return
     expected = digest(small())
-    start = time.monotonic()
-    long()
-    say("ready", time.monotonic() - start)
+    if seconds is None:
+        start = time.monotonic()
+        long()
+        seconds = time.monotonic() - start
+    say("ready", seconds)
     for _ in range(count):
         interrupted(long, small, expected)
 
@@ -283,9 +285,11 @@ class Outcome:
         )
 
 
-def interrupt(name: str, count: int, seed: int) -> Outcome:
-    """Calls the function `count` times in a process of its own, and interrupts each call."""
+def interrupt(name: str, count: int, seed: int, seconds: float | None = None) -> Outcome:
+    """Calls the function `count` times in a process of its own, and interrupts each call within `seconds`; None: within the time
+    that a whole call takes."""
     command = [sys.executable, str(Path(__file__).resolve()), "--work", "--count", str(count), name]
+    command += [] if seconds is None else ["--seconds", str(seconds)]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "passive"}
     outcome, moments = Outcome(name), random.Random(f"{seed} {name}")
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
@@ -351,10 +355,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        work(arguments.names[0], arguments.count)
+        work(arguments.names[0], arguments.count, arguments.seconds)
         return
     outcomes = []
     for name in arguments.names or table():

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkouts import ROOT, Checkout
 
 SOURCES = (
     "csrc/core/*.h",
@@ -69,8 +69,11 @@ TESTS = (
     ("*sketch*|*projection*|*philox*|*normal*", "sketch zeroth_order"),
     ("*integrations/torch*", "integrations_torch"),
     ("*integrations/transformers*", "integrations_transformers"),
-    ("*facility_location*|*sampling*|*live_lists*|*similarity_source*", "facility_location select"),
-    ("*pairwise*|*pack*|*tile*|*metric*", "facility_location nearest_order"),
+    (
+        "*facility_location*|*sampling*|*live_lists*|*similarity_source*",
+        "facility_location precomputed select",
+    ),
+    ("*pairwise*|*pack*|*tile*|*metric*", "pairwise facility_location precomputed nearest_order"),
     (
         "*kernels/*|*dispatch*",
         "facility_location sinkhorn sketch scores matching caratheodory pursuit nearest_order",
@@ -213,56 +216,27 @@ def test_files(root: Path, file: str) -> list[str]:
                 continue
             kind = plain if backend not in ("cuda", "triton") else own if backend in file else other
             kind.append(path.relative_to(root / "tests").as_posix())
-        if family == "facility_location":  # whose files for one backend have that backend's name alone
-            for backend in ("cuda", "triton"):
-                (own if backend in file else other).append(f"test_{backend}.py")
     names = plain + (own or ([] if file.startswith("csrc/cpu") else other))
     return [f"tests/{name}" for name in dict.fromkeys(names)]
 
 
-class Workshop:
+class Workshop(Checkout):
     """A clone of the repository in which mutants are built and tested, one after the other."""
 
     def __init__(self, folder: Path, jobs: int, passed: set[str]) -> None:
-        self.root = folder
-        self.jobs = jobs
+        super().__init__(folder, jobs=jobs)
         self.passed = passed  # the test files that pass on the sources as they are
-        self.environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(folder / "python"),
-            "FLASHCORESET_BUILD_ISAS": "native",
-            "FLASHCORESET_CUDA": "off",
-        }
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-        (folder / "python/flashcoreset/triton_kernels").symlink_to("../../triton_kernels")
-        cmakedir = [sys.executable, "-m", "pybind11", "--cmakedir"]
-        self.pybind = f"-Dpybind11_DIR={subprocess.check_output(cmakedir, text=True).strip()}"
         # Which modules were built from a mutant, and have to be built anew before the next is tried.
         self.stale = {"module", "emulated"}
         if not self.build(set()):
             raise RuntimeError("the sources do not build as they are")
 
-    def _make(self, folder: str, options: list[str], target: str) -> bool:
-        configure = ["cmake", "-G", "Ninja", "-B", folder, *options]
-        make = ["cmake", "--build", folder, "-j", str(self.jobs), "--target", target]
-        return all(
-            subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True).returncode == 0
-            for command in (configure, make)
-        )
-
     def build(self, wanted: set[str]) -> bool:
         """Builds these modules and those that are stale; False if something does not compile."""
         kinds, self.stale = wanted | self.stale, wanted
-        if "module" in kinds:
-            if not self._make(
-                "build/module", ["-S", ".", self.pybind, f"-DPython_EXECUTABLE={sys.executable}"], "all"
-            ):
-                return False
-            for built in (self.root / "build/module").glob("*.so"):
-                (self.root / "python/flashcoreset" / built.name).write_bytes(built.read_bytes())
-        options = ["-S", "tests/cpp", "-DFLASHCORESET_EMULATED_MODULE=ON", self.pybind]
-        return "emulated" not in kinds or self._make("build/emulated", options, "_cuda_emulated")
+        if "module" in kinds and not self.make_module():
+            return False
+        return "emulated" not in kinds or self.make_emulated()
 
     def _run(self, command: list[str], limit: float) -> tuple[int | None, str]:
         """The exit status, None if the command does not end, and what it printed."""
@@ -314,7 +288,7 @@ class Workshop:
         for family in families_of(file):
             if (self.root / f"tests/cpp/test_{family}.cpp").is_file():
                 target = prefix + family + ("" if "/cuda" in file else f"_{self._isa()}")
-                if not self._make("build/cpp", options, target):
+                if not self.make("build/cpp", options, target):
                     return f"{target} does not compile"
                 if self._run(["ctest", "--test-dir", "build/cpp", "-R", f"^{target}$"], 1500)[0] != 0:
                     return target

@@ -483,7 +483,7 @@ def test_losses_that_overflow_are_refused(name: str) -> None:
 
 
 def test_targets_of_a_wrong_shape() -> None:
-    with pytest.raises(ValueError, match=r"y must have shape \[400\], one class a sample, got \(400, 1\)"):
+    with pytest.raises(ValueError, match=r"y must have shape \[400\], one class per sample, got \(400, 1\)"):
         LOSSES["linear_svm"](LinearSVC().fit(X, TWO), X, TWO[:, None])
     with pytest.raises(ValueError, match="y must have 1 targets as model predicts, got 2"):
         LOSSES["linear_regression"](LinearRegression().fit(X, Y), X, BOTH)

@@ -781,13 +781,13 @@ def test_unsupported_layers_are_named() -> None:
 def test_batch_statistics() -> None:
     model = network().train()
     sketcher = fc.GradientSketcher(model, 4, backend="torch")
-    with pytest.raises(ValueError, match=r"BatchNorm2d 'norm' normalises by the batch.*eval"), sketcher:
+    with pytest.raises(ValueError, match=r"BatchNorm2d 'norm' normalises over the batch.*eval"), sketcher:
         pass
     model.eval()
-    with sketcher, pytest.raises(ValueError, match="BatchNorm2d 'norm' normalises by the batch"):
+    with sketcher, pytest.raises(ValueError, match="BatchNorm2d 'norm' normalises over the batch"):
         model.train()(points(5, 3, 11, 10))
     never = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).eval()
-    with pytest.raises(ValueError, match="BatchNorm1d '0' normalises by the batch"):
+    with pytest.raises(ValueError, match="BatchNorm1d '0' normalises over the batch"):
         fc.GradientSketcher(never, 4, backend="torch").__enter__()
 
 

@@ -350,7 +350,7 @@ def test_inputs_that_say_nothing() -> None:
     assert run(texts, "a", "bc", verify="never").norms.shape == (2,)
     calls: list[int] = []
     once = Called(layer, lambda layer, x: 1 / 0 if calls else layer(x).add(calls.append(1) or 0))
-    refused(r"failed when it was run again.*ZeroDivisionError.*verify='never'", once, points(5, 4))
+    refused(r"an error when it ran again.*ZeroDivisionError.*verify='never'", once, points(5, 4))
 
 
 # ---- layers that are not what their class says

@@ -634,7 +634,7 @@ def test_collators_that_join_samples(tmp_path: Path) -> None:
             model(), arguments(tmp_path), train_dataset=rows(), data_collator=join, colm=CoLMConfig(**colm)
         )
         with pytest.raises(
-            ValueError, match="data_collator must make a row of labels of each sample, got 1 of 12"
+            ValueError, match="data_collator must make one row of labels per sample, got 1 of 12"
         ):
             run.train()
 

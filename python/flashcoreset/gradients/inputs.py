@@ -127,8 +127,8 @@ def _copied(value: Any, change: Callable[[Tensor], Any], memo: dict[int, Any], w
             return copy.deepcopy(value, memo)
     except Exception as error:
         raise ValueError(
-            f"{what} of type {type(value).__name__} cannot be copied ({type(error).__name__}: {error}), so that the forward passes "
-            "that check whose sample each row is might change it; set verify='never' if row b of each layer belongs to sample b"
+            f"{what} of type {type(value).__name__} cannot be copied ({type(error).__name__}: {error}). The check of which sample "
+            "each row belongs to runs the forward pass again on copies; set verify='never' if row b of each layer belongs to sample b"
         ) from error
 
 

@@ -128,7 +128,7 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Again) -> None:
     if not found:
         cause = failures[0].__cause__
         raise ValueError(
-            "whose sample each row of a layer is could not be found out, since the forward pass failed when it was run again "
+            "the check of which sample each row of a layer belongs to failed: the forward pass raised an error when it ran again "
             f"with other samples of the batch ({type(cause).__name__}: {cause}); set verify='never' if row b of each layer "
             "belongs to sample b"
         ) from cause

@@ -37,6 +37,7 @@ from flashcoreset.gradients.row_checks import Record, Unavailable, check_rows
 from flashcoreset.gradients.sum_checks import Sums
 from flashcoreset.sketch import check_projection
 from flashcoreset.sketch.backend import choose
+from flashcoreset.sketch.kinds import KINDS
 
 REDUCTIONS = ("mean", "sum")
 VERIFY = ("first", "always", "never")
@@ -192,7 +193,7 @@ class GradientSketcher:
         if not isinstance(norms, bool):
             raise TypeError(f"norms must be a bool, got {norms!r} of type {type(norms).__name__}")
         if dim is None and not norms:
-            raise ValueError("dim must be a number where norms is False, got None: nothing would be computed")
+            raise ValueError("dim must be a number if norms is False, got None: nothing would be computed")
         wanted = _wanted(model, parameters)
         self.offsets: dict[str, int] = {}
         self.numel = 0
@@ -201,7 +202,9 @@ class GradientSketcher:
             targets[id(parameter)] = _Target(name, parameter, self.numel)
             self.offsets[name] = self.numel
             self.numel += parameter.numel()
-        columns, seed, _, nnz = check_projection(self.numel, 1 if dim is None else dim, kind, seed, 0, nnz)
+        columns = 1 if dim is None else dim
+        # Gradients are sketched layer by layer, so a choice among all entries is not for them.
+        columns, seed, _, nnz = check_projection(self.numel, columns, kind, seed, 0, nnz, kinds=KINDS)
         check_backend(backend)
         (device,) = _same_device(wanted)
         self._model, self._dim, self._device = model, None if dim is None else columns, device
@@ -281,7 +284,7 @@ class GradientSketcher:
             )
         if self._missed:
             raise RuntimeError(
-                f"the gradient of parameter {next(iter(self._missed))!r} came from no call of its module that was seen: "
+                f"the gradient of parameter {next(iter(self._missed))!r} came from no call of its module in the block: "
                 "run the forward pass inside `with sketcher:`, and call modules rather than their forward() (where torch.compile "
                 "has left the hooks out, call the model uncompiled), or leave the parameter out with parameters="
             )
@@ -301,7 +304,7 @@ class GradientSketcher:
         for name, module in self._model.named_modules():
             if batch_statistics(module):
                 raise ValueError(
-                    f"{type(module).__name__} {name!r} normalises by the batch, where samples have no gradients of their own; "
+                    f"{type(module).__name__} {name!r} normalises over the batch, so that samples have no gradients of their own; "
                     "put it in eval mode: .eval()"
                 )
         for target in self._targets.values():
@@ -496,8 +499,8 @@ class GradientSketcher:
                 return None
             if any(value is not None and value is not False for value in others):
                 raise ValueError(
-                    f"{place} is called with more than one input, which its gradients are not known for; leave its parameters out "
-                    "with parameters="
+                    f"{place} is called with more than one input, but its per-sample gradients are known for one input only; leave its "
+                    "parameters out with parameters="
                 )
             single = self._check_batch(place, x, output)
             saved = (x.detach(),) if keeps_input else ()
@@ -582,7 +585,7 @@ class GradientSketcher:
             )
         if batch_statistics(place.module):
             raise ValueError(
-                f"{place} normalises by the batch, where samples have no gradients of their own; put it in eval mode: .eval()"
+                f"{place} normalises over the batch, so that samples have no gradients of their own; put it in eval mode: .eval()"
             )
         current, size = self._pass, output.shape[0]
         if size == 0 or x.shape[0] != size:
@@ -597,8 +600,8 @@ class GradientSketcher:
             if batch is not None and size != batch:
                 raise ValueError(
                     f"{place} must have an output with the batch of {batch} in dimension 0, {source}, got shape "
-                    f"{tuple(output.shape)}: rows that are no samples (flattened tokens, windows, time first) have no gradients a "
-                    "sample; leave its parameters out with parameters="
+                    f"{tuple(output.shape)}: its rows are not samples (but flattened tokens, windows or time steps, say); leave its "
+                    "parameters out with parameters="
                 )
         if size > 1:
             current.batch = size
@@ -891,7 +894,7 @@ def _matching(
         if not found:
             some = ", ".join(list(every)[:3])
             raise ValueError(
-                f"parameters: {pattern!r} matches no parameter of the model; its names are like {some}"
+                f"parameters: {pattern!r} matches no parameter of the model; its parameters have names like {some}"
             )
         if not any(p.requires_grad for p in found):
             raise ValueError(f"parameters: what {pattern!r} matches does not require gradients")

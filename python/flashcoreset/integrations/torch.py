@@ -265,8 +265,8 @@ class BatchSelector:
             return short
         self._is_checked, self._before = True, []
         warn_caller(
-            f"all of {type(self._model).__name__} runs in each pass of the selection, since its layers before {self.layer_name} do "
-            "more than make the input of it",
+            f"all of {type(self._model).__name__} runs in each pass of the selection: its layers before {self.layer_name} do "
+            "more than compute the input of that layer",
             SlowPathWarning,
         )
         return whole

@@ -407,7 +407,7 @@ class CoLMTrainer(Trainer):
             g = self._selector.gradients(inputs)
         if len(g.coefficients) != len(features):
             raise ValueError(
-                f"data_collator must make a row of labels of each sample, got {len(g.coefficients)} of {len(features)} (does "
+                f"data_collator must make one row of labels per sample, got {len(g.coefficients)} of {len(features)} (does "
                 "it put samples one after the other?)"
             )
         return g
@@ -417,8 +417,8 @@ class CoLMTrainer(Trainer):
         indices, rank, world = coreset.indices.tolist(), self.args.process_index, len(counts)
         if len(indices) < world:
             raise ValueError(
-                f"a coreset must have a row for each of the {world} processes, got {len(indices)}: the gradients of the others "
-                "are zero or not finite"
+                f"a coreset must have a row for each of the {world} processes, got {len(indices)}: the gradients of all other "
+                "rows are zero or not finite"
             )
         first = sum(counts[:rank])
         own = {

@@ -113,7 +113,7 @@ def call_op(problem: Problem, asked: Asked, backend: str | None) -> Selection:
         raise TypeError(
             "normalize must be an AdamState in a function given to torch.compile, got RankOneAdamState; pass its dense()"
         )
-    past: tuple[Any, ...] = (None, None, 1, 0.9, 0.999, 1e-8)
+    past: tuple[Tensor | None, Tensor | None, int, float, float, float] = (None, None, 1, 0.9, 0.999, 1e-8)
     if history is not None:
         past = (history.m, history.v, history.step, *history.betas, history.eps)
     call = _Call(

@@ -229,7 +229,7 @@ def _model_and_loss(model: Any, loss: Any, seed: int) -> tuple[Any, Loss]:
     if loss is None:
         if not isinstance(model, str):
             raise TypeError(
-                f"loss must be a callable(model, X, y) or one of {', '.join(names)} where model is given as an object, got "
+                f"loss must be a callable(model, X, y) or one of {', '.join(names)} if model is an object, got "
                 "None"
             )
         loss = model
@@ -288,7 +288,7 @@ def _checked(losses: Any, n: int) -> np.ndarray:
     except (TypeError, ValueError):
         raise TypeError(f"loss must return real numbers [{n}], got {type(losses).__name__}") from None
     if values.shape != (n,):
-        raise ValueError(f"loss must return shape ({n},), one number a sample, got {values.shape}")
+        raise ValueError(f"loss must return shape ({n},), one number per sample, got {values.shape}")
     bad = ~(values >= 0) | np.isinf(values)
     if bad.any():
         i = int(np.argmax(bad))

@@ -165,7 +165,7 @@ def _dense(x: Any, rows: slice) -> np.ndarray:
 def _decisions(model: Any, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     """The decision function [n, classes], or [n, 1] for two, and the places [n] of the samples' classes."""
     if np.ndim(y) != 1 or len(y) != x.shape[0]:
-        raise ValueError(f"y must have shape [{x.shape[0]}], one class a sample, got {np.shape(y)}")
+        raise ValueError(f"y must have shape [{x.shape[0]}], one class per sample, got {np.shape(y)}")
     z = np.asarray(model.decision_function(x), dtype=np.float64)
     return z.reshape(len(z), -1), _class_places(model, y)
 
