@@ -151,7 +151,7 @@ def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: st
             )
         elif kind == "Real" and type(value) in (int, float):
             beyond = o.value in ("nan", "10**400") or (
-                o.value == "inf" and o.parameter not in MAY_BE_INFINITE
+                o.value == "inf" and o.name not in MAY_BE_INFINITE
             )
         if beyond:
             assert o.outcome == "ValueError", o
