@@ -255,7 +255,7 @@ def test_chunks() -> None:
     for kind in (mine, other):
         with pytest.raises(TypeError, match="only accepts Tensor inputs"):
             kind.project(parts, 0)
-        with pytest.raises(ValueError, match=r"chunk|feature dim of current chunk"):
+        with pytest.raises(ValueError, match=r"chunks of|feature dim of current chunk"):
             kind.dict_project({"a": features(5, 7)}, 0)
     with pytest.raises(
         ValueError, match=r"features must have sum\(dim_per_chunk\) = 22 columns in all, got 21"

@@ -222,7 +222,9 @@ def test_chunks() -> None:
     expected = (own[0].project(first, 1).half() + own[1].project(second, 1)).half()
     assert found.dtype == torch.float16
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-2)
-    with pytest.raises(ValueError, match="chunk 1 must have 9 columns, got 10"):
+    with pytest.raises(
+        ValueError, match=r"grads must come in chunks of \[12, 9\] columns, of at most 12, got \[12, 10\]"
+    ):
         ours.ChunkedCudaProjector(own, 12, [12, 9], 5, "cpu", torch.float32).project(parts, 0)
 
 
