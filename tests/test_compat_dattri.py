@@ -287,6 +287,13 @@ def test_errors() -> None:
         project(x[:, 1:])
     with pytest.raises(TypeError, match="ensemble_id must be an int"):
         project(x, 0.5)
+    whole = torch.arange(240).view(4, 60)
+    for proj_type in ("identity", "random_mask"):
+        assert ours.random_project(whole, 4, 8, 32, 0, proj_type)(whole).dtype == torch.int64
+    with pytest.raises(TypeError, match="dtype must be of a floating type, got int64"):
+        ours.random_project(whole, 4, 8, 32)
+    # An identity knows no columns, in dattri neither.
+    assert ours.random_project(x, 4, 8, 32, 0, "identity")(x[:, 1:]).shape == (4, 59)
     x[2, 7] = torch.inf
     with pytest.raises(ValueError, match="features must be finite, got inf at row 2, column 7"):
         project(x)

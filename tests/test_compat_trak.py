@@ -325,6 +325,22 @@ def test_errors(name: str) -> None:
     assert mine.project({"a": torch.ones(2, 0), "b": torch.ones(2, 10)}, 0).shape == (2, 4)
 
 
+def test_types_that_would_cut_fractions_off() -> None:
+    for project in (
+        projector("CudaProjector", 10, 4, "normal").project,
+        lambda x, _: fast_jl.project_normal_8(x, 4, 0, 1),
+    ):
+        with pytest.raises(TypeError, match="grads must be of a floating type, got int64"):
+            project(torch.ones(2, 10, dtype=torch.int64), 0)
+        with pytest.raises(TypeError, match="grads must hold real numbers, got complex64"):
+            project(torch.ones(2, 10, dtype=torch.complex64), 0)
+    with pytest.raises(TypeError, match="dtype must be of a floating type, got int32"):
+        projector("BasicProjector", 10, 4, "normal", dtype=torch.int32)
+    whole = torch.arange(20).view(2, 10)
+    mine = projector("BasicProjector", 10, 4, "rademacher")
+    assert torch.equal(mine.project(whole, 0), mine.project(whole.float(), 0))
+
+
 def test_basic_projectors_take_only_their_columns() -> None:
     for name in CLASSES[:2]:
         with pytest.raises(ValueError, match="grads must have grad_dim = 10 columns in all, got 9"):

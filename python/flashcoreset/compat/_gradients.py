@@ -39,6 +39,7 @@ def parts_of(gradients: Any, name: str, device: torch.device | str | None) -> li
     if isinstance(gradients, Tensor):
         if gradients.dim() != 2:
             raise ValueError(f"{name} must have shape [B, D], got {tuple(gradients.shape)}")
+        _check_real(gradients, name)
         return [Part(_on(gradients.detach(), device), name)]
     if not isinstance(gradients, Mapping):
         raise TypeError(f"{name} must be a tensor or a dictionary of tensors, got {type(gradients).__name__}")
@@ -51,6 +52,7 @@ def parts_of(gradients: Any, name: str, device: torch.device | str | None) -> li
             raise TypeError(f"{own} must be a tensor, got {type(value).__name__}")
         if value.dim() == 0:
             raise ValueError(f"{own} must have shape [B, ...], got a single number")
+        _check_real(value, own)
         if parts and len(value) != len(parts[0].values):
             raise ValueError(
                 f"{own} must have {len(parts[0].values)} rows as {parts[0].name}, got {len(value)}"
@@ -137,6 +139,10 @@ class Chunked:
     def __init__(
         self, projectors: list[Any], most: int, sizes: list[int], device: torch.device, dtype: torch.dtype
     ) -> None:
+        if len(projectors) != len(sizes):
+            raise ValueError(
+                f"projector_per_chunk must hold {len(sizes)} projectors, one per chunk, got {len(projectors)}"
+            )
         self.projector_per_chunk = projectors
         self.proj_dim = projectors[0].proj_dim
         self.proj_type = projectors[0].proj_type
@@ -173,6 +179,17 @@ class Chunked:
         for projector, piece in zip(self.projector_per_chunk, pieces, strict=True):
             out += projector.project(piece, **member)
         return out
+
+
+def check_floating(dtype: torch.dtype, name: str) -> None:
+    """Raises TypeError for a type of results that would cut their fractions off."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name} must be of a floating type, got {str(dtype).removeprefix('torch.')}")
+
+
+def _check_real(values: Tensor, name: str) -> None:
+    if values.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {str(values.dtype).removeprefix('torch.')}")
 
 
 def _on(values: Tensor, device: torch.device | str | None) -> Tensor:

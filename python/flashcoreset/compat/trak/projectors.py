@@ -18,6 +18,7 @@ from flashcoreset._core.tensor import as_integer
 from flashcoreset.compat._gradients import (
     Chunked,
     Part,
+    check_floating,
     check_width,
     member_seed,
     parts_of,
@@ -145,6 +146,7 @@ class BasicProjector(_Projector):
         **kwargs: Any,
     ) -> None:
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
+        check_floating(dtype, "dtype")
         self.block_size = min(self.proj_dim, block_size)
         self.num_blocks = -(-self.proj_dim // self.block_size)
         self.dtype = dtype
@@ -241,6 +243,7 @@ def project_unscaled(
         dtype = parts[0].values.dtype
         for part in parts[1:]:
             dtype = torch.promote_types(dtype, part.values.dtype)
+        check_floating(dtype, "grads")
     found = unscaled(project(parts, dim, kind=kind, seed=seed, dtype=dtype, name="grads"))
     # Sums of whole numbers with signs are whole, but for what scaling to and fro rounded.
     if kind == "rademacher" and whole(parts):

@@ -20,6 +20,7 @@ from flashcoreset._core.tensor import as_integer
 from flashcoreset.compat._gradients import (
     Chunked,
     Part,
+    check_floating,
     check_width,
     columns,
     member_seed,
@@ -107,6 +108,8 @@ class _Projector(AbstractProjector):
         if self._type != ProjectionType.identity and self.proj_dim < 1:
             raise ValueError(f"proj_dim must be at least 1, got {self.proj_dim}")
         member_seed(seed, 0, "ensemble_id")  # refuses what is no seed
+        if self._type in _KINDS:
+            check_floating(dtype, "dtype")
         self.dtype = dtype
         self.ensemble_id = 0
         chosen = self.proj_dim
@@ -126,7 +129,7 @@ class _Projector(AbstractProjector):
             raise AttributeError(f"{self._type.value} has no active_indices")
         if self._mask is None or self._mask[0] != self.ensemble_id:
             # On the CPU for every device, so that the columns are the same on all of them.
-            generator = torch.Generator().manual_seed(self.seed + _MEMBER_APART * self.ensemble_id)
+            generator = torch.Generator().manual_seed(int(self.seed) + _MEMBER_APART * self.ensemble_id)
             order = torch.randperm(self.feature_dim, generator=generator)
             self._mask = self.ensemble_id, order[: self._chosen].sort().values.to(self.device)
         return self._mask[1]
@@ -134,7 +137,8 @@ class _Projector(AbstractProjector):
     def project(self, features: Features, ensemble_id: int) -> Tensor:
         seed = member_seed(self.seed, ensemble_id, "ensemble_id")
         parts = parts_of(features, "features", self.device)
-        check_width(parts, self.feature_dim, "feature_dim", "features")
+        if self._type != ProjectionType.identity:
+            check_width(parts, self.feature_dim, "feature_dim", "features")
         self.ensemble_id = int(ensemble_id)
         if self._type == ProjectionType.identity:
             if isinstance(features, Tensor):
