@@ -51,7 +51,9 @@ def test_plans_are_pots(method, dtype, library):
     *_, a, b, M = (v.astype(dtype) for v in problem())
     arrays = [a, b, M] if library == "numpy" else [torch.from_numpy(v) for v in (a, b, M)]
     plan = ours.sinkhorn(*arrays, 0.5, method=method)
-    wanted = quiet(pot.sinkhorn, a.astype(float), b.astype(float), M.astype(float), 0.5, method=method, numItermax=50_000)
+    wanted = quiet(
+        pot.sinkhorn, a.astype(float), b.astype(float), M.astype(float), 0.5, method=method, numItermax=50_000
+    )
     assert type(plan) is type(arrays[2])
     assert plan.dtype == arrays[2].dtype
     # POT stops when its columns are right to 1e-9.
@@ -110,14 +112,10 @@ def test_without_a_threshold_iterates_are_pots(method, iterations):
 def test_warm_starts(method):
     *_, a, b, M = problem()
     cold, log = ours.sinkhorn(a, b, M, 0.05, method=method, log=True)
-    scale = 0.05 if method in ("sinkhorn_stabilized", "sinkhorn_epsilon_scaling") else 1.0
-    if "u" in log:
-        start = np.log(log["u"]), np.log(log["v"])
-    else:
-        start = log["warmstart"]
+    start = (np.log(log["u"]), np.log(log["v"])) if "u" in log else log["warmstart"]
     warm, again = ours.sinkhorn(a, b, M, 0.05, method=method, log=True, warmstart=start)
     count = "niter" if "niter" in log else "n_iter"
-    assert again[count] < min(log[count], 3), scale
+    assert again[count] < min(log[count], 3)
     np.testing.assert_allclose(warm, cold, atol=1e-9)
 
 
@@ -147,7 +145,9 @@ def test_empty_weights_lists_and_integers():
     np.testing.assert_allclose(ours.sinkhorn(np.array([]), torch.tensor([]).numpy(), M, 0.5), uniform)
     whole = ours.sinkhorn([0.5, 0.5], [0.5, 0.5], np.array([[0, 1], [1, 0]]), 1)
     assert whole.dtype == np.float64
-    np.testing.assert_allclose(whole, pot.sinkhorn([0.5, 0.5], [0.5, 0.5], np.array([[0.0, 1], [1, 0]]), 1), atol=1e-9)
+    np.testing.assert_allclose(
+        whole, pot.sinkhorn([0.5, 0.5], [0.5, 0.5], np.array([[0.0, 1], [1, 0]]), 1), atol=1e-9
+    )
 
 
 def test_zero_weights():
@@ -163,7 +163,9 @@ def test_zero_weights():
 
 def test_warnings_are_pots():
     *_, a, b, M = problem()
-    with pytest.warns(UserWarning, match=r"^Sinkhorn did not converge\. You might want to increase the number of iterations"):
+    with pytest.warns(
+        UserWarning, match=r"^Sinkhorn did not converge\. You might want to increase the number of iterations"
+    ):
         ours.sinkhorn(a, b, M, 0.01, numItermax=2)
     ours.sinkhorn(a, b, M, 0.01, numItermax=2, warn=False)  # warnings are errors here
     ours.sinkhorn2(a, b, M, 0.01, numItermax=2)
@@ -172,7 +174,7 @@ def test_warnings_are_pots():
     with pytest.warns(UserWarning, match=r"^Numerical errors at iteration 0$"):
         ours.sinkhorn(a, b, M, 0, method="sinkhorn_stabilized", warn=False)
     assert not plan.any()  # exp(-M / 0), as POT's
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="did not converge") as caught:
         ours.sinkhorn(a, b, M, 0.01, numItermax=2)
     assert caught[0].filename == __file__
 
@@ -181,21 +183,18 @@ def test_warnings_are_pots():
 def test_sums_that_differ(relaxed):
     """No plan has such marginals; the update that POT ends with wins."""
     *_, a, b, M = problem()
+    function, extra = ("sinkhorn_unbalanced", (float("inf"),)) if relaxed else ("sinkhorn", ())
     with pytest.warns(fc.ConvergenceWarning, match="have the sums 1 and 3"):
-        if relaxed:
-            plan = ours.sinkhorn_unbalanced(a, 3 * b, M, 0.5, float("inf"))
-        else:
-            plan = ours.sinkhorn(a, 3 * b, M, 0.5)
-    # A few iterations, before POT's scalings overflow.
-    if relaxed:
-        wanted = quiet(pot.sinkhorn_unbalanced, a, 3 * b, M, 0.5, float("inf"), numItermax=200)
-    else:
-        wanted = quiet(pot.sinkhorn, a, 3 * b, M, 0.5, numItermax=200)
+        plan = getattr(ours, function)(a, 3 * b, M, 0.5, *extra)
+    # So many iterations that POT's scalings do not overflow yet.
+    wanted = quiet(getattr(pot, function), a, 3 * b, M, 0.5, *extra, numItermax=200)
     np.testing.assert_allclose(plan, wanted, atol=1e-8)
     assert plan.sum() == pytest.approx(3 if relaxed else 1)
 
 
-def gradients(module, function, values: list[np.ndarray], **options) -> tuple[list[torch.Tensor], torch.Tensor]:
+def gradients(
+    module, function, values: list[np.ndarray], **options
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     tensors = [torch.tensor(v, requires_grad=True) for v in values]
     loss = quiet(function, module, *tensors, **options)
     loss.backward()
@@ -223,7 +222,9 @@ def test_gradients_of_plans(method, shape):
 def test_gradients_of_costs(k):
     values = list(problem(k=k)[2:])
     found, wanted = (
-        gradients(m, lambda m, a, b, M: m.sinkhorn2(a, b, M, 0.5, stopThr=1e-13, numItermax=5000).sum(), values)[0]
+        gradients(
+            m, lambda m, a, b, M: m.sinkhorn2(a, b, M, 0.5, stopThr=1e-13, numItermax=5000).sum(), values
+        )[0]
         for m in (ours, pot)
     )
     for grad, other in zip(found, wanted, strict=True):
@@ -242,7 +243,8 @@ def test_gradients_of_plans_in_pieces():
 
 @pytest.mark.parametrize("method", RELAXED)
 @pytest.mark.parametrize(
-    ("reg_m", "reg_type"), [(1.0, "kl"), (1.0, "entropy"), ((0.3, 2.0), "kl"), ((1.0, float("inf")), "kl"), (100.0, "kl")]
+    ("reg_m", "reg_type"),
+    [(1.0, "kl"), (1.0, "entropy"), ((0.3, 2.0), "kl"), ((1.0, float("inf")), "kl"), (100.0, "kl")],
 )
 def test_relaxed_marginals(method, reg_m, reg_type):
     *_, a, b, M = problem()
@@ -252,7 +254,8 @@ def test_relaxed_marginals(method, reg_m, reg_type):
         warnings.filterwarnings("ignore", "If reg_type = entropy")
         plan, log = ours.sinkhorn_unbalanced(a, mass * b, M, 0.5, method=method, log=True, **options)
         linear, total = (
-            ours.sinkhorn_unbalanced2(a, mass * b, M, 0.5, returnCost=which, **options) for which in ("linear", "total")
+            ours.sinkhorn_unbalanced2(a, mass * b, M, 0.5, returnCost=which, **options)
+            for which in ("linear", "total")
         )
     wanted, wanted_log = quiet(
         pot.sinkhorn_unbalanced, a, mass * b, M, 0.5, log=True, stopThr=1e-13, numItermax=100_000, **options
@@ -262,7 +265,8 @@ def test_relaxed_marginals(method, reg_m, reg_type):
     for name in ("logu", "logv"):
         np.testing.assert_allclose(log[name], wanted_log[name], atol=1e-6)
     np.testing.assert_allclose([log["cost"], linear], wanted_log["cost"], rtol=1e-6)
-    np.testing.assert_allclose([log["total_cost"], total], wanted_log["total_cost"], rtol=1e-6)
+    # Without the terms of the masses it is 0 at a solution whose marginals are both relaxed.
+    np.testing.assert_allclose([log["total_cost"], total], wanted_log["total_cost"], rtol=1e-6, atol=1e-8)
 
 
 def test_relaxed_marginals_with_a_reference_and_zero_weights():
@@ -274,7 +278,9 @@ def test_relaxed_marginals_with_a_reference_and_zero_weights():
     a[2] = 0
     with pytest.warns(UserWarning, match="overwritten by the one matrix"):
         plan = ours.sinkhorn_unbalanced(a, b, M, 0.5, 1.0, reg_type="entropy")
-    np.testing.assert_allclose(plan, quiet(pot.sinkhorn_unbalanced, a, b, M, 0.5, 1.0, reg_type="entropy", stopThr=1e-13), atol=1e-8)
+    np.testing.assert_allclose(
+        plan, quiet(pot.sinkhorn_unbalanced, a, b, M, 0.5, 1.0, reg_type="entropy", stopThr=1e-13), atol=1e-8
+    )
 
 
 def test_relaxed_marginals_of_many_histograms():
@@ -295,7 +301,9 @@ def test_gradients_of_relaxed_plans(reg_m, reg_type):
         plan, log = module.sinkhorn_unbalanced(
             a, b, M, 0.5, reg_m, reg_type=reg_type, log=True, stopThr=1e-13, numItermax=5000
         )
-        return (plan * torch.linspace(0, 1, plan.numel(), dtype=plan.dtype).view_as(plan)).sum() + log["total_cost"]
+        return (plan * torch.linspace(0, 1, plan.numel(), dtype=plan.dtype).view_as(plan)).sum() + log[
+            "total_cost"
+        ]
 
     values = list(problem()[2:])
     found, wanted = (gradients(m, loss, values)[0] for m in (ours, pot))
@@ -306,7 +314,10 @@ def test_gradients_of_relaxed_plans(reg_m, reg_type):
 @pytest.mark.parametrize("reg_type", ["KL", "entropy"])
 def test_solve(reg_type):
     *_, a, b, M = problem()
-    found, wanted = ours.solve(M, a, b, reg=0.5, reg_type=reg_type), pot.solve(M, a, b, reg=0.5, reg_type=reg_type)
+    found, wanted = (
+        ours.solve(M, a, b, reg=0.5, reg_type=reg_type),
+        pot.solve(M, a, b, reg=0.5, reg_type=reg_type),
+    )
     names = {n for n in dir(wanted) if not n.startswith("_")} - {"a_to_b", "b_to_a"}
     assert names <= set(dir(found))
     for name in ("value", "value_linear", "plan", "marginal_a", "marginal_b"):
@@ -322,14 +333,20 @@ def test_solve(reg_type):
 def test_gradients_of_solve(grad, reg_type):
     values = list(problem()[2:])
     found, wanted = (
-        gradients(m, lambda m, a, b, M: m.solve(M, a, b, reg=2.0, reg_type=reg_type, grad=grad, tol=1e-13).value, values)[0]
+        gradients(
+            m,
+            lambda m, a, b, M: m.solve(M, a, b, reg=2.0, reg_type=reg_type, grad=grad, tol=1e-13).value,
+            values,
+        )[0]
         for m in (ours, pot)
     )
     for grads in (found, wanted):
         grads[:2] = [g - g.mean() for g in grads[:2]]  # which is all that the marginals' sums leave
     for first, second in zip(found, wanted, strict=True):
         assert torch.allclose(first, second, rtol=1e-6, atol=1e-7)
-    last, _ = gradients(ours, lambda m, a, b, M: m.solve(M, a, b, reg=2.0, reg_type=reg_type, grad="last_step").value, values)
+    last, _ = gradients(
+        ours, lambda m, a, b, M: m.solve(M, a, b, reg=2.0, reg_type=reg_type, grad="last_step").value, values
+    )
     exact, _ = gradients(ours, lambda m, a, b, M: m.solve(M, a, b, reg=2.0, reg_type=reg_type).value, values)
     assert all(torch.equal(u, v) for u, v in zip(last, exact, strict=True))
     detached = ours.solve(torch.tensor(values[2], requires_grad=True), reg=2.0, grad="detach")
@@ -384,7 +401,9 @@ def test_the_pieces_of_the_batch_module():
             ours.dist_batch(x, y, metric, p=3), pot.batch.dist_batch(x, y, metric, p=3), atol=1e-12
         )
     h = np.exp(x) / np.exp(x).sum(2, keepdims=True)
-    np.testing.assert_allclose(ours.dist_batch(h, metric="kl"), pot.batch.dist_batch(h, metric="kl"), atol=1e-12)
+    np.testing.assert_allclose(
+        ours.dist_batch(h, metric="kl"), pot.batch.dist_batch(h, metric="kl"), atol=1e-12
+    )
     M = ours.dist_batch(x, y)
     found, wanted = (m.solve_sample_batch(x, y, 0.5, tol=1e-10) for m in (ours, pot))
     np.testing.assert_allclose(found.plan, wanted.plan, atol=1e-9)
@@ -393,15 +412,22 @@ def test_the_pieces_of_the_batch_module():
     np.testing.assert_allclose(ours.batch.loss_linear_samples_batch(x, y, found.plan), found.value_linear)
     np.testing.assert_allclose(ours.batch.entropy_batch(found.plan), pot.batch.entropy_batch(found.plan))
     for name, kernel in (("bregman_projection_batch", np.exp(-M)), ("bregman_log_projection_batch", -M)):
-        projected, wanted = getattr(ours.batch, name)(kernel, tol=1e-10), getattr(pot.batch, name)(kernel, tol=1e-10)
+        projected, wanted = (
+            getattr(ours.batch, name)(kernel, tol=1e-10),
+            getattr(pot.batch, name)(kernel, tol=1e-10),
+        )
         assert set(projected) == set(wanted)
         np.testing.assert_allclose(projected["T"], wanted["T"], atol=1e-9)
         assert projected["potentials"][0].shape == wanted["potentials"][0].shape
-    with pytest.warns(fc.ConvergenceWarning, match=r"ot\.batch\.solve_batch did not converge in 2 iterations"):
+    with pytest.warns(
+        fc.ConvergenceWarning, match=r"ot\.batch\.solve_batch did not converge in 2 iterations"
+    ):
         ours.solve_batch(M, 0.01, max_iter=2)
 
 
-@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cityblock", "cosine", "correlation", "chebyshev"])
+@pytest.mark.parametrize(
+    "metric", ["sqeuclidean", "euclidean", "cityblock", "cosine", "correlation", "chebyshev"]
+)
 def test_distances(metric):
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(5, 4)), rng.normal(size=(3, 4))
@@ -436,7 +462,9 @@ def test_samples(metric):
         cost = ours.bregman.empirical_sinkhorn2(x, y, 0.5, isLazy=lazy, **options)
         np.testing.assert_allclose(cost, pot.bregman.empirical_sinkhorn2(x, y, 0.5, **options), atol=1e-7)
         value, log = ours.bregman.empirical_sinkhorn_divergence(x, y, 0.5, isLazy=lazy, log=True, **options)
-        wanted, wanted_log = pot.bregman.empirical_sinkhorn_divergence(x, y, 0.5, isLazy=lazy, log=True, **options)
+        wanted, wanted_log = pot.bregman.empirical_sinkhorn_divergence(
+            x, y, 0.5, isLazy=lazy, log=True, **options
+        )
         np.testing.assert_allclose(value, wanted, atol=1e-7)
         assert set(log) == set(wanted_log)
     found, wanted = (m.solve_sample(x, y, a, b, metric, reg=0.5) for m in (ours, pot))
@@ -456,7 +484,9 @@ def test_geomloss_under_pots_name(metric):
     plan = pot.bregman.empirical_sinkhorn(x, y, 1.0, a, b, metric=metric)
     options = {"metric": metric, "scaling": 0.9999}
     value, log = ours.bregman.empirical_sinkhorn2_geomloss(x, y, 1.0, a, b, log=True, **options)
-    wanted, wanted_log = pot.bregman.empirical_sinkhorn2_geomloss(x, y, 1.0, a, b, log=True, metric=metric, scaling=0.995)
+    wanted, wanted_log = pot.bregman.empirical_sinkhorn2_geomloss(
+        x, y, 1.0, a, b, log=True, metric=metric, scaling=0.995
+    )
     assert set(log) == set(wanted_log)
     np.testing.assert_allclose(value, wanted, rtol=1e-3)
     np.testing.assert_allclose(log["lazy_plan"][:], plan, atol=1e-6)
@@ -465,7 +495,11 @@ def test_geomloss_under_pots_name(metric):
     np.testing.assert_allclose(value, wanted, rtol=1e-3)
 
 
-MODULES = {"": (ours, pot), "bregman": (ours.bregman, pot.bregman), "unbalanced": (ours.unbalanced, pot.unbalanced)}
+MODULES = {
+    "": (ours, pot),
+    "bregman": (ours.bregman, pot.bregman),
+    "unbalanced": (ours.unbalanced, pot.unbalanced),
+}
 MODULES["batch"] = ours.batch, pot.batch
 
 
@@ -497,13 +531,19 @@ def test_other_functions_of_pot_are_refused_by_name(module):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda o, a, b, M: o.sinkhorn(a, b, M, 0.5, foo=1), "'foo' is not supported here; the peer's ot.bregman.sinkhorn_knopp"),
+        (
+            lambda o, a, b, M: o.sinkhorn(a, b, M, 0.5, foo=1),
+            "'foo' is not supported here; the peer's ot.bregman.sinkhorn_knopp",
+        ),
         (lambda o, a, b, M: o.sinkhorn_unbalanced(a, b, M, 0.5, 1.0, tau=3), "'tau' is not supported"),
         (lambda o, a, b, M: o.sinkhorn_unbalanced(a, b, M, 0.5, 1.0, reg_type="l2"), "reg_type='l2'"),
         (lambda o, a, b, M: o.solve(M, a, b), "reg=None is transport without an entropy; POT's ot.solve"),
         (lambda o, a, b, M: o.solve(M, a, b, reg=1, reg_type="L2"), "reg_type='L2'"),
         (lambda o, a, b, M: o.solve(M, a, b, reg=1, reg_type=(abs, abs)), "reg_type="),
-        (lambda o, a, b, M: o.solve(M, a, b, reg=1, unbalanced=1, unbalanced_type="TV"), "unbalanced_type='TV'"),
+        (
+            lambda o, a, b, M: o.solve(M, a, b, reg=1, unbalanced=1, unbalanced_type="TV"),
+            "unbalanced_type='TV'",
+        ),
         (lambda o, a, b, M: o.solve(M, a, b, reg=1, c=M), "c without unbalanced"),
         (lambda o, a, b, M: o.solve(M, a, b, reg=1, plan_init=M), "plan_init"),
         (lambda o, a, b, M: o.solve(M, a, b, reg=1, method="mm"), "method='mm'"),
@@ -515,7 +555,10 @@ def test_other_functions_of_pot_are_refused_by_name(module):
         (lambda o, a, b, M: o.solve_batch(M[None], 1, method="proximal"), "method='proximal'"),
         (lambda o, a, b, M: o.dist(M, M, w=a), "'w'"),
         (lambda o, a, b, M: o.sinkhorn(a, b, fc, 1), "M is an array of type builtins.module"),
-        (lambda o, a, b, M: o.sinkhorn(a, b, M, torch.tensor(1.0, requires_grad=True)), "gradients with respect to reg"),
+        (
+            lambda o, a, b, M: o.sinkhorn(a, b, M, torch.tensor(1.0, requires_grad=True)),
+            "gradients with respect to reg",
+        ),
         (
             lambda o, a, b, M: o.bregman.empirical_sinkhorn(M, M, 1, metric="correlation", isLazy=True),
             "metric='correlation' is not supported with isLazy",
@@ -538,11 +581,20 @@ def test_what_is_not_supported_is_refused_by_name(call, message):
         (lambda o, a, b, M: o.sinkhorn(a, b, M[0], 1), "M must have 2 dimensions"),
         (lambda o, a, b, M: o.sinkhorn(a, b, M * np.nan, 1), "ot.bregman.sinkhorn_knopp: M "),
         (lambda o, a, b, M: o.sinkhorn(a, b, M, -1.0), "ot.bregman.sinkhorn_knopp: reg must be > 0"),
-        (lambda o, a, b, M: o.sinkhorn(a, b, M, 1.0, numItermax=0), "ot.bregman.sinkhorn_knopp: numItermax must be"),
+        (
+            lambda o, a, b, M: o.sinkhorn(a, b, M, 1.0, numItermax=0),
+            "ot.bregman.sinkhorn_knopp: numItermax must be",
+        ),
         (lambda o, a, b, M: o.sinkhorn(-a, b, M, 1.0), "a must be finite and >= 0"),
-        (lambda o, a, b, M: o.sinkhorn(torch.from_numpy(a), b, M, 1.0), "a is a torch tensor, but M a NumPy array"),
+        (
+            lambda o, a, b, M: o.sinkhorn(torch.from_numpy(a), b, M, 1.0),
+            "a is a torch tensor, but M a NumPy array",
+        ),
         (lambda o, a, b, M: o.bregman.greenkhorn(a, np.stack([b, b], 1), M, 1.0), "this method takes one b"),
-        (lambda o, a, b, M: o.sinkhorn_unbalanced2(a, b, M, 1, 1, returnCost="foo"), "Unknown returnCost 'foo'"),
+        (
+            lambda o, a, b, M: o.sinkhorn_unbalanced2(a, b, M, 1, 1, returnCost="foo"),
+            "Unknown returnCost 'foo'",
+        ),
         (lambda o, a, b, M: o.sinkhorn_unbalanced(a, b, M, 1, [1, 2, 3]), "reg_m must be a number"),
         (lambda o, a, b, M: o.solve_batch(M[None], -1.0, method="sinkhorn"), "reg must be > 0"),
         (lambda o, a, b, M: o.solve_batch(M[None], 1.0, grad="foo"), "grad must be one of"),
