@@ -183,6 +183,9 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "NearestOrder.order": {"list": 0, "items": zeros(9), "similarities": f32(9)},
         "Sinkhorn.__init__": transport | solved | {"threads": 2},
         "Sinkhorn.step": {"iterations": 5},
+        "sketch_csr": {
+            "csr": fields(crow=i64(0, 2, 3), col=i64(0, 3, 1), values=f32(3)), "out": f32(2, 8),
+        } | projection | where,
         "sketch_rows": {"indices": zeros(2, 3), "g": f32(2, 3, 4), "out": f32(2, 8)} | projection | where,
         "sample_scores": {"logits": f32(3, 2, 4), "targets": zeros(3, 2), "masked": False, "out": f32(5, 3, 2)} | where,
         "top_updates": updates | {"dims": zeros(2, 3), "u": f64(4, 3)} | where,
@@ -198,7 +201,9 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "ActiveSet.__init__": {"nonnegative": True, "ridge": 0.1, "target_norm": 1.0},
         "ActiveSet.add": {"products": f64(1), "correlation": 0.5},
         "orthogonal_matching_pursuit": pursuit | where,
-        "frank_wolfe": pursuit | where,
+        "frank_wolfe": pursuit | {
+            "problem": fields(g=f32(6, 4), target=f64(4), memory_budget=1 << 20),
+        } | where,
     }  # fmt: skip
     calls = common | (of_cuda if cuda else of_cpu)
 

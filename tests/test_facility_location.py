@@ -427,6 +427,21 @@ def test_nan_and_infinity_are_refused_by_name(bad: float, backend: str) -> None:
 
 
 @EVERY_BACKEND
+def test_vectors_may_be_strided(backend: str) -> None:
+    x = points(30, 3, 3)
+    weights, preselected, costs = (
+        (torch.arange(60.0, dtype=torch.float64) % 7 + 1)[::2],
+        torch.tensor([4, 0, 9, 0])[::2],
+        torch.arange(1.0, 61)[::2],
+    )
+    vectors = {"weights": weights, "preselected": preselected, "costs": costs.double()}
+    expected = locate(
+        x, 4, backend=backend, **{name: vector.contiguous() for name, vector in vectors.items()}
+    )
+    assert_same(locate(x, 4, backend=backend, **vectors), expected)
+
+
+@EVERY_BACKEND
 def test_overflow_is_refused(backend: str) -> None:
     with pytest.raises(ValueError, match=r"x: .*overflow"):
         locate(torch.full((3, 2), 1e30), 1, metric="dot", backend=backend)

@@ -148,6 +148,12 @@ class Recipes:
     def projection_matrix(self) -> dict[str, Value]:
         return {"out": self.out("D", "d"), **self._projection("d")}
 
+    def sketch_csr(self) -> dict[str, Value]:
+        self.sizes["G"] = min(self.sizes["G"], self.sizes["n"])
+        csr = {"crow": array("G + 1", dtype="int64", content="offsets:n"), "col": self.indices("n", below="D"),
+               "values": self.any_array("n")}  # fmt: skip
+        return {**within("csr", csr), "out": self.out("G", "d"), **self._projection("d")}
+
     def sketch_rows(self) -> dict[str, Value]:
         return {"indices": self.indices("B", "q", below="n"), "g": self.any_array("B", "q", "d"),
                 "out": self.out("B", "k"), **self._projection("k"),
@@ -406,7 +412,8 @@ class Recipes:
 
     def rounds(self) -> dict[str, Value]:
         return {"k": Size("k"), "items": self.out("T * q", dtype="int64"), "counts": self.out("T", dtype="int64"),
-                "values": self.out("T", dtype="float64")}  # fmt: skip
+                "values": self.out("T", dtype="float64"), "takers": self.out("T * q", dtype="int64"),
+                "similarities": self.out("T * q", dtype="float64")}  # fmt: skip
 
     def order(self) -> dict[str, Value]:
         return {"list": literal(0), "items": self.out("m", dtype="int64"), "similarities": self.out("m")}

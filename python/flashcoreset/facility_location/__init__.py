@@ -68,7 +68,7 @@ def facility_location(
             offset - distance; "precomputed" takes `x` as s, "precomputed_distance" as distances. A square matrix of
             similarities with zeros on the diagonal alone, as distances have them, gets an `InputWarning`.
         weights: [m] client weights >= 0; default 1.
-        groups: [n] integer labels: each label is its own problem over its own members (as candidates and,
+        groups: [n] labels, integers or values that can be sorted, such as strings: each label is its own problem over its own members (as candidates and,
             without `clients`, as clients). Picks come label by label, ascending. With `clients`, every
             group's candidates face all clients, gains are the group's own, and weights, assignment and
             objective are those of all picks together.
@@ -130,7 +130,7 @@ def facility_location(
         >>> x = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0]])
         >>> selection = fc.facility_location(x, 2, metric="l1", offset=20.0)
         >>> selection.indices, selection.gains, selection.assignment
-        (tensor([2, 3]), tensor([80., 15.]), tensor([0, 0, 0, 1, 1]))
+        (tensor([2, 3]), tensor([80., 16.]), tensor([0, 0, 0, 1, 1]))
         >>> fc.facility_location(x, None, metric="l1", groups=[0, 0, 0, 1, 1], budgets={0: 1, 1: 1}).indices
         tensor([1, 3])
         >>> fc.facility_location(x, None, metric="l1", costs=[1, 3, 2, 1, 2], cost_budget=4).indices

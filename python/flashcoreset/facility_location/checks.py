@@ -12,6 +12,7 @@ from torch import Tensor
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DISTANCES
 from flashcoreset._core.errors import InputWarning, warn_caller
+from flashcoreset._core.inputs import numbered_labels
 from flashcoreset._core.tensor import (
     as_csr,
     as_int64,
@@ -22,6 +23,7 @@ from flashcoreset._core.tensor import (
     canonical_csr,
     is_sparse,
     one_of,
+    promoted,
     same_device,
 )
 from flashcoreset.facility_location.problem import MATRICES, METRICS, Request
@@ -34,6 +36,7 @@ def check_request(r: Request) -> None:
     Values are not looked at: under torch.compile there are none."""
     one_of(r.metric, "metric", METRICS)
     one_of(r.method, "method", METHODS)
+    r.groups, r.budgets, r.caps = numbered_labels(r.groups, budgets=r.budgets, caps=r.caps)
     # With groups, clients that are passed belong to every group; without groups, passing `x` is the default.
     if r.clients is r.x and not r.is_grouped and r.metric not in MATRICES:
         r.clients = None
@@ -51,8 +54,7 @@ def check_request(r: Request) -> None:
     else:
         r.clients = as_matrix(r.clients, "clients")
         same_device(r.clients, "clients", device)
-        if r.clients.dtype != r.x.dtype:
-            raise TypeError(f"clients must have the dtype of x, {r.x.dtype}, got {r.clients.dtype}")
+        r.x, r.clients = promoted(r.x, r.clients)
         if r.clients.shape[1] != m:
             raise ValueError(f"clients must have {m} columns as x has, got shape {tuple(r.clients.shape)}")
         m = r.clients.shape[0]

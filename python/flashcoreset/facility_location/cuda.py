@@ -38,6 +38,10 @@ class FacilityLocation:
             raise BackendUnavailableError(f"backend 'cuda': {no_sparse_kernel('cuda')}")
         if problem.metric == "precomputed" and x.stride(1) != 1:
             problem = replace(problem, x=x.contiguous())
+        for name in ("weights", "preselected", "costs"):
+            vector = getattr(problem, name)
+            if vector is not None and not vector.is_contiguous():
+                problem = replace(problem, **{name: vector.contiguous()})
         self._x, self._problem, self.offset = x, problem, problem.offset
         module, queue = native.cuda_module(x.device.index or 0), stream(x.device)
         self._run = with_memory(lambda: module.FacilityLocation(problem, queue))

@@ -11,6 +11,7 @@ except where the list says otherwise:
         .finish(indices, gains, weights, assignment)
     sinkhorn(SinkhornProblem(x, y, a, b, reg, metric, ...)), sinkhorn_apply(problem, v, transpose=False), sinkhorn_plan(problem)
     sketch(x, dim, *, kind, seed, offset, nnz, out=None), projection_matrix(rows, dim, *, kind, seed, ...)
+    sketch_csr(csr, dim, *, kind, seed, ...)    (in `kernels.cpu` and `kernels.torch`)
     sample_scores(logits, targets, *, masked=False, out=None)    (not in `kernels.cuda`)
     directions(out, *, seed, begin, first=0)
     top_updates(UpdatesProblem(Gradients(values, seed, length), history, member, offset, top)),

@@ -1,0 +1,42 @@
+"""Similarities that are checked, and gains of picks that are known already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashcoreset._core.tensor import check_finite
+
+_BLOCK = 2**19  # similarities at once, which the cache holds
+
+
+def check_values(values: Tensor, name: str) -> None:
+    """Raises ValueError for NaN or infinity in a matrix or vector; reads it once if there is none."""
+    if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+        check_finite(values, name)
+
+
+def covered_gains(
+    picks: np.ndarray, rows: Callable[[np.ndarray], np.ndarray], best: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gain of each pick after those before it, float64, and the largest similarities of all.
+
+    Args:
+        picks: [k].
+        rows: gives the similarities [., m] of some picks, which may be written over.
+        best: [m] the largest similarities before the first pick, numbers of the type of `rows`.
+    """
+    gains, step = np.empty(len(picks)), max(1, _BLOCK // max(1, len(best)))
+    total = best.sum(dtype=np.float64)
+    for begin in range(0, len(picks), step):
+        reached = rows(picks[begin : begin + step])
+        best = best.astype(reached.dtype, copy=False)
+        for row in reached:  # faster than np.maximum.accumulate
+            best = np.maximum(row, best, out=row)
+        totals = reached.sum(axis=1, dtype=np.float64)
+        gains[begin : begin + step] = np.diff(totals, prepend=total)
+        best, total = best.copy(), totals[-1]
+    return gains, best
