@@ -27,6 +27,7 @@ def covered_gains(
         for row in reached:  # faster than np.maximum.accumulate
             best = np.maximum(row, best, out=row)
         totals = reached.sum(axis=1, dtype=np.float64)
-        gains[begin : begin + step] = np.diff(totals, prepend=total)
+        # Sums that rise by less than they are rounded by may seem to fall.
+        gains[begin : begin + step] = np.maximum(np.diff(totals, prepend=total), 0)
         best, total = best.copy(), totals[-1]
     return gains, best
