@@ -553,6 +553,10 @@ def test_other_functions_of_pot_are_refused_by_name(module):
         (lambda o, a, b, M: o.solve_sample(M, M, reg=1, method="lowrank"), "method='lowrank'"),
         (lambda o, a, b, M: o.solve_sample(M, M, reg=1, rank=3), "'rank'"),
         (lambda o, a, b, M: o.solve_sample(M, M, reg=1, debias="split"), "'debias'"),
+        (
+            lambda o, a, b, M: o.solve_sample(M, M, reg=1, debias=True, method="geomloss"),
+            "debias with method",
+        ),
         (lambda o, a, b, M: o.solve_sample(M, M, reg=1, lazy=True, unbalanced=1), "unbalanced with lazy"),
         (lambda o, a, b, M: o.solve_batch(M[None]), "reg=None is exact transport"),
         (lambda o, a, b, M: o.solve_batch(M[None], 1, method="proximal"), "method='proximal'"),
