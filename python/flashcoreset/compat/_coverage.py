@@ -1,22 +1,12 @@
-"""Similarities that are checked, and gains of picks that are known already."""
+"""Gains of picks that are known already."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from flashcoreset._core.tensor import check_finite
 
 _BLOCK = 2**19  # similarities at once, which the cache holds
-
-
-def check_values(values: Tensor, name: str) -> None:
-    """Raises ValueError for NaN or infinity in a matrix or vector; reads it once if there is none."""
-    if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
-        check_finite(values, name)
 
 
 def covered_gains(
@@ -37,6 +27,7 @@ def covered_gains(
         for row in reached:  # faster than np.maximum.accumulate
             best = np.maximum(row, best, out=row)
         totals = reached.sum(axis=1, dtype=np.float64)
-        gains[begin : begin + step] = np.diff(totals, prepend=total)
+        # Sums that rise by less than they are rounded by may seem to fall.
+        gains[begin : begin + step] = np.maximum(np.diff(totals, prepend=total), 0)
         best, total = best.copy(), totals[-1]
     return gains, best

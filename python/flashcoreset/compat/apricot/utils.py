@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
-import torch
 from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import KNeighborsTransformer
 
-from flashcoreset.compat._coverage import check_values
+from flashcoreset.compat._points import as_points
 from flashcoreset.pairwise.backend import choose
 
 
@@ -40,7 +39,7 @@ def similarities(X: Any, Y: Any, metric: str, n_neighbors: Any = None) -> Any:
     if metric in ("cosine", "correlation"):
         return _squared_cosines(X, Y, centered=metric == "correlation")
     if metric == "euclidean":
-        x, y = _points(X), None if Y is None else _points(Y)
+        x, y = as_points(X, "X", np.float64), None if Y is None else as_points(Y, "Y", np.float64)
         distance = choose(None, x.device).pairwise(x, y, metric="sqeuclidean").numpy()
     else:
         distance = pairwise_distances(X, Y=Y, metric=metric)
@@ -48,7 +47,7 @@ def similarities(X: Any, Y: Any, metric: str, n_neighbors: Any = None) -> Any:
 
 
 def _squared_cosines(X: Any, Y: Any, centered: bool) -> np.ndarray:
-    x, y = _points(X), None if Y is None else _points(Y)
+    x, y = as_points(X, "X", np.float64), None if Y is None else as_points(Y, "Y", np.float64)
     if centered:
         x, y = x - x.mean(dim=1, keepdim=True), None if y is None else y - y.mean(dim=1, keepdim=True)
     s = choose(None, x.device).pairwise(x, y, metric="cosine")
@@ -74,9 +73,3 @@ def _of_neighbors(X: Any, metric: str, n_neighbors: Any) -> scipy.sparse.csr_mat
     )
     graph.data = (1 if squared else graph.data.max()) - graph.data
     return scipy.sparse.csr_matrix(graph)
-
-
-def _points(X: Any) -> torch.Tensor:
-    points = torch.from_numpy(np.ascontiguousarray(X, dtype=np.float64))
-    check_values(points, "X")
-    return points

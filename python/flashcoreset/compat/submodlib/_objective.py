@@ -22,7 +22,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from flashcoreset.compat._coverage import check_values, covered_gains
+from flashcoreset.compat._coverage import covered_gains
+from flashcoreset.compat._points import check_values
 from flashcoreset.pairwise.backend import choose
 
 _BLOCK = 2**22  # similarities in memory beside the matrix

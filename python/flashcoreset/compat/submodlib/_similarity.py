@@ -1,28 +1,16 @@
-"""Similarities as submodlib's compiled code computes them, in float32."""
+"""Similarities as submodlib computes them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor
 
-from flashcoreset.compat._coverage import check_values
 from flashcoreset.pairwise.backend import choose
 
 METRICS = ("cosine", "euclidean", "dot")
 _BLOCK = 2**22
-
-
-def as_points(data: Any, name: str) -> Tensor:
-    """[n, d] float32."""
-    points = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
-    if points.dim() != 2 or 0 in points.shape:
-        raise ValueError(f"{name} must have 2 dimensions of at least 1, got shape {tuple(points.shape)}")
-    check_values(points, name)
-    return points
 
 
 def check_metric(metric: str) -> None:

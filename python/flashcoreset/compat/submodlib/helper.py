@@ -10,7 +10,8 @@ import torch
 from sklearn.cluster import Birch
 from sklearn.neighbors import NearestNeighbors
 
-from flashcoreset.compat._coverage import check_values
+from flashcoreset.compat._points import as_points
+from flashcoreset.compat.submodlib._similarity import similarities
 from flashcoreset.pairwise.backend import choose
 
 # Which metrics each method of submodlib has, and what it says of others.
@@ -52,9 +53,9 @@ def create_kernel(
     Returns:
         [n, n] or [m, n], float32 for float32, otherwise float64; a SciPy CSR matrix for "sparse".
     """
-    X = _as_points(X, "X")
+    X = as_points(X, "X")
     if X_rep is not None:
-        X_rep = _as_points(X_rep, "X_rep")
+        X_rep = as_points(X_rep, "X_rep")
         assert X_rep.shape[1] == X.shape[1]
     if mode == "dense":
         return _dense(X, metric, X_rep, method).numpy()
@@ -69,7 +70,7 @@ def create_sparse_kernel(
     X: Any, metric: str, num_neigh: int, n_jobs: int = 1, method: str = "sklearn"
 ) -> scipy.sparse.csr_matrix:
     """Similarities [n, n] to the `num_neigh` nearest rows, the row itself among them; see `create_kernel`."""
-    X = _as_points(X, "X")
+    X = as_points(X, "X")
     n = X.shape[0]
     if num_neigh > n:
         raise Exception("ERROR: num of neighbors can't be more than no of datapoints")
@@ -102,7 +103,7 @@ def create_cluster_kernels(
         num_cluster: how many clusters; needed with labels.
         onlyClusters: leave out the rest.
     """
-    X = _as_points(X, "X")
+    X = as_points(X, "X")
     if cluster_lab is None:
         birch = Birch(n_clusters=num_cluster).fit(X.numpy())
         labels = birch.predict(X.numpy()).tolist()
@@ -142,24 +143,9 @@ def _dense(X: torch.Tensor, metric: str, X_rep: torch.Tensor | None, method: str
     ):  # its form for X_rep has one metric more
         _check_metric(metric, method)
     rows = X if X_rep is None else X_rep
-    pairwise = choose(None, X.device).pairwise
     if method == "other":
-        s = pairwise(rows, X, metric="sqeuclidean" if metric == "euclidean" else "cosine")
+        s = choose(None, X.device).pairwise(
+            rows, X, metric="sqeuclidean" if metric == "euclidean" else "cosine"
+        )
         return s.square_() if metric == "cosine" else s.max() - s
-    if metric == "euclidean":
-        return pairwise(rows, X, metric="euclidean").mul_(-1 / X.shape[1]).exp_()
-    return pairwise(rows, X, metric=metric)
-
-
-def _as_points(X: Any, name: str) -> torch.Tensor:
-    """[n, d] float32 if X is, otherwise float64."""
-    if isinstance(X, torch.Tensor):
-        return X
-    array = np.asarray(X)
-    points = torch.from_numpy(
-        np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float32 else np.float64)
-    )
-    if points.dim() != 2:
-        raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(points.shape)}")
-    check_values(points, name)
-    return points
+    return similarities(rows, X, metric)

@@ -137,7 +137,7 @@ class BaseGraphSelection(BaseSelection):
         n_samples: int,
         metric: str = "euclidean",
         initial_subset: Any = None,
-        optimizer: Any = "two-stage",
+        optimizer: Any = "lazy",
         optimizer_kwds: dict[str, Any] | None = None,
         n_neighbors: Any = None,
         reservoir: np.ndarray | None = None,

@@ -45,25 +45,6 @@ class FacilityLocationSelection(BaseGraphSelection):
         current_values: [n] float64, the largest similarity of each row to a pick.
     """
 
-    def __init__(
-        self,
-        n_samples: int,
-        metric: str = "euclidean",
-        initial_subset: Any = None,
-        optimizer: Any = "lazy",
-        optimizer_kwds: dict[str, Any] | None = None,
-        n_neighbors: Any = None,
-        reservoir: np.ndarray | None = None,
-        max_reservoir_size: int = 1000,
-        n_jobs: int = 1,
-        random_state: Any = None,
-        verbose: bool = False,
-    ) -> None:
-        super().__init__(
-            n_samples, metric, initial_subset, optimizer, optimizer_kwds, n_neighbors, reservoir, max_reservoir_size, n_jobs,
-            random_state, verbose,
-        )  # fmt: skip
-
     @property
     def current_values_sum(self) -> float:
         return float(self.current_values.sum())

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from flashcoreset.compat.submodlib._similarity import as_points, check_metric, similarities
+from flashcoreset.compat._points import as_points
+from flashcoreset.compat.submodlib._similarity import check_metric, similarities
 from flashcoreset.compat.submodlib.functions.setFunction import SetFunction
 
 
@@ -103,13 +104,13 @@ class TargetedFunction(SetFunction):
         """The similarities of the ground set to "data", "query" or "private", as given or float32."""
         if self._kernels[name] is not None:
             return self._kernels[name]
-        data = as_points(self.data, "data")
+        data = as_points(self.data, "data", np.float32)
         columns = data
         if name != "data":
             target = next(target for target in self._targets if target.name == name)
             if target.count == 0:
                 return np.zeros((self.n, 0), dtype=np.float32)
-            columns = as_points(target.data, f"{name}Data")
+            columns = as_points(target.data, f"{name}Data", np.float32)
         return self._similarities(data, columns).numpy()
 
     def _similarities(self, rows: Tensor, columns: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import scipy.sparse
 import torch
 
 from flashcoreset._core.tensor import as_integer
+from flashcoreset.compat._points import as_points
 from flashcoreset.compat.submodlib._objective import Clustered, Dense, Objective, Points, Sparse
 from flashcoreset.compat.submodlib._similarity import (
-    as_points,
     check_metric,
     mirrored,
     nearest,
@@ -87,7 +87,7 @@ class FacilityLocationFunction(SetFunction):
     def sijs(self) -> Any:
         """The similarities: those given, or float64 of those computed; None in the modes in which submodlib has none."""
         if self._sijs is None and self.mode != "clustered" and not self._in_cpp:
-            data = as_points(self.data, "data")
+            data = as_points(self.data, "data", np.float32)
             if self.mode == "sparse":
                 assert self.num_neighbors is not None
                 self._sijs = nearest(data, self.metric, self.num_neighbors)
@@ -194,8 +194,8 @@ class FacilityLocationFunction(SetFunction):
             return Sparse(mirrored(self.sijs), "data")
         if self.mode == "clustered":
             return self._of_clusters()
-        data = as_points(self.data, "data")
-        clients = as_points(self.data_rep, "data_rep") if self.separate_rep else None
+        data = as_points(self.data, "data", np.float32)
+        clients = as_points(self.data_rep, "data_rep", np.float32) if self.separate_rep else None
         # A zero row has cosine 1 with itself in submodlib's square kernel, 0 in ours.
         if self.metric == "euclidean" or (
             self.metric == "cosine" and clients is None and not data.any(dim=1).all()
@@ -204,9 +204,9 @@ class FacilityLocationFunction(SetFunction):
         return Points(data, clients, self.metric)
 
     def _dense_similarities(self) -> torch.Tensor:
-        data = as_points(self.data, "data")
+        data = as_points(self.data, "data", np.float32)
         if self.separate_rep:
-            return similarities(as_points(self.data_rep, "data_rep"), data, self.metric)
+            return similarities(as_points(self.data_rep, "data_rep", np.float32), data, self.metric)
         return square(data, self.metric)
 
     def _of_clusters(self) -> Objective:
