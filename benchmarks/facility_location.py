@@ -62,7 +62,8 @@ def _tiny(n: int, d: int, k: int) -> Inputs:
 
 def _kernel_alone(inputs: Inputs) -> Inputs:
     """The same picks by the low-level call, into arrays that exist already."""
-    run = fc.kernels.cpu.FacilityLocation(inputs["tensor"], metric="cosine", expected_picks=inputs["k"])
+    problem = fc.kernels.FacilityLocationProblem(inputs["tensor"], expected_picks=inputs["k"])
+    run = fc.kernels.cpu.FacilityLocation(problem)
     run.step(inputs["k"])
     run.finish(**inputs["outputs"])
     return inputs

@@ -36,7 +36,12 @@ def _published(n: int, clients: int, d: int, k: int, exchanges: int) -> Inputs:
 
 def _ours(inputs: Inputs) -> fc.Coreset:
     return fc.goracs(
-        inputs["train"], inputs["valid"], inputs["norms"], inputs["k"], max_exchanges=inputs["exchanges"]
+        inputs["train"],
+        inputs["valid"],
+        inputs["norms"],
+        inputs["k"],
+        lam=0.5,
+        max_exchanges=inputs["exchanges"],
     )
 
 
@@ -77,7 +82,8 @@ def _small(n: int, clients: int, d: int, k: int, exchanges: int) -> Inputs:
 
 def _descents(inputs: Inputs) -> list[fc.Coreset]:
     return [
-        fc.goracs(*problem, inputs["k"], max_exchanges=inputs["exchanges"]) for problem in inputs["problems"]
+        fc.goracs(*problem, inputs["k"], lam=0.5, max_exchanges=inputs["exchanges"])
+        for problem in inputs["problems"]
     ]
 
 
@@ -88,30 +94,6 @@ def _straightforward(inputs: Inputs) -> list[tuple[list[int], list[float], int]]
         subset = straightforward.cover(c, inputs["k"])
         found.append(straightforward.exchange(c, subset, inputs["exchanges"], 30))
     return found
-
-
-def published_refinement(c: np.ndarray, subset: list[int], exchanges: int, count: int = 30) -> float:
-    """The score after the published refinement: its bound keeps the removed item in f and takes the R-th largest."""
-    n, clients = c.shape
-    k, share = len(subset), -(-clients // len(subset))
-    value, u = straightforward.score(c[subset])
-    for _ in range(exchanges):
-        f = (c[subset] - u[:, None]).min(axis=0)
-        others = np.setdiff1d(np.arange(n), subset)
-        y = np.sort(c[others] - f, axis=1)[:, -share]
-        gain = y / k + np.minimum(f, c[others] - y[:, None]).mean(axis=1)
-        additions = np.argsort(gain, kind="stable")[:count]
-        removals = np.argsort(-u, kind="stable")[:count].tolist()
-        pairs = sorted((gain[o] - u[i] / k, i, int(others[o])) for i in removals for o in additions.tolist())
-        for _, place, added in pairs:
-            trial = [*subset[:place], added, *subset[place + 1 :]]
-            new, trial_u = straightforward.score(c[trial])
-            if new < value - straightforward.IMPROVEMENT:
-                subset, value, u = trial, new, trial_u
-                break
-        else:
-            break
-    return value
 
 
 def _is_lowest(inputs: Inputs, ours: list[fc.Coreset], peer: list[tuple[list[int], list[float], int]]) -> str:
@@ -129,7 +111,8 @@ def _is_lowest(inputs: Inputs, ours: list[fc.Coreset], peer: list[tuple[list[int
         drawn = np.random.default_rng(seed).choice(len(c), inputs["k"], replace=False)
         scores["random"].append(straightforward.score(c[drawn])[0])
         scores["greedy"].append(coreset.info["scores"][0])
-        scores["published refinement"].append(published_refinement(c, subset, inputs["exchanges"]))
+        published = straightforward.published_exchange(c, subset, inputs["exchanges"], 30)
+        scores["published refinement"].append(published[1][-1])
         scores["corrected"].append(descent[1][-1])
         scores["ours"].append(coreset.info["score"])
         if scores["ours"][-1] > scores["corrected"][-1] + straightforward.IMPROVEMENT:

@@ -38,12 +38,16 @@ BUDGET = 9 * 60.0  # seconds for everything
 # The tests' names of one plain case per metric, and of a few cases with everything else that a kernel reads: under the
 # sanitizer a case takes seconds.
 SANITIZED = (
-    "test_follows_the_definition and (97-float32 or cosine-float32-clients-weights-preselected or "
+    "test_follows_the_definition and cuda and (97-float32 or cosine-float32-clients-weights-preselected or "
     "l1-float64-weights or precomputed-float32-rectangular or sqeuclidean-float32-wide) or "
     "test_as_on_the_cpu and cuda and (keeps_the_sums-1025-3-torch.float32 or rows_of_weight_zero) or "
     "test_is_the_definition and cuda and float32 and 530"
 )
-SANITIZED_FILES = ("tests/test_cuda.py", "tests/test_caratheodory.py", "tests/test_pursuit.py")
+SANITIZED_FILES = (
+    "tests/test_facility_location.py",
+    "tests/test_caratheodory.py",
+    "tests/test_pursuit.py",
+)
 
 
 def run(command: list[str], log: Path, seconds: float, **environment: str) -> tuple[int, float]:
@@ -435,11 +439,15 @@ def main(argv: list[str] | None = None) -> int:
     passed = built
     if built:
         test = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        passed &= step("test-cuda", [*test, "tests/test_cuda.py"], 120, **on_gpu)
-        passed &= step("test-triton", [*test, "tests/test_triton.py"], 120, **on_gpu)
         for backend in ("cuda", "triton"):
-            for family in ("sketch", "matching", "caratheodory", "pursuit"):
+            for family in ("facility_location", "sketch", "matching", "caratheodory", "pursuit"):
                 files = [f"tests/test_{family}.py", f"tests/backends/test_{family}_{backend}.py"]
+                if family == "facility_location":
+                    files += [
+                        "tests/test_facility_location_limits.py",
+                        "tests/test_precomputed_distance.py",
+                        "tests/test_pairwise.py",
+                    ]
                 passed &= step(f"test-{backend}-{family}", [*test, *files, "-k", backend], 120, **on_gpu)
         others = ["tests/test_torch_library.py", "tests/test_facility_location_interrupt.py"]
         passed &= step("test-others", [*test, *others, "-k", "opcheck or compile or ctrl_c"], 60, **on_gpu)

@@ -103,7 +103,7 @@ ROWS = [
         make=_difficulties,
         size={"n": 10_000_000, "k": 1_000_000},
         small={"n": 2_000, "k": 300},
-        ours=lambda inputs: fc.ccs(inputs["scores"], inputs["k"]),
+        ours=lambda inputs: fc.ccs(inputs["scores"], inputs["k"], mislabel_ratio=0),
         peer=lambda inputs: peers.masked_strata(inputs["scores"], inputs["k"], 50),
         peer_name="a mask and torch.randperm for each stratum",
         check=_same_strata,

@@ -41,7 +41,7 @@ def _take(order: NearestOrder, lists: int, k: int, read: Callable[[], None]) -> 
         order.finish()
         counts: list[int] = [0]
         while counts and order.taken < k:
-            items, counts, _ = order.rounds(max(1, 65_536 // lists), k)
+            items, counts, *_ = order.rounds(max(1, 65_536 // lists), k)
             rounds += [piece.tolist() for piece in items.split(counts)] if counts else []
         length *= 4
     return rounds

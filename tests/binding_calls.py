@@ -24,10 +24,7 @@ HOSTILE: dict[str, Any] = {
     "0": 0, "-1": -1, "2**31": 2**31, "2**62": 2**62, "2**63-1": 2**63 - 1, "2**63": 2**63, "-2**63": -(2**63), "2**70": 2**70,
     "10**400": 10**400, "1.5": 1.5, "nan": float("nan"), "inf": float("inf"), "'3'": "3", "None": None, "True": True, "b'x'": b"x",
 }  # fmt: skip
-LARGE = {
-    ("FacilityLocation.from_csr", "m"),
-    ("NearestOrder.of_similarities", "lists"),
-}  # numbers that memory is made for
+LARGE = {("NearestOrder.of_similarities", "lists")}  # numbers that memory is made for
 _SECONDS = 20  # per call
 _ROOM = 2 << 30  # bytes that calls may take: a working array of 2^31 numbers is refused, not filled
 
@@ -133,20 +130,23 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "problem": fields(g=f32(6, 4), target=f64(4), nonnegative=True, ridge=0.1, memory_budget=1 << 20),
         "indices": zeros(3), "weights": f64(3), "residual_norms": f64(3),
     }  # fmt: skip
+    greedy = fields(
+        x=f32(6, 3), clients=None, metric="euclidean", weights=None, preselected=None, costs=None, offset=9.0, memory_budget=1 << 20,
+        expected_picks=3,
+    )  # fmt: skip
     common: dict[str, Any] = {
         "pairwise": {"x": f32(4, 3), "y": f32(4, 3), "out": f32(4, 4), "metric": "l1"} | where,
         "sketch": {"x": f32(4, 9), "out": f32(4, 8)} | projection | where,
         "projection_matrix": {"out": f32(9, 8)} | projection | where,
         "directions": {"out": f32(2, 9), "seed": 1, "begin": 3, "first": 0} | where,
+        "FacilityLocation.__init__": {"problem": greedy} | where,
         "FacilityLocation.step": {"count": 2, "naive": False},
+        "FacilityLocation.pick": {"naive": False, "stop_gain": 0.5},
         "sinkhorn_apply": transport | {"v": (f64 if cuda else f32)(2, 5, 2), "transpose": False, "out": (f64 if cuda else f32)(2, 4, 2)} | where,
         "sinkhorn_plan": transport | {"out": (f64 if cuda else f32)(2, 4, 5)} | where,
     }  # fmt: skip
     runs: dict[str, Any] = {"runs": fields(x=f32(6, 3), rows=None, weights=None, size=2)}
     of_cuda: dict[str, Any] = {
-        "FacilityLocation.__init__": {
-            "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "offset": 9.0, "stream": 0,
-        },
         "sinkhorn": transport | solved | {"shared_bytes": -1, "stream": 0},
         "top_dimensions": updates | {
             "dims": zeros(2, 3), "values": f64(2, 3), "refused": i64(2**62), "stream": 0,
@@ -176,14 +176,6 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
     }  # fmt: skip
     of_cpu: dict[str, Any] = {
         "pairwise": common["pairwise"] | {"symmetric": False},
-        "FacilityLocation.__init__": {
-            "x": f32(6, 3), "clients": None, "metric": "euclidean", "weights": None, "preselected": None, "offset": 9.0,
-            "memory_budget": 1 << 20, "threads": 2, "expected_picks": 3,
-        },
-        "FacilityLocation.from_csr": {
-            "indptr": i64(0, 1, 2), "indices": i64(0, 1), "values": f32(2), "m": 3, "weights": None, "preselected": None,
-            "self_clients": False, "memory_budget": 1 << 20, "threads": 2,
-        },
         "NearestOrder.__init__": {"centroids": f32(3, 2), "threads": 2},
         "NearestOrder.of_similarities": {"lists": 3, "dtype": "float32", "threads": 2},
         "NearestOrder.begin": {"length": 2},
@@ -191,6 +183,9 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "NearestOrder.order": {"list": 0, "items": zeros(9), "similarities": f32(9)},
         "Sinkhorn.__init__": transport | solved | {"threads": 2},
         "Sinkhorn.step": {"iterations": 5},
+        "sketch_csr": {
+            "csr": fields(crow=i64(0, 2, 3), col=i64(0, 3, 1), values=f32(3)), "out": f32(2, 8),
+        } | projection | where,
         "sketch_rows": {"indices": zeros(2, 3), "g": f32(2, 3, 4), "out": f32(2, 8)} | projection | where,
         "sample_scores": {"logits": f32(3, 2, 4), "targets": zeros(3, 2), "masked": False, "out": f32(5, 3, 2)} | where,
         "top_updates": updates | {"dims": zeros(2, 3), "u": f64(4, 3)} | where,
@@ -206,7 +201,9 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "ActiveSet.__init__": {"nonnegative": True, "ridge": 0.1, "target_norm": 1.0},
         "ActiveSet.add": {"products": f64(1), "correlation": 0.5},
         "orthogonal_matching_pursuit": pursuit | where,
-        "frank_wolfe": pursuit | where,
+        "frank_wolfe": pursuit | {
+            "problem": fields(g=f32(6, 4), target=f64(4), memory_budget=1 << 20),
+        } | where,
     }  # fmt: skip
     calls = common | (of_cuda if cuda else of_cpu)
 
@@ -230,8 +227,6 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         owner, _, method = name.rpartition(".")
         if name == "FacilityLocation.__init__":
             run_of(**given).step(2, False)
-        elif name == "FacilityLocation.from_csr":
-            m.FacilityLocation.from_csr(**given).step(1, False)
         elif name == "NearestOrder.of_similarities":
             m.NearestOrder.of_similarities(**given).begin(2)
         elif name == "NearestOrder.begin":

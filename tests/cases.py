@@ -63,6 +63,13 @@ def to_cpu(selection: fc.Selection) -> fc.Selection:
     return replace(selection, **{name: getattr(selection, name).cpu() for name in names})
 
 
+def locate(x: Any, k: int | None, *, backend: str, **options: Any) -> fc.Selection:
+    """facility_location, with the arguments of a GPU's backend on DEVICE; the result on the CPU."""
+    if backend in ("cuda", "triton"):
+        x, options = on_device(x), {name: on_device(value) for name, value in options.items()}
+    return to_cpu(fc.facility_location(x, k, backend=backend, **options))
+
+
 def select_on_device(case: Case, backend: str, **more: Any) -> fc.Selection:
     """The case's call with its tensors on DEVICE, the result on the CPU."""
     options = {name: on_device(value) for name, value in {**case.options, **more}.items()}

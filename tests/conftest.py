@@ -118,19 +118,15 @@ def _emulated_module() -> ModuleType | None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many cases of the facility-location table (tests/cases.py) each backend passed."""
     where = "" if DEVICE == "cpu" else f" on {DEVICE}"
-    names = {
-        "test_facility_location.py": "",
-        "test_cuda.py": f"cuda{where or ' emulated'}",
-        "test_triton.py": f"triton{where or ' interpreted'}",
-    }
+    names = {"cuda": f"cuda{where or ' emulated'}", "triton": f"triton{where or ' interpreted'}"}
     counts: collections.Counter[str] = collections.Counter()
     for report in terminalreporter.stats.get("passed", []):
-        found = re.search(r"(\w+\.py)::test_follows_the_definition\[(.+)\]", report.nodeid)
         # Other families have tests of this name too.
-        if found is None or report.when != "call" or found[1] not in names:
+        found = re.search(r"test_facility_location\.py::test_follows_the_definition\[(.+)\]", report.nodeid)
+        if found is None or report.when != "call":
             continue
-        name = names[found[1]] or next(b for b in BACKENDS if found[2].startswith(f"{b}-"))
-        counts[name] += 1
+        name = next(b for b in [*BACKENDS, *GPU_BACKENDS] if found[1].startswith(f"{b}-"))
+        counts[names.get(name, name)] += 1
     if counts:
         told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
         terminalreporter.write_line(f"facility location, cases by backend: {told}")

@@ -120,7 +120,7 @@ def new_order() -> NearestOrder:
 
 
 def new_run() -> kernels.cpu.FacilityLocation:
-    return kernels.cpu.FacilityLocation(X, memory_budget=1 << 20)
+    return kernels.cpu.FacilityLocation(kernels.FacilityLocationProblem(X, memory_budget=1 << 20))
 
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -132,7 +132,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "sinkhorn_divergence": lambda: fc.sinkhorn_divergence(X[:500], Y, reg=1.0, max_iter=50, tol=0.0),
     "simcore": lambda: fc.simcore(X, Y, 30, n_clusters=20),
     "simcore torch": lambda: fc.simcore(X, Y, 30, n_clusters=20, backend="torch"),
-    "goracs": lambda: fc.goracs(X[:2000], Y, NORMS, 20, max_exchanges=5),
+    "goracs": lambda: fc.goracs(X[:2000], Y, NORMS, 20, lam=0.5, max_exchanges=5),
     "goracs sinkhorn": lambda: fc.goracs(
         X[:2000], Y, NORMS, 20, max_exchanges=2, solver="sinkhorn", reg=0.05
     ),
@@ -147,6 +147,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "colm": lambda: fc.select("colm", grads=X, k=16, top=16),
     "ccs": lambda: fc.ccs(X[:, 0], 300),
     "top_scores": lambda: fc.top_scores(X[:, 0], 300),
+    "random_subset": lambda: fc.random_subset(4000, 300),
+    "k_center": lambda: fc.k_center(X, 30),
+    "nearest": lambda: fc.nearest(X, Y, 30),
     "sketch": lambda: fc.sketch(X, 64),
     "sketch srht": lambda: fc.sketch(X, 16, kind="srht"),
     "projection_matrix": lambda: fc.projection_matrix(5000, 64),

@@ -60,7 +60,7 @@ def table() -> dict[str, Callable[[], tuple[Call, Call]]]:
     def goracs(n: int, exchanges: int, solver: str = "exact") -> Call:
         x, y, norms = points(n), points(n // 5, 64, 1), points(n, 1)[:, 0].abs()
         return lambda: (
-            fc.goracs(x, y, norms, n // 20, max_exchanges=exchanges, solver=solver, reg=0.05).indices
+            fc.goracs(x, y, norms, n // 20, lam=0.5, max_exchanges=exchanges, solver=solver, reg=0.05).indices
         )
 
     def autocoreset(n: int, k: int) -> Call:

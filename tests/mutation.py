@@ -69,8 +69,11 @@ TESTS = (
     ("*sketch*|*projection*|*philox*|*normal*", "sketch zeroth_order"),
     ("*integrations/torch*", "integrations_torch"),
     ("*integrations/transformers*", "integrations_transformers"),
-    ("*facility_location*|*sampling*|*live_lists*|*similarity_source*", "facility_location select"),
-    ("*pairwise*|*pack*|*tile*|*metric*", "facility_location nearest_order"),
+    (
+        "*facility_location*|*sampling*|*live_lists*|*similarity_source*",
+        "facility_location precomputed select",
+    ),
+    ("*pairwise*|*pack*|*tile*|*metric*", "pairwise facility_location precomputed nearest_order"),
     (
         "*kernels/*|*dispatch*",
         "facility_location sinkhorn sketch scores matching caratheodory pursuit nearest_order",
@@ -213,9 +216,6 @@ def test_files(root: Path, file: str) -> list[str]:
                 continue
             kind = plain if backend not in ("cuda", "triton") else own if backend in file else other
             kind.append(path.relative_to(root / "tests").as_posix())
-        if family == "facility_location":  # whose files for one backend have that backend's name alone
-            for backend in ("cuda", "triton"):
-                (own if backend in file else other).append(f"test_{backend}.py")
     names = plain + (own or ([] if file.startswith("csrc/cpu") else other))
     return [f"tests/{name}" for name in dict.fromkeys(names)]
 

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashcoreset._core.dispatch import FAMILIES, Takes, _module, takes_of
+from flashcoreset._core.dispatch import FAMILIES, Takes, kernels_of, takes_of
 
 GRID = [(family, backend) for family, backends in FAMILIES.items() for backend in backends]
 
@@ -24,7 +24,7 @@ def functions(module: ModuleType) -> Iterator[tuple[str, inspect.Signature]]:
 
 @pytest.mark.parametrize(("family", "backend"), GRID)
 def test_every_backend_has_its_family_s_functions(family: str, backend: str) -> None:
-    module = _module(backend, family)
+    module = kernels_of(backend, family)
     protocol = __import__(f"flashcoreset.{family}.backend", fromlist=["Kernels"]).Kernels
     found = dict(functions(module))
     assert found
@@ -52,6 +52,6 @@ def test_half_types_are_read_as_they_are_where_that_is_said() -> None:
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).half()
     taken = [backend for backend in FAMILIES["sketch"] if takes_of(backend, "sketch").half]
     assert taken == ["triton"]
-    found = _module("triton", "sketch").sketch(x, 8, kind="rademacher", seed=1, offset=0, nnz=1)
-    expected = _module("torch", "sketch").sketch(x.double(), 8, kind="rademacher", seed=1, offset=0, nnz=1)
+    found = kernels_of("triton", "sketch").sketch(x, 8, kind="rademacher", seed=1, offset=0, nnz=1)
+    expected = kernels_of("torch", "sketch").sketch(x.double(), 8, kind="rademacher", seed=1, offset=0, nnz=1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

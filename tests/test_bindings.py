@@ -24,12 +24,14 @@ import torch
 from binding_calls import HOSTILE, cases, numbers, signatures
 
 from flashcoreset._core import native
+from flashcoreset._core.tensor import Csr
 from flashcoreset.directions.reference import directions
+from flashcoreset.kernels import FacilityLocationProblem as Problem
 from flashcoreset.sketch.kinds import KINDS
 
 WORKS, REFUSED = "works", ("TypeError", "ValueError")
 # Parameters that may be something else than a number.
-MAY_BE_NONE = {"offset", "length"}
+MAY_BE_NONE = {"offset", "length", "expected_picks", "stop_gain"}
 MAY_BE_INFINITE = {"rho_a", "rho_b"}
 # These alone can't be negative, 0, or that large by what the others are.
 POSITIVE = {"threads", "length", "lists", "size", "n", "nnz", "goal", "max_iter", "iterations"}
@@ -145,9 +147,7 @@ def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: st
             beyond = value >= 2**63 or value < (-(2**63) if o.name == "seed" else least)
             beyond |= o.name in ("threads", "device", "count", "event_delay") and value == 2**70
             beyond |= (
-                o.name in ("threads", "m", "lists", "n", "length")
-                and value >= 2**62
-                and "begin" not in o.binding
+                o.name in ("threads", "lists", "n", "length") and value >= 2**62 and "begin" not in o.binding
             )
         elif kind == "Real" and type(value) in (int, float):
             beyond = o.value in ("nan", "10**400") or (
@@ -216,9 +216,16 @@ def test_an_error_of_the_number_itself_comes_through(m: ModuleType) -> None:
 
 def test_a_sparse_matrix_of_more_columns_than_there_can_be(m: ModuleType) -> None:
     arrays = torch.tensor([0, 1, 2]), torch.tensor([0, 1]), torch.ones(2)
-    for columns in (2**62, 2**48 + 1):
-        with pytest.raises(ValueError, match=r"m: expected an integer in \[0, 281474976710656\], got"):
-            m.FacilityLocation.from_csr(*arrays, columns, None, None, False, 1 << 20, 1)
+    for columns in HOSTILE.values():
+        problem = Problem(Csr(*arrays, (2, columns)), metric="precomputed")
+        if type(columns) is not int:
+            with pytest.raises(TypeError, match="columns: expected an integer, got"):
+                m.FacilityLocation(problem, 1)
+        elif not 0 <= columns <= 2**48:
+            with pytest.raises(
+                ValueError, match=r"columns: expected an integer in \[0, 281474976710656\], got"
+            ):
+                m.FacilityLocation(problem, 1)
 
 
 @pytest.mark.parametrize("columns", [[0, 0], [1, 0], [0, 1, 1]])
@@ -226,7 +233,7 @@ def test_a_sparse_row_that_has_a_column_twice(m: ModuleType, columns: list[int])
     """Its gain would be summed beyond the range that fixed-point numbers have."""
     count = len(columns)
     arrays = torch.tensor([0, count]), torch.tensor(columns), torch.ones(count)
-    run = m.FacilityLocation.from_csr(*arrays, 3, None, None, False, 1 << 20, 1)
+    run = m.FacilityLocation(Problem(Csr(*arrays, (1, 3)), metric="precomputed"), 1)
     with pytest.raises(ValueError, match="column indices must rise within a row, got"):
         run.step(1, False)
 
@@ -254,7 +261,7 @@ def test_arrays_that_claim_more_elements_than_any_memory_has(m: ModuleType) -> N
 
 
 def test_a_similarity_matrix_without_clients(m: ModuleType) -> None:
-    run = m.FacilityLocation(torch.empty(3, 0), None, "precomputed", None, None, 0.0, 1 << 20, 1, 9)
+    run = m.FacilityLocation(Problem(torch.empty(3, 0), metric="precomputed"), 1)
     assert run.step(2, False) == 2
 
 

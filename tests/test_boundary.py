@@ -20,6 +20,7 @@ import torch
 from checks.boundary import Handmade, new_capsule
 
 from flashcoreset._core import native
+from flashcoreset.kernels import FacilityLocationProblem as Problem
 
 FLOATS = [np.float32, np.float64]
 
@@ -324,7 +325,7 @@ def test_references_are_returned(m: ModuleType) -> None:
 
 def test_a_run_keeps_its_arrays_alive(m: ModuleType) -> None:
     tensor = Handmade(ROWS, (4, 3))
-    run = m.FacilityLocation(tensor, None, "dot", None, None, 0.0, 0, 1)
+    run = m.FacilityLocation(Problem(tensor, metric="dot"), 1)
     assert tensor.deleted == 0
     assert run.step(2) == 2
     assert tensor.deleted == 0

@@ -43,6 +43,7 @@ SCORES = st.lists(
     seed=st.integers(0, 2**64 - 1), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=300, deadline=None)
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
 def test_follows_the_definition(
     scores: list[float], share: float, n_strata: int, ratio: float, seed: int, data: st.DataObject
 ) -> None:
@@ -81,6 +82,8 @@ def test_a_case_worked_by_hand() -> None:
     coreset = fc.ccs(scores, 6, n_strata=4)
     assert coreset.info == {
         "dropped": 0,
+        "mislabel_ratio": 0.0,
+        "mislabel_ratio_from": "none",
         "edges": [0, 1, 2, 3, 4],
         "sizes": [5, 1, 0, 2],
         "counts": [3, 1, 0, 2],
@@ -97,7 +100,7 @@ def test_boundaries_belong_to_the_upper_stratum_and_the_maximum_to_the_last() ->
 
 @pytest.mark.parametrize("value", [0.0, -3.5, 1e300, INF, -INF])
 def test_constant_scores_are_one_stratum(value: float) -> None:
-    coreset = fc.ccs([value] * 20, 7, n_strata=4)
+    coreset = fc.ccs([value] * 20, 7, n_strata=4, mislabel_ratio=0)
     assert sorted(coreset.info["sizes"]) == [0, 0, 0, 20]
     assert len(set(coreset.indices.tolist())) == 7
 
@@ -106,7 +109,7 @@ def test_all_negative_scores_keep_the_top_item() -> None:
     scores = -torch.arange(1.0, 31)
     coreset = fc.ccs(scores, 30, n_strata=6)
     assert sorted(coreset.indices.tolist()) == list(range(30))
-    assert fc.ccs(scores, 6, n_strata=30).info["counts"].count(1) == 6
+    assert fc.ccs(scores, 6, n_strata=30, mislabel_ratio=0).info["counts"].count(1) == 6
 
 
 def test_infinite_scores_are_the_hardest_and_not_part_of_the_range() -> None:
@@ -133,9 +136,9 @@ def test_samples_are_drawn_uniformly() -> None:
 
 def test_seeds_and_stability() -> None:
     scores = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    first = fc.ccs(scores, 60, seed=3)
-    assert torch.equal(fc.ccs(scores, 60, seed=3).indices, first.indices)
-    assert not torch.equal(fc.ccs(scores, 60, seed=4).indices, first.indices)
+    first = fc.ccs(scores, 60, seed=3, mislabel_ratio=0)
+    assert torch.equal(fc.ccs(scores, 60, seed=3, mislabel_ratio=0).indices, first.indices)
+    assert not torch.equal(fc.ccs(scores, 60, seed=4, mislabel_ratio=0).indices, first.indices)
     # The random numbers of a seed do not change from one release to the next.
     assert random_keys(3, 2).tolist() == [17234461323001060555, 1460271564492649549]
     assert fc.ccs([0.0] * 9, 3, seed=7).indices.tolist() == [1, 4, 8]
@@ -167,7 +170,7 @@ def test_training_dynamics_are_taken_by_their_aum() -> None:
     assert torch.equal(got.indices, plain.indices)
     other = fc.ccs(scores, 9, mislabel_ratio=0.2, mislabel_scores=scores["el2n"])
     assert not torch.equal(got.indices, other.indices)
-    assert len(fc.ccs(scores["forgetting"], 9).indices) == 9
+    assert len(fc.ccs(scores["forgetting"], 9, mislabel_ratio=0, n_strata=2).indices) == 9
 
 
 def test_groups_are_problems_of_their_own() -> None:
@@ -200,14 +203,14 @@ def test_groups_are_problems_of_their_own() -> None:
 
 def test_inputs_and_dtypes() -> None:
     scores = torch.randn(40, generator=torch.Generator().manual_seed(0))
-    wanted = fc.ccs(scores, 9).indices
+    wanted = fc.ccs(scores, 9, mislabel_ratio=0).indices
     for value in (scores.numpy(), scores.tolist(), scores.double(), torch.stack([scores, scores], 1)[:, 0]):
-        assert torch.equal(fc.ccs(value, 9).indices, wanted)
-    assert fc.ccs(scores.half(), 9).weights.dtype == torch.float32
-    assert fc.ccs(scores.double(), 9).weights.dtype == torch.float64
-    assert fc.ccs(range(40), 9).weights.dtype == torch.float32
-    assert torch.equal(fc.select("ccs", scores=scores, k=9).indices, wanted)
-    assert len(fc.ccs(scores, 9, n_strata=100_000).indices) == 9
+        assert torch.equal(fc.ccs(value, 9, mislabel_ratio=0).indices, wanted)
+    assert fc.ccs(scores.half(), 9, mislabel_ratio=0).weights.dtype == torch.float32
+    assert fc.ccs(scores.double(), 9, mislabel_ratio=0).weights.dtype == torch.float64
+    assert fc.ccs(range(40), 9, mislabel_ratio=0).weights.dtype == torch.float32
+    assert torch.equal(fc.select("ccs", scores=scores, k=9, mislabel_ratio=0).indices, wanted)
+    assert len(fc.ccs(scores, 9, n_strata=100_000, mislabel_ratio=0).indices) == 9
 
 
 # --- top_scores -----------------------------------------------------------------------------------
@@ -256,6 +259,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ratio 1": ({"mislabel_ratio": 1}, ValueError, r"mislabel_ratio must be in \[0, 1\), got 1"),
     "ratio negative": ({"mislabel_ratio": -0.1}, ValueError, r"mislabel_ratio must be in \[0, 1\), got -0.1"),
     "ratio NaN": ({"mislabel_ratio": NAN}, ValueError, "mislabel_ratio must be finite, got nan"),
+    "ratio list": ({"mislabel_ratio": [0.1]}, TypeError, r"mislabel_ratio must be a number, got \[0.1\]"),
+    "strata of no kind": (
+        {"strata": "depth"}, ValueError, "unknown strata 'depth'; valid names: width, quantile, log",
+    ),
+    "strata a number": ({"strata": 3}, TypeError, "strata must be a str, one of width, quantile, log, got 3"),
+    "log of less than 0": (
+        {"scores": [3.0, 0.0, -2.0, -1.0], "strata": "log"}, ValueError,
+        r"scores must be >= 0 with strata='log', got -2.0 at position 2; pass strata='quantile'",
+    ),
+    "log of -inf": ({"scores": [-INF, 0.0, 1.0], "strata": "log"}, ValueError, "got -inf at position 0"),
     "ratio text": ({"mislabel_ratio": "0.1"}, TypeError, "mislabel_ratio must be a number, got '0.1'"),
     "no mislabel scores": (
         {"mislabel_ratio": 0.1}, ValueError, "mislabel_scores must be given with mislabel_ratio=0.1, got None",

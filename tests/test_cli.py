@@ -175,8 +175,32 @@ def test_simcore(features: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
     np.testing.assert_array_equal(arrays["weights"], expected.weights.numpy())
     np.testing.assert_array_equal(arrays["centroids"], expected.info["centroids"].numpy())
+    for name in ("similarity", "centroid"):
+        np.testing.assert_array_equal(arrays[name], expected.info[name].numpy())
     assert info["rounds"] == expected.info["rounds"]
     assert info["values"] == list(expected.info["values"])
+    common = ("select", "simcore", "--features", features, "--force", "-o", out)
+    assert run(*common, "--centroids", tmp_path / "t.npy", "--ratio", 0.2, "--no-stop") == 0
+    expected = fc.simcore(x, centroids=x[:9], ratio=0.2, stop=False)
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
+    options = ("--target", tmp_path / "t.npy", "-k", 9, "--n-clusters", 3, "--fit-on", 5)
+    assert run(*common, *options) == 0
+    expected = fc.simcore(x, x[:9], 9, n_clusters=3, fit_on=5)
+    np.testing.assert_array_equal(read(out)[0]["centroids"], expected.info["centroids"].numpy())
+
+
+def test_bad_input_of_simcore(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("select", "simcore", "--features", features, "-o", tmp_path / "out.npz")
+    target = ("--target", features)
+    for words, arguments in (
+        ("one of target and centroids must be given, got both", (*target, "--centroids", features)),
+        ("--target: the target's features are missing (only --centroids", ()),
+        ("ratio must be in (0, 1], got 1.5", (*target, "--ratio", 1.5)),
+        ("ratio must be None where k is given", (*target, "--ratio", 0.5, "-k", 3)),
+        ("fit_on must be >= n_clusters=100, got 3", (*target, "--fit-on", 3)),
+        ("--centroids: no such file", ("--centroids", tmp_path / "none.npy")),
+    ):
+        expect_error(capsys, words, *command, *arguments)
 
 
 def test_goracs(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +221,26 @@ def test_goracs(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     labels = ("--train-labels", tmp_path / "labels.npy", "--valid-labels", tmp_path / "own.npy")
     assert run(*options, *norms, *labels, "-k", 5, "--force") == 0
     assert read(out)[1]["budgets"] == {"0": 3, "1": 2}
+    more = ("--lam", 0.2, "--norm-clip", 0.9, "--norm-scale", "spread", "--scaling", "global", "--tol", 0.01)
+    more += ("--max-solves", 2, "--time-limit", 60)
+    assert run(*options, *norms, *labels, *more, "-k", 5, "--force") == 0
+    expected = fc.goracs(
+        x, files["valid"], files["norms"], 5, lam=0.2, norm_clip=0.9, norm_scale="spread", scaling="global", tol=0.01,
+        max_solves=2, train_labels=files["labels"], valid_labels=files["own"],
+    )  # fmt: skip
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
+    assert run(*options, "-k", 5, "--force") == 0
+    expected = fc.goracs(x, files["valid"], k=5)
+    np.testing.assert_array_equal(read(out)[0]["indices"], expected.indices.numpy())
     capsys.readouterr()
+    for words, arguments in (
+        ("grad_norms must be given with lam=0.5, got None", ("--lam", 0.5)),
+        ("norm_clip must be in (0, 1], got 2.0", (*norms, "--norm-clip", 2)),
+        ("max_solves must be >= 1, got 0", ("--max-solves", 0)),
+        ("time_limit must be > 0 seconds, got -1.0", ("--time-limit", -1)),
+        ("tol must be >= 0, got -0.5", ("--tol", -0.5)),
+    ):
+        expect_error(capsys, words, *options, *arguments, "-k", 5, "--force")
     assert run(*options, "--grad-norms", features, "-k", 5, "--force") == 2
     assert "--grad-norms: expected a real array [train rows]" in capsys.readouterr().err
     assert run(*options, *norms) == 2
@@ -210,10 +253,10 @@ def test_ccs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "s.npz", el2n=scores, aum=aum, labels=labels)
     file, out = tmp_path / "s.npz", tmp_path / "out.npz"
     command = ("select", "ccs", "--scores", f"{file}:el2n", "-o", out)
-    assert run(*command, "-k", 20) == 0
+    assert run(*command, "-k", 20, "--mislabel-ratio", 0) == 0
     assert capsys.readouterr().out.startswith(f"{out}: 20 of 60 rows in ")
     arrays, info = read(out)
-    np.testing.assert_array_equal(arrays["indices"], fc.ccs(scores, 20).indices.numpy())
+    np.testing.assert_array_equal(arrays["indices"], fc.ccs(scores, 20, mislabel_ratio=0).indices.numpy())
     np.testing.assert_array_equal(arrays["weights"], np.ones(20))
     assert (info["algorithm"], sum(info["counts"]), len(info["edges"])) == ("ccs", 20, 51)
     options = ("--mislabel-scores", f"{file}:aum", "--mislabel-ratio", 0.2, "--n-strata", 4, "--seed", 5)
@@ -222,6 +265,12 @@ def test_ccs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = fc.ccs(scores, 9, mislabel_scores=aum, mislabel_ratio=0.2, n_strata=4, seed=5, groups=labels)
     np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
     assert info["groups"]["2"] == expected.info["groups"][2]
+    options = ("--mislabel-scores", f"{file}:aum", "--strata", "quantile", "--n-strata", 5)
+    assert run(*command, "-k", 6, *options, "--force") == 0
+    arrays, info = read(out)
+    expected = fc.ccs(scores, 6, mislabel_scores=aum, strata="quantile", n_strata=5)
+    np.testing.assert_array_equal(arrays["indices"], expected.indices.numpy())
+    assert (info["mislabel_ratio"], info["mislabel_ratio_from"]) == (0.3, "published")
 
 
 def test_bad_input_of_ccs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ def test_pages_with_examples() -> None:
         "matching.md",
         "colm.md",
         "colm_training.md",
+        "controls.md",
+        "sklearn.md",
     }
 
 

@@ -52,6 +52,7 @@ def test_no_public_function_is_left_out() -> None:
         "SlowPathWarning",
         "Transport",
         "__version__",
+        "compat",
         "integrations",  # as BatchSelector
         "kernels",  # by their names
         "memory_estimate",

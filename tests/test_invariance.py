@@ -201,7 +201,7 @@ CALLS: dict[str, dict[str, Call]] = {
             backends=EVERY,
             rows=("x",),
         )
-        for kind in ("rademacher", "gaussian", "sjlt", "srht")
+        for kind in ("rademacher", "gaussian", "sjlt", "srht", "mask", "grass")
     },
     "projection_matrix": {
         kind: Call(
@@ -212,7 +212,7 @@ CALLS: dict[str, dict[str, Call]] = {
             backends=EVERY,
             exact=frozenset() if kind == "gaussian" else frozenset({0}),
         )
-        for kind in ("rademacher", "gaussian", "sjlt", "srht")
+        for kind in ("rademacher", "gaussian", "sjlt", "srht", "mask", "grass")
     },
     "sample_scores": {
         "samples": Call(
@@ -298,6 +298,30 @@ CALLS: dict[str, dict[str, Call]] = {
             backends=(),
         )
     },
+    "random_subset": {
+        "groups": Call(
+            lambda: {"labels": integers(35, 3, 90)},
+            lambda labels: fc.random_subset(90, 30, groups=labels, seed=4),
+            backends=(),
+        )
+    },
+    "k_center": {
+        metric: Call(
+            lambda: {"x": normal(1, 150, 17)},
+            lambda x, metric=metric, **more: fc.k_center(x, 12, metric=metric, **more),
+            budgets=(1, 2**30),
+        )
+        for metric in ("euclidean", "cosine")
+    },
+    "nearest": {
+        metric: Call(
+            lambda: {"x": normal(24, 200, 12), "t": normal(25, 60, 12)},
+            lambda x, t, metric=metric, **more: fc.nearest(x, t, 40, metric=metric, **more),
+            backends=EVERY if metric == "l1" else COMPILED,
+            budgets=(1, 20_000),
+        )
+        for metric in ("cosine", "l1")
+    },
     "select": {
         "simcore": Call(
             lambda: {"x": normal(24, 200, 12), "t": normal(25, 60, 12)},
@@ -325,6 +349,7 @@ NO_PROMISE = {
     "Selection": "a value",
     "Transport": "a value",
     "__version__": "a string",
+    "compat": "a module; what it takes over calls the functions above",
     "integrations": "a module; its selectors call the functions above",
     "kernels": "a module; what is under the functions above",
     "memory_estimate": "a bound of bytes, which grows with the number of threads",

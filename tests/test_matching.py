@@ -276,13 +276,6 @@ ZERO = torch.zeros(5)
             ValueError,
             r"normalize must be of gradients of length 5, .* length 4",
         ),
-        (
-            G.double(),
-            1,
-            {"normalize": fc.AdamState(ZERO, ZERO, 1)},
-            TypeError,
-            "normalize must have dtype torch.float64",
-        ),
         (G, 1, {"nonnegative": False}, ValueError, "are for method 'omp'"),
         (G, 1, {"ridge": 1.0}, ValueError, "are for method 'omp'"),
         (G, 1, {"ridge": -1.0, "method": "omp"}, ValueError, "ridge must be >= 0"),
@@ -360,9 +353,8 @@ def test_the_row_of_a_bad_value_is_named(backend: str) -> None:
         ({"betas": 0.9}, TypeError, "betas must be a pair"),
         ({"eps": 0.0}, ValueError, "eps must be > 0"),
         ({"m": torch.zeros(4)}, ValueError, r"v must have the shape of m"),
-        ({"m": torch.zeros(5, dtype=torch.float64)}, TypeError, "v must have the dtype of m"),
         ({"m": torch.zeros(5, 1)}, ValueError, r"m must have shape \[D\]"),
-        ({"v": torch.zeros(5, dtype=torch.int64)}, TypeError, "v must have dtype float32 or float64"),
+        ({"v": torch.zeros(5, dtype=torch.int64)}, TypeError, "v must have dtype float16, .* got int64"),
     ],
 )
 def test_bad_histories_are_named(change: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -279,6 +279,8 @@ HIGHEST = {
     ),
     "ccs": ("ccs", DRAWN, {}),
     "ccs all": ("ccs", DRAWN, {"k": "len(s)", "dtype": "torch.float64"}),
+    "ccs quantile": ("ccs", DRAWN, {"options": "strata='quantile'"}),
+    "ccs log": ("ccs", DRAWN, {"options": "strata='log'"}),
     "ccs mislabelled, groups": (
         "ccs", DRAWN, {"options": "mislabel_scores=s, mislabel_ratio=0.1, groups=torch.arange(len(s)) % 7"},
     ),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from flashcoreset._core import native
 from flashcoreset.nearest_order import Rounds, reference
+from flashcoreset.nearest_order.backend import Taken
 from flashcoreset.nearest_order.cpu import NearestOrder
 
 CLASSES = [NearestOrder, reference.NearestOrder]
@@ -41,6 +42,18 @@ def brute_force(s: np.ndarray, k: int) -> tuple[list[list[int]], list[float]]:
     return rounds, values
 
 
+def check_takers(
+    s: torch.Tensor, taken: list[int], items: torch.Tensor, counts: list[int], takers: torch.Tensor
+) -> None:
+    """Every item's taker is the first list whose best free item it is."""
+    free = np.ones(len(s), dtype=bool)
+    free[taken] = False
+    for own, lists in zip(items.split(counts), takers.split(counts), strict=True) if counts else ():
+        best = np.where(free[:, None], s.double().numpy(), -np.inf).argmax(0).tolist()
+        assert lists.tolist() == [best.index(item) for item in own.tolist()]
+        free[own.numpy()] = False
+
+
 def run(cls: type, s: torch.Tensor, k: int, lengths: list[int], cuts: list[int], count: int = 3) -> tuple:
     """The rounds from given similarities that arrive in pieces, with lists of the given length in each pass
     (the last of them in all further ones).
@@ -48,13 +61,18 @@ def run(cls: type, s: torch.Tensor, k: int, lengths: list[int], cuts: list[int],
     order = cls.of_similarities(s.shape[1], s.dtype)
     rounds: list[list[int]] = []
     values: list[float] = []
+    taken: list[int] = []
     for number in range(s.shape[0] + 1):
         order.begin(lengths[min(number, len(lengths) - 1)])
         for piece in s.tensor_split(cuts):
             order.update_similarities(piece)
         assert order.finish() == s.shape[0]
         while True:
-            items, counts, new_values = order.rounds(count, k)
+            items, counts, new_values, takers, similarities = order.rounds(count, k)
+            assert len(takers) == len(similarities) == len(items)
+            assert similarities.tolist() == s[items, takers].double().tolist()
+            check_takers(s, taken, items, counts, takers)
+            taken += items.tolist()
             rounds += [part.tolist() for part in items.split(counts)] if counts else []
             values += new_values
             if not counts:
@@ -220,7 +238,11 @@ def test_misuse_is_an_error() -> None:
         torch.empty(1).double(),
     )
     with pytest.raises(ValueError, match="room for 1 rounds of up to 3 items"):
-        made.rounds(3, one, counts, values)
+        made.rounds(3, one, counts, values, one, values)
+    three = torch.empty(3, dtype=torch.int64)
+    for takers, similarities in ((one, torch.empty(3).double()), (three, values)):
+        with pytest.raises(ValueError, match="takers, similarities: expected room for 1 rounds"):
+            made.rounds(3, three, counts, values, takers, similarities)
     with pytest.raises(ValueError, match=r"list: expected an index in \[0, 3\), got 3"):
         made.order(3, one, torch.empty(1))
     with pytest.raises(ValueError, match="room for 1 entries"):
@@ -231,8 +253,9 @@ def test_a_list_that_never_finds_a_free_item_ends_the_rounds() -> None:
     class Order:
         taken = 0
 
-        def rounds(self, count: int, k: int) -> tuple[torch.Tensor, list[int], list[float]]:
-            return torch.empty(0, dtype=torch.int64), [], []
+        def rounds(self, count: int, k: int) -> Taken:
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Taken(nothing, [], [], nothing, nothing.double())
 
     rounds: Any = object.__new__(Rounds)
     rounds._order, rounds._lists, rounds._k = Order(), 3, 2

@@ -6,16 +6,16 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from cases import on_device, to_cpu
+from cases import locate
+from conftest import EVERY_BACKEND
 
 import flashcoreset as fc
-from flashcoreset._core import native
 
-BACKENDS = ["torch", *(f"cpu-{isa}" for isa in native.available_isas()), "cuda", "triton"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 N = 41
 # On a grid distances are exact in every type, and many of them tie.
@@ -28,22 +28,6 @@ def distances(clients: torch.Tensor | None = None) -> torch.Tensor:
     return (GRID[:, None] - (GRID if clients is None else clients)).abs().sum(2)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name, _, isa = request.param.partition("-")
-    if isa:
-        monkeypatch.setattr(native, "_loaded", native.load_isa(isa))
-    if name == "cuda":
-        request.getfixturevalue("emulated_cuda")
-    return name
-
-
-def locate(x: torch.Tensor, k: int | None, backend: str, **options: Any) -> fc.Selection:
-    options = {name: on_device(value) for name, value in options.items()}
-    place = on_device if backend in ("cuda", "triton") else lambda value: value
-    return to_cpu(fc.facility_location(place(x), k, backend=backend, **options))
-
-
 def same(found: fc.Selection, expected: fc.Selection, is_far: bool = False) -> None:
     """`is_far`: an offset far above all distances, from which each metric's own bound of these is put together with the rest."""
     for name in ("indices", "weights", "assignment", *(() if is_far else ("gains",))):
@@ -54,6 +38,7 @@ def same(found: fc.Selection, expected: fc.Selection, is_far: bool = False) -> N
     assert found.offset == expected.offset
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0.0, 5.0, 40.0, 2.0**40])
 @pytest.mark.parametrize(
@@ -70,10 +55,13 @@ def test_it_is_the_metric_of_points(
     if backend in ("cuda", "triton") and dtype in (torch.float16, torch.float64) and options:
         options = {}  # the emulator and the interpreter are slow
     expected = fc.facility_location(GRID.to(dtype), 9, metric="l1", offset=offset, backend="torch", **options)
-    found = locate(distances().to(dtype), 9, backend, metric="precomputed_distance", offset=offset, **options)
+    found = locate(
+        distances().to(dtype), 9, backend=backend, metric="precomputed_distance", offset=offset, **options
+    )
     same(found, expected, offset == 2.0**40)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("offset", [6.0, 40.0])
 def test_clients_are_the_columns(backend: str, offset: float) -> None:
     weights = torch.arange(29, dtype=torch.float64) / 8
@@ -81,27 +69,29 @@ def test_clients_are_the_columns(backend: str, offset: float) -> None:
         GRID, 7, clients=CLIENTS, metric="l1", offset=offset, weights=weights, backend="torch"
     )
     found = locate(
-        distances(CLIENTS), 7, backend, metric="precomputed_distance", offset=offset, weights=weights
+        distances(CLIENTS), 7, backend=backend, metric="precomputed_distance", offset=offset, weights=weights
     )
     same(found, expected)
 
 
+@EVERY_BACKEND
 def test_the_default_offset_is_above_all_distances(backend: str) -> None:
     d = distances(CLIENTS)
-    found = locate(d, 5, backend, metric="precomputed_distance")
+    found = locate(d, 5, backend=backend, metric="precomputed_distance")
     assert found.offset == pytest.approx(float(d.max()) * 1.0001, rel=1e-12)
     assert torch.equal(
-        found.indices, locate(d, 5, backend, metric="precomputed_distance", offset=100.0).indices
+        found.indices, locate(d, 5, backend=backend, metric="precomputed_distance", offset=100.0).indices
     )
-    nothing = locate(torch.zeros(3, 3), 2, backend, metric="precomputed_distance")
+    nothing = locate(torch.zeros(3, 3), 2, backend=backend, metric="precomputed_distance")
     assert (nothing.indices.tolist(), nothing.offset) == ([0, 1], 1.0)
 
 
+@EVERY_BACKEND
 def test_small_distances_beside_a_large_one(backend: str) -> None:
     """The distances would be rounded away if they were subtracted from the offset. Candidate 2 gains 9e-6, then candidate 1
     3e-6."""
     d = torch.tensor([[0, 3e-6, 9e-6, 1e3], [1, 0, 5e-6, 1e3], [1, 8e-6, 0, 1e3], [1e3, 1e3, 1e3, 0]])
-    found = locate(d, 2, backend, metric="precomputed_distance", preselected=[0, 3])
+    found = locate(d, 2, backend=backend, metric="precomputed_distance", preselected=[0, 3])
     assert found.indices.tolist() == [2, 1]
     assert found.gains.tolist() == pytest.approx([9e-6, 3e-6], rel=1e-6)
 
@@ -143,11 +133,12 @@ def test_compiled_and_estimated() -> None:
 # --- distances that are passed as similarities ------------------------------------------------------
 
 
+@EVERY_BACKEND
 def test_distances_as_similarities_get_a_warning(backend: str) -> None:
     d = distances() + (1 - torch.eye(N))
     with pytest.warns(fc.InputWarning, match=r"pass metric='precomputed_distance'") as caught:
-        locate(d, 3, backend, metric="precomputed")
-    assert [warning.filename for warning in caught] == [__file__]
+        locate(d, 3, backend=backend, metric="precomputed")
+    assert [warning.filename for warning in caught] == [cases.__file__]
 
 
 def test_the_warning_under_compile() -> None:

@@ -16,9 +16,22 @@ def test_simcore_by_name() -> None:
     assert by_name.info["values"] == direct.info["values"]
 
 
+def test_controls_by_name() -> None:
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    for name, direct in (
+        ("random_subset", {"n": 30, "k": 5, "seed": 3}),
+        ("top_scores", {"scores": x[:, 0], "k": 5}),
+        ("k_center", {"x": x, "k": 5, "metric": "l1"}),
+        ("nearest", {"openset": x, "target": x[:2], "k": 5}),
+    ):
+        by_name = fc.select(name, **direct)
+        assert by_name.indices.tolist() == getattr(fc, name)(**direct).indices.tolist()
+
+
 def test_bad_calls() -> None:
     with pytest.raises(
-        ValueError, match="unknown method 'simcor'; valid names: colm, simcore, ccs, goracs, autocoreset"
+        ValueError,
+        match="unknown method 'simcor'; valid names: colm, simcore, ccs, goracs, autocoreset, random_subset",
     ):
         fc.select("simcor")
     with pytest.raises(TypeError, match="name must be a str, got int"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import _thread
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch.utils.data import (
 )
 
 import flashcoreset as fc
+from flashcoreset.methods.simcore import _best_of_starts
 
 BACKENDS = ["cpu", "torch"]
 
@@ -64,7 +66,8 @@ def brute_force(
     while len(taken) < limit:
         picks = [next(int(i) for i in order if i not in taken) for order in orders]
         value = float(np.mean([s[item, c] for c, item in enumerate(picks)]))
-        if stop and len(rounds) >= patience and value < values[patience - 1] * stop_threshold:
+        threshold = values[patience - 1] * stop_threshold if len(rounds) >= patience else 0
+        if stop and round(value, 12) < threshold:
             break
         rounds.append(list(dict.fromkeys(picks)))
         values.append(value)
@@ -74,6 +77,9 @@ def brute_force(
 
 def check(coreset: fc.Coreset, rounds: list[list[int]], values: list[float], limit: int) -> None:
     got = [part.tolist() for part in coreset.indices.split(coreset.info["counts"])]
+    if not rounds:
+        assert coreset.info["rounds"] == len(coreset.indices) == len(coreset.weights) == 0
+        return
     assert got[:-1] == rounds[:-1]
     room = limit - sum(len(r) for r in rounds[:-1])
     if len(rounds[-1]) <= room:
@@ -140,7 +146,9 @@ def test_definition_on_exact_grids(
         "stop_threshold": stop_threshold,
         "patience": patience,
     }
-    coreset = fc.simcore(openset, target, k, backend=backend, memory_budget=budget, **options)
+    with warnings.catch_warnings():  # of nothing taken
+        warnings.simplefilter("ignore", fc.InputWarning)
+        coreset = fc.simcore(openset, target, k, backend=backend, memory_budget=budget, **options)
     check(coreset, *brute_force(openset, target, k, **options))
 
 
@@ -227,14 +235,13 @@ def test_result_does_not_depend_on_threads() -> None:
 @pytest.mark.parametrize("n_clusters", [3, 9, 50, 200])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_repeated_target_rows_change_nothing(backend: str, n_clusters: int, dtype: type) -> None:
-    """With more clusters than distinct rows, fewer, and as many; in any order if each point is a centroid of its own."""
+    """With more clusters than distinct rows, fewer, and as many; of all rows or of some, and at another length."""
     openset, target = data(2000, 9, 6, dtype=dtype)
     options: dict[str, Any] = {"n_clusters": n_clusters, "backend": backend}
     once = fc.simcore(openset, target, **options)
     assert len(once.info["centroids"]) == min(n_clusters, 9)
     repeated = [np.tile(target, (20, 1)), np.repeat(target, 3, axis=0)]
-    if n_clusters >= 9:
-        repeated += [target[[0, 1, 1, 2, 3, 4, 5, 1, 6, 7, 8, 8]], np.concatenate([target, 4 * target[::-1]])]
+    repeated += [target[[0, 1, 1, 2, 3, 4, 5, 1, 6, 7, 8, 8]], np.concatenate([target, 4 * target[::-1]])]
     for again in repeated:
         coreset = fc.simcore(openset, again, **options)
         assert torch.equal(coreset.indices, once.indices)
@@ -244,18 +251,207 @@ def test_repeated_target_rows_change_nothing(backend: str, n_clusters: int, dtyp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_some_repeated_rows_pull_their_centroid(backend: str) -> None:
-    """A point counts in k-means as often as it appears: the mean of 3 times one and once the other."""
+def test_repeated_rows_do_not_pull_their_centroid(backend: str) -> None:
+    """A point counts once in k-means, however often it appears."""
     openset, _ = data(50, 4, 2)
     target = np.array([[1, 0], [0, 1], [1, 0], [1, 0]], dtype=np.float32)
     coreset = fc.simcore(openset, target, 20, n_clusters=1, stop=False, backend=backend)
-    expected = np.array([[3, 1]]) / np.sqrt(10)
+    expected = np.array([[1, 1]]) / np.sqrt(2)
     np.testing.assert_allclose(coreset.info["centroids"].numpy(), expected, rtol=1e-6)
 
 
 def test_zero_rows_of_either_sign_are_one_point() -> None:
     target = torch.tensor([[0.0, -0.0], [-0.0, 0.0], [1.0, -0.0], [2.0, 0.0]])
     assert fc.simcore(torch.eye(2), target, 1).info["centroids"].tolist() == [[0, 0], [1, 0]]
+
+
+# --- what was taken by whom -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_similarity_and_centroid_of_every_pick(backend: str, dtype: type) -> None:
+    openset, target = data(300, 40, 5, seed=6, dtype=dtype)
+    coreset = fc.simcore(openset, target, 90, n_clusters=6, stop=False, seed=2, backend=backend)
+    info = coreset.info
+    s = unit(openset.astype(np.float64)) @ info["centroids"].double().numpy().T
+    assert info["similarity"].dtype == coreset.weights.dtype
+    np.testing.assert_allclose(info["similarity"], s[coreset.indices, info["centroid"]], atol=1e-6)
+    # In each round every centroid takes its best free item, and an item's centroid is the first that took it.
+    free = np.ones(300, dtype=bool)
+    begin = 0
+    for count in info["counts"][:-1]:
+        best = np.where(free[:, None], s, -2).argmax(0).tolist()
+        expected = {item: best.index(item) for item in best}
+        rows = slice(begin, begin + count)
+        assert coreset.indices[rows].tolist() == list(expected)
+        assert info["centroid"][rows].tolist() == list(expected.values())
+        free[best] = False
+        begin += count
+    assert len(info["similarity"]) == len(info["centroid"]) == len(coreset.indices) == 90
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pick_of_a_round_that_is_cut_keeps_its_own_centroid(backend: str) -> None:
+    openset = np.eye(12, dtype=np.float32)[::-1].copy()
+    coreset = fc.simcore(openset, np.eye(12, dtype=np.float32), 5, seed=3, backend=backend)
+    assert (11 - coreset.info["centroid"]).tolist() == coreset.indices.tolist()
+    assert coreset.info["similarity"].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("budget", [2**28, 4000])
+def test_takers_do_not_depend_on_batches_or_backend(budget: int) -> None:
+    openset, target = data(500, 40, 6, seed=2)
+    options: dict[str, Any] = {"n_clusters": 9, "stop": False}
+    whole = fc.simcore(openset, target, 120, **options)
+    for backend in BACKENDS:
+        batches = fc.simcore(
+            np.split(openset, [2, 77]), target, 120, backend=backend, memory_budget=budget, **options
+        )
+        assert torch.equal(batches.info["centroid"], whole.info["centroid"])
+        np.testing.assert_allclose(batches.info["similarity"], whole.info["similarity"], atol=1e-6)
+
+
+# --- the stop rule --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_round_of_negative_value_stops(backend: str) -> None:
+    openset = np.float32([[1, 0], [3, 4], [0, 1], [-3, 4], [-1, 0]])
+    target = np.float32([[2, 0]])
+    coreset = fc.simcore(openset, target, patience=20, backend=backend)  # 1, .6, 0 | -.6
+    assert coreset.indices.tolist() == [0, 1, 2]
+    assert coreset.info["stopped"] == "threshold"
+    assert coreset.info["threshold"] is None
+    assert coreset.info["dropped_value"] == pytest.approx(-0.6)
+    assert len(fc.simcore(openset, target, 5, stop=False, backend=backend).indices) == 5
+    # Also in the round that would be the reference.
+    assert len(fc.simcore(openset, target, patience=4, backend=backend).indices) == 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_taken_where_all_is_unlike_the_target(backend: str) -> None:
+    openset = np.float32([[-1, 0.5], [-1, -1]])
+    with pytest.warns(fc.InputWarning, match=r"nothing was taken.*mean similarity of -0\.707 to the target"):
+        coreset = fc.simcore(openset, np.float32([[1, 0]]), backend=backend)
+    assert coreset.indices.shape == coreset.weights.shape == (0,)
+    assert coreset.indices.dtype == torch.int64
+    assert coreset.info["values"] == coreset.info["counts"] == []
+
+
+@pytest.mark.parametrize(
+    ("n", "clusters", "patience"), [(100, 5, 1), (6399, 5, 1), (6400, 5, 2), (9600, 5, 3), (70_000, 5, 20)]
+)
+def test_patience_by_default_is_the_published_share(n: int, clusters: int, patience: int) -> None:
+    openset, target = data(n, clusters, 3, seed=1)
+    coreset = fc.simcore(openset, target, 5 * clusters)
+    assert coreset.info["patience"] == patience
+    assert torch.equal(coreset.indices, fc.simcore(openset, target, 5 * clusters, patience=patience).indices)
+    batches = fc.simcore(np.split(openset, [10]), target, 5 * clusters)
+    assert batches.info["patience"] == patience
+
+
+def test_patience_by_default_takes_less_of_a_small_open_set() -> None:
+    openset, target = data(1500, 60, 16, seed=1)
+    small, old = fc.simcore(openset, target), fc.simcore(openset, target, patience=20)
+    assert len(small.indices) < 0.5 * len(old.indices)
+
+
+# --- centroids of one's own, shares, samples ------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_centroids_of_ones_own(backend: str) -> None:
+    openset, target = data(400, 30, 6, seed=3)
+    by_target = fc.simcore(openset, target, 60, n_clusters=7, stop=False, backend=backend)
+    centroids = by_target.info["centroids"]
+    own = fc.simcore(openset, centroids=3 * centroids, k=60, stop=False, backend=backend)
+    assert torch.equal(own.indices, by_target.indices)
+    np.testing.assert_allclose(own.info["centroids"], centroids, atol=1e-7)
+    # More than n_clusters of them stay as they are, and equal ones count once.
+    many = np.concatenate([target, 2 * target])
+    found = fc.simcore(openset, centroids=many, n_clusters=4, backend=backend)
+    assert len(found.info["centroids"]) == 30
+    assert found.info["k"] == 400
+    few = fc.simcore(np.tile(openset, (30, 1)), centroids=target[:2], backend=backend)
+    assert few.info["k"] == 100
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 1, 0.333])
+def test_ratio_is_a_share_of_the_open_set(ratio: float) -> None:
+    openset, target = data(203, 30, 6, seed=3)
+    k = int(ratio * 203)
+    expected = fc.simcore(openset, target, k, stop=False)
+    for source in (openset, torch.from_numpy(openset), [openset[:9], openset[9:]], lambda: [openset]):
+        coreset = fc.simcore(source, target, ratio=ratio, stop=False)
+        assert torch.equal(coreset.indices, expected.indices)
+        assert coreset.info["k"] == k
+    stopped = fc.simcore(openset, target, ratio=1.0)
+    assert torch.equal(stopped.indices, fc.simcore(openset, target, 203).indices)
+
+
+def test_ratio_of_an_iterator_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"ratio needs the number of rows, and openset is an iterator.*pass k"
+    ):
+        fc.simcore(iter([GOOD]), GOOD, ratio=0.5)
+
+
+def test_k_means_on_a_sample() -> None:
+    openset, target = data(200, 300, 6, seed=3)
+    whole = fc.simcore(openset, target, 20, n_clusters=8)
+    assert torch.equal(fc.simcore(openset, target, 20, n_clusters=8, fit_on=300).indices, whole.indices)
+    sample = fc.simcore(openset, target, 20, n_clusters=8, fit_on=8)
+    # Each of 8 points is a centroid then, and they are drawn by the seed.
+    units = unit(target.astype(np.float64))
+    found = [int(np.abs(units - c).sum(1).argmin()) for c in sample.info["centroids"].double().numpy()]
+    np.testing.assert_allclose(sample.info["centroids"], units[found], atol=1e-6)
+    assert len(set(found)) == 8
+    again = fc.simcore(openset, target, 20, n_clusters=8, fit_on=8)
+    assert torch.equal(again.info["centroids"], sample.info["centroids"])
+    other = fc.simcore(openset, target, 20, n_clusters=8, fit_on=8, seed=1)
+    assert not torch.equal(other.info["centroids"], sample.info["centroids"])
+
+
+def test_k_means_keeps_the_best_of_its_starts_whatever_the_threads() -> None:
+    """Against scikit-learn's own choice among as many starts, by the sum of squared distances."""
+    _, target = data(10, 400, 8, seed=5)
+    points = unit(target).astype(np.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(_best_of_starts(points, 12, 7, 10))
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
+    inertia = ((points[:, None] - found[0]) ** 2).sum(-1).min(1).sum()
+    peer = KMeans(12, n_init=10, random_state=7).fit(points)
+    assert inertia == pytest.approx(peer.inertia_, rel=1e-4)
+    assert inertia < KMeans(12, n_init=1, random_state=7).fit(points).inertia_ + 1e-4
+
+
+def test_interrupted_k_means_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(self: KMeans, x: np.ndarray) -> KMeans:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(2)
+        return self
+
+    monkeypatch.setattr(KMeans, "fit", fit)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    timer = threading.Timer(0.5, _thread.interrupt_main)
+    timer.start()
+    begin = time.perf_counter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _best_of_starts(np.random.default_rng(0).random((50, 3)), 4, 0, 4)
+        assert time.perf_counter() - begin < 1.5
+    finally:
+        timer.cancel()
+        torch.set_num_threads(before)
 
 
 # --- the open set in pieces -----------------------------------------------------------------------
@@ -483,7 +679,36 @@ INF = np.array([[1, 1], [np.inf, 1]], dtype=np.float32)
         ({"openset": [GOOD[:2], GOOD[:2]], "k": 5}, ValueError, "k must be <= the 4 rows of openset, got 5"),
         ({"k": 2.0}, TypeError, "k must be an int"),
         ({"k": True}, TypeError, "k must be an int"),
-        ({"stop": False}, ValueError, "k must be given where stop is False"),
+        ({"stop": False}, ValueError, "k or ratio must be given where stop is False"),
+        ({"target": None}, ValueError, "one of target and centroids must be given, got neither"),
+        ({"centroids": GOOD}, ValueError, "one of target and centroids must be given, got both"),
+        (
+            {"target": None, "centroids": NAN},
+            ValueError,
+            "centroids must be finite, got NaN at row 1, column 1",
+        ),
+        (
+            {"target": None, "centroids": GOOD[:, :1]},
+            ValueError,
+            "centroids must have 2 columns as openset has",
+        ),
+        ({"target": None, "centroids": GOOD[0]}, ValueError, "centroids must have 2 dimensions"),
+        ({"target": None, "centroids": GOOD[:0]}, ValueError, "centroids must have at least 1 row"),
+        ({"target": None, "centroids": GOOD.tolist()}, TypeError, "centroids must be a torch.Tensor"),
+        (
+            {"target": None, "centroids": GOOD, "fit_on": 9},
+            ValueError,
+            "fit_on must be None where centroids are given, got 9",
+        ),
+        ({"fit_on": 0}, ValueError, "fit_on must be >= 1"),
+        ({"fit_on": 50.0}, TypeError, "fit_on must be an int"),
+        ({"fit_on": 50}, ValueError, "fit_on must be >= n_clusters=100, got 50"),
+        ({"ratio": 0}, ValueError, r"ratio must be in \(0, 1\], got 0"),
+        ({"ratio": 1.01}, ValueError, r"ratio must be in \(0, 1\], got 1.01"),
+        ({"ratio": float("nan")}, ValueError, "ratio must be finite"),
+        ({"ratio": "0.5"}, TypeError, "ratio must be a number"),
+        ({"ratio": 0.1}, ValueError, "ratio must take at least 1 of the 6 rows of openset, got 0.1"),
+        ({"ratio": 0.5, "k": 3}, ValueError, "ratio must be None where k is given, got ratio=0.5 and k=3"),
         ({"stop": 1}, TypeError, "stop must be a bool"),
         ({"n_clusters": 0}, ValueError, "n_clusters must be >= 1"),
         ({"n_clusters": 1.5}, TypeError, "n_clusters must be an int"),

@@ -681,10 +681,9 @@ def test_bad_values(arguments: tuple[Any, ...], options: dict[str, Any], message
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((X.double(), Y), {}, r"y must have the dtype of x, torch.float64, got torch.float32"),
         ((X.long(), Y.long()), {}, r"x must have dtype float16, bfloat16, float32 or float64, got int64"),
-        (([[1.0]], Y), {}, r"x must be a torch.Tensor, a NumPy array or an object with __dlpack__, got list"),
-        ((X, Y, torch.ones(3, dtype=torch.int64)), {}, r"a must hold floating numbers, got dtype int64"),
+        (("points", Y), {}, r"x must be a torch.Tensor, a NumPy array, an object with .*, got str"),
+        ((X, Y, torch.ones(3, dtype=torch.int64)), {}, r"a must have dtype float16, bfloat16, float32 or float64, got int64"),
         ((X, Y, ["1", "2", "3"]), {}, r"a must hold numbers, .* got a list: "),
         ((BX, BY, None, [[1.0], [1.0, 2.0]]), {}, r"b must hold numbers, .* got a list: "),
         ((X, Y), {"reg": "1"}, r"reg must be a number, got '1'"),
@@ -719,7 +718,7 @@ def test_bad_arguments_of_the_result_and_of_the_divergence() -> None:
     found = fc.sinkhorn(X, Y, reg=1.0)
     with pytest.raises(ValueError, match=r"v must have shape \[4\] or \[4, k\], got \(3,\)"):
         found.apply(torch.ones(3))
-    with pytest.raises(TypeError, match="v must hold floating numbers, got dtype int64"):
+    with pytest.raises(TypeError, match="v must have dtype float16, bfloat16, float32 or float64, got int64"):
         found.apply_transpose(torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="metric must be one of points"):
         fc.sinkhorn_divergence(X, Y, reg=1.0, metric="precomputed")

@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from cases import DEVICE, on_device
 from checks.sketch import (
+    CHOICE_SIZES,
+    CHOICES,
     DTYPES,
+    ERROR,
     FEW_SIZES,
     KINDS,
     SIZES,
@@ -28,6 +32,7 @@ from hypothesis import strategies as st
 import flashcoreset as fc
 from flashcoreset import kernels
 from flashcoreset._core.philox import philox4x32
+from flashcoreset.sketch.chosen import choose_columns
 from flashcoreset.sketch.kinds import hadamard_block
 
 
@@ -54,7 +59,16 @@ def test_matrices_are_the_same_bits(backend: str, kind: str, dtype: torch.dtype,
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", CHOICE_SIZES, ids=str)
+def test_choices_of_columns(backend: str, kind: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    check_product(backend, DEVICE, kind, dtype, size)
+    check_matrix(backend, DEVICE, kind, dtype, size)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("kind", [*KINDS, *CHOICES])
 @pytest.mark.parametrize("case", range(3))
 def test_stays_what_it_was(backend: str, kind: str, case: int) -> None:
     check_stays(backend, DEVICE, kind, case)
@@ -112,7 +126,7 @@ def test_srht_is_a_signed_part_of_hadamard_matrices() -> None:
     assert not torch.equal(matrix[:size], matrix[size:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *CHOICES])
 def test_keeps_inner_products_on_average(backend: str, kind: str) -> None:
     """Over 2,000 seeds, within three standard errors. (On cuda and triton the matrices are the same, to 2 units in the last
     place, as `test_matrices_are_the_same_bits` compares them.)"""
@@ -142,7 +156,7 @@ def test_columns_may_come_in_pieces(backend: str, kind: str) -> None:
         check_close(pieces, whole, torch.float64)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *CHOICES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_do_not_see_each_other(backend: str, kind: str, dtype: torch.dtype) -> None:
     """Results are equal bit for bit, with any number of threads and in any memory layout."""
@@ -197,6 +211,130 @@ def test_bad_numbers_are_named(backend: str) -> None:
             fc.sketch(x, 4, backend=backend)
 
 
+@pytest.mark.parametrize(("d", "count"), [(1, 1), (7, 3), (100, 100), (2**40, 1000), (7 * 2**31 - 9, 7)])
+def test_chosen_columns_in_whole_numbers(d: int, count: int) -> None:
+    """From the words of the documented counters, without rounding."""
+    chosen, factors = choose_columns(d, count, seed=2**35 + 9)
+    for c in range(count):
+        counter = np.array([[0, 0, c // 2, 5]], dtype=np.uint32)
+        words = philox4x32(counter, (9, 8))[0].tolist()[2 * (c % 2) :]
+        begin, end = c * d // count, (c + 1) * d // count
+        assert int(chosen[c]) == begin + ((words[0] << 32 | words[1]) * (end - begin) >> 64)
+        assert float(factors[c]) == math.sqrt(end - begin)
+
+
+def test_each_column_of_a_part_is_chosen_equally_often() -> None:
+    """10,000 choices of 3 out of 11, by chi-squared tests: the 99.99 % quantile of 3 degrees of freedom is 21.1."""
+    counts = np.zeros(11)
+    for seed in range(10_000):
+        counts[choose_columns(11, 3, seed)[0].numpy()] += 1
+    for begin, end in ((0, 3), (3, 7), (7, 11)):
+        expected = 10_000 / (end - begin)
+        assert ((counts[begin:end] - expected) ** 2 / expected).sum() < 21.1
+
+
+def test_grass_is_the_sjlt_of_a_mask() -> None:
+    x = rows(5, 900, torch.float64)
+    read = fc.sketch(x, 80, kind="mask", seed=3)
+    assert torch.equal(
+        fc.sketch(x, 20, kind="grass", seed=3, nnz=2), fc.sketch(read, 20, kind="sjlt", seed=3, nnz=2)
+    )
+    assert torch.equal(
+        fc.sketch(x[:, :70], 20, kind="grass", seed=3), fc.sketch(x[:, :70], 20, kind="sjlt", seed=3)
+    )
+
+
+def test_columns_that_are_not_chosen_may_be_anything() -> None:
+    x = rows(2, 50, torch.float32)
+    chosen, _ = choose_columns(50, 5, 0)
+    expected = fc.sketch(x, 5, kind="mask")
+    others = torch.ones(50, dtype=torch.bool)
+    others[chosen] = False
+    x[:, others] = torch.nan
+    assert torch.equal(fc.sketch(x, 5, kind="mask"), expected)
+
+
+# --- rows that are mostly zeros
+
+
+def sparse_rows(batch: int, d: int, dtype: torch.dtype, share: float = 0.1) -> torch.Tensor:
+    x = rows(batch, d, dtype)
+    x[torch.rand(batch, d, generator=torch.Generator().manual_seed(1)) > share] = 0
+    x[batch // 2] = 0
+    return x
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("kind", [*KINDS, *CHOICES])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1), (7, 97, 13, 3), (5, 3001, 600, 2), (40, 200, 129, 1)], ids=str
+)
+def test_sparse_rows(backend: str, kind: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    batch, d, dim, nnz = size
+    x = sparse_rows(batch, d, dtype)
+    options: dict[str, Any] = {"kind": kind, "seed": 2**40 + 3, "nnz": nnz}
+    if kind in KINDS:
+        options["offset"] = 2**33 + 7
+    matrix = fc.projection_matrix(d, dim, dtype=torch.float64, backend="torch", **options)
+    found = fc.sketch(x.to_sparse_csr(), dim, backend=backend, **options)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = x.double() @ matrix
+    limit = ERROR.get(dtype, 1e-5) * float(expected.abs().max()) + 1e-300
+    assert (found.double() - expected).abs().max() <= limit
+    if dtype in (torch.float32, torch.float64):
+        by_scipy = fc.sketch(scipy.sparse.csr_matrix(x.numpy()), dim, backend=backend, **options)
+        assert torch.equal(found, by_scipy)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *CHOICES])
+def test_sparse_rows_do_not_see_each_other(kind: str) -> None:
+    x = scipy.sparse.csr_matrix(sparse_rows(60, 500, torch.float32).numpy())
+    whole = fc.sketch(x, 70, kind=kind, nnz=3)
+    assert torch.equal(fc.sketch(x[7:20], 70, kind=kind, nnz=3), whole[7:20])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(fc.sketch(x, 70, kind=kind, nnz=3), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_sparse_rows_cost_their_entries() -> None:
+    """A trillion columns, of which nothing is allocated; entries that are listed twice add up."""
+    d = 10**12
+    crow, col = torch.tensor([0, 3, 3]), torch.tensor([5, d - 1, 5])
+    x = scipy.sparse.csr_matrix((np.array([1.0, 2.0, 3.0]), col.numpy(), crow.numpy()), shape=(2, d))
+    found = fc.sketch(x, 50)
+    first, last = (fc.projection_matrix(1, 50, offset=i, dtype=torch.float64) for i in (5, d - 1))
+    assert torch.allclose(found[:1], 4 * first + 2 * last, rtol=1e-12)
+    assert not found[1].any()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("backend", GPU_BACKENDS, indirect=True)
+def test_backends_without_sparse_kernels_say_so(backend: str) -> None:
+    x = on_device(torch.eye(3)).to_sparse_csr()
+    with pytest.raises(fc.BackendUnavailableError, match=f"no {backend} kernel for sparse matrices"):
+        fc.sketch(x, 2, backend=backend)
+
+
+def test_bad_sparse_input() -> None:
+    x = scipy.sparse.csr_matrix(np.diag([1.0, np.nan, 2.0]))
+    for kind in (*KINDS, "grass"):
+        with pytest.raises(ValueError, match="x must be finite, got NaN at row 1, column 1"):
+            fc.sketch(x, 3, kind=kind)
+    with pytest.raises(ValueError, match="x: sums of its rows go beyond the range of"):
+        fc.sketch(scipy.sparse.csr_matrix(np.full((1, 9), 3e38, dtype=np.float32)), 1, seed=9)
+    with pytest.raises(ValueError, match=r"dim must be more than D / 2\^31 for kind 'mask', got D = 10"):
+        fc.sketch(scipy.sparse.csr_matrix((1, 10**12)), 10, kind="mask")
+    with pytest.raises(TypeError, match=r"x must be in CSR format, got scipy format 'csc'"):
+        fc.sketch(x.tocsc(), 2)
+    with pytest.raises(TypeError, match=r"x must have dtype float16, .*, got int64"):
+        fc.sketch(scipy.sparse.csr_matrix(np.eye(3, dtype=np.int64)), 2)
+
+
 WITH_OUT = [name for name in (*BACKENDS, *GPU_BACKENDS) if name != "torch"]
 
 
@@ -228,8 +366,15 @@ def test_is_an_op() -> None:
         (
             {"kind": "hadamard"},
             ValueError,
-            "unknown kind 'hadamard'; valid names: rademacher, gaussian, sjlt, srht",
+            "unknown kind 'hadamard'; valid names: rademacher, gaussian, sjlt, srht, mask, grass",
         ),
+        ({"kind": "mask", "dim": 7}, ValueError, "dim must be at most D = 6 for kind 'mask', got 7"),
+        (
+            {"kind": "mask", "dim": 2, "offset": 1},
+            ValueError,
+            "offset must be 0 for kind 'mask', which chooses",
+        ),
+        ({"kind": "grass", "dim": 2, "offset": 1}, ValueError, "offset must be 0 for kind 'grass'"),
         ({"kind": 3}, TypeError, "kind must be a str"),
         ({"nnz": 9}, ValueError, r"nnz must be in \[1, dim\] = \[1, 8\], got 9"),
         ({"nnz": 0}, ValueError, "nnz must be in"),
@@ -241,7 +386,7 @@ def test_is_an_op() -> None:
         ({"x": torch.zeros(6)}, ValueError, "x must have 2 dimensions"),
         ({"x": torch.zeros(2, 0)}, ValueError, "x must have at least 1 row and 1 column"),
         ({"x": torch.zeros(2, 6, dtype=torch.int64)}, TypeError, "x must have dtype"),
-        ({"x": [[1.0, 2.0]]}, TypeError, "x must be a torch.Tensor"),
+        ({"x": [[1.0, 2.0], [3.0]]}, ValueError, "x must be a list of numbers, got a nested one of unequal"),
         (
             {"x": torch.tensor([[0, 1, 2, 3, 4, math.nan]])},
             ValueError,

@@ -18,6 +18,8 @@ def arguments(**changes: Any) -> tuple[Any, ...]:
         "x": points(12, 3, 0, torch.float32), "crow": None, "col": None, "columns": 0, "k": 4, "clients": None,
         "metric": "cosine", "weights": None, "groups": None, "labels": None, "budgets": None, "preselected": None,
         "method": "lazy", "epsilon": 0.1, "seed": "0", "offset": None, "memory_budget": 2**28, "backend": None,
+        "costs": None, "cost_budget": None, "cost_sensitive": True, "stop_gain": None, "exclude": None, "cap_labels": None, "caps": None,
+        "min_distance": None,
     }  # fmt: skip
     return tuple(on_device(value) for value in (plain | changes).values())
 
@@ -37,6 +39,7 @@ def arguments(**changes: Any) -> tuple[Any, ...]:
             "k": 2, "metric": "precomputed",
         },
         {"method": "stochastic", "seed": str(2**64 - 1)},
+        {"costs": torch.arange(1, 13).double(), "exclude": torch.tensor([0, 5])},
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )  # fmt: skip

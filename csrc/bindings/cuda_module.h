@@ -76,6 +76,14 @@ struct DeviceArrays {
 
 inline cudaStream_t stream_of(Integer handle) { return reinterpret_cast<cudaStream_t>(handle.stream()); }
 
+// What the kernels were compiled for.
+const char* cuda_architectures();
+
+// Everything that Python calls.
+void define_cuda_module(py::module_& m);
+
+void bind_cuda_pairwise(py::module_& m);
+void bind_cuda_facility_location(py::module_& m);
 void bind_cuda_sinkhorn(py::module_& m);
 void bind_cuda_sketch(py::module_& m);
 void bind_cuda_matching(py::module_& m);

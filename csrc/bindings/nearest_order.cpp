@@ -64,22 +64,28 @@ class PyNearestOrder {
     return locked([](auto& order) { return order.finish(); });
   }
 
-  int64_t rounds(Integer k_number, py::object items_array, py::object counts_array, py::object values_array) {
+  int64_t rounds(Integer k_number, py::object items_array, py::object counts_array, py::object values_array,
+                 py::object takers_array, py::object similarities_array) {
     const ArrayArgument items(items_array, "items"), counts(counts_array, "counts"),
-        values(values_array, "values");
+        values(values_array, "values"), takers(takers_array, "takers"),
+        similarities(similarities_array, "similarities");
     const int64_t k = k_number.in("k", 0);
-    const auto i = items.output<int64_t, 1>(), c = counts.output<int64_t, 1>();
-    const auto v = values.output<double, 1>();
+    const auto i = items.output<int64_t, 1>(), c = counts.output<int64_t, 1>(),
+               t = takers.output<int64_t, 1>();
+    const auto v = values.output<double, 1>(), s = similarities.output<double, 1>();
     return locked([&](auto& order) {
       const int64_t count = c.shape[0];
-      if (!i.is_compact() || !c.is_compact() || !v.is_compact()) {
-        throw std::invalid_argument("items, counts, values: expected contiguous arrays");
+      if (!i.is_compact() || !c.is_compact() || !v.is_compact() || !t.is_compact() || !s.is_compact()) {
+        throw std::invalid_argument(
+            "items, counts, values, takers, similarities: expected contiguous arrays");
       }
-      if (v.shape[0] != count || i.shape[0] / order.lists() < count) {
-        throw std::invalid_argument("items, counts, values: expected room for " + std::to_string(count) +
-                                    " rounds of up to " + std::to_string(order.lists()) + " items");
+      if (v.shape[0] != count || i.shape[0] / order.lists() < count || t.shape[0] < i.shape[0] ||
+          s.shape[0] < i.shape[0]) {
+        throw std::invalid_argument("items, counts, values, takers, similarities: expected room for " +
+                                    std::to_string(count) + " rounds of up to " +
+                                    std::to_string(order.lists()) + " items");
       }
-      return order.rounds(k, count, i.data, c.data, v.data);
+      return order.rounds(k, count, i.data, c.data, v.data, t.data, s.data);
     });
   }
 
@@ -150,12 +156,14 @@ void bind_nearest_order(py::module_& m) {
            "The next items: similarities [r, K].")
       .def("finish", &PyNearestOrder::finish, "Ends the pass; returns the number of items in it.")
       .def("rounds", &PyNearestOrder::rounds, py::arg("k"), py::arg("items"), py::arg("counts"),
-           py::arg("values"),
+           py::arg("values"), py::arg("takers"), py::arg("similarities"),
            "Makes up to len(counts) rounds and returns how many: fewer when k items or all are taken, and "
            "when a list needs another "
            "pass. Fills `items` [>= len(counts) * K] one round after the other, `counts` with their numbers, "
            "`values` with the rounds' "
-           "mean similarities.")
+           "mean similarities, `takers` and `similarities` [as items] with the list that took each item and "
+           "its "
+           "similarity.")
       .def("order", &PyNearestOrder::order, py::arg("list"), py::arg("items"), py::arg("similarities"),
            "Writes what `list` keeps, most similar first; returns the number of entries.")
       .def_property_readonly("taken", &PyNearestOrder::taken, "Items taken so far.");

@@ -41,7 +41,7 @@
 namespace fc {
 namespace {
 
-// A candidate with an upper bound of its gain. Better: larger bound, then lower index.
+// A candidate with an upper bound of its pick_key. Better: larger bound, then lower index.
 struct Entry {
   int64_t bound, candidate;
   bool better_than(const Entry& other) const {
@@ -85,14 +85,10 @@ class Greedy final : public FacilityLocation {
       : source_(std::move(source)),
         points_(points),
         floor_(distance ? static_cast<T>(-options.offset) : T(0)),
-        preselected_(std::move(options.preselected)),
-        self_clients_(options.self_clients),
-        memory_budget_(options.memory_budget),
-        weights_(std::move(options.weights)),
-        team_(options.threads, std::move(options.poll)),
-        chosen_(source_->candidates(), 0),
-        expected_picks_(options.expected_picks) {
-    for (const int64_t j : preselected_) chosen_[j] = 1;
+        options_(std::move(options)),
+        team_(options_.threads, options_.poll),
+        chosen_(source_->candidates(), 0) {
+    for (int64_t p = 0; p < options_.preselected_count; ++p) chosen_[options_.preselected[p]] = 1;
   }
 
   int64_t candidates() const override { return source_->candidates(); }
@@ -103,11 +99,30 @@ class Greedy final : public FacilityLocation {
 
   int64_t step(int64_t count, bool naive) override {
     prepare();
-    for (; count > 0 && left() > 0; --count) {
-      team_.check();
-      commit(naive ? best_of_all() : best_lazily());
+    while (count-- > 0 && pick(naive, -std::numeric_limits<double>::infinity()) >= 0) {
     }
     return picks();
+  }
+
+  int64_t pick(bool naive, double stop_gain) override {
+    prepare();
+    if (left() == 0) return -1;
+    team_.check();
+    const Entry best = naive ? best_of_all() : best_lazily();
+    if (static_cast<double>(gain_of(best)) / scale_ < stop_gain) {
+      heap_valid_ = false;  // the best was taken off the heap
+      return -1;
+    }
+    commit(best);
+    return best.candidate;
+  }
+
+  void close(const int64_t* candidates, int64_t count) override {
+    for (int64_t i = 0; i < count; ++i) {
+      closed_ += !chosen_[candidates[i]];
+      chosen_[candidates[i]] = 1;
+    }
+    heap_valid_ = false;
   }
 
   int64_t step_among(const int64_t* candidates, int64_t count) override {
@@ -127,7 +142,7 @@ class Greedy final : public FacilityLocation {
     std::copy(picked_.begin(), picked_.end(), indices);
     for (int64_t p = 0; p < picks(); ++p) gains[p] = static_cast<double>(gain_[p]) / scale_;
     std::copy_n(owner_.data(), m, assignment);
-    if (self_clients_) {
+    if (options_.self_clients) {
       for (int64_t p = 0; p < picks(); ++p) {
         if (serves_itself_[p]) assignment[picked_[p]] = p;
       }
@@ -135,7 +150,7 @@ class Greedy final : public FacilityLocation {
     std::fill_n(weights, picks(), 0.0);
     double objective = 0;
     for (int64_t i = 0; i < m; ++i) {
-      const double w = weights_.empty() ? 1.0 : weights_[i];
+      const double w = options_.weight(i);
       if (assignment[i] >= 0) weights[assignment[i]] += w;
       objective += w * (static_cast<double>(cover_.best[i]) - static_cast<double>(floor_));
     }
@@ -147,13 +162,13 @@ class Greedy final : public FacilityLocation {
   // Units of the fixed-point sums that all similarities together are worth at the least.
   static constexpr double kLeastUnits = 0x1p30;
 
-  int64_t left() const { return candidates() - static_cast<int64_t>(preselected_.size()) - picks(); }
+  int64_t left() const { return candidates() - options_.preselected_count - closed_ - picks(); }
 
   // Everything up to the first pick. Runs once; after an exception, again.
   void prepare() {
     if (prepared_) return;
     const int64_t n = candidates(), m = clients();
-    const double bound = source_->prepare(weights_, team_);
+    const double bound = source_->prepare(options_, team_);
     if (!(bound <= std::numeric_limits<double>::max() / 4)) {
       throw std::invalid_argument(
           "x: the sum of a candidate's similarities overflows the range of a double; scale x or the weights "
@@ -161,7 +176,8 @@ class Greedy final : public FacilityLocation {
     }
     scale_ = 1;
     if (bound > 0) {
-      const double heaviest = weights_.empty() ? 1.0 : *std::max_element(weights_.begin(), weights_.end());
+      const double* const w = options_.weights;
+      const double heaviest = w == nullptr ? 1.0 : *std::max_element(w, w + m);
       const int room = 61 - ceil_log2(bound);
       // Scaled weights have to stay in the range of T, and the scale itself in that of double.
       const int most = (sizeof(T) == 4 ? 126 : 1000) - ceil_log2(heaviest);
@@ -173,21 +189,21 @@ class Greedy final : public FacilityLocation {
       }
     }
     cover_ = Cover<T>(m, floor_);
-    for (int64_t i = 0; i < m; ++i)
-      cover_.weight[i] = static_cast<T>((weights_.empty() ? 1.0 : weights_[i]) * scale_);
+    for (int64_t i = 0; i < m; ++i) cover_.weight[i] = static_cast<T>(options_.weight(i) * scale_);
     owner_ = Buffer<int64_t>(m, int64_t{-1});
     row_ = Buffer<T>(checked_mul(round_up(m, Tile<T>::kCols), source_->sample_rows()));
-    if (!preselected_.empty()) before_ = Buffer<T>(m, std::numeric_limits<T>::lowest());
-    for (const int64_t j : preselected_) {
+    if (options_.preselected_count > 0) before_ = Buffer<T>(m, std::numeric_limits<T>::lowest());
+    for (int64_t p = 0; p < options_.preselected_count; ++p) {
+      const int64_t j = options_.preselected[p];
       source_->similarities(&j, 1, row_.data(), m, team_);
       for (int64_t i = 0; i < m; ++i) {
         before_[i] = std::max(before_[i], row_[i]);
         improve(i, row_[i], -1);
       }
     }
-    int64_t list_bytes = memory_budget_;
+    int64_t list_bytes = options_.memory_budget;
     const int64_t matrix_bytes = saturated_mul(saturated_mul(n, m), sizeof(T));
-    if (points_ && matrix_bytes <= memory_budget_) {
+    if (points_ && matrix_bytes <= options_.memory_budget) {
       auto matrix = std::make_unique<MatrixSource<T>>(points_->matrix(team_, stats_), n, m);
       points_ = nullptr;
       source_ = std::move(matrix);
@@ -196,6 +212,7 @@ class Greedy final : public FacilityLocation {
     }
     lists_ = std::make_unique<LiveLists<T>>(n, m, list_bytes);
     bound_ = Buffer<int64_t>(n, INT64_MAX);
+    if (options_.costs != nullptr) exact_gain_ = Buffer<int64_t>(n, int64_t{0});
     stamp_ = Buffer<int64_t>(n, kNever);
     prepared_ = true;
   }
@@ -203,8 +220,14 @@ class Greedy final : public FacilityLocation {
   bool fresh(int64_t j) const { return stamp_[j] == picks() || bound_[j] == 0; }
 
   void set_gain(int64_t j, int64_t gain) {
-    bound_[j] = gain;
+    bound_[j] = pick_key(gain, options_.costs, j);
+    if (options_.costs != nullptr) exact_gain_[j] = gain;
     stamp_[j] = picks();
+  }
+
+  // Of a candidate whose bound is exact.
+  int64_t gain_of(const Entry& e) const {
+    return options_.costs == nullptr ? e.bound : exact_gain_[e.candidate];
   }
 
   // ---- choosing
@@ -222,7 +245,7 @@ class Greedy final : public FacilityLocation {
     Entry best{-1, INT64_MAX};
     for (size_t i = 0; i < open.size(); ++i) {
       set_gain(open[i], gains[i]);
-      if (const Entry e{gains[i], open[i]}; e.better_than(best)) best = e;
+      if (const Entry e{bound_[open[i]], open[i]}; e.better_than(best)) best = e;
     }
     return best;
   }
@@ -413,7 +436,7 @@ class Greedy final : public FacilityLocation {
 
   bool lookahead_pays() const {
     return points_ && candidates() >= kLookaheadCandidates && clients() >= kSurveyClients &&
-           expected_picks_ - picks() >= 8;
+           options_.expected_picks - picks() >= 8;
   }
 
   void look_ahead() {
@@ -496,7 +519,8 @@ class Greedy final : public FacilityLocation {
   // the way into `states`, and after how many picks in all they are reached into `at`.
   void foresee(const std::vector<int64_t>& likely, std::vector<Cover<T>>& states, std::vector<int64_t>& at) {
     const auto count = static_cast<int64_t>(likely.size());
-    const int64_t steps = std::min<int64_t>(kForeseenSteps, std::min(count, expected_picks_ - picks()) - 1);
+    const int64_t steps =
+        std::min<int64_t>(kForeseenSteps, std::min(count, options_.expected_picks - picks()) - 1);
     Cover<T> cover = copy(cover_);
     Buffer<T> before(clients());
     std::vector<int64_t> gains(count), changed;
@@ -576,13 +600,15 @@ class Greedy final : public FacilityLocation {
 
   void commit(const Entry& pick) {
     const int64_t j = pick.candidate, position = picks();
-    const bool itself =
-        self_clients_ && (preselected_.empty() || !(before_[j] > source_->self_similarity(j)));
+    const bool itself = options_.self_clients &&
+                        (options_.preselected_count == 0 || !(before_[j] > source_->self_similarity(j)));
     cover_with(j, position);
     chosen_[j] = 1;
     picked_.push_back(j);
-    if (!foreseen_.empty() && foreseen_picks_[position - foreseen_from_] != j) foreseen_.clear();
-    gain_.push_back(pick.bound);
+    const auto step = static_cast<size_t>(position - foreseen_from_);
+    if (!foreseen_.empty() && (step >= foreseen_picks_.size() || foreseen_picks_[step] != j))
+      foreseen_.clear();
+    gain_.push_back(gain_of(pick));
     serves_itself_.push_back(itself);
   }
 
@@ -608,12 +634,10 @@ class Greedy final : public FacilityLocation {
   std::unique_ptr<Source<T>> source_;
   PointSource<T>* points_;  // source_, if it is a PointSource and no matrix was made of it
   const T floor_;
-  const std::vector<int64_t> preselected_;
-  const bool self_clients_;
-  const int64_t memory_budget_;
-  const std::vector<double> weights_;
+  const GreedyOptions options_;
   ThreadTeam team_;
-  std::vector<char> chosen_;
+  std::vector<char> chosen_;  // picked, preselected or closed
+  int64_t closed_ = 0;
   GreedyStats stats_;
 
   bool prepared_ = false;
@@ -626,7 +650,8 @@ class Greedy final : public FacilityLocation {
   std::vector<int64_t> picked_, gain_;
   std::vector<char> serves_itself_;
 
-  Buffer<int64_t> bound_, stamp_;  // an upper bound of each gain, and after how many picks it was exact
+  Buffer<int64_t> bound_, stamp_;  // an upper bound of each pick_key, and after how many picks it was exact
+  Buffer<int64_t> exact_gain_;     // with costs: the gain at that time
   Heap heap_;
   bool heap_valid_ = false;
 
@@ -641,7 +666,6 @@ class Greedy final : public FacilityLocation {
   static constexpr int64_t kLookaheadCandidates = 4096, kSurveyClients = 2048, kForeseenSteps = 19;
   static constexpr int64_t kForeseenStates[] = {1, 2, 3, 4, 6, 9, 13, 19};
   static constexpr double kLikelyShare = 0.05;
-  const int64_t expected_picks_;
   std::deque<Foreseen> foreseen_;
   std::vector<int64_t> foreseen_picks_;
   int64_t foreseen_from_ = 0;

@@ -5,26 +5,13 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <vector>
 
+#include "core/greedy.h"
 #include "core/metric.h"
 #include "core/tensor_view.h"
 
 namespace fc {
-
-struct GreedyOptions {
-  std::vector<double> weights;       // [m], finite and >= 0; empty for all 1
-  std::vector<int64_t> preselected;  // candidates already chosen, distinct
-  double offset = 0;  // of distances, and of matrices of negated distances, s = offset - distance; >= 0
-  bool self_clients = false;  // the clients are the candidates
-  int64_t memory_budget = 0;  // bytes for everything larger than n + m
-  int64_t expected_picks =
-      INT64_MAX;  // how many picks the run is expected to make; a wrong number costs time, not correctness
-  int threads = 1;
-  std::function<bool()> poll;  // asked now and then whether to stop
-};
 
 // What a run did, for benchmarks.
 struct GreedyStats {
@@ -50,6 +37,12 @@ class FacilityLocation {
   // One pick among the given candidates, which must be open. Returns the candidate picked.
   virtual int64_t step_among(const int64_t* candidates, int64_t count) = 0;
 
+  // One pick as step() makes it, if its gain is at least `stop_gain`. Returns the candidate picked, or -1.
+  virtual int64_t pick(bool naive, double stop_gain) = 0;
+
+  // These candidates are not picked from now on.
+  virtual void close(const int64_t* candidates, int64_t count) = 0;
+
   // Writes the picks so far: candidate, gain and client weight won, [picks]; and the pick that serves each
   // client, [m], or -1. Returns f(S), the preselected included.
   virtual double finish(int64_t* indices, double* gains, double* weights, int64_t* assignment) = 0;
@@ -57,7 +50,7 @@ class FacilityLocation {
   virtual int64_t candidates() const = 0;
   virtual int64_t clients() const = 0;
   virtual int64_t picks() const = 0;
-  virtual bool is_open(int64_t candidate) const = 0;  // neither picked nor preselected
+  virtual bool is_open(int64_t candidate) const = 0;  // neither picked, preselected nor closed
   virtual GreedyStats stats() const = 0;
 };
 

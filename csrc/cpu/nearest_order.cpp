@@ -103,7 +103,8 @@ class StreamedOrder final : public NearestOrder<T> {
   void update(const TensorView<const T, 2>& x) override;
   void update_similarities(const TensorView<const T, 2>& s) override;
   int64_t finish() override;
-  int64_t rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values) override;
+  int64_t rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values, int64_t* takers,
+                 double* similarities) override;
   void order(int64_t list, int64_t* items, T* similarities) override;
 
  private:
@@ -384,7 +385,8 @@ bool StreamedOrder<T>::advance(List& list) {
 }
 
 template <class T>
-int64_t StreamedOrder<T>::rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values) {
+int64_t StreamedOrder<T>::rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values,
+                                 int64_t* takers, double* similarities) {
   if (pass_ != Pass::kFinished)
     throw std::invalid_argument("no pass is finished: call begin(), update() and finish() first");
   const int64_t limit = std::min(k, items_);
@@ -397,11 +399,13 @@ int64_t StreamedOrder<T>::rounds(int64_t k, int64_t count, int64_t* items, int64
     }
     double total = 0;
     int64_t taken = 0;
-    for (const List& list : lists_) {
-      const Entry& entry = list.entries[list.cursor];
+    for (int64_t c = 0; c < lists(); ++c) {
+      const Entry& entry = lists_[c].entries[lists_[c].cursor];
       total += entry.value;
       if (is_taken(entry.item)) continue;
       taken_bits_[entry.item >> 6] |= uint64_t{1} << (entry.item & 63);
+      if (takers) *takers++ = c;
+      if (similarities) *similarities++ = entry.value;
       items[taken++] = entry.item;
     }
     taken_ += taken;

@@ -41,8 +41,10 @@ class NearestOrder {
   // Makes up to `count` rounds and returns how many were made: fewer when k items or all are taken, and when
   // a list needs another pass. The new items of a round follow each other in `items` [count * K] in the order
   // of the lists that took them, counts[r] of them in round r; values[r] is the mean of the similarities
-  // taken.
-  virtual int64_t rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values) = 0;
+  // taken. takers and similarities [count * K], unless null: the list that took each item (the first that
+  // did) and its similarity.
+  virtual int64_t rounds(int64_t k, int64_t count, int64_t* items, int64_t* counts, double* values,
+                         int64_t* takers = nullptr, double* similarities = nullptr) = 0;
 
   // Writes what `list` keeps, most similar first: items and similarities [kept(list)].
   virtual void order(int64_t list, int64_t* items, T* similarities) = 0;

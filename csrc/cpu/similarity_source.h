@@ -50,7 +50,7 @@ class Source {
   virtual int64_t clients() const = 0;
 
   // Checks the values and returns sum_i w_i * (an upper bound of max(0, s(j, i) - floor) over j).
-  virtual double prepare(const std::vector<double>& weights, ThreadTeam& team) = 0;
+  virtual double prepare(const GreedyOptions& options, ThreadTeam& team) = 0;
 
   // gains[i] of candidate index[i]. Stores live lists if `lists` is given and has room for them.
   virtual void evaluate(const int64_t* index, int64_t count, const Cover<T>& cover, LiveLists<T>* lists,
@@ -187,7 +187,7 @@ class PointSource final : public Source<T> {
     return std::clamp(static_cast<double>(x_.shape[1]) / 512.0, 0.02, 0.25);
   }
 
-  double prepare(const std::vector<double>& weights, ThreadTeam& team) override {
+  double prepare(const GreedyOptions& options, ThreadTeam& team) override {
     const bool normalise = metric_ == Metric::kCosine;
     columns_ = Panels<T>::pack(clients_view_, normalise, self_ ? "x" : "clients", team);
     everyone_ = this->everyone();
@@ -209,7 +209,7 @@ class PointSource final : public Source<T> {
       for (int64_t j = 0; j < candidates(); ++j) largest = std::max(largest, norm(x_, j));
     }
     for (int64_t i = 0; i < clients(); ++i) {
-      const double w = weights.empty() ? 1.0 : weights[i];
+      const double w = options.weight(i);
       if (metric_ == Metric::kDot) {
         const double bound = norm(clients_view_, i) * largest * 1.001;
         if (!(bound < std::numeric_limits<T>::max() / 4)) {
@@ -589,7 +589,7 @@ class MatrixSource final : public Source<T> {
   double list_density() const override { return 0.2; }
   T self_similarity(int64_t j) override { return s_(j, j); }
 
-  double prepare(const std::vector<double>& weights, ThreadTeam& team) override {
+  double prepare(const GreedyOptions& options, ThreadTeam& team) override {
     std::vector<T> largest(team.size(), T(0));
     team.parallel_for(candidates(), rows_at_once(), [&](int thread, int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
@@ -605,10 +605,9 @@ class MatrixSource final : public Source<T> {
         for (; i < clients(); ++i) largest[thread] = std::max(largest[thread], s[i]);
       }
     });
-    const double total = weights.empty() ? static_cast<double>(clients())
-                                         : std::accumulate(weights.begin(), weights.end(), 0.0);
-    return total * (static_cast<double>(*std::max_element(largest.begin(), largest.end())) -
-                    static_cast<double>(floor_));
+    return options.total_weight(clients()) *
+           (static_cast<double>(*std::max_element(largest.begin(), largest.end())) -
+            static_cast<double>(floor_));
   }
 
   void evaluate(const int64_t* index, int64_t count, const Cover<T>& cover, LiveLists<T>* lists,
@@ -691,7 +690,7 @@ class SparseSource final : public Source<T> {
     return T(0);
   }
 
-  double prepare(const std::vector<double>& weights, ThreadTeam&) override {
+  double prepare(const GreedyOptions& options, ThreadTeam&) override {
     if (s_.indptr[0] != 0)
       throw std::invalid_argument("x: the first row pointer must be 0, got " + std::to_string(s_.indptr[0]));
     for (int64_t j = 0; j < s_.n; ++j) {
@@ -719,9 +718,7 @@ class SparseSource final : public Source<T> {
         largest = std::max(largest, s_.values[e]);
       }
     }
-    const double total =
-        weights.empty() ? static_cast<double>(s_.m) : std::accumulate(weights.begin(), weights.end(), 0.0);
-    return total * static_cast<double>(largest);
+    return options.total_weight(s_.m) * static_cast<double>(largest);
   }
 
   void evaluate(const int64_t* index, int64_t count, const Cover<T>& cover, LiveLists<T>* lists,

@@ -17,6 +17,8 @@
 // srht         Per block of N: signs, a Hadamard transform in the first-level cache (log2 N additions each),
 //              a gather.
 //
+// Rows in CSR form make the matrix's rows entry by entry, so their cost is that of their entries.
+//
 // Work is cut into pieces whose bounds depend on D and dim alone, summed in order: the result of a row
 // depends neither on the other rows nor on the threads. Sums within a block of columns are taken in the type
 // of x, over blocks in double.
@@ -277,21 +279,32 @@ class Sjlt {
   // 1 if there is one behind them, `apart` places on. Whole vectors are written.
   template <class T>
   void entries(int64_t e, int64_t first, int64_t count, int64_t apart, uint32_t* column, T* sign) const {
+    for (int64_t i = 0; i < count; i += simd::kPhiloxRows)
+      entries(e, consecutive(first + i), apart, column + i, sign + i);
+  }
+
+  // The same of the rows in the lanes of `row`.
+  template <class T>
+  void entries(int64_t e, simd::Words row, int64_t apart, uint32_t* column, T* sign) const {
     const int here = e + 1 < p_.nnz ? 2 : 1;
-    for (int64_t i = 0; i < count; i += simd::kPhiloxRows) {
-      simd::Words c[4];
-      simd::philox_rows(p_.seed, static_cast<uint64_t>(first + i), static_cast<uint32_t>(e / 2),
-                        static_cast<uint32_t>(p_.kind), c);
-      for (int k = 0; k < here; ++k) {
-        const uint64_t begin = begin_of(e + k), width = begin_of(e + k + 1) - begin;
-        const simd::Words place = (simd::multiply_low(c[2 * k], simd::Words{} + width) >> 32) + begin;
-        simd::store_low(place, column + k * apart + i);
-        store_signs(c[2 * k + 1], sign + k * apart + i);
-      }
+    simd::Words c[4];
+    simd::philox_rows(p_.seed, row, static_cast<uint32_t>(e / 2), static_cast<uint32_t>(p_.kind), c);
+    for (int k = 0; k < here; ++k) {
+      const uint64_t begin = begin_of(e + k), width = begin_of(e + k + 1) - begin;
+      const simd::Words place = (simd::multiply_low(c[2 * k], simd::Words{} + width) >> 32) + begin;
+      simd::store_low(place, column + k * apart);
+      store_signs(c[2 * k + 1], sign + k * apart);
     }
   }
 
  private:
+  static simd::Words consecutive(int64_t first) {
+    simd::Words row;
+    for (int r = 0; r < simd::kPhiloxRows; ++r)
+      row[r] = static_cast<uint64_t>(first) + static_cast<uint64_t>(r);
+    return row;
+  }
+
   uint64_t begin_of(int64_t e) const {
     return static_cast<uint64_t>(static_cast<unsigned __int128>(e) * static_cast<uint64_t>(dim_) /
                                  static_cast<uint64_t>(p_.nnz));
@@ -448,6 +461,104 @@ void transpose(simd::Vec<T> (&v)[simd::kWidth<T>]) {
   }
 }
 #endif
+
+// ---- rows that are mostly zeros
+
+// Adds single entries of a long row to its sketch: lanes of a vector hold entries, and each makes the row of
+// the matrix that it needs.
+template <class T>
+class EntrySums {
+ public:
+  static constexpr int kEntries = simd::kPhiloxRows;
+
+  EntrySums(const Projection& p, int64_t dim) : p_(p), dim_(dim), sjlt_(p, dim), srht_(p, dim) {
+    if (p.kind == SketchKind::kSrht) chosen_.resize(static_cast<size_t>(dim));
+  }
+
+  // sum [dim] += the products of values[r] with the rows row[r] of the matrix, r < count <= kEntries.
+  void add(const int64_t* row, const T* values, int count, double* sum) {
+    simd::Words lanes = {};
+    for (int r = 0; r < count; ++r) lanes[r] = static_cast<uint64_t>(row[r]);
+    switch (p_.kind) {
+      case SketchKind::kRademacher:
+        return signs(lanes, values, count, sum);
+      case SketchKind::kGaussian:
+        return normals(lanes, values, count, sum);
+      case SketchKind::kSjlt:
+        return sparse(lanes, values, count, sum);
+      case SketchKind::kSrht:
+        for (int r = 0; r < count; ++r) transformed(row[r], values[r], sum);
+    }
+  }
+
+ private:
+  void words(simd::Words row, int64_t block, uint32_t (&word)[4][kEntries]) const {
+    simd::Words c[4];
+    simd::philox_rows(p_.seed, row, static_cast<uint32_t>(block), static_cast<uint32_t>(p_.kind), c);
+    for (int w = 0; w < 4; ++w) simd::store_low(c[w], word[w]);
+  }
+
+  void signs(simd::Words row, const T* values, int count, double* sum) const {
+    alignas(64) uint32_t word[4][kEntries];
+    for (int64_t first = 0; first < dim_; first += kBits) {
+      words(row, first / kBits, word);
+      for (int r = 0; r < count; ++r) {
+        const double both[2] = {static_cast<double>(values[r]), -static_cast<double>(values[r])};
+        for (int w = 0; w < 4; ++w) {
+          double* const to = sum + first + 32 * w;
+          const int here = static_cast<int>(std::clamp<int64_t>(dim_ - first - 32 * w, 0, 32));
+          for (int k = 0; k < here; ++k) to[k] += both[word[w][r] >> k & 1];
+        }
+      }
+    }
+  }
+
+  void normals(simd::Words row, const T* values, int count, double* sum) const {
+    for (int64_t first = 0; first < dim_; first += 4) {
+      simd::Words c[4];
+      simd::philox_rows(p_.seed, row, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(p_.kind), c);
+      alignas(64) float number[4][kEntries];
+      simd::normal_pairs(c[0], c[1], number[0], number[1]);
+      simd::normal_pairs(c[2], c[3], number[2], number[3]);
+      for (int64_t k = 0; k < std::min<int64_t>(4, dim_ - first); ++k) {
+        for (int r = 0; r < count; ++r)
+          sum[first + k] += static_cast<double>(values[r]) * static_cast<double>(number[k][r]);
+      }
+    }
+  }
+
+  void sparse(simd::Words row, const T* values, int count, double* sum) const {
+    uint32_t column[2 * kEntries];
+    T sign[2 * kEntries];
+    for (int64_t e = 0; e < p_.nnz; ++e) {
+      if (e % 2 == 0) sjlt_.entries(e, row, kEntries, column, sign);
+      const int64_t from = e % 2 * kEntries;
+      for (int r = 0; r < count; ++r)
+        sum[column[from + r]] += static_cast<double>(values[r] * sign[from + r]);
+    }
+  }
+
+  void transformed(int64_t row, T value, double* sum) {
+    const int64_t number = row / srht_.size(), place = row % srht_.size();
+    if (number != drawn_) srht_.columns(number, chosen_.data());
+    drawn_ = number;
+    uint32_t bits[4];
+    srht_.signs(row / kBits * kBits, kBits, bits);
+    const uint32_t own = bits[row % kBits / 32] >> (row % 32) & 1;
+    const double both[2] = {static_cast<double>(value), -static_cast<double>(value)};
+    for (int64_t c = 0; c < dim_; ++c) {
+      const auto shared = static_cast<uint32_t>(chosen_[c]) & static_cast<uint32_t>(place);
+      sum[c] += both[(static_cast<uint32_t>(__builtin_popcount(shared)) ^ own) & 1];
+    }
+  }
+
+  const Projection& p_;
+  const int64_t dim_;
+  const Sjlt sjlt_;
+  const Srht srht_;
+  std::vector<int32_t> chosen_;
+  int64_t drawn_ = -1;
+};
 
 // ---- the pieces of work
 
@@ -781,6 +892,34 @@ void sketch_rows(TensorView<const int64_t, 2> indices, TensorView<const T, 3> g,
 }
 
 template <class T>
+void sketch_csr(const CsrRows<T>& x, const Projection& projection, TensorView<T, 2> out, ThreadTeam& team) {
+  const int64_t dim = out.shape[1];
+  const auto scale =
+      static_cast<double>(scale_of<T>(projection.kind == SketchKind::kSjlt ? projection.nnz : dim));
+  constexpr int kEntries = EntrySums<T>::kEntries;
+  team.parallel_for(out.shape[0], 1, [&](int, int64_t begin, int64_t end) {
+    EntrySums<T> entries(projection, dim);
+    Buffer<double> sum(dim);
+    for (int64_t b = begin; b < end; ++b) {
+      std::fill(sum.data(), sum.data() + dim, 0.0);
+      const int64_t last = x.crow(b + 1);
+      for (int64_t first = x.crow(b); first < last; first += kEntries) {
+        int64_t row[kEntries];
+        T values[kEntries];
+        const int count = static_cast<int>(std::min<int64_t>(kEntries, last - first));
+        for (int r = 0; r < count; ++r) {
+          row[r] = projection.offset + x.col(first + r);
+          values[r] = x.values(first + r);
+        }
+        entries.add(row, values, count, sum.data());
+      }
+      T* const to = out.row(b);
+      for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<T>(sum[c] * scale);
+    }
+  });
+}
+
+template <class T>
 void projection_matrix(const Projection& p, TensorView<T, 2> out, ThreadTeam& team) {
   const int64_t dim = out.shape[1];
   const T scale = scale_of<T>(p.kind == SketchKind::kSjlt ? p.nnz : dim);
@@ -844,6 +983,7 @@ void projection_matrix(const Projection& p, TensorView<T, 2> out, ThreadTeam& te
   template void sketch<T>(TensorView<const T, 2>, const Projection&, TensorView<T, 2>, ThreadTeam&);    \
   template void sketch_rows<T>(TensorView<const int64_t, 2>, TensorView<const T, 3>, const Projection&, \
                                TensorView<T, 2>, ThreadTeam&);                                          \
+  template void sketch_csr<T>(const CsrRows<T>&, const Projection&, TensorView<T, 2>, ThreadTeam&);     \
   template void projection_matrix<T>(const Projection&, TensorView<T, 2>, ThreadTeam&);
 FC_INSTANTIATE(float)
 FC_INSTANTIATE(double)

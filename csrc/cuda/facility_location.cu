@@ -60,14 +60,15 @@ enum Largest : int {
 
 // The values that the blocks pass to each other and leave for the host.
 struct Control {
-  double scale;
+  double scale, unit;  // what gains are multiplied by; 1 / scale, which is exact
   long long error_at;  // row * columns + column, or position
   int verdict;         // Verdict::Kind
   int in_clients;
-  int swept;    // whether every candidate has been evaluated at `swept_best`
-  int listed;   // length of `list`
-  int changed;  // length of `changed_clients`
-  int last_pick;
+  int swept;      // whether every candidate has been evaluated at `swept_best`
+  int listed;     // length of `list`
+  int changed;    // length of `changed_clients`
+  int last_pick;  // -1: none was made
+  int closed;     // candidates that close() took out
   double objective;
   double offset;         // the number that distances are subtracted from
   int refused;           // whether step_among() got a candidate that is not open,
@@ -99,11 +100,13 @@ struct State {
 
   Control* control = nullptr;
   Partial* partial = nullptr;       // [blocks]
-  long long* bound = nullptr;       // [n] an upper bound of the gain
+  const double* costs = nullptr;    // [n] or null
+  long long* bound = nullptr;       // [n] an upper bound of the pick_key
+  long long* exact = nullptr;       // [n] with costs: the gain that belongs to it
   int* stamp = nullptr;             // [n] after how many picks it was exact
   long long* sum = nullptr;         // [n] the sums of the running round; 0 between rounds
   int* pending = nullptr;           // [n] whether the running round evaluates the candidate
-  int* open = nullptr;              // [n] neither picked nor preselected
+  int* open = nullptr;              // [n] neither picked, preselected nor closed
   int* list = nullptr;              // [n]
   long long* swept_gain = nullptr;  // [n] the gain at `swept_best`
   T* best = nullptr;                // [m] similarity to the nearest of S; at least 0, or -offset
@@ -246,7 +249,8 @@ __device__ Partial reduce(const State<T>& state, const Domain& domain, Fold fold
       long long gain = state.sum[j];
       if (fold == Fold::kSweep) gain += state.swept_gain[j];
       if (fold != Fold::kList) state.swept_gain[j] = gain;
-      state.bound[j] = gain;
+      state.bound[j] = pick_key(gain, state.costs, j);
+      if (state.costs != nullptr) state.exact[j] = gain;
       state.stamp[j] = picks;
       state.sum[j] = 0;
     }
@@ -379,6 +383,7 @@ struct Task {
   bool naive = false;
   const int* preselected = nullptr;
   Sweep sweep = {};
+  double stop_gain = -std::numeric_limits<double>::infinity();  // a pick of a smaller gain is not made
 };
 
 // One kernel for all of this, since most of it is the tiles, which take long to compile.
@@ -392,9 +397,15 @@ __global__ void __launch_bounds__(kThreads, 1) greedy(State<T> state, Task task)
       const Best best =
           choose<T, form, kChained, kMatrix>(state, task.domain, task.sweep, picks, task.naive, whole);
       if (task.sweep.count > 0) return;
+      const bool found = best.candidate != kNobody;
+      const long long gain = found && state.costs != nullptr ? state.exact[best.candidate] : best.bound;
+      if (!found || static_cast<double>(gain) * state.control->unit < task.stop_gain) {
+        if (grid_thread() == 0) state.control->last_pick = -1;
+        return;
+      }
       if (grid_thread() == 0) {
         state.picked[picks] = best.candidate;
-        state.gain[picks] = best.bound;
+        state.gain[picks] = gain;
         state.open[best.candidate] = 0;
         state.serves_itself[picks] = 0;
         state.control->last_pick = best.candidate;
@@ -498,7 +509,7 @@ struct PrepareArguments {
   bool matrix;
   double upper;  // of similarities, above the floor, if neither tells: for distances (also negated, in a
                  // matrix) the offset
-  bool distances, find_offset, trim_offset, self, squared;
+  bool distances, find_offset, self, squared;
   double largest;  // that a similarity may reach
   const BadAt* bad_at;
 };
@@ -510,7 +521,7 @@ __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArgum
   Control* control = state.control;
   const double offset_of_matrix = a.matrix ? static_cast<double>(static_cast<T>(a.upper)) : 0;
   if (a.matrix) a.upper = largest_of(*control, kOfMatrix) + offset_of_matrix;
-  if (a.find_offset || a.trim_offset) {
+  if (a.distances) {
     const double found = offset_of<T>(*control, a.self, a.squared);
     double near = largest_of(*control, kOfNear);
     if (a.squared) near *= near;
@@ -567,6 +578,7 @@ __global__ void __launch_bounds__(kThreads) prepare(State<T> state, PrepareArgum
     const int weight_power = frexp(heaviest, &weight_exponent) > 0.5 ? weight_exponent : weight_exponent - 1;
     const int room = 61 - power, most = (sizeof(T) == 4 ? 126 : 1000) - weight_power;
     control->scale = ldexp(1.0, min(min(room, most), 1000));
+    control->unit = 1.0 / control->scale;
     if (bound * control->scale < 0x1p30) report(control, Verdict::kVanishing, false, 0);
   }
 }
@@ -593,6 +605,14 @@ __global__ void __launch_bounds__(kThreads)
     } else {
       list[p] = static_cast<int>(j);
     }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    close_listed(State<T> state, const int64_t* candidates, int count) {
+  for (int t = grid_thread(); t < count; t += grid_threads()) {
+    if (atomicExch(state.open + candidates[t], 0) != 0) atomicAdd(&state.control->closed, 1);
   }
 }
 
@@ -635,7 +655,7 @@ __global__ void __launch_bounds__(kThreads) start(State<T> state, const double* 
 __global__ void __launch_bounds__(kThreads) clear(Control* control, BadAt* bad_at) {
   if (threadIdx.x != 0) return;
   *control = Control{};
-  control->scale = 1;
+  control->scale = control->unit = 1;
   *bad_at = BadAt{~0ull, ~0ull, ~0ull};
 }
 
@@ -694,8 +714,8 @@ template <class T>
 class Greedy final : public FacilityLocation {
  public:
   Greedy(TensorView<const T, 2> x, const TensorView<const T, 2>* clients, const Metric* metric,
-         const GreedyArguments& arguments)
-      : x_(x), arguments_(arguments), stream_(arguments.stream), pace_(arguments.stream, arguments.poll) {
+         const GreedyOptions& options, cudaStream_t stream)
+      : x_(x), options_(options), stream_(stream), pace_(stream, options.poll) {
     const bool points = metric != nullptr;
     const int64_t n = x.rows(), m = !points ? x.cols() : clients != nullptr ? clients->rows() : n;
     if (n > kMostPoints || m > kMostPoints) {
@@ -709,16 +729,16 @@ class Greedy final : public FacilityLocation {
     points_ = points;
     state_.n = static_cast<int>(n);
     state_.m = static_cast<int>(m);
-    state_.self_clients = arguments.self_clients;
+    state_.self_clients = options.self_clients;
     state_.negate = points && is_distance(metric_);
     state_.root = points && metric_ == Metric::kEuclidean;
     form_ = form_of(metric_);
     chained_ = points && x.cols() > kChain;
-    open_ = n - arguments.preselected_count;
+    open_ = n - options.preselected_count;
     take_work_ = static_cast<double>(m) * static_cast<double>(points ? std::max<int64_t>(x.cols(), 1) : 1);
     sweep_work_ = static_cast<double>(n) * take_work_;
-    at_once_ = arguments.work_at_once > 0 ? static_cast<double>(arguments.work_at_once)
-                                          : (sizeof(T) == 4 ? 0x1p38 : 0x1p36);
+    at_once_ = options.work_at_once > 0 ? static_cast<double>(options.work_at_once)
+                                        : (sizeof(T) == 4 ? 0x1p38 : 0x1p36);
     picks_at_once_ = at_once(sweep_work_);
     allocate();
     begin();
@@ -733,9 +753,7 @@ class Greedy final : public FacilityLocation {
   int64_t step(int64_t count, bool naive) override {
     pace_.check_running();
     for (int64_t left = std::min(count, open_ - picks_); left > 0;) {
-      const bool sweeps = naive || !swept_;
-      const bool in_parts = sweeps && sweep_work_ > at_once_ && state_.n > kPartRows;
-      if (in_parts) sweep_in_parts();
+      const bool in_parts = start_sweep(naive);
       const int made = static_cast<int>(std::min(left, in_parts ? 1 : picks_at_once_));
       Task task{Domain{nullptr, state_.n}, static_cast<int>(picks_), made, naive};
       task.sweep.all_summed = in_parts;
@@ -775,13 +793,39 @@ class Greedy final : public FacilityLocation {
     return control.last_pick;
   }
 
+  int64_t pick(bool naive, double stop_gain) override {
+    pace_.check_running();
+    if (picks_ >= open_) return -1;
+    const bool in_parts = start_sweep(naive);
+    Task task{Domain{nullptr, state_.n}, static_cast<int>(picks_), 1, naive};
+    task.sweep.all_summed = in_parts;
+    task.stop_gain = stop_gain;
+    launch_greedy(task);
+    swept_ = true;
+    pace_.launched(picks_ + 1);
+    const Control control = read_control();
+    if (control.verdict != Verdict::kFine || control.last_pick < 0) return -1;
+    ++picks_;
+    return control.last_pick;
+  }
+
+  void close(const int64_t* candidates, int64_t count) override {
+    pace_.check_running();
+    if (count == 0) return;
+    const DeviceBuffer<int64_t> copy(count, stream_);
+    check(cudaMemcpyAsync(copy.data(), candidates, count * sizeof(int64_t), cudaMemcpyHostToDevice, stream_),
+          "copying the candidates");
+    launch(close_listed<T>, over(count), state_, copy.data(), static_cast<int>(count));
+    open_ = state_.n - options_.preselected_count - read_control().closed;
+  }
+
   void finish(int64_t* indices, double* gains, double* weights, int64_t* assignment, double* objective,
               double* offset) override {
     pace_.check_running();
     const int picks = static_cast<int>(picks_);
     launch(write<T>, over(std::max(state_.m, picks)), state_, picks, indices, gains, assignment);
     if (state_.self_clients) launch(serve_themselves<T>, over(picks), state_, picks, assignment);
-    launch(sum_up<T>, {dim3(picks + 1), dim3(kThreads), 0, stream_}, state_, picks, arguments_.weights,
+    launch(sum_up<T>, {dim3(picks + 1), dim3(kThreads), 0, stream_}, state_, picks, options_.weights,
            assignment, weights);
     pace_.launched(picks_);
     const Control control = read_control();
@@ -802,6 +846,13 @@ class Greedy final : public FacilityLocation {
   int64_t at_once(double work) const {
     const auto most = static_cast<double>(kMostPicksAtOnce);
     return static_cast<int64_t>(std::max(1.0, std::min(most, at_once_ / std::max(work, 1.0))));
+  }
+
+  // Whether the sweep before the next pick is long, so that launches of its own have made its sums.
+  bool start_sweep(bool naive) {
+    const bool in_parts = (naive || !swept_) && sweep_work_ > at_once_ && state_.n > kPartRows;
+    if (in_parts) sweep_in_parts();
+    return in_parts;
   }
 
   void sweep_in_parts() {
@@ -845,6 +896,8 @@ class Greedy final : public FacilityLocation {
     state_.sum = longs + n;
     state_.swept_gain = longs + 2 * n;
     state_.gain = longs + 3 * n;
+    state_.costs = options_.costs;
+    if (options_.costs != nullptr) state_.exact = buffer(exact_gains_, n);
     int* ints = buffer(candidate_ints_, 6 * n);
     state_.stamp = ints;
     state_.pending = ints + n;
@@ -860,7 +913,7 @@ class Greedy final : public FacilityLocation {
     int* client_ints = buffer(client_ints_, 2 * m);
     state_.owner = client_ints;
     state_.changed_clients = client_ints + m;
-    preselected_list_ = DeviceBuffer<int>(arguments_.preselected_count, stream_);
+    preselected_list_ = DeviceBuffer<int>(options_.preselected_count, stream_);
     if (points_) {
       packed_candidates_ = DeviceBuffer<T>(n * d, stream_);
       if (separate_clients_) packed_clients_ = DeviceBuffer<T>(m * d, stream_);
@@ -877,22 +930,22 @@ class Greedy final : public FacilityLocation {
 
   void begin() {
     BadAt* const bad_at = bad_at_.data();
-    const int preselected = static_cast<int>(arguments_.preselected_count);
+    const int preselected = static_cast<int>(options_.preselected_count);
     launch(clear, over(1), state_.control, bad_at);
     launch(open_all<T>, over(state_.n), state_);
     if (preselected > 0) {
-      launch(close_preselected<T>, over(preselected), state_, arguments_.preselected, preselected,
+      launch(close_preselected<T>, over(preselected), state_, options_.preselected, preselected,
              preselected_list_.data(), bad_at);
     }
     unsigned long long* const largest = state_.control->largest;
     PrepareArguments prepare_arguments{};
-    prepare_arguments.weights = arguments_.weights;
+    prepare_arguments.weights = options_.weights;
     prepare_arguments.largest = std::numeric_limits<T>::max() / 4;
     prepare_arguments.bad_at = bad_at;
     DeviceBuffer<double> candidate_norms, client_norms;
     const bool normalise = points_ && metric_ == Metric::kCosine;
     if (points_) {
-      prepare_arguments.upper = metric_ == Metric::kCosine ? 1.001 : arguments_.offset;
+      prepare_arguments.upper = metric_ == Metric::kCosine ? 1.001 : options_.offset;
       if (metric_ == Metric::kDot) {
         candidate_norms = DeviceBuffer<double>(state_.n, stream_);
         client_norms = DeviceBuffer<double>(state_.m, stream_);
@@ -900,8 +953,7 @@ class Greedy final : public FacilityLocation {
         prepare_arguments.client_norms = separate_clients_ ? client_norms.data() : candidate_norms.data();
       } else if (metric_ != Metric::kCosine) {
         prepare_arguments.distances = true;
-        prepare_arguments.find_offset = arguments_.find_offset;
-        prepare_arguments.trim_offset = arguments_.trim_offset;
+        prepare_arguments.find_offset = options_.find_offset;
         prepare_arguments.self = !separate_clients_;
         prepare_arguments.squared = metric_ == Metric::kSqeuclidean;
         prepare_arguments.largest = std::numeric_limits<T>::max();
@@ -912,16 +964,16 @@ class Greedy final : public FacilityLocation {
         launch_pack(clients_, normalise, packed_clients_.data(), client_norms.data(), &bad_at->client,
                     stream_);
       }
-      if (prepare_arguments.find_offset || prepare_arguments.trim_offset) find_farthest(largest);
+      if (prepare_arguments.distances) find_farthest(largest);
     } else {
       prepare_arguments.matrix = true;
-      prepare_arguments.upper = arguments_.offset;
+      prepare_arguments.upper = options_.offset;
       prepare_arguments.largest = std::numeric_limits<T>::max();
       launch(largest_of_matrix<T>, over(static_cast<int64_t>(state_.n) * state_.m), state_.matrix,
              state_.matrix_stride, state_.n, state_.m, largest + kOfMatrix, &bad_at->candidate);
     }
     launch(prepare<T>, {dim3(1), dim3(kThreads), 0, stream_}, state_, prepare_arguments);
-    launch(start<T>, over(state_.m), state_, arguments_.weights);
+    launch(start<T>, over(state_.m), state_, options_.weights);
     const auto taken_at_once = static_cast<int>(at_once(take_work_));
     for (int first = 0; first < preselected; first += taken_at_once) {
       Task task{Domain{nullptr, state_.n}, first, std::min(taken_at_once, preselected - first)};
@@ -985,7 +1037,7 @@ class Greedy final : public FacilityLocation {
   }
 
   TensorView<const T, 2> x_, clients_{};
-  const GreedyArguments arguments_;
+  const GreedyOptions options_;
   const cudaStream_t stream_;
   Metric metric_ = Metric::kDot;
   Form form_ = Form::kProduct;
@@ -1001,7 +1053,7 @@ class Greedy final : public FacilityLocation {
   DeviceBuffer<Control> control_;
   DeviceBuffer<Partial> partial_;
   DeviceBuffer<BadAt> bad_at_;
-  DeviceBuffer<long long> candidate_longs_;
+  DeviceBuffer<long long> candidate_longs_, exact_gains_;
   DeviceBuffer<int> candidate_ints_, client_ints_, preselected_list_, sample_;
   DeviceBuffer<T> client_values_, packed_candidates_, packed_clients_;
   Pace pace_;
@@ -1012,21 +1064,23 @@ class Greedy final : public FacilityLocation {
 template <class T>
 std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x,
                                                            const TensorView<const T, 2>* clients,
-                                                           Metric metric, const GreedyArguments& arguments) {
-  return std::make_unique<Greedy<T>>(x, clients, &metric, arguments);
+                                                           Metric metric, const GreedyOptions& options,
+                                                           cudaStream_t stream) {
+  return std::make_unique<Greedy<T>>(x, clients, &metric, options, stream);
 }
 
 template <class T>
 std::unique_ptr<FacilityLocation> facility_location_matrix(TensorView<const T, 2> s,
-                                                           const GreedyArguments& arguments) {
-  return std::make_unique<Greedy<T>>(s, nullptr, nullptr, arguments);
+                                                           const GreedyOptions& options,
+                                                           cudaStream_t stream) {
+  return std::make_unique<Greedy<T>>(s, nullptr, nullptr, options, stream);
 }
 
-#define FC_INSTANTIATE(T)                                                                        \
-  template std::unique_ptr<FacilityLocation> facility_location_points<T>(                        \
-      TensorView<const T, 2>, const TensorView<const T, 2>*, Metric, const GreedyArguments&);    \
-  template std::unique_ptr<FacilityLocation> facility_location_matrix<T>(TensorView<const T, 2>, \
-                                                                         const GreedyArguments&);
+#define FC_INSTANTIATE(T)                                                                                 \
+  template std::unique_ptr<FacilityLocation> facility_location_points<T>(                                 \
+      TensorView<const T, 2>, const TensorView<const T, 2>*, Metric, const GreedyOptions&, cudaStream_t); \
+  template std::unique_ptr<FacilityLocation> facility_location_matrix<T>(                                 \
+      TensorView<const T, 2>, const GreedyOptions&, cudaStream_t);
 FC_INSTANTIATE(float)
 FC_INSTANTIATE(double)
 #undef FC_INSTANTIATE

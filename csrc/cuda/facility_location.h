@@ -2,28 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 
+#include "core/greedy.h"
 #include "core/metric.h"
 #include "core/tensor_view.h"
 #include "cuda/runtime.h"
 
 namespace fc::cuda {
-
-struct GreedyArguments {
-  const double* weights = nullptr;       // [m] on the device; null for all 1
-  const int64_t* preselected = nullptr;  // [preselected_count] on the device
-  int64_t preselected_count = 0;
-  double offset = 0;  // of distances, and of matrices of negated distances, s = offset - distance; >= 0
-  bool find_offset = false;  // an upper bound of all distances instead, which finish() returns
-  bool trim_offset =
-      false;  // that bound in place of an offset far above it, beside which rounding would lose distances
-  bool self_clients = false;
-  cudaStream_t stream = nullptr;
-  std::function<bool()> poll = nullptr;  // called while the GPU works; true stops the run by Cancelled
-  int64_t work_at_once = 0;  // multiply-adds per launch, about; 0: what a GPU does in some 100 ms at most
-};
 
 // The fault in the data, found on the way and known once finish() has waited.
 struct Verdict {
@@ -41,9 +27,9 @@ struct Verdict {
   int64_t row = 0, column = 0;
 };
 
-// A run that advances pick by pick. Long work goes to the stream of the arguments in several launches, of
-// which at most two are under way; so the GPU never idles, and `poll` is called. Apart from that, only
-// finish() and step_among() wait for the GPU. Arrays must outlive the object. After Cancelled the run is
+// A run that advances pick by pick. Long work goes to the stream in several launches, of
+// which at most two are under way; so the GPU never idles, and `poll` is called. Apart from that, only the
+// calls that say so wait for the GPU. Arrays must outlive the object. After Cancelled the run is
 // over.
 class FacilityLocation {
  public:
@@ -57,14 +43,21 @@ class FacilityLocation {
   // verdict() says that something is wrong. Throws std::invalid_argument if one of them is not open.
   virtual int64_t step_among(const int64_t* candidates, int64_t count) = 0;
 
+  // One pick as step() makes it, if its gain is at least `stop_gain`; waits. Returns the candidate picked, or
+  // -1, also if verdict() says that something is wrong.
+  virtual int64_t pick(bool naive, double stop_gain) = 0;
+
+  // These candidates, an array of the host's, are not picked from now on; waits.
+  virtual void close(const int64_t* candidates, int64_t count) = 0;
+
   // Writes the picks so far to arrays on the device: candidate, gain and client weight won, [picks], and the
   // pick that serves each client, [m], or -1. Waits; `objective` is f(S), the preselected included, `offset`
-  // the value that distances were subtracted from. Nothing is written if verdict() says that something is
-  // wrong.
+  // the value that distances were subtracted from, which is not the given one if that is far above them all.
+  // Nothing is written if verdict() says that something is wrong.
   virtual void finish(int64_t* indices, double* gains, double* weights, int64_t* assignment,
                       double* objective, double* offset) = 0;
 
-  // The fault that step_among() or finish() found.
+  // The fault that step_among(), pick() or finish() found.
   virtual Verdict verdict() const = 0;
 
   virtual int64_t candidates() const = 0;
@@ -77,11 +70,12 @@ class FacilityLocation {
 template <class T>
 std::unique_ptr<FacilityLocation> facility_location_points(TensorView<const T, 2> x,
                                                            const TensorView<const T, 2>* clients,
-                                                           Metric metric, const GreedyArguments& arguments);
+                                                           Metric metric, const GreedyOptions& options,
+                                                           cudaStream_t stream);
 
 // s [n, m], rows contiguous, on the device.
 template <class T>
 std::unique_ptr<FacilityLocation> facility_location_matrix(TensorView<const T, 2> s,
-                                                           const GreedyArguments& arguments);
+                                                           const GreedyOptions& options, cudaStream_t stream);
 
 }  // namespace fc::cuda

@@ -8,7 +8,7 @@ Example:
 
 from importlib.metadata import version as _version
 
-from flashcoreset import integrations, kernels, plot
+from flashcoreset import compat, integrations, kernels, plot
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.errors import (
     BackendUnavailableError,
@@ -26,7 +26,20 @@ from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.gradients.sketcher import GradientSketcher
 from flashcoreset.gradients.zeroth_order import LowRankGradients, zeroth_order_gradients
 from flashcoreset.matching import match_gradients
-from flashcoreset.methods import CoLM, autocoreset, ccs, goracs, select, simcore, top_scores
+from flashcoreset.methods import (
+    CoLM,
+    autocoreset,
+    ccs,
+    coverage_auc,
+    goracs,
+    k_center,
+    nearest,
+    random_subset,
+    select,
+    simcore,
+    top_scores,
+    tune_ccs,
+)
 from flashcoreset.scores import SampleScores, sample_scores
 from flashcoreset.scores.dynamics import TrainingDynamics
 from flashcoreset.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
@@ -57,14 +70,19 @@ __all__ = [
     "autocoreset",
     "caratheodory",
     "ccs",
+    "compat",
+    "coverage_auc",
     "facility_location",
     "goracs",
     "integrations",
+    "k_center",
     "kernels",
     "match_gradients",
     "memory_estimate",
+    "nearest",
     "plot",
     "projection_matrix",
+    "random_subset",
     "sample_scores",
     "select",
     "simcore",
@@ -72,5 +90,6 @@ __all__ = [
     "sinkhorn_divergence",
     "sketch",
     "top_scores",
+    "tune_ccs",
     "zeroth_order_gradients",
 ]

@@ -12,6 +12,7 @@ import torch
 import flashcoreset as fc
 
 KINDS = ["rademacher", "gaussian", "sjlt", "srht"]
+CHOICES = ["mask", "grass"]  # of columns: dim <= D, no offset
 
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -39,6 +40,17 @@ FEW_SIZES = [
     (35, 300, 129, 129, 4097),
     (3, 40, 4500, 2, 2**40),
     (2, 130, 2000, 1, 5),
+]
+
+
+# (rows of x, D, dim, nnz, offset) for choices: all columns, one of them, parts of several sizes.
+CHOICE_SIZES = [
+    (1, 1, 1, 1, 0),
+    (2, 7, 5, 1, 0),
+    (5, 97, 97, 3, 0),
+    (9, 3001, 64, 4, 0),
+    (17, 1025, 300, 33, 0),
+    (33, 9000, 1, 1, 0),
 ]
 
 
@@ -99,7 +111,11 @@ def check_stays(backend: str, device: str, kind: str, case: int) -> None:
     matrix = fc.projection_matrix(
         golden["D"], golden["dim"], kind=kind, backend=backend, device=device, dtype=torch.float64, **options
     ).cpu()
-    scale = math.sqrt(golden["nnz"] if kind == "sjlt" else golden["dim"])
     expected = torch.tensor(golden["matrix"], dtype=torch.float64)
+    if kind in CHOICES:  # squares, with the signs of grass
+        squares = matrix.sign() * matrix.square() * (golden["nnz"] if kind == "grass" else 1)
+        assert torch.allclose(squares, expected, rtol=1e-14, atol=0)
+        return
+    scale = math.sqrt(golden["nnz"] if kind == "sjlt" else golden["dim"])
     slack = 3e-7 if kind == "gaussian" else 1e-15
     assert torch.allclose(matrix * scale, expected, rtol=slack, atol=0)

@@ -9,9 +9,20 @@
 #include <limits>
 #include <vector>
 
+#include "core/greedy.h"
 #include "samples.h"
 
 namespace oracle {
+
+// The vectors have to outlive the options.
+inline fc::GreedyOptions options_of(const std::vector<double>& weights,
+                                    const std::vector<int64_t>& preselected) {
+  fc::GreedyOptions options;
+  options.weights = weights.empty() ? nullptr : weights.data();
+  options.preselected = preselected.data();
+  options.preselected_count = static_cast<int64_t>(preselected.size());
+  return options;
+}
 
 struct Result {
   std::vector<int64_t> indices, assignment;

@@ -92,9 +92,7 @@ struct Problem {
   }
 
   GreedyOptions options(int threads, int64_t budget) const {
-    GreedyOptions o;
-    o.weights = weights;
-    o.preselected = preselected;
+    GreedyOptions o = oracle::options_of(weights, preselected);
     o.offset = offset;
     o.self_clients = clients == nullptr;
     o.memory_budget = budget;
@@ -223,13 +221,14 @@ void test_matrices() {
         indptr.push_back(static_cast<int64_t>(indices.size()));
       }
       for (const bool extras : {false, true}) {
-        GreedyOptions options;
+        std::vector<double> weights;
+        std::vector<int64_t> preselected;
+        if (extras) weights = some_weights(m);
+        if (extras && n > 1) preselected = {n / 2};
+        GreedyOptions options = oracle::options_of(weights, preselected);
         options.self_clients = n == m;
-        if (extras) options.weights = some_weights(m);
-        if (extras && n > 1) options.preselected = {n / 2};
-        const int64_t k = std::min<int64_t>(n - static_cast<int64_t>(options.preselected.size()), 40);
-        const Result want =
-            oracle::greedy<T>(s, k, T(0), matrix_bounds(s), options.weights, options.preselected, n == m);
+        const int64_t k = std::min<int64_t>(n - static_cast<int64_t>(preselected.size()), 40);
+        const Result want = oracle::greedy<T>(s, k, T(0), matrix_bounds(s), weights, preselected, n == m);
         for (const int64_t budget : {0, 5000, 1 << 24}) {
           for (const int threads : {1, 2}) {
             for (const bool naive : {false, true}) {

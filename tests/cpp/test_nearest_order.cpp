@@ -78,13 +78,19 @@ void check_run(fc::NearestOrder<T>& order, const Matrix<T>& s, int64_t length, F
   size_t round = 0;
   for (int passes = 1; order.taken() < n && passes <= n;) {
     std::vector<int64_t> items(lists), counts(1);
-    std::vector<double> values(1);
-    if (order.rounds(n, 1, items.data(), counts.data(), values.data()) == 0) {
+    std::vector<int64_t> takers(lists);
+    std::vector<double> values(1), similarities(lists);
+    if (order.rounds(n, 1, items.data(), counts.data(), values.data(), takers.data(), similarities.data()) ==
+        0) {
       pass();
       ++passes;
       continue;
     }
     items.resize(counts[0]);
+    for (int64_t i = 0; i < counts[0]; ++i) {
+      CHECK(takers[i] >= (i ? takers[i - 1] + 1 : 0) && takers[i] < lists);
+      CHECK(similarities[i] == s(items[i], takers[i]));
+    }
     CHECK(round < want.size() && items == want[round]);
     ++round;
   }

@@ -17,6 +17,7 @@
 #include "cuda/pairwise.h"
 #include "emulator/device_array.h"
 #include "emulator/schedules.h"
+#include "greedy_oracle.h"
 #include "samples.h"
 
 namespace {
@@ -46,7 +47,14 @@ struct Case {
   bool naive = false;
   int64_t sample = 0;  // of the candidates 0, 3, 6, ... for one pick each
   int64_t work_at_once = 0;
+  bool limited = false;  // by costs, and by candidates that are closed
 };
+
+std::vector<double> costs_of(const Case& c, int64_t n) {
+  std::vector<double> costs;
+  for (int64_t j = 0; c.limited && j < n; ++j) costs.push_back(0.5 + static_cast<double>(j * 7 % 5));
+  return costs;
+}
 
 // Everything a run returns, as one row of numbers: indices, gains, weights, assignment, objective, verdict.
 using Row = std::vector<double>;
@@ -67,6 +75,16 @@ template <class Run, class Among>
 void make_picks(Run& run, const Case& c, Among&& among) {
   std::vector<int64_t> taken;
   for (int64_t p = 0; p < c.sample; ++p) taken.push_back(among(sample_of(c, run.candidates(), taken)));
+  if (c.limited) {
+    const int64_t closed[] = {1, 4, 1};
+    run.close(closed, 3);
+    const int64_t first = run.pick(c.naive, 0);
+    CHECK(first >= 0);
+    CHECK_EQUAL(run.pick(c.naive, 1e300), -1);
+    const int64_t more[] = {first, 9};  // what is picked stays so
+    run.close(more, 2);
+    CHECK(run.pick(false, 0) >= 0);
+  }
   // In two steps, so that state is carried from one launch to the next.
   run.step((c.k - c.sample) / 2, c.naive);
   run.step(c.k - run.picks(), c.naive);
@@ -93,17 +111,19 @@ Row finish_on_device(fc::cuda::FacilityLocation& run) {
 }
 
 template <class T, class Start>
-Row run_on_device(const Case& c, bool self, Start&& start) {
+Row run_on_device(const Case& c, int64_t n, bool self, Start&& start) {
   const DeviceArray<double> weights(c.weights);
   const DeviceArray<int64_t> preselected(c.preselected);
-  fc::cuda::GreedyArguments arguments;
-  arguments.weights = c.weights.empty() ? nullptr : weights.data();
-  arguments.preselected = preselected.data();
-  arguments.preselected_count = static_cast<int64_t>(c.preselected.size());
-  arguments.offset = c.offset;
-  arguments.self_clients = self;
-  arguments.work_at_once = c.work_at_once;
-  const auto run = start(arguments);
+  fc::GreedyOptions options;
+  options.weights = c.weights.empty() ? nullptr : weights.data();
+  options.preselected = preselected.data();
+  options.preselected_count = static_cast<int64_t>(c.preselected.size());
+  options.offset = c.offset;
+  options.self_clients = self;
+  options.work_at_once = c.work_at_once;
+  const DeviceArray<double> costs(costs_of(c, n));
+  if (c.limited) options.costs = costs.data();
+  const auto run = start(options);
   make_picks(*run, c, [&](const std::vector<int64_t>& sample) {
     const DeviceArray<int64_t> copy(sample);
     return run->step_among(copy.data(), static_cast<int64_t>(sample.size()));
@@ -112,12 +132,12 @@ Row run_on_device(const Case& c, bool self, Start&& start) {
 }
 
 template <class T, class Start>
-Row run_on_cpu(const Case& c, bool self, Start&& start) {
-  fc::GreedyOptions options;
-  options.weights = c.weights;
-  options.preselected = c.preselected;
+Row run_on_cpu(const Case& c, int64_t n, bool self, Start&& start) {
+  fc::GreedyOptions options = oracle::options_of(c.weights, c.preselected);
   options.offset = c.offset;
   options.self_clients = self;
+  const std::vector<double> costs = costs_of(c, n);
+  if (c.limited) options.costs = costs.data();
   const auto run = start(options);
   make_picks(*run, c, [&](const std::vector<int64_t>& sample) {
     return run->step_among(sample.data(), static_cast<int64_t>(sample.size()));
@@ -142,15 +162,15 @@ void check_same(const Row& device, const Row& cpu, int64_t k) {
 
 template <class T>
 void check_points(const Matrix<T>& x, const Matrix<T>* clients, Metric metric, const Case& c) {
-  const auto cpu = run_on_cpu<T>(c, clients == nullptr, [&](const fc::GreedyOptions& options) {
+  const auto cpu = run_on_cpu<T>(c, x.rows(), clients == nullptr, [&](const fc::GreedyOptions& options) {
     const TensorView<const T, 2> view = clients ? clients->view() : x.view();
     return fc::facility_location_points<T>(x.view(), clients ? &view : nullptr, metric, options);
   });
   const auto device = fc::emulator::check_schedules([&] {
     const OnDevice<T> candidates(x), others(clients ? *clients : x);
-    return run_on_device<T>(c, clients == nullptr, [&](const fc::cuda::GreedyArguments& arguments) {
+    return run_on_device<T>(c, x.rows(), clients == nullptr, [&](const fc::GreedyOptions& options) {
       return fc::cuda::facility_location_points<T>(candidates.view, clients ? &others.view : nullptr, metric,
-                                                   arguments);
+                                                   options, nullptr);
     });
   });
   check_same(device, cpu, c.k);
@@ -167,6 +187,10 @@ void test_points() {
     for (size_t i = 0; i < weights.size(); ++i) weights[i] = 0.25 * static_cast<double>(i % 5);
     check_points<T>(points, nullptr, Metric::kCosine, {k});
     check_points<T>(points, nullptr, Metric::kDot, {std::min<int64_t>(n, 3), 0, {}, {}, true});
+    if (n > 20) {
+      for (const bool naive : {false, true})
+        check_points<T>(points, &clients, Metric::kDot, {9, 0, weights, {2}, naive, 1, 0, true});
+    }
     check_points<T>(points, &clients, Metric::kEuclidean, {k, 50.0 * static_cast<double>(d), weights});
     if (n > 20) {
       check_points<T>(points, nullptr, Metric::kL1, {k, 800, {}, {3, 11}});
@@ -195,13 +219,13 @@ void test_matrix() {
     for (const bool naive : {false, true}) {
       const Case c{
           std::min<int64_t>(n, 10), 0, {}, n > 3 ? std::vector<int64_t>{2} : std::vector<int64_t>{}, naive};
-      const auto cpu = run_on_cpu<T>(c, n == m, [&](const fc::GreedyOptions& options) {
+      const auto cpu = run_on_cpu<T>(c, n, n == m, [&](const fc::GreedyOptions& options) {
         return fc::facility_location_matrix<T>(s.view(), options);
       });
       const auto device = fc::emulator::check_schedules([&] {
         const OnDevice<T> matrix(s);
-        return run_on_device<T>(c, n == m, [&](const fc::cuda::GreedyArguments& arguments) {
-          return fc::cuda::facility_location_matrix<T>(matrix.view, arguments);
+        return run_on_device<T>(c, n, n == m, [&](const fc::GreedyOptions& options) {
+          return fc::cuda::facility_location_matrix<T>(matrix.view, options, nullptr);
         });
       });
       check_same(device, cpu, c.k);
@@ -233,12 +257,12 @@ Verdict verdict_of(const Matrix<T>& x, Metric metric, const Case& c) {
   const OnDevice<T> points(x);
   const DeviceArray<double> weights(c.weights);
   const DeviceArray<int64_t> preselected(c.preselected);
-  fc::cuda::GreedyArguments arguments;
-  arguments.weights = c.weights.empty() ? nullptr : weights.data();
-  arguments.preselected = preselected.data();
-  arguments.preselected_count = static_cast<int64_t>(c.preselected.size());
-  arguments.self_clients = true;
-  const auto run = fc::cuda::facility_location_points<T>(points.view, nullptr, metric, arguments);
+  fc::GreedyOptions options;
+  options.weights = c.weights.empty() ? nullptr : weights.data();
+  options.preselected = preselected.data();
+  options.preselected_count = static_cast<int64_t>(c.preselected.size());
+  options.self_clients = true;
+  const auto run = fc::cuda::facility_location_points<T>(points.view, nullptr, metric, options, nullptr);
   run->step(c.k, false);
   DeviceArray<int64_t> indices(run->picks()), assignment(run->clients());
   DeviceArray<double> gains(run->picks()), won(run->picks());
@@ -290,11 +314,12 @@ void test_cancelled() {
   slow.event_delay = 1 << 30;
   for (const bool slowly : {false, true}) {
     int asked = 0;
-    fc::cuda::GreedyArguments arguments;
-    arguments.self_clients = true;
-    arguments.work_at_once = 1;
-    arguments.poll = [&] { return slowly && ++asked == 3; };
-    const auto run = fc::cuda::facility_location_points<T>(points.view, nullptr, Metric::kCosine, arguments);
+    fc::GreedyOptions options;
+    options.self_clients = true;
+    options.work_at_once = 1;
+    options.poll = [&] { return slowly && ++asked == 3; };
+    const auto run =
+        fc::cuda::facility_location_points<T>(points.view, nullptr, Metric::kCosine, options, nullptr);
     if (!slowly) {
       CHECK_EQUAL(run->step(20, false), 20);
       CHECK(run->completed() > 0 && run->completed() < 20);  // the last two launches are not waited for
@@ -336,7 +361,8 @@ void test_sizes() {
   CHECK_THROWS(fc::cuda::pairwise<T>(xs.view, huge, Metric::kL1, result, nullptr), std::invalid_argument);
   // Loops that step by whole grids must not overflow, either.
   const auto large = TensorView<const T, 2>::compact(nullptr, (int64_t{1} << 31) - (1 << 20), 1);
-  CHECK_THROWS(fc::cuda::facility_location_points<T>(large, nullptr, Metric::kL1, {}), std::invalid_argument);
+  CHECK_THROWS(fc::cuda::facility_location_points<T>(large, nullptr, Metric::kL1, {}, nullptr),
+               std::invalid_argument);
 }
 
 // Bounds of the gains that a logarithm would round to a power of two.
@@ -348,12 +374,12 @@ void test_scale() {
     s(2, i) = i == 0 ? 0 : std::ldexp(T(1), -55) * static_cast<T>(i);
   }
   const Case c{3};
-  const auto cpu = run_on_cpu<T>(c, false, [&](const fc::GreedyOptions& options) {
+  const auto cpu = run_on_cpu<T>(c, 3, false, [&](const fc::GreedyOptions& options) {
     return fc::facility_location_matrix<T>(s.view(), options);
   });
   const OnDevice<T> matrix(s);
-  const auto device = run_on_device<T>(c, false, [&](const fc::cuda::GreedyArguments& arguments) {
-    return fc::cuda::facility_location_matrix<T>(matrix.view, arguments);
+  const auto device = run_on_device<T>(c, 3, false, [&](const fc::GreedyOptions& options) {
+    return fc::cuda::facility_location_matrix<T>(matrix.view, options, nullptr);
   });
   check_same(device, cpu, 3);
 }

@@ -6,16 +6,32 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../cpp/greedy_oracle.h"
 #include "cpu/facility_location.h"
 #include "input.h"
 
 namespace {
 
-void drive(fuzz::Input& in, fc::FacilityLocation& run) {
+double gain_of_last(fc::FacilityLocation& run) {
+  const int64_t k = run.picks();
+  std::vector<int64_t> indices(k), assignment(run.clients());
+  std::vector<double> gains(k), weights(k);
+  run.finish(indices.data(), gains.data(), weights.data(), assignment.data());
+  return gains.back();
+}
+
+void drive(fuzz::Input& in, fc::FacilityLocation& run, bool greedy) {
   const int64_t n = run.candidates();
-  bool greedy = true;
   for (int64_t turn = 0; turn < 6; ++turn) {
-    if (in.byte() % 4 == 0) {
+    const int what = in.byte() % 8;
+    if (what == 2) {
+      const int64_t closed[] = {in.below(n), in.below(n)};
+      run.close(closed, 2);
+    } else if (what == 3) {
+      const double stop = static_cast<double>(in.byte()) / 4;
+      const bool open = run.pick(in.coin(), stop) >= 0;
+      if (open && !(gain_of_last(run) >= stop)) std::abort();
+    } else if (what < 2) {
       std::vector<int64_t> open;
       for (int64_t j = 0; j < n; ++j) {
         if (run.is_open(j) && in.coin()) open.push_back(j);
@@ -49,25 +65,33 @@ void run(fuzz::Input& in) {
   const int64_t kind = in.below(8);
   const bool any = in.coin(), self = in.coin();
   const int64_t clients = self ? n : m;
-  fc::GreedyOptions options;
+  std::vector<double> weights, costs;
+  std::vector<int64_t> preselected;
+  if (in.coin()) {
+    for (int64_t i = 0; i < clients; ++i) weights.push_back(static_cast<double>(in.byte()) / 8);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    if (in.byte() % 16 == 0) preselected.push_back(j);
+  }
+  if (in.byte() % 4 == 0) {
+    for (int64_t j = 0; j < n; ++j) costs.push_back(1 + static_cast<double>(in.byte()));
+  }
+  fc::GreedyOptions options = oracle::options_of(weights, preselected);
+  options.costs = costs.empty() ? nullptr : costs.data();
   options.threads = static_cast<int>(1 + in.below(3));
   options.memory_budget = in.coin() ? in.below(20000) : int64_t{1} << 30;
   options.self_clients = self;
   options.offset = 1 + static_cast<double>(in.byte());
-  if (in.coin()) {
-    for (int64_t i = 0; i < clients; ++i) options.weights.push_back(static_cast<double>(in.byte()) / 8);
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    if (in.byte() % 16 == 0) options.preselected.push_back(j);
-  }
   try {
     if (kind < 5) {
       const fuzz::Array<T> x(in, n, d, any, false), y(in, self ? 0 : m, d, any, false);
-      drive(in, *fc::facility_location_points<T>(x.view, self ? nullptr : &y.view,
-                                                 static_cast<fc::Metric>(kind), options));
+      drive(in,
+            *fc::facility_location_points<T>(x.view, self ? nullptr : &y.view, static_cast<fc::Metric>(kind),
+                                             options),
+            costs.empty());
     } else if (kind == 5) {
       const fuzz::Array<T> s(in, n, clients, any, true);
-      drive(in, *fc::facility_location_matrix<T>(s.view, options));
+      drive(in, *fc::facility_location_matrix<T>(s.view, options), costs.empty());
     } else {
       std::vector<int64_t> indptr{0}, indices;
       for (int64_t j = 0; j < n; ++j) {
@@ -81,8 +105,10 @@ void run(fuzz::Input& in) {
       if (any && !indices.empty())
         indices[in.below(static_cast<int64_t>(indices.size()))] = in.below(100) - 20;
       const auto values = in.numbers<T>(static_cast<int64_t>(indices.size()), any);
-      drive(in, *fc::facility_location_sparse<T>({n, clients, indptr.data(), indices.data(), values.data()},
-                                                 options));
+      drive(in,
+            *fc::facility_location_sparse<T>({n, clients, indptr.data(), indices.data(), values.data()},
+                                             options),
+            costs.empty());
     }
   } catch (const std::invalid_argument&) {
     if (!any) std::abort();

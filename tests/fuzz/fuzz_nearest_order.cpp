@@ -41,9 +41,10 @@ void run(fuzz::Input& in) {
           break;
         case 2: {
           const int64_t count = 1 + in.below(4), k = in.below(60);
-          std::vector<int64_t> taken(count * lists), counts(count);
-          std::vector<double> values(count);
-          const int64_t made = order->rounds(k, count, taken.data(), counts.data(), values.data());
+          std::vector<int64_t> taken(count * lists), counts(count), takers(count * lists);
+          std::vector<double> values(count), similarities(count * lists);
+          const int64_t made = order->rounds(k, count, taken.data(), counts.data(), values.data(),
+                                             takers.data(), similarities.data());
           int64_t at = 0;
           for (int64_t r = 0; r < made; ++r) {
             for (int64_t i = 0; i < counts[r]; ++i, ++at) {

@@ -148,6 +148,12 @@ class Recipes:
     def projection_matrix(self) -> dict[str, Value]:
         return {"out": self.out("D", "d"), **self._projection("d")}
 
+    def sketch_csr(self) -> dict[str, Value]:
+        self.sizes["G"] = min(self.sizes["G"], self.sizes["n"])
+        csr = {"crow": array("G + 1", dtype="int64", content="offsets:n"), "col": self.indices("n", below="D"),
+               "values": self.any_array("n")}  # fmt: skip
+        return {**within("csr", csr), "out": self.out("G", "d"), **self._projection("d")}
+
     def sketch_rows(self) -> dict[str, Value]:
         return {"indices": self.indices("B", "q", below="n"), "g": self.any_array("B", "q", "d"),
                 "out": self.out("B", "k"), **self._projection("k"),
@@ -338,7 +344,15 @@ class Recipes:
         self.sizes["m"] += (
             self.sizes["m"] == self.sizes["n"]
         )  # a square matrix has clients that are candidates
-        some = {
+        if not self.on_device and r.random() < 0.2:
+            self._clients = "m"
+            fields = {
+                "x.crow": array("n + 1", dtype="int64", content="range"), "x.col": self.indices("n", below="m"),
+                "x.values": self.any_array("n", plain=True), "x.shape": Size("n, m"), "clients": Value("None"),
+                "metric": literal("precomputed"), "weights": Value("None"), "preselected": Value("None"), "offset": literal(0.0),
+            }  # fmt: skip
+            return self._problem(fields)
+        fields = {
             "x": self.rows("n", "m") if matrix else self.any_array("n", "d"),
             "clients": self.any_array("m", "d") if clients == "m" and not matrix else Value("None"),
             "metric": literal("precomputed" if matrix else r.choice(POINTS)),
@@ -348,13 +362,20 @@ class Recipes:
             "preselected": array(1, dtype="int64", content="whole:0") if r.random() < 0.2 else Value("None"),
             "offset": literal(0.0 if matrix else 1000.0),
         }
-        return some
+        return self._problem(fields)
 
-    def from_csr(self) -> dict[str, Value]:
-        self._clients = "m"
-        return {"indptr": array("n + 1", dtype="int64", content="range"), "values": self.any_array("n", plain=True),
-                "indices": self.indices("n", below="m"), "m": Size("m"), "weights": Value("None"),
-                "preselected": Value("None"), "self_clients": literal(False)}  # fmt: skip
+    def _problem(self, fields: dict[str, Value]) -> dict[str, Value]:
+        """The fields of a problem, also those that are common to several."""
+        common = self.common()
+        costs = array("n", dtype="float64", content="positive") if self.r.random() < 0.2 else Value("None")
+        fields |= {"costs": costs, **{name: common[name] for name in ("memory_budget", "expected_picks")}}
+        return {f"problem.{name}": value for name, value in fields.items()}
+
+    def FacilityLocation_pick(self) -> dict[str, Value]:
+        return {"stop_gain": literal(self.r.choice((0.0, 1.0, 1e30)))}
+
+    def close(self) -> dict[str, Value]:
+        return {"candidates": self.indices("k", below="n")}
 
     def FacilityLocation_step(self) -> dict[str, Value]:
         return {"count": Size("k")}
@@ -391,7 +412,8 @@ class Recipes:
 
     def rounds(self) -> dict[str, Value]:
         return {"k": Size("k"), "items": self.out("T * q", dtype="int64"), "counts": self.out("T", dtype="int64"),
-                "values": self.out("T", dtype="float64")}  # fmt: skip
+                "values": self.out("T", dtype="float64"), "takers": self.out("T * q", dtype="int64"),
+                "similarities": self.out("T * q", dtype="float64")}  # fmt: skip
 
     def order(self) -> dict[str, Value]:
         return {"list": literal(0), "items": self.out("m", dtype="int64"), "similarities": self.out("m")}
@@ -440,7 +462,7 @@ class Recipes:
 
 # The calls of a class's objects, in an order that makes sense; random programs shuffle a part of them.
 USES = {
-    "FacilityLocation": ("step", "finish"),
+    "FacilityLocation": ("step", "close", "pick", "finish"),
     "NearestOrder": ("begin", "update", "update_similarities", "finish", "rounds", "order"),
     "CaratheodoryReduction": ("take_total", "factors", "move_to_mean", "centre", "rest", "correct"),
     "CaratheodorySampler": ("push", "finish"),
@@ -553,6 +575,4 @@ def _spoiled(r: random.Random, step: Step, on_device: bool) -> Step:
         other = hostile_int(
             r, 10_000 if field_of(name) in (LONG | LONG_ON_DEVICE if on_device else LONG) else None
         )
-        if step.target.endswith("from_csr") and re.fullmatch("[0-9]{10,11}", other.text):
-            other = literal(2**62)  # columns that a machine may have the memory for
     return replace(step, arguments={**step.arguments, name: other})

@@ -71,17 +71,17 @@ def choose_kernels(
         reason = _failure(backend, device, family, sparse)
         if reason is not None:
             raise BackendUnavailableError(f"backend {backend!r}: {reason}")
-        return _module(backend, family)
+        return kernels_of(backend, family)
     reasons = []
     for name in DEFAULTS.get(device.type, ("torch",)):
         if name == "torch":
             break
         reason = _failure(name, device, family, sparse)
         if reason is None:
-            return _module(name, family)
+            return kernels_of(name, family)
         reasons.append(reason)
     warn_slow_path("; ".join(reasons) or f"no compiled kernel takes tensors on {device}")
-    return _module("torch", family)
+    return kernels_of("torch", family)
 
 
 def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> str | None:
@@ -109,7 +109,8 @@ def _failure(backend: str, device: torch.device, family: str, sparse: bool) -> s
 
 
 @functools.cache
-def _module(backend: str, family: str) -> ModuleType:
+def kernels_of(backend: str, family: str) -> ModuleType:
+    """The kernels of `backend` for `family`, whether they can run here or not."""
     return imported(f"flashcoreset.{family}.{'reference' if backend == 'torch' else backend}")
 
 
@@ -119,7 +120,7 @@ def takes_of(backend: str, family: str) -> Takes:
     Raises:
         ImportError: if the backend needs a package that is missing.
     """
-    takes: Takes = _module(backend, family).TAKES
+    takes: Takes = kernels_of(backend, family).TAKES
     return takes
 
 

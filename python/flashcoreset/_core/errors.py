@@ -28,6 +28,14 @@ def no_sparse_kernel(backend: str) -> str:
     )
 
 
+def remedy_for_objects(name: str, value: object) -> str:
+    """Why a column that holds no numbers cannot be taken, and what to do."""
+    return (
+        f"{name} must hold numbers, got a {type(value).__name__} with strings, missing values or other objects; fill or drop them, and "
+        "pass the numbers as .to_numpy(dtype='float32')"
+    )
+
+
 class SlowPathWarning(UserWarning):
     """No compiled kernel could take a call with `backend=None`, so the plain PyTorch reference ran. The warning is given
     once per reason.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,52 @@ import torch
 
 from flashcoreset._core.tensor import FLOATING, as_integer
 
-Estimator = Callable[..., int]
-_estimators: dict[str, Estimator] = {}
+_estimators: dict[str, Callable[..., int]] = {}
 
 
-def register_estimate(name: str) -> Callable[[Estimator], Estimator]:
-    """Makes the decorated function(*shapes, **keywords) -> bytes the estimate for the public function
-    `name`."""
+def register_estimate(
+    function: str | Callable[..., Any], *tensors: str
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Makes the decorated function the estimate for a public function.
 
-    def register(estimator: Estimator) -> Estimator:
-        _estimators[name] = estimator
+    With the public function itself, whose arguments the estimate then has too: the estimate takes one object that has them as
+    attributes, defaults filled in, and `dtype`. The arguments named `tensors` may be passed by position, and all but the first be
+    left out. With a name alone the estimate is a function(*shapes, **keywords) of its own.
+    """
+
+    def register(estimator: Callable[..., int]) -> Callable[..., int]:
+        if isinstance(function, str):
+            _estimators[function] = estimator
+            return estimator
+        signature = _signature(function, tensors)
+
+        def bound(*shapes: Any, **kw: Any) -> int:
+            arguments = signature.bind(*shapes, **kw)
+            arguments.apply_defaults()
+            return estimator(SimpleNamespace(**arguments.arguments))
+
+        bound.__signature__ = signature  # type: ignore[attr-defined]
+        _estimators[function.__name__] = bound
         return estimator
 
     return register
+
+
+def _signature(function: Callable[..., Any], tensors: Sequence[str]) -> inspect.Signature:
+    """The parameters of `function` and `dtype`, for an estimate."""
+    kinds = inspect.Parameter
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        default = None if parameter.default is kinds.empty else parameter.default
+        if name in tensors:
+            required = name == tensors[0]
+            found.append(
+                kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if required else default)
+            )
+        else:
+            found.append(kinds(name, kinds.KEYWORD_ONLY, default=default))
+    found.append(kinds("dtype", kinds.KEYWORD_ONLY, default=torch.float32))
+    return inspect.Signature(sorted(found, key=lambda parameter: parameter.kind))
 
 
 def memory_estimate(fn: Callable[..., Any] | str, *shapes: Any, **kw: Any) -> int:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._core.inputs import as_array, is_array
+
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (
     torch.int64,
@@ -29,6 +31,9 @@ _INTEGERS = (
     torch.uint64,
 )
 
+
+# Whose values are numbers of float32.
+_SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16)
 
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -82,7 +87,8 @@ def _from_numpy(array: np.ndarray, name: str) -> Tensor:
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
-    """`value` as a detached tensor: a torch.Tensor, a NumPy array or anything with `__dlpack__`."""
+    """`value` as a detached tensor: a torch.Tensor, a NumPy array, anything with `__dlpack__`, a list of numbers or of lists of
+    numbers, or a column, frame or array of another library (see `flashcoreset._core.inputs`)."""
     if isinstance(value, Tensor):
         if value.is_nested:
             raise TypeError(f"{name} must be a dense tensor, got a nested one")
@@ -100,10 +106,51 @@ def as_tensor(value: Any, name: str) -> Tensor:
             raise TypeError(
                 f"{name}: the __dlpack__ of {type(value).__name__} could not be taken: {error}"
             ) from error
+    if isinstance(value, (list, tuple, range)):
+        return _from_numbers(value, name)
+    if not is_sparse(value) and is_array(value):
+        return _from_numpy(as_array(value, name), name)
     raise TypeError(
-        f"{name} must be a torch.Tensor, a NumPy array or an object with __dlpack__, "
+        f"{name} must be a torch.Tensor, a NumPy array, an object with __dlpack__ or __array__, or a list of numbers, "
         f"got {type(value).__name__}"
     )
+
+
+def _from_numbers(value: Sequence[Any], name: str) -> Tensor:
+    """Lists of numbers, in float64 unless they are flags, or tensors and arrays of one shape as rows."""
+    if value and isinstance(value[0], (Tensor, np.ndarray)):
+        rows = [as_dense(row, f"{name}[{i}]") for i, row in enumerate(value)]
+        if any(row.shape != rows[0].shape for row in rows):
+            raise ValueError(f"{name} must be rows of one shape, got {rows[0].shape} and others")
+        return torch.stack(promoted(*rows))
+    tensor = _from_sequence(value, name, False)
+    if tensor.dtype != torch.int64:
+        return tensor
+    if bool((tensor.abs() > 2**53).any()):
+        raise ValueError(f"{name} must hold integers of at most 2^53, which float64 has, got larger ones")
+    return tensor.to(torch.float64)
+
+
+def as_floating(tensor: Tensor, name: str) -> Tensor:
+    """`tensor`, which must be dense, in a floating type: flags and integers of 8 and 16 bits become float32, which has them all."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype in FLOATING:
+        return tensor
+    if tensor.dtype in _SMALL:
+        return tensor.to(torch.float32)
+    convert = f"; convert it with {name}.double()" if tensor.dtype in _INTEGERS else ""
+    raise TypeError(
+        f"{name} must have dtype float16, bfloat16, float32 or float64, got {_dtype(tensor)}{convert}"
+    )
+
+
+def promoted(*tensors: Tensor) -> list[Tensor]:
+    """Floating tensors in the smallest type that has the numbers of them all."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def as_dense(value: Any, name: str) -> Tensor:
@@ -116,9 +163,7 @@ def as_dense(value: Any, name: str) -> Tensor:
 
 def as_matrix(value: Any, name: str) -> Tensor:
     """`value` as a dense floating tensor [rows, columns], neither of them 0."""
-    tensor = as_dense(value, name)
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {_dtype(tensor)}")
+    tensor = as_floating(as_tensor(value, name), name)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
     rows, columns = tensor.shape
@@ -137,7 +182,7 @@ def as_vector(
         tensor = as_dense(value, name)
     if integers and tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must hold integers, got dtype {_dtype(tensor)}")
-    if not integers and tensor.dtype not in FLOATING and tensor.dtype not in _INTEGERS:
+    if not integers and tensor.dtype not in FLOATING and tensor.dtype not in (*_INTEGERS, torch.bool):
         raise TypeError(f"{name} must hold real numbers, got dtype {_dtype(tensor)}")
     if tensor.dim() != 1 or (length is not None and tensor.shape[0] != length):
         expected = "[n]" if length is None else f"[{length}]"
@@ -199,6 +244,14 @@ def as_integer(value: Any, name: str) -> int:
         except (TypeError, RuntimeError):  # RuntimeError: a tensor without values
             pass
     raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+
+
+def at_least_one(value: Any, name: str) -> int:
+    """`value` as an int >= 1."""
+    number = as_integer(value, name)
+    if number < 1:
+        raise ValueError(f"{name} must be >= 1, got {number}")
+    return number
 
 
 def as_int64(value: Any, name: str) -> int:
@@ -323,6 +376,15 @@ class Csr:
     def device(self) -> torch.device:
         return self.values.device
 
+    def rows(self) -> Tensor:
+        """The row of each entry, [nnz] int64."""
+        return torch.repeat_interleave(torch.arange(self.shape[0], device=self.device), self.crow.diff())
+
+    def to_dense(self) -> Tensor:
+        dense = self.values.new_zeros(self.shape)
+        dense[self.rows(), self.col] = self.values
+        return dense
+
     def square_part(self, members: Tensor) -> Csr:
         """The rows and columns in `members` (ascending)."""
         place = torch.full((self.shape[1],), -1, dtype=torch.int64, device=self.device)
@@ -365,8 +427,7 @@ def as_csr(value: Any, name: str) -> Csr:
         held = int(crow[-1]) if len(crow) else 0
         if 0 <= held < min(len(col), len(values)):
             col, values = col[:held], values[:held]
-    if values.dtype not in FLOATING:
-        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {_dtype(values)}")
+    values = as_floating(values, name)
     shape = tuple(value.shape)
     if len(shape) != 2 or values.dim() != 1:
         raise ValueError(f"{name} must have 2 dimensions, got shape {shape}")

@@ -9,6 +9,8 @@ from flashcoreset._core.dispatch import BACKENDS
 from flashcoreset.cli.commands import run_bench, run_demo, run_info
 from flashcoreset.cli.errors import Parser
 from flashcoreset.cli.select import ALGORITHMS, MATRICES, run_select
+from flashcoreset.methods.ccs.strata import KINDS
+from flashcoreset.methods.goracs import NORM_SCALES, SCALINGS, SOLVERS
 
 POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
 
@@ -16,7 +18,7 @@ POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="flashcoreset",
-        description="Choose training data: facility location, SimCore, CCS, GORACS, CoLM and AutoCoreset.",
+        description="Choose training data: facility location, SimCore, CCS, GORACS, CoLM and AutoCoreset, and the controls beside them.",
     )
     parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
@@ -71,6 +73,23 @@ def make_parser() -> argparse.ArgumentParser:
             "autocoreset", argument_default=argparse.SUPPRESS, help="rows on which a model fits as on all"
         )
     )
+    _add_random_subset(
+        algorithms.add_parser(
+            "random-subset",
+            argument_default=argparse.SUPPRESS,
+            help="a uniform choice, the control of all others",
+        )
+    )
+    _add_k_center(
+        algorithms.add_parser(
+            "k-center", argument_default=argparse.SUPPRESS, help="rows that leave no row far from all of them"
+        )
+    )
+    _add_nearest(
+        algorithms.add_parser(
+            "nearest", argument_default=argparse.SUPPRESS, help="open-set rows most similar to any target row"
+        )
+    )
     _add_facility_location(
         algorithms.add_parser(
             "facility-location", argument_default=argparse.SUPPRESS, help="rows that represent all rows"
@@ -83,7 +102,7 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace outputs that exist")
 
 
-def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool) -> None:
+def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool, has_seed: bool = True) -> None:
     parser.add_argument("-k", type=int, required=needs_k, metavar="K", help="how many rows to select")
     parser.add_argument(
         "-o",
@@ -93,11 +112,12 @@ def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool) -> None:
         help="indices, weights and info (JSON text) are written here",
     )
     _add_force(parser)
-    parser.add_argument("--seed", type=int)
+    if has_seed:
+        parser.add_argument("--seed", type=int)
 
 
-def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False) -> None:
-    _add_output(parser, needs_k=needs_k)
+def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False, has_seed: bool = True) -> None:
+    _add_output(parser, needs_k=needs_k, has_seed=has_seed)
     parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
     parser.add_argument("--memory-budget", type=int, metavar="BYTES", help="for similarities and orders")
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
@@ -107,13 +127,23 @@ def _add_simcore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", required=True, metavar="F", help="open set [n, d]: F.npy, F.npz or F.npz:key"
     )
-    parser.add_argument("--target", required=True, metavar="T", help="features of the target data [m, d]")
+    parser.add_argument("--target", metavar="T", help="features of the target data [m, d]")
+    parser.add_argument("--centroids", metavar="C", help="in place of --target: centroids of it [c, d]")
     _add_common(parser)
+    parser.add_argument(
+        "--ratio", type=float, metavar="R", help="in place of -k: the share of rows to select"
+    )
     parser.add_argument("--n-clusters", type=int, metavar="N", help="centroids of the target")
+    parser.add_argument("--fit-on", type=int, metavar="N", help="rows of the target that k-means sees")
     parser.add_argument(
         "--stop-threshold", type=float, metavar="R", help="stop below this share of the first value"
     )
-    parser.add_argument("--patience", type=int, metavar="N", help="the round whose value is the first value")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="the round whose value is the first value (default: 1 to 20, by the sizes)",
+    )
     parser.add_argument("--no-stop", dest="stop", action="store_false", help="take K rows however dissimilar")
 
 
@@ -123,8 +153,14 @@ def _add_ccs(parser: argparse.ArgumentParser) -> None:
     )
     _add_output(parser, needs_k=True)
     parser.add_argument("--mislabel-scores", metavar="M", help="low for labels that are probably wrong [n]")
-    parser.add_argument("--mislabel-ratio", type=float, metavar="R", help="the share to drop of the lowest")
-    parser.add_argument("--n-strata", type=int, metavar="N", help="strata of equal width")
+    parser.add_argument(
+        "--mislabel-ratio",
+        type=float,
+        metavar="R",
+        help="the share to drop of the lowest (default: as published, by the share of rows that K leaves out)",
+    )
+    parser.add_argument("--n-strata", type=int, metavar="N", help="the number of strata; 1 draws at random")
+    parser.add_argument("--strata", choices=KINDS, help="what strata have in common (default: width)")
     parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets its share")
 
 
@@ -133,14 +169,28 @@ def _add_goracs(parser: argparse.ArgumentParser) -> None:
         "--train", required=True, metavar="F", help="training features [n, d]: F.npy, F.npz or F.npz:key"
     )
     parser.add_argument("--valid", required=True, metavar="V", help="validation features [m, d]")
-    parser.add_argument("--grad-norms", required=True, metavar="G", help="gradient norms [n]")
+    parser.add_argument("--grad-norms", metavar="G", help="gradient norms [n], for --lam")
     _add_common(parser, needs_k=True)
-    parser.add_argument("--lam", type=float, help="weight of the gradient norms")
+    parser.add_argument("--lam", type=float, help="weight of the gradient norms (default: 0)")
+    parser.add_argument(
+        "--norm-clip", type=float, metavar="Q", help="the quantile that larger norms count as"
+    )
+    parser.add_argument(
+        "--norm-scale",
+        choices=NORM_SCALES,
+        help="divide norms by the largest, or scale them to the distances' spread",
+    )
     parser.add_argument("--max-exchanges", type=int, metavar="N", help="exchanges to make at most")
     parser.add_argument("--n-candidates", type=int, metavar="N", help="removals and additions to pair")
+    parser.add_argument("--max-solves", type=int, metavar="N", help="transport problems to solve at most")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds for the exchanges")
+    parser.add_argument(
+        "--tol", type=float, metavar="R", help="share of the score that an exchange has to gain"
+    )
     parser.add_argument("--train-labels", metavar="L", help="integer class labels [n]")
     parser.add_argument("--valid-labels", metavar="L", help="integer class labels [m]")
-    parser.add_argument("--solver", choices=("exact", "sinkhorn"))
+    parser.add_argument("--scaling", choices=SCALINGS, help="by the maxima of each class, or of all items")
+    parser.add_argument("--solver", choices=SOLVERS)
     parser.add_argument("--reg", type=float, help="regularisation of --solver sinkhorn")
 
 
@@ -208,6 +258,32 @@ def _add_autocoreset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=int, metavar="N", help="rounds without gain to end after")
     parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets an equal share")
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
+
+
+def _add_random_subset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", type=int, required=True, metavar="N", help="how many samples there are")
+    _add_output(parser, needs_k=True)
+    parser.add_argument("--mislabel-scores", metavar="M", help="low for labels that are probably wrong [n]")
+    parser.add_argument("--mislabel-ratio", type=float, metavar="R", help="the share to drop of the lowest")
+    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets its share")
+
+
+def _add_k_center(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", required=True, metavar="F", help="rows [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    _add_common(parser, needs_k=True, has_seed=False)
+    parser.add_argument("--metric", choices=("euclidean", "sqeuclidean", "l1", "cosine"))
+    parser.add_argument("--preselected", metavar="P", help="rows that are picks already")
+
+
+def _add_nearest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", required=True, metavar="F", help="open set [n, d]: F.npy, F.npz or F.npz:key"
+    )
+    parser.add_argument("--target", required=True, metavar="T", help="features of the target data [m, d]")
+    _add_common(parser, needs_k=True, has_seed=False)
+    parser.add_argument("--metric", choices=POINT_METRICS)
 
 
 def _add_facility_location(parser: argparse.ArgumentParser) -> None:

@@ -74,20 +74,28 @@ def _facility_location(arguments: argparse.Namespace) -> _Chosen:
 
 
 def _simcore(arguments: argparse.Namespace) -> _Chosen:
-    options = _options(arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed")
-    options |= _options(arguments, "backend", "progress", "memory_budget")
+    options = _options(
+        arguments, "n_clusters", "stop", "stop_threshold", "patience", "seed", "ratio", "fit_on"
+    )
+    options |= _options(arguments, "backend", "progress", "memory_budget", "target", "centroids")
+    if "target" not in options and "centroids" not in options:
+        raise CommandError("--target: the target's features are missing (only --centroids replaces them)")
     openset = load_features(arguments.features, "--features")
-    target = load_features(arguments.target, "--target")
-    coreset = fc.simcore(openset, target, getattr(arguments, "k", None), **options)
+    for name in ("target", "centroids"):
+        if name in options:
+            options[name] = load_features(options[name], f"--{name}")
+    coreset = fc.simcore(openset, k=getattr(arguments, "k", None), **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     info = dict(coreset.info)
-    arrays["centroids"] = info.pop("centroids").numpy()
+    for name in ("similarity", "centroid", "centroids"):
+        arrays[name] = info.pop(name).numpy()
     return _Chosen(arrays, {"rows": openset.shape[0], **info})
 
 
 def _goracs(arguments: argparse.Namespace) -> _Chosen:
     options = _options(arguments, "lam", "max_exchanges", "n_candidates", "solver", "reg", "seed")
     options |= _options(arguments, "backend", "progress", "memory_budget", "train_labels", "valid_labels")
+    options |= _options(arguments, "norm_clip", "norm_scale", "max_solves", "time_limit", "tol", "scaling")
     for name, rows in (("train_labels", "train rows"), ("valid_labels", "validation rows")):
         if name in options:
             option = f"--{name.replace('_', '-')}"
@@ -95,16 +103,18 @@ def _goracs(arguments: argparse.Namespace) -> _Chosen:
             options[name] = load_array(options[name], option, kinds="iu", ndim=1, wanted=wanted)
     train = load_features(arguments.train, "--train")
     valid = load_features(arguments.valid, "--valid")
-    norms = load_array(
-        arguments.grad_norms, "--grad-norms", kinds="fiu", ndim=1, wanted="a real array [train rows]"
-    )
+    norms = None
+    if hasattr(arguments, "grad_norms"):
+        norms = load_array(
+            arguments.grad_norms, "--grad-norms", kinds="fiu", ndim=1, wanted="a real array [train rows]"
+        )
     coreset = fc.goracs(train, valid, norms, arguments.k, **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     return _Chosen(arrays, {"rows": train.shape[0], **coreset.info})
 
 
 def _ccs(arguments: argparse.Namespace) -> _Chosen:
-    options = _options(arguments, "mislabel_ratio", "n_strata", "seed", "groups", "mislabel_scores")
+    options = _options(arguments, "mislabel_ratio", "n_strata", "strata", "seed", "groups", "mislabel_scores")
     wanted = "a real array [samples]"
     scores = load_array(arguments.scores, "--scores", kinds="fiu", ndim=1, wanted=wanted)
     if "mislabel_scores" in options:
@@ -171,9 +181,38 @@ def _autocoreset(arguments: argparse.Namespace) -> _Chosen:
     return _Chosen(arrays, {"rows": x.shape[0], "model": arguments.model, **coreset.info})
 
 
+def _plain(coreset: fc.Coreset, rows: int, *arrays: str) -> _Chosen:
+    """A control's result; the entries of `info` named by `arrays` are written as arrays."""
+    info = dict(coreset.info)
+    kept = {name: info.pop(name).numpy() for name in arrays}
+    chosen = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
+    return _Chosen(chosen | kept, {"rows": rows, **info})
+
+
+def _random_subset(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "mislabel_ratio", "seed", "groups", "mislabel_scores")
+    _load_into(options, "mislabel_scores", kinds="fiu", ndim=1, wanted="a real array [samples]")
+    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [samples]")
+    return _plain(fc.random_subset(arguments.n, arguments.k, **options), arguments.n)
+
+
+def _k_center(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "metric", "preselected", "backend", "progress", "memory_budget")
+    _load_into(options, "preselected", kinds="iu", ndim=1, wanted="an integer array of rows")
+    x = load_features(arguments.features, "--features")
+    return _plain(fc.k_center(x, arguments.k, **options), x.shape[0], "distances", "pick_distances")
+
+
+def _nearest(arguments: argparse.Namespace) -> _Chosen:
+    options = _options(arguments, "metric", "backend", "progress", "memory_budget")
+    openset = load_features(arguments.features, "--features")
+    target = load_features(arguments.target, "--target")
+    return _plain(fc.nearest(openset, target, arguments.k, **options), openset.shape[0], "values", "targets")
+
+
 # Options that name files.
 _INPUTS = (
-    *("features", "target", "clients", "weights", "groups", "budgets", "preselected"),
+    *("features", "target", "centroids", "clients", "weights", "groups", "budgets", "preselected"),
     *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
     *("scores", "mislabel_scores", "targets", "gradients"),
 )
@@ -185,6 +224,9 @@ ALGORITHMS = {
     "goracs": _goracs,
     "colm": _colm,
     "autocoreset": _autocoreset,
+    "random-subset": _random_subset,
+    "k-center": _k_center,
+    "nearest": _nearest,
 }
 
 

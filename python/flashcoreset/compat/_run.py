@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashcoreset._core.tensor import as_csr, as_matrix, is_sparse
 from flashcoreset.facility_location.backend import choose
+from flashcoreset.facility_location.problem import Problem
 
 
 class SampledRun:
@@ -35,11 +36,13 @@ class SampledRun:
         sparse = is_sparse(x)
         kernels = choose(None, torch.device("cpu"), sparse=sparse)
         self._run = kernels.FacilityLocation(
-            as_csr(x, "x") if sparse else as_matrix(x, "x"),
-            clients,
-            metric=metric,
-            preselected=preselected,
-            expected_picks=count,
+            Problem(
+                as_csr(x, "x") if sparse else as_matrix(x, "x"),
+                clients,
+                metric,
+                preselected=preselected,
+                expected_picks=count,
+            )
         )
 
     def pick(self, candidates: np.ndarray) -> int:

@@ -7,27 +7,40 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor
 
-from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import Takes, choose_kernels
-from flashcoreset._core.tensor import Csr
+from flashcoreset.facility_location.problem import Problem
 
 
 class Run(Protocol):
-    """A greedy run that the caller advances pick by pick."""
+    """A greedy run that the caller advances pick by pick. Values that are not finite, or sums that overflow, are a ValueError of
+    the first step, or on a device of whatever waits first."""
 
     @property
     def offset(self) -> float | None:
-        """What distances are subtracted from; None until kernels that check values have found one."""
+        """What distances are subtracted from: on a device known after `finish`, and less than the problem's offset if that is so far
+        above all distances that sums beside it would be rounded."""
 
     @property
     def completed(self) -> int:
         """The number of picks that are made; a device makes the picks that `step` started later."""
 
-    def step(self, count: int, naive: bool = False) -> int: ...
+    def step(self, count: int, naive: bool = False) -> int:
+        """Makes up to `count` further picks, or starts them on a device; `naive` evaluates every candidate for each. Returns the
+        number of picks that there are then."""
 
-    def step_among(self, candidates: Tensor) -> int: ...
+    def pick(self, naive: bool = False, stop_gain: float | None = None) -> int:
+        """Makes one pick, as `step` does, if its gain is at least `stop_gain`. Returns the pick, or -1 if none was made."""
 
-    def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float: ...
+    def step_among(self, candidates: Tensor) -> int:
+        """Makes one pick among `candidates` [r] int64, which are open: neither picked, preselected nor closed. Returns the
+        pick."""
+
+    def close(self, candidates: Tensor) -> None:
+        """These `candidates` [r] int64, on the CPU, are not picked from now on."""
+
+    def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float:
+        """Writes the picks so far into `indices` [k] int64, `gains` and `weights` [k] float64 or float32, `assignment` [m]
+        int64; returns f(S), the preselected included."""
 
 
 class Kernels(Protocol):
@@ -39,18 +52,10 @@ class Kernels(Protocol):
         self, x: Tensor, y: Tensor | None = None, *, metric: str, out: Tensor | None = None
     ) -> Tensor: ...
 
-    def FacilityLocation(
-        self,
-        x: Tensor | Csr,
-        clients: Tensor | None = None,
-        *,
-        metric: str = "cosine",
-        weights: Tensor | None = None,
-        preselected: Tensor | None = None,
-        offset: float | None = 0.0,
-        memory_budget: int = DEFAULT_MEMORY_BUDGET,
-        expected_picks: int | None = None,
-    ) -> Run: ...
+    def FacilityLocation(self, problem: Problem) -> Run: ...
+
+    def workspace(self, problem: Problem) -> int:
+        """An upper bound of the bytes that a run allocates; of the tensors only the shapes and types are read."""
 
 
 def choose(backend: str | None, device: torch.device, *, sparse: bool = False) -> Kernels:

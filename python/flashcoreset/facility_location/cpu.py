@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from flashcoreset._core import native
-from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import Takes
-from flashcoreset._core.native import capsule, optional_capsule
-from flashcoreset._core.tensor import Csr
+from flashcoreset._core.native import capsule
+from flashcoreset.facility_location.problem import Problem
 from flashcoreset.pairwise.cpu import pairwise
 
-__all__ = ["TAKES", "FacilityLocation", "pairwise"]
+__all__ = ["TAKES", "FacilityLocation", "pairwise", "workspace"]
 
 TAKES = Takes(sparse=True)
 
-
-_MANY = 2**63 - 1
+_HUGE_PAGE = 2**21
 
 
 class FacilityLocation:
-    """A greedy run that advances pick by pick; see `flashcoreset.facility_location.reference` for the
-    definition.
-
-    Args:
-        x: [n, d] points, or [n, m] similarities when `metric` is "precomputed"; float32 or float64, or such a
-            sparse matrix.
-        clients: [m, d] points, or None: the candidates themselves (precomputed: if it is square).
-        metric: "cosine", "dot", "euclidean", "sqeuclidean", "l1" or "precomputed".
-        weights: [m] float64, not negative; None for 1.
-        preselected: [p] int64, candidates already in S.
-        offset: what distances are subtracted from: those of points, and those that a matrix holds negated.
-        memory_budget: bytes for lists and matrices larger than n + m.
-        expected_picks: how many picks are likely to be asked for in all, from which the order of the work is
-            planned (the result does not depend on it); None: many.
+    """A greedy run, as `flashcoreset.facility_location.backend.Run` says.
 
     Raises:
         BackendUnavailableError: if no compiled module can be loaded.
-        ValueError: for NaN or infinity in `x` or `clients` (at the first step).
+        TypeError, ValueError: for arrays and numbers that do not fit each other.
 
     Example:
         >>> import torch
         >>> from flashcoreset import kernels
-        >>> run = kernels.cpu.FacilityLocation(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+        >>> run = kernels.cpu.FacilityLocation(kernels.FacilityLocationProblem(x))
         >>> run.step(2)
         2
         >>> indices, assignment = torch.empty(2, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
@@ -52,67 +40,63 @@ class FacilityLocation:
         (3.0, tensor([1, 0]))
     """
 
-    def __init__(
-        self,
-        x: Tensor | Csr,
-        clients: Tensor | None = None,
-        *,
-        metric: str = "cosine",
-        weights: Tensor | None = None,
-        preselected: Tensor | None = None,
-        offset: float | None = 0.0,
-        memory_budget: int = DEFAULT_MEMORY_BUDGET,
-        expected_picks: int | None = None,
-    ) -> None:
-        assert offset is not None  # only kernels that check values may find an offset themselves
-        self.offset, self.completed = offset, 0
-        made = native.module().FacilityLocation
-        threads = torch.get_num_threads()
-        if isinstance(x, Csr):
-            n, m = x.shape
-            self._run = made.from_csr(
-                capsule(x.crow),
-                capsule(x.col),
-                capsule(x.values),
-                m,
-                optional_capsule(weights),
-                optional_capsule(preselected),
-                n == m,
-                memory_budget,
-                threads,
-            )
-            return
-        if metric == "precomputed" and x.stride(1) != 1:
-            x = x.contiguous()
-        self._run = made(
-            capsule(x),
-            optional_capsule(clients),
-            metric,
-            optional_capsule(weights),
-            optional_capsule(preselected),
-            offset,
-            memory_budget,
-            threads,
-            _MANY if expected_picks is None else expected_picks,
-        )
+    def __init__(self, problem: Problem) -> None:
+        self.offset, self.completed = problem.offset, 0
+        x = problem.x
+        if problem.metric == "precomputed" and isinstance(x, Tensor) and x.stride(1) != 1:
+            problem = replace(problem, x=x.contiguous())
+        self._run = native.module().FacilityLocation(problem, torch.get_num_threads())
 
     def step(self, count: int, naive: bool = False) -> int:
-        """Makes up to `count` further picks; `naive` evaluates every candidate for each pick. Returns the number
-        of picks so far."""
-        self.completed = made = int(self._run.step(count, naive))
+        self.completed = made = self._run.step(count, naive)
         return made
 
+    def pick(self, naive: bool = False, stop_gain: float | None = None) -> int:
+        j: int = self._run.pick(naive, stop_gain)
+        self.completed += j >= 0
+        return j
+
     def step_among(self, candidates: Tensor) -> int:
-        """Makes one pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
-        pick."""
         return self._run.step_among(capsule(candidates))
 
+    def close(self, candidates: Tensor) -> None:
+        self._run.close(capsule(candidates))
+
     def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float:
-        """Writes the picks so far into `indices` [k] int64, `gains` and `weights` [k] float64 or float32,
-        `assignment` [m] int64; returns f(S), the preselected included."""
         return self._run.finish(capsule(indices), capsule(gains), capsule(weights), capsule(assignment))
 
     def stats(self) -> dict[str, int]:
         """What the run did so far: evaluations of candidates, similarities computed or read, and sweeps over
         all candidates."""
         return self._run.stats()
+
+
+def workspace(problem: Problem) -> int:
+    """Terms are named after what csrc/cpu/facility_location.cpp allocates."""
+    (n, m), d, size = problem.shape, problem.x.shape[1], problem.x.dtype.itemsize
+    threads, is_points, self_clients = (
+        torch.get_num_threads(),
+        problem.metric != "precomputed",
+        problem.clients is None,
+    )
+    columns = (n if self_clients else m) if is_points else 0
+    packed = (columns + 32) * d * size if is_points else 0
+    per_candidate = (113 + (24 if problem.costs is not None else 0)) * n
+    per_client = m * (16 * size + 24)
+    sweep = threads * 8 * n
+    picks = 2**63 if problem.expected_picks is None else problem.expected_picks
+    if is_points and n >= 4096 and m >= 2048 and picks >= 8:  # the kernel looks ahead
+        states = 8  # the number of picks that the kernel looks ahead
+        copies = states * 2 * m * size + 8 * n * (states + 1) + (min(m, 8192) + max(2048, m // 20)) * d * size
+        sweep = copies + (threads * (states + 1) * 8 * n if self_clients else 0)
+    pairs = n * m * size
+    matrix = pairs if is_points and pairs <= problem.memory_budget else 0
+    entry = 4 + size
+    capacity = min((problem.memory_budget - matrix) // entry, n * m)
+    longest = min(m, max(256, 4 * capacity // n)) if capacity else 0
+    lists = (capacity + threads * 48 * longest) * entry
+    # Each thread packs a block of rows: 2 MB, or 96 rows if these are more.
+    blocks = threads * max(2**20, min(n, 96) * d * size if is_points else 0)
+    own = packed + per_candidate + per_client + sweep + matrix + lists + blocks
+    # If large arrays lie side by side, the huge page that both share is counted whole.
+    return own + (_HUGE_PAGE if own >= 2 * _HUGE_PAGE else 0)

@@ -60,3 +60,9 @@ def gain_scale(upper: Tensor, weights: Tensor, metric: str, dtype: torch.dtype) 
             "lost; scale x or the weights up"
         )
     return scale
+
+
+def pick_keys(gains: Tensor, costs: Tensor | None) -> Tensor:
+    """What candidates are compared by, int64: their `gains`, or the bits of gain / cost in float64, which have the order of such
+    numbers since none is negative."""
+    return gains if costs is None else (gains.double() / costs).view(torch.int64)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashcoreset._core.tensor import Csr
 from flashcoreset.facility_location.backend import Kernels
+from flashcoreset.facility_location.problem import Problem
 
 # A sum over m clients loses at most m units of 2^-60 of the bound of all sums; gains above 2^10 times that loss are right to 0.1 %.
 _SAFE_UNITS = 2.0**-50
@@ -17,41 +18,32 @@ _PICKS = 64  # rows of similarities that are checked together
 
 
 def check_gains(
-    kernels: Kernels,
-    x: Tensor | Csr,
-    clients: Tensor | None,
-    metric: str,
-    weights: Tensor | None,
-    preselected: Tensor | None,
-    indices: Tensor,
-    gains: Tensor,
-    offset: float,
-    stochastic: bool,
+    kernels: Kernels, problem: Problem, offset: float, indices: Tensor, gains: Tensor, stochastic: bool
 ) -> None:
     """Sums gains again, pick by pick in float64, if some are so small that their sums may have lost them.
 
     Args:
         kernels: the backend that solved the problem.
-        x, clients, metric, weights, preselected: the problem; "precomputed" for a matrix.
-        indices, gains: [k] the picks that were found, and their gains.
+        problem: the problem.
         offset: what distances were subtracted from; 0 for similarities.
+        indices, gains: [k] the picks that were found, and their gains.
         stochastic: whether only some candidates were evaluated for each pick.
 
     Raises:
         ValueError: if a pick is worth more than its reported gain, or a client still misses more than the worst pick brought.
     """
+    weights, preselected, metric = problem.weights, problem.preselected, problem.metric
     if len(gains) < (2 if preselected is None else 1) or (metric == "cosine" and weights is None):
         return
-    m = x.shape[1] if metric == "precomputed" else x.shape[0] if clients is None else clients.shape[0]
+    x, m = problem.x, problem.shape[1]
     # A first pick among all candidates is worth at least what the largest similarity is.
     known = preselected is None and not stochastic and metric != "cosine" and not offset
-    bound = float(gains[0]) if known else _bound(x, clients, metric, weights, offset, m)
+    bound = float(gains[0]) if known else _bound(problem, offset)
     limit, least = m * bound * _SAFE_UNITS, float(gains.min())
     if least >= limit:
         return
     before = 0 if preselected is None else len(preselected)
     order = indices if preselected is None else torch.cat([preselected, indices])
-    square = clients is None and (metric != "precomputed" or x.shape[0] == x.shape[1])
     worth = torch.zeros(len(order), dtype=torch.float64, device=x.device)
     missed = 0.0
     # The rows of a sparse matrix are made dense one at a time.
@@ -65,15 +57,15 @@ def check_gains(
             else weights[some].double()
         )
         best = torch.full((some.stop - begin,), -offset, dtype=torch.float64, device=x.device)
-        least_told = _least_told(x, clients, metric, some)
+        least_told = _least_told(problem, some)
         for first in range(0, len(order), step):
             rows = order[first : first + step]
-            s = _similarities(kernels, x, clients, metric, rows, some)
+            s = _similarities(kernels, problem, rows, some)
             bests = torch.cat([best[None], s]).cummax(0).values
             worth[first : first + len(rows)] += (_told(s, bests[:-1], least_told) * w).sum(1)
             best = bests[-1]
-        if square and not stochastic:
-            more = _told(_own(x, metric, some), best, least_told) * w
+        if problem.is_square and not stochastic:
+            more = _told(_own(problem, some), best, least_told) * w
             missed = max(missed, float(more.max()))
     worth = worth[before:]
     lost = (worth > 1.02 * gains.double()) & (gains < limit)
@@ -90,30 +82,27 @@ def check_gains(
         )
 
 
-def _bound(
-    x: Tensor | Csr, clients: Tensor | None, metric: str, weights: Tensor | None, offset: float, m: int
-) -> float:
+def _bound(problem: Problem, offset: float) -> float:
     """An upper bound of all sums of weights times similarities."""
-    total = float(m) if weights is None else float(weights.sum())
+    x, total = problem.x, problem.total_weight
     if offset:
         return offset * total
-    if metric == "cosine":
+    if problem.metric == "cosine":
         return total
     if isinstance(x, Csr):
         return total * max(0.0, float(x.values.max())) if len(x.values) else 0.0
-    if metric == "precomputed":
+    if problem.metric == "precomputed":
         return total * max(0.0, float(x.max()))
     longest = [
         float(torch.linalg.vector_norm(some, dim=1, dtype=torch.float64).max())
-        for some in (x, x if clients is None else clients)
+        for some in (x, x if problem.clients is None else problem.clients)
     ]
     return total * longest[0] * longest[1]
 
 
-def _similarities(
-    kernels: Kernels, x: Tensor | Csr, clients: Tensor | None, metric: str, rows: Tensor, some: slice
-) -> Tensor:
+def _similarities(kernels: Kernels, problem: Problem, rows: Tensor, some: slice) -> Tensor:
     """The similarities [rows, clients] float64 of `some` of the clients."""
+    x, metric = problem.x, problem.metric
     if isinstance(x, Csr):
         part = slice(int(x.crow[rows[0]]), int(x.crow[rows[0] + 1]))
         s = x.values.new_zeros(1, x.shape[1], dtype=torch.float64)
@@ -121,12 +110,15 @@ def _similarities(
         return s
     if metric == "precomputed":
         return x[rows, some].double()
-    values = kernels.pairwise(x[rows], (x if clients is None else clients)[some], metric=metric).double()
+    values = kernels.pairwise(
+        x[rows], (x if problem.clients is None else problem.clients)[some], metric=metric
+    ).double()
     return values if metric in ("cosine", "dot") else -values
 
 
-def _own(x: Tensor | Csr, metric: str, some: slice) -> Tensor:
+def _own(problem: Problem, some: slice) -> Tensor:
     """Each client's similarity with itself."""
+    x, metric = problem.x, problem.metric
     if isinstance(x, Csr):
         rows = torch.repeat_interleave(torch.arange(x.shape[0], device=x.device), x.crow.diff())
         s = x.values.new_zeros(x.shape[1], dtype=torch.float64)
@@ -142,11 +134,12 @@ def _own(x: Tensor | Csr, metric: str, some: slice) -> Tensor:
     return torch.zeros(some.stop - some.start, dtype=torch.float64, device=x.device)
 
 
-def _least_told(x: Tensor | Csr, clients: Tensor | None, metric: str, some: slice) -> Tensor | None:
+def _least_told(problem: Problem, some: slice) -> Tensor | None:
     """For each client the distance above which distances are more than rounding of the points; None for similarities."""
+    x, metric = problem.x, problem.metric
     if isinstance(x, Csr) or metric in ("cosine", "dot", "precomputed"):
         return None
-    size = _ROUNDING * (x if clients is None else clients)[some].abs().amax(1).double()
+    size = _ROUNDING * (x if problem.clients is None else problem.clients)[some].abs().amax(1).double()
     return size.square() if metric == "sqeuclidean" else size
 
 

@@ -28,10 +28,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
+from flashcoreset._core.constants import DISTANCES
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import Csr, check_finite
-from flashcoreset.facility_location.gains import bounds_of_matrix, bounds_of_points, gain_scale
+from flashcoreset.facility_location.gains import bounds_of_matrix, bounds_of_points, gain_scale, pick_keys
+from flashcoreset.facility_location.problem import Problem
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import _blocks, values_of_rows
 from flashcoreset.pairwise.reference import pairwise as pairwise
@@ -113,65 +114,39 @@ class _Sparse:
 
 
 class FacilityLocation:
-    """A greedy run that advances pick by pick.
+    """A greedy run that advances pick by pick, as `flashcoreset.facility_location.backend.Run` says."""
 
-    Args:
-        x: [n, d] points, or [n, m] similarities when `metric` is "precomputed"; float32 or float64, or such a
-            sparse matrix.
-        clients: [m, d] points, or None: the candidates themselves (precomputed: if it is square).
-        metric: "cosine", "dot", "euclidean", "sqeuclidean", "l1" or "precomputed".
-        weights: [m] float64, not negative; None for 1.
-        preselected: [p] int64, candidates already in S.
-        offset: what distances are subtracted from: those of points, and those that a matrix holds negated.
-        memory_budget: similarities from points are kept if they take at most this many bytes, else computed as
-            needed.
-        expected_picks: compiled kernels plan with it; ignored here.
-
-    Raises:
-        ValueError: for NaN or infinity in `x` or `clients`, or similarities that overflow.
-    """
-
-    def __init__(
-        self,
-        x: Tensor | Csr,
-        clients: Tensor | None = None,
-        *,
-        metric: str = "cosine",
-        weights: Tensor | None = None,
-        preselected: Tensor | None = None,
-        offset: float | None = 0.0,
-        memory_budget: int = DEFAULT_MEMORY_BUDGET,
-        expected_picks: int | None = None,
-    ) -> None:
-        assert offset is not None  # only kernels that check values may find an offset themselves
-        self.offset, self.completed = offset, 0
+    def __init__(self, problem: Problem) -> None:
+        assert problem.offset is not None  # only kernels that check values may find an offset themselves
+        self.offset, self.completed = problem.offset, 0
         s: _Similarities
-        if isinstance(x, Csr):
-            s = _Sparse(x)
-        elif metric == "precomputed":
-            check_finite(x, "x")
-            s = _Matrix(x)
+        if isinstance(problem.x, Csr):
+            s = _Sparse(problem.x)
+        elif problem.metric == "precomputed":
+            check_finite(problem.x, "x")
+            s = _Matrix(problem.x)
         else:
-            s = _Points(x, clients, metric)
+            s = _Points(problem.x, problem.clients, problem.metric)
         n, m = self._shape = s.shape
-        self._self_clients = clients is None and n == m
-        floor = -offset if metric in DISTANCES or (metric == "precomputed" and offset) else 0.0
-        self._weights = (
-            torch.ones(m, dtype=torch.float64, device=s.device) if weights is None else weights.double()
-        )
-        self._scale = gain_scale(s.upper_bounds(floor), self._weights, metric, s.dtype)
-        if isinstance(s, _Points) and n * m * s.dtype.itemsize <= memory_budget:
+        self._self_clients = problem.is_square
+        weights = problem.weights
+        self._weights = torch.ones(m, dtype=torch.float64, device=s.device) if weights is None else weights
+        self._scale = gain_scale(s.upper_bounds(problem.floor), self._weights, problem.metric, s.dtype)
+        if isinstance(s, _Points) and n * m * s.dtype.itemsize <= problem.memory_budget:
             held = torch.empty(n, m, dtype=s.dtype, device=s.device)
             for rows in _blocks(n, m * s.dtype.itemsize):
                 held[rows] = s.rows(rows)
             s = _Matrix(held)
         self._s = s
-        self._floor = torch.tensor(floor, dtype=s.dtype, device=s.device)
+        self._floor = torch.tensor(problem.floor, dtype=s.dtype, device=s.device)
         self._scaled_weights = (self._weights * self._scale).to(s.dtype)
+        self._costs = problem.costs
 
         covered = torch.full((m,), -math.inf, dtype=s.dtype, device=s.device)  # best of the preselected
-        self._open = torch.ones(n, dtype=torch.bool, device=s.device)  # neither picked nor preselected
-        for j in [] if preselected is None else preselected.tolist():
+        self._open = torch.ones(
+            n, dtype=torch.bool, device=s.device
+        )  # neither picked, preselected nor closed
+        for j in [] if problem.preselected is None else problem.preselected.tolist():
             covered = torch.maximum(covered, s.rows(slice(j, j + 1))[0])
             self._open[j] = False
         self._covered = covered
@@ -180,20 +155,19 @@ class FacilityLocation:
         self._picks: list[int] = []
         self._gains: list[int] = []
         self._own_similarity: list[Tensor] = []
-        self._queue: list[tuple[int, int, int]] | None = None
+        self._queue: list[tuple[int, int, int, int]] | None = None
 
     def _gains_of(self, rows: slice | Tensor) -> Tensor:
         terms = (self._s.rows(rows) - self._best).clamp_min_(0).mul_(self._scaled_weights)
         return terms.to(torch.int64).sum(1)
 
     def _all_gains(self) -> Tensor:
-        """[n] gains; -1 for candidates that are not open."""
         n, m = self._shape
         # Allocated first: small results between the blocks' temporaries would keep the allocator from using their place again.
         gains = torch.empty(n, dtype=torch.int64, device=self._best.device)
         for rows in _blocks(n, 4 * m * 8):
             gains[rows] = self._gains_of(rows)
-        return torch.where(self._open, gains, -1)
+        return gains
 
     def _pick(self, j: int, gain: int) -> None:
         s = self._s.rows(slice(j, j + 1))[0]
@@ -203,55 +177,67 @@ class FacilityLocation:
         self._open[j] = False
         self._picks.append(j)
         self._gains.append(gain)
+        self.completed = len(self._picks)
         if self._self_clients:
             self._own_similarity.append(s[j])
 
     def step(self, count: int, naive: bool = False) -> int:
-        """Makes up to `count` further picks; `naive` evaluates every candidate for each pick. Returns the number
-        of picks so far."""
-        for _ in range(min(count, int(self._open.sum()))):
-            if naive:
-                gains = self._all_gains()
-                gain = int(gains.max())
-                j = int((gains == gain).nonzero()[0])  # argmax does not promise the first of equal values
-            else:
-                j, gain = self._pop_best()
-            self._pick(j, gain)
-        self.completed = len(self._picks)
+        while count > 0 and self.pick(naive) >= 0:
+            count -= 1
         return self.completed
 
-    def _pop_best(self) -> tuple[int, int]:
+    def pick(self, naive: bool = False, stop_gain: float | None = None) -> int:
+        if not self._open.any():
+            return -1
+        if naive:
+            keys = self._keys(gains := self._all_gains())
+            j = int((keys == keys.max()).nonzero()[0])  # argmax does not promise the first of equal values
+            gain = int(gains[j])
+        else:
+            j, gain = self._find_best()
+        if stop_gain is not None and (gain / self._scale if gain else 0.0) < stop_gain:
+            return -1
+        self._pick(j, gain)
+        return j
+
+    def _keys(self, gains: Tensor, index: slice | Tensor = slice(None)) -> Tensor:
+        """What candidates `index` are compared by; -1 for those that are not open."""
+        keys = pick_keys(gains, None if self._costs is None else self._costs[index])
+        return torch.where(self._open[index], keys, -1)
+
+    def _find_best(self) -> tuple[int, int]:
+        now = len(self._picks)
         if self._queue is None:
-            # (-gain, candidate, number of picks when the gain was computed); an old gain is an upper bound.
-            now = len(self._picks)
-            self._queue = [(-gain, j, now) for j, gain in enumerate(self._all_gains().tolist()) if gain >= 0]
+            # (-key, candidate, number of picks when the gain was computed, gain); an old key is an upper bound.
+            gains = self._all_gains()
+            entries = zip(self._keys(gains).tolist(), gains.tolist(), strict=True)
+            self._queue = [(-key, j, now, gain) for j, (key, gain) in enumerate(entries) if key >= 0]
             heapq.heapify(self._queue)
         while True:
-            negative_gain, j, when = self._queue[0]
+            _, j, when, gain = self._queue[0]
             if not self._open[j]:
                 heapq.heappop(self._queue)
-            elif when == len(self._picks):
-                heapq.heappop(self._queue)
-                return j, -negative_gain
+            elif when == now:
+                return j, gain
             else:
-                gain = int(self._gains_of(slice(j, j + 1)))
-                heapq.heapreplace(self._queue, (-gain, j, len(self._picks)))
+                row = slice(j, j + 1)
+                gains = self._gains_of(row)
+                heapq.heapreplace(self._queue, (-int(self._keys(gains, row)), j, now, int(gains)))
 
     def step_among(self, candidates: Tensor) -> int:
-        """Makes one pick among `candidates` [r] int64, which are neither picked nor preselected. Returns the
-        pick."""
         candidates = candidates.sort().values
         gains = torch.empty_like(candidates)
         for rows in _blocks(len(candidates), 4 * self._shape[1] * 8):
             gains[rows] = self._gains_of(candidates[rows])
-        gain = int(gains.max())
-        j = int(candidates[gains == gain][0])
-        self._pick(j, gain)
-        return j
+        keys = self._keys(gains, candidates)
+        place = int((keys == keys.max()).nonzero()[0])
+        self._pick(int(candidates[place]), int(gains[place]))
+        return self._picks[-1]
+
+    def close(self, candidates: Tensor) -> None:
+        self._open[candidates.to(self._open.device)] = False
 
     def finish(self, indices: Tensor, gains: Tensor, weights: Tensor, assignment: Tensor) -> float:
-        """Writes the picks so far into `indices` [k] int64, `gains` and `weights` [k] float64 or float32,
-        `assignment` [m] int64; returns f(S), the preselected included."""
         owner = self._owner.clone()
         for position, j in enumerate(self._picks):
             # A pick serves itself unless a preselected item is more similar to it.
@@ -267,3 +253,13 @@ class FacilityLocation:
         )
         assignment.copy_(owner)
         return math.fsum((client_weights * (self._best.double() - self._floor.double()).cpu()).tolist())
+
+
+def workspace(problem: Problem) -> int:
+    (n, m), d, size = problem.shape, problem.x.shape[1], problem.x.dtype.itemsize
+    is_points, pairs = problem.metric != "precomputed", n * m * size
+    normalized = 2 * (n if problem.clients is None else n + m) * d * size if is_points else 0
+    matrix = pairs if is_points and pairs <= problem.memory_budget else 0
+    # Temporaries of a block of rows, and the allocator's share of them.
+    block = 8 * max(2**20, 8 * m)
+    return normalized + matrix + 200 * n + 64 * m + block

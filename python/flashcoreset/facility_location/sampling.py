@@ -29,6 +29,15 @@ class CandidateSampler:
         self._drawn = count
         return torch.tensor(sorted(pool[:count]), dtype=torch.int64)
 
+    @property
+    def left(self) -> int:
+        return len(self._pool)
+
+    def discard(self, candidates: Tensor) -> None:
+        """Takes candidates, which may be gone already, out of the pool."""
+        gone = set(candidates.tolist())
+        self._pool = [j for j in self._pool if j not in gone]
+
     def remove(self, candidate: int) -> None:
         """Takes a candidate of the last draw out of the pool."""
         pool = self._pool

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcoreset._core.tensor import as_dense, as_int64, as_integer, as_number
+from flashcoreset._core.tensor import as_floating, as_int64, as_integer, as_number, as_tensor, promoted
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 
 
@@ -17,8 +17,8 @@ class AdamState:
     """Adam's running means m of gradients and v of their squares, before step `step`.
 
     Attributes:
-        m: [D] float32 or float64.
-        v: [D], of the same dtype, not negative (checked when it is used).
+        m: [D] float32 or float64; beside a v of the other type, float64.
+        v: [D], not negative (checked when it is used).
         step: the number t >= 1 of the step to be made, on which the bias correction 1 - beta^t depends.
         betas: (beta1, beta2), each in [0, 1).
         eps: what is added to the square root of v's corrected value, > 0.
@@ -40,14 +40,13 @@ class AdamState:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        m, v = as_dense(self.m, "m"), as_dense(self.v, "v")
+        m, v = as_floating(as_tensor(self.m, "m"), "m"), as_floating(as_tensor(self.v, "v"), "v")
+        m, v = promoted(m, v)
         for name, tensor in (("m", m), ("v", v)):
             if tensor.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{name} must have dtype float32 or float64, got {tensor.dtype}")
             if tensor.dim() != 1 or not tensor.numel():
                 raise ValueError(f"{name} must have shape [D], got {tuple(tensor.shape)}")
-        if v.dtype != m.dtype:
-            raise TypeError(f"v must have the dtype of m, {m.dtype}, got {v.dtype}")
         if v.shape != m.shape:
             raise ValueError(f"v must have the shape of m, {tuple(m.shape)}, got {tuple(v.shape)}")
         if v.device != m.device:

@@ -200,11 +200,12 @@ def _patches(module: Any, x: Tensor, size: torch.Size) -> Tensor:
     spatial = x.stride()[2:]
     moves = [stride * step for stride, step in zip(spatial, module.stride, strict=True)]
     reach = [stride * step for stride, step in zip(spatial, module.dilation, strict=True)]
+    # Copied with the positions last, whose neighbours are neighbours in x.
     windows = x.as_strided(
-        (x.shape[0], *size, x.shape[1], *module.kernel_size), (x.stride(0), *moves, x.stride(1), *reach),
+        (x.shape[0], x.shape[1], *module.kernel_size, *size), (x.stride(0), x.stride(1), *reach, *moves),
         x.storage_offset(),
     )  # fmt: skip
-    return windows.reshape(x.shape[0], size.numel(), -1)
+    return windows.reshape(x.shape[0], -1, size.numel()).transpose(1, 2)
 
 
 # ---- embeddings

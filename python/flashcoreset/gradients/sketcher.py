@@ -37,6 +37,7 @@ from flashcoreset.gradients.row_checks import Record, Unavailable, check_rows
 from flashcoreset.gradients.sum_checks import Sums
 from flashcoreset.sketch import check_projection
 from flashcoreset.sketch.backend import choose
+from flashcoreset.sketch.kinds import KINDS
 
 REDUCTIONS = ("mean", "sum")
 VERIFY = ("first", "always", "never")
@@ -201,7 +202,9 @@ class GradientSketcher:
             targets[id(parameter)] = _Target(name, parameter, self.numel)
             self.offsets[name] = self.numel
             self.numel += parameter.numel()
-        columns, seed, _, nnz = check_projection(self.numel, 1 if dim is None else dim, kind, seed, 0, nnz)
+        columns = 1 if dim is None else dim
+        # Gradients are sketched layer by layer, so a choice among all entries is not for them.
+        columns, seed, _, nnz = check_projection(self.numel, columns, kind, seed, 0, nnz, kinds=KINDS)
         check_backend(backend)
         (device,) = _same_device(wanted)
         self._model, self._dim, self._device = model, None if dim is None else columns, device

@@ -19,10 +19,11 @@ from flashcoreset._core.op import define_op
 from flashcoreset._core.philox import philox4x32
 from flashcoreset._core.tensor import (
     FLOATING,
-    as_dense,
+    as_floating,
     as_int64,
     as_integer,
     as_number,
+    as_tensor,
     compute_dtype,
     is_traced,
 )
@@ -60,7 +61,7 @@ class LowRankGradients:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        coefficients = as_dense(self.coefficients, "coefficients")
+        coefficients = as_floating(as_tensor(self.coefficients, "coefficients"), "coefficients")
         if coefficients.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"coefficients must have dtype float32 or float64, got {coefficients.dtype}")
         if coefficients.dim() != 2 or 0 in coefficients.shape:

@@ -1,6 +1,7 @@
-"""Coreset selection inside training loops: `torch` for loops of one's own, `transformers` for its Trainer.
+"""Coreset selection inside other frameworks: `torch` for training loops of one's own, `transformers` for its Trainer, `sklearn` for
+pipelines.
 
-`flashcoreset.integrations.transformers` is imported when it is first used, and needs the extra `transformers`.
+`flashcoreset.integrations.transformers` and `.sklearn` are imported when they are first used; the former needs the extra `transformers`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from flashcoreset.integrations import torch
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "transformers":
-        return importlib.import_module("flashcoreset.integrations.transformers")
+    if name in ("sklearn", "transformers"):
+        return importlib.import_module(f"flashcoreset.integrations.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,10 +6,12 @@ by pick.
 except where the list says otherwise:
 
     pairwise(x, y=None, *, metric, out=None)
-    FacilityLocation(x, clients=None, *, metric, weights, preselected, offset, memory_budget)
-        .step(count, naive=False), .step_among(candidates), .finish(indices, gains, weights, assignment)
+    FacilityLocation(FacilityLocationProblem(x, clients, metric, weights, preselected, costs, offset, memory_budget))
+        .step(count, naive=False), .pick(naive, stop_gain), .step_among(candidates), .close(candidates),
+        .finish(indices, gains, weights, assignment)
     sinkhorn(SinkhornProblem(x, y, a, b, reg, metric, ...)), sinkhorn_apply(problem, v, transpose=False), sinkhorn_plan(problem)
     sketch(x, dim, *, kind, seed, offset, nnz, out=None), projection_matrix(rows, dim, *, kind, seed, ...)
+    sketch_csr(csr, dim, *, kind, seed, ...)    (in `kernels.cpu` and `kernels.torch`)
     sample_scores(logits, targets, *, masked=False, out=None)    (not in `kernels.cuda`)
     directions(out, *, seed, begin, first=0)
     top_updates(UpdatesProblem(Gradients(values, seed, length), history, member, offset, top)),
@@ -33,6 +35,7 @@ Example:
 """
 
 from flashcoreset.caratheodory.problem import Problem as CaratheodoryProblem
+from flashcoreset.facility_location.problem import Problem as FacilityLocationProblem
 from flashcoreset.kernels import cpu, cuda, torch
 from flashcoreset.matching.problem import Gradients
 from flashcoreset.matching.problem import Updates as UpdatesProblem
@@ -41,6 +44,7 @@ from flashcoreset.sinkhorn.problem import Problem as SinkhornProblem
 
 __all__ = [
     "CaratheodoryProblem",
+    "FacilityLocationProblem",
     "Gradients",
     "PursuitProblem",
     "SinkhornProblem",

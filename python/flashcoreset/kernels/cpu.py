@@ -9,7 +9,7 @@ from flashcoreset.pairwise.cpu import pairwise
 from flashcoreset.pursuit.cpu import frank_wolfe, orthogonal_matching_pursuit
 from flashcoreset.scores.cpu import sample_scores
 from flashcoreset.sinkhorn.cpu import sinkhorn, sinkhorn_apply, sinkhorn_plan
-from flashcoreset.sketch.cpu import projection_matrix, sketch, sketch_rows
+from flashcoreset.sketch.cpu import projection_matrix, sketch, sketch_csr, sketch_rows
 
 __all__ = [
     "FacilityLocation",
@@ -25,6 +25,7 @@ __all__ = [
     "sinkhorn_apply",
     "sinkhorn_plan",
     "sketch",
+    "sketch_csr",
     "sketch_rows",
     "top_updates",
     "update_history",

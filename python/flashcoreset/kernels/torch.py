@@ -9,7 +9,7 @@ from flashcoreset.pairwise.reference import pairwise
 from flashcoreset.pursuit.reference import frank_wolfe, orthogonal_matching_pursuit
 from flashcoreset.scores.reference import sample_scores
 from flashcoreset.sinkhorn.reference import sinkhorn, sinkhorn_apply, sinkhorn_plan
-from flashcoreset.sketch.reference import projection_matrix, sketch
+from flashcoreset.sketch.reference import projection_matrix, sketch, sketch_csr
 
 __all__ = [
     "FacilityLocation",
@@ -25,6 +25,7 @@ __all__ = [
     "sinkhorn_apply",
     "sinkhorn_plan",
     "sketch",
+    "sketch_csr",
     "top_updates",
     "update_history",
 ]

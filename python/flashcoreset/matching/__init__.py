@@ -35,10 +35,11 @@ def match_gradients(
             of size B x D or D x q is formed.
         k: how many gradients to take. With `budgets`: their sum, or None.
         normalize: Adam's history: each gradient is replaced by the update that Adam would make with it, and the `state` of the result
-            is the history after a step with the chosen gradients. None matches the gradients themselves.
+            is the history after a step with the chosen gradients. None matches the gradients themselves. If one of history and
+            gradients is float32 and the other float64, all is float64.
         top: in each group, only the `top` dimensions of the largest |mean (normalised) gradient| count, ties to the lower
             dimension; 1 <= top <= D. None takes all.
-        groups: [B] integer labels; each label is its own problem over its own members.
+        groups: [B] labels, integers or values that can be sorted, such as strings; each label is its own problem over its own members.
         budgets: how many to take from each group: a dict label -> count, or counts [G] for the labels 0..G-1. Default:
             `allocate_budgets` of the groups' sizes and `k`.
         metric: "l1", "euclidean", "sqeuclidean", "cosine" or "dot", between rows, for "medoid".
@@ -58,7 +59,7 @@ def match_gradients(
         dimensions alike); `state`, of the kind of `normalize`, its step one higher, its means unchanged if nothing was taken.
 
     Raises:
-        TypeError: for a wrong type or dtype, such as a history in another precision than the gradients'.
+        TypeError: for a wrong type or dtype.
         ValueError: for a wrong shape, option, label or budget, a history of another D, NaN and infinity.
         BackendUnavailableError: if a `backend` was named that cannot run here.
 

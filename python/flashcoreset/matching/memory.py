@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import DEFAULTS, check_backend
+from flashcoreset._core.inputs import numbered_labels
 from flashcoreset._core.memory import as_dtype, as_shape, memory_estimate, register_estimate
 from flashcoreset._core.tensor import as_integer, as_vector, compute_dtype, one_of
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
@@ -126,5 +127,6 @@ def _sizes_of_groups(groups: Any, count: int) -> list[int]:
         if groups is not None and as_shape(groups, "groups", 1) != (count,):
             raise ValueError(f"groups must have shape [{count}], got {groups}")
         return [count]
+    (groups,) = numbered_labels(groups)
     labels = as_vector(groups, "groups", torch.device("cpu"), integers=True, length=count)
     return labels.unique(return_counts=True)[1].tolist()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashcoreset._core.inputs import numbered_labels
 from flashcoreset._core.tensor import (
     as_integer,
     as_matrix,
@@ -15,7 +16,7 @@ from flashcoreset._core.tensor import (
     is_traced,
     one_of,
 )
-from flashcoreset.facility_location import check_picks, group_members
+from flashcoreset.facility_location.checks import check_picks, group_members
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 from flashcoreset.matching.rule import Rule
@@ -150,8 +151,9 @@ def check(
             f"nonnegative and ridge are for method 'omp', got {nonnegative} and {ridge} with {method!r}"
         )
     device = gradients.values.device
+    groups, budgets = numbered_labels(groups, budgets=budgets)
     asked = check_picks(gradients.count, k, groups, budgets, device)
-    history = check_history(normalize, gradients, "normalize")
+    gradients, history = check_history(normalize, gradients, "normalize")
     top = check_top(top, gradients.numel)
     members: list[tuple[Tensor, int]] = []
     if not is_traced(gradients.values):
@@ -172,9 +174,10 @@ def check_top(top: Any, numel: int) -> int | None:
     return number
 
 
-def check_history(history: Any, g: Gradients, name: str) -> History | None:
+def check_history(history: Any, g: Gradients, name: str) -> tuple[Gradients, History | None]:
+    """The gradients and the history, checked, in the same precision."""
     if history is None:
-        return None
+        return g, None
     if not isinstance(history, (AdamState, RankOneAdamState)):
         raise TypeError(f"{name} must be an AdamState, got {type(history).__name__}")
     if history.numel != g.numel:
@@ -182,10 +185,12 @@ def check_history(history: Any, g: Gradients, name: str) -> History | None:
             f"{name} must be of gradients of length {g.numel}, as these are, got one of length {history.numel}"
         )
     if isinstance(history, AdamState):
-        if history.m.dtype != g.dtype:
-            raise TypeError(f"{name} must have dtype {g.dtype} for these gradients, got {history.m.dtype}")
         if history.m.device != g.values.device:
             raise ValueError(
                 f"{name} is on device {history.m.device}, but the gradients are on {g.values.device}; move one of them"
             )
-    return history
+        if history.m.dtype != g.dtype:
+            # One of them is float32, and its numbers are float64's too.
+            values, m, v = (tensor.double() for tensor in (g.values, history.m, history.v))
+            return replace(g, values=values), replace(history, m=m, v=v)
+    return g, history

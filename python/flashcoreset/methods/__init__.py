@@ -1,4 +1,4 @@
-"""The coreset methods, each a composition of ops, and `select`, which calls one by its name."""
+"""The coreset methods and the controls beside them, each a composition of ops, and `select`, which calls one by its name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any
 from flashcoreset._core.results import Coreset
 from flashcoreset.methods.autocoreset import autocoreset
 from flashcoreset.methods.ccs import ccs, top_scores
+from flashcoreset.methods.ccs.coverage import coverage_auc
+from flashcoreset.methods.ccs.tuning import tune_ccs
 from flashcoreset.methods.colm import CoLM, colm
 from flashcoreset.methods.goracs import goracs
+from flashcoreset.methods.k_center import k_center
+from flashcoreset.methods.nearest import nearest
+from flashcoreset.methods.random_subset import random_subset
 from flashcoreset.methods.simcore import simcore
 
 _METHODS: dict[str, Callable[..., Coreset]] = {
@@ -18,6 +23,10 @@ _METHODS: dict[str, Callable[..., Coreset]] = {
     "ccs": ccs,
     "goracs": goracs,
     "autocoreset": autocoreset,
+    "random_subset": random_subset,
+    "top_scores": top_scores,
+    "k_center": k_center,
+    "nearest": nearest,
 }
 
 
@@ -25,7 +34,8 @@ def select(name: str, **arguments: Any) -> Coreset:
     """Calls a coreset method by its name.
 
     Args:
-        name: "colm", "simcore", "ccs", "goracs" or "autocoreset".
+        name: "colm", "simcore", "ccs", "goracs" or "autocoreset"; or a control: "random_subset", "top_scores", "k_center" or
+            "nearest".
         arguments: those of the function of that name; "colm" takes those of `CoLM` and of its `select`.
 
     Returns:
@@ -48,4 +58,17 @@ def select(name: str, **arguments: Any) -> Coreset:
     return _METHODS[name](**arguments)
 
 
-__all__ = ["CoLM", "autocoreset", "ccs", "goracs", "select", "simcore", "top_scores"]
+__all__ = [
+    "CoLM",
+    "autocoreset",
+    "ccs",
+    "coverage_auc",
+    "goracs",
+    "k_center",
+    "nearest",
+    "random_subset",
+    "select",
+    "simcore",
+    "top_scores",
+    "tune_ccs",
+]

@@ -122,7 +122,7 @@ class CoLM:
         g = Gradients.of(grads, "grads")
         device = g.values.device
         top = check_top(self.top, g.numel)
-        history = check_history(self._history_for(g), g, "history")
+        g, history = check_history(self._history_for(g), g, "history")
         if groups is None and self.keep_groups:
             raise ValueError(f"groups must be given with keep_groups={self.keep_groups}, got None")
         labels = torch.zeros(g.count, dtype=torch.int64, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.errors import InputWarning, warn_caller
 from flashcoreset._core.imports import imported
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.philox import uniforms
@@ -21,18 +23,25 @@ from flashcoreset.nearest_order import Rounds, RowSource, chunk_rows, compute_ty
 from flashcoreset.nearest_order.backend import choose
 from flashcoreset.nearest_order.rows import normalize_rows
 
-_PER_TARGET = 50  # picks per distinct target point if no k is given
+_PER_TARGET = 50  # picks per distinct target point (or centroid of the caller's) if no k is given
+# The published experiment takes 20 rounds of 100 items of 1.28 million before the round that is the reference.
+_ITEMS_PER_REFERENCE, _LONGEST_PATIENCE = 640, 20
+
+_WAIT = 0.05  # seconds
 
 
 def simcore(
     openset: Any,
-    target: Any,
+    target: Any = None,
     k: int | None = None,
     *,
+    centroids: Any = None,
+    ratio: float | None = None,
     n_clusters: int = 100,
     stop: bool = True,
     stop_threshold: float = 0.95,
-    patience: int = 20,
+    patience: int | None = None,
+    fit_on: int | None = None,
     seed: int = 0,
     n_init: int = 10,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -42,12 +51,13 @@ def simcore(
     """Takes from an open set the items that are most similar to a target set, round by round.
 
     The rows of both sets are scaled to unit length, the target is clustered by k-means and its centroids are
-    scaled to unit length. Target rows that are then equal are one point, which counts in k-means as often as it
-    appears. In a round every centroid takes its most similar item (by cosine) that no earlier
+    scaled to unit length. Target rows that are then equal are one point: duplicates change nothing. In a round every centroid
+    takes its most similar item (by cosine) that no earlier
     round took; two centroids may take the same item in one round, and then it counts once. The value of a round
     is the mean over the centroids of the similarities taken. With `stop`, the value of round number
     `patience` times `stop_threshold` is the threshold, and the first later round whose value is below it is
-    dropped and ends the selection. Ties go to the lowest index; a zero row has similarity 0 to everything.
+    dropped and ends the selection; so does any round whose value is negative. Ties go to the lowest index; a zero row has
+    similarity 0 to everything.
 
     The open set is streamed: from the n x n_clusters similarities a partial order for each centroid is kept,
     and the open set is read again when one of these orders runs out.
@@ -60,18 +70,24 @@ def simcore(
             whose first entry is the matrix; batches without rows are passed over. The indices count the rows in the order in which they come, so a
             DataLoader that shuffles, samples, drops or mixes rows is refused. An iterable is read once if n_clusters x k entries
             of 24 bytes fit into 3/4 of `memory_budget`.
-        target: [m, d], on the same device.
-        k: the most items to take, 1 <= k <= n. None, with `stop`: 50 per point of the target,
+        target: [m, d], on the same device; or `centroids`.
+        k: the most items to take, 1 <= k <= n. None, with `stop`: 50 per point of the target (or row of `centroids`),
             or n if that is less.
+        centroids: [K, d] in place of the target: what k-means or something better has made of it, used as they are, scaled to
+            unit length; equal ones count once.
+        ratio: in place of k, the share of the open set to take at most, floor(ratio * n) items, 0 < ratio <= 1. Batches are read
+            once more to be counted; an iterator needs k.
         n_clusters: the number of centroids; if the target has no more points than that, every point is a centroid.
         stop: whether a round of low value ends the selection.
         stop_threshold: share of the reference value, >= 0.
-        patience: the round, counted from 1, whose value is the reference: 20 in the published code, 1 in the
-            paper.
+        patience: the round, counted from 1, whose value is the reference. The paper has 1, the published code 20 for 100
+            centroids and 1.28 million items. None: the same share of any open set, n // (640 K), at least 1 and at most 20. The
+            larger, the lower the threshold, and the more is taken: in a small open set 20 takes nearly all.
+        fit_on: k-means sees this many points of the target, drawn with `seed`, n_clusters <= fit_on; None: all.
         seed: for k-means, and for the random part of the last round that is kept if all of it would exceed
             k; 0 <= seed < 2^32.
-        n_init: the number of k-means starts, of which the best is kept. scikit-learn runs them on one thread, since its
-            sums depend on the number of threads in their last bits.
+        n_init: the number of k-means starts, of which the best is kept. They are made by scikit-learn and share out the threads:
+            each runs on one, since its sums would depend on the number of threads in their last bits.
         memory_budget: bytes for the partial orders and the chunks in work, k-means not included.
         backend: None, "cpu" or "torch".
         progress: None, True for a bar, or a callable(done, total) that gets the items taken and `k`; it is
@@ -79,15 +95,17 @@ def simcore(
 
     Returns:
         Coreset: `indices` round by round, in a round in the order of the centroids that took them; `weights`
-        all 1; and `info`: "rounds" (kept ones), "values" (one per round), "counts" (items per round),
-        "threshold" (None if it was not reached), "dropped_value" (the value of the round that ended the
+        all 1; and `info`: "similarity" and "centroid" ([items]: the row of "centroids" that took each item, the first if several
+        did, and how similar they are), "rounds" (kept ones), "values" (one per round), "counts" (items per round),
+        "patience", "threshold" (None if it was not reached), "dropped_value" (the value of the round that ended the
         selection, or None), "stopped" ("k", "threshold", or "exhausted": the whole open set was taken), "k"
-        (the limit), "passes" (how often the open set was read), "centroids" ([K, d]).
+        (the limit), "passes" (how often the open set was read), "centroids" ([K, d]). No items, with an `InputWarning`, if
+        already the first round has a negative value.
 
     Raises:
         TypeError: for arguments of a wrong type.
-        ValueError: for wrong shapes, options out of range, NaN or infinity, k > n, neither `stop` nor `k`, an
-            open set that changes from one reading to the next, an iterator that would have to be read
+        ValueError: for wrong shapes, options out of range, NaN or infinity, k > n, neither `stop` nor `k` nor `ratio`, both or
+            neither of `k` and `ratio` or of `target` and `centroids` where one is meant, an open set that changes from one reading to the next, an iterator that would have to be read
             again, and a DataLoader whose rows do not come in the order of its data set.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
@@ -106,10 +124,15 @@ def simcore(
         raise TypeError(f"stop must be a bool, got {stop!r} of type {type(stop).__name__}")
     if k is not None:
         k = _at_least_one(k, "k")
-    elif not stop:
-        raise ValueError("k must be given where stop is False, or nothing would end the selection")
+        if ratio is not None:
+            raise ValueError(f"ratio must be None where k is given, got ratio={ratio} and k={k}")
+    elif ratio is None and not stop:
+        raise ValueError("k or ratio must be given where stop is False, or nothing would end the selection")
+    share = None if ratio is None else as_number(ratio, "ratio")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
     n_clusters = _at_least_one(n_clusters, "n_clusters")
-    patience = _at_least_one(patience, "patience")
+    patience = None if patience is None else _at_least_one(patience, "patience")
     n_init = _at_least_one(n_init, "n_init")
     memory_budget = _at_least_one(memory_budget, "memory_budget")
     stop_threshold = as_number(stop_threshold, "stop_threshold")
@@ -118,105 +141,183 @@ def simcore(
     seed = as_integer(seed, "seed")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-    points = as_matrix(target, "target")
+    if (target is None) == (centroids is None):
+        got = "neither" if target is None else "both"
+        raise ValueError(f"one of target and centroids must be given, got {got}")
+    fixed = centroids is not None
+    name = "centroids" if fixed else "target"
+    if fit_on is not None:
+        fit_on = _at_least_one(fit_on, "fit_on")
+        if fixed:
+            raise ValueError(f"fit_on must be None where centroids are given, got {fit_on}")
+        if fit_on < n_clusters:
+            raise ValueError(f"fit_on must be >= n_clusters={n_clusters}, got {fit_on}")
+    points = as_matrix(centroids if fixed else target, name)
     source = RowSource(openset)
     if points.shape[1] != source.columns:
         raise ValueError(
-            f"target must have {source.columns} columns as openset has, got shape {tuple(points.shape)}"
+            f"{name} must have {source.columns} columns as openset has, got shape {tuple(points.shape)}"
         )
     if points.device != source.device:
         raise ValueError(
-            f"target is on device {points.device}, but openset is on {source.device}; move one of them"
+            f"{name} is on device {points.device}, but openset is on {source.device}; move one of them"
         )
     _check_size(k, source)
     choose(backend, source.device)
-    check_finite(points, "target")
+    check_finite(points, name)
 
     dtype = compute_type(source, points)
-    points, counts = _distinct(points.to(dtype))
-    centroids = _centroids(points, counts, n_clusters, seed, n_init)
+    if share is not None:
+        k = _share_of(source, share, dtype, memory_budget)
+    points = _distinct(points.to(dtype))
+    made = points.contiguous() if fixed else _centroids(points, n_clusters, seed, n_init, fit_on)
     limit = k if k is not None else _PER_TARGET * points.shape[0]
     if source.rows is not None:
         limit = min(limit, source.rows)
     with Progress(progress, limit, "simcore") as bar:
-        rounds = Rounds(source, centroids, limit, backend=backend, memory_budget=memory_budget, progress=bar)
+        rounds = Rounds(source, made, limit, backend=backend, memory_budget=memory_budget, progress=bar)
         rounds.read()
         _check_size(k, source)
         assert source.rows is not None
         limit = min(limit, source.rows)
+        if patience is None:
+            patience = source.rows // (_ITEMS_PER_REFERENCE * len(made))
+            patience = min(_LONGEST_PATIENCE, max(1, patience))
         picks, info = _select(rounds, limit, bool(stop), stop_threshold, patience, seed, bar)
     if info["stopped"] == "k" and k is None and limit == source.rows:
         info["stopped"] = "exhausted"
-    info |= {"k": limit, "passes": source.passes, "centroids": centroids}
+    if not len(picks):
+        warn_caller(
+            f"nothing was taken: the open set's most similar items have a mean similarity of {info['dropped_value']:.3g} to the "
+            f"{name}; pass stop=False with k to take them all the same",
+            InputWarning,
+        )
+    info["similarity"] = info["similarity"].to(source.device, dtype)
+    info["centroid"] = info["centroid"].to(source.device)
+    info |= {"k": limit, "passes": source.passes, "centroids": made}
     weights = torch.ones(len(picks), dtype=dtype, device=source.device)
     return Coreset(picks.to(source.device), weights, info)
+
+
+def _share_of(source: RowSource, share: float, dtype: torch.dtype, memory_budget: int) -> int:
+    """floor(share * n), where batches are counted first."""
+    if source.rows is None:
+        if source.once:
+            raise ValueError(
+                "ratio needs the number of rows, and openset is an iterator, which can be read once only; pass k, or a "
+                "list, a DataLoader or a function that returns a new iterator"
+            )
+        for _ in source.read(dtype, chunk_rows(source.columns, 1, dtype.itemsize, memory_budget)):
+            pass
+    assert source.rows is not None
+    k = int(share * source.rows)
+    if k < 1:
+        raise ValueError(f"ratio must take at least 1 of the {source.rows} rows of openset, got {share}")
+    return k
 
 
 def _select(
     rounds: Rounds, k: int, stop: bool, stop_threshold: float, patience: int, seed: int, progress: Progress
 ) -> tuple[Tensor, dict[str, Any]]:
     """The picks [<= k] and what is known about them; `rounds` has at least k items to give."""
-    picks: list[Tensor] = []
+    picks: list[tuple[Tensor, Tensor, Tensor]] = []  # items, takers, similarities
     kept_values: list[float] = []
     kept_counts: list[int] = []
     threshold: float | None = None
     dropped: float | None = None
     taken = 0
     while taken < k and dropped is None:
-        items, counts, values = rounds.take()
-        for new, value in zip(items.split(counts), values, strict=True):
-            if threshold is not None and value < threshold:
+        some = rounds.take()
+        parts = zip(
+            *(t.split(some.counts) for t in (some.items, some.takers, some.similarities)), strict=True
+        )
+        for part, value in zip(parts, some.values, strict=True):
+            if stop and value < (threshold or 0.0):
                 dropped = value
                 break
-            if len(new) > k - taken:
+            if len(part[0]) > k - taken:
                 # The items with the smallest of as many random numbers, in the order of the centroids.
-                keep = np.sort(np.argsort(uniforms(seed, 0, len(new)), kind="stable")[: k - taken])
-                new = new[torch.from_numpy(keep)]
-            picks.append(new)
+                keep = np.sort(np.argsort(uniforms(seed, 0, len(part[0])), kind="stable")[: k - taken])
+                part = tuple(values[torch.from_numpy(keep)] for values in part)
+            picks.append(part)
             kept_values.append(value)
-            kept_counts.append(len(new))
-            taken += len(new)
+            kept_counts.append(len(part[0]))
+            taken += len(part[0])
             if stop and len(kept_values) == patience:
                 threshold = value * stop_threshold
         progress.update(taken)
+    if picks:
+        items, takers, similarities = (torch.cat(tensors) for tensors in zip(*picks, strict=True))
+    else:
+        items, takers, similarities = some.items[:0], some.takers[:0], some.similarities[:0]
     info: dict[str, Any] = {
+        "similarity": similarities,
+        "centroid": takers,
         "rounds": len(kept_values),
         "values": kept_values,
         "counts": kept_counts,
+        "patience": patience,
         "threshold": threshold,
         "dropped_value": dropped,
         "stopped": "k" if dropped is None else "threshold",
     }
-    return torch.cat(picks), info
+    return items, info
 
 
-def _distinct(target: Tensor) -> tuple[Tensor, np.ndarray]:
-    """The distinct rows of unit length (or zero) in the order of their first appearance, and how often each appears."""
+def _distinct(target: Tensor) -> Tensor:
+    """The distinct rows of unit length (or zero) in the order of their first appearance."""
     points = normalize_rows(target) + 0.0  # -0.0 and 0.0 are the same
     rows = np.ascontiguousarray(points.cpu().numpy())
-    _, first, counts = np.unique(
-        rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0],
-        return_index=True,
-        return_counts=True,
+    _, first = np.unique(
+        rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))[:, 0], return_index=True
     )
-    order = first.argsort()
-    return points[torch.from_numpy(first[order]).to(points.device)], counts[order]
+    return points[torch.from_numpy(np.sort(first)).to(points.device)]
 
 
-def _centroids(points: Tensor, counts: np.ndarray, n_clusters: int, seed: int, n_init: int) -> Tensor:
+def _centroids(points: Tensor, n_clusters: int, seed: int, n_init: int, fit_on: int | None) -> Tensor:
     """The centroids [K, d], distinct rows of unit length (or zero)."""
     if points.shape[0] <= n_clusters:
         return points.contiguous()
-    threadpool_limits = imported("threadpoolctl").threadpool_limits
-    kmeans = imported("sklearn.cluster").KMeans(n_clusters=n_clusters, n_init=n_init, random_state=seed)
-    # A target that is repeated as a whole has the same centroids as a single copy.
-    weights = counts // np.gcd.reduce(counts)
-    with warnings.catch_warnings(), threadpool_limits(1):
+    seen = points.cpu().numpy()
+    if fit_on is not None and fit_on < len(seen):
+        seen = seen[np.sort(np.argsort(uniforms(seed, 1, len(seen)), kind="stable")[:fit_on])]
+    centers = torch.from_numpy(_best_of_starts(seen, n_clusters, seed, n_init))
+    return _distinct(centers.to(points.device, points.dtype)).contiguous()
+
+
+def _best_of_starts(points: np.ndarray, n_clusters: int, seed: int, n_init: int) -> np.ndarray:
+    """The centers [n_clusters, d] of the best of `n_init` runs of k-means."""
+    cluster = imported("sklearn.cluster")
+    threads = imported("threadpoolctl").ThreadpoolController()
+    workers = min(n_init, torch.get_num_threads())  # before the limit below, which is torch's too
+    mean = points.mean(axis=0)
+    points = points - mean
+    # The starts come from one sequence of random numbers, and the runs from the starts alone, so that any number of threads may
+    # share them out.
+    random = np.random.RandomState(seed)
+
+    def run(start: np.ndarray) -> tuple[float, np.ndarray]:
+        with threads.limit(limits=1, user_api="openmp"):  # a setting of the calling thread
+            kmeans = cluster.KMeans(n_clusters=n_clusters, init=start, n_init=1).fit(points)
+        return kmeans.inertia_, kmeans.cluster_centers_
+
+    with warnings.catch_warnings(), threads.limit(limits=1):
         # For points that differ by less than k-means can resolve, some centroids are equal.
         warnings.simplefilter("ignore", imported("sklearn.exceptions").ConvergenceWarning)
-        kmeans.fit(points.cpu().numpy(), sample_weight=None if weights.max() == 1 else weights)
-    centers = torch.from_numpy(kmeans.cluster_centers_).to(points.device, points.dtype)
-    return _distinct(centers)[0].contiguous()
+        starts = [cluster.kmeans_plusplus(points, n_clusters, random_state=random)[0] for _ in range(n_init)]
+        if workers == 1:
+            runs = [run(start) for start in starts]
+        else:
+            pool = ThreadPoolExecutor(workers)
+            try:
+                futures = [pool.submit(run, start) for start in starts]
+                while wait(futures, timeout=_WAIT).not_done:  # Ctrl-C just before a wait is handled after it
+                    pass
+                runs = [future.result() for future in futures]
+            finally:
+                # Ctrl-C does not wait for runs that go on.
+                pool.shutdown(wait=False, cancel_futures=True)
+    return min(runs, key=lambda found: found[0])[1] + mean
 
 
 def _at_least_one(value: Any, name: str) -> int:
@@ -234,14 +335,17 @@ def _check_size(k: int | None, source: RowSource) -> None:
 @register_estimate("simcore")
 def _estimate(
     openset: Any,
-    target: Any,
+    target: Any = None,
     k: int | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    centroids: Any = None,
+    ratio: float | None = None,
     n_clusters: int = 100,
     stop: bool = True,
     stop_threshold: float = 0.95,
-    patience: int = 20,
+    patience: int | None = None,
+    fit_on: int | None = None,
     seed: int = 0,
     n_init: int = 10,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
@@ -255,16 +359,23 @@ def _estimate(
     k = None if k is None else _at_least_one(k, "k")
     dtype = as_dtype(dtype)
     n, d = as_shape(openset, "openset")
-    m, width = as_shape(target, "target")
+    name = "target" if centroids is None else "centroids"
+    m, width = as_shape(target if centroids is None else centroids, name)
     if width != d:
-        raise ValueError(f"target must have {d} columns as openset has, got shape {(m, width)}")
+        raise ValueError(f"{name} must have {d} columns as openset has, got shape {(m, width)}")
+    if ratio is not None:
+        k = max(1, int(ratio * n))
     size = compute_dtype(dtype).itemsize
-    lists = min(m, n_clusters)
+    lists = min(m, n_clusters) if centroids is None else m
     limit = min(n, _PER_TARGET * m if k is None else k)
     length = min(limit, max(1, memory_budget * 3 // 4 // list_bytes(lists, size, backend)))
     orders = length * list_bytes(lists, size, backend)
     chunk = chunk_rows(d, lists, size, memory_budget) * (d * size + 40 * lists)
-    # scikit-learn copies the points, and keeps two distances to a centroid and some counters for each.
-    clustering = 4 * m * d * size + 4 * m * lists * size if m > n_clusters else 3 * m * d * size
+    # scikit-learn copies the points in each run, and keeps two distances to a centroid and some counters for each.
+    runs = min(_at_least_one(n_init, "n_init"), torch.get_num_threads())
+    seen = m if fit_on is None else min(m, _at_least_one(fit_on, "fit_on"))
+    clustering = 3 * m * d * size
+    if m > lists:
+        clustering += (2 + runs) * seen * d * size + (3 + runs) * seen * lists * size
     survivors = torch.get_num_threads() * 2**20 + 2 * 24 * max(1 << 19, 64 * lists)
-    return clustering + orders + chunk + survivors + 2 * lists * d * size + n // 8 + 24 * limit
+    return clustering + orders + chunk + survivors + 2 * lists * d * size + n // 8 + 56 * limit

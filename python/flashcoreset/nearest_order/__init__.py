@@ -5,7 +5,7 @@ memory they may take.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
+from flashcoreset._core.inputs import is_array
 from flashcoreset._core.progress import Progress
 from flashcoreset._core.tensor import as_matrix, compute_dtype
 from flashcoreset.nearest_order import cpu
-from flashcoreset.nearest_order.backend import choose
+from flashcoreset.nearest_order.backend import Taken, choose
 
 _CHUNK = 64 * 2**20  # bytes of features handed to a kernel at a time
 _FINGERPRINT = 16  # one of this many rows of a batch source enters a checksum
@@ -75,7 +76,8 @@ class RowSource:
         self.passes = 0
         self._checksum: int | None = None
         self._array: Tensor | None = None
-        if isinstance(openset, (Tensor, np.ndarray)) or hasattr(openset, "__dlpack__"):
+        frame = is_array(openset) and not isinstance(openset, Sequence)
+        if isinstance(openset, Tensor) or hasattr(openset, "__dlpack__") or frame:
             self._array = first = as_matrix(openset, "openset")
             self.rows = first.shape[0]
             self.once = False
@@ -157,6 +159,8 @@ class RowSource:
                     f"openset batch {number} must have {self.columns} columns as the first has, "
                     f"got shape {tuple(batch.shape)}"
                 )
+            if torch.promote_types(batch.dtype, self.dtype) == self.dtype:
+                batch = batch.to(self.dtype)
             if batch.dtype != self.dtype or batch.device != self.device:
                 raise ValueError(
                     f"openset batch {number} must have dtype {self.dtype} on {self.device} as the first has, "
@@ -269,15 +273,13 @@ class Rounds:
             self._progress.update(min(self._order.taken, self._k))
         self._order.finish()
 
-    def take(self) -> tuple[Tensor, list[int], list[float]]:
-        """The next rounds, at least one unless `k` items or all items are taken: the items one round after the other,
-        how many each round took, and the rounds' values.
-        """
+    def take(self) -> Taken:
+        """The next rounds, at least one unless `k` items or all items are taken."""
         count = max(1, _TAKES // self._lists)
         for attempt in range(2):
-            items, counts, values = self._order.rounds(count, self._k)
-            if counts or self._order.taken >= min(self._k, self._source.rows or 0):
-                return items, counts, values
+            taken = self._order.rounds(count, self._k)
+            if taken.counts or self._order.taken >= min(self._k, self._source.rows or 0):
+                return taken
             if attempt == 0:
                 self.read()
         # A pass leaves every list an item that is free, except if a similarity is NaN or -inf.

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import Takes, choose_kernels
+
+
+class Taken(NamedTuple):
+    """What some rounds took.
+
+    Attributes:
+        items: [k] int64, one round after the other, in a round in the order of the lists that took them.
+        counts: how many items each round took.
+        values: the rounds' values.
+        takers: [k] int64, the list that took each item; the first, if several did in one round.
+        similarities: [k] float64, that list's similarity of the item.
+    """
+
+    items: Tensor
+    counts: list[int]
+    values: list[float]
+    takers: Tensor
+    similarities: Tensor
 
 
 class Order(Protocol):
@@ -26,7 +44,7 @@ class Order(Protocol):
 
     def order(self, index: int) -> tuple[Tensor, Tensor]: ...
 
-    def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]: ...
+    def rounds(self, count: int, k: int) -> Taken: ...
 
 
 class Kernels(Protocol):

@@ -8,6 +8,7 @@ from torch import Tensor
 from flashcoreset._core import native
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
+from flashcoreset.nearest_order.backend import Taken
 
 __all__ = ["TAKES", "NearestOrder"]
 
@@ -37,7 +38,8 @@ class NearestOrder:
         >>> order.update_similarities(torch.tensor([[0.1, 0.9], [0.5, 0.2], [0.4, 0.8]]))
         >>> order.finish()
         3
-        >>> order.rounds(1, 2)
+        >>> taken = order.rounds(1, 2)
+        >>> taken.items, taken.counts, taken.values
         (tensor([1, 0]), [2], [0.699999988079071])
     """
 
@@ -86,15 +88,23 @@ class NearestOrder:
         kept = self._native.order(index, capsule(items), capsule(similarities))
         return items[:kept], similarities[:kept]
 
-    def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]:
-        """Makes up to `count` further rounds. Returns the items taken, one round after the other and in a round in the
-        order of the lists that took them; how many each round took; and the rounds' values.
+    def rounds(self, count: int, k: int) -> Taken:
+        """Makes up to `count` further rounds.
 
         Ends early after the round with which `k` items or more are taken in all, when every item is taken,
         and when a list needs another pass.
         """
-        items = torch.empty(count * self._lists, dtype=torch.int64)
+        items, takers = torch.empty(2, count * self._lists, dtype=torch.int64)
+        similarities = torch.empty(count * self._lists, dtype=torch.float64)
         counts = torch.empty(count, dtype=torch.int64)
         values = torch.empty(count, dtype=torch.float64)
-        made = self._native.rounds(k, capsule(items), capsule(counts), capsule(values))
-        return items[: int(counts[:made].sum())], counts[:made].tolist(), values[:made].tolist()
+        outputs = (items, counts, values, takers, similarities)
+        made = self._native.rounds(k, *(capsule(output) for output in outputs))
+        taken = int(counts[:made].sum())
+        return Taken(
+            items[:taken],
+            counts[:made].tolist(),
+            values[:made].tolist(),
+            takers[:taken],
+            similarities[:taken],
+        )

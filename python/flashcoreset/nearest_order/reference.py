@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import Takes
+from flashcoreset.nearest_order.backend import Taken
 from flashcoreset.nearest_order.rows import normalize_rows
 
 TAKES = Takes()
@@ -110,9 +111,8 @@ class NearestOrder:
         """The items and similarities that list `index` keeps, most similar first."""
         return self._items[index], self._values[index]
 
-    def rounds(self, count: int, k: int) -> tuple[Tensor, list[int], list[float]]:
-        """Makes up to `count` further rounds. Returns the items taken, one round after the other and in a round in the
-        order of the lists that took them; how many each round took; and the rounds' values.
+    def rounds(self, count: int, k: int) -> Taken:
+        """Makes up to `count` further rounds.
 
         Ends early after the round with which `k` items or more are taken in all, when every item is taken,
         and when a list needs another pass.
@@ -120,6 +120,8 @@ class NearestOrder:
         if self._taken is None:
             raise ValueError("no pass is finished: call begin(), update() and finish() first")
         items: list[int] = []
+        takers: list[int] = []
+        similarities: list[float] = []
         counts: list[int] = []
         values: list[float] = []
         taken = self.taken
@@ -128,13 +130,23 @@ class NearestOrder:
             if not free.any(dim=1).all():
                 break
             place = free.to(torch.uint8).argmax(dim=1, keepdim=True)
-            new = list(dict.fromkeys(self._items.gather(1, place).flatten().tolist()))
+            chosen = self._items.gather(1, place).flatten().tolist()
+            new = list(dict.fromkeys(chosen))
             total = 0.0
-            for value in self._values.gather(1, place).flatten().tolist():
+            taking = self._values.gather(1, place).flatten().tolist()
+            for value in taking:
                 total += value
+            takers += [chosen.index(item) for item in new]
+            similarities += [taking[chosen.index(item)] for item in new]
             self._taken[new] = True
             taken += len(new)
             items += new
             counts.append(len(new))
             values.append(total / len(place))
-        return torch.tensor(items, dtype=torch.int64), counts, values
+        return Taken(
+            torch.tensor(items, dtype=torch.int64),
+            counts,
+            values,
+            torch.tensor(takers, dtype=torch.int64),
+            torch.tensor(similarities, dtype=torch.float64),
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.op import define_op
-from flashcoreset._core.tensor import FLOATING, as_dense, as_integers, compute_dtype, is_traced
+from flashcoreset._core.tensor import as_dense, as_floating, as_integers, as_tensor, compute_dtype, is_traced
 from flashcoreset.scores.backend import choose
 from flashcoreset.scores.checks import check_targets, mean_over_tokens
 
@@ -93,10 +93,7 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
 
 
 def _check(logits: Any, targets: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    x = as_dense(logits, "logits")
-    if x.dtype not in FLOATING:
-        got = str(x.dtype).removeprefix("torch.")
-        raise TypeError(f"logits must have dtype float16, bfloat16, float32 or float64, got {got}")
+    x = as_floating(as_tensor(logits, "logits"), "logits")
     if x.dim() not in (2, 3) or 0 in x.shape:
         raise ValueError(
             f"logits must have shape [samples, classes] or [samples, tokens, classes], each >= 1, got {tuple(x.shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import check_backend
-from flashcoreset._core.tensor import as_dense, as_integer, as_vector
+from flashcoreset._core.tensor import as_dense, as_integer, as_number, as_vector
 from flashcoreset.scores import sample_scores
 
 # An epoch's record of a sample, one byte: whether the sample was seen, and whether it was correct at its first and at its
@@ -116,20 +117,33 @@ class TrainingDynamics:
             self._epochs[epoch] = torch.zeros(self.n_samples, dtype=torch.uint8)
         return self._epochs[epoch]
 
-    def scores(self) -> dict[str, Tensor]:
+    def scores(self, *, never_learned: float = math.inf) -> dict[str, Tensor]:
         """The scores so far, over all updates in the order of their epochs, within an epoch in the order of the calls.
+
+        Args:
+            never_learned: the "forgetting" of a sample that was correct at no update. +inf counts it among the hardest, as in
+                Toneva et al.; 0, as in the published code of CCS, among those never forgotten, which leaves wrong
+                labels, which are seldom learned, in a large stratum.
 
         Returns:
             Tensors [n_samples] float64. "aum": the sum of the margins; low is hard, or labelled wrongly. "el2n": the
             sum of EL2N over the first epochs; high is hard. "forgetting": how often the sample was correct at
-            one update and wrong at the next; +inf if it was correct at no update. "correctness": at how many updates it
-            was correct. A sample without updates has 0, 0, +inf and 0.
+            one update and wrong at the next; `never_learned` if it was correct at no update. "correctness": at how many
+            updates it was correct. A sample without updates has 0, 0, `never_learned` and 0.
+
+        Raises:
+            TypeError: if `never_learned` is no number.
+            ValueError: if it is negative or NaN.
 
         Example:
             >>> import flashcoreset as fc
             >>> list(fc.TrainingDynamics(2).scores())
             ['aum', 'el2n', 'forgetting', 'correctness']
         """
+        forever = isinstance(never_learned, float) and never_learned == math.inf
+        missing = math.inf if forever else as_number(never_learned, "never_learned")
+        if missing < 0:
+            raise ValueError(f"never_learned must be >= 0, got {never_learned}")
         events = self._forgotten.clone()
         before = torch.zeros(self.n_samples, dtype=torch.bool)
         for epoch in sorted(self._epochs):
@@ -140,7 +154,7 @@ class TrainingDynamics:
         return {
             "aum": self._aum.clone(),
             "el2n": self._el2n.clone(),
-            "forgetting": torch.where(self._correct > 0, events.double(), torch.inf),
+            "forgetting": torch.where(self._correct > 0, events.double(), missing),
             "correctness": self._correct.double(),
         }
 

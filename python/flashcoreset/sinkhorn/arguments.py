@@ -10,17 +10,18 @@ from torch import Tensor
 
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.tensor import (
-    FLOATING,
+    as_floating,
     as_integer,
     as_number,
     as_tensor,
     as_vector,
     compute_dtype,
     one_of,
+    promoted,
     same_device,
 )
 from flashcoreset.sinkhorn.problem import METRICS, Problem, inside
-from flashcoreset.sinkhorn.transport import Transport, as_floating
+from flashcoreset.sinkhorn.transport import Transport
 
 _INF = math.inf
 # With a smaller penalty, times the larger of 1 and reg, potentials are not normal numbers.
@@ -63,8 +64,7 @@ def as_problem(
             )
         y, y_batched = _points(y, "y")
         same_device(y, "y", device)
-        if y.dtype != x.dtype:
-            raise TypeError(f"y must have the dtype of x, {x.dtype}, got {y.dtype}")
+        x, y = promoted(x, y)
         if y_batched != batched or y.shape[0] != batch or y.shape[2] != x.shape[2]:
             wanted = f"[{batch}, m, {x.shape[2]}]" if batched else f"[m, {x.shape[2]}]"
             got = tuple(y.shape) if y_batched else tuple(y.shape[1:])
@@ -123,12 +123,7 @@ def _keep_graph(value: Any, name: str) -> Tensor:
 
 
 def _points(value: Any, name: str) -> tuple[Tensor, bool]:
-    tensor = _keep_graph(value, name)
-    if tensor.dtype not in FLOATING:
-        got = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {got}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    tensor = as_floating(_keep_graph(value, name), name)
     if tensor.dim() not in (2, 3):
         raise ValueError(f"{name} must have 2 dimensions, or 3 for a batch, got shape {tuple(tensor.shape)}")
     if 0 in tensor.shape:

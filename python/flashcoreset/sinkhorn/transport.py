@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flashcoreset._core.tensor import FLOATING, as_tensor, same_device
+from flashcoreset._core.tensor import as_floating, as_tensor, same_device
 from flashcoreset.sinkhorn.ops import apply_plan, plan_of
 from flashcoreset.sinkhorn.problem import Problem, masked
 
@@ -100,14 +99,3 @@ class Transport:
         factor = masked(factor[:, :, None] if flat else factor, p.x_lengths if transpose else p.y_lengths)
         out = apply_plan(p.ready(), factor.detach().to(p.x.dtype), transpose)
         return p.shaped(out[:, :, 0] if flat else out)
-
-
-def as_floating(tensor: Tensor, name: str) -> Tensor:
-    """`tensor`, dense and of a floating type."""
-    if tensor.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} must hold floating numbers, got dtype {str(tensor.dtype).removeprefix('torch.')}"
-        )
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-    return tensor

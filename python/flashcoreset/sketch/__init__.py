@@ -10,9 +10,20 @@ from torch import Tensor
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.op import define_op
-from flashcoreset._core.tensor import as_int64, as_integer, as_matrix, check_finite, compute_dtype, one_of
-from flashcoreset.sketch.backend import choose
-from flashcoreset.sketch.kinds import KINDS, ROWS_AT_ONCE
+from flashcoreset._core.tensor import (
+    Csr,
+    as_csr,
+    as_int64,
+    as_integer,
+    as_matrix,
+    check_finite,
+    compute_dtype,
+    is_sparse,
+    one_of,
+)
+from flashcoreset.sketch.backend import choose, choose_sparse
+from flashcoreset.sketch.chosen import MOST_PER_PART
+from flashcoreset.sketch.kinds import CHOICES, KINDS, ROWS_AT_ONCE, columns_read
 
 _MOST_COLUMNS = 2**31
 _MOST_ENTRIES = 2**60  # the most entries of a matrix
@@ -33,20 +44,24 @@ def sketch(
     """The rows of `x`, projected to `dim` dimensions: x @ projection_matrix(D, dim, ...), without forming that matrix.
 
     Squared lengths and inner products of the rows are kept in expectation over `seed`, with a relative standard deviation of
-    about sqrt(2 / dim). The matrix is a function of (kind, seed, row, column): one seed gives the same one on every backend,
+    about sqrt(2 / dim) ("mask" and "grass": for rows whose length is spread over all columns). The matrix is a function of (kind, seed,
+    row, column), for "mask" and "grass" also of D: one seed gives the same one on every backend,
     for every batch size, chunking and thread count, in this and later releases (`flashcoreset.sketch.reference` defines it).
 
     Args:
-        x: [B, D], float16, bfloat16, float32 or float64; half types are computed in float32.
+        x: [B, D], float16, bfloat16, float32 or float64; half types are computed in float32. Also sparse, as scipy CSR or a torch
+            sparse CSR tensor, for "cpu" and "torch": the cost is then that of the entries that are not zero.
         dim: columns of the result, 1 to 2^31.
         kind: "rademacher" (random signs; Achlioptas, 2003) or "gaussian": dense, B D dim multiply-adds; "sjlt": `nnz` entries per
             row of the matrix (Kane and Nelson, 2014), B D nnz; "srht": blocks of N rows, a power of two between 1,024 and
-            4,096, by fast Hadamard transforms (Ailon and Chazelle, 2009), B D (log N + dim / N).
+            4,096, by fast Hadamard transforms (Ailon and Chazelle, 2009), B D (log N + dim / N); "mask": `dim` random columns, one
+            from each of `dim` nearly equal parts, times the root of that part's size, B dim, for dim <= D; "grass": the sjlt of
+            a mask of 4 dim columns (Hu et al., 2025), 4 B dim nnz.
         seed: a 64-bit integer.
         offset: the row of the matrix that column 0 of `x` belongs to, so that columns may come in pieces:
             sketch(x) = sketch(x[:, :c]) + sketch(x[:, c:], offset=c), up to rounding. (srht costs least if pieces begin at
-            multiples of N.)
-        nnz: the entries per row of "sjlt", at most `dim`; more entries lower the variance of short or sparse rows.
+            multiples of N. "mask" and "grass", which choose among all columns, take no pieces.)
+        nnz: the entries per row of "sjlt" and "grass", at most `dim`; more entries lower the variance of short or sparse rows.
         backend: None, "cpu", "cuda", "triton" or "torch".
 
     Returns:
@@ -54,7 +69,8 @@ def sketch(
 
     Raises:
         TypeError: for arguments of a wrong type.
-        ValueError: for a wrong shape or option, NaN or infinity in `x`, or sums beyond the range of the result's dtype.
+        ValueError: for a wrong shape or option, NaN or infinity in `x` (in the columns that are read), or sums beyond the range of
+            the result's dtype.
         BackendUnavailableError: if `backend` cannot run here.
 
     Example:
@@ -64,6 +80,8 @@ def sketch(
         >>> torch.allclose(fc.sketch(x, 64, kind="sjlt"), pieces)
         True
     """
+    if is_sparse(x):
+        return _sketch_csr(as_csr(x, "x"), dim, kind, seed, offset, nnz, backend)
     matrix = as_matrix(x, "x")
     dim, seed, offset, nnz = check_projection(matrix.shape[1], dim, kind, seed, offset, nnz)
     check_backend(backend)
@@ -119,17 +137,36 @@ def projection_matrix(
 
 
 def check_projection(
-    rows: int, dim: Any, kind: Any, seed: Any, offset: Any, nnz: Any
+    rows: int,
+    dim: Any,
+    kind: Any,
+    seed: Any,
+    offset: Any,
+    nnz: Any,
+    kinds: tuple[str, ...] = (*KINDS, *CHOICES),
 ) -> tuple[int, int, int, int]:
     """`dim`, `seed`, `offset` and `nnz` as integers in their ranges."""
     dim, offset, nnz = as_integer(dim, "dim"), as_integer(offset, "offset"), as_integer(nnz, "nnz")
-    one_of(kind, "kind", KINDS)
+    one_of(kind, "kind", kinds)
     if not 1 <= dim <= _MOST_COLUMNS:
         raise ValueError(f"dim must be in [1, 2^31], got {dim}")
     if not 0 <= offset < 2**63 - rows:
         raise ValueError(f"offset must be >= 0, and its sum with the {rows} columns below 2^63, got {offset}")
     if not 1 <= nnz <= dim:
         raise ValueError(f"nnz must be in [1, dim] = [1, {dim}], got {nnz}")
+    if kind in CHOICES:
+        if offset:
+            raise ValueError(
+                f"offset must be 0 for kind {kind!r}, which chooses among all columns, got {offset}; pass all columns at once, or "
+                "another kind"
+            )
+        count = columns_read(rows, dim, kind)
+        if count > rows:
+            raise ValueError(f"dim must be at most D = {rows} for kind 'mask', got {dim}")
+        if -(-rows // count) >= MOST_PER_PART:
+            raise ValueError(
+                f"dim must be more than D / 2^31 for kind {kind!r}, got D = {rows} and dim = {dim}"
+            )
     return dim, as_int64(seed, "seed"), offset, nnz
 
 
@@ -150,7 +187,7 @@ def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backen
     kernels = choose(backend, x.device)
     dtype = compute_dtype(x.dtype)
     with torch.no_grad():
-        if x.dtype == dtype or kernels.TAKES.half:
+        if x.dtype == dtype or kernels.TAKES.half or kind in CHOICES:
             out: Tensor = kernels.sketch(x, dim, kind=kind, seed=seed, offset=offset, nnz=nnz)
         else:
             out = x.new_zeros(x.shape[0], dim, dtype=dtype)
@@ -166,8 +203,28 @@ def _op(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backen
         # A number that is not finite in a row is not finite in its sketch either, which is shorter to check.
         if not bool(torch.isfinite(out).all()):
             check_finite(x, "x")
-            raise ValueError(f"x: sums of its rows go beyond the range of {dtype}; scale it down")
+            raise ValueError(_TOO_LARGE.format(dtype))
     return out
+
+
+def _sketch_csr(x: Csr, dim: Any, kind: Any, seed: Any, offset: Any, nnz: Any, backend: str | None) -> Tensor:
+    dim, seed, offset, nnz = check_projection(x.shape[1], dim, kind, seed, offset, nnz)
+    check_backend(backend)
+    kernels, dtype = choose_sparse(backend, x.device), compute_dtype(x.dtype)
+    x = Csr(x.crow, x.col, x.values.to(dtype), x.shape)
+    out = kernels.sketch_csr(x, dim, kind=kind, seed=seed, offset=offset, nnz=nnz)
+    if not bool(torch.isfinite(out).all()):
+        bad = (~torch.isfinite(x.values)).nonzero()[:1, 0].tolist()
+        if bad:
+            value = float(x.values[bad[0]])
+            raise ValueError(
+                f"x must be finite, got {'NaN' if value != value else value} at row {int(x.rows()[bad[0]])}, column {int(x.col[bad[0]])}"
+            )
+        raise ValueError(_TOO_LARGE.format(dtype))
+    return out
+
+
+_TOO_LARGE = "x: sums of its rows go beyond the range of {}; scale it down"
 
 
 def _fake(x: Tensor, dim: int, kind: str, seed: int, offset: int, nnz: int, backend: str | None) -> Tensor:
@@ -178,7 +235,7 @@ _SKETCH = define_op("sketch", _op, _fake)
 
 
 # Bytes of random words, bits and numbers per entry of the reference's matrix.
-_REFERENCE = {"rademacher": 14, "gaussian": 50, "sjlt": 1, "srht": 22}
+_REFERENCE = {"rademacher": 14, "gaussian": 50, "sjlt": 1, "srht": 22, "mask": 16, "grass": 16}
 
 
 @register_estimate("sketch")
@@ -200,6 +257,20 @@ def _estimate(
     check_backend(backend)
     size = compute_dtype(dtype).itemsize
     out = batch * dim * size
+    if kind in CHOICES:
+        # The choice, which is kept for the next call, and the columns that it reads, twice.
+        read = columns_read(columns, dim, kind)
+        most = out + 3 * batch * dim
+        if kind == "grass":
+            more = {"dtype": compute_dtype(dtype), "nnz": nnz, "backend": backend}
+            most = _estimate((batch, read), dim, kind="sjlt", **more)
+        out = 400 * read + 2 * batch * read * size + most
+    if is_sparse(x):
+        # Indices and values in canonical form and, for a choice, of the columns that it reads; the sums of each thread.
+        entries = x.values().numel() if isinstance(x, Tensor) else x.nnz
+        return out + 3 * batch * dim + 150 * (entries + batch) + torch.get_num_threads() * (8 * dim + 2**12)
+    if kind in CHOICES:
+        return out
     converted = min(_CONVERTED, batch * min(columns, _COLUMNS) * size) if dtype.itemsize < size else 0
     if backend == "torch":
         rows = max(1, min(columns, ROWS_AT_ONCE // dim))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import Takes, choose_kernels
+from flashcoreset._core.tensor import Csr
 
 
 class Kernels(Protocol):
@@ -31,6 +32,17 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
+class SparseKernels(Kernels, Protocol):
+    """Those of a backend that takes sparse matrices."""
+
+    def sketch_csr(self, x: Csr, dim: int, *, kind: str, seed: int, offset: int, nnz: int) -> Tensor: ...
+
+
+def choose_sparse(backend: str | None, device: torch.device) -> SparseKernels:
+    """The kernels for sparse matrices on `device`."""
+    return cast(SparseKernels, choose_kernels(backend, device, "sketch", sparse=True))
+
+
 def choose(backend: str | None, device: torch.device) -> Kernels:
     """The kernels for tensors on `device`; see `flashcoreset._core.dispatch.choose_kernels`."""
     return cast(Kernels, choose_kernels(backend, device, "sketch"))
@@ -45,3 +57,4 @@ if TYPE_CHECKING:
         reference,
         triton,
     )
+    _CONFORM_SPARSE: tuple[SparseKernels, ...] = (cpu, reference)

@@ -8,10 +8,13 @@ from torch import Tensor
 from flashcoreset._core import native
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
+from flashcoreset._core.tensor import Csr
+from flashcoreset.sketch.chosen import chosen_entries, matrix_chosen, sketch_chosen
+from flashcoreset.sketch.kinds import CHOICES
 
-__all__ = ["TAKES", "projection_matrix", "sketch", "sketch_rows"]
+__all__ = ["TAKES", "projection_matrix", "sketch", "sketch_csr", "sketch_rows"]
 
-TAKES = Takes()
+TAKES = Takes(sparse=True)
 
 
 def sketch(
@@ -19,9 +22,24 @@ def sketch(
 ) -> Tensor:
     """Multiplies x [B, D] by the projection's matrix [D, dim], into `out` [B, dim] of the same dtype, float32 or float64. NaN and
     infinities go where the product takes them."""
+    if kind in CHOICES:
+        return sketch_chosen(sketch, x, dim, kind=kind, seed=seed, nnz=nnz, out=out)
     if out is None:
         out = x.new_empty(x.shape[0], dim)
     native.module().sketch(capsule(x), capsule(out), kind, seed, offset, nnz, torch.get_num_threads())
+    return out
+
+
+def sketch_csr(x: Csr, dim: int, *, kind: str, seed: int, offset: int = 0, nnz: int = 1) -> Tensor:
+    """The sketches [B, dim] of the rows of a sparse matrix, float32 or float64. For each entry a row of the projection's matrix is
+    made; "mask" and "grass" look their columns up."""
+    if kind in CHOICES:
+        x = chosen_entries(x, dim, kind, seed)
+        if kind == "mask":
+            return x.to_dense()
+        kind = "sjlt"
+    out = torch.empty(x.shape[0], dim, dtype=x.dtype)
+    native.module().sketch_csr(x, capsule(out), kind, seed, offset, nnz, torch.get_num_threads())
     return out
 
 
@@ -48,6 +66,10 @@ def projection_matrix(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """The matrix [rows, dim] itself, float32 or float64."""
+    if kind in CHOICES:
+        return matrix_chosen(
+            projection_matrix, rows, dim, kind=kind, seed=seed, nnz=nnz, dtype=dtype, device=device
+        )
     out = torch.empty(rows, dim, dtype=dtype, device=device)
     native.module().projection_matrix(capsule(out), kind, seed, offset, nnz, torch.get_num_threads())
     return out

@@ -9,6 +9,8 @@ from flashcoreset._core import native
 from flashcoreset._core.cuda import stream, with_memory
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
+from flashcoreset.sketch.chosen import matrix_chosen, sketch_chosen
+from flashcoreset.sketch.kinds import CHOICES
 
 __all__ = ["TAKES", "projection_matrix", "sketch"]
 
@@ -34,6 +36,8 @@ def sketch(
         TypeError, ValueError: for arrays that do not fit each other.
         torch.OutOfMemoryError: if the device has no room for partial sums (64 MiB at most, or 8 bytes per output).
     """
+    if kind in CHOICES:
+        return sketch_chosen(sketch, x, dim, kind=kind, seed=seed, nnz=nnz, out=out)
     x = x.detach()
     if out is None:
         out = x.new_empty(x.shape[0], dim)
@@ -54,6 +58,10 @@ def projection_matrix(
     device: torch.device | str = "cuda",
 ) -> Tensor:
     """The matrix [rows, dim] itself, float32 or float64, on torch's current stream."""
+    if kind in CHOICES:
+        return matrix_chosen(
+            projection_matrix, rows, dim, kind=kind, seed=seed, nnz=nnz, dtype=dtype, device=device
+        )
     out = torch.empty(rows, dim, dtype=dtype, device=device)
     module = native.cuda_module(out.device.index or 0)
     module.projection_matrix(capsule(out), kind, seed, offset, nnz, stream(out.device))

@@ -17,6 +17,12 @@ the counter is (row low, row high, block, kind), with the kinds numbered as in K
   approximation on distributed architectures", 2023). Column c is drawn from the c-th of `dim` equal parts of the N while
   dim <= N, else from all of them, by word c % 4 of block 1 + c / 4 of counter row b.
 
+- mask: column c is sqrt(n_c) times one entry of the input, drawn from the n_c entries of the c-th of `dim` nearly equal parts of the
+  D, begin_c = c D // dim to begin_(c+1): entry begin_c + floor((2^32 w + w') n_c / 2^64), w and w' being words 2 (c % 2) and the next of
+  block c / 2 of counter row 0, whose kind is 5 (4 is that of the directions of zeroth-order gradients). So the matrix depends on D.
+- grass: the sjlt of a mask of 4 dim entries, of all D if there are fewer, under the same seed (Hu, Melkonian, Tang, Zhao and Ma, "GraSS:
+  scalable data attribution with gradient sparsification and sparse projection", 2025).
+
 All kinds keep squared lengths and inner products in expectation.
 """
 
@@ -30,9 +36,17 @@ from torch import Tensor
 
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.philox import philox4x32
-from flashcoreset.sketch.kinds import KINDS, ROWS_AT_ONCE, hadamard_block
+from flashcoreset._core.tensor import Csr, compute_dtype
+from flashcoreset.sketch.kinds import (
+    CHOICE_STREAM,
+    CHOICES,
+    KINDS,
+    ROWS_AT_ONCE,
+    columns_read,
+    hadamard_block,
+)
 
-TAKES = Takes()
+TAKES = Takes(sparse=True)
 
 
 def _words(kind: str, seed: int, rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
@@ -107,6 +121,15 @@ def projection_matrix(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """The matrix [rows, dim] on `device`, its first row being row `offset` of the projection."""
+    if kind in CHOICES:
+        count = columns_read(rows, dim, kind)
+        own = torch.eye(dim, dtype=dtype)
+        if kind == "grass":
+            own = _matrix(_consecutive(0, count), dim, "sjlt", seed, nnz, dtype)
+        matrix = torch.zeros(rows, dim, dtype=dtype)
+        for c, (i, size) in enumerate(_choice(rows, count, seed)):
+            matrix[i] = own[c] * torch.tensor(math.sqrt(size), dtype=torch.float64).to(dtype)
+        return matrix.to(device)
     return _matrix(_consecutive(offset, rows), dim, kind, seed, nnz, dtype).to(device)
 
 
@@ -135,12 +158,32 @@ def _matrix(number: np.ndarray, dim: int, kind: str, seed: int, nnz: int, dtype:
     return (1 - 2 * torch.from_numpy(negative.astype(np.int8))).to(dtype) * _scale(dim, dtype)
 
 
+def _choice(columns: int, count: int, seed: int) -> list[tuple[int, int]]:
+    """The entries that a mask reads, and the sizes of the parts that they were drawn from."""
+    counter = np.zeros((count, 4), dtype=np.uint32)
+    counter[:, 2] = np.arange(count) // 2
+    counter[:, 3] = CHOICE_STREAM
+    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)).tolist()
+    found = []
+    for c in range(count):
+        begin, end = c * columns // count, (c + 1) * columns // count
+        high, low = words[c][2 * (c % 2) :][:2]
+        found.append((begin + ((high << 32 | low) * (end - begin) >> 64), end - begin))
+    return found
+
+
 def _scale(count: int, dtype: torch.dtype) -> Tensor:
     return torch.tensor(1 / math.sqrt(count), dtype=torch.float64).to(dtype)
 
 
 def sketch(x: Tensor, dim: int, *, kind: str, seed: int, offset: int, nnz: int) -> Tensor:
     """Multiplies x [B, D] by the matrix [D, dim], in the dtype of `x`, a part of the rows at a time."""
+    if kind in CHOICES:
+        chosen = _choice(x.shape[1], columns_read(x.shape[1], dim, kind), seed)
+        dtype = compute_dtype(x.dtype)
+        factors = [torch.tensor(math.sqrt(n), dtype=torch.float64).to(dtype) for _, n in chosen]
+        part = torch.stack([x[:, i].to(dtype) * by for (i, _), by in zip(chosen, factors, strict=True)], 1)
+        return part if kind == "mask" else sketch(part, dim, kind="sjlt", seed=seed, offset=0, nnz=nnz)
     out = x.new_zeros(x.shape[0], dim)
     step = max(1, ROWS_AT_ONCE // dim)
     for begin in range(0, x.shape[1], step):
@@ -150,4 +193,19 @@ def sketch(x: Tensor, dim: int, *, kind: str, seed: int, offset: int, nnz: int) 
         # Row by row, without a matrix product, whose bits depend on how many rows there are and on the number of threads.
         for sums, row in zip(out, part, strict=True):
             sums += (row[:, None] * matrix).sum(0)
+    return out
+
+
+def sketch_csr(x: Csr, dim: int, *, kind: str, seed: int, offset: int, nnz: int) -> Tensor:
+    """The same of a sparse matrix, row by row."""
+    out = torch.zeros(x.shape[0], dim, dtype=x.dtype, device=x.device)
+    for sums, begin, end in zip(out, x.crow.tolist(), x.crow.tolist()[1:], strict=False):
+        col, values = x.col[begin:end], x.values[begin:end]
+        if kind in CHOICES:
+            row = values.new_zeros(1, x.shape[1])
+            row[0, col] = values
+            sums += sketch(row, dim, kind=kind, seed=seed, offset=0, nnz=nnz)[0]
+        elif end > begin:
+            matrix = _matrix(offset + col.cpu().numpy(), dim, kind, seed, nnz, x.dtype).to(x.device)
+            sums += (values[:, None] * matrix).sum(0)
     return out

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import Takes
+from flashcoreset.sketch.chosen import matrix_chosen, sketch_chosen
+from flashcoreset.sketch.kinds import CHOICES
 from flashcoreset.triton_kernels.sketch import Projection, launch_matrix, launch_sketch
 
 __all__ = ["TAKES", "projection_matrix", "sketch"]
@@ -35,6 +37,8 @@ def sketch(
     Returns:
         `out`.
     """
+    if kind in CHOICES:
+        return sketch_chosen(sketch, x, dim, kind=kind, seed=seed, nnz=nnz, out=out)
     x = x.detach()
     if out is None:
         out = x.new_empty(x.shape[0], dim, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -54,6 +58,10 @@ def projection_matrix(
     device: torch.device | str = "cuda",
 ) -> Tensor:
     """The matrix [rows, dim] itself, float32 or float64."""
+    if kind in CHOICES:
+        return matrix_chosen(
+            projection_matrix, rows, dim, kind=kind, seed=seed, nnz=nnz, dtype=dtype, device=device
+        )
     out = torch.empty(rows, dim, dtype=dtype, device=device)
     launch_matrix(Projection(kind, dim, seed, offset, nnz), out)
     return out

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.budgets import allocate_budgets
+from flashcoreset._core.errors import InputWarning, warn_caller
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.results import Coreset
-from flashcoreset._core.tensor import as_dense, as_integer, as_number, as_vector, compute_dtype
-from flashcoreset.methods.ccs.strata import cut, draw, lowest, random_keys
+from flashcoreset._core.tensor import as_dense, as_integer, as_number, as_vector, compute_dtype, one_of
+from flashcoreset.methods.ccs.cutoff import published_ratio
+from flashcoreset.methods.ccs.strata import KINDS, Strata, cut, draw, filled_share, lowest, random_keys
 
 _MOST_STRATA = 2**24
 
@@ -23,8 +25,9 @@ def ccs(
     k: int,
     *,
     mislabel_scores: Any = None,
-    mislabel_ratio: float = 0.0,
+    mislabel_ratio: float | None = None,
     n_strata: int = 50,
+    strata: str = "width",
     groups: Any = None,
     seed: int = 0,
 ) -> Coreset:
@@ -38,14 +41,23 @@ def ccs(
     If all scores are equal, they are in one stratum and the choice is uniform, as with n_strata=1. Infinite scores
     (forgetting has them) belong to the first and the last stratum, but do not widen the range.
 
+    With n_strata=1 the choice is random after the same cut-off: the control that says what the strata add.
+
     Args:
         scores: [n] real numbers that say how hard each sample is, of either direction: a tensor, an array or a list; or
             the dict that `TrainingDynamics.scores` returns, from which "aum" is taken.
         k: the number of samples to take, 1 <= k <= n less those dropped.
         mislabel_scores: [n] real numbers, low for labels that are probably wrong, as the area under the margin is. None:
             the "aum" of `scores`, if that is such a dict.
-        mislabel_ratio: the share to drop, in [0, 1).
+        mislabel_ratio: the share to drop, in [0, 1). None: as in the published experiments, which choose it by the pruning
+            rate 1 - k/n and by the area under the margin: 0.3 at a rate of 90 %, 0.2 at 80 %, between and below these on the
+            line through both (0 up to 60 %), above them 0.3; without mislabel scores 0, with an `InputWarning` where
+            more was published. `tune_ccs` finds the value that is best for a task.
         n_strata: the number of strata, 1 to 2^24.
+        strata: what all strata have in common. "width": an equal share of the range, as published. "log": an equal share
+            of the range of the scores' logarithms, for scores >= 0 that differ by orders of magnitude (0 belongs to the first
+            stratum). "quantile": an equal number of samples, but that equal scores stay together. Where most strata
+            of equal width are empty, an `InputWarning` says so.
         groups: [n] integer labels, or None. All steps above are done inside each group, whose budget is proportional
             to its samples after dropping, by `allocate_budgets`.
         seed: 0 <= seed < 2^64. A sample's random number depends on the seed and its index alone.
@@ -53,17 +65,18 @@ def ccs(
     Returns:
         Coreset: `indices` stratum by stratum from low scores to high ones, ascending in each (with `groups`, group by
         group in label order), on the device of the scores; `weights` all 1; and `info`: "dropped" (how many),
-        "edges" ([n_strata + 1] boundaries of the strata), "sizes" and "counts" ([n_strata] samples that each
+        "mislabel_ratio" and "mislabel_ratio_from" ("argument", "published", "interpolated" or, without mislabel
+        scores, "none"), "edges" ([n_strata + 1] boundaries of the strata), "sizes" and "counts" ([n_strata] samples that each
         stratum has, and that were taken from it). With `groups`, "groups" holds these entries for each label that has samples,
         and "dropped" is the sum.
 
     Raises:
         TypeError: for arguments of a wrong type.
         ValueError: for wrong shapes, NaN, options out of range, k larger than what remains, a `mislabel_ratio` > 0
-            without mislabel scores, and a dict without "aum".
+            without mislabel scores, negative scores with strata="log", and a dict without "aum".
 
     Source: Zheng, Liu, Lai and Prakash, "Coverage-centric coreset selection for high pruning rates", ICLR 2023,
-    algorithm 1. The published code may return fewer than k, and loses the highest score if that is below 0.
+    algorithm 1. See docs/ccs.md for what its code does otherwise.
 
     Example:
         >>> import torch, flashcoreset as fc
@@ -73,9 +86,9 @@ def ccs(
     """
     k = _at_least_one(k, "k")
     n_strata = _strata(n_strata)
-    ratio = as_number(mislabel_ratio, "mislabel_ratio")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"mislabel_ratio must be in [0, 1), got {mislabel_ratio}")
+    one_of(strata, "strata", KINDS)
+    given = mislabel_ratio is not None
+    ratio = check_ratio(mislabel_ratio, "mislabel_ratio") if given else 0.0
     seed = as_integer(seed, "seed")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
@@ -94,6 +107,18 @@ def ccs(
     labels = _labels(groups, n)
     if k > n:
         raise ValueError(f"k must be <= the {n} samples, got {k}")
+    if strata == "log" and (values < 0).any():
+        place = int((values < 0).argmax())
+        raise ValueError(
+            f"scores must be >= 0 with strata='log', got {values[place]} at position {place}; pass strata='quantile'"
+        )
+    origin = "argument"
+    if not given:
+        ratio, origin = published_ratio(n, k)
+        if suspects is None:
+            if ratio >= 0.1 and n_strata > 1:
+                _warn_of_no_cut(n, k, ratio)
+            ratio, origin = 0.0, "none"
 
     by_label = {} if labels is None else _members(labels)
     kept: list[np.ndarray | None] = [None] if labels is None else list(by_label.values())
@@ -113,12 +138,19 @@ def ccs(
     counts = allocate_budgets(sizes, k).tolist()
     keys = random_keys(seed, n)
     picks, infos = [], []
+    emptiest: tuple[float, Strata, list[int]] | None = None
     for members, count in zip(kept, counts, strict=True):
-        strata = cut(values, members, n_strata)
-        chosen, taken = draw(strata, count, keys)
+        parts = cut(values, members, n_strata, strata)
+        chosen, taken = draw(parts, count, keys)
         picks.append(chosen)
-        infos.append({"edges": strata.edges.tolist(), "sizes": strata.sizes.tolist(), "counts": taken})
-    info: dict[str, Any] = {"dropped": dropped}
+        infos.append({"edges": parts.edges.tolist(), "sizes": parts.sizes.tolist(), "counts": taken})
+        filled = filled_share(parts.sizes)
+        if emptiest is None or filled < emptiest[0]:
+            emptiest = filled, parts, taken
+    assert emptiest is not None
+    if strata != "quantile" and emptiest[0] < 0.5:
+        _warn_of_empty(*emptiest[1:], strata)
+    info: dict[str, Any] = {"dropped": dropped, "mislabel_ratio": ratio, "mislabel_ratio_from": origin}
     if labels is None:
         info |= infos[0]
     else:
@@ -173,6 +205,43 @@ def top_scores(scores: Any, k: int, *, largest: bool = True, groups: Any = None)
         if count:
             thresholds[label] = float(values[chosen[-1]])
     return _coreset(picks, device, dtype, {"threshold": thresholds[None] if labels is None else thresholds})
+
+
+def _warn_of_no_cut(n: int, k: int, ratio: float) -> None:
+    warn_caller(
+        f"where {k} of {n} samples are kept, the published experiments first drop the {100 * ratio:.0f} % whose labels are most "
+        "probably wrong, but there are no mislabel_scores to find them by, and the hardest samples are kept; pass "
+        "mislabel_scores= (the area under the margin), or mislabel_ratio=0 if that is wanted",
+        InputWarning,
+    )
+
+
+def _warn_of_empty(parts: Strata, taken: list[int], kind: str) -> None:
+    largest = int(parts.sizes.argmax())
+    share, picked = parts.sizes[largest] / parts.sizes.sum(), taken[largest] / max(1, sum(taken))
+    other = (
+        "strata='quantile'" if kind == "log" or parts.edges[0] < 0 else "strata='quantile' or strata='log'"
+    )
+    warn_caller(
+        f"{int((parts.sizes == 0).sum())} of {len(parts.sizes)} strata are empty: one stratum holds {100 * share:.0f} % of the "
+        f"samples and gives {100 * picked:.0f} % of the picks; pass {other}, fewer n_strata, or scores without outliers",
+        InputWarning,
+    )
+
+
+def check_ratio(value: Any, name: str) -> float:
+    """`value` as a share in [0, 1)."""
+    ratio = as_number(value, name)
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return ratio
+
+
+def group_sizes(scores: Any, groups: Any) -> list[int]:
+    """How many samples each group has, in label order."""
+    n = len(scores["aum"] if isinstance(scores, dict) else scores)
+    labels = _labels(groups, n)
+    return [n] if labels is None else [len(members) for members in _members(labels).values()]
 
 
 def _values(value: Any, name: str, length: int | None = None) -> tuple[np.ndarray, torch.device, torch.dtype]:
@@ -232,8 +301,9 @@ def _estimate(
     *,
     dtype: torch.dtype = torch.float32,
     mislabel_scores: Any = None,
-    mislabel_ratio: float = 0.0,
+    mislabel_ratio: float | None = None,
     n_strata: int = 50,
+    strata: str = "width",
     groups: Any = None,
     seed: int = 0,
 ) -> int:
@@ -246,10 +316,14 @@ def _estimate(
     for name, value in (("mislabel_scores", mislabel_scores), ("groups", groups)):
         if value is not None and (got := as_shape(value, name, 1)) != (n,):
             raise ValueError(f"{name} must have shape [{n}], got {got}")
-    dropping = mislabel_scores is not None and mislabel_ratio > 0
+    one_of(strata, "strata", KINDS)
+    ratio = published_ratio(n, k)[0] if mislabel_ratio is None else mislabel_ratio
+    dropping = mislabel_scores is not None and ratio > 0
     # In float64: the scores, and the scores for dropping.
     values = 8 * n * ((dtype.itemsize < 8) + (dropping and dtype.itemsize < 8))
     members = 8 * n * ((groups is not None) * 2 + dropping)  # the order of labels, and the samples left
     # The random numbers; strata: positions and members; draws: the numbers of a stratum, and which are taken.
     drawing = 8 * n + 3 * 8 * n + 2 * n
+    # The sorted scores and their places, or the logarithms.
+    drawing += {"width": 0, "quantile": 2 * 8 * n, "log": 2 * 8 * n}[strata]
     return values + members + drawing + 400 * n_strata + 20 * k

@@ -21,11 +21,13 @@ of the new score. The bound is concave in y with slope 1/k - #{v: C_ov - f_v < y
 smallest of C_ov - f_v with R = ceil(V / k).
 
 Source: Mei, Chen, Yu, Liang and Yang, "GORACS: Group-level Optimal Transport-guided Coreset Selection for
-LLM-based Recommender Systems", KDD 2025. The bound is derived here; the published code takes the R-th largest
-and leaves f as it is with i.
+LLM-based Recommender Systems", KDD 2025. The bound is derived here; what the published code does in its place is
+`published_exchange`, for comparison.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import torch
@@ -136,4 +138,48 @@ def exchange(
                 subset, u, improves = trial, trial_u, True
                 scores.append(value)
                 break
+    return subset, scores, solves
+
+
+def published_estimates(c: np.ndarray, subset: list[int], u: np.ndarray) -> np.ndarray:
+    """The published code's estimate [n] for every item, member or not: what its row of `c` [n, V] adds to the dual value.
+
+    It stands beside f_v = min_s (C_sv - u_s) of all members, also for the removal of one of them, and its dual variable is the
+    R-th largest of C_ev - f_v.
+    """
+    k = len(subset)
+    share = -(-c.shape[1] // k)
+    d = c - (c[subset] - u[:, None]).min(axis=0)
+    y = np.sort(d, axis=1)[:, -share]
+    return y / k + np.minimum(d - y[:, None], 0).mean(axis=1)
+
+
+def published_exchange(
+    c: np.ndarray, subset: list[int], max_exchanges: int, n_candidates: int
+) -> tuple[list[int], list[float], int]:
+    """The published stage 2, returned as by `exchange`.
+
+    The candidates are the members of the highest estimates and the other items of the lowest. Every removal in the order of rising
+    estimates is tried with every addition in the order of rising estimates, one exact solve each, and the first pair that
+    lowers the score is made; the addition then stands last.
+    """
+    subset = list(subset)
+    value, u = score(c[subset])
+    scores, solves = [value], 1
+    while len(scores) <= max_exchanges:
+        estimates = published_estimates(c, subset, u)
+        others = np.setdiff1d(np.arange(len(c)), subset)
+        members = np.array(subset)
+        removals = members[np.argsort(estimates[members], kind="stable")][-n_candidates:].tolist()
+        additions = others[np.argsort(estimates[others], kind="stable")][:n_candidates].tolist()
+        for removed, added in itertools.product(removals, additions):
+            trial = [*(item for item in subset if item != removed), added]
+            value, trial_u = score(c[trial])
+            solves += 1
+            if value < scores[-1]:
+                subset, u = trial, trial_u
+                scores.append(value)
+                break
+        else:
+            break
     return subset, scores, solves

@@ -2,6 +2,8 @@
 
     C_sv = (D_sv / max D - p_s - low) / (high - low)        D: Euclidean distances; low, high: C in [0, 1]
 
+max D is the largest of these distances, or one that the caller gives.
+
 One pass over D yields max D and every row's extremes, from which low and high follow. Rows are computed in
 blocks by the `pairwise` kernel, whose values do not depend on the block, so nothing here depends on
 `memory_budget`.
@@ -17,17 +19,18 @@ express p.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale
+from flashcoreset._core.scaling import exponent_into, largest_magnitude, scale, times_power
 from flashcoreset._core.tensor import Csr
 from flashcoreset.facility_location import cpu
 from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.facility_location.gains import gain_scale
+from flashcoreset.facility_location.problem import Problem
 
 _BLOCK_BYTES, _LEAST_BYTES = 2**24, 2**18
 # Largest distances for which that distance and those 2^-20 times as long have squares that are normal numbers.
@@ -62,13 +65,27 @@ class TransportCosts:
     Args:
         train: [n, d] float32 or float64.
         valid: [V, d], the same type.
-        penalty: [n] float64, what is subtracted from the distances divided by the largest.
+        penalty: [n] float64, what is subtracted from the distances divided by the largest; or a function that makes it of the
+            items' mean distances [n], so divided.
         kernels: those of facility location.
         memory_budget: bytes; the similarities are held if they take at most half of it.
+        largest: what distances are divided by; None: the largest of them.
+
+    Attributes:
+        penalty: [n] float64.
+        mean_distance: [n] float64, each training item's mean distance, divided.
+        low, spread: D / max D - p is in [low, low + spread].
     """
 
     def __init__(
-        self, train: Tensor, valid: Tensor, penalty: Tensor, kernels: Kernels, memory_budget: int
+        self,
+        train: Tensor,
+        valid: Tensor,
+        penalty: Tensor | Callable[[Tensor], Tensor],
+        kernels: Kernels,
+        memory_budget: int,
+        *,
+        largest: float | None = None,
     ) -> None:
         self._train, self._valid, self._kernels = train, valid, kernels
         self.memory_budget = memory_budget
@@ -80,19 +97,24 @@ class TransportCosts:
         held = train.new_empty(n, clients) if fits else None
         self.held: Tensor | None = None
 
-        nearest, farthest, total = self._extremes(penalty, held)
-        largest = float(farthest.max())
+        nearest, farthest, total = self._extremes(held)
+        own = float(farthest.max())
+        exponent = 0
         # Costs are shares of the largest distance: a power of two, which brings squares into range, changes none.
         least, most = _SAFE[train.dtype]
-        if not 2.0**least < largest < 2.0**most and (
+        if not 2.0**least < own < 2.0**most and (
             exponent := exponent_into(largest_magnitude(train, valid), (least, most - 10))
         ):
             self._train, self._valid = scale(train, exponent), scale(valid, exponent)
-            nearest, farthest, total = self._extremes(penalty, held)
-            largest = float(farthest.max())
-        per_distance = 1 / largest if largest else 0.0
-        low = float((nearest * per_distance - penalty).min())
-        spread = float((farthest * per_distance - penalty).max()) - low
+            nearest, farthest, total = self._extremes(held)
+            own = float(farthest.max())
+        self.largest = times_power(own, -exponent) if largest is None else largest
+        unit_distance = own if largest is None else times_power(largest, exponent)
+        per_distance = 1 / unit_distance if unit_distance else 0.0
+        self.mean_distance = total * (per_distance / clients)
+        self.penalty = penalty = penalty if isinstance(penalty, Tensor) else penalty(self.mean_distance)
+        self.low = low = float((nearest * per_distance - penalty).min())
+        self.spread = spread = float((farthest * per_distance - penalty).max()) - low
         unit = 1 / spread if spread > 0 else 0.0
         base = 1 + (penalty + low) * unit if spread > 0 else torch.ones_like(penalty)
         self._slope = per_distance * unit
@@ -107,14 +129,15 @@ class TransportCosts:
                 self._to_similarities(held[rows], self._base[rows])
             self.held = held
 
-    def _extremes(self, like: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's least and largest distance and the sum of its distances, [n] like `like`; the distances are written to `held` [n, V]."""
-        nearest, farthest, total = (torch.empty_like(like) for _ in range(3))
+    def _extremes(self, held: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's least and largest distance and the sum of its distances, [n] float64; the distances are written to `held` [n, V]."""
+        nearest, farthest, total = self._train.new_empty(3, self.shape[0], dtype=torch.float64)
         for begin in range(0, self.shape[0], self.step):
             rows = slice(begin, begin + self.step)
             d = self._distances(rows, None if held is None else held[rows])
             nearest[rows], farthest[rows] = d.amin(1).double(), d.amax(1).double()
-            total[rows] = d.sum(1).double()
+            # torch shares out the sum of a single row among its threads, whose number would show in the last bits.
+            total[rows] = (d if len(d) > 1 else d.expand(2, -1)).sum(1).double()[: len(d)]
         return nearest, farthest, total
 
     def _distances(self, rows: slice | Tensor, out: Tensor | None = None) -> Tensor:
@@ -145,6 +168,21 @@ class TransportCosts:
         return self._sums
 
 
+def largest_distance(train: Tensor, valid: Tensor, kernels: Kernels, memory_budget: int) -> float:
+    """The largest Euclidean distance of a training and a validation item."""
+    step = block_rows(len(valid), train.element_size(), memory_budget)
+
+    def farthest(x: Tensor, y: Tensor) -> float:
+        return max(float(kernels.pairwise(rows, y, metric="euclidean").max()) for rows in x.split(step))
+
+    largest = farthest(train, valid)
+    least, most = _SAFE[train.dtype]
+    if 2.0**least < largest < 2.0**most:
+        return largest
+    exponent = exponent_into(largest_magnitude(train, valid), (least, most - 10))
+    return times_power(farthest(scale(train, exponent), scale(valid, exponent)), -exponent)
+
+
 class Cover:
     """The greedy cover of the validation items, advanced pick by pick.
 
@@ -167,7 +205,7 @@ class Cover:
         self._run_picks = 0
         if costs.held is not None:
             self._run = costs._kernels.FacilityLocation(
-                costs.held, metric="precomputed", memory_budget=costs.memory_budget // 4
+                Problem(costs.held, metric="precomputed", memory_budget=costs.memory_budget // 4)
             )
             return
         ones = torch.ones(clients, dtype=torch.float64, device=device)
@@ -287,8 +325,9 @@ class Cover:
             kernels = choose("torch", self.owner.device)
         del self._sample, self._bounds
         self._live = live  # the kernel reads the matrix in place
+        budget = self._costs.memory_budget // 4
         return kernels.FacilityLocation(
-            live, metric="precomputed", preselected=fixed, memory_budget=self._costs.memory_budget // 4
+            Problem(live, metric="precomputed", preselected=fixed, memory_budget=budget)
         )
 
     def _kernel_picks(self, count: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""`dattri.params`: parameters of projections."""

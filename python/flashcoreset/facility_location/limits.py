@@ -1,0 +1,102 @@
+"""What may be picked no more: candidates that are excluded, cost too much, have too many of their label, or are too near."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from flashcoreset._core.constants import DISTANCES
+from flashcoreset.facility_location.backend import Kernels
+from flashcoreset.facility_location.problem import Problem, Request
+
+
+class Limits:
+    """The candidates that each pick closes.
+
+    Args:
+        kernels: the backend, for distances.
+        r: the request, whose limits these are.
+        problem: the problem that is solved.
+        excluded: [n] bool, the candidates that are excluded; None for none.
+    """
+
+    def __init__(self, kernels: Kernels, r: Request, problem: Problem, excluded: Tensor | None) -> None:
+        self._kernels, self._problem = kernels, problem
+        self._excluded, self._min_distance = excluded, r.min_distance
+        self._labels: list[int] = []
+        self._room: dict[int, int] = {}  # how many more each label may have
+        self._members: dict[int, Tensor] = {}
+        if r.groups is not None and r.cap_labels is not None and r.caps is not None:
+            groups = r.groups.cpu()
+            self._labels = groups.tolist()
+            self._room = dict(zip(r.cap_labels.tolist(), r.caps.tolist(), strict=True))
+            self._members = {label: (groups == label).nonzero()[:, 0] for label in self._room}
+            for label, cap in self._room.items():
+                if cap < 0:
+                    raise ValueError(f"caps must be >= 0, got {cap} for label {label}")
+        self._budget = math.inf if r.cost_budget is None else r.cost_budget
+        self._spent = Fraction(0)
+        if r.costs is not None:
+            ascending = r.costs.cpu().sort(stable=True)
+            self._ascending, self._by_cost = ascending.values.tolist(), ascending.indices
+            self._costs = r.costs.tolist()
+        self._affordable = problem.shape[0]  # the cheapest so many
+
+    def first(self) -> Tensor:
+        """The candidates [c] int64, on the CPU, that are closed from the start."""
+        closed = [] if self._excluded is None else [self._excluded.cpu().nonzero()[:, 0]]
+        closed += self._too_expensive()
+        preselected = [] if self._problem.preselected is None else self._problem.preselected.tolist()
+        for j in preselected:
+            closed += self._of_label(j)
+            closed += self._too_near(j)
+        closed += [self._members[label] for label, room in self._room.items() if room <= 0]
+        return _together(closed)
+
+    def after(self, j: int) -> Tensor:
+        """The candidates that pick `j` closes, some of which may be closed already."""
+        closed = self._of_label(j) + self._too_near(j)
+        if self._budget < math.inf:
+            self._spent += Fraction(self._costs[j])
+            closed += self._too_expensive()
+        return _together(closed)
+
+    def _too_expensive(self) -> list[Tensor]:
+        if self._budget == math.inf:
+            return []
+        # A candidate fits if what would be spent then, rounded to a double once, is within the budget.
+        count = bisect_right(
+            self._ascending,
+            False,
+            hi=self._affordable,
+            key=lambda cost: float(self._spent + Fraction(cost)) > self._budget,
+        )
+        closed = self._by_cost[count : self._affordable]
+        self._affordable = count
+        return [closed]
+
+    def _of_label(self, j: int) -> list[Tensor]:
+        if not self._room or (label := self._labels[j]) not in self._room:
+            return []
+        self._room[label] -= 1
+        return [self._members[label]] if self._room[label] == 0 else []
+
+    def _too_near(self, j: int) -> list[Tensor]:
+        if self._min_distance is None:
+            return []
+        x, metric = self._problem.x, self._problem.metric
+        assert isinstance(x, Tensor)
+        if metric == "precomputed":
+            distance = -x[j]
+        else:
+            distance = self._kernels.pairwise(x[j : j + 1], x, metric=metric)[0]
+            distance = distance if metric in DISTANCES else 1 - distance
+        return [(distance < self._min_distance).nonzero()[:, 0].cpu()]
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
