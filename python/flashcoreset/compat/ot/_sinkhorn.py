@@ -49,13 +49,12 @@ def _solve(
     start: tuple[Tensor, Tensor] | None,
     warn: bool,
     verbose: bool,
-    period: int = 10,
 ) -> Solved:
     """Solves one problem, or one per column of b; `start` holds log-scalings, [k, n] and [k, m] for several."""
     costs, a, b = p.costs, p.a, p.b
     if p.has_many:
         k = b.shape[1]
-        costs, a, b = costs.expand(k, -1, -1), a.expand(k, -1), b.mT
+        a, b = a.expand(k, -1), b.mT  # the costs are read once for all
     solved = solve(p.call, p.library, costs, a, b, p.reg, max_iter=max_iter, tol=tol, start=start)
     if warn and (tol <= 0 or not solved.converged):
         warn_user(DID_NOT_CONVERGE)

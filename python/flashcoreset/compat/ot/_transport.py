@@ -43,7 +43,7 @@ class Solved:
 
     Attributes:
         library: of the caller's arrays.
-        costs: [n, m], or [B, n, m] for a batch, as the caller gave them.
+        costs: [n, m], also of a batch that shares them, or [B, n, m]; as the caller gave them.
         a, b: [n] and [m], or [B, n] and [B, m].
         transport: of these costs, or of `costs` plus what makes another entropy of the kernels'; transposed if `is_transposed`.
         rows_last: whether the last update was that of the rows.
@@ -85,7 +85,8 @@ class Solved:
         if not self.wants_gradient:
             return plan
         batched = plan.dim() == 3
-        plan, costs, a, b = (t if batched else t[None] for t in (plan, self.costs, self.a, self.b))
+        costs = self.costs.expand_as(plan)
+        plan, costs, a, b = (t if batched else t[None] for t in (plan, costs, self.a, self.b))
         plan = differentiable(
             plan, costs, a, b, reg=self.reg, rho=self.rho, rows_last=self.rows_last,
             product_reference=self.reference == "product",
@@ -149,7 +150,7 @@ def solve(
 
     Args:
         call: the function of POT, for messages. names: its names of arguments.
-        costs: [n, m] or [B, n, m]. a, b: [n] or [B, n], [m] or [B, m].
+        costs: [n, m] or [B, n, m]. a, b: [n] or [B, n], [m] or [B, m]; [B, n] and [B, m] for costs [n, m] that all share.
         max_iter, tol: the most iterations and the error to stop at; 0 makes just POT's iterations, in its order and from its start.
         start: log-scalings (log u, log v).
     """
