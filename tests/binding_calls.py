@@ -179,7 +179,7 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "NearestOrder.__init__": {"centroids": f32(3, 2), "threads": 2},
         "NearestOrder.of_similarities": {"lists": 3, "dtype": "float32", "threads": 2},
         "NearestOrder.begin": {"length": 2},
-        "NearestOrder.rounds": {"k": 2, "items": zeros(6), "counts": zeros(2), "values": f64(2)},
+        "NearestOrder.rounds": {"k": 2, "items": zeros(6), "counts": zeros(2), "values": f64(2), "takers": zeros(6), "similarities": f64(6)},
         "NearestOrder.order": {"list": 0, "items": zeros(9), "similarities": f32(9)},
         "Sinkhorn.__init__": transport | solved | {"threads": 2},
         "Sinkhorn.step": {"iterations": 5},

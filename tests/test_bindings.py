@@ -150,9 +150,7 @@ def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: st
                 o.name in ("threads", "lists", "n", "length") and value >= 2**62 and "begin" not in o.binding
             )
         elif kind == "Real" and type(value) in (int, float):
-            beyond = o.value in ("nan", "10**400") or (
-                o.value == "inf" and o.parameter not in MAY_BE_INFINITE
-            )
+            beyond = o.value in ("nan", "10**400") or (o.value == "inf" and o.name not in MAY_BE_INFINITE)
         if beyond:
             assert o.outcome == "ValueError", o
             assert re.match(f"{o.name}: expected .*, got ", o.message), o

@@ -255,7 +255,7 @@ def test_chunks() -> None:
     for kind in (mine, other):
         with pytest.raises(TypeError, match="only accepts Tensor inputs"):
             kind.project(parts, 0)
-        with pytest.raises(ValueError, match=r"chunk|feature dim of current chunk"):
+        with pytest.raises(ValueError, match=r"chunks of|feature dim of current chunk"):
             kind.dict_project({"a": features(5, 7)}, 0)
     with pytest.raises(
         ValueError, match=r"features must have sum\(dim_per_chunk\) = 22 columns in all, got 21"
@@ -287,6 +287,13 @@ def test_errors() -> None:
         project(x[:, 1:])
     with pytest.raises(TypeError, match="ensemble_id must be an int"):
         project(x, 0.5)
+    whole = torch.arange(240).view(4, 60)
+    for proj_type in ("identity", "random_mask"):
+        assert ours.random_project(whole, 4, 8, 32, 0, proj_type)(whole).dtype == torch.int64
+    with pytest.raises(TypeError, match="dtype must be of a floating type, got int64"):
+        ours.random_project(whole, 4, 8, 32)
+    # An identity knows no columns, in dattri neither.
+    assert ours.random_project(x, 4, 8, 32, 0, "identity")(x[:, 1:]).shape == (4, 59)
     x[2, 7] = torch.inf
     with pytest.raises(ValueError, match="features must be finite, got inf at row 2, column 7"):
         project(x)

@@ -52,7 +52,7 @@ def test_plans_are_pots(method, dtype, library):
     arrays = [a, b, M] if library == "numpy" else [torch.from_numpy(v) for v in (a, b, M)]
     plan = ours.sinkhorn(*arrays, 0.5, method=method)
     wanted = quiet(
-        pot.sinkhorn, a.astype(float), b.astype(float), M.astype(float), 0.5, method=method, numItermax=50_000
+        pot.sinkhorn, a.astype(float), b.astype(float), M.astype(float), 0.5, method=method, numItermax=20_000
     )
     assert type(plan) is type(arrays[2])
     assert plan.dtype == arrays[2].dtype
@@ -64,7 +64,7 @@ def test_plans_are_pots(method, dtype, library):
 def test_logs_have_pots_keys(method):
     *_, a, b, M = problem()
     plan, log = ours.sinkhorn(a, b, M, 0.5, method=method, log=True)
-    _, wanted = quiet(pot.sinkhorn, a, b, M, 0.5, method=method, log=True, numItermax=50_000)
+    _, wanted = quiet(pot.sinkhorn, a, b, M, 0.5, method=method, log=True, numItermax=20_000)
     assert set(log) == set(wanted)
     for name in set(log) - {"err", "niter", "n_iter", "warmstart"}:
         assert log[name].shape == wanted[name].shape
@@ -112,14 +112,10 @@ def test_without_a_threshold_iterates_are_pots(method, iterations):
 def test_warm_starts(method):
     *_, a, b, M = problem()
     cold, log = ours.sinkhorn(a, b, M, 0.05, method=method, log=True)
-    scale = 0.05 if method in ("sinkhorn_stabilized", "sinkhorn_epsilon_scaling") else 1.0
-    if "u" in log:
-        start = np.log(log["u"]), np.log(log["v"])
-    else:
-        start = log["warmstart"]
+    start = (np.log(log["u"]), np.log(log["v"])) if "u" in log else log["warmstart"]
     warm, again = ours.sinkhorn(a, b, M, 0.05, method=method, log=True, warmstart=start)
     count = "niter" if "niter" in log else "n_iter"
-    assert again[count] < min(log[count], 3), scale
+    assert again[count] < min(log[count], 3)
     np.testing.assert_allclose(warm, cold, atol=1e-9)
 
 
@@ -135,11 +131,14 @@ def test_a_warm_start_for_every_histogram():
     )
 
 
-def test_small_reg_gives_the_plan_that_pots_log_domain_gives():
+def test_small_reg():
+    """Where POT's plain iterations underflow: the conditions that make a plan the solution."""
     *_, a, b, M = problem()
-    plan = ours.sinkhorn(a, b, M, 1e-3)
-    wanted = quiet(pot.sinkhorn, a, b, M, 1e-3, method="sinkhorn_log", numItermax=200_000)
-    np.testing.assert_allclose(plan, wanted, atol=1e-8)
+    plan = ours.sinkhorn(a, b, M, 2e-3)
+    np.testing.assert_allclose(plan.sum(1), a, atol=1e-9)
+    np.testing.assert_allclose(plan.sum(0), b, atol=1e-9)
+    u, v = (np.log(ours.sinkhorn(a, b, M, 2e-3, log=True)[1][side]) for side in ("u", "v"))
+    np.testing.assert_allclose(np.exp(u[:, None] - M / 2e-3 + v), plan, atol=1e-9)
 
 
 def test_empty_weights_lists_and_integers():
@@ -178,7 +177,7 @@ def test_warnings_are_pots():
     with pytest.warns(UserWarning, match=r"^Numerical errors at iteration 0$"):
         ours.sinkhorn(a, b, M, 0, method="sinkhorn_stabilized", warn=False)
     assert not plan.any()  # exp(-M / 0), as POT's
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="did not converge") as caught:
         ours.sinkhorn(a, b, M, 0.01, numItermax=2)
     assert caught[0].filename == __file__
 
@@ -187,16 +186,11 @@ def test_warnings_are_pots():
 def test_sums_that_differ(relaxed):
     """No plan has such marginals; the update that POT ends with wins."""
     *_, a, b, M = problem()
+    function, extra = ("sinkhorn_unbalanced", (float("inf"),)) if relaxed else ("sinkhorn", ())
     with pytest.warns(fc.ConvergenceWarning, match="have the sums 1 and 3"):
-        if relaxed:
-            plan = ours.sinkhorn_unbalanced(a, 3 * b, M, 0.5, float("inf"))
-        else:
-            plan = ours.sinkhorn(a, 3 * b, M, 0.5)
-    # A few iterations, before POT's scalings overflow.
-    if relaxed:
-        wanted = quiet(pot.sinkhorn_unbalanced, a, 3 * b, M, 0.5, float("inf"), numItermax=200)
-    else:
-        wanted = quiet(pot.sinkhorn, a, 3 * b, M, 0.5, numItermax=200)
+        plan = getattr(ours, function)(a, 3 * b, M, 0.5, *extra)
+    # So many iterations that POT's scalings do not overflow yet.
+    wanted = quiet(getattr(pot, function), a, 3 * b, M, 0.5, *extra, numItermax=200)
     np.testing.assert_allclose(plan, wanted, atol=1e-8)
     assert plan.sum() == pytest.approx(3 if relaxed else 1)
 
@@ -274,7 +268,8 @@ def test_relaxed_marginals(method, reg_m, reg_type):
     for name in ("logu", "logv"):
         np.testing.assert_allclose(log[name], wanted_log[name], atol=1e-6)
     np.testing.assert_allclose([log["cost"], linear], wanted_log["cost"], rtol=1e-6)
-    np.testing.assert_allclose([log["total_cost"], total], wanted_log["total_cost"], rtol=1e-6)
+    # Without the terms of the masses it is 0 at a solution whose marginals are both relaxed.
+    np.testing.assert_allclose([log["total_cost"], total], wanted_log["total_cost"], rtol=1e-6, atol=1e-8)
 
 
 def test_relaxed_marginals_with_a_reference_and_zero_weights():
@@ -558,6 +553,10 @@ def test_other_functions_of_pot_are_refused_by_name(module):
         (lambda o, a, b, M: o.solve_sample(M, M, reg=1, method="lowrank"), "method='lowrank'"),
         (lambda o, a, b, M: o.solve_sample(M, M, reg=1, rank=3), "'rank'"),
         (lambda o, a, b, M: o.solve_sample(M, M, reg=1, debias="split"), "'debias'"),
+        (
+            lambda o, a, b, M: o.solve_sample(M, M, reg=1, debias=True, method="geomloss"),
+            "debias with method",
+        ),
         (lambda o, a, b, M: o.solve_sample(M, M, reg=1, lazy=True, unbalanced=1), "unbalanced with lazy"),
         (lambda o, a, b, M: o.solve_batch(M[None]), "reg=None is exact transport"),
         (lambda o, a, b, M: o.solve_batch(M[None], 1, method="proximal"), "method='proximal'"),

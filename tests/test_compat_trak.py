@@ -222,7 +222,9 @@ def test_chunks() -> None:
     expected = (own[0].project(first, 1).half() + own[1].project(second, 1)).half()
     assert found.dtype == torch.float16
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-2)
-    with pytest.raises(ValueError, match="chunk 1 must have 9 columns, got 10"):
+    with pytest.raises(
+        ValueError, match=r"grads must come in chunks of \[12, 9\] columns, of at most 12, got \[12, 10\]"
+    ):
         ours.ChunkedCudaProjector(own, 12, [12, 9], 5, "cpu", torch.float32).project(parts, 0)
 
 
@@ -321,6 +323,22 @@ def test_errors(name: str) -> None:
         mine.project({"a": torch.ones(2, 5), "b": bad}, 0)
     assert mine.project(torch.ones(0, 10), 0).shape == (0, 4)
     assert mine.project({"a": torch.ones(2, 0), "b": torch.ones(2, 10)}, 0).shape == (2, 4)
+
+
+def test_types_that_would_cut_fractions_off() -> None:
+    for project in (
+        projector("CudaProjector", 10, 4, "normal").project,
+        lambda x, _: fast_jl.project_normal_8(x, 4, 0, 1),
+    ):
+        with pytest.raises(TypeError, match="grads must be of a floating type, got int64"):
+            project(torch.ones(2, 10, dtype=torch.int64), 0)
+        with pytest.raises(TypeError, match="grads must hold real numbers, got complex64"):
+            project(torch.ones(2, 10, dtype=torch.complex64), 0)
+    with pytest.raises(TypeError, match="dtype must be of a floating type, got int32"):
+        projector("BasicProjector", 10, 4, "normal", dtype=torch.int32)
+    whole = torch.arange(20).view(2, 10)
+    mine = projector("BasicProjector", 10, 4, "rademacher")
+    assert torch.equal(mine.project(whole, 0), mine.project(whole.float(), 0))
 
 
 def test_basic_projectors_take_only_their_columns() -> None:

@@ -264,7 +264,7 @@ CALLS: dict[str, dict[str, Call]] = {
     "simcore": {
         "k": Call(
             lambda: {"x": normal(24, 200, 12), "t": normal(25, 60, 12)},
-            lambda x, t, **more: fc.simcore(x, t, 40, n_clusters=6, **more),
+            lambda x, t, **more: fc.simcore(x, t, 40, n_clusters=6, patience=20, **more),
             backends=COMPILED,
             budgets=(20_000, 2**30),
         )
@@ -325,7 +325,7 @@ CALLS: dict[str, dict[str, Call]] = {
     "select": {
         "simcore": Call(
             lambda: {"x": normal(24, 200, 12), "t": normal(25, 60, 12)},
-            lambda x, t: fc.select("simcore", openset=x, target=t, k=30, n_clusters=6),
+            lambda x, t: fc.select("simcore", openset=x, target=t, k=30, n_clusters=6, patience=20),
             backends=(),
         )
     },

@@ -294,6 +294,61 @@ def test_nothing_depends_on_the_number_of_threads() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reg", [0.1, 0.015, 1e-3])
+def test_one_of_many_problems_on_a_cost_depends_on_no_other(reg: float, dtype: torch.dtype) -> None:
+    """Whatever the number of threads, the others of its batch, and when these are solved. The smallest reg is solved one by one."""
+    cost, a, b = costs(40, 30, dtype=dtype)[0], weights(75, 40, 1), weights(75, 30, 2)
+    a[:, 3:20] *= torch.linspace(0, 1, 75, dtype=torch.float64)[:, None] ** 8
+    a /= a.sum(1, keepdim=True)
+    tol = 1e-5 if reg > 0.01 else 1e-3
+    options: dict[str, Any] = {
+        "reg": reg,
+        "metric": "precomputed",
+        "tol": tol,
+        "max_iter": 2000,
+        "backend": "cpu",
+    }
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(fc.sinkhorn(cost, None, a, b, **options))
+        part = fc.sinkhorn(cost, None, a[::8], b[::8], **options)
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].converged.all()
+    assert len(set(found[0].iterations.tolist())) > 1
+    for name in ("f", "g", "value", "transport_cost", "error", "iterations"):
+        first = getattr(found[0], name)
+        assert all(torch.equal(first, getattr(other, name)) for other in found[1:]), name
+        assert torch.equal(first[::8], getattr(part, name)), name
+    for p in (0, 74):
+        alone = fc.sinkhorn(cost, None, a[p], b[p], **options)
+        assert float((found[0].plan()[p] - alone.plan()).abs().sum()) <= 20 * tol
+    steps: list[int] = []
+    watched = fc.sinkhorn(cost, None, a, b, progress=lambda done, total: steps.append(done), **options)
+    assert torch.equal(watched.f, found[0].f)
+    assert steps == sorted(steps)
+    assert steps[-1] == 75 * 2000
+
+
+def test_scalings_that_leave_the_range_of_a_shared_kernel_matrix() -> None:
+    cost, b = costs(12, 9, dtype=torch.float32)[0], weights(4, 9, 2)
+    options: dict[str, Any] = {"reg": 0.1, "metric": "precomputed", "max_iter": 500, "backend": "cpu"}
+    plain = fc.sinkhorn(cost, None, None, b, **options)
+    start = torch.zeros(4, 12), torch.zeros(4, 9)
+    start[0][1], start[1][2, 4] = 30.0, -40.0  # exp(300) and exp(-400)
+    found = fc.sinkhorn(cost, None, None, b, warm_start=start, **options)
+    assert found.converged.all()
+    assert float((found.plan() - plain.plan()).abs().sum()) <= 2e-5
+    assert torch.equal(
+        found.f[0],
+        fc.sinkhorn(cost, None, None, b[:3], warm_start=(start[0][:3], start[1][:3]), **options).f[0],
+    )
+
+
 def test_progress_changes_nothing(backend: str) -> None:
     x, y = points(3, 40, 2, 0), points(3, 30, 2, 1)
     seen: list[tuple[int, int]] = []

@@ -64,6 +64,13 @@ def two_parts(value, like):
 
 
 @triton.jit
+def allowed(potential, mass):
+    """A new potential; if all pairs of its line are forbidden: 0 for a line without weight, and NaN, with which the run ends, for one
+    that has weight and no place to go."""
+    return tl.where(tl.abs(potential) < _INF, potential, tl.where(mass > 0, float("nan"), 0.0))
+
+
+@triton.jit
 def exponents(
     ours,  # points: the first of ROWS rows in a panel, `our_stride` from feature to feature; precomputed: C_00, rows so far apart
     our_stride,
@@ -84,12 +91,14 @@ def exponents(
     COLS: tl.constexpr,
     ONE_CHAIN: tl.constexpr,
 ):
-    """t_ij and C_ij [ROWS, COLS]; t is -inf for columns without weight and from m on."""
+    """t_ij and C_ij [ROWS, COLS]; t is -inf for columns without weight, for forbidden pairs and from m on."""
     if METRIC == "precomputed":
         cols = first_col + tl.arange(0, COLS)
         rows = first_row + tl.arange(0, ROWS)
         places = ours + rows[:, None] * our_stride + cols[None, :] * other_stride
         c = tl.load(places, mask=(rows < n)[:, None] & (cols < m)[None, :], other=0)
+        forbidden = c == _INF
+        c = tl.where(forbidden, 0.0, c)
     else:
         cols = first_col + tl.max_contiguous(tl.arange(0, COLS), 1)
         c = pair_values(
@@ -109,6 +118,8 @@ def exponents(
         t = (s + g_high[None, :]) + (rounding + (low[:, None] + g_low[None, :]))
     else:
         t = s + g[None, :]
+    if METRIC == "precomputed":
+        t = tl.where(forbidden, -_INF, t)
     return t * (1.0 / eps).to(c.dtype), c
 
 
@@ -242,19 +253,21 @@ def half_iteration_kernel(
         other_potential + p * other_size, other_log_weight + p * other_size, first_row, n, m, d, eps,
         METRIC, ROWS, COLS, ONE_CHAIN, False,
     )  # fmt: skip
-    log_sum = most + tl.log(total)
+    log_sum = most + tl.log(tl.where(total == 0, 1.0, total))  # 0: all pairs are forbidden, and most is -inf
     constant = tl.load(constant_of + p)
     if AFTER:
         constant = -constant
     # Neither the plan nor the sum changes with the constant.
     own += constant
     damp = damping_of(rho, eps)
+    mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
     new = (1 - omega) * (1 - damp) * own + damp * (own - omega * eps * log_sum)
+    if METRIC == "precomputed":
+        new = allowed(new, mass)
     judged = own
     if AFTER:
         log_sum += (new - own) / eps
         judged = new
-    mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
     # A weight of 0 gives 0, however large the sum.
     now = mass * tl.exp(tl.where(mass > 0, log_sum, 0.0))
     if BALANCED:
@@ -320,7 +333,7 @@ def marginal_kernel(
         METRIC, ROWS, COLS, ONE_CHAIN, COSTS,
     )  # fmt: skip
     rho = tl.load(rho_of)
-    log_sum = most + tl.log(total)
+    log_sum = most + tl.log(tl.where(total == 0, 1.0, total))  # 0: all pairs are forbidden, and most is -inf
     mass = tl.load(weight + p * size + rows, mask=inside, other=0.0)
     heavy = mass > 0
     constant = tl.load(constant_of + p)
@@ -331,6 +344,8 @@ def marginal_kernel(
     error = tl.abs(now - mass * asked_of(own, rho, mass))
     tl.store(off + p * tiles + tile, tl.sum(error, axis=0))
     implied = damping_of(rho, eps) * (own - eps * log_sum)
+    if METRIC == "precomputed":
+        implied = allowed(implied, mass)
     tl.store(potential + p * size + rows, implied - constant, mask=inside & (mass == 0))
     tl.store(masses + p * tiles + tile, tl.sum(now, axis=0))
     if COSTS:

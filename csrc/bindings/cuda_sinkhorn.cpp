@@ -36,6 +36,7 @@ struct DeviceBatch : SinkhornProblem {
     cuda::SinkhornBatch<T> result;
     result.x = data<T, 3>(x);
     result.y = data<T, 3>(y);
+    result.shared = is_shared();
     result.metric = metric;
     result.batch = count;
     result.n = n;

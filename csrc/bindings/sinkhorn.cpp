@@ -21,6 +21,10 @@ struct PyBatch : SinkhornProblem {
   SinkhornBatch<T> batch() const {
     SinkhornBatch<T> result;
     result.x = x.input<T, 3>();
+    if (is_shared()) {
+      result.x.shape[0] = count;
+      result.x.stride[0] = 0;
+    }
     if (y) result.y = y->input<T, 3>();
     result.is_cost = is_cost();
     result.cosine = metric == Metric::kCosine;

@@ -16,8 +16,8 @@ struct SinkhornProblem {
   // Numbers come first: see fields.h.
   const SinkhornSettings settings;
   const int64_t memory_budget;
-  Metric metric = Metric::kSqeuclidean;                     // of points
-  const ArrayArgument x;                                    // [count, n, d], or the costs [count, n, m]
+  Metric metric = Metric::kSqeuclidean;  // of points
+  const ArrayArgument x;  // [count, n, d], or the costs, [count, n, m] or [1, n, m] for all problems
   const std::optional<ArrayArgument> y;                     // [count, m, d]
   const ArrayArgument a, b;                                 // [count, n], [count, m]
   const std::optional<ArrayArgument> x_lengths, y_lengths;  // [count]
@@ -35,7 +35,7 @@ struct SinkhornProblem {
         y_lengths(fields.optional_array("y_lengths")),
         f(fields.optional_array("f")),
         g(fields.optional_array("g")),
-        count(x.size(0)),
+        count(a.size(0)),
         n(x.size(1)),
         m(y ? y->size(1) : x.size(2)) {
     const std::string name = fields.text("metric");
@@ -48,7 +48,7 @@ struct SinkhornProblem {
     }
     if (count == 0 || n == 0 || m == 0)
       throw py::value_error("x: expected at least one problem, row and column");
-    x.require_shape({count, n, x.size(2)});
+    if (!is_shared()) x.require_shape({count, n, x.size(2)});
     a.require_shape({count, n});
     b.require_shape({count, m});
     for (const auto* lengths : {&x_lengths, &y_lengths}) {
@@ -60,6 +60,8 @@ struct SinkhornProblem {
   }
 
   bool is_cost() const { return !y.has_value(); }
+  // Whether one matrix of costs is that of all problems.
+  bool is_shared() const { return is_cost() && x.rank() == 3 && x.size(0) == 1 && count > 1; }
 
   void require_potentials() const {
     if (!f) throw py::value_error("f, g: expected potentials, got None");

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "core/host_device.h"
 
@@ -134,6 +135,20 @@ class SinkhornSchedule {
 // Costs that range over more than this times reg and the largest number of their type have exponents that
 // overflow.
 inline constexpr double kSinkhornExponents = 1e-3;
+
+// The cost of a forbidden pair, in the place of infinity: exponents with it are numbers, and their exp() is 0
+// for every reg that is taken.
+template <class T>
+inline constexpr T kSinkhornForbidden =
+    std::numeric_limits<T>::max() * static_cast<T>(sizeof(T) == 4 ? 0.5 : 0.8);
+
+// A new potential; if all pairs of its line are forbidden: 0 for a line without weight, and NaN, with which
+// the run ends, for one that has weight and no place to go.
+template <class T>
+FC_HOST_DEVICE inline double sinkhorn_allowed(double potential, double weight) {
+  if (fabs(potential) < static_cast<double>(kSinkhornForbidden<T>) / 2) return potential;
+  return weight > 0 ? std::numeric_limits<double>::quiet_NaN() : 0.0;
+}
 
 // The next potential of a line from the logarithm of its sum.
 FC_HOST_DEVICE inline double sinkhorn_moved(double potential, double log_sum, double eps, double omega,

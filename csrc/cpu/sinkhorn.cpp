@@ -39,6 +39,7 @@
 #include "core/vmath.h"
 #include "cpu/pairwise_panels.h"
 #include "cpu/sinkhorn_costs.h"
+#include "cpu/sinkhorn_shared.h"
 
 namespace fc {
 namespace {
@@ -322,7 +323,7 @@ class Problem {
   static constexpr int kW = simd::kWidth<T>;
 
  public:
-  Problem(const SinkhornBatch<T>& batch, int64_t p, const SinkhornResult& result,
+  Problem(const SinkhornBatch<T>& batch, int64_t p, bool forbidden, const SinkhornResult& result,
           const SinkhornOptions& options, ThreadTeam& team, Workspace<T>& workspace)
       : p_(p),
         n_(batch.rows(p)),
@@ -333,7 +334,7 @@ class Problem {
         options_(options),
         result_(result),
         team_(team),
-        costs_(batch, p, team),
+        costs_(batch, p, forbidden, team),
         exponents_(costs_),
         chunks_(n_, width_),
         schedule_(
@@ -690,6 +691,7 @@ class Problem {
         bool tame = make_block(i, count, eps, e, logs);
         for (int64_t r = 0; r < count; ++r) {
           next[r] = sinkhorn_moved(f_[i + r], logs[r], eps, omega, damp);
+          if (costs_.forbidden()) next[r] = sinkhorn_allowed<T>(next[r], a_[i + r]);
           const double exponent = (next[r] - f_[i + r]) / eps;
           tame = tame && std::abs(exponent) < 40;
           factor[r] = static_cast<T>(std::exp(exponent));
@@ -785,7 +787,8 @@ class Problem {
         column_sums_[j] = 0;
         continue;
       }
-      const double next = sinkhorn_moved(g_[j], column_sums_[j], eps, omega, damp);
+      double next = sinkhorn_moved(g_[j], column_sums_[j], eps, omega, damp);
+      if (costs_.forbidden()) next = sinkhorn_allowed<T>(next, b_[j]);
       const double moved = (next - g_[j]) / eps;
       if (!is_simple()) note_column(j, std::exp(column_sums_[j] + moved), sinkhorn_asked(next, rho_b()), off);
       near = near && std::abs(moved) < std::log(kMostScaling);
@@ -872,6 +875,7 @@ class Problem {
       double& f = result_.f(p_, i);
       // A weight may also be 0 in the type of the scalings alone; f then has not moved.
       f = row_weight_[i] > 0 ? f_[i] : damp_rows(reg) * (f_[i] - reg * rows[i]);
+      if (costs_.forbidden()) f = sinkhorn_allowed<T>(f, a_[i]);
       error += std::abs(row - a_[i] * (balanced_ ? 1 : sinkhorn_asked(f, rho_a())));
       mass += row;
       cost += a_[i] > 0 ? a_[i] * costs[i] : 0;
@@ -888,7 +892,9 @@ class Problem {
     if (some_weightless) {
       soft_columns(reg, column_sums_.data());
       for (int64_t j = 0; j < m_; ++j) {
-        if (!(b_[j] > 0)) result_.g(p_, j) = damp_columns(reg) * (g_[j] - reg * column_sums_[j]);
+        if (b_[j] > 0) continue;
+        const double g = damp_columns(reg) * (g_[j] - reg * column_sums_[j]);
+        result_.g(p_, j) = costs_.forbidden() ? sinkhorn_allowed<T>(g, 0) : g;
       }
     }
     result_.value[p_] = worth_a + worth_b - reg * (mass - mass_a_ * mass_b_);
@@ -969,6 +975,7 @@ class SinkhornRun final : public Sinkhorn {
         options_(options),
         team_(options.threads, options.poll),
         order_(batch.count()),
+        checked_(batch.is_shared() ? 1 : batch.count()),
         units_(std::min(options.max_iter, INT64_MAX / batch.count())) {
     int64_t largest = 0, all = 0;
     std::vector<int64_t> size(batch.count());
@@ -977,7 +984,8 @@ class SinkhornRun final : public Sinkhorn {
       largest = std::max(largest, size[p]);
       all += size[p];
     }
-    team_.parallel_for(batch.count(), 1, [&](int, int64_t p, int64_t) { CostTiles<T>::check(batch_, p); });
+    team_.parallel_for(checked_.size(), 1,
+                       [&](int, int64_t p, int64_t) { checked_[p] = CostTiles<T>::check(batch_, p); });
     // One problem per thread if that keeps all threads busy and the matrices fit; the results are the same.
     one_a_thread_ = batch.count() > 1 && largest <= all / options.threads &&
                     largest <= options.memory_budget / static_cast<int64_t>(sizeof(T)) / options.threads;
@@ -987,12 +995,18 @@ class SinkhornRun final : public Sinkhorn {
       std::stable_sort(order_.begin(), order_.end(), [&](int64_t p, int64_t q) { return size[p] > size[q]; });
     }
     workspaces_.resize(one_a_thread_ ? options.threads : 1);
+    if (batch.is_shared() && std::isinf(options.rho_a) && std::isinf(options.rho_b)) share();
   }
 
   int64_t total() const override { return batch_.count() * units_; }
 
   int64_t step(int64_t iterations) override {
     iterations = std::max<int64_t>(iterations, 1);
+    if (shared_) {
+      for (int64_t made = 0; made < iterations && shared_->done() < batch_.count(); made += batch_.count())
+        shared_->step();
+      return shared_->done() * units_ + std::min(shared_->iterations(), units_);
+    }
     if (one_a_thread_) {
       several(std::max<int64_t>(iterations / std::max<int64_t>(options_.max_iter, 1), 8 * options_.threads));
     } else {
@@ -1002,13 +1016,47 @@ class SinkhornRun final : public Sinkhorn {
   }
 
  private:
+  // Solves the problems together, if their costs' exponents fit.
+  void share() {
+    double least = HUGE_VAL, most = -HUGE_VAL;
+    for (int64_t i = 0; i < batch_.x.shape[1]; ++i) {
+      for (int64_t j = 0; j < batch_.x.shape[2]; ++j) {
+        const double cost = static_cast<double>(batch_.x(0, i, j));
+        least = std::min(least, cost);
+        if (cost < HUGE_VAL) most = std::max(most, cost);
+      }
+    }
+    const double exponent = (most - least) / options_.reg;
+    if (exponent <= kMostExponent<float> && sizeof(T) == sizeof(float)) {
+      share_as<float>(least, most - least);
+    } else if (exponent <= kMostExponent<double>) {
+      share_as<double>(least, most - least);
+    }
+  }
+
+  template <class K>
+  void share_as(double least, double spread) {
+    if (SharedCosts<T, K>::bytes(batch_.x.shape[1], batch_.x.shape[2], batch_.count()) >
+        options_.memory_budget) {
+      return;
+    }
+    shared_ = std::make_unique<SharedCosts<T, K>>(
+        batch_, result_, options_, least, spread, team_, [this](int64_t p) {
+          const std::atomic<bool> stop{false};
+          Problem<T> problem(batch_, p, forbidden(p), result_, options_, team_, workspaces_[0]);
+          while (!problem.step(options_.max_iter, stop)) {
+          }
+        });
+  }
+
   // The next `count` problems, one per thread.
   void several(int64_t count) {
     const int64_t begin = done_, end = std::min(batch_.count(), begin + std::min(count, batch_.count()));
     team_.parallel_for(end - begin, 1, [&](int thread, int64_t which, int64_t) {
       // The calling thread alone may ask the caller whether to go on.
       ThreadTeam alone(1, thread == 0 ? options_.poll : nullptr);
-      Problem<T> problem(batch_, order_[begin + which], result_, options_, alone, workspaces_[thread]);
+      const int64_t p = order_[begin + which];
+      Problem<T> problem(batch_, p, forbidden(p), result_, options_, alone, workspaces_[thread]);
       while (!problem.step(options_.max_iter, team_.stopping())) {
       }
     });
@@ -1020,7 +1068,8 @@ class SinkhornRun final : public Sinkhorn {
     const std::atomic<bool> stop{false};
     if (done_ == batch_.count()) return;
     if (!problem_) {
-      problem_ = std::make_unique<Problem<T>>(batch_, done_, result_, options_, team_, workspaces_[0]);
+      problem_ = std::make_unique<Problem<T>>(batch_, done_, forbidden(done_), result_, options_, team_,
+                                              workspaces_[0]);
     }
     if (problem_->step(iterations, stop)) {
       problem_.reset();
@@ -1028,16 +1077,20 @@ class SinkhornRun final : public Sinkhorn {
     }
   }
 
+  bool forbidden(int64_t p) const { return checked_[batch_.is_shared() ? 0 : p] != 0; }
+
   const SinkhornBatch<T> batch_;
   const SinkhornResult result_;
   const SinkhornOptions options_;
   ThreadTeam team_;
   std::vector<int64_t> order_;
-  const int64_t units_;  // what a problem counts for: its iterations, if the sum of all fits
+  std::vector<char> checked_;  // whether pairs are forbidden; of the first problem alone if costs are shared
+  const int64_t units_;        // what a problem counts for: its iterations, if the sum of all fits
   std::vector<Workspace<T>> workspaces_;
   bool one_a_thread_ = false;
   int64_t done_ = 0;  // problems, in `order_`
   std::unique_ptr<Problem<T>> problem_;
+  std::unique_ptr<SharedSolver> shared_;
 };
 
 // fn(first, count, E) for blocks of rows of problem p, E[r][j] = exp((f_i + g_j - C_ij) / reg), 0 where b_j
@@ -1046,8 +1099,7 @@ template <class T, class Fn>
 void for_kernel_blocks(const SinkhornBatch<T>& batch, int64_t p, const TensorView<const double, 2>& f,
                        const TensorView<const double, 2>& g, double reg, ThreadTeam& team, Fn&& fn) {
   const int64_t n = batch.rows(p), m = batch.columns(p), width = round_up(m, simd::kWidth<T>);
-  CostTiles<T>::check(batch, p);
-  const CostTiles<T> costs(batch, p, team);
+  const CostTiles<T> costs(batch, p, CostTiles<T>::check(batch, p), team);
   const Exponents<T> exponents(costs);
   ColumnPotentials<T> potentials(width);
   for (int64_t j = 0; j < width; ++j) potentials.set(j, j < m && batch.b(p, j) > 0 ? g(p, j) : -HUGE_VAL);

@@ -15,7 +15,7 @@ namespace fc {
 // B problems of at most n x m each. The views stay the caller's and have to outlive the objects made of them.
 template <class T>
 struct SinkhornBatch {
-  TensorView<const T, 3> x;    // [B, n, d] points, or [B, n, m] costs
+  TensorView<const T, 3> x;    // [B, n, d] points, or [B, n, m] costs, +infinite for forbidden pairs
   TensorView<const T, 3> y{};  // [B, m, d], if x are points
   bool is_cost = false;        // whether x are costs
   bool cosine = false;         // 1 - cos; else `metric`, a distance
@@ -25,6 +25,11 @@ struct SinkhornBatch {
   const int64_t* y_lengths = nullptr;
 
   int64_t count() const { return x.shape[0]; }
+  // Whether all problems have the same costs, and none of them a part of them: the view shows them many
+  // times.
+  bool is_shared() const {
+    return is_cost && count() > 1 && x.stride[0] == 0 && x_lengths == nullptr && y_lengths == nullptr;
+  }
   int64_t rows(int64_t p) const { return x_lengths != nullptr ? x_lengths[p] : a.shape[1]; }
   int64_t columns(int64_t p) const { return y_lengths != nullptr ? y_lengths[p] : b.shape[1]; }
 };

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/sinkhorn_schedule.h"
 #include "cpu/pack.h"
 #include "cpu/sinkhorn.h"
 #include "cpu/tile.h"
@@ -23,8 +24,13 @@ inline constexpr int64_t kCostColumns = 512 / static_cast<int64_t>(sizeof(T));
 template <class T>
 class CostTiles {
  public:
-  CostTiles(const SinkhornBatch<T>& batch, int64_t p, ThreadTeam& team)
-      : n_(batch.rows(p)), m_(batch.columns(p)), cosine_(batch.cosine), metric_(batch.metric) {
+  // `forbidden`: whether check() found costs that are +infinite.
+  CostTiles(const SinkhornBatch<T>& batch, int64_t p, bool forbidden, ThreadTeam& team)
+      : n_(batch.rows(p)),
+        m_(batch.columns(p)),
+        cosine_(batch.cosine),
+        forbidden_(forbidden),
+        metric_(batch.metric) {
     const TensorView<const T, 2> x = problem(batch.x, p, n_, batch.is_cost ? m_ : batch.x.shape[2]);
     if (batch.is_cost) {
       matrix_ = x;
@@ -52,14 +58,26 @@ class CostTiles {
     spread_ = bound(x, y);
   }
 
-  // Throws std::invalid_argument for NaN and infinity in problem p.
-  static void check(const SinkhornBatch<T>& batch, int64_t p) {
+  // Throws std::invalid_argument for NaN and infinity in problem p, but for pairs that are forbidden by costs
+  // of +infinity: returns whether there are any.
+  static bool check(const SinkhornBatch<T>& batch, int64_t p) {
     const int64_t n = batch.rows(p), m = batch.columns(p);
+    bool forbidden = false;
     const auto check_rows = [&](const TensorView<const T, 3>& all, int64_t rows, int64_t columns,
                                 const char* name) {
       const TensorView<const T, 2> view = problem(all, p, rows, columns);
       try {
-        for (int64_t i = 0; i < rows; ++i) Panels<T>::check_row(view, i, name);
+        for (int64_t i = 0; i < rows; ++i) {
+          if (batch.is_cost && is_finite(view, i)) continue;
+          for (int64_t j = 0; batch.is_cost && j < columns; ++j) {
+            if (view(i, j) == std::numeric_limits<T>::infinity()) {
+              forbidden = true;
+            } else {
+              require_finite(view(i, j), name, i, j);
+            }
+          }
+          if (!batch.is_cost) Panels<T>::check_row(view, i, name);
+        }
       } catch (const std::invalid_argument& error) {
         if (batch.count() == 1) throw;
         throw std::invalid_argument(std::string(error.what()) + " of problem " + std::to_string(p));
@@ -67,14 +85,17 @@ class CostTiles {
     };
     check_rows(batch.x, n, batch.is_cost ? m : batch.x.shape[2], "x");
     if (!batch.is_cost) check_rows(batch.y, m, batch.y.shape[2], "y");
+    return forbidden;
   }
 
+  bool forbidden() const { return forbidden_; }
   int64_t rows() const { return n_; }
   int64_t columns() const { return m_; }
 
   // A bound of the range of the costs.
   double spread() const {
     if (matrix_.data == nullptr) return spread_;
+    if (forbidden_) return spread_of_finite();
     using V = simd::Vec<T>;
     constexpr int kW = simd::kWidth<T>;
     T least = matrix_(0, 0), most = least;
@@ -130,6 +151,32 @@ class CostTiles {
   }
 
  private:
+  static bool is_finite(const TensorView<const T, 2>& view, int64_t row) {
+    T sum = 0;  // v - v is 0 for finite values and NaN otherwise
+    simd::Vec<T> sums{};
+    int64_t k = 0;
+    for (; view.has_contiguous_rows() && k + simd::kWidth<T> <= view.shape[1]; k += simd::kWidth<T>) {
+      const auto v = simd::load(view.row(row) + k);
+      sums += v - v;
+    }
+    for (; k < view.shape[1]; ++k) sum += view(row, k) - view(row, k);
+    for (int i = 0; i < simd::kWidth<T>; ++i) sum += sums[i];
+    return sum == 0;
+  }
+
+  double spread_of_finite() const {
+    double least = HUGE_VAL, most = -HUGE_VAL;
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t j = 0; j < m_; ++j) {
+        const double cost = static_cast<double>(matrix_(i, j));
+        if (!(cost < HUGE_VAL)) continue;
+        least = std::min(least, cost);
+        most = std::max(most, cost);
+      }
+    }
+    return most >= least ? most - least : 0.0;
+  }
+
   // Problem p of [B, rows, columns], up to its own size.
   static TensorView<const T, 2> problem(const TensorView<const T, 3>& all, int64_t p, int64_t rows,
                                         int64_t columns) {
@@ -138,13 +185,14 @@ class CostTiles {
 
   const T* from_matrix(int64_t first, int64_t count, int64_t begin, int64_t width, T* room,
                        int64_t& stride) const {
-    if (matrix_.has_contiguous_rows() && begin + width <= m_) {
+    if (!forbidden_ && matrix_.has_contiguous_rows() && begin + width <= m_) {
       stride = matrix_.stride[0];
       return matrix_.row(first) + begin;
     }
     const int64_t there = std::min(width, m_ - begin);
     for (int64_t r = 0; r < count; ++r) {
-      for (int64_t c = 0; c < there; ++c) room[r * stride + c] = matrix_(first + r, begin + c);
+      for (int64_t c = 0; c < there; ++c)
+        room[r * stride + c] = std::min(matrix_(first + r, begin + c), kSinkhornForbidden<T>);
       std::fill(room + r * stride + there, room + r * stride + width, T(0));
     }
     return room;
@@ -170,7 +218,7 @@ class CostTiles {
   }
 
   int64_t n_, m_;
-  bool cosine_;
+  bool cosine_, forbidden_;
   Metric metric_;
   TensorView<const T, 2> matrix_{};
   Panels<T> columns_;

@@ -47,11 +47,12 @@ __global__ void __launch_bounds__(kThreads)
   unsigned long long most[2] = {};
   for (int64_t row = slice * kWarps + threadIdx.x / 32; row < (points ? n + m : n); row += slices * kWarps) {
     const int side = row < n ? 0 : 1;
-    const int64_t at = side == 0 ? p * problems.n + row : p * problems.m + row - n;
+    const int64_t at = side == 1 ? p * problems.m + row - n : problems.shared ? row : p * problems.n + row;
     const T* const in = (side == 0 ? problems.x : problems.y) + at * stride;
     double sum = 0;
     for (int64_t k = lane; k < columns; k += 32) {
       const double value = in[k];
+      if (!points && value == HUGE_VAL) continue;  // a forbidden pair
       if (!is_finite(value)) {
         lower(&faults->values[side], at * stride + k);
       } else if (!points) {
@@ -246,6 +247,7 @@ class Packed {
   Packed(const SinkhornBatch<T>& problems, cudaStream_t stream) {
     batch_.x = problems.x;
     batch_.y = problems.y;
+    batch_.x_stride = problems.shared ? 0 : problems.n * (problems.y == nullptr ? problems.m : problems.d);
     batch_.count = problems.batch;
     batch_.d = problems.d;
     batch_.n = static_cast<int>(problems.n);

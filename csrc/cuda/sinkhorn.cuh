@@ -106,6 +106,7 @@ __device__ __forceinline__ double exponent(Split<double> own, Split<double> othe
 template <class T>
 struct Batch {
   const T* x = nullptr;  // [count, n, d], or the costs [count, n, m]
+  int64_t x_stride = 0;  // from problem to problem
   const T* y = nullptr;  // [count, m, d]
   int64_t count = 0, d = 0;
   int n = 0, m = 0;
@@ -135,9 +136,9 @@ __device__ Costs<T> costs_of(const Batch<T>& batch, int64_t p, bool from_columns
   RowSet<T> x{nullptr, batch.d, nullptr, batch.rows(p)}, y{nullptr, batch.d, nullptr, batch.columns(p)};
   const T* matrix = nullptr;
   if (batch.y == nullptr) {
-    matrix = batch.x + p * batch.n * batch.m;
+    matrix = batch.x + p * batch.x_stride;
   } else {
-    x.data = batch.x + p * batch.n * batch.d;
+    x.data = batch.x + p * batch.x_stride;
     y.data = batch.y + p * batch.m * batch.d;
   }
   if (from_columns) return {y, x, matrix, 1, batch.m, batch.form, batch.root};
@@ -162,7 +163,8 @@ __device__ void given_tile(const Costs<T>& costs, int first_line, int first_othe
     for (int c = 0; c < kC; ++c) {
       const int other = first_other + tile_column<T>(c, along ? thread % kSide : place / kTileRows<T>);
       const bool inside = line < costs.lines.count && other < costs.others.count;
-      cost[r][c] = inside ? costs.matrix[line * costs.line_stride + other * costs.other_stride] : T(0);
+      const T given = inside ? costs.matrix[line * costs.line_stride + other * costs.other_stride] : T(0);
+      cost[r][c] = min(given, kSinkhornForbidden<T>);
     }
   }
   if (along) return;

@@ -15,8 +15,9 @@ namespace fc::cuda {
 // read.
 template <class T>
 struct SinkhornBatch {
-  const T* x = nullptr;  // [batch, n, d] points, or the costs [batch, n, m]
+  const T* x = nullptr;  // [batch, n, d] points, or the costs [batch, n, m], +infinite for forbidden pairs
   const T* y = nullptr;  // [batch, m, d]; null: x are the costs
+  bool shared = false;   // x are the costs [1, n, m] of all problems
   int64_t batch = 0, n = 0, m = 0, d = 0;
   Metric metric = Metric::kSqeuclidean;  // of points; the cost of cosine is 1 - cos
   const double* a = nullptr;             // [batch, n] weights

@@ -220,17 +220,16 @@ class Resident {
     return block_sum(lost);
   }
 
-  // The one thread's answer for all.
+  // The one thread's answer for all. The halves of an iteration end with block_sum(), and so does evaluate():
+  // when a thread comes here, all have read the schedule, and the answer before.
   __device__ SinkhornOrder after(double error) {
     FC_SHARED(SinkhornOrder, order, );
-    __syncthreads();  // everyone has read the schedule
     if (threadIdx.x == 0) order = schedule_.after(error);
     __syncthreads();
     return order;
   }
   __device__ bool disappointed() {
     FC_SHARED(int, go_on, );
-    __syncthreads();
     if (threadIdx.x == 0) go_on = schedule_.disappointed();
     __syncthreads();
     return go_on != 0;
@@ -278,13 +277,13 @@ class Resident {
     }
   }
 
-  // Absorbs the scalings of both sides, when the matrix holds K no longer.
+  // Absorbs the scalings of both sides, when the matrix holds K no longer. The barrier at the end of
+  // fill_costs() comes before anyone reads the potentials of others.
   __device__ void absorb(double eps) {
     for (int l = thread(); l < rows_.count; l += kThreads) rows_.potential[l] += eps * log(rows_.scale[l]);
     for (int l = thread(); l < columns_.count; l += kThreads) {
       columns_.potential[l] += eps * log(columns_.scale[l]);
     }
-    __syncthreads();
   }
 
   __device__ int part_length(const Lines<T>& lines, const Lines<T>& others) const {
@@ -377,7 +376,8 @@ class Resident {
     double off = 0;
     for (int l = thread(); l < lines.count; l += kThreads) {
       const double log_sum = scratch_[l], potential = lines.potential[l] + constant_of(lines);
-      const double moved = sinkhorn_moved(potential, log_sum, eps, omega, damp);
+      const double weight = lines.weight[l];
+      const double moved = sinkhorn_allowed<T>(sinkhorn_moved(potential, log_sum, eps, omega, damp), weight);
       const double shift = lines.of_columns ? (moved - potential) / eps : 0;
       off += off_by(lines.weight[l], exp(log_sum + shift), lines.of_columns ? moved : potential, rho);
       lines.potential[l] = moved - constant_of(lines);
@@ -403,7 +403,8 @@ class Resident {
         mass += weight > 0 ? weight * ratio : 0;
         // This value is not read any more: a weight of 0 counts in no sum.
         if (!(weight > 0)) {
-          lines.potential[l] = damp * (potential - task_.options.reg * scratch_[l]) - constant_of(lines);
+          const double implied = damp * (potential - task_.options.reg * scratch_[l]);
+          lines.potential[l] = sinkhorn_allowed<T>(implied, weight) - constant_of(lines);
         }
       }
       found.error += block_sum(off);

@@ -174,12 +174,12 @@ class Streaming {
     round_ = Round::kBegin;
     fresh_ = true;
     constant_ = 0;
-    __syncthreads();  // everyone is done with the schedule of the problem before
+    // No barriers: decide() sums in block_sum() after its last look at the schedule of the problem before,
+    // and the grid meets before anyone looks at this one.
     if (threadIdx.x == 0) {
       new (&schedule_) SinkhornSchedule(task_.schedule(p_));
       columns_off_ = 0;
     }
-    __syncthreads();
   }
 
   __device__ bool translates() const {
@@ -316,7 +316,7 @@ class Streaming {
       if (l < count) {
         const double log_of = log_sum(l, count, strips);
         const double weight = weights[l], potential = potentials[l] + constant;
-        const double moved = sinkhorn_moved(potential, log_of, eps, omega, damp);
+        const double moved = sinkhorn_allowed<T>(sinkhorn_moved(potential, log_of, eps, omega, damp), weight);
         // For columns: the error of the plan that the iteration makes.
         const bool made = iterates && of_columns;
         const double ratio = exp(log_of + (made ? (moved - potential) / eps : 0));
@@ -399,7 +399,7 @@ class Streaming {
     found.dual = total(rows_.sums, n, &Sums::dual) + total(columns_.sums, m, &Sums::dual);
     found.mass = total(rows_.sums, n, &Sums::mass);
     if (order_ == SinkhornOrder::kCheck && !(found.error <= schedule_.tol())) {
-      __syncthreads();
+      // What this changes was last read before the grid met.
       if (threadIdx.x == 0) go_on = schedule_.disappointed();
       __syncthreads();
       if (go_on) {

@@ -49,8 +49,8 @@ def test_products_with_columns_in_groups(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_nan_is_found_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_LOOKED_AT", 20)
     case = Case(2, 7, 5, metric="precomputed")
-    case.x[1, 5, 4] = math.inf
-    with pytest.raises(ValueError, match=r"x must be finite, got inf at row 5, column 4 of problem 1$"):
+    case.x[1, 5, 4] = math.nan
+    with pytest.raises(ValueError, match=r"x must be finite, got NaN at row 5, column 4 of problem 1$"):
         case.solve(kernels, reg=1.0)
 
 

@@ -123,6 +123,8 @@ def _from_numbers(value: Sequence[Any], name: str) -> Tensor:
         if any(row.shape != rows[0].shape for row in rows):
             raise ValueError(f"{name} must be rows of one shape, got {rows[0].shape} and others")
         return torch.stack(promoted(*rows))
+    if torch.compiler.is_compiling():
+        return torch.tensor(value, dtype=torch.float64)
     tensor = _from_sequence(value, name, False)
     if tensor.dtype != torch.int64:
         return tensor

@@ -39,6 +39,7 @@ def parts_of(gradients: Any, name: str, device: torch.device | str | None) -> li
     if isinstance(gradients, Tensor):
         if gradients.dim() != 2:
             raise ValueError(f"{name} must have shape [B, D], got {tuple(gradients.shape)}")
+        _check_real(gradients, name)
         return [Part(_on(gradients.detach(), device), name)]
     if not isinstance(gradients, Mapping):
         raise TypeError(f"{name} must be a tensor or a dictionary of tensors, got {type(gradients).__name__}")
@@ -51,6 +52,7 @@ def parts_of(gradients: Any, name: str, device: torch.device | str | None) -> li
             raise TypeError(f"{own} must be a tensor, got {type(value).__name__}")
         if value.dim() == 0:
             raise ValueError(f"{own} must have shape [B, ...], got a single number")
+        _check_real(value, own)
         if parts and len(value) != len(parts[0].values):
             raise ValueError(
                 f"{own} must have {len(parts[0].values)} rows as {parts[0].name}, got {len(value)}"
@@ -123,21 +125,71 @@ def columns(parts: list[Part], chosen: Tensor) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
-def chunks(parts: list[Part], most: int, sizes: list[int]) -> Iterator[list[Part]]:
-    """The parts of each chunk: as many parameters as together have at most `most` columns, which must be `sizes` columns."""
-    chunk: list[Part] = []
-    number = 0
-    for part in [*parts, None]:
-        if part is None or (chunk and width(chunk) + part.values.shape[1] > most):
-            if number >= len(sizes) or width(chunk) != sizes[number]:
-                expected = sizes[number] if number < len(sizes) else "no more"
-                raise ValueError(f"chunk {number} must have {expected} columns, got {width(chunk)}")
-            yield chunk
-            chunk, number = [], number + 1
-        if part is not None:
-            chunk.append(part)
-    if number != len(sizes):
-        raise ValueError(f"there must be {len(sizes)} chunks of gradients, got {number}")
+class Chunked:
+    """A sum of projections, one per chunk of the parameters: what the peers' ChunkedCudaProjectors have in common.
+
+    Args:
+        projectors: of any library.
+        most: columns that a chunk has at most; a parameter that does not fit begins the next.
+        sizes: columns of each chunk.
+        device: where results are.
+        dtype: the type of results.
+    """
+
+    def __init__(
+        self, projectors: list[Any], most: int, sizes: list[int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if len(projectors) != len(sizes):
+            raise ValueError(
+                f"projector_per_chunk must hold {len(sizes)} projectors, one per chunk, got {len(projectors)}"
+            )
+        self.projector_per_chunk = projectors
+        self.proj_dim = projectors[0].proj_dim
+        self.proj_type = projectors[0].proj_type
+        self.max_chunk_size = most
+        self.device = device
+        self.dtype = dtype
+        self.input_allocated = False
+        self._sizes = [int(size) for size in sizes]
+
+    def allocate_input(self) -> None:
+        """Nothing to allocate: chunks are read where they are."""
+
+    def free_memory(self) -> None:
+        """Nothing to free."""
+
+    def _project_dictionary(self, gradients: Any, name: str, **member: int) -> Tensor:
+        """The sum of the projections of a dictionary's chunks; `member` is what the projectors name the ensemble's member by."""
+        parts = parts_of(gradients, name, self.device)
+        chunks: list[list[Part]] = [[]]
+        for part in parts:
+            if chunks[-1] and width(chunks[-1]) + part.values.shape[1] > self.max_chunk_size:
+                chunks.append([])
+            chunks[-1].append(part)
+        found = [width(chunk) for chunk in chunks]
+        if found != self._sizes:
+            raise ValueError(
+                f"{name} must come in chunks of {self._sizes} columns, of at most {self.max_chunk_size}, got {found}"
+            )
+        pieces = [{part.name: part.values for part in chunk} for chunk in chunks]
+        return self._sum(pieces, len(parts[0].values), member)
+
+    def _sum(self, pieces: list[Any], rows: int, member: dict[str, int]) -> Tensor:
+        out = torch.zeros(rows, self.proj_dim, device=self.device, dtype=self.dtype)
+        for projector, piece in zip(self.projector_per_chunk, pieces, strict=True):
+            out += projector.project(piece, **member)
+        return out
+
+
+def check_floating(dtype: torch.dtype, name: str) -> None:
+    """Raises TypeError for a type of results that would cut their fractions off."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name} must be of a floating type, got {str(dtype).removeprefix('torch.')}")
+
+
+def _check_real(values: Tensor, name: str) -> None:
+    if values.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {str(values.dtype).removeprefix('torch.')}")
 
 
 def _on(values: Tensor, device: torch.device | str | None) -> Tensor:

@@ -123,7 +123,7 @@ class GradientSketcher:
     Args:
         model: the module. If torch.compile compiled it, its layers run one by one inside the block (the hooks break the graph).
         dim: columns of the sketches, 1 to 2^31; None for norms alone.
-        kind, seed, nnz: the projection, as for `sketch`.
+        kind, seed, nnz: the projection, as for `sketch`, but for the kinds that choose columns, "mask" and "grass".
         parameters: which parameters' gradients: a name or glob pattern of `model.named_parameters()` or several of them, or a
             function (name, parameter) -> bool; None for all. Only those that require gradients count.
         reduction: how the loss reduces over the samples: "mean" (gradients are multiplied by B) or "sum". For a mean over all

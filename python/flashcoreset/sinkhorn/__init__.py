@@ -46,12 +46,13 @@ def sinkhorn(
 
     Args:
         x: [n, d] points, or [B, n, d] for a batch of problems; with metric="precomputed" the costs C, [n, m] or
-            [B, n, m]. float16, bfloat16, float32 or float64 (half types compute in float32); a torch tensor, a NumPy
-            array or an object with `__dlpack__`.
-        y: [m, d] or [B, m, d], same dtype; None with metric="precomputed".
+            [B, n, m], +inf for a pair that is forbidden: its entries of plans and gradients are 0. float16, bfloat16, float32 or float64
+            (half types compute in float32); a torch tensor, a NumPy array or an object with `__dlpack__`.
+        y: [m, d] or [B, m, d]; None with metric="precomputed". If the dtypes of `x` and `y` differ, both are promoted.
         a: [n] or [B, n] weights >= 0 of the rows, some of them > 0; default 1/n. b: [m] or [B, m], weights of the columns. If
             both marginals are balanced, their sums have to be the same; `b` is scaled to remove the difference that
-            rounding leaves between them.
+            rounding leaves between them. Costs [n, m] with weights [B, n] or [B, m] (or both; the other may have no batch
+            dimension) are the costs of B problems, and are read once for all of them.
         reg: the weight of the entropy, > 0, in the units of the cost. The iterations are stable down to 1e-4 of the largest cost.
         metric: C_ij = |x_i - y_j|^2 ("sqeuclidean"), |x_i - y_j| ("euclidean"), sum_k |x_ik - y_jk| ("l1"),
             1 - cos(x_i, y_j) ("cosine"; 1 for a zero row), or given ("precomputed").
@@ -80,8 +81,9 @@ def sinkhorn(
 
     Raises:
         TypeError: for a wrong type or dtype.
-        ValueError: for a wrong shape or option, negative weights or all zero, sums that differ, NaN and infinity; for a
-            batch the message names the number of the problem.
+        ValueError: for a wrong shape or option, negative weights or all zero, sums that differ, NaN and infinity (but for forbidden
+            pairs), rows or columns with weight all of whose pairs are forbidden; for a batch the message names the number of the
+            problem.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Cuturi, "Sinkhorn distances", 2013; Chizat et al., "Scaling algorithms for unbalanced optimal transport
@@ -186,13 +188,13 @@ _CALL = inspect.signature(sinkhorn)
 def _estimate(*shapes: Any, dtype: Any = torch.float32, **options: Any) -> int:
     """The bytes of one call; see `memory_estimate`."""
     call = _CALL.bind(*shapes, **{"reg": 1.0} | options)
-    arguments = dict.fromkeys(("a", "b", "x_lengths", "y_lengths", "warm_start"))
+    arguments = dict.fromkeys(("x_lengths", "y_lengths", "warm_start"))
     one_of(call.arguments.get("metric", "sqeuclidean"), "metric", METRICS)
-    shaped, given = as_dtype(dtype), {name: call.arguments.get(name) for name in ("x", "y")}
+    shaped, given = as_dtype(dtype), {name: call.arguments.get(name) for name in ("x", "y", "a", "b")}
     for name, value in given.items():
         if value is not None:
             shape = as_shape(value, name, len(getattr(value, "shape", value)))
-            given[name] = torch.empty(shape, dtype=shaped, device="meta")
+            given[name] = torch.empty(shape, dtype=shaped if name in "xy" else torch.float64, device="meta")
     call.arguments |= arguments | given
     call.apply_defaults()
     call.arguments.pop("progress")

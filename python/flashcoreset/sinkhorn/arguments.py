@@ -57,6 +57,11 @@ def as_problem(
                 "y must be None with metric 'precomputed', where x is the cost of rows and columns"
             )
         m = x.shape[2]
+        batches = [] if batched else [count for count in map(_batch_of, (a, b)) if count is not None]
+        if batches:  # of weights: one cost for all of them
+            batch, batched = max(batches), True
+            if batch == 0:
+                raise ValueError("a and b must have weights for one problem at least, got none")
     else:
         if y is None:
             raise ValueError(
@@ -102,7 +107,7 @@ def as_problem(
     a, b = (
         _uniform(batch, size, own, device)
         if value is None
-        else _weights(value, name, device, batch, size, batched)
+        else _weights(value, name, device, batch, size, batched, shared=len(x) < batch)
         for value, name, size, own in sides
     )
     dtype = compute_dtype(x.dtype)
@@ -132,6 +137,16 @@ def _points(value: Any, name: str) -> tuple[Tensor, bool]:
     return tensor if batched else tensor[None], batched
 
 
+def _batch_of(weights: Any) -> int | None:
+    """The number of problems that weights are for; None if they have no batch dimension."""
+    if isinstance(weights, (list, tuple)):
+        first = next(iter(weights), None)
+        rows = isinstance(first, (list, tuple)) or len(getattr(first, "shape", ())) == 1
+        return len(weights) if rows else None
+    shape: Any = getattr(weights, "shape", ())
+    return int(shape[0]) if len(shape) == 2 else None
+
+
 def _uniform(batch: int, size: int, lengths: Tensor | None, device: torch.device) -> Tensor:
     """Weights [B, size] that are the same for all rows of a problem; 0 in the padding."""
     if lengths is None:
@@ -139,7 +154,9 @@ def _uniform(batch: int, size: int, lengths: Tensor | None, device: torch.device
     return torch.where(inside(lengths, size), 1 / lengths.double()[:, None], 0)
 
 
-def _weights(value: Any, name: str, device: torch.device, batch: int, size: int, batched: bool) -> Tensor:
+def _weights(
+    value: Any, name: str, device: torch.device, batch: int, size: int, batched: bool, *, shared: bool
+) -> Tensor:
     if isinstance(value, (list, tuple)):
         try:
             value = torch.tensor(value, dtype=torch.float64, device=device)
@@ -149,6 +166,8 @@ def _weights(value: Any, name: str, device: torch.device, batch: int, size: int,
             ) from None
     tensor = as_floating(_keep_graph(value, name), name)
     same_device(tensor, name, device)
+    if shared and tensor.shape == (size,):
+        tensor = tensor.expand(batch, size)
     wanted = (batch, size) if batched else (size,)
     if tensor.shape != wanted:
         raise ValueError(f"{name} must have shape {list(wanted)}, got {tuple(tensor.shape)}")

@@ -72,4 +72,9 @@ def workspace(problem: Problem) -> int:
     # The points as panels, K if it is kept, potentials and scalings, the chunks' sums, blocks of 24 rows.
     own = ((n + m + 24) * d + 64 * m) * size + (matrix if matrix <= problem.memory_budget else 0)
     own += 10 * (n + m) * 8 + (chunks + workers * 24) * m * size
+    if (
+        len(problem.x) < batch
+    ):  # K, its transpose and K times C; scalings and weights of up to 256 problems at a time
+        together = (3 * n * m + 8 * (n + m) * min(batch + 31, 256)) * 8
+        own += together if together <= 2 * problem.memory_budget else 0
     return at_once * own + threads * 2**20

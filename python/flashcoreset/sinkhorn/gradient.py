@@ -47,7 +47,12 @@ def cost_gradients(
     x, y, (f, g) = problem.x, problem.y, problem.potentials()
     scale = of_value.to(x.dtype)[:, None, None]
     if y is None:
-        return kernels.sinkhorn_plan(problem).to(x.dtype).mul_(scale), None
+        if len(x) == len(f):
+            return kernels.sinkhorn_plan(problem).to(x.dtype).mul_(scale), None
+        total = torch.zeros_like(x)  # of costs that problems share, one plan at a time
+        for p in range(len(f)):
+            total += scale[p] * kernels.sinkhorn_plan(_only(problem, p)).to(x.dtype)
+        return total, None
 
     def apply(v: Tensor, transpose: bool) -> Tensor:
         return kernels.sinkhorn_apply(problem, v, transpose).to(v.dtype)
@@ -88,6 +93,14 @@ def cost_gradients(
                 of_x[p, rows, k] = pull.sum(1)
                 of_y[p, columns, k] -= pull.sum(0)
     return scale * of_x, scale * of_y
+
+
+def _only(problem: Problem, p: int) -> Problem:
+    """Problem p alone, of problems with the same costs."""
+    own, (f, g) = slice(p, p + 1), problem.potentials()
+    rows, columns = (t if t is None else t[own] for t in (problem.x_lengths, problem.y_lengths))
+    a, b = problem.a[own], problem.b[own]
+    return replace(problem, a=a, b=b, f=f[own], g=g[own], x_lengths=rows, y_lengths=columns)
 
 
 def _with_ones(points: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from flashcoreset._core.tensor import is_traced
 from flashcoreset.sinkhorn.backend import choose
 from flashcoreset.sinkhorn.gradient import cost_gradients, weight_gradients
 from flashcoreset.sinkhorn.problem import Problem, Result, masked
-from flashcoreset.sinkhorn.values import check_values, with_marginals_that_hold
+from flashcoreset.sinkhorn.values import check_allowed, check_values, with_marginals_that_hold
 
 ProgressArgument = Callable[[int, int], object] | bool | None
 
@@ -45,12 +45,14 @@ def _solve(p: Problem, progress: ProgressArgument) -> Result:
         return result
     lost = ~(result.value + result.error).to(p.x.dtype).isfinite()
     if bool(lost.any()):
+        check_allowed(p)
         raise ValueError(
             f"reg: value or error{p.within(int(lost.nonzero()[0]))} is not finite: {p.reg:.3g} is so small beside the costs that "
             "costs and potentials in units of it differ by rounding alone, or the masses of a and b are so large that the plan's "
             "overflows; raise reg, or scale the weights down"
         )
     if p.tol > 0:
+        check_allowed(p)
         failed = (~result.converged).nonzero()[:, 0]
         worst = float(result.error[failed].max())
         of_mass = f", which masses below 1 make {max(p.tol, 1e-6):.3g} of the mass" if worst <= p.tol else ""

@@ -71,7 +71,8 @@ class _Costs:
         if y is None:
             self.matrix = self.x
             self.shape = (x.shape[0], x.shape[1])
-            self.spread = float(self.x.max() - self.x.min())
+            allowed = self.x[self.x < math.inf]
+            self.spread = float(allowed.max() - allowed.min()) if len(allowed) else 0.0
             return
         self.y = y.double()
         if metric == "cosine":
@@ -107,14 +108,14 @@ class _Costs:
 
 def _each(problem: Problem, memory_budget: int) -> Iterator[tuple[int, slice, slice, _Costs]]:
     """The number of each problem, its rows and its columns, and its costs."""
-    x, y = problem.x, problem.y
+    x, y = problem.each_x, problem.y
     batch, n, m = problem.sizes
     rows = [n] * batch if problem.x_lengths is None else problem.x_lengths.tolist()
     columns = [m] * batch if problem.y_lengths is None else problem.y_lengths.tolist()
     for p, (r, c) in enumerate(zip(rows, columns, strict=True)):
         own, other = (x[p, :r, :c], None) if y is None else (x[p, :r], y[p, :c])
         try:
-            check_finite(own, "x")
+            check_finite(own if other is not None else torch.where(own == math.inf, 0, own), "x")
             if other is not None:
                 check_finite(other, "y")
         except ValueError as error:
@@ -130,6 +131,12 @@ def damping(rho: float, eps: float) -> float:
 def moved(potential: Tensor, log_sum: Tensor, eps: float, omega: float, damp: float) -> Tensor:
     """The next potentials from S or T."""
     return (1 - omega) * (1 - damp) * potential + damp * (potential - omega * eps * log_sum)
+
+
+def allowed(potential: Tensor, weight: Tensor) -> Tensor:
+    """New potentials; if all pairs of a line are forbidden: 0 for a line without weight, and NaN, with which the run ends, for one
+    that has weight and no place to go."""
+    return torch.where(potential.isfinite(), potential, torch.where(weight > 0, math.nan, 0.0))
 
 
 def translation(f: Tensor, g: Tensor, a: Tensor, b: Tensor, rho_a: float, rho_b: float) -> float:
@@ -201,11 +208,11 @@ def _solve(
         for rows, cost in costs.blocks():
             exponent = (f[rows, None] + g - cost) / eps
             row_sums[rows] = torch.logsumexp(exponent + b.log(), 1)
-            new = moved(f[rows], row_sums[rows], eps, omega, damp_a)
+            new = allowed(moved(f[rows], row_sums[rows], eps, omega, damp_a), a[rows])
             exponent += ((new - f[rows]) / eps + a[rows].log())[:, None]
             f[rows] = new
             column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent, 0))
-        new = moved(g, column_sums, eps, omega, damp_b)
+        new = allowed(moved(g, column_sums, eps, omega, damp_b), b)
         # `error` is that of the plan that this iteration began with, `columns_off` that of the plan that it made.
         error = _off(a, row_sums, before, rho_a) + columns_off
         columns_off = _off(b, column_sums + (new - g) / eps, new, rho_b)
@@ -245,10 +252,11 @@ def _evaluate(
         exponent = (f[rows, None] + g - cost) / reg
         row_sums[rows] = torch.logsumexp(exponent + b.log(), 1)
         column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent + a[rows, None].log(), 0))
-        total += float(((exponent + a[rows, None].log() + b.log()).exp() * cost).sum())
+        plan = (exponent + a[rows, None].log() + b.log()).exp()
+        total += float(torch.where(cost < math.inf, plan * cost, 0).sum())
     damp_a, damp_b = damping(problem.rho_a, reg), damping(problem.rho_b, reg)
-    f = torch.where(a > 0, f, damp_a * (f - reg * row_sums))
-    g = torch.where(b > 0, g, damp_b * (g - reg * column_sums))
+    f = torch.where(a > 0, f, allowed(damp_a * (f - reg * row_sums), a))
+    g = torch.where(b > 0, g, allowed(damp_b * (g - reg * column_sums), b))
     error = _off(a, row_sums, f, problem.rho_a) + _off(b, column_sums, g, problem.rho_b)
     return f, g, error, torch.where(a > 0, a * row_sums.exp(), 0).sum(), total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,7 +43,8 @@ def sinkhorn(problem: Problem, report: Callable[[int, int], None] | None = None)
         fault = range_fault(largest, problem.reg, problem.metric, x.dtype, within)
         if fault is not None:
             raise ValueError(fault)
-    run = Run(_batch(problem, counts), problem, spread)
+    prepared = _batch(problem, counts)
+    run = Run(prepared, problem, spread)
     state, iterations = [RUNNING.value] * batch, [0] * batch
     while RUNNING.value in state:
         least = min(i for i, s in zip(iterations, state, strict=True) if s == RUNNING.value)
@@ -55,7 +57,8 @@ def sinkhorn(problem: Problem, report: Callable[[int, int], None] | None = None)
             done = sum(i if s == RUNNING.value else max_iter for i, s in zip(iterations, state, strict=True))
             report(done, batch * max_iter)
     f, g = run.potentials()
-    value = dual_value(problem, f, g, run.mass)
+    a, b = (side.weight for side in prepared.sides)
+    value = dual_value(replace(problem, a=a, b=b), f, g, run.mass)
     return Result(f, g, value, run.cost, run.error, run.iterations, run.error <= run.tolerance)
 
 
@@ -67,7 +70,7 @@ def sinkhorn_apply(problem: Problem, v: Tensor, transpose: bool = False) -> Tens
 
 def sinkhorn_plan(problem: Problem) -> Tensor:
     """In float64."""
-    x, y, a, b = problem.x, problem.y, problem.a, problem.b
+    x, y, a, b = problem.each_x, problem.y, problem.a, problem.b
     f, g = problem.potentials()
     out = torch.zeros(problem.sizes, dtype=torch.float64, device=a.device)
     for p, (n, m) in enumerate(torch.stack(_counts(problem), 1).tolist()):
@@ -105,17 +108,19 @@ def _check_values(problem: Problem, counts: tuple[Tensor, Tensor]) -> None:
     """Raises ValueError naming the first NaN or infinity that is not in the padding."""
     rows, columns = counts
     if problem.y is None:
-        _check_batch(problem.x, "x", rows, columns)
+        _check_batch(problem.each_x, "x", rows, columns, forbids=True)
         return
     width = torch.full_like(rows, problem.x.shape[2])
     _check_batch(problem.x, "x", rows, width)
     _check_batch(problem.y, "y", columns, width)
 
 
-def _check_batch(tensor: Tensor, name: str, rows: Tensor, columns: Tensor) -> None:
+def _check_batch(tensor: Tensor, name: str, rows: Tensor, columns: Tensor, forbids: bool = False) -> None:
     batch, height, _ = tensor.shape
     for begin, values, mask in _row_blocks(tensor, rows, columns):
         bad = ~torch.isfinite(values) & mask
+        if forbids:
+            bad &= values != math.inf
         if bool(bad.any()):
             place, column = bad.nonzero()[0].tolist()
             problem, row = divmod(begin + place, height)
@@ -140,7 +145,7 @@ def _row_blocks(tensor: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple
 
 def _batch(problem: Problem, counts: tuple[Tensor, Tensor]) -> Batch:
     """The problems as the kernels take them; potentials are copied."""
-    x, y = problem.x, problem.y
+    x, y = problem.each_x, problem.y
     if y is not None:
         x, y = masked(x, counts[0]), masked(y, counts[1])
         if problem.metric == "cosine":
@@ -158,14 +163,14 @@ def _batch(problem: Problem, counts: tuple[Tensor, Tensor]) -> Batch:
 def _spread(problem: Problem, counts: tuple[Tensor, Tensor]) -> Tensor:
     """The range [B] float64 of each problem's costs; for points at least the largest cost, by the triangle inequality through
     the first column's point."""
-    x, y, metric = problem.x, problem.y, problem.metric
+    x, y, metric = problem.each_x, problem.y, problem.metric
     if y is None:
         largest, smallest = [], []
         for _, values, mask in _row_blocks(x, *counts):
-            largest.append(torch.where(mask, values, -math.inf).amax(1))
+            largest.append(torch.where(mask & (values < math.inf), values, -math.inf).amax(1))
             smallest.append(torch.where(mask, values, math.inf).amin(1))
         high, low = (torch.cat(rows).view(x.shape[:2]) for rows in (largest, smallest))
-        return high.amax(1).double() - low.amin(1).double()
+        return (high.amax(1).double() - low.amin(1).double()).clamp(min=0)  # below 0: all pairs are forbidden
     if metric == "cosine":
         return torch.full((x.shape[0],), 2.0, dtype=torch.float64, device=x.device)
     far = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)

@@ -101,11 +101,14 @@ def _largest_costs(p: Problem) -> Tensor:
     for points, lengths in ((p.x, p.x_lengths), (p.y, p.y_lengths)):
         if points is None:
             continue
-        values = masked(points.detach().double().abs(), lengths)
+        values = points.detach().double().abs()
+        if p.y is None:
+            values = torch.where(values < _INF, values, 0)  # forbidden pairs
+        values = masked(values, lengths)
         if p.y is None:
             if p.y_lengths is not None:
                 values = torch.where(inside(p.y_lengths, values.shape[2])[:, None], values, 0)
-            most.append(values.amax((1, 2)))
+            most.append(values.amax((1, 2)).expand(len(p.a)))
             continue
         largest = values.amax(2)  # squares of the others may overflow
         far = (values / torch.where(largest > 0, largest, 1)[:, :, None]).norm(
@@ -142,3 +145,22 @@ def with_marginals_that_hold(p: Problem) -> Problem:
             f"b {float(masses[1][problem]):.6g}{p.within(problem)}; scale one of them, or make reg_marginal smaller"
         )
     return replace(p, rho_a=kept[0], rho_b=kept[1])
+
+
+def check_allowed(p: Problem) -> None:
+    """Refuses costs that forbid all pairs of a line with weight. Takes a pass over the costs, so only if a run has failed."""
+    if p.y is not None:
+        return
+    a, b = (masked(weight.detach(), lengths) for _, weight, _, lengths in p.sides)
+    allowed = p.each_x.detach() < _INF
+    sides = (
+        ("a", "row", a, (allowed & (b > 0)[:, None]).any(2)),
+        ("b", "column", b, (allowed & (a > 0)[:, :, None]).any(1)),
+    )
+    for name, line, weight, there in sides:
+        if bool((alone := (weight > 0) & ~there).any()):
+            problem, place = alone.nonzero()[0].tolist()
+            raise ValueError(
+                f"x must allow a pair of each row and column with weight, got +inf in {line} {place}{p.within(problem)} wherever the "
+                f"other side has weight, and {float(weight[problem, place]):.3g} in {name}"
+            )

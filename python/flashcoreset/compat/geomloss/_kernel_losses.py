@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from flashcoreset.compat._arrays import wants_gradient
+from torch.autograd.function import once_differentiable
 
 NAMES = ("energy", "gaussian", "laplacian")
 
@@ -22,20 +22,34 @@ def _kernel(x: Tensor, y: Tensor, name: str, blur: float) -> Tensor:
     return -distances if name == "energy" else (-distances / blur).exp()
 
 
+def _rows(x: Tensor, y: Tensor, v: Tensor, name: str, blur: float) -> Tensor:
+    return (_kernel(x, y, name, blur) @ v[:, :, None])[:, :, 0]
+
+
+class _Block(torch.autograd.Function):
+    """`_rows`, whose K is made again in the backward pass, rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, v: Tensor, name: str, blur: float) -> Tensor:
+        ctx.save_for_backward(x, y, v)
+        ctx.options = (name, blur)
+        return _rows(x, y, v, name, blur)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            rows = _rows(*arguments, *ctx.options)
+        return *torch.autograd.grad(rows, arguments, of_rows), None, None
+
+
 def _product(x: Tensor, y: Tensor, v: Tensor, name: str, blur: float) -> Tensor:
     """K v [B, n] for v [B, m]."""
-
-    def rows(block: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        return (_kernel(block, y, name, blur) @ v[:, :, None])[:, :, 0]
-
     step = max(1, _BLOCK // (y.shape[0] * y.shape[1]))
     if step >= x.shape[1]:
-        return rows(x, y, v)
-    blocks = x.split(step, dim=1)
-    if not wants_gradient(x, y, v):
-        return torch.cat([rows(block, y, v) for block in blocks], 1)
-    # K is made again in the backward pass, rather than kept.
-    return torch.cat([checkpoint(rows, block, y, v, use_reentrant=False) for block in blocks], 1)
+        return _rows(x, y, v, name, blur)
+    return torch.cat([_Block.apply(block, y, v, name, blur) for block in x.split(step, dim=1)], 1)
 
 
 def kernel_loss(

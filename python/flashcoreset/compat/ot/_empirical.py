@@ -226,7 +226,10 @@ def _lazy(
     start = None
     if warmstart is not None:
         given = take(call, u=warmstart[0], v=warmstart[1])[1]
-        start = warm_potentials((given["u"], given["v"]), (rows, columns), reg)
+        u, v = given["u"], given["v"]
+        if u is None or v is None:
+            raise TypeError(f"{call}: warmstart must be a pair of arrays, got {warmstart!r}")
+        start = warm_potentials((u, v), (rows, columns), reg)
     transport = run(
         call, _NAMES, x, y, rows, columns, reg=reg, metric=POINT_METRICS[metric], max_iter=max_iter, tol=max(tol, 0.0),
         warm_start=start,

@@ -155,7 +155,12 @@ def _log_domain(
     p = _arguments(call, a, b, M, reg)
     if p.has_many and warmstart is not None:  # a pair for each column
         pairs = [_start(_column(p), pair) for pair in warmstart]
-        start = None if None in pairs else tuple(torch.stack(side) for side in zip(*pairs, strict=True))
+        given = [pair for pair in pairs if pair is not None]
+        start = (
+            (torch.stack([f for f, _ in given]), torch.stack([g for _, g in given]))
+            if len(given) == len(pairs)
+            else None
+        )
     else:
         start = _start(p, warmstart)
     solved = _solve(p, max_iter=numItermax, tol=stopThr, start=start, warn=warn, verbose=verbose)

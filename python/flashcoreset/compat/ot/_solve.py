@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from flashcoreset.compat.ot._transport import DID_NOT_CONVERGE, number, show, we
 from flashcoreset.compat.ot._transport import solve as solve_transport
 from flashcoreset.compat.ot.unbalanced import sinkhorn_knopp_unbalanced
 from flashcoreset.compat.ot.utils import OTResult, dist
+
+if TYPE_CHECKING:
+    from flashcoreset.compat.geomloss.ot import OTResultSample
 
 _METHODS = ("sinkhorn", "sinkhorn_log", "mm", "lbfgsb")
 _GRADS = ("autodiff", "envelope", "last_step", "detach")
@@ -76,7 +79,7 @@ def solve(
     """
     if method is not None and method not in _METHODS:
         raise ValueError(f"Unknown method {method!r} for solve; valid names: {', '.join(_METHODS)}")
-    _refuse_other_problems(
+    reg = _refuse_other_problems(
         "ot.solve", reg=reg, c=c, reg_type=reg_type, unbalanced=unbalanced, unbalanced_type=unbalanced_type, method=method,
         plan_init=plan_init,
     )  # fmt: skip
@@ -151,8 +154,9 @@ def _balanced(
 
 def _refuse_other_problems(
     call: str, *, reg: Any, c: Any, reg_type: Any, unbalanced: Any, unbalanced_type: str, method: str | None, plan_init: Any
-) -> None:  # fmt: skip
-    """Refuses by name what is not entropic transport, or has arguments that would change nothing here."""
+) -> float:  # fmt: skip
+    """The regularisation `reg`; what is not entropic transport, or has arguments that would change nothing here, is refused by
+    name."""
     wrong = None
     if reg is None or (not isinstance(reg, Tensor) and reg == 0):
         wrong = f"reg={reg} is transport without an entropy"
@@ -168,6 +172,8 @@ def _refuse_other_problems(
         wrong = "plan_init is not supported"
     if wrong is not None:
         raise NotImplementedError(f"{call}: {wrong}; POT's {call} takes it")
+    checked: float = reg
+    return checked
 
 
 def solve_sample(
@@ -199,7 +205,7 @@ def solve_sample(
     n_projections: int = 50,
     projections: Any = None,
     scaler: Any = None,
-) -> OTResult:
+) -> OTResult | OTResultSample:
     """Entropic transport between samples X_a [n, d] and X_b [m, d]: `ot.solve_sample` of POT, which is `solve` of `dist`.
 
     Args:
@@ -240,21 +246,24 @@ def solve_sample(
         "verbose": verbose, "grad": grad,
     }  # fmt: skip
     if debias:
+        if name is not None and name.startswith("geomloss"):
+            raise NotImplementedError(
+                f"{call}: debias with method={method!r} is not supported; POT's {call} takes it"
+            )
         return _debiased(X_a, X_b, a, b, common)
     if name is not None and name.startswith("geomloss"):
         from flashcoreset.compat.geomloss import ot as geomloss_ot
 
-        result: OTResult = geomloss_ot.solve_sample(
+        return geomloss_ot.solve_sample(
             X_a, X_b, a=a, b=b, cost=metric, reg=reg, unbalanced=unbalanced, unbalanced_type=unbalanced_type,
             max_iter=1000 if max_iter is None else max_iter, tol=tol,
         )  # fmt: skip
-        return result
     if not lazy and name is None:
         return solve(
             dist(X_a, X_b, metric), a, b, reg, c, reg_type, unbalanced, unbalanced_type, None, n_threads, max_iter, plan_init,
             potentials_init, tol, verbose, grad,
         )  # fmt: skip
-    _refuse_other_problems(
+    reg = _refuse_other_problems(
         call,
         reg=reg,
         c=c,
@@ -281,6 +290,7 @@ def _debiased(X_a: Any, X_b: Any, a: Any, b: Any, common: dict[str, Any]) -> OTR
     ab = solve_sample(X_a, X_b, a, b, **common)
     aa = solve_sample(X_a, X_a, a, a, **common)
     bb = solve_sample(X_b, X_b, b, b, **common)
+    assert isinstance(ab, OTResult)  # geomloss' methods, whose results are geomloss' own, were refused
 
     def debiased(name: str) -> Any:
         cross, first, second = (getattr(result, name) for result in (ab, aa, bb))

@@ -37,7 +37,7 @@ def _named(proj_type: ProjectionType, rows: int) -> Callable[[Tensor, int, int, 
             as_integer(proj_dim, "proj_dim"),
             kind=KINDS[proj_type],
             seed=as_int64(seed, "seed"),
-            dtype=grads.dtype,
+            dtype=None,
         )
 
     project.__name__ = project.__qualname__ = f"project_{proj_type.value}_{rows}"

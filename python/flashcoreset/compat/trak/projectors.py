@@ -16,9 +16,10 @@ from torch import Tensor
 
 from flashcoreset._core.tensor import as_integer
 from flashcoreset.compat._gradients import (
+    Chunked,
     Part,
+    check_floating,
     check_width,
-    chunks,
     member_seed,
     parts_of,
     project,
@@ -145,6 +146,7 @@ class BasicProjector(_Projector):
         **kwargs: Any,
     ) -> None:
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
+        check_floating(dtype, "dtype")
         self.block_size = min(self.proj_dim, block_size)
         self.num_blocks = -(-self.proj_dim // self.block_size)
         self.dtype = dtype
@@ -204,7 +206,7 @@ class CudaProjector(_Projector):
         self.max_batch_size = max_batch_size
 
 
-class ChunkedCudaProjector:
+class ChunkedCudaProjector(Chunked):
     """The sum of one projection per chunk of the parameters.
 
     Args:
@@ -225,29 +227,12 @@ class ChunkedCudaProjector:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.projector_per_chunk = projector_per_chunk
-        self.proj_dim = self.projector_per_chunk[0].proj_dim
-        self.proj_type = self.projector_per_chunk[0].proj_type
+        super().__init__(projector_per_chunk, max_chunk_size, params_per_chunk, device, dtype)
         self.params_per_chunk = params_per_chunk
-        self.max_chunk_size = max_chunk_size
         self.feat_bs = feat_bs
-        self.device = device
-        self.dtype = dtype
-        self.input_allocated = False
-
-    def allocate_input(self) -> None:
-        """Nothing to allocate: chunks are read where they are."""
-
-    def free_memory(self) -> None:
-        """Nothing to free."""
 
     def project(self, grads: dict[str, Tensor], model_id: int) -> Tensor:
-        parts = parts_of(grads, "grads", self.device)
-        out = torch.zeros(len(parts[0].values), self.proj_dim, device=self.device, dtype=self.dtype)
-        pieces = chunks(parts, self.max_chunk_size, [int(size) for size in self.params_per_chunk])
-        for projector, chunk in zip(self.projector_per_chunk, pieces, strict=True):
-            out += projector.project({part.name: part.values for part in chunk}, model_id=model_id)
-        return out
+        return self._project_dictionary(grads, "grads", model_id=model_id)
 
 
 def project_unscaled(
@@ -258,6 +243,7 @@ def project_unscaled(
         dtype = parts[0].values.dtype
         for part in parts[1:]:
             dtype = torch.promote_types(dtype, part.values.dtype)
+        check_floating(dtype, "grads")
     found = unscaled(project(parts, dim, kind=kind, seed=seed, dtype=dtype, name="grads"))
     # Sums of whole numbers with signs are whole, but for what scaling to and fro rounded.
     if kind == "rademacher" and whole(parts):

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from flashcoreset._core.tensor import as_integer
 from flashcoreset.compat._gradients import (
+    Chunked,
     Part,
+    check_floating,
     check_width,
-    chunks,
     columns,
     member_seed,
     parts_of,
@@ -107,6 +108,8 @@ class _Projector(AbstractProjector):
         if self._type != ProjectionType.identity and self.proj_dim < 1:
             raise ValueError(f"proj_dim must be at least 1, got {self.proj_dim}")
         member_seed(seed, 0, "ensemble_id")  # refuses what is no seed
+        if self._type in _KINDS:
+            check_floating(dtype, "dtype")
         self.dtype = dtype
         self.ensemble_id = 0
         chosen = self.proj_dim
@@ -126,7 +129,7 @@ class _Projector(AbstractProjector):
             raise AttributeError(f"{self._type.value} has no active_indices")
         if self._mask is None or self._mask[0] != self.ensemble_id:
             # On the CPU for every device, so that the columns are the same on all of them.
-            generator = torch.Generator().manual_seed(self.seed + _MEMBER_APART * self.ensemble_id)
+            generator = torch.Generator().manual_seed(int(self.seed) + _MEMBER_APART * self.ensemble_id)
             order = torch.randperm(self.feature_dim, generator=generator)
             self._mask = self.ensemble_id, order[: self._chosen].sort().values.to(self.device)
         return self._mask[1]
@@ -134,7 +137,8 @@ class _Projector(AbstractProjector):
     def project(self, features: Features, ensemble_id: int) -> Tensor:
         seed = member_seed(self.seed, ensemble_id, "ensemble_id")
         parts = parts_of(features, "features", self.device)
-        check_width(parts, self.feature_dim, "feature_dim", "features")
+        if self._type != ProjectionType.identity:
+            check_width(parts, self.feature_dim, "feature_dim", "features")
         self.ensemble_id = int(ensemble_id)
         if self._type == ProjectionType.identity:
             if isinstance(features, Tensor):
@@ -192,7 +196,7 @@ class CudaProjector(_Projector):
         super().__init__(feature_dim, proj_dim, seed, proj_type, device, dtype, grass_multiplier)
 
 
-class ChunkedCudaProjector:
+class ChunkedCudaProjector(Chunked):
     """The sum of one projection per chunk of the features.
 
     Args:
@@ -213,30 +217,13 @@ class ChunkedCudaProjector:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.projector_per_chunk = projector_per_chunk
-        self.proj_dim = self.projector_per_chunk[0].proj_dim
-        self.proj_type = self.projector_per_chunk[0].proj_type
+        super().__init__(projector_per_chunk, max_chunk_size, dim_per_chunk, device, dtype)
         self.dim_per_chunk = dim_per_chunk
         self.feature_batch_size = feature_batch_size
-        self.max_chunk_size = max_chunk_size
-        self.device = device
-        self.dtype = dtype
-        self.input_allocated = False
-
-    def allocate_input(self) -> None:
-        """Nothing to allocate: chunks are read where they are."""
-
-    def free_memory(self) -> None:
-        """Nothing to free."""
 
     def dict_project(self, features: dict[str, Tensor], ensemble_id: int) -> Tensor:
         """The projection of a dictionary of [B, ...]."""
-        parts = parts_of(features, "features", self.device)
-        sizes = [int(size) for size in self.dim_per_chunk]
-        pieces = [
-            {part.name: part.values for part in chunk} for chunk in chunks(parts, self.max_chunk_size, sizes)
-        ]
-        return self._sum(pieces, len(parts[0].values), ensemble_id)
+        return self._project_dictionary(features, "features", ensemble_id=ensemble_id)
 
     def project(self, features: Tensor, ensemble_id: int) -> Tensor:
         """The projection of a tensor [B, sum of dim_per_chunk]."""
@@ -245,15 +232,9 @@ class ChunkedCudaProjector:
                 "ChunkedCudaProjector.project() only accepts Tensor inputs; pass the dictionary to dict_project()"
             )
         parts = parts_of(features, "features", self.device)
-        sizes = [int(size) for size in self.dim_per_chunk]
-        check_width(parts, sum(sizes), "sum(dim_per_chunk)", "features")
-        return self._sum(list(parts[0].values.split(sizes, 1)), len(features), ensemble_id)
-
-    def _sum(self, pieces: list[Any], rows: int, ensemble_id: int) -> Tensor:
-        out = torch.zeros(rows, self.proj_dim, device=self.device, dtype=self.dtype)
-        for projector, piece in zip(self.projector_per_chunk, pieces, strict=True):
-            out += projector.project(piece, ensemble_id=ensemble_id)
-        return out
+        check_width(parts, sum(self._sizes), "sum(dim_per_chunk)", "features")
+        pieces = list(parts[0].values.split(self._sizes, 1))
+        return self._sum(pieces, len(features), {"ensemble_id": ensemble_id})
 
 
 def make_random_projector(
