@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from flashcoreset.compat._knapsack import knapsack
 from flashcoreset.compat.apricot._sieve import Sieves
 from flashcoreset.compat.apricot.utils import check_random_state
 
@@ -46,18 +45,7 @@ class NaiveGreedy(BaseOptimizer):
         if sample_cost is None:
             self.function._pick_greedily(X, int(k))
             return
-        costs = _checked_costs(sample_cost, X.shape[0])
-        function = self.function
-        picks, values = knapsack(
-            function.idxs,
-            lambda some: function._calculate_gains(X, some),
-            lambda j: function._cover(X[j]),
-            costs,
-            _Budget(k),
-            per_cost=True,
-            tie=lambda j: j,
-        )
-        function._append(np.array(picks, dtype=np.int64), np.array(values) * costs[picks])
+        self.function._pick_within(X, _checked_costs(sample_cost, X.shape[0]), _Budget(k))
 
 
 class LazyGreedy(NaiveGreedy):

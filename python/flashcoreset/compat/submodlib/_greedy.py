@@ -10,7 +10,7 @@ import numpy as np
 import flashcoreset as fc
 from flashcoreset._core.progress import Progress
 from flashcoreset.compat._knapsack import knapsack
-from flashcoreset.compat._run import SampledRun
+from flashcoreset.compat._run import KernelRun
 from flashcoreset.compat.submodlib._objective import Clustered, Objective, State
 
 EXACT = ("NaiveGreedy", "LazyGreedy")
@@ -34,12 +34,12 @@ def sampled(objective: Objective, count: int, sample: int, progress: bool) -> np
     """`count` elements, each the best of `sample` that are drawn anew."""
     draws = _Draws(objective.n, sample)
     last, state = objective.n - 1, State(objective)
-    run = SampledRun(count=count, **objective.problem()) if objective.is_plain else None
+    run = KernelRun(count=count, **objective.problem()) if objective.is_plain else None
     picks: list[int] = []
     with Progress(progress, count, LABEL) as bar:
         for _ in range(count):
             drawn = draws.draw()
-            picks.append(_add_best(state, drawn) if run is None else last - run.pick(last - drawn))
+            picks.append(_add_best(state, drawn) if run is None else last - run.pick_among(last - drawn))
             draws.remove(picks[-1])
             bar.update(len(picks))
     return np.array(picks, dtype=np.int64)
@@ -49,19 +49,32 @@ def with_costs(
     objective: Objective, budget: float, costs: np.ndarray, per_cost: bool, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Elements whose costs [n] float32 add up to at most `budget`, and the gains (per cost) that they were chosen by."""
-    state = State(objective)
     with Progress(progress, math.ceil(budget), LABEL) as bar:
-        picks, values = knapsack(
+        purse = _Budget(budget, bar)
+        if objective.is_plain:
+            picks = _picks_within(objective, costs, purse, per_cost)
+            gains = objective.gains_in_order(picks)
+            return picks, gains / costs[picks] if per_cost else gains
+        state = State(objective)
+        chosen, values = knapsack(
             np.arange(objective.n),
             state.gains,
             state.add,
             costs,
-            _Budget(budget, bar),
+            purse,
             per_cost=per_cost,
             tie=lambda j: -j,
-            lazy=not isinstance(objective, Clustered) or objective.is_plain,
+            lazy=not isinstance(objective, Clustered),
         )
-    return np.array(picks, dtype=np.int64), np.array(values)
+    return np.array(chosen, dtype=np.int64), np.array(values)
+
+
+def _picks_within(objective: Objective, costs: np.ndarray, budget: _Budget, per_cost: bool) -> np.ndarray:
+    problem, n = objective.problem(), objective.n
+    in_rows = np.ones(problem["x"].shape[0])  # one more than elements if there is a base
+    in_rows[:n] = costs[::-1]
+    run = KernelRun(count=None, costs=in_rows if per_cost else None, **problem)
+    return n - 1 - run.picks_within(np.arange(n), in_rows, budget)
 
 
 class _Budget:

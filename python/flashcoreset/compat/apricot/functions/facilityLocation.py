@@ -13,7 +13,8 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset.compat._coverage import covered_gains
-from flashcoreset.compat._run import SampledRun
+from flashcoreset.compat._knapsack import Budget
+from flashcoreset.compat._run import KernelRun
 from flashcoreset.compat.apricot.functions.base import BaseGraphSelection
 
 _BLOCK = 2**22  # similarities in memory beside the matrix
@@ -128,13 +129,25 @@ class FacilityLocationSelection(BaseGraphSelection):
             return
         x, preselected, rows = self._problem(X)
         covered = None if preselected is None else torch.from_numpy(preselected)
-        run = SampledRun(x, count, metric="precomputed", preselected=covered)
+        run = KernelRun(x, count, metric="precomputed", preselected=covered)
         left, picks = self.idxs, np.empty(count, dtype=np.int64)
         for i in range(count):
             drawn = draw(left)
-            picks[i] = run.pick(drawn if rows is None else np.searchsorted(rows, drawn))
+            picks[i] = run.pick_among(drawn if rows is None else np.searchsorted(rows, drawn))
             left = left[left != (picks[i] if rows is None else rows[picks[i]])]
         self._finish(X, picks, rows)
+
+    def _pick_within(self, X: Any, costs: np.ndarray, budget: Budget) -> None:
+        """The picks of the largest gains per cost [n], each out of the rows that still fit."""
+        if not len(self.idxs):
+            return
+        x, preselected, rows = self._problem(X)
+        covered = None if preselected is None else torch.from_numpy(preselected)
+        in_rows = np.ones(x.shape[0])  # one more than rows if there is one of what is covered
+        in_rows[: X.shape[0] if rows is None else len(rows)] = costs if rows is None else costs[rows]
+        run = KernelRun(x, None, metric="precomputed", preselected=covered, costs=in_rows)
+        candidates = self.idxs if rows is None else np.arange(len(rows))
+        self._finish(X, run.picks_within(candidates, in_rows, budget), rows)
 
     def _problem(self, X: Any) -> tuple[Any, np.ndarray | None, np.ndarray | None]:
         """Similarities, what is covered, and the rows that they are of (None: all).
