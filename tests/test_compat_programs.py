@@ -72,9 +72,12 @@ def test_the_page_names_the_tested_versions() -> None:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.timeout(
+    1200
+)  # two programs that import torch and a peer: minutes where many processes share the cores
 @pytest.mark.parametrize(
     ("peer", "program", "taken", "left"),
     [

@@ -67,7 +67,7 @@ def brute_force(
         picks = [next(int(i) for i in order if i not in taken) for order in orders]
         value = float(np.mean([s[item, c] for c, item in enumerate(picks)]))
         threshold = values[patience - 1] * stop_threshold if len(rounds) >= patience else 0
-        if stop and round(value, 12) < threshold:
+        if stop and value < threshold:
             break
         rounds.append(list(dict.fromkeys(picks)))
         values.append(value)

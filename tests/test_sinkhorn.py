@@ -301,10 +301,11 @@ def test_one_of_many_problems_on_a_cost_depends_on_no_other(reg: float, dtype: t
     cost, a, b = costs(40, 30, dtype=dtype)[0], weights(75, 40, 1), weights(75, 30, 2)
     a[:, 3:20] *= torch.linspace(0, 1, 75, dtype=torch.float64)[:, None] ** 8
     a /= a.sum(1, keepdim=True)
+    tol = 1e-5 if reg > 0.01 else 1e-3
     options: dict[str, Any] = {
         "reg": reg,
         "metric": "precomputed",
-        "tol": 1e-5,
+        "tol": tol,
         "max_iter": 2000,
         "backend": "cpu",
     }
@@ -325,7 +326,7 @@ def test_one_of_many_problems_on_a_cost_depends_on_no_other(reg: float, dtype: t
         assert torch.equal(first[::8], getattr(part, name)), name
     for p in (0, 74):
         alone = fc.sinkhorn(cost, None, a[p], b[p], **options)
-        assert float((found[0].plan()[p] - alone.plan()).abs().sum()) <= 2e-4
+        assert float((found[0].plan()[p] - alone.plan()).abs().sum()) <= 20 * tol
     steps: list[int] = []
     watched = fc.sinkhorn(cost, None, a, b, progress=lambda done, total: steps.append(done), **options)
     assert torch.equal(watched.f, found[0].f)

@@ -140,7 +140,9 @@ def _points(value: Any, name: str) -> tuple[Tensor, bool]:
 def _batch_of(weights: Any) -> int | None:
     """The number of problems that weights are for; None if they have no batch dimension."""
     if isinstance(weights, (list, tuple)):
-        return len(weights) if isinstance(next(iter(weights), None), (list, tuple)) else None
+        first = next(iter(weights), None)
+        rows = isinstance(first, (list, tuple)) or len(getattr(first, "shape", ())) == 1
+        return len(weights) if rows else None
     shape: Any = getattr(weights, "shape", ())
     return int(shape[0]) if len(shape) == 2 else None
 
