@@ -15,7 +15,7 @@ from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.progress import check_progress
 from flashcoreset._core.tensor import one_of
-from flashcoreset.sinkhorn.arguments import as_problem, as_rho
+from flashcoreset.sinkhorn.arguments import as_problem, as_rho, keep_graph
 from flashcoreset.sinkhorn.backend import kernels_of
 from flashcoreset.sinkhorn.ops import ProgressArgument, solve
 from flashcoreset.sinkhorn.problem import METRICS, Problem
@@ -159,6 +159,8 @@ def sinkhorn_divergence(
         )  # fmt: skip
 
     cross = value(x, y, a, b, (x_lengths, y_lengths))
+    if cross.x.dtype == torch.float64:  # if one of them is, both are in all three problems
+        x, y = keep_graph(x, "x").double(), keep_graph(y, "y").double()
     own = [value(x, x, a, a, (x_lengths, x_lengths)), value(y, y, b, b, (y_lengths, y_lengths))]
     parts = [_transport(problem, None) for problem in (cross, *own)]
     result = parts[0].value - 0.5 * (parts[1].value + parts[2].value)

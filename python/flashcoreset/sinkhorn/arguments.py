@@ -119,7 +119,7 @@ def as_problem(
     )  # fmt: skip
 
 
-def _keep_graph(value: Any, name: str) -> Tensor:
+def keep_graph(value: Any, name: str) -> Tensor:
     """`value` as a tensor; one that asks for gradients keeps asking."""
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         as_tensor(value, name)  # the checks
@@ -128,7 +128,7 @@ def _keep_graph(value: Any, name: str) -> Tensor:
 
 
 def _points(value: Any, name: str) -> tuple[Tensor, bool]:
-    tensor = as_floating(_keep_graph(value, name), name)
+    tensor = as_floating(keep_graph(value, name), name)
     if tensor.dim() not in (2, 3):
         raise ValueError(f"{name} must have 2 dimensions, or 3 for a batch, got shape {tuple(tensor.shape)}")
     if 0 in tensor.shape:
@@ -164,7 +164,7 @@ def _weights(
             raise TypeError(
                 f"{name} must hold numbers, in a list of rows for a batch, got a {type(value).__name__}: {error}"
             ) from None
-    tensor = as_floating(_keep_graph(value, name), name)
+    tensor = as_floating(keep_graph(value, name), name)
     same_device(tensor, name, device)
     if shared and tensor.shape == (size,):
         tensor = tensor.expand(batch, size)
