@@ -100,7 +100,7 @@ def test_each_class_is_a_problem_of_its_own(data: tuple[np.ndarray, np.ndarray])
 @pytest.mark.parametrize(
     "strategy",
     ["auto", "not minority", "majority", "not majority", "all", {"b": 5}, lambda y: {"c": 11}],
-    ids=str,
+    ids=lambda strategy: strategy if isinstance(strategy, str) else type(strategy).__name__,
 )
 def test_strategies_are_those_of_imbalanced_learn(strategy: Any, data: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = data
