@@ -247,7 +247,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "2-d": ({"scores": torch.zeros(4, 1)}, ValueError, r"scores must have shape \[n\], got \(4, 1\)"),
     "text": ({"scores": ["a"]}, TypeError, "scores must hold real numbers"),
     "None": ({"scores": None}, TypeError, "scores must be a torch.Tensor.*, got NoneType"),
-    "bool": ({"scores": torch.ones(4).bool()}, TypeError, "scores must hold real numbers, got dtype bool"),
+    "complex": (
+        {"scores": torch.ones(4) + 0j},
+        TypeError,
+        "scores must hold real numbers, got dtype complex64",
+    ),
     "dict": ({"scores": {"el2n": S}}, ValueError, "scores must have the entry aum, got el2n"),
     "k above n": ({"k": 5}, ValueError, "k must be <= the 4 samples, got 5"),
     "k 0": ({"k": 0}, ValueError, "k must be >= 1, got 0"),
