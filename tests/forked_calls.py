@@ -146,6 +146,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "match_gradients caratheodory": lambda: fc.match_gradients(X, 40, method="caratheodory"),
     "colm": lambda: fc.select("colm", grads=X, k=16, top=16),
     "ccs": lambda: fc.ccs(X[:, 0], 300),
+    "coverage_auc": lambda: torch.tensor(fc.coverage_auc(X, range(300))),
+    "tune_ccs": lambda: fc.tune_ccs({"aum": X[:, 0]}, 300, lambda chosen: float(X[chosen, 1].sum())),
     "top_scores": lambda: fc.top_scores(X[:, 0], 300),
     "random_subset": lambda: fc.random_subset(4000, 300),
     "k_center": lambda: fc.k_center(X, 30),

@@ -924,6 +924,7 @@ def test_bench_runs_the_checkout_s_benchmarks(
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "deeper").mkdir()
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "flashcoreset"\n')
+    (tmp_path / "benchmarks" / "__init__.py").touch()
     (tmp_path / "benchmarks" / "__main__.py").write_text(
         f"import pathlib, sys; pathlib.Path('seen').write_text(' '.join(sys.argv[1:])); sys.exit({code})"
     )

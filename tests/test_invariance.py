@@ -291,6 +291,22 @@ CALLS: dict[str, dict[str, Call]] = {
             backends=(),
         )
     },
+    "tune_ccs": {
+        "all": Call(
+            lambda: {"scores": uniform(31, 500), "hard": uniform(32, 500)},
+            lambda scores, hard: fc.tune_ccs(
+                scores, 50, lambda chosen: float(chosen.sum()), mislabel_scores=hard, seed=6
+            ),
+            backends=(),
+        )
+    },
+    "coverage_auc": {
+        "all": Call(
+            lambda: {"x": normal(35, 120, 6), "y": normal(36, 40, 6)},
+            lambda x, y, **more: fc.coverage_auc(x, range(0, 120, 7), test=y, **more),
+            budgets=(1000, 2**30),
+        )
+    },
     "top_scores": {
         "all": Call(
             lambda: {"scores": integers(33, 40, 200).double()},

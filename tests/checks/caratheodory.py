@@ -277,7 +277,7 @@ def spoiled(value: float) -> Tensor:
 
 BAD: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "x int": (X.int(), None, None, TypeError, "x must have dtype .* got int32"),
-    "x list": ([[1.0]], None, None, TypeError, "x must be a torch.Tensor"),
+    "x text": ("rows", None, None, TypeError, "x must be"),
     "x 1-d": (X[0], None, None, ValueError, r"x must have 2 dimensions, got shape \(2,\)"),
     "x empty": (X[:0], None, None, ValueError, "x must have at least 1 row"),
     "x NaN": (spoiled(math.nan), None, None, ValueError, "x must be finite, got NaN at row 4, column 1"),
