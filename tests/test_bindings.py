@@ -226,6 +226,18 @@ def test_a_sparse_matrix_of_more_columns_than_there_can_be(m: ModuleType) -> Non
                 m.FacilityLocation(problem, 1)
 
 
+@pytest.mark.parametrize("given", [torch.ones(3, 3).to_sparse(), torch.ones(3, 3, device="meta")])
+def test_a_field_that_is_not_in_memory_is_refused_by_name(m: ModuleType, given: torch.Tensor) -> None:
+    for problem, name in (
+        (Problem(given), "x"),
+        (Problem(torch.ones(3, 3), clients=given), "clients"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"{name}: expected a dense tensor in memory, got one that has none"
+        ):
+            m.FacilityLocation(problem, 1)
+
+
 @pytest.mark.parametrize("columns", [[0, 0], [1, 0], [0, 1, 1]])
 def test_a_sparse_row_that_has_a_column_twice(m: ModuleType, columns: list[int]) -> None:
     """Its gain would be summed beyond the range that fixed-point numbers have."""

@@ -80,8 +80,11 @@ class Fields {
     const Exporter& exporter = Exporter::instance();
     if (reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())) != exporter.type) return {value, name, where_};
     PyObject* const capsule = PyObject_CallOneArg(exporter.function, value.ptr());
-    if (!capsule) throw py::error_already_set();
-    return {py::reinterpret_steal<py::object>(capsule), name, where_};
+    if (capsule) return {py::reinterpret_steal<py::object>(capsule), name, where_};
+    py::error_already_set error;  // takes the pending exception, so that its text can be read
+    if (!error.matches(PyExc_RuntimeError) && !error.matches(PyExc_BufferError)) throw error;
+    throw py::type_error(std::string(name) + ": expected a dense tensor in memory, got one that has none (" +
+                         py::str(error.value()).cast<std::string>() + ")");
   }
 
   py::object object_;
