@@ -422,7 +422,7 @@ INF[2, 0] = np.inf
         ({"train": GOOD[:0]}, ValueError, "train must have at least 1 row"),
         ({"valid": GOOD[:0]}, ValueError, "valid must have at least 1 row"),
         ({"train": GOOD[0]}, ValueError, "train must have 2 dimensions"),
-        ({"train": GOOD.tolist()}, TypeError, "train must be a torch.Tensor"),
+        ({"train": "rows"}, TypeError, "train must be a torch.Tensor"),
         ({"train": GOOD.astype(int)}, TypeError, "train must have dtype float16"),
         ({"valid": GOOD[:, :1]}, ValueError, "valid must have 2 columns as train has"),
         ({"valid": torch.ones(6, 2, device="meta")}, ValueError, "valid is on device meta"),
@@ -591,7 +591,7 @@ def test_descent_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_select_by_name() -> None:
     train, valid, norms = data(60, 30)
-    by_name = fc.select("goracs", train=train, valid=valid, grad_norms=norms, k=5)
+    by_name = fc.select("goracs", train=train, valid=valid, grad_norms=norms, k=5, lam=0.5)
     assert torch.equal(by_name.indices, goracs(train, valid, norms, 5).indices)
 
 

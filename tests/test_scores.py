@@ -393,7 +393,7 @@ X, T = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
 X3, T3 = torch.zeros(4, 2, 3), torch.zeros(4, 2, dtype=torch.int64)
 BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "logits int": ((X.int(), T), TypeError, "logits must have dtype float16, .*, got int32"),
-    "logits list": (([[0.0]], [0]), TypeError, "logits must be a torch.Tensor, .*, got list"),
+    "logits text": (("scores", [0]), TypeError, "logits must be a torch.Tensor, .*, got str"),
     "logits 1-d": ((X[0], T), ValueError, r"logits must have shape \[samples, classes\] or .*, got \(3,\)"),
     "logits 4-d": ((X3[None], T3), ValueError, r"logits must have shape .*, got \(1, 4, 2, 3\)"),
     "no samples": ((X[:0], T[:0]), ValueError, r"logits .* each >= 1, got \(0, 3\)"),

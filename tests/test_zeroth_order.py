@@ -272,7 +272,7 @@ def test_bad_input() -> None:
 def test_differences_that_overflow() -> None:
     tensor = torch.zeros(3)
     with pytest.raises(
-        ValueError, match=r"eps must be large enough .* got 1e-30, by which they overflow torch.float32"
+        ValueError, match=r"eps must be large enough .* do not overflow torch.float32, got 1e-30"
     ):
         gradients(lambda: torch.full((2,), 1e30) * tensor[0].sign(), [tensor], eps=1e-30)
     assert torch.equal(tensor, torch.zeros(3))
@@ -296,7 +296,7 @@ def test_parts_of_one_tensor() -> None:
 def test_bad_low_rank_gradients() -> None:
     c = torch.zeros(2, 1)
     for arguments, error, message in (
-        (([1.0], 0, 3), TypeError, "coefficients must be a torch.Tensor"),
+        (("numbers", 0, 3), TypeError, "coefficients must be a torch.Tensor"),
         ((c.half(), 0, 3), TypeError, "coefficients must have dtype float32 or float64, got torch.float16"),
         ((c[0], 0, 3), ValueError, r"coefficients must have shape \[B, q\], got \(1,\)"),
         ((c, 0.5, 3), TypeError, "seed must be an int"),

@@ -21,7 +21,8 @@ struct PyBatch : SinkhornProblem {
   SinkhornBatch<T> batch() const {
     SinkhornBatch<T> result;
     result.x = x.input<T, 3>();
-    if (is_shared()) {
+    result.shared = is_shared();
+    if (result.shared) {
       result.x.shape[0] = count;
       result.x.stride[0] = 0;
     }

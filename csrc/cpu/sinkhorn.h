@@ -18,6 +18,7 @@ struct SinkhornBatch {
   TensorView<const T, 3> x;    // [B, n, d] points, or [B, n, m] costs, +infinite for forbidden pairs
   TensorView<const T, 3> y{};  // [B, m, d], if x are points
   bool is_cost = false;        // whether x are costs
+  bool shared = false;         // all problems have one matrix of costs, which the view shows many times
   bool cosine = false;         // 1 - cos; else `metric`, a distance
   Metric metric = Metric::kSqeuclidean;
   TensorView<const double, 2> a, b;    // [B, n], [B, m] weights, of equal sums if both are balanced
@@ -25,11 +26,8 @@ struct SinkhornBatch {
   const int64_t* y_lengths = nullptr;
 
   int64_t count() const { return x.shape[0]; }
-  // Whether all problems have the same costs, and none of them a part of them: the view shows them many
-  // times.
-  bool is_shared() const {
-    return is_cost && count() > 1 && x.stride[0] == 0 && x_lengths == nullptr && y_lengths == nullptr;
-  }
+  // Whether all problems have all of the same costs.
+  bool is_shared() const { return shared && count() > 1 && x_lengths == nullptr && y_lengths == nullptr; }
   int64_t rows(int64_t p) const { return x_lengths != nullptr ? x_lengths[p] : a.shape[1]; }
   int64_t columns(int64_t p) const { return y_lengths != nullptr ? y_lengths[p] : b.shape[1]; }
 };

@@ -21,6 +21,7 @@ class Progress:
         self.total = total
         self._report: Report | None = None
         self._bar: Any = None
+        self._told = -1
         if progress is None or progress is False:
             return
         if progress is True:
@@ -40,7 +41,8 @@ class Progress:
     def update(self, done: int) -> None:
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
-        elif self._report is not None:
+        elif self._report is not None and done != self._told:  # a device that is not further yet has no news
+            self._told = done
             self._report(done, self.total)
 
     def __enter__(self) -> Progress:

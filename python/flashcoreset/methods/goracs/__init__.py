@@ -364,9 +364,14 @@ def _costs(
 
 def _deviation(values: Tensor) -> float:
     """The standard deviation, summed exactly: the number of threads does not matter."""
-    numbers = values.tolist()
+    largest = float(values.abs().max())
+    if largest == 0:
+        return 0.0
+    # In units of the largest, whose squares and sums are in range. A power of two changes no other number.
+    unit = 2.0 ** math.frexp(largest)[1] if largest < 2.0**1023 else 2.0**1023
+    numbers = [number / unit for number in values.tolist()]
     mean = math.fsum(numbers) / len(numbers)
-    return math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
+    return unit * math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
 
 
 def _select(
