@@ -100,18 +100,19 @@ Row row_of(const std::vector<int64_t>& indices, const std::vector<double>& gains
   return row;
 }
 
-Row finish_on_device(fc::cuda::FacilityLocation& run) {
+// `offset` becomes what distances were subtracted from: the device leaves out what is far above them all.
+Row finish_on_device(fc::cuda::FacilityLocation& run, double& offset) {
   const int64_t k = run.picks(), m = run.clients();
   DeviceArray<int64_t> indices(k), assignment(m);
   DeviceArray<double> gains(k), weights(k);
-  double objective = 0, offset = 0;
+  double objective = 0;
   run.finish(indices.data(), gains.data(), weights.data(), assignment.data(), &objective, &offset);
   CHECK_EQUAL(static_cast<int>(run.verdict().kind), static_cast<int>(Verdict::kFine));
   return row_of(indices.values(), gains.values(), weights.values(), assignment.values(), objective);
 }
 
 template <class T, class Start>
-Row run_on_device(const Case& c, int64_t n, bool self, Start&& start) {
+Row run_on_device(const Case& c, int64_t n, bool self, double& offset, Start&& start) {
   const DeviceArray<double> weights(c.weights);
   const DeviceArray<int64_t> preselected(c.preselected);
   fc::GreedyOptions options;
@@ -128,7 +129,7 @@ Row run_on_device(const Case& c, int64_t n, bool self, Start&& start) {
     const DeviceArray<int64_t> copy(sample);
     return run->step_among(copy.data(), static_cast<int64_t>(sample.size()));
   });
-  return finish_on_device(*run);
+  return finish_on_device(*run, offset);
 }
 
 template <class T, class Start>
@@ -162,16 +163,22 @@ void check_same(const Row& device, const Row& cpu, int64_t k) {
 
 template <class T>
 void check_points(const Matrix<T>& x, const Matrix<T>* clients, Metric metric, const Case& c) {
-  const auto cpu = run_on_cpu<T>(c, x.rows(), clients == nullptr, [&](const fc::GreedyOptions& options) {
-    const TensorView<const T, 2> view = clients ? clients->view() : x.view();
-    return fc::facility_location_points<T>(x.view(), clients ? &view : nullptr, metric, options);
-  });
+  double offset = 0;
   const auto device = fc::emulator::check_schedules([&] {
     const OnDevice<T> candidates(x), others(clients ? *clients : x);
-    return run_on_device<T>(c, x.rows(), clients == nullptr, [&](const fc::GreedyOptions& options) {
+    return run_on_device<T>(c, x.rows(), clients == nullptr, offset, [&](const fc::GreedyOptions& options) {
       return fc::cuda::facility_location_points<T>(candidates.view, clients ? &others.view : nullptr, metric,
                                                    options, nullptr);
     });
+  });
+  Case same = c;
+  if (c.offset > 0) {
+    CHECK(offset > 0 && offset <= c.offset);
+    same.offset = offset;
+  }
+  const auto cpu = run_on_cpu<T>(same, x.rows(), clients == nullptr, [&](const fc::GreedyOptions& options) {
+    const TensorView<const T, 2> view = clients ? clients->view() : x.view();
+    return fc::facility_location_points<T>(x.view(), clients ? &view : nullptr, metric, options);
   });
   check_same(device, cpu, c.k);
 }
@@ -224,7 +231,8 @@ void test_matrix() {
       });
       const auto device = fc::emulator::check_schedules([&] {
         const OnDevice<T> matrix(s);
-        return run_on_device<T>(c, n, n == m, [&](const fc::GreedyOptions& options) {
+        double offset = 0;
+        return run_on_device<T>(c, n, n == m, offset, [&](const fc::GreedyOptions& options) {
           return fc::cuda::facility_location_matrix<T>(matrix.view, options, nullptr);
         });
       });
@@ -323,7 +331,8 @@ void test_cancelled() {
     if (!slowly) {
       CHECK_EQUAL(run->step(20, false), 20);
       CHECK(run->completed() > 0 && run->completed() < 20);  // the last two launches are not waited for
-      finish_on_device(*run);
+      double offset = 0;
+      finish_on_device(*run, offset);
       CHECK_EQUAL(run->completed(), 20);
       continue;
     }
@@ -378,7 +387,8 @@ void test_scale() {
     return fc::facility_location_matrix<T>(s.view(), options);
   });
   const OnDevice<T> matrix(s);
-  const auto device = run_on_device<T>(c, 3, false, [&](const fc::GreedyOptions& options) {
+  double offset = 0;
+  const auto device = run_on_device<T>(c, 3, false, offset, [&](const fc::GreedyOptions& options) {
     return fc::cuda::facility_location_matrix<T>(matrix.view, options, nullptr);
   });
   check_same(device, cpu, 3);
