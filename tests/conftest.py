@@ -89,7 +89,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """backend="cuda" on CPU tensors: the kernels of csrc/cuda, run by tests/emulator. On a GPU (`make gpu`) the real ones."""
     if DEVICE != "cpu":
         return
-    module = _emulated_module()
+    module = emulated_module()
     if module is None:
         pytest.fail("the emulated CUDA module is not built: make emulated")
     monkeypatch.setattr(native, "cuda_failure", lambda device=0: None)
@@ -98,7 +98,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def _emulated_module() -> ModuleType | None:
+def emulated_module() -> ModuleType | None:
     built = Path(__file__).resolve().parent.parent / "build" / "emulated" / "emulator"
     folder = Path(os.environ.get("FLASHCORESET_TEST_EMULATED", built))  # tests/sanitize.py has its own
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]

@@ -37,7 +37,7 @@ def digests() -> dict[str, str]:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    emulated = conftest._emulated_module()
+    emulated = conftest.emulated_module()
     native.cuda_failure = lambda device=0: None
     native.cuda_module = lambda device=0: emulated
     found = {}

@@ -38,7 +38,7 @@ POSITIVE = {"threads", "length", "lists", "size", "n", "nnz", "goal", "max_iter"
 
 
 def module_of(which: str) -> ModuleType:
-    module = native.module() if which == "cpu" else conftest._emulated_module()
+    module = native.module() if which == "cpu" else conftest.emulated_module()
     if module is None:
         pytest.fail("the emulated CUDA module is not built: make emulated")
     return module

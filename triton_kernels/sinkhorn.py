@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashcoreset.sinkhorn.problem import Problem
-from flashcoreset.sinkhorn.schedule import MOST_EXPONENT, Schedule
+from flashcoreset.sinkhorn.schedule import MOST_EXPONENT, Schedule, ordered_sums
 from flashcoreset.triton_kernels.pairwise import Tile, pair_values
 
 # The stage of a problem: to be iterated; to be evaluated, as it may have converged or as it ends; solved.
@@ -675,7 +675,7 @@ class Run:
         self._accelerated = accelerated.int()
         columns_hold = math.isinf(rho[1])
         self._translates = (accelerated | columns_hold).int() * (0 if self._balanced else 1)
-        self._masses = [side.weight.sum(1) for side in batch.sides]
+        self._masses = [ordered_sums(side.weight) for side in batch.sides]
         # As Schedule has it, for each problem.
         whole = torch.maximum(*self._masses)
         if math.isinf(rho[0]) != math.isinf(rho[1]):
@@ -775,7 +775,7 @@ class Run:
             )
         checked = self._state == CHECKED.value
         evaluated = checked | (self._state == STOPPED.value)
-        (rows_off, mass, cost), (columns_off, _, _) = (sums[:3].sum(2) for sums in self._sums)
+        (rows_off, mass, cost), (columns_off, _, _) = (ordered_sums(sums[:3]) for sums in self._sums)
         for kept, value in ((self.error, rows_off + columns_off), (self.mass, mass), (self.cost, cost)):
             torch.where(evaluated, value, kept, out=kept)
         goes_on = checked & ~(self.error <= self.tolerance) & (self.iterations < self._max_iter)

@@ -79,7 +79,7 @@ class Target:
         warnings.simplefilter("ignore")
         import torch
         import values
-        from conftest import _emulated_module
+        from conftest import emulated_module
 
         import flashcoreset
         from flashcoreset._core import cuda, native
@@ -95,7 +95,7 @@ class Target:
         )
         self.space = {key: value for key, value in vars(values).items() if not key.startswith("_")}
         self.space["fc"] = flashcoreset
-        emulated = _emulated_module()
+        emulated = emulated_module()
         if emulated is None:
             raise SystemExit("the emulated CUDA module is not built: make emulated")
         if name == "public":

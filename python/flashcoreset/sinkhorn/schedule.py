@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -136,15 +137,32 @@ def range_fault(spread: float, reg: float, metric: str, dtype: torch.dtype, with
     return None
 
 
-def dual_value(problem: Problem, f: Tensor, g: Tensor, mass: Tensor) -> Tensor:
-    """The dual objective [B] at potentials f [B, n], g [B, m] of plans of total `mass` [B]."""
+def ordered_sums(values: Tensor) -> Tensor:
+    """The sums over the last dimension, in an order that does not depend on how many zeros end a row, as `Tensor.sum`'s does: a
+    problem in a padded batch has the bits that it has alone."""
+    while values.shape[-1] > 1:
+        if values.shape[-1] % 2:
+            values = torch.nn.functional.pad(values, (0, 1))
+        values = values[..., ::2] + values[..., 1::2]
+    return values[..., 0]
+
+
+def dual_value(
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    mass: Tensor,
+    sums: Callable[[Tensor], Tensor] = lambda rows: rows.sum(1),
+) -> Tensor:
+    """The dual objective [B] at potentials f [B, n], g [B, m] of plans of total `mass` [B]; `sums` adds up rows."""
     a, b = problem.a, problem.b
     sides = []
     for potential, weight, rho in zip((f, g), (a, b), (problem.rho_a, problem.rho_b), strict=True):
         worth = potential if math.isinf(rho) else -rho * torch.expm1(-potential / rho)
         # If a weight is 0, its potential may be anything.
-        sides.append(torch.where(weight > 0, weight * worth, 0).sum(1))
-    return sides[0] + sides[1] - problem.reg * (mass - a.sum(1) * b.sum(1))
+        sides.append(torch.where(weight > 0, weight * worth, 0))
+    first, second, *masses = map(sums, (*sides, a, b))
+    return first + second - problem.reg * (mass - masses[0] * masses[1])
 
 
 def asked(potential: Tensor, rho: float) -> Tensor | float:

@@ -13,7 +13,7 @@ from flashcoreset._core.dispatch import Takes
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.triton import pairwise, panels
 from flashcoreset.sinkhorn.problem import Problem, Result, inside, masked
-from flashcoreset.sinkhorn.schedule import dual_value, range_fault
+from flashcoreset.sinkhorn.schedule import dual_value, ordered_sums, range_fault
 from flashcoreset.triton_kernels.pairwise import launch_pairwise
 from flashcoreset.triton_kernels.sinkhorn import RUNNING, Batch, Run
 
@@ -58,7 +58,7 @@ def sinkhorn(problem: Problem, report: Callable[[int, int], None] | None = None)
             report(done, batch * max_iter)
     f, g = run.potentials()
     a, b = (side.weight for side in prepared.sides)
-    value = dual_value(replace(problem, a=a, b=b), f, g, run.mass)
+    value = dual_value(replace(problem, a=a, b=b), f, g, run.mass, ordered_sums)
     return Result(f, g, value, run.cost, run.error, run.iterations, run.error <= run.tolerance)
 
 

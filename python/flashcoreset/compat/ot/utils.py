@@ -198,11 +198,11 @@ class OTResult:
 
     @property
     def a_to_b(self) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError("OTResult.a_to_b: displacements are not computed, nor are they by POT")
 
     @property
     def b_to_a(self) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError("OTResult.b_to_a: displacements are not computed, nor are they by POT")
 
     @property
     def citation(self) -> str:

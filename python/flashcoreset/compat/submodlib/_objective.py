@@ -15,6 +15,7 @@ row and submodlib's NaiveGreedy to the largest element.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ _BLOCK = 2**22  # similarities in memory beside the matrix
 _NOTHING = 1e-37  # a bonus that only has a sign
 
 
-class Objective:
+class Objective(ABC):
     """One of the functions above. `rows` and `problem` depend on how similarities are held."""
 
     def __init__(
@@ -41,13 +42,13 @@ class Objective:
         self.base = np.zeros(clients, dtype=np.float32) if base is None else base
         self.bonus = bonus
 
+    @abstractmethod
     def rows(self, elements: np.ndarray) -> np.ndarray:
         """Similarities [len(elements), m] float32 to all clients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def problem(self) -> dict[str, Any]:
         """The arguments of `facility_location`, whose candidate r is the element n - 1 - r."""
-        raise NotImplementedError
 
     @property
     def is_plain(self) -> bool:

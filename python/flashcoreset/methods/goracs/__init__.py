@@ -367,8 +367,8 @@ def _deviation(values: Tensor) -> float:
     largest = float(values.abs().max())
     if largest == 0:
         return 0.0
-    # In units of the largest, whose squares and sums are in range. A power of two changes no other number.
-    unit = 2.0 ** math.frexp(largest)[1] if largest < 2.0**1023 else 2.0**1023
+    # In units of a power of two near the largest, so that squares and sums stay in range.
+    unit = 2.0 ** (math.frexp(largest)[1] - 1)
     numbers = [number / unit for number in values.tolist()]
     mean = math.fsum(numbers) / len(numbers)
     return unit * math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
