@@ -22,12 +22,13 @@ FAMILIES = (
     "matching",
     "matching_caratheodory",
     "pursuit",
+    "drop_in",
     "autocoreset",
     "goracs",
     "scale",
 )
 # Rows of "autocoreset", "goracs" and "scale" take minutes each: they run when asked for by name.
-DEFAULT = FAMILIES[:10]
+DEFAULT = FAMILIES[:11]
 
 
 def parser() -> argparse.ArgumentParser:

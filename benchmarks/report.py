@@ -22,6 +22,7 @@ TITLES = {
     "matching": "Gradient matching",
     "matching_caratheodory": "Carathéodory reduction",
     "pursuit": "Matching pursuit and Frank-Wolfe",
+    "drop_in": "Drop-in: the peer's own calls with our modules",
     "autocoreset": "AutoCoreset",
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",

@@ -70,7 +70,7 @@ TESTS = (
     ("*integrations/torch*", "integrations_torch"),
     ("*integrations/transformers*", "integrations_transformers"),
     (
-        "*facility_location*|*sampling*|*live_lists*|*similarity_source*",
+        "*facility_location*|*sampling*|*live_lists*|*_source.h|*gain_sums*|*candidate_heap*|*sweeps*|*lookahead*",
         "facility_location precomputed select",
     ),
     ("*pairwise*|*pack*|*tile*|*metric*", "pairwise facility_location precomputed nearest_order"),

@@ -275,6 +275,34 @@ def test_ragged_batches_are_their_problems(marginal: str, metric: str, backend: 
             assert not padded.any()
 
 
+def test_weights_of_a_ragged_batch_keep_the_bits_of_their_problem(backend: str) -> None:
+    """The weights' sums must not depend on the padding, which torch's sums do: they add blocks, whose places follow the length."""
+    g = torch.Generator().manual_seed(3)
+    for n, m, pad in ((29, 33, 3), (130, 97, 31), (200, 160, 57)):
+        x, y = points(1, n, 2, n, torch.float32), points(1, m, 2, m, torch.float32)
+        a, b = torch.rand(1, n, generator=g), torch.rand(1, m, generator=g)
+        a, b = a / a.sum(), b / b.sum()
+        options: dict[str, Any] = {"reg": 0.2, "max_iter": 3, "tol": 0, "backend": backend}
+        alone = fc.sinkhorn(x, y, a, b, **options)
+        longer = [torch.nn.functional.pad(t, (0, pad)) for t in (a, b)]
+        rows = [torch.nn.functional.pad(t, (0, 0, 0, pad)) for t in (x, y)]
+        padded = fc.sinkhorn(*rows, *longer, x_lengths=[n], y_lengths=[m], **options)
+        assert torch.equal(padded.f[:, :n], alone.f)
+        assert torch.equal(padded.g[:, :m], alone.g)
+        assert torch.equal(padded.value, alone.value)
+
+
+def test_a_relaxed_divergence_ignores_the_padding_of_weights() -> None:
+    x, y = points(2, 5, 2, 0, torch.float64), points(2, 4, 2, 1, torch.float64)
+    a, b = torch.full((2, 5), 0.3, dtype=torch.float64), torch.full((2, 4), 0.2, dtype=torch.float64)
+    options: dict[str, Any] = {"reg": 0.5, "reg_marginal": 1.0, "tol": 1e-10, "max_iter": 5000}
+    alone = fc.sinkhorn_divergence(x[1, :3], y[1, :2], a[1, :3], b[1, :2], **options)
+    a[1, 3:], b[1, 2:] = math.nan, math.nan
+    found = fc.sinkhorn_divergence(x, y, a, b, x_lengths=[5, 3], y_lengths=[4, 2], **options)
+    assert torch.isfinite(found).all()
+    assert float(found[1]) == pytest.approx(float(alone), rel=1e-9)
+
+
 def test_nothing_depends_on_the_number_of_threads() -> None:
     single = (points(1, 700, 5, 0, torch.float32)[0], points(1, 500, 5, 1, torch.float32)[0])
     batch = (points(40, 70, 3, 2, torch.float32), points(40, 80, 3, 3, torch.float32))

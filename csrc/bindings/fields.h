@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "bindings/arguments.h"
@@ -34,6 +35,16 @@ struct Exporter {
   }
 };
 
+// Python's string of a literal, made once: a problem has up to twenty attributes, and making and hashing
+// their names would take as long as reading them.
+inline PyObject* interned(const char* literal) {
+  static auto& strings = *new std::unordered_map<const char*, PyObject*>;
+  PyObject*& string = strings[literal];
+  if (!string) string = PyUnicode_InternFromString(literal);
+  if (!string) throw py::error_already_set();
+  return string;
+}
+
 class Fields {
  public:
   // `where` is kCpu or kCuda: what the kernels can read.
@@ -43,9 +54,10 @@ class Fields {
   // The fields of an object that is itself a field.
   Fields nested(const char* name) const { return Fields((*this)[name], where_); }
 
-  // Raises TypeError if the object has no such attribute, or what reading it raises.
+  // `name` has to be a string literal. Raises TypeError if the object has no such attribute, or what reading
+  // it raises.
   py::object operator[](const char* name) const {
-    PyObject* const value = PyObject_GetAttrString(object_.ptr(), name);
+    PyObject* const value = PyObject_GetAttr(object_.ptr(), interned(name));
     if (value) return py::reinterpret_steal<py::object>(value);
     if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
     PyErr_Clear();

@@ -6,10 +6,10 @@
 //
 //   lazy: gains only fall as picks are made, so an old gain bounds the new one. A heap holds the bounds;
 //   candidates are evaluated from its top, a batch at a time, until the best fresh gain beats every bound
-//   left.
+//   left (candidate_heap.h).
 //
-//   sweeps: in the first picks the bounds are so loose that a large part of all candidates would be
-//   evaluated. When the candidates above the best fresh gain cost more than bringing everybody up to date,
+//   sweeps (sweeps.h): in the first picks the bounds are so loose that a large part of all candidates would
+//   be evaluated. When the candidates above the best fresh gain cost more than bringing everybody up to date,
 //   all gains are corrected for just the clients whose best similarity changed since the last sweep; and if
 //   clients and candidates are the same points, the full sweep needs half of the products. So a pick never
 //   costs more than 0.6 n evaluations, nor much more than n times the share of clients it changed.
@@ -26,7 +26,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -35,42 +34,15 @@
 #include <vector>
 
 #include "core/threads.h"
+#include "cpu/candidate_heap.h"
 #include "cpu/live_lists.h"
-#include "cpu/similarity_source.h"
+#include "cpu/lookahead.h"
+#include "cpu/matrix_source.h"
+#include "cpu/point_source.h"
+#include "cpu/sweeps.h"
 
 namespace fc {
 namespace {
-
-// A candidate with an upper bound of its pick_key. Better: larger bound, then lower index.
-struct Entry {
-  int64_t bound, candidate;
-  bool better_than(const Entry& other) const {
-    return bound != other.bound ? bound > other.bound : candidate < other.candidate;
-  }
-};
-
-class Heap {
- public:
-  bool empty() const { return entries_.empty(); }
-  const Entry& top() const { return entries_.front(); }
-  void clear() { entries_.clear(); }
-  void append_unordered(Entry e) { entries_.push_back(e); }
-  void order() { std::make_heap(entries_.begin(), entries_.end(), worse); }
-  void push(Entry e) {
-    entries_.push_back(e);
-    std::push_heap(entries_.begin(), entries_.end(), worse);
-  }
-  Entry pop() {
-    std::pop_heap(entries_.begin(), entries_.end(), worse);
-    const Entry e = entries_.back();
-    entries_.pop_back();
-    return e;
-  }
-
- private:
-  static bool worse(const Entry& a, const Entry& b) { return b.better_than(a); }
-  std::vector<Entry> entries_;
-};
 
 // The least e with value <= 2^e; std::log2 rounds what is just above a power of two down to it.
 int ceil_log2(double value) {
@@ -128,7 +100,7 @@ class Greedy final : public FacilityLocation {
   int64_t step_among(const int64_t* candidates, int64_t count) override {
     prepare();
     team_.check();
-    Heap sample;
+    CandidateHeap sample;
     for (int64_t i = 0; i < count; ++i) sample.append_unordered({bound_[candidates[i]], candidates[i]});
     sample.order();
     heap_valid_ = false;  // the heap holds bounds that this pick improves
@@ -251,13 +223,7 @@ class Greedy final : public FacilityLocation {
   }
 
   Entry best_lazily() {
-    if (swept_at_ == kNever) {
-      if (lookahead_pays()) {
-        look_ahead();
-      } else {
-        sweep();
-      }
-    }
+    if (!sweeps_.any()) first_sweep();
     use_foreseen();
     if (!heap_valid_) rebuild_heap();
     heap_valid_ = false;  // until the candidates taken off the heap are back
@@ -282,7 +248,7 @@ class Greedy final : public FacilityLocation {
   // Takes candidates off the heap until the best of them has a fresh gain that beats every bound left on it.
   // With `taken`, the heap holds all open candidates: those taken off are noted in `taken`, more may be
   // evaluated than this pick needs, or all brought up to date.
-  Entry select(Heap& heap, std::vector<int64_t>* taken) {
+  Entry select(CandidateHeap& heap, std::vector<int64_t>* taken) {
     if (!listing_) consider_listing();
     Entry best{-1, INT64_MAX};
     std::vector<int64_t> batch;
@@ -318,7 +284,7 @@ class Greedy final : public FacilityLocation {
 
   // A source that wants large batches gets further candidates without a list: these candidates would come up
   // within a few picks.
-  void fill_up(Heap& heap, std::vector<int64_t>& batch, std::vector<int64_t>& taken) {
+  void fill_up(CandidateHeap& heap, std::vector<int64_t>& batch, std::vector<int64_t>& taken) {
     int64_t without = 0;
     for (const int64_t j : batch) without += !lists_->has(j);
     if (without == 0 || lists_full_until_ > picks()) return;
@@ -375,202 +341,43 @@ class Greedy final : public FacilityLocation {
     int64_t above = 0;
     for (int64_t j = 0; j < candidates(); ++j)
       above += bound_[j] > best.bound && !chosen_[j] && stamp_[j] != picks() && !lists_->has(j);
-    return static_cast<double>(above) > std::min(points_->sweep_cost(1), correction_cost());
+    return static_cast<double>(above) > std::min(points_->sweep_cost(1), sweeps_.correction_cost(cover_));
   }
 
-  double correction_cost() const {
-    int64_t changed = 0;
-    for (int64_t i = 0; i < clients(); ++i) changed += cover_.best[i] != swept_best_[i];
-    return 1.1 * static_cast<double>(open_candidates_) * static_cast<double>(changed) /
-           static_cast<double>(std::max<int64_t>(clients(), 1));
-  }
-
-  // Exact gains of all open candidates. `swept_gain_` holds what the last sweep left, untouched by
-  // evaluations since.
+  // Exact gains of all open candidates.
   void sweep() {
-    const int64_t n = candidates();
-    const bool first = swept_at_ == kNever;
-    if (!first && points_ && correction_cost() < points_->sweep_cost(1)) {
-      std::vector<int64_t> open, changed;
-      for (int64_t j = 0; j < n; ++j) {
-        if (!chosen_[j] && swept_gain_[j] > 0) open.push_back(j);
-      }
-      for (int64_t i = 0; i < clients(); ++i) {
-        if (cover_.best[i] != swept_best_[i]) changed.push_back(i);
-      }
-      std::vector<int64_t> gains(open.size());
-      for (size_t i = 0; i < open.size(); ++i) gains[i] = swept_gain_[open[i]];
-      points_->correct(open.data(), static_cast<int64_t>(open.size()), changed, cover_, swept_best_,
-                       gains.data(), team_, stats_);
-      for (size_t i = 0; i < open.size(); ++i) swept_gain_[open[i]] = gains[i];
-      open_candidates_ = static_cast<int64_t>(open.size());
+    if (sweeps_.any() && points_ && sweeps_.correction_cost(cover_) < points_->sweep_cost(1)) {
+      sweeps_.correct(*points_, chosen_, cover_, team_, stats_);
     } else {
-      Buffer<int64_t> gains(n);
+      Buffer<int64_t> gains(candidates());
       source_->sweep({&cover_}, {gains.data()}, team_, stats_);
-      swept_gain_ = std::move(gains);
-      open_candidates_ = left();
+      sweeps_.take(std::move(gains), left());
     }
     finish_sweep();
     ++stats_.sweeps;
   }
 
-  // Makes the gains in swept_gain_ everybody's.
+  // Makes the gains of the last sweep everybody's.
   void finish_sweep() {
-    if (points_) {
-      swept_best_ = Buffer<T>(clients());
-      std::copy_n(cover_.best.data(), clients(), swept_best_.data());
-    }
+    if (points_) sweeps_.remember(cover_, clients());
     for (int64_t j = 0; j < candidates(); ++j) {
-      if (!chosen_[j]) set_gain(j, swept_gain_[j]);
+      if (!chosen_[j]) set_gain(j, sweeps_.gain(j));
     }
-    swept_at_ = picks();
     heap_valid_ = false;
   }
 
-  // ---- looking ahead
-
-  // A few percent of the candidates, the likely picks, are run ahead greedily, and one sweep computes
-  // everybody's gain both now and at some of the states foreseen: its products are shared, only the
-  // reductions multiply. If the picks come as foreseen, those sweeps cost nothing; from the first other pick
-  // on they are useless and forgotten. No bound ever rests on a guess.
-
-  bool lookahead_pays() const {
-    return points_ && candidates() >= kLookaheadCandidates && clients() >= kSurveyClients &&
-           options_.expected_picks - picks() >= 8;
-  }
-
-  void look_ahead() {
-    const int64_t n = candidates();
-    std::vector<Cover<T>> states;
-    std::vector<int64_t> at;
-    foresee(likely_picks(), states, at);
-    std::vector<const Cover<T>*> covers{&cover_};
-    for (const auto& state : states) covers.push_back(&state);
-    std::vector<Buffer<int64_t>> gains;
-    std::vector<int64_t*> places;
-    for (size_t t = 0; t < covers.size(); ++t) gains.emplace_back(n);
-    for (auto& g : gains) places.push_back(g.data());
-    source_->sweep(covers, places, team_, stats_);
-    swept_gain_ = std::move(gains[0]);
-    open_candidates_ = left();
-    for (size_t t = 1; t < gains.size(); ++t) foreseen_.push_back({at[t - 1], std::move(gains[t])});
+  void first_sweep() {
+    const typename Lookahead<T>::State now{cover_, chosen_, floor_, picks(), options_.expected_picks};
+    if (!points_ || !Lookahead<T>::pays(*points_, now)) return sweep();
+    sweeps_.take(lookahead_.sweep(*points_, now, team_, stats_), left());
     finish_sweep();
     ++stats_.sweeps;
-  }
-
-  // Candidates that stand out among their like: those that gain most from a sample of clients whose best is
-  // at a high level, so that only near clients count, within each group of candidates nearest to the same of
-  // some anchors.
-  std::vector<int64_t> likely_picks() {
-    const int64_t n = candidates(), m = clients();
-    const int64_t count = std::min(m, std::max(kSurveyClients, m / 20)), anchors = 256;
-    std::vector<int64_t> sample(count);
-    // The anchors come first, spread over all clients like the rest.
-    int64_t filled = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      if (i * anchors / count != (i + 1) * anchors / count) sample[filled++] = i * m / count;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      if (i * anchors / count == (i + 1) * anchors / count) sample[filled++] = i * m / count;
-    }
-    const std::vector<T> levels = survey_levels();
-    std::vector<Buffer<int64_t>> gains;
-    for (size_t t = 0; t < levels.size(); ++t) gains.emplace_back(n);
-    Buffer<int32_t> nearest(n);
-    points_->survey(sample, anchors, levels, cover_, gains, nearest.data(), team_, stats_);
-    std::vector<char> likely(n, 0);
-    std::vector<std::vector<Entry>> groups(anchors);
-    for (const auto& gain : gains) {
-      for (auto& group : groups) group.clear();
-      for (int64_t j = 0; j < n; ++j) {
-        if (!chosen_[j]) groups[nearest[j]].push_back({gain[j], j});
-      }
-      for (auto& group : groups) {
-        const auto keep = static_cast<int64_t>(std::ceil(kLikelyShare * static_cast<double>(group.size())));
-        std::partial_sort(group.begin(), group.begin() + keep, group.end(),
-                          [](const Entry& a, const Entry& b) { return a.better_than(b); });
-        for (int64_t i = 0; i < keep; ++i) likely[group[i].candidate] = 1;
-      }
-    }
-    std::vector<int64_t> result;
-    for (int64_t j = 0; j < n; ++j) {
-      if (likely[j]) result.push_back(j);
-    }
-    return result;
-  }
-
-  // The similarities that every second, tenth and fiftieth pair exceeds, from a few candidates.
-  std::vector<T> survey_levels() {
-    const int64_t m = clients(), rows = std::min(candidates(), source_->sample_rows());
-    std::vector<int64_t> index(rows);
-    for (int64_t i = 0; i < rows; ++i) index[i] = i * candidates() / rows;
-    source_->similarities(index.data(), rows, row_.data(), m, team_);
-    T* const end = row_.data() + rows * m;
-    std::vector<T> levels;
-    for (const int64_t share : {2, 10, 50}) {
-      T* const place = end - rows * m / share - 1;
-      std::nth_element(row_.data(), place, end);
-      levels.push_back(std::max(*place, floor_));
-    }
-    return levels;
-  }
-
-  // Greedy picks among `likely` alone, from the present state on, into foreseen_picks_; some of the covers on
-  // the way into `states`, and after how many picks in all they are reached into `at`.
-  void foresee(const std::vector<int64_t>& likely, std::vector<Cover<T>>& states, std::vector<int64_t>& at) {
-    const auto count = static_cast<int64_t>(likely.size());
-    const int64_t steps =
-        std::min<int64_t>(kForeseenSteps, std::min(count, options_.expected_picks - picks()) - 1);
-    Cover<T> cover = copy(cover_);
-    Buffer<T> before(clients());
-    std::vector<int64_t> gains(count), changed;
-    std::vector<char> used(count, 0);
-    source_->evaluate(likely.data(), count, cover, nullptr, gains.data(), team_, stats_);
-    foreseen_picks_.clear();
-    foreseen_from_ = picks();
-    for (int64_t step = 1; step <= steps; ++step) {
-      Entry best{-1, INT64_MAX};
-      int64_t which = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        if (const Entry e{gains[i], likely[i]}; !used[i] && e.better_than(best)) {
-          best = e;
-          which = i;
-        }
-      }
-      used[which] = 1;
-      foreseen_picks_.push_back(best.candidate);
-      std::copy_n(cover.best.data(), clients(), before.data());
-      source_->similarities(&best.candidate, 1, row_.data(), clients(), team_);
-      changed.clear();
-      for (int64_t i = 0; i < clients(); ++i) {
-        if (!(row_[i] > cover.best[i])) continue;
-        cover.best[i] = row_[i];
-        changed.push_back(i);
-      }
-      points_->correct(likely.data(), count, changed, cover, before, gains.data(), team_, stats_);
-      if (std::find(std::begin(kForeseenStates), std::end(kForeseenStates), step) !=
-          std::end(kForeseenStates)) {
-        states.push_back(copy(cover));
-        at.push_back(picks() + step);
-      }
-    }
-  }
-
-  static Cover<T> copy(const Cover<T>& cover) {
-    Cover<T> result;
-    result.best = Buffer<T>(cover.best.size());
-    result.weight = Buffer<T>(cover.weight.size());
-    std::copy_n(cover.best.data(), cover.best.size(), result.best.data());
-    std::copy_n(cover.weight.data(), cover.weight.size(), result.weight.data());
-    return result;
   }
 
   // Takes over the gains foreseen for the present state, if the state came as foreseen.
   void use_foreseen() {
-    if (foreseen_.empty() || foreseen_.front().at != picks()) return;
-    swept_gain_ = std::move(foreseen_.front().gains);
-    foreseen_.pop_front();
-    open_candidates_ = left();
+    if (!lookahead_.has(picks())) return;
+    sweeps_.take(lookahead_.take(), left());
     finish_sweep();
     ++stats_.foreseen;
   }
@@ -605,9 +412,7 @@ class Greedy final : public FacilityLocation {
     cover_with(j, position);
     chosen_[j] = 1;
     picked_.push_back(j);
-    const auto step = static_cast<size_t>(position - foreseen_from_);
-    if (!foreseen_.empty() && (step >= foreseen_picks_.size() || foreseen_picks_[step] != j))
-      foreseen_.clear();
+    lookahead_.picked(j, position);
     gain_.push_back(gain_of(pick));
     serves_itself_.push_back(itself);
   }
@@ -652,23 +457,11 @@ class Greedy final : public FacilityLocation {
 
   Buffer<int64_t> bound_, stamp_;  // an upper bound of each pick_key, and after how many picks it was exact
   Buffer<int64_t> exact_gain_;     // with costs: the gain at that time
-  Heap heap_;
+  CandidateHeap heap_;
   bool heap_valid_ = false;
 
-  int64_t swept_at_ = kNever, open_candidates_ = 0;
-  Buffer<int64_t> swept_gain_;
-  Buffer<T> swept_best_;
-
-  struct Foreseen {
-    int64_t at;  // after how many picks
-    Buffer<int64_t> gains;
-  };
-  static constexpr int64_t kLookaheadCandidates = 4096, kSurveyClients = 2048, kForeseenSteps = 19;
-  static constexpr int64_t kForeseenStates[] = {1, 2, 3, 4, 6, 9, 13, 19};
-  static constexpr double kLikelyShare = 0.05;
-  std::deque<Foreseen> foreseen_;
-  std::vector<int64_t> foreseen_picks_;
-  int64_t foreseen_from_ = 0;
+  Sweeps<T> sweeps_;
+  Lookahead<T> lookahead_;
 
   std::unique_ptr<LiveLists<T>> lists_;
   bool listing_ = false;

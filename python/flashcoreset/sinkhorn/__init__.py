@@ -18,7 +18,7 @@ from flashcoreset._core.tensor import one_of
 from flashcoreset.sinkhorn.arguments import as_problem, as_rho, keep_graph
 from flashcoreset.sinkhorn.backend import kernels_of
 from flashcoreset.sinkhorn.ops import ProgressArgument, solve
-from flashcoreset.sinkhorn.problem import METRICS, Problem
+from flashcoreset.sinkhorn.problem import METRICS, Problem, masked, totals
 from flashcoreset.sinkhorn.transport import Transport
 
 __all__ = ["METRICS", "Problem", "Transport", "sinkhorn", "sinkhorn_divergence"]
@@ -166,8 +166,8 @@ def sinkhorn_divergence(
     result = parts[0].value - 0.5 * (parts[1].value + parts[2].value)
     if not math.isinf(rho[0]) and cross.weighted:
         left, right = (
-            1.0 if given is None else weights.sum(1).to(result.dtype)
-            for given, weights in ((a, cross.a), (b, cross.b))
+            1.0 if given is None else totals(masked(weights, lengths)).to(result.dtype)
+            for given, (_, weights, _, lengths) in zip((a, b), cross.sides, strict=True)
         )
         extra: Any = 0.5 * cross.reg * (left - right) ** 2
         result = result + cross.shaped(extra)

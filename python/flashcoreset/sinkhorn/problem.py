@@ -107,10 +107,16 @@ class Problem:
         if self.weighted:
             a, b = (masked(t, lengths) for t, lengths in ((a, self.x_lengths), (b, self.y_lengths)))
             if self.balanced:
-                b = b * (a.sum(1) / b.sum(1))[:, None]
+                b = b * (totals(a) / totals(b))[:, None]
         elif x is self.x and y is self.y:
             return self
         return replace(self, x=x, y=y, a=a, b=b)
+
+
+def totals(weights: Tensor) -> Tensor:
+    """The sum per row of `weights` [B, size], added up from left to right: whatever zeros follow, the bits are the same, which
+    those of torch.sum are not."""
+    return weights.cumsum(1)[:, -1] if weights.shape[1] else weights.sum(1)
 
 
 def inside(lengths: Tensor, size: int) -> Tensor:
