@@ -16,10 +16,12 @@ from flashcoreset._core.errors import (
     InputWarning,
     SlowPathWarning,
 )
+from flashcoreset._core.files import Rows, open_rows, read_ahead
 from flashcoreset._core.forks import one_thread_in_children as _one_thread_in_children
 from flashcoreset._core.imports import finish_before_forks as _finish_imports_before_forks
 from flashcoreset._core.memory import memory_estimate
 from flashcoreset._core.results import Coreset, Selection
+from flashcoreset._core.saving import load
 from flashcoreset.caratheodory import caratheodory
 from flashcoreset.facility_location import facility_location
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
@@ -60,6 +62,7 @@ __all__ = [
     "InputWarning",
     "LowRankGradients",
     "RankOneAdamState",
+    "Rows",
     "SampleScores",
     "Selection",
     "SlowPathWarning",
@@ -77,12 +80,15 @@ __all__ = [
     "integrations",
     "k_center",
     "kernels",
+    "load",
     "match_gradients",
     "memory_estimate",
     "nearest",
+    "open_rows",
     "plot",
     "projection_matrix",
     "random_subset",
+    "read_ahead",
     "sample_scores",
     "select",
     "simcore",

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcoreset._core.saving import Saved, savable
+from flashcoreset._core.taking import take_rows
+
 
 class _Scalar:
     """A dataclass field that takes a number or a 0-d tensor and reads as a number.
@@ -31,8 +34,37 @@ class _Scalar:
         object.__setattr__(instance, self._slot, value)
 
 
+class _Choice(Saved):
+    """What a choice of rows can do."""
+
+    indices: Tensor
+
+    def take(self, data: Any) -> Any:
+        """The chosen rows of `data`, in pick order.
+
+        Args:
+            data: whatever holds one row per item that was chosen from: a tensor, array, sparse matrix or list; a pandas, polars or pyarrow
+                column, frame or table; a `datasets.Dataset`; an h5py or zarr array; a torch `Dataset` or `Subset`; or a dict of such columns.
+
+        Returns:
+            An object of the same kind: of a torch `Dataset` a `Subset`, of an array in a file a NumPy array.
+
+        Raises:
+            TypeError: for objects without rows that can be chosen, such as a DataLoader, an IterableDataset or a LazyFrame.
+            ValueError: if `data` has fewer rows than the items that were chosen from.
+
+        Example:
+            >>> import torch, flashcoreset as fc
+            >>> coreset = fc.Coreset(torch.tensor([2, 0]), torch.ones(2))
+            >>> coreset.take(["a", "b", "c"]), coreset.take(torch.tensor([1.0, 2.0, 3.0]))
+            (['c', 'a'], tensor([3., 1.]))
+        """
+        return take_rows(data, self.indices)
+
+
+@savable
 @dataclass(frozen=True, eq=False)
-class Selection:
+class Selection(_Choice):
     """A chosen subset, and what each of its members stands for.
 
     Attributes:
@@ -64,8 +96,9 @@ class Selection:
     state: Any = None
 
 
+@savable
 @dataclass(frozen=True, eq=False)
-class Coreset:
+class Coreset(_Choice):
     """What a coreset method returns.
 
     Attributes:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcoreset._core.inputs import as_array, is_array
+from flashcoreset._core.inputs import as_array, is_array, is_arrow
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (
@@ -99,7 +99,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
         return tensor
     if isinstance(value, np.ndarray):
         return _from_numpy(value, name)
-    if hasattr(value, "__dlpack__"):
+    if hasattr(value, "__dlpack__") and not is_arrow(value):
         try:
             return torch.from_dlpack(value)
         except _MISLED as error:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcoreset._core.saving import Saved, savable
 from flashcoreset._core.tensor import as_floating, as_int64, as_integer, as_number, as_tensor, promoted
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 
 
+@savable
 @dataclass(frozen=True, eq=False)
-class AdamState:
+class AdamState(Saved):
     """Adam's running means m of gradients and v of their squares, before step `step`.
 
     Attributes:
@@ -66,8 +68,9 @@ class AdamState:
         return self if m is self.m and v is self.v else replace(self, m=m, v=v)
 
 
+@savable
 @dataclass(frozen=True, eq=False)
-class RankOneAdamState:
+class RankOneAdamState(Saved):
     """Adam's history m = mean z and v = mean_square z^2 of gradients that were all multiples of one direction z: two numbers
     instead of 2 D. With means of 0 this is the history before the first step, whatever the direction.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.op import define_op
 from flashcoreset._core.philox import philox4x32
+from flashcoreset._core.saving import Saved, savable
 from flashcoreset._core.tensor import (
     FLOATING,
     as_floating,
@@ -35,8 +36,9 @@ _calls: Counter[int] = Counter()  # the number of calls with resample=True, by s
 _calls_lock = threading.Lock()
 
 
+@savable
 @dataclass(frozen=True, eq=False)
-class LowRankGradients:
+class LowRankGradients(Saved):
     """Per-sample gradients coefficients @ Z, the rows of Z [q, numel] being random directions made from a seed.
 
     Attributes:

@@ -212,7 +212,7 @@ class BatchSelector:
 
         Args:
             batch: as for `gradients`.
-            groups: [B] integer labels, such as the data sources, or None.
+            groups: [B] labels, such as the data sources, integers or strings, or None.
 
         Returns:
             What the method's `select` returns: for fc.CoLM a `Coreset` with the rows as `indices` and the sizes of their clusters

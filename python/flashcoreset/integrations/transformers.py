@@ -360,7 +360,7 @@ class CoLMTrainer(Trainer):
             method.warn_of_unseen("the first epoch")
         if len(coefficients) <= method.k:
             if groups is not None:
-                method._note(groups)
+                method._note(groups.unique().tolist())
             coreset = Coreset(torch.arange(len(coefficients)), torch.ones(len(coefficients)), {})
         else:
             coreset = method.select(LowRankGradients(coefficients, g.seed, g.numel), groups)
@@ -446,7 +446,7 @@ class _CoLMOfSources(CoLM):
         if len(self._present) <= _SHOWN:
             self._present[label] = source
 
-    def _warn(self, labels: Tensor) -> None:
+    def _warn(self, present: list[Any]) -> None:
         self.warn_of_unseen(f"{self._batches} batches")
 
     def warn_of_unseen(self, where: str) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from flashcoreset._core.budgets import RULES, allocate_budgets
 from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.inputs import label_values, sorted_labels
+from flashcoreset._core.labels import Labels, as_labels
 from flashcoreset._core.results import Coreset
-from flashcoreset._core.tensor import as_int64, as_integer, as_vector, one_of
+from flashcoreset._core.tensor import as_int64, as_integer, one_of
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState, check_betas, check_eps
 from flashcoreset.matching.problem import METRICS, Gradients, Problem, check_history, check_top
 from flashcoreset.matching.solve import match_members
@@ -63,7 +65,7 @@ class CoLM:
         top: int | None = 2560,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        keep_groups: Iterable[int] = (),
+        keep_groups: Iterable[Any] = (),
         rule: str = "proportional",
         metric: str = "l1",
         backend: str | None = None,
@@ -75,9 +77,7 @@ class CoLM:
             or getattr(keep_groups, "ndim", 1) == 0
         ):
             raise TypeError(f"keep_groups must be several labels, got {keep_groups!r}")
-        self.keep_groups = tuple(
-            sorted({as_int64(label, f"keep_groups[{i}]") for i, label in enumerate(keep_groups)})
-        )
+        self.keep_groups: tuple[Any, ...] = _kept(keep_groups)
         if self.k < max(1, len(self.keep_groups)):
             wanted = f"the {len(self.keep_groups)} keep_groups" if self.keep_groups else "1"
             raise ValueError(f"k must be at least {wanted}, got {self.k}")
@@ -104,7 +104,8 @@ class CoLM:
 
         Args:
             grads: [B, D] gradients, one row per sample, or `LowRankGradients`, as `zeroth_order_gradients` returns them.
-            groups: [B] integer labels of the samples' sources; None stands for one source.
+            groups: [B] labels of the samples' sources, integers, strings or other values that can be sorted; None stands for one
+                source.
 
         Returns:
             Coreset on the device of `grads`: `indices`, the kept samples first and then the medoids, source by source in label
@@ -125,17 +126,19 @@ class CoLM:
         g, history = check_history(self._history_for(g), g, "history")
         if groups is None and self.keep_groups:
             raise ValueError(f"groups must be given with keep_groups={self.keep_groups}, got None")
-        labels = torch.zeros(g.count, dtype=torch.int64, device=device)
+        named = Labels(torch.zeros(g.count, dtype=torch.int64, device=device))
         if groups is not None:
-            labels = as_vector(groups, "groups", device, integers=True, length=g.count)
-        self._note(labels)
+            named = as_labels(groups, "groups", device, g.count)
+            self._check_kind(named)
+        labels = named.codes
+        self._note(named.present())
         usable = _usable(g)
         if not bool(usable.any()):
             raise ValueError(
                 "grads must have at least one row that is finite and not zero, got none; does the loss depend on "
                 "the parameters?"
             )
-        is_kept = torch.isin(labels, labels.new_tensor(self.keep_groups))
+        is_kept = torch.isin(labels, labels.new_tensor(named.codes_of(self.keep_groups)))
         kept = (usable & is_kept).nonzero()[:, 0][: self.k]
         members, budgets = self._members(labels, usable & ~is_kept, self.k - len(kept))
         indices, weights, dims = [kept], [torch.ones(len(kept), dtype=g.dtype, device=device)], None
@@ -150,7 +153,7 @@ class CoLM:
             {
                 "kept": len(kept),
                 "left_out": (~usable).nonzero()[:, 0],
-                "budgets": budgets,
+                "budgets": budgets if None in budgets else named.named(budgets),
                 "dims": dims,
                 "step": 0 if self.history is None else self.history.step - 1,
                 "unseen": sorted(self._unseen),
@@ -158,17 +161,27 @@ class CoLM:
             },
         )
 
-    def _note(self, labels: Tensor) -> None:
+    def _check_kind(self, labels: Labels) -> None:
+        """Raises TypeError if keep_groups are integers and the labels are not, or the other way round: they would never be equal."""
+        integers = {type(label) is int for label in self.keep_groups}
+        if (labels.names is None) in integers or not integers:
+            return
+        kept, own = ("integers", "others") if True in integers else ("no integers", "integers")
+        raise TypeError(
+            f"keep_groups must be labels as groups has them, got {list(self.keep_groups)} ({kept}) beside {labels.present()[:5]} ({own})"
+        )
+
+    def _note(self, present: list[Any]) -> None:
         """Notes which of keep_groups have occurred; warns if some have not for a long time."""
         self._batches += 1
         if not self._unseen:
             return
-        self._unseen.difference_update(labels.unique().tolist())
+        self._unseen.difference_update(present)
         if self._unseen and self._batches == _PATIENCE:
-            self._warn(labels)
+            self._warn(present)
 
-    def _warn(self, labels: Tensor) -> None:
-        warnings.warn(nothing_kept(self._unseen, f"{_PATIENCE} batches", labels), stacklevel=4)
+    def _warn(self, present: list[Any]) -> None:
+        warnings.warn(nothing_kept(self._unseen, f"{_PATIENCE} batches", present), stacklevel=4)
 
     def _history_for(self, g: Gradients) -> AdamState | RankOneAdamState:
         if self.history is not None:
@@ -249,15 +262,21 @@ def colm(grads: Any, k: int, *, groups: Any = None, **options: Any) -> Coreset:
     sample in the batch."""
     coreset = CoLM(k, **options).select(grads, groups)
     if coreset.info["unseen"]:
-        warnings.warn(
-            nothing_kept(coreset.info["unseen"], "the batch", torch.as_tensor(groups)), stacklevel=2
-        )
+        present = as_labels(groups, "groups", coreset.indices.device, Gradients.of(grads, "grads").count).present()
+        warnings.warn(nothing_kept(coreset.info["unseen"], "the batch", present), stacklevel=2)
     return coreset
 
 
-def nothing_kept(labels: Iterable[int], where: str, groups: Tensor) -> str:
+def _kept(labels: Iterable[Any]) -> tuple[Any, ...]:
+    """Distinct labels in ascending order: integers, or other values that can be sorted."""
+    values = list(labels)
+    if label_values(values, "keep_groups") is None:
+        return tuple(sorted({as_int64(label, f"keep_groups[{i}]") for i, label in enumerate(values)}))
+    return tuple(sorted_labels(values, "keep_groups"))
+
+
+def nothing_kept(labels: Iterable[Any], where: str, present: list[Any]) -> str:
     """The warning of kept labels that no sample has."""
-    present = groups.unique().tolist()
     listed = ", ".join(map(str, present[:20])) + (", ..." if len(present) > 20 else "")
     return f"keep_groups keeps nothing by {', '.join(map(str, sorted(labels)))}: no sample of {where} has that label, but {listed}"
 

@@ -29,7 +29,7 @@ def random_subset(
     Args:
         n: the number of samples.
         k: the number of samples to take, 1 <= k <= n less those dropped.
-        groups: [n] integer labels, or None. Each group gets its proportional share (`allocate_budgets`).
+        groups: [n] labels as for `ccs`, or None. Each group gets its proportional share (`allocate_budgets`).
         mislabel_scores: [n] real numbers, low for labels that are probably wrong, as the area under the margin is; or None.
         mislabel_ratio: the share of the lowest mislabel scores to drop first, in [0, 1): "random after the same cut-off", the
             control for `ccs` with that ratio.

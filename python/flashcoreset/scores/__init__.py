@@ -12,13 +12,15 @@ from torch import Tensor
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.op import define_op
+from flashcoreset._core.saving import Saved, savable
 from flashcoreset._core.tensor import as_dense, as_floating, as_integers, as_tensor, compute_dtype, is_traced
 from flashcoreset.scores.backend import choose
 from flashcoreset.scores.checks import check_targets, mean_over_tokens
 
 
+@savable
 @dataclass(frozen=True, eq=False)
-class SampleScores:
+class SampleScores(Saved):
     """What `sample_scores` returns: five numbers per sample.
 
     Attributes:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.saving import Saved, savable
 from flashcoreset._core.tensor import as_dense, as_integer, as_number, as_vector
 from flashcoreset.scores import sample_scores
 
@@ -18,7 +19,7 @@ from flashcoreset.scores import sample_scores
 _SEEN, _FIRST, _LAST = 1, 2, 4
 
 
-class TrainingDynamics:
+class TrainingDynamics(Saved):
     """Gathers the scores of training: area under the margin, EL2N, forgetting and correctness of every sample.
 
     Call `update` with every mini-batch of training, in any order of the samples; `scores` gives what `fc.ccs` and
@@ -252,6 +253,15 @@ class TrainingDynamics:
         self._aum, self._el2n = taken["aum"], taken["el2n"]
         self._correct, self._forgotten = taken["correct"], taken["forgotten"]
         self._epochs = dict(zip(epochs, taken["records"].unbind(), strict=True))
+
+
+def _loaded(state: dict[str, Any]) -> TrainingDynamics:
+    found = TrainingDynamics(state["n_samples"], state["el2n_epochs"])
+    found.load_state_dict(state)
+    return found
+
+
+savable(TrainingDynamics, TrainingDynamics.state_dict, _loaded)
 
 
 def _has(record: Tensor, bit: int) -> Tensor:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
 
+from flashcoreset._core.saving import Saved, savable
 from flashcoreset._core.tensor import as_floating, as_tensor, same_device
 from flashcoreset.sinkhorn.ops import apply_plan, plan_of
 from flashcoreset.sinkhorn.problem import Problem, masked
 
 
+savable(Problem)
+
+
+@savable
 @dataclass(frozen=True, eq=False)
-class Transport:
+class Transport(Saved):
     """Entropic optimal transport plans P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg): what `sinkhorn` returns.
 
     Attributes:
@@ -47,6 +52,13 @@ class Transport:
     iterations: Tensor
     converged: Tensor
     _problem: Problem  # with the potentials in float64
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies, pickles and files hold: the same numbers, without a graph."""
+        problem = self._problem
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {field.name: getattr(problem, field.name) for field in fields(problem)}
+        return _detached(state) | {"_problem": replace(problem, **_detached(given))}
 
     def plan(self) -> Tensor:
         """The plan P as a matrix [n, m], or [B, n, m] with zeros in the padding. Not differentiable.
@@ -99,3 +111,7 @@ class Transport:
         factor = masked(factor[:, :, None] if flat else factor, p.x_lengths if transpose else p.y_lengths)
         out = apply_plan(p.ready(), factor.detach().to(p.x.dtype), transpose)
         return p.shaped(out[:, :, 0] if flat else out)
+
+
+def _detached(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in values.items()}

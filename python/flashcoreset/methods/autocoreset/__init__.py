@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.imports import imported
+from flashcoreset._core.labels import as_labels
 from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.results import Coreset
-from flashcoreset._core.tensor import as_integer, as_vector, one_of
+from flashcoreset._core.tensor import as_integer, one_of
 from flashcoreset.methods.autocoreset.loss_subsets import (
     METHODS,
     equal_budgets,
@@ -71,7 +72,7 @@ def autocoreset(
             several uniform samples with the most central column means. "uniform": uniform samples.
         n_initial: the number of first models, >= 1.
         patience: the number of rounds without gain to end after, >= 1.
-        groups: [n] integer labels, or None. Each group has k // G samples in a subset, the remainder goes to the largest group;
+        groups: [n] labels, integers, strings or other values that can be sorted, or None. Each group has k // G samples in a subset, the remainder goes to the largest group;
             column sums match in each group, and the weights of a group sum to its size.
         seed: 0 <= seed < 2^64. Models have random states of their own; models given by name take theirs from `seed`.
         progress: None, True or a callable(done, total) of columns; `total` is the largest possible number.
@@ -241,14 +242,14 @@ def _model_and_loss(model: Any, loss: Any, seed: int) -> tuple[Any, Loss]:
     return model, named_loss(loss, model)
 
 
-def _groups(groups: Any, n: int) -> tuple[list[int] | None, list[np.ndarray]]:
+def _groups(groups: Any, n: int) -> tuple[list[Any] | None, list[np.ndarray]]:
     """The labels, ascending, and the rows of each."""
     if groups is None:
         return None, [np.arange(n)]
     device = groups.device if isinstance(groups, Tensor) else torch.device("cpu")
-    codes = as_vector(groups, "groups", device, integers=True, length=n).cpu().numpy()
-    labels = np.unique(codes).tolist()
-    return labels, [np.flatnonzero(codes == label) for label in labels]
+    labels = as_labels(groups, "groups", device, n)
+    codes = labels.codes.cpu().numpy()
+    return labels.present(), [np.flatnonzero(codes == code) for code in np.unique(codes)]
 
 
 def _draw(

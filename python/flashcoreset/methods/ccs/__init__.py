@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.errors import InputWarning, warn_caller
+from flashcoreset._core.labels import Labels, as_labels
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.results import Coreset
 from flashcoreset._core.tensor import as_dense, as_integer, as_number, as_vector, compute_dtype, one_of
@@ -58,7 +59,7 @@ def ccs(
             of the range of the scores' logarithms, for scores >= 0 that differ by orders of magnitude (0 belongs to the first
             stratum). "quantile": an equal number of samples, but that equal scores stay together. Where most strata
             of equal width are empty, an `InputWarning` says so.
-        groups: [n] integer labels, or None. All steps above are done inside each group, whose budget is proportional
+        groups: [n] labels, integers, strings or other values that can be sorted, or None. All steps above are done inside each group, whose budget is proportional
             to its samples after dropping, by `allocate_budgets`.
         seed: 0 <= seed < 2^64. A sample's random number depends on the seed and its index alone.
 
@@ -165,7 +166,7 @@ def top_scores(scores: Any, k: int, *, largest: bool = True, groups: Any = None)
         scores: [n] real numbers; infinite scores are allowed.
         k: the number of samples to take, 1 <= k <= n.
         largest: True takes high scores, False low ones.
-        groups: [n] integer labels, or None: the same inside each group, with proportional budgets
+        groups: [n] labels as for `ccs`, or None: the same inside each group, with proportional budgets
             (`allocate_budgets`).
 
     Returns:
@@ -196,7 +197,7 @@ def top_scores(scores: Any, k: int, *, largest: bool = True, groups: Any = None)
     members = {None: np.arange(n)} if labels is None else _members(labels)
     counts = allocate_budgets([len(rows) for rows in members.values()], k).tolist()
     picks: list[np.ndarray] = []
-    thresholds: dict[int | None, float] = {}
+    thresholds: dict[Any, float] = {}
     for (label, rows), count in zip(members.items(), counts, strict=True):
         of = -values[rows] if largest else values[rows]
         taken = np.flatnonzero(lowest(of, count))
@@ -259,18 +260,19 @@ def _values(value: Any, name: str, length: int | None = None) -> tuple[np.ndarra
     return vector, device, dtype
 
 
-def _labels(groups: Any, n: int) -> np.ndarray | None:
+def _labels(groups: Any, n: int) -> Labels | None:
     if groups is None:
         return None
     labels = groups.cpu() if isinstance(groups, Tensor) else groups
-    return as_vector(labels, "groups", torch.device("cpu"), integers=True, length=n).numpy()
+    return as_labels(labels, "groups", torch.device("cpu"), n)
 
 
-def _members(labels: np.ndarray) -> dict[int, np.ndarray]:
+def _members(labels: Labels) -> dict[Any, np.ndarray]:
     """The samples of each group, ascending, in label order."""
-    order = np.argsort(labels, kind="stable")
-    present, starts = np.unique(labels[order], return_index=True)
-    return dict(zip(present.tolist(), np.split(order, starts[1:]), strict=True))
+    codes = labels.codes.numpy()
+    order = np.argsort(codes, kind="stable")
+    present, starts = np.unique(codes[order], return_index=True)
+    return labels.named(dict(zip(present.tolist(), np.split(order, starts[1:]), strict=True)))
 
 
 def _coreset(

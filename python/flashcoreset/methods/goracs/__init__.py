@@ -15,6 +15,7 @@ from torch import Tensor
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.labels import Labels, joint_labels
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.results import Coreset
@@ -102,10 +103,10 @@ def goracs(
         time_limit: seconds from the beginning after which no further transport problem is begun; stage 1 is always finished.
             With labels, each class gets an equal share of what is left. The result depends on the machine's speed then.
         tol: the share of the score by which an exchange has to lower it, >= 0; smaller gains are not looked for.
-        train_labels: [n] integer class labels. The budget is split by the validation classes' shares
+        train_labels: [n] class labels, integers, strings or other values that can be sorted. The budget is split by the validation classes' shares
             (`allocate_budgets`, no budget above the class's training items), and each class is a problem of its own.
             A class with a budget of 0 gets no item.
-        valid_labels: [V] integer class labels; both or neither.
+        valid_labels: [V] class labels, of the same kind; both or neither.
         scaling: with labels, what distances and norms are divided by, and quantiles are of: "class", the maxima of each class,
             so that lam weighs the same in all; "global", those of all items.
         solver: "exact" solves transport problems by POT's network simplex, "sinkhorn" by `fc.sinkhorn`,
@@ -206,10 +207,7 @@ def goracs(
         raise ValueError(f"train_labels and valid_labels must be given together, got {missing}=None")
     labels = None
     if train_labels is not None:
-        labels = (
-            as_vector(train_labels, "train_labels", device, integers=True, length=n),
-            as_vector(valid_labels, "valid_labels", device, integers=True, length=y.shape[0]),
-        )
+        labels = joint_labels(device, train_labels=(train_labels, n), valid_labels=(valid_labels, y.shape[0]))
     kernels = choose(backend, device)
     if solver == "exact":
         load_pot()
@@ -231,7 +229,7 @@ def goracs(
     if options.lam > 0:
         for label, part in parts.items():
             if not ((norms if together else part) > 0).any():
-                where = "" if together else f" in class {label}"
+                where = "" if together or labels is None else f" in class {labels[0].name(label)!r}"
                 clip = "" if quantile is None else f" and norm_clip={quantile}"
                 raise ValueError(
                     f"grad_norms must not be all 0 with lam > 0{where}, got lam={options.lam}{clip}"
@@ -264,21 +262,22 @@ def goracs(
             infos[label] = info
             done += count + options.max_exchanges
             bar.update(done)
-    info = infos[0] if labels is None else _together(infos, classes)
+    info = infos[0] if labels is None else _together(infos, classes, labels[0])
     return Coreset(torch.cat(indices), torch.cat(weights), info)
 
 
-_Class = tuple[int, Tensor, Tensor, int]  # label, training items, validation items, budget
+_Class = tuple[int, Tensor, Tensor, int]  # the label's code, training items, validation items, budget
 
 
-def _split(train_labels: Tensor, valid_labels: Tensor, k: int) -> list[_Class]:
+def _split(of_train: Labels, of_valid: Labels, k: int) -> list[_Class]:
     """The classes of the validation items, ascending, without those whose budget is 0."""
+    train_labels, valid_labels = of_train.codes, of_valid.codes
     present, shares = valid_labels.unique(return_counts=True)
     members = [(train_labels == label).nonzero()[:, 0] for label in present.tolist()]
     sizes = [len(rows) for rows in members]
     for label, size in zip(present.tolist(), sizes, strict=True):
         if size == 0:
-            raise ValueError(f"train_labels must hold every class of valid_labels, got none of class {label}")
+            raise ValueError(f"train_labels must hold every class of valid_labels, got none of class {of_valid.name(label)!r}")
     if k > sum(sizes):
         raise ValueError(f"k must be <= the {sum(sizes)} rows of train in the classes of valid, got {k}")
     budgets = class_budgets(shares.tolist(), sizes, k)
@@ -308,7 +307,7 @@ def class_budgets(shares: list[int], sizes: list[int], k: int) -> list[int]:
         free = [group for group in free if group not in full]
 
 
-def _together(infos: dict[int, dict[str, Any]], classes: list[_Class]) -> dict[str, Any]:
+def _together(infos: dict[int, dict[str, Any]], classes: list[_Class], labels: Labels) -> dict[str, Any]:
     served = sum(len(own) for _, _, own, _ in classes)
     parts = [(infos[label], len(own) / served) for label, _, own, _ in classes]
     return {
@@ -321,8 +320,8 @@ def _together(infos: dict[int, dict[str, Any]], classes: list[_Class]) -> dict[s
         "seconds": {
             stage: sum(info["seconds"][stage] for info, _ in parts) for stage in ("cover", "exchange")
         },
-        "budgets": {label: count for label, _, _, count in classes},
-        "classes": infos,
+        "budgets": labels.named({label: count for label, _, _, count in classes}),
+        "classes": labels.named(infos),
     }
 
 
