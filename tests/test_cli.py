@@ -461,7 +461,7 @@ def test_bad_input_of_colm(batches: Path, tmp_path: Path, capsys: pytest.Capture
         ("at least the 2 keep_groups", (gradients, "-k", 1, "--keep-groups", "1,2")),
         ("top must be in [1, 90]", (gradients, "-k", 4)),
         ("--top: expected a number or all, got 'some'", (gradients, "-k", 4, "--top", "some")),
-        ("expected LABEL,LABEL,..., got 'a,b'", (*good, "--keep-groups", "a,b")),
+        ("expected LABEL,LABEL,..., got 'a,,b'", (*good, "--keep-groups", "a,,b")),
         ("groups must be given with keep_groups", (*good, "--keep-groups", "7")),
         ("groups must have shape [40]", (*good, "--groups", tmp_path / "labels.npy")),
         ("--groups: expected an integer array", (*good, "--groups", f"{batches}:c")),

@@ -176,7 +176,7 @@ def test_files_that_cannot_be_loaded(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=words):
             fc.load(path)
     path.write_bytes(pickle.dumps(1))
-    with pytest.raises(ValueError, match="which is no .npz archive"):
+    with pytest.raises(ValueError, match=r"which is no \.npz archive"):
         fc.load(path)
     with pytest.raises(FileNotFoundError):
         fc.load(tmp_path / "absent")

@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,9 +24,7 @@ from flashcoreset._core.tensor import at_least_one
 
 ARRAYS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 TABLES = (".parquet", ".pq", ".arrow", ".feather", ".ipc", ".csv", ".tsv", ".jsonl", ".ndjson")
-FORMATS = (
-    ".npy, .npz, .pt, .safetensors, .parquet, .arrow, .feather, .csv, .tsv and .jsonl (also .pth, .pq, .ipc and .ndjson)"
-)
+FORMATS = ", ".join((*ARRAYS, *TABLES))
 _BATCH = 1 << 24  # bytes
 
 
@@ -167,7 +166,11 @@ def open_rows(source: Any, column: str | Sequence[str] | None = None) -> Rows:
             source = source[column if isinstance(column, str) else list(column)]
         array = source if isinstance(source, np.ndarray) else None
         if array is None:
-            array = np.from_dlpack(source) if not hasattr(source, "__array__") and hasattr(source, "__dlpack__") else as_array(source, "source")
+            array = (
+                np.from_dlpack(source)
+                if not hasattr(source, "__array__") and hasattr(source, "__dlpack__")
+                else as_array(source, "source")
+            )
         return Rows(_Memory(array))
     raise TypeError(
         f"source must be a file's name or names, a datasets.Dataset, or an array or column, got {type(source).__name__}"
@@ -236,7 +239,7 @@ def _ahead(batches: Iterable[Any], depth: int) -> Iterator[Any]:
 def split_column(text: str) -> tuple[str, str | None]:
     """``file:column`` -> (file, column); a file whose name holds the colon itself wins."""
     path, colon, column = text.rpartition(":")
-    if colon and Path(path).suffix.lower() in (*ARRAYS, *TABLES) and not os.path.exists(text):
+    if colon and suffix_of(Path(path)) in (*ARRAYS[1:], *TABLES) and not os.path.exists(text):
         return path, column
     return text, None
 
@@ -248,7 +251,9 @@ def suffix_of(path: Path) -> str:
 def _opened(path: Path, column: str | None) -> _Reader:
     opener = _OPENERS.get(suffix_of(path))
     if opener is None:
-        raise FileError(f"{path} must be a file of one of the formats {FORMATS}, got {path.suffix or 'no ending'}")
+        raise FileError(
+            f"{path} must be a file of one of the formats {FORMATS}, got {path.suffix or 'no ending'}"
+        )
     if not path.exists():
         raise FileError(f"no such file: {path}")
     if not path.is_file():
@@ -304,12 +309,11 @@ def _npz(path: Path, column: str | None) -> _Reader:
 
 
 def _pt(path: Path, column: str | None) -> _Reader:
+    is_archive = zipfile.is_zipfile(path)  # since torch 1.6; files from before cannot be memory-mapped
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", mmap=is_archive, weights_only=True)
     except Exception as error:
         raise FileError(
             f"cannot read {path}: it holds more than tensors, or is damaged; save a tensor, or a dict of them, with torch.save "
@@ -361,13 +365,17 @@ def _library(name: str) -> Any:
         ) from None
 
 
-def _columns(names: Sequence[str], column: str | None, path: Any, numeric: Callable[[str], bool]) -> list[str]:
+def _columns(
+    names: Sequence[str], column: str | None, path: Any, numeric: Callable[[str], bool]
+) -> list[str]:
     """The columns to read: those named, the only one, or all if they are numbers."""
     listed = ", ".join(names) or "nothing"
     if column is None:
         if len(names) == 1 or (names and all(numeric(name) for name in names)):
             return list(names)
-        raise FileError(f"{path} has the columns {listed}; choose one as {path}:NAME, or several as {path}:A,B")
+        raise FileError(
+            f"{path} has the columns {listed}; choose one as {path}:NAME, or several as {path}:A,B"
+        )
     wanted = [column] if column in names else column.split(",")
     for name in wanted:
         if name not in names:
@@ -397,7 +405,9 @@ class _Arrow:
             column = table[name]
             missing = column.null_count
             if missing:
-                raise FileError(f"{self._where}: column {name!r} has {missing} missing values; fill or drop them")
+                raise FileError(
+                    f"{self._where}: column {name!r} has {missing} missing values; fill or drop them"
+                )
             parts.append(arrow_matrix(column, f"{self._where}: column {name!r}"))
         if len(parts) == 1:
             return parts[0]
@@ -415,12 +425,20 @@ class _Arrow:
                 raise FileError(
                     f"{self._where}: lists must have equal lengths, got {self.shape[1:]} in row 0 and {part.shape[1:]} from row {begin + done} on"
                 )
-            if part.dtype.kind in "biuf" and self.dtype.kind in "biuf" and np.result_type(part, out) != out.dtype:
-                raise FileError(f"{self._where}: types must be the same throughout, got {self.dtype} and {part.dtype}")
+            if (
+                part.dtype.kind in "biuf"
+                and self.dtype.kind in "biuf"
+                and np.result_type(part, out) != out.dtype
+            ):
+                raise FileError(
+                    f"{self._where}: types must be the same throughout, got {self.dtype} and {part.dtype}"
+                )
             out[done : done + len(part)] = part
             done += len(part)
         if done != end - begin:
-            raise FileError(f"{self._where} has {begin + done} rows, where {self._rows} were announced; has it changed?")
+            raise FileError(
+                f"{self._where} has {begin + done} rows, where {self._rows} were announced; has it changed?"
+            )
         return out
 
 
@@ -430,9 +448,13 @@ class _Parquet(_Arrow):
         schema = self._file.schema_arrow
         names = _columns(schema.names, column, path, lambda name: _is_number(schema.field(name).type))
         self._pa = _library("pyarrow")
-        counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)]
+        counts = [
+            self._file.metadata.row_group(i).num_rows for i in range(self._file.metadata.num_row_groups)
+        ]
         self._starts = [0, *itertools.accumulate(counts)]
-        self._ahead: tuple[int, Any, Iterator[Any]] | None = None  # the row that comes next, what is left of a batch, later batches
+        self._ahead: tuple[int, Any, Iterator[Any]] | None = (
+            None  # the row that comes next, what is left of a batch, later batches
+        )
         super().__init__(schema, self._file.metadata.num_rows, names, f"{path}:{','.join(names)}")
 
     def _tables(self, begin: int, end: int) -> Iterator[Any]:
@@ -473,7 +495,9 @@ class _Ipc(_Arrow):
         else:
             table = ipc.open_stream(source).read_all()
         self._table = table
-        names = _columns(table.schema.names, column, path, lambda name: _is_number(table.schema.field(name).type))
+        names = _columns(
+            table.schema.names, column, path, lambda name: _is_number(table.schema.field(name).type)
+        )
         super().__init__(table.schema, table.num_rows, names, f"{path}:{','.join(names)}")
 
     def _tables(self, begin: int, end: int) -> Iterator[Any]:
@@ -539,7 +563,14 @@ def _csv_numbers(path: Path, delimiter: str, places: list[int], names: list[str]
     """[n] or [n, columns]; None where one of several values of a single column is no number."""
     try:
         array = np.loadtxt(
-            path, delimiter=delimiter, skiprows=1, usecols=places, quotechar='"', comments=None, ndmin=2, encoding="utf-8-sig"
+            path,
+            delimiter=delimiter,
+            skiprows=1,
+            usecols=places,
+            quotechar='"',
+            comments=None,
+            ndmin=2,
+            encoding="utf-8-sig",
         )
     except ValueError as error:
         if len(places) == 1:
@@ -573,7 +604,9 @@ def _list_of(text: str, path: Path, name: str) -> list[float]:
     try:
         found: list[float] = json.loads(text)
     except ValueError:
-        raise FileError(f"{path}: column {name!r} must hold numbers, or lists like [1.0, 2.0], got {text[:40]!r}") from None
+        raise FileError(
+            f"{path}: column {name!r} must hold numbers, or lists like [1.0, 2.0], got {text[:40]!r}"
+        ) from None
     return found
 
 
@@ -588,7 +621,9 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 raise FileError(f"{path}, line {number}: {error}") from None
             if not isinstance(found, dict):
-                raise FileError(f"{path}, line {number}: expected an object {{...}}, got {type(found).__name__}")
+                raise FileError(
+                    f"{path}, line {number}: expected an object {{...}}, got {type(found).__name__}"
+                )
             yield found
 
 
@@ -622,7 +657,9 @@ def _stacked(values: list[Any], path: Path, name: str) -> np.ndarray:
     except ValueError:
         raise FileError(f"{path}: column {name!r} must hold lists of equal length, got others") from None
     if array.dtype.kind not in "biufU":
-        raise FileError(f"{path}: column {name!r} must hold numbers, lists of numbers or strings, got other values")
+        raise FileError(
+            f"{path}: column {name!r} must hold numbers, lists of numbers or strings, got other values"
+        )
     return array
 
 

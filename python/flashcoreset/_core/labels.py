@@ -64,9 +64,7 @@ def joint_labels(device: torch.device, **given: tuple[Any, int]) -> list[Labels]
     place: dict[Any, int] = {}
     names: list[Any] | None = None
     if all(of is not None for of in values.values()):
-        place = sorted_labels(
-            (label for of in values.values() for label in of or ()), " and ".join(given)
-        )
+        place = sorted_labels((label for of in values.values() for label in of or ()), " and ".join(given))
         names = list(place)
     found = []
     for name, (value, length) in given.items():

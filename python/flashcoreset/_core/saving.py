@@ -152,7 +152,9 @@ def _encoded(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         return {"tensor": where, **more}
     if isinstance(value, (np.ndarray, np.generic)):
         if np.asarray(value).dtype.hasobject:
-            raise TypeError(f"{where} is an array of objects, which save cannot write; pass numbers or strings")
+            raise TypeError(
+                f"{where} is an array of objects, which save cannot write; pass numbers or strings"
+            )
         arrays[where] = np.asarray(value)
         return {"array": where, **({"scalar": True} if isinstance(value, np.generic) else {})}
     kind = _KINDS.get(type(value).__name__)
@@ -165,7 +167,10 @@ def _encoded(value: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, Mapping):
         return {
             "dict": [
-                [_encoded(key, f"{where}.key{i}", arrays), _encoded(entry, f"{where}.{_word(key, i)}", arrays)]
+                [
+                    _encoded(key, f"{where}.key{i}", arrays),
+                    _encoded(entry, f"{where}.{_word(key, i)}", arrays),
+                ]
                 for i, (key, entry) in enumerate(value.items())
             ]
         }

@@ -19,7 +19,9 @@ def take_rows(data: Any, indices: Tensor) -> Any:
         return {name: take_rows(column, indices) for name, column in data.items()}
     kind = _library(data)
     if isinstance(data, (str, bytes, bytearray)) or data is None:
-        raise TypeError(f"data must be a tensor, array, frame, table, list or Dataset, got {type(data).__name__}")
+        raise TypeError(
+            f"data must be a tensor, array, frame, table, list or Dataset, got {type(data).__name__}"
+        )
     if isinstance(data, DataLoader):
         raise TypeError(
             "data must have rows that can be chosen, got a DataLoader; pass its dataset, and make a new DataLoader of what comes back"
@@ -82,7 +84,9 @@ def _check_length(data: Any, indices: Tensor) -> None:
             f"data must be a tensor, array, frame, table, list or Dataset, got {type(data).__name__}"
         ) from None
     if not hasattr(data, "__getitem__"):
-        raise TypeError(f"data must have rows that can be chosen, got {type(data).__name__}; pass a list of them")
+        raise TypeError(
+            f"data must have rows that can be chosen, got {type(data).__name__}; pass a list of them"
+        )
     if len(indices) and int(indices.max()) >= length:
         raise ValueError(
             f"data must have the rows that were chosen, which go up to number {int(indices.max())}, got {length} rows"

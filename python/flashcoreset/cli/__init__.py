@@ -7,6 +7,7 @@ put into it. An existing output is replaced only with --force.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import warnings
@@ -17,8 +18,12 @@ from typing import TextIO
 import torch
 
 import flashcoreset as fc
-from flashcoreset.cli.errors import CommandError
-from flashcoreset.cli.parser import make_parser
+from flashcoreset.cli.commands import run_bench, run_demo, run_info
+from flashcoreset.cli.errors import CommandError, with_options
+from flashcoreset.cli.parser import WrongArguments, make_parser
+from flashcoreset.cli.select import run_select
+
+_COMMANDS = {"info": run_info, "demo": run_demo, "select": run_select, "bench": run_bench}
 
 
 @contextmanager
@@ -64,10 +69,14 @@ _NO_MEMORY = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    given = sys.argv[1:] if argv is None else argv
+    typed: dict[str, tuple[str, str]] = {}
     try:
         with _one_line_warnings(), _out_of_memory():
-            arguments = make_parser().parse_args(argv)
-            code: int = arguments.run(arguments)
+            parser = make_parser()
+            arguments = parser.parse_args(given)
+            typed = _with_names_inside(arguments, parser.typed(given))
+            code = _COMMANDS[arguments.run](arguments)
             sys.stdout.flush()
             return code
     except KeyboardInterrupt:
@@ -82,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (
         CommandError,
+        WrongArguments,
         TypeError,
         ValueError,
         MemoryError,
@@ -89,5 +99,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         fc.BackendUnavailableError,
     ) as error:
         text = " ".join(str(error).split()) or "out of memory"
-        print(f"flashcoreset: {text}", file=sys.stderr)
+        print(f"flashcoreset: {with_options(text, typed)}", file=sys.stderr)
         return 2
+
+
+# What the library calls an option that has another name here.
+_INSIDE = {
+    "facility-location": {"features": "x"},
+    "k-center": {"features": "x"},
+    "autocoreset": {"features": "x", "targets": "y"},
+    "simcore": {"features": "openset"},
+    "nearest": {"features": "openset"},
+    "colm": {"gradients": "grads"},
+}
+
+
+def _with_names_inside(
+    arguments: argparse.Namespace, typed: dict[str, tuple[str, str]]
+) -> dict[str, tuple[str, str]]:
+    names = _INSIDE.get(getattr(arguments, "algorithm", ""), {})
+    return typed | {inside: typed[name] for name, inside in names.items()}

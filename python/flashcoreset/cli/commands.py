@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -58,7 +59,7 @@ def _print_families() -> None:
         print(f"  {family:<20}" + "".join(f"{cell:<10}" for cell in cells).rstrip())
 
 
-def run_info(_: argparse.Namespace) -> int:
+def run_info(arguments: argparse.Namespace) -> int:
     try:
         used = native.module().ISA
         cpu = f"available ({used})"
@@ -76,7 +77,6 @@ def run_info(_: argparse.Namespace) -> int:
     no_gpu = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
 
     numbers = f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}"
-    print(f"flashcoreset {fc.__version__} ({numbers})")
     where = torch.device("cuda" if gpus else "cpu")
     triton, cuda = (
         "available" if failure is None else f"missing: {failure}"
@@ -85,11 +85,19 @@ def run_info(_: argparse.Namespace) -> int:
     if (built := native.cuda_architectures()) is not None:
         cuda += f" (built for {built})"
     backends = [("torch", "available"), ("cpu", cpu), ("cuda", cuda), ("triton", triton)]
+    threads = f"{_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads used"
+    devices = [("cpu", threads), *(gpus or [("cuda", f"none: {no_gpu}")])]
+    if arguments.format == "json":
+        versions = {"flashcoreset": fc.__version__, "python": platform.python_version()}
+        versions |= {"torch": torch.__version__, "numpy": np.__version__}
+        parts = {"backends": backends, "isas": isas, "devices": devices}
+        print(json.dumps({"versions": versions, **{name: dict(rows) for name, rows in parts.items()}}))
+        return 0
+    print(f"flashcoreset {fc.__version__} ({numbers})")
     _print_table("backends", backends)
     _print_table("instruction sets of the cpu backend", isas)
     _print_families()
-    threads = f"{_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads used"
-    _print_table("devices", [("cpu", threads), *(gpus or [("cuda", f"none: {no_gpu}")])])
+    _print_table("devices", devices)
     return 0
 
 

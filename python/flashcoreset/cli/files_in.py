@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import flashcoreset as fc
+from flashcoreset._core.files import ARRAYS, FORMATS, TABLES, split_column, suffix_of
 from flashcoreset.cli.errors import CommandError
 
 FLOATS = "a float16, float32 or float64"
@@ -24,12 +25,8 @@ STATES = {
 }
 
 
-def split_key(text: str) -> tuple[Path, str | None]:
-    """``F.npz:key`` -> (F.npz, key); a file whose name holds the colon itself wins."""
-    path, colon, key = text.rpartition(":")
-    if colon and path.endswith(".npz") and not os.path.exists(text):
-        return Path(path), key
-    return Path(text), None
+# NumPy's letters of labels: integers, strings, and strings as tables have them.
+LABELS = "iuUO"
 
 
 def _check_file(path: Path, option: str) -> None:
@@ -50,19 +47,25 @@ def _check_file(path: Path, option: str) -> None:
             f"{option}: {path} is a pickle, which is never loaded; save a plain array with numpy.save"
         )
     if head != b"\x93NUMPY" and head[:2] != b"PK":
-        raise CommandError(f"{option}: {path} is neither .npy nor .npz; save the array with numpy.save")
+        raise CommandError(
+            f"{option}: {path} is neither .npy nor .npz, nor named like {FORMATS}; save the array with numpy.save"
+        )
     # numpy.load leaves the file open when it finds that an archive is broken.
     if head[:2] == b"PK" and not zipfile.is_zipfile(path):
         raise CommandError(f"{option}: cannot read {path}: the archive is damaged")
 
 
 def load_array(text: str, option: str, *, kinds: str, ndim: int, wanted: str) -> np.ndarray:
-    """The array of ``F.npy`` (memory-mapped) or ``F.npz[:key]`` (read into memory).
+    """The array of ``F.npy`` (memory-mapped) or ``F.npz[:key]`` (read into memory), or of another file that `open_rows` takes.
 
     `kinds` are the accepted NumPy kind letters ("f", "iu"), `wanted` says the same in words. Raises
     CommandError, naming `option`, for everything that keeps the file from being such an array.
     """
-    path, key = split_key(text)
+    path, key = _split(text)
+    if is_other(path):
+        return _checked(
+            _from_other(text, path, option, floating=kinds == "f"), path, option, kinds, ndim, wanted
+        )
     _check_file(path, option)
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -83,6 +86,39 @@ def load_array(text: str, option: str, *, kinds: str, ndim: int, wanted: str) ->
                 f"{option}: {path} holds pickled Python objects, which are never loaded; save a plain array"
             ) from None
         raise CommandError(f"{option}: cannot read {path}: {error}") from None
+    return _checked(array, path, option, kinds, ndim, wanted)
+
+
+def is_other(path: Path) -> bool:
+    """Whether a file is one of the formats beside NumPy's, or several files."""
+    return "*" in str(path) or suffix_of(path) in (*ARRAYS[2:], *TABLES)
+
+
+def _split(text: str) -> tuple[Path, str | None]:
+    path, key = split_column(text)
+    return Path(path), key
+
+
+def _from_other(text: str, path: Path, option: str, *, floating: bool) -> np.ndarray:
+    """The array of another file; whole numbers become floating ones where these are needed, if that is exact."""
+    try:
+        array = fc.open_rows(text)[...]
+    except ValueError as error:
+        raise CommandError(f"{option}: {error}") from None
+    except ImportError as error:
+        raise CommandError(f"{option}: {path}: {error}") from None
+    except OSError as error:
+        raise CommandError(f"{option}: cannot read {path}: {error.strerror or error}") from None
+    if not floating or array.dtype.kind not in "biu":
+        return array
+    if array.dtype.itemsize <= 2:
+        return array.astype(np.float32)
+    if array.size and max(abs(int(array.min())), abs(int(array.max()))) > 2**53:
+        raise CommandError(f"{option}: {path} has whole numbers beyond 2^53, which float64 has not")
+    return array.astype(np.float64)
+
+
+def _checked(array: np.ndarray, path: Path, option: str, kinds: str, ndim: int, wanted: str) -> np.ndarray:
     shape = f"{array.dtype} {list(array.shape)}"
     if array.dtype.kind not in kinds or (kinds == "f" and array.dtype.itemsize > 8) or array.ndim != ndim:
         raise CommandError(f"{option}: expected {wanted}, got {shape} in {path}")
@@ -110,7 +146,9 @@ def load_features(text: str, option: str) -> np.ndarray:
 
 def load_matrix(text: str, option: str) -> Any:
     """A dense matrix, or a sparse one as scipy.sparse.save_npz writes it."""
-    path, key = split_key(text)
+    path, key = _split(text)
+    if is_other(path):
+        return load_array(text, option, kinds="f", ndim=2, wanted=f"{FLOATS} matrix [candidates, clients]")
     _check_file(path, option)
     with path.open("rb") as stream:
         is_archive = stream.read(2) == b"PK"
@@ -152,15 +190,16 @@ def load_state(text: str, option: str) -> dict[str, Any]:
     return {"history": history}
 
 
-def parse_budgets(text: str) -> dict[int, int] | np.ndarray:
-    """``LABEL=COUNT,LABEL=COUNT,...``, or a file of counts for the labels 0, 1, ..."""
+def parse_budgets(text: str, groups: np.ndarray | None) -> dict[Any, int] | np.ndarray:
+    """``LABEL=COUNT,LABEL=COUNT,...`` by the labels that `groups` has, or a file of counts for the labels 0, 1, ..."""
     if "=" not in text:
         return load_array(text, "--budgets", kinds="iu", ndim=1, wanted="integer counts [groups]")
-    budgets: dict[int, int] = {}
+    kind: type = str if groups is not None and groups.dtype.kind in "UO" else int
+    budgets: dict[Any, int] = {}
     for part in text.split(","):
-        label, _, count = part.partition("=")
+        label, _, count = part.rpartition("=")
         try:
-            pair = int(label), int(count)
+            pair = kind(label), int(count)
         except ValueError:
             raise CommandError(f"--budgets: expected LABEL=COUNT,LABEL=COUNT,..., got {part!r}") from None
         if pair[0] in budgets:

@@ -12,8 +12,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 
+from flashcoreset._core.files import split_column
 from flashcoreset.cli.errors import CommandError
-from flashcoreset.cli.files_in import split_key
 
 
 class Output(NamedTuple):
@@ -28,18 +28,24 @@ def _beside(path: Path) -> Path:
 
 
 def check_output(
-    text: str, option: str, suffix: str, inputs: Sequence[str] = (), *, replace: bool = False
+    text: str,
+    option: str,
+    suffixes: str | Sequence[str],
+    inputs: Sequence[str] = (),
+    *,
+    replace: bool = False,
 ) -> Path:
     """The path that `text` names, once it is known to be free (or may be replaced) and writable: before hours of work, not
     afterwards."""
     path = Path(text)
-    if path.suffix.lower() != suffix:
-        raise CommandError(f"{option}: expected a name that ends in {suffix}, got {path}")
+    endings = [suffixes] if isinstance(suffixes, str) else list(suffixes)
+    if path.suffix.lower() not in endings:
+        raise CommandError(f"{option}: expected a name that ends in {' or '.join(endings)}, got {path}")
     with _writing(path, option):
         if path.exists() and not path.is_file():
             raise CommandError(f"{option}: {path} exists and is not a regular file")
         for name in inputs:
-            source = split_key(name)[0]
+            source = split_column(name)[0]
             # Inputs that cannot be checked here are reported by the code that reads them.
             if path.exists() and os.path.exists(source) and path.samefile(source):
                 raise CommandError(f"{option}: {path} is also an input; choose another name")

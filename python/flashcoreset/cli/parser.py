@@ -3,30 +3,81 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-import flashcoreset as fc
-from flashcoreset._core.dispatch import BACKENDS
-from flashcoreset.cli.commands import run_bench, run_demo, run_info
-from flashcoreset.cli.errors import Parser
-from flashcoreset.cli.select import ALGORITHMS, MATRICES, run_select
-from flashcoreset.methods.ccs.strata import KINDS
-from flashcoreset.methods.goracs import NORM_SCALES, SCALINGS, SOLVERS
-
+# This module imports nothing of flashcoreset, so that help and version are there at once; a test compares these names with the library's.
+BACKENDS = ("torch", "cpu", "cuda", "triton")
 POINT_METRICS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
+MATRICES = ("precomputed", "precomputed_distance")
+STRATA = ("width", "quantile", "log")
+NORM_SCALES = ("max", "spread")
+SCALINGS = ("class", "global")
+SOLVERS = ("exact", "sinkhorn")
+ALGORITHMS = (
+    *("facility-location", "simcore", "ccs", "goracs", "colm", "autocoreset"),
+    *("random-subset", "k-center", "nearest"),
+)
+OUTPUTS = (".npz", ".parquet", ".csv", ".jsonl")
+_FILES = "F.npy, .npz, .pt, .safetensors, .parquet, .arrow, .csv or .jsonl; F:NAME names an array or column in it, F:A,B several columns"
 
 
-def make_parser() -> argparse.ArgumentParser:
+class WrongArguments(Exception):
+    """Arguments that the parser does not take."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong option like any other bad input: one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise WrongArguments(f"{message} (see: {self.prog} --help)")
+
+    def typed(self, argv: Sequence[str]) -> dict[str, tuple[str, str]]:
+        """By an option's name in the program: its long name, and what the person typed (the long name if nothing)."""
+        parser: argparse.ArgumentParser = self
+        found: dict[str, str] = {}
+        for token in argv:
+            name = token.partition("=")[0]
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parser = action.choices.get(token, parser)
+                # argparse also takes the beginning of a long name.
+                elif name in action.option_strings or (
+                    len(name) > 2 and any(option.startswith(name) for option in action.option_strings)
+                ):
+                    found.setdefault(action.dest, name)
+        options = {action.dest: action.option_strings for action in parser._actions if action.option_strings}
+        longs = {
+            name: next((o for o in strings if o.startswith("--")), strings[0])
+            for name, strings in options.items()
+        }
+        return {
+            name: (long, found[name] if found.get(name) in options[name] else long)
+            for name, long in longs.items()
+        }
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"flashcoreset {version('flashcoreset')}")
+        parser.exit()
+
+
+def make_parser() -> Parser:
     parser = Parser(
         prog="flashcoreset",
         description="Choose training data: facility location, SimCore, CCS, GORACS, CoLM and AutoCoreset, and the controls beside them.",
     )
-    parser.add_argument("--version", action="version", version=f"flashcoreset {fc.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | select | bench")
 
     info = commands.add_parser(
         "info", help="backends, instruction sets, devices, and why each missing one is missing"
     )
-    info.set_defaults(run=run_info)
+    _add_format(info)
+    info.set_defaults(run="info")
 
     demo = commands.add_parser("demo", help="the five methods on real data: tables and pictures")
     demo.add_argument(
@@ -35,16 +86,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="the picture; others go beside it, as NAME-ccs.png, NAME-colm.png and NAME-autocoreset.png (default: %(default)s)",
     )
     _add_force(demo)
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run="demo")
 
     bench = commands.add_parser("bench", help="run the benchmarks of a checkout")
     bench.add_argument(
         "family", nargs="*", metavar="FAMILY", help="one or more kernel families (default: the quick ones)"
     )
-    bench.set_defaults(run=run_bench)
+    bench.set_defaults(run="bench")
 
     select = commands.add_parser("select", help="choose rows of a file of features, scores or gradients")
-    select.set_defaults(run=run_select)
+    select.set_defaults(run="select")
     algorithms = select.add_subparsers(
         dest="algorithm", required=True, metavar=" | ".join(reversed(ALGORITHMS))
     )
@@ -102,16 +153,30 @@ def _add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace outputs that exist")
 
 
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="of what is printed (default: %(default)s)"
+    )
+
+
 def _add_output(parser: argparse.ArgumentParser, *, needs_k: bool, has_seed: bool = True) -> None:
     parser.add_argument("-k", type=int, required=needs_k, metavar="K", help="how many rows to select")
     parser.add_argument(
         "-o",
         "--out",
         required=True,
-        metavar="OUT.npz",
-        help="indices, weights and info (JSON text) are written here",
+        metavar="OUT",
+        help="what was chosen: OUT.npz (every array, and info as JSON text), OUT.parquet, OUT.csv or OUT.jsonl (a row for each pick)",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="?",
+        const="",
+        metavar="DATA",
+        help="write the chosen rows themselves, with coreset_index and coreset_weight: those of DATA, or else of the file of features",
     )
     _add_force(parser)
+    _add_format(parser)
     if has_seed:
         parser.add_argument("--seed", type=int)
 
@@ -124,9 +189,7 @@ def _add_common(parser: argparse.ArgumentParser, *, needs_k: bool = False, has_s
 
 
 def _add_simcore(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--features", required=True, metavar="F", help="open set [n, d]: F.npy, F.npz or F.npz:key"
-    )
+    parser.add_argument("--features", required=True, metavar="F", help=f"open set [n, d]: {_FILES}")
     parser.add_argument("--target", metavar="T", help="features of the target data [m, d]")
     parser.add_argument("--centroids", metavar="C", help="in place of --target: centroids of it [c, d]")
     _add_common(parser)
@@ -148,9 +211,7 @@ def _add_simcore(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ccs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--scores", required=True, metavar="S", help="how hard each sample is [n]: S.npy, S.npz or S.npz:key"
-    )
+    parser.add_argument("--scores", required=True, metavar="S", help=f"how hard each sample is [n]: {_FILES}")
     _add_output(parser, needs_k=True)
     parser.add_argument("--mislabel-scores", metavar="M", help="low for labels that are probably wrong [n]")
     parser.add_argument(
@@ -160,14 +221,14 @@ def _add_ccs(parser: argparse.ArgumentParser) -> None:
         help="the share to drop of the lowest (default: as published, by the share of rows that K leaves out)",
     )
     parser.add_argument("--n-strata", type=int, metavar="N", help="the number of strata; 1 draws at random")
-    parser.add_argument("--strata", choices=KINDS, help="what strata have in common (default: width)")
-    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets its share")
+    parser.add_argument("--strata", choices=STRATA, help="what strata have in common (default: width)")
+    parser.add_argument(
+        "--groups", metavar="G", help="labels [n], integers or strings: each group gets its share"
+    )
 
 
 def _add_goracs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--train", required=True, metavar="F", help="training features [n, d]: F.npy, F.npz or F.npz:key"
-    )
+    parser.add_argument("--train", required=True, metavar="F", help=f"training features [n, d]: {_FILES}")
     parser.add_argument("--valid", required=True, metavar="V", help="validation features [m, d]")
     parser.add_argument("--grad-norms", metavar="G", help="gradient norms [n], for --lam")
     _add_common(parser, needs_k=True)
@@ -187,8 +248,8 @@ def _add_goracs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tol", type=float, metavar="R", help="share of the score that an exchange has to gain"
     )
-    parser.add_argument("--train-labels", metavar="L", help="integer class labels [n]")
-    parser.add_argument("--valid-labels", metavar="L", help="integer class labels [m]")
+    parser.add_argument("--train-labels", metavar="L", help="class labels [n], integers or strings")
+    parser.add_argument("--valid-labels", metavar="L", help="class labels [m], integers or strings")
     parser.add_argument("--scaling", choices=SCALINGS, help="by the maxima of each class, or of all items")
     parser.add_argument("--solver", choices=SOLVERS)
     parser.add_argument("--reg", type=float, help="regularisation of --solver sinkhorn")
@@ -199,7 +260,7 @@ def _add_colm(parser: argparse.ArgumentParser) -> None:
         "--gradients",
         required=True,
         metavar="G",
-        help="per-sample gradients [B, D]: G.npy, G.npz or G.npz:key",
+        help=f"per-sample gradients [B, D]: {_FILES}",
     )
     parser.add_argument(
         "--numel",
@@ -208,7 +269,7 @@ def _add_colm(parser: argparse.ArgumentParser) -> None:
         help="the rows of G are coefficients [B, q] of directions of this length, made from --seed",
     )
     _add_output(parser, needs_k=True)
-    parser.add_argument("--groups", metavar="L", help="integer labels of the rows' sources [B]")
+    parser.add_argument("--groups", metavar="L", help="labels of the rows' sources [B], integers or strings")
     parser.add_argument(
         "--keep-groups", type=_labels, metavar="LABEL,...", help="sources of which every row is kept"
     )
@@ -230,11 +291,15 @@ def _add_colm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="default: the fastest that can")
 
 
-def _labels(text: str) -> list[int]:
+def _labels(text: str) -> list[Any]:
+    """Labels that are all integers as integers, others as strings."""
+    parts = text.split(",")
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"expected LABEL,LABEL,..., got {text!r}")
     try:
-        return [int(label) for label in text.split(",")]
+        return [int(label) for label in parts]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected LABEL,LABEL,..., got {text!r}") from None
+        return list(parts)
 
 
 def _top(text: str) -> int | None:
@@ -245,9 +310,7 @@ def _top(text: str) -> int | None:
 
 
 def _add_autocoreset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--features", required=True, metavar="F", help="rows [n, d]: F.npy, F.npz or F.npz:key"
-    )
+    parser.add_argument("--features", required=True, metavar="F", help=f"rows [n, d]: {_FILES}")
     parser.add_argument("--targets", metavar="Y", help="labels or numbers [n]; --model kmeans needs none")
     parser.add_argument(
         "--model", required=True, choices=("kmeans", "logistic_regression", "linear_svm", "linear_regression")
@@ -256,7 +319,9 @@ def _add_autocoreset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=("caratheodory", "importance", "median_of_means", "uniform"))
     parser.add_argument("--n-initial", type=int, metavar="N", help="models fitted on uniform samples first")
     parser.add_argument("--patience", type=int, metavar="N", help="rounds without gain to end after")
-    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets an equal share")
+    parser.add_argument(
+        "--groups", metavar="G", help="labels [n], integers or strings: each group gets an equal share"
+    )
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
 
 
@@ -265,22 +330,20 @@ def _add_random_subset(parser: argparse.ArgumentParser) -> None:
     _add_output(parser, needs_k=True)
     parser.add_argument("--mislabel-scores", metavar="M", help="low for labels that are probably wrong [n]")
     parser.add_argument("--mislabel-ratio", type=float, metavar="R", help="the share to drop of the lowest")
-    parser.add_argument("--groups", metavar="G", help="integer labels [n]: each group gets its share")
+    parser.add_argument(
+        "--groups", metavar="G", help="labels [n], integers or strings: each group gets its share"
+    )
 
 
 def _add_k_center(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--features", required=True, metavar="F", help="rows [n, d]: F.npy, F.npz or F.npz:key"
-    )
+    parser.add_argument("--features", required=True, metavar="F", help=f"rows [n, d]: {_FILES}")
     _add_common(parser, needs_k=True, has_seed=False)
     parser.add_argument("--metric", choices=("euclidean", "sqeuclidean", "l1", "cosine"))
     parser.add_argument("--preselected", metavar="P", help="rows that are picks already")
 
 
 def _add_nearest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--features", required=True, metavar="F", help="open set [n, d]: F.npy, F.npz or F.npz:key"
-    )
+    parser.add_argument("--features", required=True, metavar="F", help=f"open set [n, d]: {_FILES}")
     parser.add_argument("--target", required=True, metavar="T", help="features of the target data [m, d]")
     _add_common(parser, needs_k=True, has_seed=False)
     parser.add_argument("--metric", choices=POINT_METRICS)
@@ -291,7 +354,7 @@ def _add_facility_location(parser: argparse.ArgumentParser) -> None:
         "--features",
         required=True,
         metavar="F",
-        help="candidates [n, d], or the similarities or distances: F.npy, F.npz or F.npz:key",
+        help=f"candidates [n, d], or the similarities or distances: {_FILES}",
     )
     parser.add_argument(
         "--target",
@@ -303,7 +366,7 @@ def _add_facility_location(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("--metric", choices=(*POINT_METRICS, *MATRICES))
     parser.add_argument("--weights", metavar="W", help="client weights [m]")
-    parser.add_argument("--groups", metavar="G", help="integer labels [n]")
+    parser.add_argument("--groups", metavar="G", help="labels [n], integers or strings")
     parser.add_argument("--budgets", metavar="B", help="LABEL=COUNT,LABEL=COUNT,... or a file of counts")
     parser.add_argument("--preselected", metavar="P", help="rows that are in the set already")
     parser.add_argument("--method", choices=("lazy", "naive", "stochastic"))

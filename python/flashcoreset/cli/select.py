@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import time
 import warnings
@@ -17,6 +18,7 @@ import flashcoreset as fc
 from flashcoreset.cli.errors import CommandError
 from flashcoreset.cli.files_in import (
     FLOATS,
+    LABELS,
     NO_HISTORY,
     load_array,
     load_features,
@@ -25,9 +27,9 @@ from flashcoreset.cli.files_in import (
     parse_budgets,
 )
 from flashcoreset.cli.files_out import Output, check_output, jsonable, write_whole
+from flashcoreset.cli.parser import MATRICES, OUTPUTS
+from flashcoreset.cli.tables import chosen_rows, write_table
 from flashcoreset.methods.colm import nothing_kept
-
-MATRICES = ("precomputed", "precomputed_distance")
 
 
 class _Chosen(NamedTuple):
@@ -55,10 +57,10 @@ def _facility_location(arguments: argparse.Namespace) -> _Chosen:
     x = (load_matrix if is_matrix else load_features)(arguments.features, "--features")
     if "clients" in options:
         options["clients"] = load_features(options["clients"], "--target")
-    if "budgets" in options:
-        options["budgets"] = parse_budgets(options["budgets"])
     _load_into(options, "weights", kinds="fiu", ndim=1, wanted="a real array [clients]")
-    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [rows]")
+    _load_into(options, "groups", kinds=LABELS, ndim=1, wanted="an integer array [rows]")
+    if "budgets" in options:
+        options["budgets"] = parse_budgets(options["budgets"], options.get("groups"))
     _load_into(options, "preselected", kinds="iu", ndim=1, wanted="an integer array of rows")
     k = getattr(arguments, "k", None)
     if k is None and "budgets" not in options:
@@ -100,7 +102,7 @@ def _goracs(arguments: argparse.Namespace) -> _Chosen:
         if name in options:
             option = f"--{name.replace('_', '-')}"
             wanted = f"an integer array [{rows}]"
-            options[name] = load_array(options[name], option, kinds="iu", ndim=1, wanted=wanted)
+            options[name] = load_array(options[name], option, kinds=LABELS, ndim=1, wanted=wanted)
     train = load_features(arguments.train, "--train")
     valid = load_features(arguments.valid, "--valid")
     norms = None
@@ -121,7 +123,7 @@ def _ccs(arguments: argparse.Namespace) -> _Chosen:
         options["mislabel_scores"] = load_array(
             options["mislabel_scores"], "--mislabel-scores", kinds="fiu", ndim=1, wanted=wanted
         )
-    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [samples]")
+    _load_into(options, "groups", kinds=LABELS, ndim=1, wanted="an integer array [samples]")
     coreset = fc.ccs(scores, arguments.k, **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     return _Chosen(arrays, {"rows": scores.shape[0], **coreset.info})
@@ -141,7 +143,7 @@ def _colm(arguments: argparse.Namespace) -> _Chosen:
     groups = None
     if hasattr(arguments, "groups"):
         groups = load_array(
-            arguments.groups, "--groups", kinds="iu", ndim=1, wanted="an integer array [rows]"
+            arguments.groups, "--groups", kinds=LABELS, ndim=1, wanted="an integer array [rows]"
         )
     grads: Any = load_array(
         arguments.gradients, "--gradients", kinds="f", ndim=2, wanted=f"{FLOATS} array [rows, dimensions]"
@@ -153,7 +155,9 @@ def _colm(arguments: argparse.Namespace) -> _Chosen:
         raise CommandError("--seed: it makes the directions of coefficients; give their length as --numel")
     coreset = method.select(grads, groups)
     if coreset.info["unseen"] and not hasattr(arguments, "state"):
-        warnings.warn(nothing_kept(coreset.info["unseen"], "--groups", np.unique(groups).tolist()), stacklevel=1)
+        warnings.warn(
+            nothing_kept(coreset.info["unseen"], "--groups", np.unique(groups).tolist()), stacklevel=1
+        )
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     info = dict(coreset.info)
     dims = info.pop("dims")
@@ -172,8 +176,8 @@ def _autocoreset(arguments: argparse.Namespace) -> _Chosen:
     x = load_features(arguments.features, "--features")
     y = None
     if hasattr(arguments, "targets"):
-        y = load_array(arguments.targets, "--targets", kinds="fiub", ndim=1, wanted="a real array [rows]")
-    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [rows]")
+        y = load_array(arguments.targets, "--targets", kinds="fiubUO", ndim=1, wanted="a real array [rows]")
+    _load_into(options, "groups", kinds=LABELS, ndim=1, wanted="an integer array [rows]")
     if y is None and arguments.model != "kmeans":
         raise CommandError(f"--targets: {arguments.model} needs the targets of the rows")
     coreset = fc.autocoreset(x, y, arguments.model, None, arguments.k, **options)
@@ -192,7 +196,7 @@ def _plain(coreset: fc.Coreset, rows: int, *arrays: str) -> _Chosen:
 def _random_subset(arguments: argparse.Namespace) -> _Chosen:
     options = _options(arguments, "mislabel_ratio", "seed", "groups", "mislabel_scores")
     _load_into(options, "mislabel_scores", kinds="fiu", ndim=1, wanted="a real array [samples]")
-    _load_into(options, "groups", kinds="iu", ndim=1, wanted="an integer array [samples]")
+    _load_into(options, "groups", kinds=LABELS, ndim=1, wanted="an integer array [samples]")
     return _plain(fc.random_subset(arguments.n, arguments.k, **options), arguments.n)
 
 
@@ -210,11 +214,14 @@ def _nearest(arguments: argparse.Namespace) -> _Chosen:
     return _plain(fc.nearest(openset, target, arguments.k, **options), openset.shape[0], "values", "targets")
 
 
+# The file that --rows means if it names none, by algorithm.
+_ROWS = {"goracs": "train", "ccs": "scores", "colm": "gradients", "random-subset": ""}
+
 # Options that name files.
 _INPUTS = (
     *("features", "target", "centroids", "clients", "weights", "groups", "budgets", "preselected"),
     *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
-    *("scores", "mislabel_scores", "targets", "gradients"),
+    *("scores", "mislabel_scores", "targets", "gradients", "rows"),
 )
 
 ALGORITHMS = {
@@ -241,10 +248,16 @@ def _same_place(a: str, b: str) -> bool:
 
 
 def run_select(arguments: argparse.Namespace) -> int:
-    given = [getattr(arguments, name) for name in _INPUTS if hasattr(arguments, name)]
+    data = _rows_file(arguments)
+    given = [name for name in (getattr(arguments, option, None) for option in _INPUTS) if name]
     states = [arguments.state] if hasattr(arguments, "state") else []
     force = getattr(arguments, "force", False)
-    out = check_output(arguments.out, "--out", ".npz", given + states, replace=force)
+    out = check_output(arguments.out, "--out", OUTPUTS, given + states, replace=force)
+    suffix = out.suffix.lower()
+    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise CommandError(
+            "--out: pyarrow is missing, which writes Parquet: pip install 'flashcoreset[files]'"
+        )
     kept, replaces = None, force
     if hasattr(arguments, "save_state"):
         # The saved state may replace the state that was read.
@@ -256,11 +269,38 @@ def run_select(arguments: argparse.Namespace) -> int:
     arrays, info, state = ALGORITHMS[arguments.algorithm](arguments)
     seconds = time.perf_counter() - start
     info = {"algorithm": arguments.algorithm, "version": fc.__version__, "seconds": seconds, **info}
-    contents: dict[str, Any] = {"info": np.array(json.dumps(jsonable(info))), **arrays}
-    files = [Output(out, "--out", functools.partial(_savez, contents), force)]
+    text = json.dumps(jsonable(info))
+    rows = None if data is None else chosen_rows(data, "--rows", arrays, info["rows"], suffix)
+    if suffix == ".npz":
+        contents: dict[str, Any] = {"info": np.array(text), **arrays}
+        if rows is not None:
+            if not isinstance(rows, np.ndarray):
+                raise CommandError(f"--rows: rows of a table go into .parquet, .csv or .jsonl, got {out}")
+            contents["rows"] = rows
+        write = functools.partial(_savez, contents)
+    else:
+        write = functools.partial(write_table, rows, arrays, text, suffix)
+    files = [Output(out, "--out", write, force)]
     if kept is not None and state is not None:
         # Written last: if the state is one step behind its output, the same call once more makes up for it.
         files.append(Output(kept, "--save-state", functools.partial(_savez, state), replaces))
     write_whole(*files)
-    print(f"{out}: {len(arrays['indices']):,} of {info['rows']:,} rows in {seconds:.2f} s")
+    if getattr(arguments, "format", "text") == "json":
+        print(json.dumps({"out": str(out), "chosen": len(arrays["indices"]), "info": jsonable(info)}))
+    else:
+        print(f"{out}: {len(arrays['indices']):,} of {info['rows']:,} rows in {seconds:.2f} s")
     return 0
+
+
+def _rows_file(arguments: argparse.Namespace) -> str | None:
+    """The file whose rows are written; None without --rows."""
+    named: str | None = getattr(arguments, "rows", None)
+    if named is None or named:
+        return named
+    option = _ROWS.get(arguments.algorithm, "features")
+    if not option:
+        raise CommandError(
+            f"--rows: {arguments.algorithm} reads no rows; name their file, as in --rows DATA.parquet"
+        )
+    source: str = getattr(arguments, option)
+    return source

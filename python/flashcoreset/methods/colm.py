@@ -262,7 +262,9 @@ def colm(grads: Any, k: int, *, groups: Any = None, **options: Any) -> Coreset:
     sample in the batch."""
     coreset = CoLM(k, **options).select(grads, groups)
     if coreset.info["unseen"]:
-        present = as_labels(groups, "groups", coreset.indices.device, Gradients.of(grads, "grads").count).present()
+        present = as_labels(
+            groups, "groups", coreset.indices.device, Gradients.of(grads, "grads").count
+        ).present()
         warnings.warn(nothing_kept(coreset.info["unseen"], "the batch", present), stacklevel=2)
     return coreset
 

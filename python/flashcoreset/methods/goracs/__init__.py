@@ -277,7 +277,9 @@ def _split(of_train: Labels, of_valid: Labels, k: int) -> list[_Class]:
     sizes = [len(rows) for rows in members]
     for label, size in zip(present.tolist(), sizes, strict=True):
         if size == 0:
-            raise ValueError(f"train_labels must hold every class of valid_labels, got none of class {of_valid.name(label)!r}")
+            raise ValueError(
+                f"train_labels must hold every class of valid_labels, got none of class {of_valid.name(label)!r}"
+            )
     if k > sum(sizes):
         raise ValueError(f"k must be <= the {sum(sizes)} rows of train in the classes of valid, got {k}")
     budgets = class_budgets(shares.tolist(), sizes, k)

@@ -1,0 +1,7 @@
+"""python -m flashcoreset_cli"""
+
+import sys
+
+from flashcoreset_cli import main
+
+sys.exit(main())
