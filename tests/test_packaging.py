@@ -93,13 +93,14 @@ def test_wheel(wheel: Path) -> None:
         entry_points = archive.read(f"flashcoreset-{version()}.dist-info/entry_points.txt").decode()
     assert {name.partition("/")[0] for name in names} == {
         "flashcoreset",
+        "flashcoreset_cli",
         f"flashcoreset-{version()}.dist-info",
     }
     assert not [
         name for name in names if "test" in name or "benchmark" in name or name.endswith((".cpp", ".h"))
     ]
     python = {
-        f"flashcoreset/{path.relative_to(ROOT / 'python/flashcoreset')}"
+        str(path.relative_to(ROOT / "python"))
         for path in (ROOT / "python").rglob("*.py")
     }
     python |= {f"flashcoreset/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
@@ -111,7 +112,7 @@ def test_wheel(wheel: Path) -> None:
     assert metadata["Version"] == version()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert "flashcoreset=flashcoreset.cli:main" in entry_points.replace(" ", "")
+    assert "flashcoreset=flashcoreset_cli:main" in entry_points.replace(" ", "")
 
 
 def test_all_builds_are_installed() -> None:

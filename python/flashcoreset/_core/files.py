@@ -90,6 +90,10 @@ class Rows:
                 out[low:high] = part[ordered[low:high] - begin]
         return out[places]
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All rows, for `numpy.asarray`."""
+        return self[...] if dtype is None else self[...].astype(dtype, copy=False)
+
     def __iter__(self) -> Iterator[Any]:
         raise TypeError("rows of files are read in batches: iterate over rows.batches(), or take a slice")
 
@@ -490,10 +494,7 @@ class _Ipc(_Arrow):
         source = pa.memory_map(str(path))
         with path.open("rb") as stream:
             is_file = stream.read(6) == b"ARROW1"
-        if is_file:
-            table = ipc.open_file(source).read_all()
-        else:
-            table = ipc.open_stream(source).read_all()
+        table = ipc.open_file(source).read_all() if is_file else ipc.open_stream(source).read_all()
         self._table = table
         names = _columns(
             table.schema.names, column, path, lambda name: _is_number(table.schema.field(name).type)

@@ -23,6 +23,8 @@ def is_array(value: Any) -> bool:
         return False
     if hasattr(value, "__array__"):
         return True
+    if _library(value) == "datasets" and hasattr(value, "column_names"):
+        return False  # a table, not a column
     shaped = isinstance(getattr(value, "shape", None), tuple) and hasattr(value, "dtype")
     return (shaped and hasattr(value, "__getitem__")) or isinstance(value, Sequence)
 
@@ -39,7 +41,7 @@ def as_array(value: Any, name: str) -> np.ndarray:
             array = arrow_matrix(value, name)
         elif _library(value) == "polars" and str(getattr(value, "dtype", "")).startswith("List"):
             array = _of_lists(value.explode().to_numpy(), value.list.len().to_numpy(), name, value)
-        elif _library(value) == "datasets" and hasattr(value, "column_name"):
+        elif is_column(value):
             array = arrow_matrix(value.source.with_format("arrow")[:][value.column_name], name)
         elif hasattr(value, "iloc"):
             array = value.to_numpy(dtype=_numbers_of(value))
@@ -69,8 +71,31 @@ def _numbers_of(frame: Any) -> np.dtype | None:
     return np.result_type(*own)
 
 
+def remedy_for_type(name: str, value: Any) -> str:
+    """How to convert a value that is not taken, where that is known."""
+    kind, library = type(value).__name__, _library(value)
+    if kind == "LazyFrame":
+        return f"; pass {name}.collect()"
+    if library == "datasets" and isinstance(value, dict):
+        return f"; choose a split and its column, as {name}['train']['name']"
+    if library == "datasets":
+        return f"; pass its column, as {name}['name'], or fc.open_rows({name}, 'name')"
+    if hasattr(value, "todense") or hasattr(value, "tocsr"):
+        return f"; pass {name}.toarray()"
+    if isinstance(value, (dict, set, frozenset)) or hasattr(value, "__next__"):
+        return f"; pass a list of its values, list({name}{'.values()' if isinstance(value, dict) else ''})"
+    if isinstance(value, str):
+        return f"; of a file pass fc.open_rows({name})"
+    return ""
+
+
 class ColumnError(ValueError):
     """What keeps a column from being a matrix; a ValueError for the caller."""
+
+
+def is_column(value: Any) -> bool:
+    """Whether a value is a column of `datasets`."""
+    return _library(value) == "datasets" and hasattr(value, "column_name")
 
 
 def is_arrow(value: Any) -> bool:

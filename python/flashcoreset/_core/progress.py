@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ Report = Callable[[int, int], object]
 
 
 class Progress:
-    """Reports how much of `total` is done: to nobody, to a bar on stderr or to the caller's function.
+    """Reports how much of `total` is done: to nobody, to a bar with rate and remaining time (on stderr, in notebooks a widget), or to
+    the caller's function. A total of 0 is one that is not known.
 
     `Progress` is used as a context manager, so that a bar is closed when the work is interrupted.
     """
@@ -26,11 +28,12 @@ class Progress:
             return
         if progress is True:
             try:
-                tqdm = imported("tqdm").tqdm
+                # A notebook has its own bar, which tqdm.auto finds.
+                tqdm = imported("tqdm.auto" if "IPython" in sys.modules else "tqdm").tqdm
             except ImportError:
                 self._report = _Line(label)
             else:
-                self._bar = tqdm(total=total, desc=label, leave=False)
+                self._bar = tqdm(total=total or None, desc=label, leave=False)
         else:
             self._report = progress
 
@@ -60,13 +63,39 @@ class _Line:
 
     def __init__(self, label: str) -> None:
         self._label = label
+        self._start = time.monotonic()
+        self._shown = -1.0
+        self._width = 0
 
     def __call__(self, done: int, total: int) -> None:
-        sys.stderr.write(f"\r{self._label}: {done}/{total}")
+        now = time.monotonic()
+        # As often as eyes can follow, and at the end.
+        if now - self._shown < 0.1 and done != total:
+            return
+        self._shown = now
+        text = f"{self._label}: {progress_text(done, total, now - self._start)}"
+        sys.stderr.write(f"\r{text:<{self._width}}")
         sys.stderr.flush()
+        self._width = len(text)
 
     def close(self) -> None:
         sys.stderr.write("\n")
+
+
+def progress_text(done: int, total: int, seconds: float) -> str:
+    """ "50/200 [00:10<00:30, 5.00/s]": what is done in how much time, how long the rest will take at that rate, and the rate."""
+    rate = done / seconds if seconds > 0 else 0.0
+    shown = f"{rate:.2f}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.2f} s each"
+    if not total:
+        return f"{done} [{_clock(seconds)}, {shown}]"
+    left = _clock((total - done) / rate) if rate else "?"
+    return f"{done}/{total} [{_clock(seconds)}<{left}, {shown}]"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
 def check_progress(progress: object) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcoreset._core.inputs import as_array, is_array, is_arrow
+from flashcoreset._core.inputs import as_array, is_array, is_arrow, remedy_for_type
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = (
@@ -112,7 +112,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
         return _from_numpy(as_array(value, name), name)
     raise TypeError(
         f"{name} must be a torch.Tensor, a NumPy array, an object with __dlpack__ or __array__, or a list of numbers, "
-        f"got {type(value).__name__}"
+        f"got {type(value).__name__}{remedy_for_type(name, value)}"
     )
 
 

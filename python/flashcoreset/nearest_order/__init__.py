@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from flashcoreset._core.inputs import is_array
+from flashcoreset._core.files import Rows
+from flashcoreset._core.inputs import is_array, is_column
 from flashcoreset._core.progress import Progress
 from flashcoreset._core.tensor import as_matrix, compute_dtype
 from flashcoreset.nearest_order import cpu
@@ -76,7 +77,10 @@ class RowSource:
         self.passes = 0
         self._checksum: int | None = None
         self._array: Tensor | None = None
-        frame = is_array(openset) and not isinstance(openset, Sequence)
+        if isinstance(openset, Rows):
+            openset = openset.batches
+        # A sequence is one of batches, but a column of `datasets` one of rows.
+        frame = is_array(openset) and (not isinstance(openset, Sequence) or is_column(openset))
         if isinstance(openset, Tensor) or hasattr(openset, "__dlpack__") or frame:
             self._array = first = as_matrix(openset, "openset")
             self.rows = first.shape[0]

@@ -12,7 +12,6 @@ from flashcoreset._core.tensor import as_floating, as_tensor, same_device
 from flashcoreset.sinkhorn.ops import apply_plan, plan_of
 from flashcoreset.sinkhorn.problem import Problem, masked
 
-
 savable(Problem)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.imports import imported
+from flashcoreset._core.inputs import as_array, is_array
 from flashcoreset._core.labels import as_labels
 from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.results import Coreset
@@ -207,6 +208,9 @@ def _rows(value: Any, name: str) -> Any:
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     elif hasattr(value, "tocsr"):
         value = value.tocsr()
+    elif name == "x" and is_array(value) and not _is_frame(value) and not isinstance(value, np.ndarray):
+        # Row by row in memory, as other arrays are: models sum in the order of memory.
+        value = np.ascontiguousarray(as_array(value, name))
     elif not hasattr(value, "iloc"):
         try:
             value = np.asarray(value)
@@ -215,6 +219,11 @@ def _rows(value: Any, name: str) -> Any:
     if not value.shape:
         raise TypeError(f"{name} must be an array of samples, got {value!r}")
     return value
+
+
+def _is_frame(value: Any) -> bool:
+    """Whether a value is a pandas frame, which models take as it is."""
+    return hasattr(value, "iloc") and value.ndim == 2
 
 
 def _at(value: Any, rows: np.ndarray) -> Any:

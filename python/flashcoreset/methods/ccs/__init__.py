@@ -240,7 +240,7 @@ def check_ratio(value: Any, name: str) -> float:
 
 def group_sizes(scores: Any, groups: Any) -> list[int]:
     """How many samples each group has, in label order."""
-    n = len(scores["aum"] if isinstance(scores, dict) else scores)
+    n = len(_values(scores["aum"] if isinstance(scores, dict) else scores, "scores")[0])
     labels = _labels(groups, n)
     return [n] if labels is None else [len(members) for members in _members(labels).values()]
 
