@@ -27,7 +27,7 @@ def listed() -> list[str]:
 def test_every_file_stands_in_the_tree() -> None:
     found = [
         str(path.relative_to(ROOT))
-        for folder in ("csrc", "triton_kernels", "python/flashcoreset")
+        for folder in ("csrc", "triton_kernels", "python/flashcoreset", "python/flashcoreset_cli")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in SUFFIXES and "flashcoreset/triton_kernels" not in str(path)
     ]

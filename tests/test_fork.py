@@ -47,6 +47,7 @@ def test_no_public_function_is_left_out() -> None:
         "InputWarning",
         "LowRankGradients",
         "RankOneAdamState",
+        "Rows",
         "SampleScores",
         "Selection",
         "SlowPathWarning",
@@ -55,8 +56,11 @@ def test_no_public_function_is_left_out() -> None:
         "compat",
         "integrations",  # as BatchSelector
         "kernels",  # by their names
+        "load",
         "memory_estimate",
+        "open_rows",
         "plot",
+        "read_ahead",
         "select",  # as "colm"
     }
     called = {name.partition(" ")[0] for name in outcomes("fork")}

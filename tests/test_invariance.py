@@ -369,6 +369,7 @@ NO_PROMISE = {
     "Coreset": "a value",
     "LowRankGradients": "a value; its directions are those of zeroth_order_gradients",
     "RankOneAdamState": "a value",
+    "Rows": "what a file holds",
     "SampleScores": "a value",
     "Selection": "a value",
     "Transport": "a value",
@@ -376,8 +377,11 @@ NO_PROMISE = {
     "compat": "a module; what it takes over calls the functions above",
     "integrations": "a module; its selectors call the functions above",
     "kernels": "a module; what is under the functions above",
+    "load": "what a file holds",
     "memory_estimate": "a bound of bytes, which grows with the number of threads",
+    "open_rows": "what a file holds",
     "plot": "a module of pictures",
+    "read_ahead": "the caller's own batches",
 }
 
 

@@ -1,7 +1,8 @@
 """Coreset selection inside other frameworks: `torch` for training loops of one's own, `transformers` for its Trainer, `sklearn` for
-pipelines.
+pipelines, `ray` for Ray Data.
 
-`flashcoreset.integrations.transformers` and `.sklearn` are imported when they are first used; the former needs the extra `transformers`.
+`flashcoreset.integrations.transformers`, `.sklearn` and `.ray` are imported when they are first used, and need the extra of their name (scikit-learn is
+always there).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from flashcoreset.integrations import torch
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("sklearn", "transformers"):
+    if name in ("ray", "sklearn", "transformers"):
         return importlib.import_module(f"flashcoreset.integrations.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

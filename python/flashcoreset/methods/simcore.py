@@ -181,8 +181,7 @@ def simcore(
         assert source.rows is not None
         limit = min(limit, source.rows)
         if patience is None:
-            patience = source.rows // (_ITEMS_PER_REFERENCE * len(made))
-            patience = min(_LONGEST_PATIENCE, max(1, patience))
+            patience = patience_of(source.rows, len(made))
         picks, info = _select(rounds, limit, bool(stop), stop_threshold, patience, seed, bar)
     if info["stopped"] == "k" and k is None and limit == source.rows:
         info["stopped"] = "exhausted"
@@ -197,6 +196,11 @@ def simcore(
     info |= {"k": limit, "passes": source.passes, "centroids": made}
     weights = torch.ones(len(picks), dtype=dtype, device=source.device)
     return Coreset(picks.to(source.device), weights, info)
+
+
+def patience_of(rows: int, centroids: int) -> int:
+    """The default patience for so many rows in the open set."""
+    return min(_LONGEST_PATIENCE, max(1, rows // (_ITEMS_PER_REFERENCE * centroids)))
 
 
 def _share_of(source: RowSource, share: float, dtype: torch.dtype, memory_budget: int) -> int:
