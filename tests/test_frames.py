@@ -4,6 +4,7 @@ that holds one entry per item: the same results as from tensors of the same numb
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,3 +365,33 @@ def test_read_ahead() -> None:
             fc.read_ahead([], value)
     with pytest.raises(TypeError, match="batches must be an iterable, got int"):
         fc.read_ahead(5)
+
+
+def test_a_column_of_parquet_is_in_memory_once(tmp_path: Path) -> None:
+    """NumPy's memory, as tracemalloc counts it, and that of Arrow."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    x = np.random.default_rng(0).standard_normal((1_000_000, 8)).astype(np.float32)
+    lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(x.ravel()), 8)
+    parquet.write_table(pyarrow.table({"x": lists}), tmp_path / "x.parquet")
+    rows = fc.open_rows(tmp_path / "x.parquet", "x")
+    most = 0
+    total = pyarrow.total_allocated_bytes
+    matrix = rows._reader._matrix
+
+    def watched(table: Any) -> np.ndarray:
+        nonlocal most
+        most = max(most, total())
+        return matrix(table)
+
+    rows._reader._matrix = watched
+    before = total()
+    tracemalloc.start()
+    try:
+        found = rows[...]
+        own = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found, x)
+    assert own <= 1.05 * x.nbytes
+    # Batches, and what Parquet holds of one row group: about 10 MB, whatever the number of rows.
+    assert most - before <= x.nbytes / 2

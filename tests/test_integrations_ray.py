@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -28,7 +30,6 @@ LABELS = np.arange(N) % D
 
 @pytest.fixture(scope="module")
 def on_ray() -> Iterator[Any]:
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray's own
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
@@ -46,7 +47,7 @@ def data(blocks: int = 3, **more: Any) -> Any:
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(X.ravel()), D)
     table = pa.table({"embedding": vectors, "score": SCORES, "kind": NAMES, "label": LABELS, **more})
     cuts = np.linspace(0, N, blocks + 1).astype(int)
-    return ray.data.from_arrow([table.slice(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)])
+    return ray.data.from_arrow([table.slice(a, b - a) for a, b in itertools.pairwise(cuts)])
 
 
 def column(ds: Any, name: str) -> np.ndarray:
@@ -116,6 +117,48 @@ def test_simcore_is_one_machine_s(on_ray: Any, blocks: int, k: int) -> None:
     expected = fc.simcore(X, X[:20] * 2, k, **options)
     assert column(found, "coreset_index").tolist() == expected.indices.tolist()
     np.testing.assert_array_equal(column(found, "embedding"), X[expected.indices])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]], ids=["in order", "out of order"])
+def test_aggregates_do_not_depend_on_the_order_of_blocks(order: list[int]) -> None:
+    """Without Ray's engine."""
+    from flashcoreset.integrations import ray as module
+
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(X.ravel()), D)
+    whole = pa.table({"embedding": vectors, "score": SCORES, "kind": NAMES, module.INDEX: np.arange(N)})
+    blocks = [whole.slice(0, 100), whole.slice(100, 50), whole.slice(150)]
+
+    def run(aggregate: Any) -> Any:
+        parts = [aggregate.aggregate_block(blocks[place]) for place in order]
+        return aggregate.finalize(functools.reduce(aggregate.combine, parts))
+
+    options: dict[str, Any] = {"n_strata": 5, "mislabel_ratio": 0.1}
+    drawn = run(module.CCS(20, "score", groups="kind", mislabel_scores="score", **options))
+    expected = fc.ccs(SCORES, 20, groups=NAMES, mislabel_scores=SCORES, **options)
+    assert drawn["indices"] == expected.indices.tolist()
+    reduced = run(module.Caratheodory("embedding", weights="score"))
+    weights = np.asarray(reduced["weights"])
+    assert len(weights) <= D + 1
+    np.testing.assert_allclose(weights @ X[reduced["indices"]], SCORES @ X.astype(float), rtol=1e-9)
+    centroids = fc.simcore(X[:20], X[:20], 1, stop=False, n_clusters=4).info["centroids"]
+    near = run(module._Nearest(centroids, 30, "embedding"))["indices"]
+    assert len(near) < N
+    found = fc.simcore(X[near], centroids=centroids, k=30, patience=module.patience_of(N, len(centroids)))
+    assert (
+        np.asarray(near)[found.indices].tolist() == fc.simcore(X, X[:20], 30, n_clusters=4).indices.tolist()
+    )
+
+
+def test_worth_of_picks_alone() -> None:
+    from flashcoreset.integrations import ray as module
+
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(X.ravel()), D)
+    exact = fc.facility_location(X, 12)
+    gains, won = module._worth_in_block(
+        pa.table({"embedding": vectors}), "embedding", X[exact.indices], "cosine", 0.0
+    )
+    np.testing.assert_allclose(gains, exact.gains.numpy(), rtol=1e-4, atol=1e-3)
+    assert won.tolist() == exact.weights.tolist()
 
 
 def objective(rows: np.ndarray) -> float:

@@ -118,7 +118,7 @@ class _Scores:
 
 
 def _mapped(
-    ds: Dataset, kind: type, actors: int | None, options: dict[str, Any] | None, **arguments: Any
+    ds: Dataset, kind: type, actors: int | None, of_ray: dict[str, Any] | None, **arguments: Any
 ) -> Dataset:
     most = at_least_one(actors, "actors") if actors is not None else 0
     most = most or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -127,7 +127,7 @@ def _mapped(
         fn_constructor_kwargs=arguments,
         concurrency=(1, most),
         batch_format="pyarrow",
-        **(options or {}),
+        **(of_ray or {}),
     )
 
 
