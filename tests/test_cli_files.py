@@ -375,6 +375,7 @@ def test_rows_of_another_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     expect_error(
         capsys, "--rows: rows of a table go into .parquet", *command, "--rows", tmp_path / "text.jsonl"
     )
+    expect_error(capsys, "--rows: no such file", *command, "--rows", tmp_path / "none.npy")
     assert run(*command, "--rows", tmp_path / "x.npy") == 0
     with np.load(tmp_path / "o.npz") as archive:
         np.testing.assert_array_equal(archive["rows"], X[archive["indices"]])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +100,23 @@ def _split(text: str) -> tuple[Path, str | None]:
     return Path(path), key
 
 
-def _from_other(text: str, path: Path, option: str, *, floating: bool) -> np.ndarray:
-    """The array of another file; whole numbers become floating ones where these are needed, if that is exact."""
+@contextmanager
+def reading(path: Path, option: str) -> Iterator[None]:
+    """Turns what keeps a file from being read into a CommandError that names the option."""
     try:
-        array = fc.open_rows(text)[...]
+        yield
     except ValueError as error:
         raise CommandError(f"{option}: {error}") from None
     except ImportError as error:
         raise CommandError(f"{option}: {path}: {error}") from None
     except OSError as error:
         raise CommandError(f"{option}: cannot read {path}: {error.strerror or error}") from None
+
+
+def _from_other(text: str, path: Path, option: str, *, floating: bool) -> np.ndarray:
+    """The array of another file; whole numbers become floating ones where these are needed, if that is exact."""
+    with reading(path, option):
+        array = fc.open_rows(text)[...]
     if not floating or array.dtype.kind not in "biu":
         return array
     if array.dtype.itemsize <= 2:

@@ -28,7 +28,7 @@ from flashcoreset.cli.files_in import (
 )
 from flashcoreset.cli.files_out import Output, check_output, jsonable, write_whole
 from flashcoreset.cli.parser import MATRICES, OUTPUTS
-from flashcoreset.cli.tables import chosen_rows, write_table
+from flashcoreset.cli.tables import check_rows, chosen_rows, write_table
 from flashcoreset.methods.colm import nothing_kept
 
 
@@ -258,6 +258,8 @@ def run_select(arguments: argparse.Namespace) -> int:
         raise CommandError(
             "--out: pyarrow is missing, which writes Parquet: pip install 'flashcoreset[files]'"
         )
+    if data is not None:
+        check_rows(data, "--rows", suffix)
     kept, replaces = None, force
     if hasattr(arguments, "save_state"):
         # The saved state may replace the state that was read.
@@ -274,8 +276,6 @@ def run_select(arguments: argparse.Namespace) -> int:
     if suffix == ".npz":
         contents: dict[str, Any] = {"info": np.array(text), **arrays}
         if rows is not None:
-            if not isinstance(rows, np.ndarray):
-                raise CommandError(f"--rows: rows of a table go into .parquet, .csv or .jsonl, got {out}")
             contents["rows"] = rows
         write = functools.partial(_savez, contents)
     else:

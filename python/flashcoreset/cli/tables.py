@@ -14,9 +14,10 @@ from typing import IO, Any
 import numpy as np
 
 import flashcoreset as fc
-from flashcoreset._core.files import csv_rows, json_lines, split_column, suffix_of
+from flashcoreset._core.files import TABLES, csv_rows, json_lines, split_column, suffix_of
 from flashcoreset._core.imports import imported
 from flashcoreset.cli.errors import CommandError
+from flashcoreset.cli.files_in import reading
 
 # By name in an .npz file, the name of the column.
 _SINGULAR = {"indices": "index", "weights": "weight", "gains": "gain", "values": "value", "targets": "target"}
@@ -35,6 +36,17 @@ def pick_columns(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
+def check_rows(text: str, option: str, suffix: str) -> None:
+    """Raises CommandError, before the work, if there is no such file, or if its rows do not go into a file of this suffix."""
+    path = Path(split_column(text)[0])
+    if "*" not in str(path) and not path.is_file():
+        raise CommandError(f"{option}: no such file: {path}")
+    if suffix == ".npz" and suffix_of(path) in TABLES:
+        raise CommandError(
+            f"{option}: rows of a table go into .parquet, .csv or .jsonl, got --out of {suffix}"
+        )
+
+
 def chosen_rows(text: str, option: str, arrays: Mapping[str, np.ndarray], total: int, suffix: str) -> Any:
     """The rows of a file at `indices`, with their places and weights: an Arrow table, or the records of text files; the matrix of an array.
 
@@ -46,21 +58,15 @@ def chosen_rows(text: str, option: str, arrays: Mapping[str, np.ndarray], total:
         suffix: of the file that they go into; CSV into CSV leaves every value as it stands.
     """
     path = Path(split_column(text)[0])
-    try:
+    with reading(path, option):
         if suffix_of(path) in (".csv", ".tsv"):
             records = _of_csv(path, arrays["indices"], option, total)
             return _added(records if suffix == ".csv" else _typed(records), arrays)
         if suffix_of(path) in (".jsonl", ".ndjson"):
             return _added(_at(list(json_lines(path)), arrays["indices"], option, path, total), arrays)
-        if suffix_of(path) in (".parquet", ".pq", ".arrow", ".feather", ".ipc"):
+        if suffix_of(path) in TABLES:
             return _of_table(path, arrays, option, total)
         rows = fc.open_rows(text)
-    except ImportError as error:
-        raise CommandError(f"{option}: {path}: {error}") from None
-    except ValueError as error:
-        raise CommandError(f"{option}: {error}") from None
-    except OSError as error:
-        raise CommandError(f"{option}: cannot read {path}: {error.strerror or error}") from None
     _check_total(len(rows), option, path, total)
     return rows[arrays["indices"]]
 
