@@ -17,7 +17,8 @@ namespace fc {
 namespace {
 
 class PyTransport {
-  // Runs fn(solved) without the GIL. A call that was stopped leaves flows behind that belong together no more.
+  // Runs fn(solved) without the GIL. A call that was stopped leaves flows behind that belong together no
+  // more.
   template <class Fn>
   auto locked(Fn&& fn) {
     return one_call_([&] {
@@ -77,7 +78,8 @@ class PyTransport {
   }
 
   py::tuple best_exchange(py::object costs_array, py::object rows_array, py::object places_array,
-                          py::object bounds_array, Real ceiling_number, Real enough_number, Integer most_number) {
+                          py::object bounds_array, Real ceiling_number, Real enough_number,
+                          Integer most_number) {
     const double ceiling = ceiling_number.number("ceiling"), enough = enough_number.number("enough");
     const int64_t most = most_number.in("most", 0);
     const ArrayArgument costs(costs_array, "costs"), rows(rows_array, "rows"), places(places_array, "places"),
@@ -132,8 +134,10 @@ class PyTransport {
   }
 
   void flows(py::object sources_array, py::object sinks_array, py::object units_array) {
-    const ArrayArgument sources(sources_array, "sources"), sinks(sinks_array, "sinks"), units(units_array, "units");
-    const auto s = sources.output<int64_t, 1>(), v = sinks.output<int64_t, 1>(), x = units.output<int64_t, 1>();
+    const ArrayArgument sources(sources_array, "sources"), sinks(sinks_array, "sinks"),
+        units(units_array, "units");
+    const auto s = sources.output<int64_t, 1>(), v = sinks.output<int64_t, 1>(),
+               x = units.output<int64_t, 1>();
     locked([&](auto& solved) {
       const int64_t count = solved.flow_count();
       sources.require_shape({count});
@@ -193,15 +197,19 @@ void bind_transport(py::module_& m) {
       .def(py::init<py::object, py::object, Integer>(), py::arg("costs"), py::arg("u"), py::arg("threads"),
            "The optimum of costs [k, V]; u [k], dual variables to begin with, or None.")
       .def("exchange", &PyTransport::exchange, py::arg("place"), py::arg("row"), py::arg("ceiling"),
-           "Gives source `place` the costs `row` [V] if the transport cost is below `ceiling` then, and returns "
+           "Gives source `place` the costs `row` [V] if the transport cost is below `ceiling` then, and "
+           "returns "
            "it; else infinity.")
       .def("best_exchange", &PyTransport::best_exchange, py::arg("costs"), py::arg("rows"), py::arg("places"),
            py::arg("bounds"), py::arg("ceiling"), py::arg("enough"), py::arg("most"),
-           "Tries up to `most` exchanges of `places` for `rows` of costs [r, V], sorted by `bounds`, until one "
-           "leads to `enough` or less, without making them: (index of the lowest or -1, its transport cost or the ceiling, how many were tried).")
-      .def("bounds", &PyTransport::bounds, py::arg("costs"), py::arg("goal"), py::arg("lowest"), py::arg("rows"),
-           py::arg("places"), py::arg("bounds"),
-           "Fills `lowest` [r] with lower bounds of the transport cost after any exchange for the rows of costs "
+           "Tries up to `most` exchanges of `places` for `rows` of costs [r, V], sorted by `bounds`, until "
+           "one "
+           "leads to `enough` or less, without making them: (index of the lowest or -1, its transport cost "
+           "or the ceiling, how many were tried).")
+      .def("bounds", &PyTransport::bounds, py::arg("costs"), py::arg("goal"), py::arg("lowest"),
+           py::arg("rows"), py::arg("places"), py::arg("bounds"),
+           "Fills `lowest` [r] with lower bounds of the transport cost after any exchange for the rows of "
+           "costs "
            "[r, V], and rows, places, bounds with the exchanges of the lowest bounds below `goal`; returns "
            "their number.")
       .def("duals", &PyTransport::duals, py::arg("u"), py::arg("f"), "Writes the dual variables [k] and [V].")

@@ -1,29 +1,34 @@
-// Solves min sum_sv C_sv x_sv with sum_v x_sv = V / g, sum_s x_sv = k / g, x >= 0 and whole, g = gcd(k, V), by successive
-// shortest paths with dual variables, and repairs the solution after a source has been exchanged.
+// Solves min sum_sv C_sv x_sv with sum_v x_sv = V / g, sum_s x_sv = k / g, x >= 0 and whole, g = gcd(k, V),
+// by successive shortest paths with dual variables, and repairs the solution after a source has been
+// exchanged.
 //
-// The dual variables satisfy u_s + f_v <= C_sv, with equality where x_sv > 0 (complementary slackness), so a flow that
-// leaves no unit behind is optimal. A source i that leaves takes its V / g units along; its successor o starts with
-// u_o = min_v (C_ov - f_v) and V / g units to place. Dijkstra's algorithm on reduced costs C_sv - u_s - f_v runs from o: a member
-// of the search lies at the distance of one of its sinks (their reduced cost is 0), a sink at the least distance of a member plus its reduced
-// cost, and the search ends when the sinks found lack as many units as are to be placed. Then the dual variables of what was found move
-// by the rest of the distance, and units go along the paths of the search as far as these do not share a bottleneck; if
-// units are left, another search follows. All duals on the way are feasible, so the dual value is a lower bound of the result
-// that rises with the distance: a search whose bound reaches the caller's ceiling is given up, and its changes are taken back.
+// The dual variables satisfy u_s + f_v <= C_sv, with equality where x_sv > 0 (complementary slackness), so a
+// flow that leaves no unit behind is optimal. A source i that leaves takes its V / g units along; its
+// successor o starts with u_o = min_v (C_ov - f_v) and V / g units to place. Dijkstra's algorithm on reduced
+// costs C_sv - u_s - f_v runs from o: a member of the search lies at the distance of one of its sinks (their
+// reduced cost is 0), a sink at the least distance of a member plus its reduced cost, and the search ends
+// when the sinks found lack as many units as are to be placed. Then the dual variables of what was found move
+// by the rest of the distance, and units go along the paths of the search as far as these do not share a
+// bottleneck; if units are left, another search follows. All duals on the way are feasible, so the dual value
+// is a lower bound of the result that rises with the distance: a search whose bound reaches the caller's
+// ceiling is given up, and its changes are taken back.
 //
-// Predicted before it was written: a search that finds m of the k members costs about 2 m V steps of one vector lane (m rows
-// relaxed, m smallest distances looked for); an exchange places V / k units, one search finds sinks for most of them, and m is some tens of
-// k = 400, V = 2,000: 2 * 30 * 2,000 * 2 = 240,000 steps of a lane, some 0.05 ms at 4 lanes, beside 20 ms for a solve of
-// few cells from nothing. A bound of an item for all members is 3 V steps and a selection of the V / k smallest.
+// Predicted before it was written: a search that finds m of the k members costs about 2 m V steps of one
+// vector lane (m rows relaxed, m smallest distances looked for); an exchange places V / k units, one search
+// finds sinks for most of them, and m is some tens of k = 400, V = 2,000: 2 * 30 * 2,000 * 2 = 240,000 steps
+// of a lane, some 0.05 ms at 4 lanes, beside 20 ms for a solve of few cells from nothing. A bound of an item
+// for all members is 3 V steps and a selection of the V / k smallest.
 //
-// Rounding: sums of costs that are multiples of one power of two (such as 1 - s of float32 similarities s) are exact as
-// long as they fit into 53 bits. In general the dual variables are off by units of the last place, so after each exchange that stands the
-// f_v are computed anew from u, and the largest reduced cost of a pair with flow is held against 1e-12 of the
-// largest cost; pairs beyond that lose their flow, which is then placed anew. Every sum is taken in one order and every choice among equals
-// takes the lowest index, so results are the same for all instruction sets and numbers of threads.
+// Rounding: sums of costs that are multiples of one power of two (such as 1 - s of float32 similarities s)
+// are exact as long as they fit into 53 bits. In general the dual variables are off by units of the last
+// place, so after each exchange that stands the f_v are computed anew from u, and the largest reduced cost of
+// a pair with flow is held against 1e-12 of the largest cost; pairs beyond that lose their flow, which is
+// then placed anew. Every sum is taken in one order and every choice among equals takes the lowest index, so
+// results are the same for all instruction sets and numbers of threads.
 //
-// Rejected: a network simplex, whose warm start needs a tree (of k + V - 1 pairs, of which k have no flow here) and whose
-// pivots look at all k V pairs; heaps of distances, which cost more than a look at V numbers that lie in the first cache;
-// the search from the sinks that lack units, which would scan columns.
+// Rejected: a network simplex, whose warm start needs a tree (of k + V - 1 pairs, of which k have no flow
+// here) and whose pivots look at all k V pairs; heaps of distances, which cost more than a look at V numbers
+// that lie in the first cache; the search from the sinks that lack units, which would scan columns.
 #include "cpu/transport.h"
 
 #include <algorithm>
@@ -49,7 +54,7 @@ constexpr int64_t kPad = 8;           // lanes of the widest vectors
 constexpr int kRepairs = 4;
 constexpr double kBidStep = 1e-2;  // of the range of costs
 constexpr int64_t kBids = 64;      // per sink, at most
-constexpr int64_t kHeap = 64;  // up to so many smallest numbers are kept while the others stream by
+constexpr int64_t kHeap = 64;      // up to so many smallest numbers are kept while the others stream by
 constexpr int64_t kPairs = int64_t{1} << 20;
 constexpr double kSettled = -1;
 
@@ -97,7 +102,11 @@ template <class T>
 class Solver final : public Transport<T> {
  public:
   Solver(const TensorView<const T, 2>& costs, const double* u, int threads, std::function<bool()> poll)
-      : k_(costs.rows()), sinks_(costs.cols()), stride_((sinks_ + kPad - 1) / kPad * kPad), width_((k_ + kPad - 1) / kPad * kPad), team_(threads, std::move(poll)) {
+      : k_(costs.rows()),
+        sinks_(costs.cols()),
+        stride_((sinks_ + kPad - 1) / kPad * kPad),
+        width_((k_ + kPad - 1) / kPad * kPad),
+        team_(threads, std::move(poll)) {
     const int64_t common = std::gcd(k_, sinks_);
     mass_ = sinks_ / common;
     share_ = k_ / common;
@@ -111,7 +120,8 @@ class Solver final : public Transport<T> {
     u_.assign(width_, 0.0);
     for (int64_t s = 0; u && s < k_; ++s) {
       if (!(std::fabs(u[s]) <= kMost))
-        throw std::invalid_argument("u: expected finite numbers, got " + std::to_string(u[s]) + " at position " + std::to_string(s));
+        throw std::invalid_argument("u: expected finite numbers, got " + std::to_string(u[s]) +
+                                    " at position " + std::to_string(s));
       u_[s] = u[s];
     }
     f_.assign(stride_, 0.0);
@@ -185,16 +195,18 @@ class Solver final : public Transport<T> {
     return kInfinity;
   }
 
-  BestExchange best_exchange(const TensorView<const T, 2>& costs, const std::vector<ExchangeBound>& candidates,
-                             double ceiling, double enough, int64_t most) override {
+  BestExchange best_exchange(const TensorView<const T, 2>& costs,
+                             const std::vector<ExchangeBound>& candidates, double ceiling, double enough,
+                             int64_t most) override {
     BestExchange best{-1, ceiling, 0};
     const int64_t count = static_cast<int64_t>(candidates.size());
-    for (int64_t i = 0; i < count && i < most && candidates[i].bound < best.value && best.value > enough; ++i) {
+    for (int64_t i = 0; i < count && i < most && candidates[i].bound < best.value; ++i) {
+      if (best.index >= 0 && best.value <= enough) break;
       const auto& [r, place, low] = candidates[i];
       check_place(place);
       if (r < 0 || r >= costs.rows())
-        throw std::invalid_argument("rows: expected a row in [0, " + std::to_string(costs.rows()) + "), got " +
-                                    std::to_string(r));
+        throw std::invalid_argument("rows: expected a row in [0, " + std::to_string(costs.rows()) +
+                                    "), got " + std::to_string(r));
       const auto given = TensorView<const T, 1>::compact(costs.row(r), sinks_);
       for (int64_t v = 0; v < sinks_; ++v) check(static_cast<double>(given(v)), "costs", r, v);
       const double value = try_exchange(place, given, best.value);
@@ -224,7 +236,8 @@ class Solver final : public Transport<T> {
         mine.resize(2 * stride_ + k_);
         for (int64_t r = begin; r < end; ++r) {
           found[r].clear();
-          lowest[start + r] = bound(costs.row(start + r), start + r, goal, mine.data(), most > 0 ? &found[r] : nullptr);
+          lowest[start + r] =
+              bound(costs.row(start + r), start + r, goal, mine.data(), most > 0 ? &found[r] : nullptr);
         }
       });
       for (int64_t r = 0; r < rows; ++r) kept.insert(kept.end(), found[r].begin(), found[r].end());
@@ -252,8 +265,9 @@ class Solver final : public Transport<T> {
 
   static void check(double cost, const char* name, int64_t s, int64_t v) {
     if (!(std::fabs(cost) <= kMost))
-      throw std::invalid_argument(std::string(name) + " must be finite and below 2^500 in magnitude, got " + std::to_string(cost) +
-                                  " at row " + std::to_string(s) + ", column " + std::to_string(v));
+      throw std::invalid_argument(std::string(name) + " must be finite and below 2^500 in magnitude, got " +
+                                  std::to_string(cost) + " at row " + std::to_string(s) + ", column " +
+                                  std::to_string(v));
   }
 
   // --- flows ---
@@ -297,8 +311,7 @@ class Solver final : public Transport<T> {
   double plan_cost() const {
     ExactSum sum;
     for (int64_t v = 0; v < sinks_; ++v) {
-      for (const Share& share : shares_[v])
-        sum.add_product(static_cast<double>(share.units), share.cost);
+      for (const Share& share : shares_[v]) sum.add_product(static_cast<double>(share.units), share.cost);
     }
     return sum.value() / total_;
   }
@@ -365,8 +378,8 @@ class Solver final : public Transport<T> {
     }
   }
 
-  // Searches from all sources with units left until the sinks found lack as many, moves the dual variables and sends units along the
-  // paths. False if the dual value [units] reaches `ceiling` on the way.
+  // Searches from all sources with units left until the sinks found lack as many, moves the dual variables
+  // and sends units along the paths. False if the dual value [units] reaches `ceiling` on the way.
   bool search(double ceiling) {
     std::fill(distance_.begin(), distance_.end(), kInfinity);
     for (const int64_t s : members_) seen_[s] = 0;
@@ -440,8 +453,8 @@ class Solver final : public Transport<T> {
 
   // --- exchanges ---
 
-  // Exchanges a source, and returns the transport cost, or infinity if its bound reaches the ceiling. keep() or take_back()
-  // has to follow.
+  // Exchanges a source, and returns the transport cost, or infinity if its bound reaches the ceiling. keep()
+  // or take_back() has to follow.
   double try_exchange(int64_t place, const TensorView<const T, 1>& given, double ceiling) {
     const double most = ceiling * total_;
     for (int64_t v = 0; v < sinks_; ++v) entering_[v] = given(v);
@@ -470,8 +483,8 @@ class Solver final : public Transport<T> {
     return plan_cost();
   }
 
-  // Finds the shortest path from the entering source to a sink that lacks units, backwards from these sinks over the sources, moves the
-  // dual variables and sends units. False if the dual value reaches `most`.
+  // Finds the shortest path from the entering source to a sink that lacks units, backwards from these sinks
+  // over the sources, moves the dual variables and sends units. False if the dual value reaches `most`.
   bool place_along_one_path(double most) {
     const int64_t place = entering_place_;
     std::fill(label_.begin(), label_.end(), kInfinity);
@@ -480,7 +493,8 @@ class Solver final : public Transport<T> {
       const T* const c = transposed_.data() + v * width_;
       const Lanes f = simd::broadcast(f_[v]);
       for (int64_t s = 0; s < width_; s += kLanes)
-        simd::store(label_.data() + s, smaller(load_wide(c + s) - simd::load(u_.data() + s) - f, simd::load(label_.data() + s)));
+        simd::store(label_.data() + s,
+                    smaller(load_wide(c + s) - simd::load(u_.data() + s) - f, simd::load(label_.data() + s)));
       entry = std::min(entry, static_cast<double>(entering_[v]) - u_[place] - f_[v]);
     }
     const Lanes zero{}, far = simd::broadcast(kInfinity);
@@ -602,7 +616,8 @@ class Solver final : public Transport<T> {
     saved_.insert(saved_.end(), column, column + width_);
     compute_column(t);
     double least = kInfinity;
-    for (const int32_t v : sinks_of_[t]) least = std::min(least, static_cast<double>(entering_[v]) - cost(t, v));
+    for (const int32_t v : sinks_of_[t])
+      least = std::min(least, static_cast<double>(entering_[v]) - cost(t, v));
     entering_columns_[t] = least;
   }
 
@@ -641,7 +656,8 @@ class Solver final : public Transport<T> {
   // min_v (c_v - f_v).
   double least_reduced(const T* c) const {
     Lanes least = simd::broadcast(kInfinity);
-    for (int64_t v = 0; v < stride_; v += kLanes) least = smaller(load_wide(c + v) - simd::load(f_.data() + v), least);
+    for (int64_t v = 0; v < stride_; v += kLanes)
+      least = smaller(load_wide(c + v) - simd::load(f_.data() + v), least);
     double most = least[0];
     for (int i = 1; i < kLanes; ++i) most = least[i] < most ? least[i] : most;
     return most;
@@ -678,10 +694,10 @@ class Solver final : public Transport<T> {
     for (int64_t v = 0; v < sinks_; ++v) f_[v] = first_[v];
   }
 
-  // Dual variables to begin with, by an auction: every sink bids for a place at the source that is cheapest for it, by as much as it
-  // prefers that source to the next and a little more; the lowest bid at a source loses its place when there are more than it has
-  // places, and is the source's price. Source: Bertsekas and Castanon, "The auction algorithm for the transportation problem",
-  // Annals of Operations Research 20, 1989.
+  // Dual variables to begin with, by an auction: every sink bids for a place at the source that is cheapest
+  // for it, by as much as it prefers that source to the next and a little more; the lowest bid at a source
+  // loses its place when there are more than it has places, and is the source's price. Source: Bertsekas and
+  // Castanon, "The auction algorithm for the transportation problem", Annals of Operations Research 20, 1989.
   void bid() {
     if (k_ == 1) return;
     const int64_t places = (sinks_ + k_ - 1) / k_;
@@ -755,8 +771,9 @@ class Solver final : public Transport<T> {
       }
       if (slackness_ <= most) break;
       if (attempt == kRepairs)
-        throw std::runtime_error("the transport of " + std::to_string(k_) + " sources and " + std::to_string(sinks_) +
-                                 " sinks violates complementary slackness by " + std::to_string(slackness_ / largest) +
+        throw std::runtime_error("the transport of " + std::to_string(k_) + " sources and " +
+                                 std::to_string(sinks_) + " sinks violates complementary slackness by " +
+                                 std::to_string(slackness_ / largest) +
                                  " of the largest cost; scale the costs to [0, 1]");
       for (int64_t v = 0; v < sinks_; ++v) {
         const std::vector<Share> shares = shares_[v];
@@ -782,7 +799,8 @@ class Solver final : public Transport<T> {
       loss_[owner_[v]] += second_[v];
     }
     for (int64_t v = sinks_; v < stride_; ++v) second_[v] = -1;
-    for (int64_t s = 0; s < k_; ++s) loss_[s] = loss_[s] / static_cast<double>(sinks_) - u_[s] / static_cast<double>(k_);
+    for (int64_t s = 0; s < k_; ++s)
+      loss_[s] = loss_[s] / static_cast<double>(sinks_) - u_[s] / static_cast<double>(k_);
   }
 
   // The lowest bound of the exchanges of one item with costs c; d [2 stride + k] is scratch.
@@ -797,7 +815,8 @@ class Solver final : public Transport<T> {
       int64_t kept = 0;
       double most = kInfinity;
       for (int64_t v = 0; v < stride_; v += kLanes) {
-        for (uint32_t mask = simd::greater_mask<double>(simd::broadcast(most), simd::load(d + v)); mask; mask &= mask - 1) {
+        for (uint32_t mask = simd::greater_mask<double>(simd::broadcast(most), simd::load(d + v)); mask;
+             mask &= mask - 1) {
           const double x = d[v + __builtin_ctz(mask)];
           if (!(x < most)) continue;
           int64_t at = kept < share ? kept++ : share - 1;

@@ -82,7 +82,7 @@ class Transport:
     ) -> Best:
         index, tried = -1, 0
         for i, (row, place, bound) in enumerate(zip(*(part.tolist() for part in candidates), strict=True)):
-            if i == most or bound >= ceiling or ceiling <= enough:
+            if i == most or bound >= ceiling or (index >= 0 and ceiling <= enough):
                 break
             before = [part.clone() for part in (self._c, self._u, self._f, self._x)]
             value = self.exchange(place, costs[row], ceiling)
@@ -130,7 +130,7 @@ class Transport:
 
     def _place_along_one_path(self, root: int) -> None:
         """Dijkstra's algorithm from a source to the nearest sink that lacks units."""
-        k, sinks = self._c.shape
+        sinks = self._c.shape[1]
         distance, parent = torch.full((sinks,), math.inf, dtype=torch.float64), torch.full((sinks,), -1)
         settled = torch.zeros(sinks, dtype=torch.bool)
         of_source, by = {root: 0.0}, {root: -1}

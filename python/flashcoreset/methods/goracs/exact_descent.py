@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flashcoreset.methods.goracs.descent import Options, Progression, pool_rows
-from flashcoreset.methods.goracs.exchanges import IMPROVEMENT
 from flashcoreset.methods.goracs.transport_costs import TransportCosts
 from flashcoreset.transport.backend import Candidates, choose
 
@@ -69,7 +68,7 @@ class ExactDescent(Progression):
             if pool is None:
                 self.stopped = "certificate"
                 return
-            if self._step(pool, report):
+            if self._step(pool, report, patient=fresh):
                 continue
             if spent := self._spent():
                 self.stopped = spent
@@ -104,8 +103,8 @@ class ExactDescent(Progression):
             items, torch.cat([self._costs.costs(part).cpu() for part in items.split(self._costs.step)])
         )
 
-    def _step(self, pool: _Pool, report: Callable[[int], None]) -> bool:
-        """Makes exchanges for items of the pool; False if none of the candidates helps."""
+    def _step(self, pool: _Pool, report: Callable[[int], None], patient: bool) -> bool:
+        """Makes exchanges for items of the pool; False if no candidate helps, or, unless `patient`, if the first few do not."""
         members = set(self.subset.tolist())
         kept = torch.tensor([row for row, item in enumerate(pool.items.tolist()) if item not in members])
         if len(kept) < len(pool.items):
@@ -118,7 +117,7 @@ class ExactDescent(Progression):
         while len(candidates.rows) and self.exchanges[-1] < self._options.max_exchanges:
             score = self.scores[-1]
             enough = score - _ENOUGH * (score - float(candidates.bounds[0]))
-            index = self._best(pool, candidates, enough, bounded=not made)
+            index = self._best(pool, candidates, enough, patient and not made)
             if index is None:
                 return made
             row, place = int(candidates.rows[index]), int(candidates.places[index])
@@ -135,9 +134,8 @@ class ExactDescent(Progression):
             )
         return made
 
-    def _best(self, pool: _Pool, candidates: Candidates, enough: float, bounded: bool) -> int | None:
-        """The exchange to make, or None. `bounded`: the bounds are of the present transport, so all candidates are tried if
-        need be."""
+    def _best(self, pool: _Pool, candidates: Candidates, enough: float, patient: bool) -> int | None:
+        """The exchange to make, or None. `patient`: all candidates are tried if need be."""
         begin, goal = 0, self._goal
         while begin < len(candidates.rows) and self._spent() is None:
             size = _TRIES if begin == 0 else _CHUNK
@@ -150,7 +148,7 @@ class ExactDescent(Progression):
             whole = allowed == size or best.tried < allowed
             if best.index >= 0 and (whole or best.value <= wanted):
                 return begin + best.index
-            if not bounded:
+            if not patient:
                 return None
             begin += size
         return None
