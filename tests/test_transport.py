@@ -28,7 +28,7 @@ def costs(kind: str, k: int, sinks: int, rng: np.random.Generator) -> np.ndarray
     if kind == "zero":
         return np.zeros((k, sinks))
     if kind == "duplicates":
-        return c[rng.integers(0, k, k)][:, rng.integers(0, sinks, sinks)]
+        return np.ascontiguousarray(c[rng.integers(0, k, k)][:, rng.integers(0, sinks, sinks)])
     if kind == "two-values":
         return np.round(c)
     if kind == "negative":
@@ -136,6 +136,15 @@ def test_bounds_are_below_the_costs_and_the_best_is_the_best(transport: Any, k: 
             gain = y[row] / k - np.maximum(0, y[row] - d[row]).sum() / sinks
             saved = np.maximum(0, w - np.maximum(0, d[row] - y[row]))[own].sum() / sinks
             assert bounds[row, place] == pytest.approx(u.mean() + f.mean() + loss + gain - saved, abs=1e-12)
+    # Tightened bounds are bounds, not below the others, and exact if one unit moves.
+    tight = solved.tighten(torch.from_numpy(items), listed)
+    tightened = np.empty((5, k))
+    tightened[tight.rows, tight.places] = tight.bounds
+    assert (tightened <= after + 1e-12).all()
+    assert (tightened >= bounds).all()
+    assert (np.diff(tight.bounds.numpy()) >= 0).all()
+    if sinks == 1 or k == 1:
+        np.testing.assert_allclose(tightened, after, atol=1e-12)
     # Fewer are the lowest of all.
     goal = float(np.median(bounds))
     _, few = solved.bounds(torch.from_numpy(items), goal, 3)
@@ -184,6 +193,22 @@ def test_a_thousand_exchanges_leave_no_rounding_behind() -> None:
         c[place] = rng.random(90) * 10.0 ** rng.integers(-9, 3)
         solved.exchange(place, torch.from_numpy(c[place]))
     check(solved, c)
+
+
+def test_both_backends_tighten_alike() -> None:
+    for k, sinks in ((12, 60), (9, 40), (30, 20)):
+        rng = np.random.default_rng(k)
+        c, items = torch.from_numpy(rng.random((k, sinks))), torch.from_numpy(rng.random((6, sinks)))
+        compiled, plain = cpu.Transport(c), reference.Transport(c)
+        _, listed = compiled.bounds(items, math.inf, 6 * k)
+        found = []
+        for solved in (compiled, plain):
+            tight = solved.tighten(items, listed._replace(bounds=torch.full((6 * k,), -math.inf).double()))
+            table = np.empty((6, k))
+            table[tight.rows, tight.places] = tight.bounds
+            found.append(table)
+        # Ways as far as the compiled ones look at sinks: all of them, in problems of this size.
+        np.testing.assert_allclose(*found, atol=1e-12)
 
 
 @pytest.mark.parametrize("k", [30, 29])
@@ -269,6 +294,10 @@ def test_bad_arguments() -> None:
         made.best_exchange(
             torch.rand(2, 5), lists[0], torch.zeros(2, dtype=torch.int64), lists[2], 1.0, 0.0, 1
         )
+    with pytest.raises(ValueError, match=r"place: expected a source in \[0, 3\), got 7"):
+        made.tighten(torch.rand(2, 5), lists[0], lists[1] + 7, lists[2])
+    with pytest.raises(ValueError, match=r"rows: expected a row in \[0, 2\), got -1"):
+        made.tighten(torch.rand(2, 5), lists[0] - 1, *lists[1:])
     with pytest.raises(ValueError, match=r"lowest: expected shape \(2,\)"):
         made.bounds(torch.rand(2, 5), 1.0, torch.zeros(3).double(), *lists)
     with pytest.raises(ValueError, match=r"u: expected shape \(3,\)"):

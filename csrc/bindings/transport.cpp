@@ -121,6 +121,27 @@ class PyTransport {
     });
   }
 
+  void tighten(py::object costs_array, py::object rows_array, py::object places_array,
+               py::object bounds_array) {
+    const ArrayArgument costs(costs_array, "costs"), rows(rows_array, "rows"), places(places_array, "places"),
+        bounds(bounds_array, "bounds");
+    const auto r = rows.output<int64_t, 1>(), p = places.output<int64_t, 1>();
+    const auto b = bounds.output<double, 1>();
+    places.require_shape({r.size()});
+    bounds.require_shape({r.size()});
+    locked([&](auto& solved) {
+      const auto view = items_of(solved, costs);
+      std::vector<ExchangeBound> candidates(r.size());
+      for (int64_t i = 0; i < r.size(); ++i) candidates[i] = {r(i), p(i), b(i)};
+      solved.tighten(view, candidates);
+      for (int64_t i = 0; i < r.size(); ++i) {
+        r(i) = candidates[i].row;
+        p(i) = candidates[i].place;
+        b(i) = candidates[i].bound;
+      }
+    });
+  }
+
   void duals(py::object u_array, py::object f_array) {
     const ArrayArgument u(u_array, "u"), f(f_array, "f");
     const auto sources = u.output<double, 1>(), sinks = f.output<double, 1>();
@@ -212,6 +233,9 @@ void bind_transport(py::module_& m) {
            "costs "
            "[r, V], and rows, places, bounds with the exchanges of the lowest bounds below `goal`; returns "
            "their number.")
+      .def("tighten", &PyTransport::tighten, py::arg("costs"), py::arg("rows"), py::arg("places"),
+           py::arg("bounds"),
+           "Raises the bounds of exchanges for rows of costs [r, V] and sorts all three by them.")
       .def("duals", &PyTransport::duals, py::arg("u"), py::arg("f"), "Writes the dual variables [k] and [V].")
       .def("flows", &PyTransport::flows, py::arg("sources"), py::arg("sinks"), py::arg("units"),
            "Writes the pairs between which mass flows, and the whole units [flow_count].")

@@ -54,6 +54,7 @@ constexpr int64_t kPad = 8;           // lanes of the widest vectors
 constexpr int kRepairs = 4;
 constexpr double kBidStep = 1e-2;  // of the range of costs
 constexpr int64_t kBids = 64;      // per sink, at most
+constexpr int64_t kNear = 64;      // sinks of an item that a bound by ways looks at, and more
 constexpr int64_t kHeap = 64;      // up to so many smallest numbers are kept while the others stream by
 constexpr int64_t kPairs = int64_t{1} << 20;
 constexpr double kSettled = -1;
@@ -218,6 +219,51 @@ class Solver final : public Transport<T> {
     return best;
   }
 
+  void tighten(const TensorView<const T, 2>& costs, std::vector<ExchangeBound>& candidates) override {
+    const int64_t count = static_cast<int64_t>(candidates.size());
+    std::vector<int64_t> slot(costs.rows(), -1);  // of a row's nearest sinks
+    int64_t rows = 0;
+    for (const ExchangeBound& candidate : candidates) {
+      check_place(candidate.place);
+      check_row(candidate.row, costs.rows());
+      if (slot[candidate.row] < 0) slot[candidate.row] = rows++;
+    }
+    // The sinks with the smallest C_ov - f_v of each item, ascending.
+    const int64_t near = std::min(sinks_, kNear + 2 * ((sinks_ + k_ - 1) / k_));
+    std::vector<std::pair<double, int32_t>> nearest(rows * near);
+    for (int64_t r = 0; r < costs.rows(); ++r) {
+      for (int64_t v = 0; slot[r] >= 0 && v < sinks_; ++v)
+        check(static_cast<double>(costs.row(r)[v]), "costs", r, v);
+    }
+    team_.parallel_for(costs.rows(), 8, [&](int, int64_t begin, int64_t end) {
+      std::vector<std::pair<double, int32_t>> all(sinks_);
+      for (int64_t r = begin; r < end; ++r) {
+        if (slot[r] < 0) continue;
+        for (int64_t v = 0; v < sinks_; ++v)
+          all[v] = {static_cast<double>(costs.row(r)[v]) - f_[v], static_cast<int32_t>(v)};
+        std::nth_element(all.begin(), all.begin() + near - 1, all.end());
+        std::sort(all.begin(), all.begin() + near);
+        std::copy(all.begin(), all.begin() + near, nearest.begin() + slot[r] * near);
+      }
+    });
+    std::vector<std::vector<int64_t>> of_place(k_);
+    for (int64_t i = 0; i < count; ++i) of_place[candidates[i].place].push_back(i);
+    team_.parallel_for(k_, 1, [&](int, int64_t begin, int64_t end) {
+      std::vector<double> distance;
+      std::vector<double> least;
+      for (int64_t place = begin; place < end; ++place) {
+        if (of_place[place].empty()) continue;
+        distances_to(place, distance);
+        for (const int64_t i : of_place[place]) {
+          ExchangeBound& candidate = candidates[i];
+          const auto* const sinks = nearest.data() + slot[candidate.row] * near;
+          candidate.bound = std::max(candidate.bound, way_bound(place, sinks, near, distance, least));
+        }
+      }
+    });
+    std::sort(candidates.begin(), candidates.end(), lower);
+  }
+
   std::vector<ExchangeBound> bounds(const TensorView<const T, 2>& costs, double goal, int64_t most,
                                     double* lowest) override {
     const int64_t count = costs.rows();
@@ -241,9 +287,6 @@ class Solver final : public Transport<T> {
         }
       });
       for (int64_t r = 0; r < rows; ++r) kept.insert(kept.end(), found[r].begin(), found[r].end());
-      const auto lower = [](const ExchangeBound& a, const ExchangeBound& b) {
-        return a.bound != b.bound ? a.bound < b.bound : a.row != b.row ? a.row < b.row : a.place < b.place;
-      };
       if (static_cast<int64_t>(kept.size()) > most) {
         std::nth_element(kept.begin(), kept.begin() + most, kept.end(), lower);
         kept.resize(most);
@@ -256,6 +299,16 @@ class Solver final : public Transport<T> {
  private:
   T* row(int64_t s) { return costs_.data() + s * stride_; }
   const T* row(int64_t s) const { return costs_.data() + s * stride_; }
+
+  static bool lower(const ExchangeBound& a, const ExchangeBound& b) {
+    return a.bound != b.bound ? a.bound < b.bound : a.row != b.row ? a.row < b.row : a.place < b.place;
+  }
+
+  static void check_row(int64_t r, int64_t rows) {
+    if (r < 0 || r >= rows)
+      throw std::invalid_argument("rows: expected a row in [0, " + std::to_string(rows) + "), got " +
+                                  std::to_string(r));
+  }
 
   void check_place(int64_t place) const {
     if (place < 0 || place >= k_)
@@ -568,6 +621,74 @@ class Solver final : public Transport<T> {
     if (need_[path_.back().sink] == 0)
       deficits_.erase(std::find(deficits_.begin(), deficits_.end(), path_.back().sink));
     return true;
+  }
+
+  // The least reduced costs [width] at which each source can hand sinks on until a sink of `place` is taken
+  // over.
+  void distances_to(int64_t place, std::vector<double>& distance) const {
+    std::vector<double> label(columns_.begin() + place * width_, columns_.begin() + (place + 1) * width_);
+    const Lanes zero{}, far = simd::broadcast(kInfinity), own = simd::broadcast(u_[place]);
+    for (int64_t s = 0; s < width_; s += kLanes) {
+      const Lanes reduced = simd::load(label.data() + s) - simd::load(u_.data() + s) + own;
+      simd::store(label.data() + s, reduced > zero ? reduced : zero);
+    }
+    for (int64_t s = k_; s < width_; ++s) label[s] = kInfinity;
+    label[place] = kSettled;
+    distance.assign(width_, kInfinity);
+    distance[place] = 0;
+    for (int64_t visited = 1; visited < k_; ++visited) {
+      Lanes least = far;
+      for (int64_t s = 0; s < width_; s += kLanes) {
+        const Lanes now = simd::load(label.data() + s);
+        least = smaller(now < zero ? far : now, least);
+      }
+      double key = least[0];
+      for (int i = 1; i < kLanes; ++i) key = least[i] < key ? least[i] : key;
+      int64_t t = 0;
+      while (label[t] != key) ++t;
+      label[t] = kSettled;
+      distance[t] = key;
+      const double* const column = columns_.data() + t * width_;
+      const Lanes from = simd::broadcast(key), dual = simd::broadcast(u_[t]);
+      for (int64_t s = 0; s < width_; s += kLanes) {
+        const Lanes reduced = simd::load(column + s) - simd::load(u_.data() + s) + dual;
+        const Lanes now = simd::load(label.data() + s), by = from + (reduced > zero ? reduced : zero);
+        simd::store(label.data() + s, smaller(by, now));
+      }
+    }
+  }
+
+  // A bound of the exchange of `place` for an item whose nearest sinks are given: its units enter at
+  // different sinks, as many as a sink takes, and each goes the shortest way to a sink of `place`.
+  double way_bound(int64_t place, const std::pair<double, int32_t>* sinks, int64_t count,
+                   const std::vector<double>& distance, std::vector<double>& least) const {
+    const int64_t wanted = (mass_ + share_ - 1) / share_;  // sinks, the last one perhaps in part
+    least.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      const auto& [d, v] = sinks[i];
+      if (static_cast<int64_t>(least.size()) == wanted && d >= least.front()) break;
+      double way = kInfinity;
+      for (const Share& share : shares_[v]) way = std::min(way, distance[share.source]);
+      least.push_back(d + way);
+      std::push_heap(least.begin(), least.end());
+      if (static_cast<int64_t>(least.size()) > wanted) {
+        std::pop_heap(least.begin(), least.end());
+        least.pop_back();
+      }
+    }
+    // Sinks that were not looked at are as far as the last one at least.
+    const double rest = count < sinks_ ? sinks[count - 1].first : kInfinity;
+    for (double& x : least) x = std::min(x, rest);
+    while (static_cast<int64_t>(least.size()) < wanted) least.push_back(rest);
+    std::sort(least.begin(), least.end());
+    double cost = 0;
+    int64_t left = mass_;
+    for (const double x : least) {
+      const int64_t units = std::min(left, share_);
+      cost += static_cast<double>(units) * x;
+      left -= units;
+    }
+    return (dual_start_ + cost - static_cast<double>(mass_) * u_[place]) / total_;
   }
 
   // The sink of t that s takes over at the least cost.

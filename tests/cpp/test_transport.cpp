@@ -130,6 +130,11 @@ void check_problem(int64_t k, int64_t sinks, int kind, uint64_t seed, int exchan
       CHECK(bound.bound >= lowest);
       if (bound.place == place) CHECK(bound.bound <= expected + 1e-12);
     }
+    auto tight = bounds;
+    solved->tighten(items, tight);
+    for (const auto& bound : tight) {
+      if (bound.place == place) CHECK(bound.bound <= expected + 1e-12);
+    }
     const auto best = solved->best_exchange(items, {{0, place, -kInfinity}}, kInfinity, -kInfinity, 1);
     CHECK(std::fabs(best.value - expected) < 1e-11);
     CHECK_EQUAL(best.tried, 1);

@@ -450,6 +450,9 @@ class Recipes:
             **self._pairs(),
         }
 
+    def tighten(self) -> dict[str, Value]:
+        return {"costs": self.rows("n", "d"), **self._pairs()}
+
     def duals(self) -> dict[str, Value]:
         return {"u": self.out("k", dtype="float64"), "f": self.out("d", dtype="float64")}
 
@@ -502,7 +505,7 @@ USES = {
     "CaratheodoryReduction": ("take_total", "factors", "move_to_mean", "centre", "rest", "correct"),
     "CaratheodorySampler": ("push", "finish"),
     "ActiveSet": ("add", "weights"),
-    "Transport": ("duals", "bounds", "best_exchange", "exchange"),
+    "Transport": ("duals", "bounds", "tighten", "best_exchange", "exchange"),
     "Sinkhorn": ("total", "step", "step"),
 }
 

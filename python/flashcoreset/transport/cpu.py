@@ -87,6 +87,13 @@ class Transport:
         )
         return lowest, Candidates(rows[:count], places[:count], bounds[:count])
 
+    def tighten(self, costs: Tensor, candidates: Candidates) -> Candidates:
+        """The candidates, sorted by bounds that are not below the old ones: they know the way on which units get from the item to the
+        source that leaves."""
+        rows, places, bounds = (part.clone() for part in candidates)
+        self._native.tighten(capsule(costs), capsule(rows), capsule(places), capsule(bounds))
+        return Candidates(rows, places, bounds)
+
     def duals(self) -> tuple[Tensor, Tensor]:
         """(u [k], f [V]) float64: u_s + f_v <= C_sv, f_v = min_s (C_sv - u_s)."""
         u, f = (torch.empty(length, dtype=torch.float64) for length in self._shape)

@@ -13,7 +13,8 @@ of each sink (f_v at the member i_v, and f_v + w_v) and any y as the dual variab
     loss_i = -u_i / k + (1/V) sum_{v: i_v = i} w_v          d_v = C_ov - f_v
     gain_o = y / k - (1/V) sum_v max(0, y - d_v)
 
-is not above the new transport cost, by weak duality. y is taken where gain_o is greatest, at the R-th smallest d_v, R = ceil(V / k).
+is not above the new transport cost, by weak duality. (tighten() raises it: a unit of o enters at a sink, whose source takes over a sink of
+another, and so on until one of i is taken over; the cheapest ways of all units, each way by itself, are a bound as well.) y is taken where gain_o is greatest, at the R-th smallest d_v, R = ceil(V / k).
 
 Source: Ahuja, Magnanti and Orlin, "Network Flows", Prentice Hall 1993, section 9.7 (successive shortest paths).
 """
@@ -108,6 +109,27 @@ class Transport:
         below = values[rows, places]
         order = torch.argsort(below, stable=True)[:most]
         return values.amin(1), Candidates(rows[order], places[order], below[order])
+
+    def tighten(self, costs: Tensor, candidates: Candidates) -> Candidates:
+        k, sinks = self._c.shape
+        served = self._x > 0
+        # hand[s, t]: the least cost at which s takes over a sink of t, with other members in between or not.
+        hand = torch.stack(
+            [(self._c[:, served[t]] - self._c[t, served[t]]).amin(1) for t in range(k)], dim=1
+        ).fill_diagonal_(0)
+        for between in range(k):
+            hand = torch.minimum(hand, hand[:, between, None] + hand[between])
+        left = torch.full((sinks,), k // math.gcd(k, sinks)).cumsum(0)
+        units = (self._total // k - left + left[0]).clamp(0, int(left[0])).double()
+        bounds = candidates.bounds.clone()
+        for i, (row, place) in enumerate(
+            zip(candidates.rows.tolist(), candidates.places.tolist(), strict=True)
+        ):
+            freed = torch.where(served, hand[:, place, None] - self._c, math.inf).amin(0)
+            ways = (costs[row].double() + freed).sort().values
+            bounds[i] = max(float(bounds[i]), self.value + float((units * ways).sum()) / self._total)
+        order = torch.argsort(bounds, stable=True)
+        return Candidates(candidates.rows[order], candidates.places[order], bounds[order])
 
     def duals(self) -> tuple[Tensor, Tensor]:
         return self._u.clone(), self._f.clone()
