@@ -181,6 +181,16 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "NearestOrder.begin": {"length": 2},
         "NearestOrder.rounds": {"k": 2, "items": zeros(6), "counts": zeros(2), "values": f64(2), "takers": zeros(6), "similarities": f64(6)},
         "NearestOrder.order": {"list": 0, "items": zeros(9), "similarities": f32(9)},
+        "Transport.__init__": {"costs": f32(3, 4), "u": f64(3), "threads": 2},
+        "Transport.exchange": {"place": 1, "row": f32(4), "ceiling": 9.0},
+        "Transport.best_exchange": {
+            "costs": f32(2, 4), "rows": i64(0, 1), "places": i64(2, 0), "bounds": f64(2), "ceiling": 9.0, "enough": 0.0, "most": 2,
+        },
+        "Transport.bounds": {
+            "costs": f32(2, 4), "goal": 9.0, "lowest": f64(2), "rows": zeros(6), "places": zeros(6), "bounds": f64(6),
+        },
+        "Transport.tighten": {"costs": f32(2, 4), "rows": i64(0, 1), "places": i64(2, 0), "bounds": f64(2)},
+        "Transport.duals": {"u": f64(3), "f": f64(4)},
         "Sinkhorn.__init__": transport | solved | {"threads": 2},
         "Sinkhorn.step": {"iterations": 5},
         "sketch_csr": {
@@ -251,6 +261,7 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
                 "FacilityLocation": run_of,
                 "NearestOrder": finished_order,
                 "CaratheodoryReduction": reduction,
+                "Transport": lambda: m.Transport(f32(3, 4), None, 1),
             }
             getattr(makers[owner](), method)(**given)
         else:

@@ -52,7 +52,7 @@ LEFT_OUT = (
 # Which tests guard a file: the first pattern that fits. Test files in the order in which they are tried, quick ones first.
 TESTS = (
     ("*sinkhorn*", "sinkhorn goracs"),
-    ("*transport*", "goracs sinkhorn"),
+    ("*transport*", "transport goracs sinkhorn"),
     ("*goracs*|*exchanges*", "goracs"),
     ("*nearest_order*|*simcore*", "nearest_order simcore"),
     ("*scores*|*dynamics*", "scores dynamics ccs"),

@@ -523,14 +523,17 @@ def test_distances_that_overflow() -> None:
     assert found.indices.tolist() == [1]
 
 
-def test_missing_pot_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_scores_need_no_pot_if_the_costs_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "ot")
+    assert goracs(GOOD, GOOD, np.ones(6), 2).info["exact_solves"] >= 1
+    monkeypatch.setattr("flashcoreset.methods.goracs.HELD_BYTES", 0)
     with pytest.raises(ImportError, match=r"solver='exact' needs POT.*flashcoreset\[goracs\].*sinkhorn"):
         goracs(GOOD, GOOD, np.ones(6), 2)
 
 
 def test_failure_of_the_solver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ot.emd
+    monkeypatch.setattr("flashcoreset.methods.goracs.HELD_BYTES", 0)
 
     def fail(*arguments: Any, **keywords: Any) -> Any:
         plan, log = real(*arguments, **keywords)
@@ -541,6 +544,27 @@ def test_failure_of_the_solver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(exact_transport, "_DENSE", dense)
         with pytest.raises(RuntimeError, match="POT's network simplex failed on a 2 x 6 problem: numItermax"):
             goracs(GOOD, GOOD, np.ones(6), 2)
+
+
+def test_members_whose_costs_are_not_held_are_scored_by_pot(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, valid, norms = data(60, 40)
+    held = goracs(train, valid, norms, 8)
+    monkeypatch.setattr("flashcoreset.methods.goracs.HELD_BYTES", 0)
+    solved = goracs(train, valid, norms, 8)
+    c = reference.costs(train, valid, norms, 0.5)
+    for coreset in (held, solved):
+        exact = reference.score(c[coreset.indices.numpy()])[0]
+        assert exact == pytest.approx(coreset.info["score"], abs=1e-12)
+    assert held.info["scores"][0] == pytest.approx(solved.info["scores"][0], abs=1e-12)
+    assert held.info["score"] <= solved.info["score"] + 1e-9
+
+
+def test_the_definition_of_transport_gives_the_same_exchanges() -> None:
+    train, valid, norms = data(60, 30, seed=2)
+    compiled, plain = (
+        goracs(train, valid, norms, 6, backend=backend, max_exchanges=2) for backend in ("cpu", "torch")
+    )
+    assert compiled.info["scores"] == pytest.approx(plain.info["scores"], abs=1e-12)
 
 
 # --- around it ------------------------------------------------------------------------------------

@@ -232,18 +232,18 @@ def test_time_is_limited() -> None:
 
 def test_classes_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that runs a second at each look; 30 s are left for two classes, and the second gets what the first leaves."""
-    from flashcoreset.methods.goracs import descent
+    from flashcoreset.methods.goracs.exact_descent import ExactDescent
 
     seen: list[float] = []
     ticks = itertools.count()
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-    original = descent.Descent.__init__
+    original = ExactDescent.__init__
 
     def watch(self: Any, costs: Any, picks: Any, options: Any) -> None:
         seen.append(options.deadline)
         original(self, costs, picks, options)
 
-    monkeypatch.setattr(descent.Descent, "__init__", watch)
+    monkeypatch.setattr(ExactDescent, "__init__", watch)
     train, valid, norms, labels = labelled()
     info = fc.goracs(train, valid, norms, 15, lam=0.5, time_limit=30, **labels).info
     assert seen[0] == 1 + 29 / 2

@@ -101,6 +101,8 @@ struct Real {
     return {py::reinterpret_borrow<py::object>(argument)};
   }
 
+  // Infinity too; no NaN.
+  double number(const char* name) const { return in(name, -HUGE_VAL, HUGE_VAL, "a number"); }
   double finite(const char* name) const { return in(name, -DBL_MAX, DBL_MAX, "a finite number"); }
   // Never -0: quotients and roots of -0 have the other sign.
   double not_negative(const char* name) const { return in(name, 0, DBL_MAX, "a finite number >= 0") + 0.0; }

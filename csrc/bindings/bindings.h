@@ -47,5 +47,6 @@ void bind_scores(py::module_& m);
 void bind_matching(py::module_& m);
 void bind_caratheodory(py::module_& m);
 void bind_pursuit(py::module_& m);
+void bind_transport(py::module_& m);
 
 }  // namespace fc

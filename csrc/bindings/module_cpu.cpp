@@ -22,6 +22,7 @@ void define_module(py::module_& m) {
   bind_matching(m);
   bind_caratheodory(m);
   bind_pursuit(m);
+  bind_transport(m);
 }
 
 }  // namespace

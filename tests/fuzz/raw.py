@@ -418,6 +418,44 @@ class Recipes:
     def order(self) -> dict[str, Value]:
         return {"list": literal(0), "items": self.out("m", dtype="int64"), "similarities": self.out("m")}
 
+    def Transport(self) -> dict[str, Value]:
+        u = array("k", dtype="float64", content="positive") if self.r.random() < 0.5 else literal(None)
+        return {"costs": self.rows("k", "d"), "u": u}
+
+    def exchange(self) -> dict[str, Value]:
+        return {
+            "place": literal(0),
+            "row": self.any_array("d"),
+            "ceiling": literal(self.r.choice((0.5, 1e9))),
+        }
+
+    def _pairs(self) -> dict[str, Value]:
+        return {"rows": self.out("k", dtype="int64"), "places": self.out("k", dtype="int64"),
+                "bounds": self.out("k", dtype="float64")}  # fmt: skip
+
+    def best_exchange(self) -> dict[str, Value]:
+        return {
+            "costs": self.rows("n", "d"),
+            "ceiling": literal(1e9),
+            "enough": literal(0.0),
+            "most": Size("k"),
+            **self._pairs(),
+        }
+
+    def bounds(self) -> dict[str, Value]:
+        return {
+            "costs": self.rows("n", "d"),
+            "goal": literal(1e9),
+            "lowest": self.out("n", dtype="float64"),
+            **self._pairs(),
+        }
+
+    def tighten(self) -> dict[str, Value]:
+        return {"costs": self.rows("n", "d"), **self._pairs()}
+
+    def duals(self) -> dict[str, Value]:
+        return {"u": self.out("k", dtype="float64"), "f": self.out("d", dtype="float64")}
+
     def ActiveSet(self) -> dict[str, Value]:
         return {"target_norm": literal(1.0)}
 
@@ -467,6 +505,7 @@ USES = {
     "CaratheodoryReduction": ("take_total", "factors", "move_to_mean", "centre", "rest", "correct"),
     "CaratheodorySampler": ("push", "finish"),
     "ActiveSet": ("add", "weights"),
+    "Transport": ("duals", "bounds", "tighten", "best_exchange", "exchange"),
     "Sinkhorn": ("total", "step", "step"),
 }
 

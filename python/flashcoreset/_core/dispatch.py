@@ -39,6 +39,7 @@ BACKENDS = ("cpu", "cuda", "triton", "torch")
 FAMILIES = {
     "facility_location": ("cpu", "cuda", "triton", "torch"),
     "nearest_order": ("cpu", "torch"),
+    "transport": ("cpu", "torch"),
     "sinkhorn": ("cpu", "cuda", "triton", "torch"),
     "sketch": ("cpu", "cuda", "triton", "torch"),
     "scores": ("cpu", "triton", "torch"),

@@ -32,6 +32,7 @@ from flashcoreset._core.tensor import (
 )
 from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.methods.goracs.descent import KEPT_BYTES, Descent, Options, pool_rows
+from flashcoreset.methods.goracs.exact_descent import HELD_BYTES, ExactDescent, transport_bytes
 from flashcoreset.methods.goracs.exact_transport import load_pot
 from flashcoreset.methods.goracs.transport_costs import (
     TransportCosts,
@@ -109,8 +110,9 @@ def goracs(
         valid_labels: [V] class labels, of the same kind; both or neither.
         scaling: with labels, what distances and norms are divided by, and quantiles are of: "class", the maxima of each class,
             so that lam weighs the same in all; "global", those of all items.
-        solver: "exact" solves transport problems by POT's network simplex, "sinkhorn" by `fc.sinkhorn`,
-            whose plan is rounded to a feasible one.
+        solver: "exact" solves the transport problem by shortest augmenting paths and repairs it after each exchange (if the
+            members' costs take more than about 1 GB, every score is a solve by POT), "sinkhorn" solves by `fc.sinkhorn`, whose plan is
+            rounded to a feasible one.
         seed: 0 <= seed < 2^32. Nothing is drawn at random, so the result does not depend on it.
         reg: the regularisation of "sinkhorn", > 0; costs are in [0, 1].
         memory_budget: bytes for costs and lists; the result does not depend on it. The n x V costs are held if
@@ -138,7 +140,7 @@ def goracs(
         TypeError: for arguments of a wrong type.
         ValueError: for wrong shapes, options out of range, NaN or infinity, `grad_norms` that are negative or, with lam >
             0, missing or all 0 (after `norm_clip`), k > n, and a validation class that no training item has.
-        ImportError: if `solver` is "exact" and POT is not installed.
+        ImportError: if `solver` is "exact", the members' costs take more than about 1 GB, and POT is not installed.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Mei, Chen, Yu, Liang and Yang, "GORACS: Group-level Optimal Transport-guided Coreset Selection for
@@ -209,8 +211,6 @@ def goracs(
     if train_labels is not None:
         labels = joint_labels(device, train_labels=(train_labels, n), valid_labels=(valid_labels, y.shape[0]))
     kernels = choose(backend, device)
-    if solver == "exact":
-        load_pot()
     check_finite(x, "train")
     check_finite(y, "valid")
     check_finite(norms, "grad_norms")
@@ -220,6 +220,9 @@ def goracs(
     classes = [(0, torch.arange(n, device=device), torch.arange(len(y), device=device), k)]
     if labels is not None:
         classes = _split(*labels, k)
+    dtype = compute_dtype(x.dtype)
+    if solver == "exact" and not all(_is_held(count, len(own), dtype) for _, _, own, count in classes):
+        load_pot()
     together = labels is None or scaling == "global"
     if quantile is not None and together:
         norms = _clipped(norms, quantile)
@@ -235,7 +238,6 @@ def goracs(
                     f"grad_norms must not be all 0 with lam > 0{where}, got lam={options.lam}{clip}"
                 )
 
-    dtype = compute_dtype(x.dtype)
     # With labels: None for the maxima of the class.
     top = float(norms.max()) if together else None
     largest = None
@@ -327,6 +329,11 @@ def _together(infos: dict[int, dict[str, Any]], classes: list[_Class], labels: L
     }
 
 
+def _is_held(k: int, sinks: int, dtype: torch.dtype) -> bool:
+    """Whether the transport of k members is held; whatever the budget, because the exchanges must not depend on that."""
+    return transport_bytes(k, sinks, dtype.itemsize) <= HELD_BYTES
+
+
 def _shifted(bar: Progress, done: int) -> Callable[[int], None]:
     return lambda more: bar.update(done + more)
 
@@ -382,7 +389,8 @@ def _select(
     picks, made = cover_picks(costs, k, report)
     report(k)
     covered = time.perf_counter()
-    descent = Descent(costs, picks, options)
+    held = options.solver == "exact" and _is_held(k, costs.shape[1], costs.dtype)
+    descent = (ExactDescent if held else Descent)(costs, picks, options)
     descent.run(lambda exchanges: report(k + exchanges))
     end = time.perf_counter()
     solves = {"exact": 0, "sinkhorn": 0} | {options.solver: descent.solves}
@@ -391,7 +399,7 @@ def _select(
         "score": score,
         "scores": descent.scores,
         "exchanges": descent.exchanges,
-        "score_error": descent.transport.gap,
+        "score_error": descent.gap,
         "parts": {
             "distance": score * costs.spread + costs.low + norms,
             "norms": norms,
@@ -466,6 +474,8 @@ def _estimate(
     problem = 500 * (k + clients) * 8 + 8 * KEPT_BYTES
     if solver == "sinkhorn":
         problem += 6 * 8 * k * clients
+    elif _is_held(k, clients, compute_dtype(dtype)):
+        problem, members = transport_bytes(k, clients, size) + k * clients * size, 0
     cover = cover_bytes(n, clients, d, size, memory_budget)
     held = n * clients * size if n * clients * size <= memory_budget // 2 else 0
     return copies + packed + max(cover, held + members + screening + problem) + 300 * (n + clients)

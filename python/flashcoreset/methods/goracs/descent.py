@@ -1,7 +1,9 @@
-"""Stage 2 of GORACS: exchanges that lower the score, chosen by their bounds and certified by exact solves."""
+"""Stage 2 of GORACS from nothing but solves: exchanges that lower the score, chosen by their bounds and certified by a solve each. What
+Sinkhorn iterations score, and exact transport too large for `exact_descent`."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,6 +49,41 @@ def pool_rows(sinks: int, n_candidates: int) -> int:
     return max(n_candidates, min(_POOL * n_candidates, KEPT_BYTES // (8 * sinks)))
 
 
+class Progression:
+    """How far stage 2 has come, and what ends it.
+
+    Attributes:
+        scores: after stage 1, then after each step.
+        exchanges: their number by then.
+        solves: how many transport problems were solved.
+        stopped: what ended the run.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self.scores: list[float] = []
+        self.exchanges: list[int] = []
+        self.solves = 0
+        self.stopped = "max_exchanges"
+
+    @property
+    def _goal(self) -> float:
+        """The score that an exchange has to fall below."""
+        return self.scores[-1] - max(IMPROVEMENT, self._options.tol * self.scores[-1])
+
+    def _solves_left(self) -> int:
+        most = self._options.max_solves
+        return sys.maxsize if most is None else most - self.solves
+
+    def _spent(self) -> str | None:
+        """What forbids to begin another transport problem, or None."""
+        if self._solves_left() <= 0:
+            return "max_solves"
+        if self._options.deadline is not None and time.perf_counter() >= self._options.deadline:
+            return "time_limit"
+        return None
+
+
 class _Members:
     """The costs of a subset's members, [k, V]: held if they take at most a quarter of the budget, as float64 if
     that fits too."""
@@ -87,17 +124,16 @@ class _Pool:
 _Pair = tuple[int, int, float]  # place of the removal, row of the addition in the pool, bound
 
 
-class Descent:
+class Descent(Progression):
     """Stage 2 from the picks of stage 1."""
 
     def __init__(self, costs: TransportCosts, picks: Tensor, options: Options) -> None:
-        self._costs, self._options = costs, options
+        super().__init__(options)
+        self._costs = costs
         self._members = _Members(costs, picks)
-        self.solves = 0
         k, sinks = len(picks), costs.shape[1]
         self.transport = self._solve(torch.zeros(k, dtype=torch.float64, device=picks.device))
         self.scores, self.exchanges = [self.transport.value], [0]
-        self.stopped = "max_exchanges"
         self._width = options.n_candidates
         self._tried: set[tuple[int, int]] = set()
         self._pool_size = pool_rows(sinks, options.n_candidates)
@@ -107,18 +143,8 @@ class Descent:
         return self._members.subset
 
     @property
-    def _goal(self) -> float:
-        """The score that an exchange has to fall below."""
-        return self.scores[-1] - max(IMPROVEMENT, self._options.tol * self.scores[-1])
-
-    def _spent(self) -> str | None:
-        """What forbids to begin another transport problem, or None."""
-        options = self._options
-        if options.max_solves is not None and self.solves >= options.max_solves:
-            return "max_solves"
-        if options.deadline is not None and time.perf_counter() >= options.deadline:
-            return "time_limit"
-        return None
+    def gap(self) -> float:
+        return self.transport.gap
 
     def _solve(self, u: Tensor, cells: tuple[Tensor, Tensor] | None = None) -> CertifiedPlan:
         self.solves += 1

@@ -73,6 +73,7 @@ class TransportCosts:
 
     Attributes:
         penalty: [n] float64.
+        dtype: the type of similarities and costs.
         mean_distance: [n] float64, each training item's mean distance, divided.
         low, spread: D / max D - p is in [low, low + spread].
     """
@@ -90,6 +91,7 @@ class TransportCosts:
         self._train, self._valid, self._kernels = train, valid, kernels
         self.memory_budget = memory_budget
         self.shape = (train.shape[0], valid.shape[0])
+        self.dtype = train.dtype
         n, clients = self.shape
         size = train.element_size()
         self.step = block_rows(clients, size, memory_budget)

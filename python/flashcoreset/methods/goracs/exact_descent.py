@@ -1,0 +1,176 @@
+"""Stage 2 of GORACS with exact scores: exchanges in the order of their bounds, scored by repairing the transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashcoreset.methods.goracs.descent import KEPT_BYTES, Options, Progression, pool_rows
+from flashcoreset.methods.goracs.transport_costs import TransportCosts
+from flashcoreset.transport.backend import Candidates, choose
+
+HELD_BYTES = 2**30
+_ENOUGH = 0.9  # the share of the largest decrease that a bound allows with which an exchange is made at once
+_TRIES = 32  # exchanges that are tried before the best of them is made
+_CHUNK = 256  # exchanges that are tried between two looks at the clock
+_LISTED = 2**17  # exchanges of a pool or a block of items that are listed
+_SWEPT = 2  # exchanges of all items that are tried at the end, in units of n_candidates^2
+
+
+def transport_bytes(k: int, sinks: int, size: int) -> int:
+    """The bytes of the transport of k members: their costs by rows and by columns, and what taking over sinks costs them."""
+    return 2 * (k + 8) * (sinks + 8) * size + 8 * k * (k + 8) + 200 * (k + sinks)
+
+
+@dataclass
+class _Pool:
+    """Additions whose costs are kept, on the host."""
+
+    items: Tensor  # [p]
+    costs: Tensor  # [p, V]
+
+
+class ExactDescent(Progression):
+    """Stage 2 from the picks of stage 1.
+
+    All items are bounded, and the most promising ones form a pool. The pool's exchanges are tried in the order of their bounds; the
+    best of the first few is made, or one that leads at once to nearly what the lowest bound allows. What remains of the list goes on,
+    until its first exchanges stop helping; then the pool is bounded anew, its bounds are tightened, all items are bounded for another
+    pool, and in the end the exchanges of all items are listed and tightened, and the most promising ones tried until one helps.
+    """
+
+    def __init__(self, costs: TransportCosts, picks: Tensor, options: Options) -> None:
+        super().__init__(options)
+        self._costs, self.subset = costs, picks.clone()
+        self._transport = choose(options.backend).Transport(
+            torch.cat([costs.costs(rows).cpu() for rows in picks.split(costs.step)])
+        )
+        self._pool_size = pool_rows(costs.shape[1], options.n_candidates)
+        self.solves = 1
+        self.scores.append(self._transport.value)
+        self.exchanges.append(0)
+
+    @property
+    def gap(self) -> float:
+        return self._transport.gap
+
+    def run(self, report: Callable[[int], None]) -> None:
+        """Makes exchanges; `report` gets their number."""
+        self._report = report
+        pool: _Pool | None = None
+        while self.exchanges[-1] < self._options.max_exchanges:
+            if spent := self._spent():
+                self.stopped = spent
+                return
+            fresh = pool is None
+            pool = self._best_additions() if pool is None else pool
+            if pool is not None and self._exchange_with(pool):
+                continue
+            pool = None
+            if fresh and (verdict := self._sweep()):
+                self.stopped = self._spent() or verdict
+                return
+
+    def _others(self) -> Tensor:
+        """The items that are not members, ascending."""
+        free = torch.ones(self._costs.shape[0], dtype=torch.bool, device=self.subset.device)
+        free[self.subset] = False
+        return free.nonzero()[:, 0]
+
+    def _blocks(self, items: Tensor) -> Iterator[_Pool]:
+        """Items with their costs, part by part."""
+        for part in items.split(max(1, KEPT_BYTES // (8 * self._costs.shape[1]))):  # whatever the budget
+            yield _Pool(part, self._costs.costs(part).cpu())
+
+    def _best_additions(self) -> _Pool | None:
+        """The additions with the lowest bounds, or None if no bound is below the score."""
+        others = self._others()
+        if len(others) == 0:
+            return None
+        lowest = torch.cat(
+            [self._transport.bounds(block.costs, self._goal, 0)[0] for block in self._blocks(others)]
+        )
+        order = torch.argsort(lowest, stable=True)[: self._pool_size]
+        order = order[lowest[order] < self._goal]
+        if len(order) == 0:
+            return None
+        items = others[order.to(others.device)]
+        return _Pool(items, torch.cat([block.costs for block in self._blocks(items)]))
+
+    def _exchange_with(self, pool: _Pool) -> bool:
+        """Makes exchanges for items of the pool; False if the most promising ones do not help."""
+        members = set(self.subset.tolist())
+        kept = torch.tensor([row for row, item in enumerate(pool.items.tolist()) if item not in members])
+        if len(kept) < len(pool.items):
+            pool.items, pool.costs = pool.items[kept.to(pool.items.device)], pool.costs[kept]
+        if len(pool.items) == 0:
+            return False
+        _, candidates = self._transport.bounds(pool.costs, self._goal, _LISTED)
+        made = False
+        while len(candidates.rows) and self.exchanges[-1] < self._options.max_exchanges:
+            score = self.scores[-1]
+            index = self._best(pool, candidates)
+            if index is None and not made:
+                candidates = self._tightened(pool, candidates)
+                index = self._best(pool, candidates) if len(candidates.rows) else None
+            if index is None:
+                break
+            row, place = candidates.rows[index], candidates.places[index]
+            self._make(pool, int(row), int(place))
+            made = True
+            # What the others promised, they promise still, roughly; the bounds of the next list are bounds again.
+            left = (candidates.rows != row) & (candidates.places != place)
+            candidates = Candidates(
+                candidates.rows[left],
+                candidates.places[left],
+                candidates.bounds[left] - (score - self.scores[-1]),
+            )
+        return made
+
+    def _tightened(self, pool: _Pool, candidates: Candidates) -> Candidates:
+        """The candidates whose tightened bounds are below the score."""
+        tight = self._transport.tighten(pool.costs, candidates)
+        count = int((tight.bounds < self._goal).sum())
+        return Candidates(*(part[:count] for part in tight))
+
+    def _best(self, pool: _Pool, candidates: Candidates) -> int | None:
+        """The best of the first candidates, or the first that is nearly as good as the lowest bound allows; None if none helps."""
+        if self._spent():
+            return None
+        score = self.scores[-1]
+        enough = score - _ENOUGH * (score - float(candidates.bounds[0]))
+        allowed = min(_TRIES, self._solves_left())
+        best = self._transport.best_exchange(pool.costs, candidates, self._goal, enough, allowed)
+        self.solves += best.tried
+        # What is best of fewer because no more may be solved would not be made otherwise.
+        whole = allowed == _TRIES or best.tried < allowed
+        return best.index if best.index >= 0 and (whole or best.value <= enough) else None
+
+    def _make(self, pool: _Pool, row: int, place: int) -> None:
+        self.scores.append(self._transport.exchange(place, pool.costs[row]))
+        self.subset[place] = pool.items[row]
+        self.exchanges.append(self.exchanges[-1] + 1)
+        self._report(self.exchanges[-1])
+
+    def _sweep(self) -> str | None:
+        """Makes the first exchange that helps among those of all items, and returns None; or says what there is: a "certificate"
+        that no exchange helps, or that no more "candidates" were tried."""
+        certain, left = True, _SWEPT * self._options.n_candidates**2
+        for block in self._blocks(self._others()):
+            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED)
+            candidates = self._tightened(block, listed)
+            certain = certain and len(listed.rows) < _LISTED
+            while len(candidates.rows) and left > 0 and self._spent() is None:
+                size = min(_CHUNK, left, self._solves_left())
+                best = self._transport.best_exchange(block.costs, candidates, self._goal, self._goal, size)
+                self.solves += best.tried
+                if best.index >= 0:
+                    self._make(block, int(candidates.rows[best.index]), int(candidates.places[best.index]))
+                    return None
+                left -= best.tried
+                candidates = Candidates(*(part[best.tried :] for part in candidates))
+            certain = certain and len(candidates.rows) == 0
+        return "certificate" if certain else "candidates"
