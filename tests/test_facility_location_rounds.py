@@ -103,12 +103,16 @@ CALLS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# What differs between metrics is not what rounds are about.
+OF_EVERY_METRIC = ("plain", "preselected-serve-all", "everything")
+
+
 @EVERY_BACKEND
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [(call, problem) for call in CALLS for problem in PROBLEMS if problem == "l1" or call in OF_EVERY_METRIC],
+)
 def test_is_the_definition(call: str, problem: str, backend: str) -> None:
-    if backend == "triton" and problem != "l1" and call not in ("plain", "everything"):
-        problem = "precomputed"  # the interpreter is slow, and what differs between metrics is not what rounds are about
     x, options, s = PROBLEMS[problem]
     given = CALLS[call]
     k = min(14, N - len(given.get("preselected", ())))
@@ -315,6 +319,11 @@ def test_selections_of_one_round_are_as_before() -> None:
 def test_what_is_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         fc.facility_location(POOL, 7, clients=TARGETS, **options)
+
+
+def test_memory_of_rounds() -> None:
+    one, many = (fc.memory_estimate(fc.facility_location, (500, 3), (50, 3), k=100, rounds=r) for r in (1, 4))
+    assert many - one >= 4 * 50 * 8 + 100 * 8  # served_by and rounds
 
 
 def gained_of(caught: Any) -> tuple[int, int]:

@@ -311,8 +311,8 @@ def _is_search(model: Any) -> bool:
 
 def _is_routed() -> bool:
     """Whether scikit-learn's own routing of weights is switched on."""
-    get_config = getattr(sys.modules.get("sklearn"), "get_config", dict)
-    return bool(get_config().get("enable_metadata_routing", False))
+    sklearn: Any = sys.modules.get("sklearn")
+    return sklearn is not None and bool(sklearn.get_config().get("enable_metadata_routing", False))
 
 
 class Fits:
