@@ -23,7 +23,7 @@ TARGET ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python test-large emulated sanitize fuzz test-aarch64 bench bench-compare gpu lint format wheel clean compiler
+.PHONY: help demo test test-cpp test-python test-large emulated sanitize fuzz test-aarch64 bench bench-compare evidence gpu lint format wheel clean compiler
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ test-aarch64: $(VENV)/.tools ## the C++ tests for 64-bit Arm, under qemu-user
 
 bench: $(VENV)/.with-bench ## benchmarks beside the peers; FAMILY=pairwise runs one
 	$(BIN)/python -m benchmarks $(FAMILY) $(BENCH_ARGS)
+
+evidence: $(VENV)/.with-bench $(VENV)/.with-evidence ## each method's claims beside their controls: docs/evidence.md (METHOD=ccs narrows it)
+	$(BIN)/python -m benchmarks.evidence $(METHOD)
 
 bench-compare: $(VENV)/.with-bench ## benchmarks against another commit: BASE=commit [FAMILY=...]
 	@test -n "$(BASE)" || { echo "name the commit to compare with: make bench-compare BASE=HEAD~1" >&2; exit 2; }

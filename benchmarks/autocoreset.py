@@ -81,7 +81,11 @@ def least(case: str) -> float:
 
 def coresets(case: str, k: int, trials: int, method: str = "caratheodory") -> list[fc.Coreset]:
     name, load = CASES[case]
-    return [fc.autocoreset(*load(), name, None, k, method=method, seed=seed) for seed in range(trials)]
+    # Without groups, as the uniform samples beside them are; benchmarks/evidence has the classes as groups.
+    return [
+        fc.autocoreset(*load(), name, None, k, method=method, groups=False, seed=seed)
+        for seed in range(trials)
+    ]
 
 
 def uniform(case: str, k: int, counts: Sequence[int]) -> list[list[float]]:

@@ -11,9 +11,11 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.cluster import BisectingKMeans, KMeans, MiniBatchKMeans
 from sklearn.datasets import load_breast_cancer
+from sklearn.decomposition import PCA
 from sklearn.linear_model import (
     ElasticNet,
     Lasso,
@@ -26,8 +28,10 @@ from sklearn.linear_model import (
     SGDClassifier,
     SGDRegressor,
 )
+from sklearn.model_selection import GridSearchCV
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC as KernelSVC
 from sklearn.svm import LinearSVC
@@ -37,6 +41,7 @@ from sklearn.utils import check_random_state
 import flashcoreset as fc
 from flashcoreset.methods.autocoreset.loss_subsets import (
     METHODS,
+    class_budgets,
     equal_budgets,
     in_groups,
     uniform_with_classes,
@@ -110,14 +115,37 @@ def test_importance_is_unbiased() -> None:
     assert expected.max() < 1
 
 
-def test_median_of_means_takes_a_central_sample() -> None:
+def test_median_of_means_takes_the_nearest_of_a_hundred_samples() -> None:
     losses = np.exp(3 * np.random.default_rng(1).standard_normal((500, 1)))
+    rows, _ = METHODS["median_of_means"](losses, 20, np.random.default_rng(7))
+    rng = np.random.default_rng(7)
+    samples = [rng.choice(500, 20, replace=False) for _ in range(100)]
+    errors = [abs(losses[some].mean() - losses.mean()) for some in samples]
+    assert rows.tolist() == samples[int(np.argmin(errors))].tolist()
     spread = {"uniform": [], "median_of_means": []}
     for name, found in spread.items():
         for seed in range(60):
             rows, weights = METHODS[name](losses, 20, np.random.default_rng(seed))
             found.append(abs(float(weights @ losses[rows, 0]) / losses.sum() - 1))
-    assert np.mean(spread["median_of_means"]) < 0.8 * np.mean(spread["uniform"])
+    assert np.mean(spread["median_of_means"]) < 0.1 * np.mean(spread["uniform"])
+
+
+def test_budgets_of_classes_favour_small_ones() -> None:
+    assert class_budgets([7], 3) == [3]
+    assert class_budgets([50, 50], 9) == [5, 4]
+    # Shares .1 and .9: in proportion; by |log p| .956 and .044; by exp(-p) .690 and .310. Their means are .582 and .418.
+    assert class_budgets([1000, 9000], 1000) == [582, 418]
+    assert class_budgets([100, 900], 500) == [100, 400]  # all of a class that has less than its share
+    assert class_budgets([1, 1, 998], 3) == [1, 1, 1]
+    assert class_budgets([2, 3], 5) == [2, 3]
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        sizes = np.ceil(np.exp(rng.uniform(0, 7, rng.integers(1, 9)))).astype(int)
+        k = int(rng.integers(len(sizes), sizes.sum() + 1))
+        budgets = np.array(class_budgets(sizes.tolist(), k))
+        assert budgets.sum() == k
+        assert (budgets >= 1).all()
+        assert (budgets <= sizes).all()
 
 
 def test_groups_get_equal_shares_and_their_own_sums() -> None:
@@ -447,7 +475,7 @@ class Penalised(LogisticRegression):
         ("logistic_regression", LogisticRegressionCV()), ("logistic_regression", LinearSVC()), ("linear_svm", LogisticRegression()),
         ("linear_svm", KernelSVC(kernel="linear")), ("linear_regression", RidgeClassifier()), ("linear_regression", SGDRegressor()),
         ("linear_regression", RidgeCV()), ("linear_regression", LogisticRegression()), ("kmeans", BisectingKMeans()),
-        ("linear_regression", make_pipeline(StandardScaler(), LinearRegression())), ("kmeans", Ridge()),
+        ("linear_regression", GridSearchCV(Ridge(), {"alpha": [1.0]})), ("kmeans", Ridge()),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )  # fmt: skip
@@ -574,6 +602,7 @@ def test_beats_as_many_uniform_samples() -> None:
             None,
             100,
             method="uniform",
+            groups=False,
             n_initial=coreset.info["fits"],
             seed=seed,
             patience=1,
@@ -703,6 +732,126 @@ def test_a_rare_class_is_in_every_subset() -> None:
     assert set(seen) == {2}
 
 
+def test_classes_are_groups_of_a_classifier() -> None:
+    names = np.array(["b", "a", "c"])[LABELS]
+    for y, values in ((LABELS, [0, 1, 2]), (names, ["a", "b", "c"])):
+        found = fc.autocoreset(X, y, LogisticRegression(), "logistic_regression", 45, seed=1, patience=1)
+        sizes = [int((y == value).sum()) for value in values]
+        assert found.info["budgets"] == dict(zip(values, class_budgets(sizes, 45), strict=True))
+        check_groups(found, y)
+        check(found, 400, 45)
+    alone = fc.autocoreset(
+        X, LABELS, LogisticRegression(), "logistic_regression", 45, patience=1, groups=False
+    )
+    assert "budgets" not in alone.info
+    assert "budgets" not in fc.autocoreset(X, Y, "linear_regression", None, 45).info
+    by_name = fc.autocoreset(X, Y, "linear_regression", None, 45, groups=names)
+    by_number = fc.autocoreset(X, Y, "linear_regression", None, 45, groups=np.array([1, 0, 2])[LABELS])
+    assert torch.equal(by_name.indices, by_number.indices)
+    assert by_name.info["budgets"] == dict(zip("abc", by_number.info["budgets"].values(), strict=True))
+
+
+def test_a_test_set_is_told_of_and_decides_nothing() -> None:
+    plain = fc.autocoreset(X[:300], Y[:300], "linear_regression", None, 40)
+    found = fc.autocoreset(X[:300], Y[:300], "linear_regression", None, 40, x_test=X[300:], y_test=Y[300:])
+    assert torch.equal(found.indices, plain.indices)
+    assert found.info["losses"] == plain.info["losses"]
+    assert len(found.info["test_losses"]) == found.info["fits"]
+    rows, weights = found.indices.numpy(), found.weights.numpy()
+    model = LinearRegression().fit(X[:300][rows], Y[:300][rows], sample_weight=weights)
+    expected = np.square(model.predict(X[300:]) - Y[300:]).sum()
+    assert found.info["test_loss"] == found.info["test_losses"][found.info["best"]]
+    assert found.info["test_loss"] == pytest.approx(expected)
+    assert "test_loss" not in plain.info
+    of_rows = fc.autocoreset(X[:300], None, "kmeans", None, 40, x_test=X[300:])
+    assert of_rows.info["test_loss"] > 0
+
+
+def test_clusters_and_hinge_by_name() -> None:
+    found = fc.autocoreset(X, None, "kmeans", None, 40, n_clusters=3, seed=2)
+    model = make_model("kmeans", 2, clusters=3)
+    object_ = fc.autocoreset(X, None, model, "kmeans", 40, seed=2)
+    assert found.info["losses"] == object_.info["losses"]
+    for hinge in ("hinge", "squared_hinge"):
+        named = fc.autocoreset(X, LABELS, "linear_svm", hinge, 40, seed=2)
+        model = make_model("linear_svm", 2, hinge=hinge)
+        assert model.loss == hinge
+        for loss in (hinge, "linear_svm"):
+            assert fc.autocoreset(X, LABELS, model, loss, 40, seed=2).info["losses"] == named.info["losses"]
+    squared = fc.autocoreset(X, LABELS, "linear_svm", None, 40, seed=2)
+    assert squared.info["losses"] == named.info["losses"]
+
+
+class Weighted(LinearRegression):
+    """A regression that keeps the weights it was fitted with."""
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Weighted:
+        self.seen_ = None if sample_weight is None else np.array(sample_weight)
+        return super().fit(X, y, sample_weight)
+
+
+def test_pipelines_get_their_weights_in_every_step() -> None:
+    scaled = X * 10 + 3
+    pipeline = make_pipeline(
+        StandardScaler(), PCA(3, random_state=0), make_pipeline("passthrough", Weighted())
+    )
+    seen: list[Any] = []
+
+    def loss(model: Any, x: Any, y: Any) -> Any:
+        seen.append((model.steps[0][1], model.steps[-1][1].steps[-1][1].seen_))
+        return np.square(model.predict(x) - y)
+
+    found = fc.autocoreset(scaled, Y, pipeline, loss, 40)
+    check(found, 400, 40)
+    scaler, weights = seen[found.info["best"]]
+    np.testing.assert_array_equal(weights, found.weights.numpy())
+    mean = found.weights.numpy() @ scaled[found.indices.numpy()] / 400
+    np.testing.assert_allclose(scaler.mean_, mean)
+
+
+def test_the_loss_of_a_pipeline_is_that_of_its_last_step() -> None:
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression())
+    found = fc.autocoreset(X, LABELS, pipeline, "logistic_regression", 60)
+    rows, weights = found.indices.numpy(), found.weights.numpy()
+    fit = clone(pipeline).fit(
+        X[rows],
+        LABELS[rows],
+        standardscaler__sample_weight=weights,
+        logisticregression__sample_weight=weights,
+    )
+    own = LOSSES["logistic_regression"](fit[-1], fit[0].transform(X), LABELS)
+    assert found.info["loss"] == pytest.approx(own.sum())
+    assert found.info["budgets"]
+    with pytest.raises(TypeError, match="loss 'kmeans' is what"):
+        fc.autocoreset(X, LABELS, pipeline, "kmeans", 60)
+
+
+def test_searches_get_their_weights() -> None:
+    for inner, names in ((Ridge(), "alpha"), (make_pipeline(StandardScaler(), Ridge()), "ridge__alpha")):
+        search = GridSearchCV(inner, {names: [0.1, 1.0]}, cv=2)
+        fits: list[Any] = []
+
+        def loss(model: Any, x: Any, y: Any, fits: list[Any] = fits) -> Any:
+            fits.append(model.best_estimator_)
+            return np.square(model.predict(x) - y)
+
+        found = fc.autocoreset(X, Y, search, loss, 60, n_initial=1, patience=1)
+        rows, weights = found.indices.numpy(), found.weights.numpy()
+        best = fits[found.info["best"]]
+        prefixes = ("standardscaler__", "ridge__") if names != "alpha" else ("",)
+        given = {f"{prefix}sample_weight": weights for prefix in prefixes}
+        again = clone(best).fit(X[rows], Y[rows], **given)
+        np.testing.assert_allclose(best.predict(X), again.predict(X))
+
+
+def test_weights_go_where_routing_sends_them() -> None:
+    with config_context(enable_metadata_routing=True):
+        model = OneVsRestClassifier(LogisticRegression().set_fit_request(sample_weight=True))
+        check(fc.autocoreset(X, LABELS, model, _miss, 60), 400, 60)
+        with pytest.raises(TypeError, match=r"model must hand sample_weight on.*set_fit_request"):
+            fc.autocoreset(X, LABELS, OneVsRestClassifier(LogisticRegression()), _miss, 60)
+
+
 def test_progress_and_select() -> None:
     calls: list[tuple[int, int]] = []
     coreset = fc.select(
@@ -736,7 +885,49 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no fit": ({"model": Fitless(), "loss": _miss}, TypeError, "model must be one of kmeans, .* got Fitless"),
     "a class": ({"model": LinearRegression}, TypeError, "got LinearRegression, a class"),
     "unknown model": ({"model": "svm"}, ValueError, "unknown model 'svm'; valid names: kmeans, logistic_regression"),
-    "unknown loss": ({"loss": "hinge"}, ValueError, "unknown loss 'hinge'; valid names: kmeans"),
+    "unknown loss": ({"loss": "huber"}, ValueError, "unknown loss 'huber'; valid names: kmeans.*squared_hinge"),
+    "hinge of others": ({"loss": "hinge"}, TypeError, "loss 'hinge' is what scikit-learn's own LinearSVC minimises, got .*LinearRegression"),
+    "another hinge": (
+        {"model": LinearSVC(), "loss": "hinge", "y": LABELS}, TypeError,
+        r"loss 'hinge' is what LinearSVC\(loss='hinge'\) minimises, got one with loss='squared_hinge'.*; pass loss='linear_svm'",
+    ),
+    "groups True": ({"groups": True}, TypeError, "groups must be labels"),
+    "n_clusters of others": ({"n_clusters": 3}, ValueError, "n_clusters is for model 'kmeans', got model 'linear_regression'"),
+    "n_clusters of an object": (
+        {"model": KMeans(3), "loss": "kmeans", "n_clusters": 3}, ValueError, "n_clusters is for model 'kmeans', got model an object",
+    ),
+    "n_clusters 0": ({"model": "kmeans", "loss": None, "n_clusters": 0}, ValueError, "n_clusters must be >= 1, got 0"),
+    "n_clusters float": ({"model": "kmeans", "loss": None, "n_clusters": 2.0}, TypeError, "n_clusters must be an int"),
+    "k < n_clusters": (
+        {"model": "kmeans", "loss": None, "n_clusters": 31}, ValueError, "k must be >= the 31 clusters of kmeans, got 30",
+    ),
+    "y_test alone": ({"y_test": Y}, ValueError, "y_test needs x_test"),
+    "x_test alone": ({"x_test": X}, ValueError, "y_test must be given with x_test if y is, got y_test=None and y=ndarray"),
+    "x_test narrow": (
+        {"x_test": X[:5, :2], "y_test": Y[:5]}, ValueError, r"x_test must have samples of the shape \(4,\) as x, got \(2,\)",
+    ),
+    "y_test short": ({"x_test": X, "y_test": Y[:5]}, ValueError, "y_test must have 400 entries as x_test has samples, got 5"),
+    "x_test empty": ({"x_test": X[:0], "y_test": Y[:0]}, ValueError, "x_test must have at least 1 sample"),
+    "pipeline without weights": (
+        {"model": make_pipeline(StandardScaler(), KNeighborsClassifier()), "loss": _miss, "y": LABELS}, TypeError,
+        r"model must have fit.*got KNeighborsClassifier.*, as the last step, 'kneighborsclassifier', of a Pipeline",
+    ),
+    "pipeline without an estimator": (
+        {"model": Pipeline([("scale", StandardScaler()), ("end", "passthrough")]), "loss": _miss}, TypeError,
+        "model must end with an estimator, got a Pipeline whose last step, 'end', is 'passthrough'",
+    ),
+    "search without weights": (
+        {"model": GridSearchCV(KNeighborsClassifier(), {"n_neighbors": [1, 2]}), "loss": _miss, "y": LABELS}, TypeError,
+        "model must have fit.*got KNeighborsClassifier",
+    ),
+    "search without a model": (
+        {"model": GridSearchCV(Ridge(), {"alpha": [1, 2]}, refit=False), "loss": _miss}, ValueError,
+        r"model must keep the best model that it finds, got GridSearchCV\(refit=False\); pass refit=True",
+    ),
+    "weights not handed on": (
+        {"model": OneVsRestClassifier(LogisticRegression()), "loss": _miss, "y": LABELS}, TypeError,
+        r"model must hand sample_weight on.*OneVsRestClassifier.*enable_metadata_routing=True.*set_fit_request",
+    ),
     "loss of a type": ({"loss": 3}, TypeError, "loss must be a str"),
     "no loss": ({"model": LinearRegression(), "loss": None}, TypeError, "loss must be a callable"),
     "loss a matrix": (
@@ -789,5 +980,7 @@ def test_a_class_that_no_subset_has() -> None:
     y[0] = 1
     x = np.repeat(X, 50, axis=0)
     with pytest.raises(ValueError, match=r"k must be large enough for every class, got 2, .* pass groups=y"):
-        fc.autocoreset(x, y, LogisticRegression(), "logistic_regression", 2, method="uniform", n_initial=1)
+        fc.autocoreset(
+            x, y, LogisticRegression(), "logistic_regression", 2, method="uniform", n_initial=1, groups=False
+        )
     check(fc.autocoreset(x, y, LogisticRegression(), "logistic_regression", 4, groups=y), 20_000, 4)

@@ -19,7 +19,7 @@ def arguments(**changes: Any) -> tuple[Any, ...]:
         "metric": "cosine", "weights": None, "groups": None, "labels": None, "budgets": None, "preselected": None,
         "method": "lazy", "epsilon": 0.1, "seed": "0", "offset": None, "memory_budget": 2**28, "backend": None,
         "costs": None, "cost_budget": None, "cost_sensitive": True, "stop_gain": None, "exclude": None, "cap_labels": None, "caps": None,
-        "min_distance": None,
+        "min_distance": None, "rounds": 1,
     }  # fmt: skip
     return tuple(on_device(value) for value in (plain | changes).values())
 
@@ -103,6 +103,7 @@ def test_the_op_checks_its_arguments() -> None:
         ({"epsilon": 0.0}, "epsilon"),
         ({"memory_budget": -1}, "memory_budget"),
         ({"k": 60}, "k must be at most"),
+        ({"rounds": 2}, "rounds is not for torch.compile: how many rounds begin depends on values; leave it 1, got 2"),
         ({"crow": torch.tensor([0, 1])}, "crow and col"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -2,14 +2,16 @@
 
 import contextlib
 import inspect
+import re
 import warnings
 from importlib.machinery import BuiltinImporter
 
 import numpy as np
 import pytest
-import sklearn.exceptions
+import sklearn.base
 import torch
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 import flashcoreset as fc
 from flashcoreset._core import errors
@@ -69,16 +71,51 @@ def test_a_session_without_a_source_is_warned():
     assert [(w.filename, w.lineno) for w in caught] == [("<stdin>", 2)]
 
 
-def test_warnings_of_models_stand_at_the_call_once():
+def test_a_warning_of_fits_stands_at_the_call_once_and_is_ours():
     x = np.random.default_rng(0).standard_normal((200, 5))
     y = (x @ np.arange(5.0) > 0).astype(int)
     model = LogisticRegression(max_iter=1)
-    with _at_this_line(sklearn.exceptions.ConvergenceWarning) as caught:
-        fc.autocoreset(x, y, model, "logistic_regression", 40)
-    assert len(caught) == len({str(w.message) for w in caught})
-    with pytest.raises(sklearn.exceptions.ConvergenceWarning):  # warnings are errors in the tests
+    with _at_this_line(fc.ConvergenceWarning) as caught:
+        coreset = fc.autocoreset(x, y, model, "logistic_regression", 40)
+    fits = coreset.info["fits"]
+    assert len(caught) == 1
+    expected = f"{fits} of {fits} fits of LogisticRegression stopped before they converged.*max_iter, now 1"
+    assert re.match(expected, str(caught[0].message))
+    assert coreset.info["unconverged"] == fits
+    with pytest.raises(fc.ConvergenceWarning):  # warnings are errors in the tests
         fc.autocoreset(x, y, model, "logistic_regression", 40)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
+        warnings.simplefilter("ignore", fc.ConvergenceWarning)
         fc.autocoreset(x, y, model, "logistic_regression", 40)
     assert not caught
+    assert fc.autocoreset(x, y, "logistic_regression", None, 40).info["unconverged"] == 0
+
+
+def test_other_warnings_of_fits_stand_at_the_call_once_and_those_of_own_models_where_they_are():
+    x = np.random.default_rng(0).standard_normal((200, 3))
+
+    class Warns(sklearn.base.BaseEstimator, sklearn.base.TransformerMixin):
+        def fit(self, x, y=None):
+            warnings.warn("odd", RuntimeWarning, stacklevel=1)
+            return self
+
+        def transform(self, x):
+            return x
+
+    def loss(model, x, y):
+        return np.square(model.predict(x) - y)
+
+    class Own:
+        def fit(self, x, y, sample_weight):
+            Warns().fit(x)
+            self.inner = LinearRegression().fit(x, y, sample_weight)
+
+        def predict(self, x):
+            return self.inner.predict(x)
+
+    with _at_this_line(RuntimeWarning) as caught:
+        fc.autocoreset(x, x[:, 0], make_pipeline(Warns(), LinearRegression()), loss, 40)
+    assert len(caught) == 1
+    with pytest.warns(RuntimeWarning, match="odd") as caught:
+        fc.autocoreset(x, x[:, 0], Own(), loss, 40)
+    assert {w.lineno for w in caught} == {inspect.getsourcelines(Warns.fit)[1] + 1}

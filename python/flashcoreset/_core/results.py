@@ -76,6 +76,9 @@ class Selection(_Choice):
         offset: what distances were subtracted from to make similarities of them; None for similarities.
         dims: kept for gradient matching; None otherwise.
         state: kept for gradient matching; None otherwise.
+        rounds: [k] int64, the round, from 0, in which each pick was made: facility location with rounds > 1; None otherwise.
+        served_by: [R, m] int64, for each round that was begun and each client the position in `indices` of the pick that serves it
+            in that round, or -1: facility location with rounds > 1; None otherwise.
 
     Inside a function given to torch.compile, `objective` and `offset` are 0-d tensors.
 
@@ -94,6 +97,8 @@ class Selection(_Choice):
     offset: float | None = _Scalar()  # type: ignore[assignment]
     dims: Any = None
     state: Any = None
+    rounds: Tensor | None = None
+    served_by: Tensor | None = None
 
 
 @savable

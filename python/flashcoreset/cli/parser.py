@@ -322,6 +322,13 @@ def _add_autocoreset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--groups", metavar="G", help="labels [n], integers or strings: each group gets an equal share"
     )
+    parser.add_argument(
+        "--no-groups", action="store_true", help="no groups (default: the classes of a classifier)"
+    )
+    parser.add_argument("--loss", choices=("hinge", "squared_hinge"), help="of --model linear_svm")
+    parser.add_argument("--n-clusters", type=int, metavar="N", help="of --model kmeans (default: 8)")
+    parser.add_argument("--x-test", metavar="F", help="a test set [m, d], whose loss is written")
+    parser.add_argument("--y-test", metavar="Y", help="its labels or numbers [m]")
     parser.add_argument("--progress", action="store_true", help="show a bar on stderr")
 
 

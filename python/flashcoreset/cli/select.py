@@ -173,14 +173,26 @@ def _state_arrays(method: fc.CoLM) -> dict[str, np.ndarray]:
 
 def _autocoreset(arguments: argparse.Namespace) -> _Chosen:
     options = _options(arguments, "method", "n_initial", "patience", "seed", "groups", "progress")
+    options |= _options(arguments, "n_clusters", "x_test", "y_test")
     x = load_features(arguments.features, "--features")
+    if "x_test" in options:
+        options["x_test"] = load_features(options["x_test"], "--x-test")
+    if "y_test" in options:
+        options["y_test"] = load_array(
+            options["y_test"], "--y-test", kinds="fiub", ndim=1, wanted="a real array [test rows]"
+        )
     y = None
     if hasattr(arguments, "targets"):
         y = load_array(arguments.targets, "--targets", kinds="fiubUO", ndim=1, wanted="a real array [rows]")
     _load_into(options, "groups", kinds=LABELS, ndim=1, wanted="an integer array [rows]")
     if y is None and arguments.model != "kmeans":
         raise CommandError(f"--targets: {arguments.model} needs the targets of the rows")
-    coreset = fc.autocoreset(x, y, arguments.model, None, arguments.k, **options)
+    if hasattr(arguments, "no_groups"):
+        if "groups" in options:
+            raise CommandError("--no-groups: groups are given by --groups; leave one of the two out")
+        options["groups"] = False
+    loss = getattr(arguments, "loss", None)
+    coreset = fc.autocoreset(x, y, arguments.model, loss, arguments.k, **options)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     return _Chosen(arrays, {"rows": x.shape[0], "model": arguments.model, **coreset.info})
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._core.errors import InputWarning
 from flashcoreset._core.tensor import as_csr, as_matrix, is_sparse
 from flashcoreset.compat._knapsack import Budget
 from flashcoreset.facility_location.backend import choose
 from flashcoreset.facility_location.problem import Problem
+
+
+@contextmanager
+def gains_of_zero_expected() -> Iterator[None]:
+    """Without the warning that picks gain nothing, which peers do not give."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\d+ of \d+ picks gain something", InputWarning)
+        yield
 
 
 class KernelRun:

@@ -48,6 +48,7 @@ def run(trials: int = TRIALS) -> Fits:
                 None,
                 k,
                 method="uniform",
+                groups=False,
                 n_initial=found["fits"],
                 patience=1,
                 seed=trials + seed,

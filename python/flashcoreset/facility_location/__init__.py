@@ -52,6 +52,7 @@ def facility_location(
     exclude: Any = None,
     caps: Any = None,
     min_distance: float | None = None,
+    rounds: int = 1,
 ) -> Selection:
     """Greedy maximisation of f(S) = sum_i w_i * max(0, max_{j in S} s(j, i)) over candidates j and clients i.
 
@@ -104,6 +105,13 @@ def facility_location(
         min_distance: candidates at a smaller distance than this from a pick or a preselected one are not picked (1 - s for
             "cosine"; not for "dot" and "precomputed"; within groups that are problems of their own only). Fewer than k picks
             come back if no candidate is left.
+        rounds: up to how many picks serve each client, >= 1, round after round. A round is the greedy sequence until no candidate
+            gains anything (with `stop_gain`: before the first gain below it), that is, until each client has the best candidate that is
+            left. The next round starts anew: nothing is covered, and what was picked or preselected before is no candidate any more. So
+            after r whole rounds each client's r most similar candidates are picked, as far as they have s > 0. There are rounds until
+            `k` picks are made or there were `rounds` of them (any large number: as many as `k` takes); the last one goes on
+            with what gains nothing, unless `stop_gain` ends it. The preselected serve in the first round only. Limits hold for the picks of all rounds. Not
+            for "stochastic". With groups each group has its own rounds. If clients are `x`, one round ends with all distinct rows.
 
     Returns:
         Selection, on the device of `x`: `indices` [k] in pick order; `gains` [k] (float64 for float64, else
@@ -111,6 +119,12 @@ def facility_location(
         `indices` of the pick most similar to each client (ties: the earlier pick), or -1 if no pick has s
         > 0 or if a preselected item is as good. Without `clients` a pick serves itself unless a preselected item
         is more similar. `objective` = f(S) with the preselected in S; `offset` of distances.
+        With `rounds` > 1: `rounds` [k], the round of each pick, from 0; `served_by` [R, m] as `assignment`, for each of the R rounds
+        that were begun; `gains` are those within the round; `weights` are summed over rounds; `assignment` is that of the first
+        round, and f(S) is that of all picks.
+
+    Warns:
+        InputWarning: if picks gain nothing, with clients that are not `x`: they serve nobody, and are the lowest free indices.
 
     Raises:
         TypeError: for a wrong type or dtype.
@@ -139,7 +153,7 @@ def facility_location(
     wanted: Any = k  # None is replaced by the checks
     request = Request(
         x, None, None, 0, wanted, clients, metric, weights, groups, None, budgets, preselected, method, epsilon, check_seed(seed),
-        offset, memory_budget, backend, costs, cost_budget, cost_sensitive, stop_gain, exclude, None, caps, min_distance,
+        offset, memory_budget, backend, costs, cost_budget, cost_sensitive, stop_gain, exclude, None, caps, min_distance, rounds,
     )  # fmt: skip
     check_request(request)
     check_backend(backend)
@@ -229,6 +243,10 @@ def _estimate(call: SimpleNamespace) -> int:
     )
     size = problem.x.dtype.itemsize
     outputs = 40 * k + 8 * problem.shape[1]
+    if (rounds := as_integer(call.rounds, "rounds")) > 1:
+        outputs += (
+            16 * k + 24 * min(rounds, k) * problem.shape[1]
+        )  # of each round, in all, and those of groups
     points = n * d + (0 if clients is None else clients[0] * d)
     # torch converts with its own threads, which it may have to start.
     converted = points * size + 2**22 if dtype.itemsize < size else 0

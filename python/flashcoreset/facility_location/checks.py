@@ -13,6 +13,7 @@ from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DISTANCES
 from flashcoreset._core.errors import InputWarning, warn_caller
 from flashcoreset._core.inputs import numbered_labels
+from flashcoreset._core.results import Selection
 from flashcoreset._core.tensor import (
     as_csr,
     as_int64,
@@ -81,6 +82,9 @@ def check_request(r: Request) -> None:
 def _check_limits(r: Request, n: int) -> None:
     if not isinstance(r.cost_sensitive, bool):
         raise TypeError(f"cost_sensitive must be True or False, got {type(r.cost_sensitive).__name__}")
+    r.rounds = as_integer(r.rounds, "rounds")
+    if r.rounds < 1:
+        raise ValueError(f"rounds must be >= 1, got {r.rounds}")
     if r.costs is None and not r.is_limited:
         return
     device = r.x.device
@@ -99,10 +103,11 @@ def _check_limits(r: Request, n: int) -> None:
         setattr(r, name, value)
     if r.cost_budget is not None and r.costs is None:
         raise ValueError("cost_budget needs costs, got costs=None")
-    if r.stop_gain is not None and r.method == "stochastic":
-        raise ValueError(
-            "stop_gain needs method 'lazy' or 'naive', got 'stochastic', whose gains are not the largest ones"
-        )
+    for name, is_given in (("stop_gain", r.stop_gain is not None), ("rounds", r.rounds > 1)):
+        if is_given and r.method == "stochastic":
+            raise ValueError(
+                f"{name} needs method 'lazy' or 'naive', got 'stochastic', whose gains are not the largest ones"
+            )
     if r.min_distance is not None:
         if r.metric in ("dot", "precomputed"):
             raise ValueError(f"min_distance needs distances, of which metric {r.metric!r} has none")
@@ -186,6 +191,10 @@ def check_no_limits(r: Request) -> None:
     for name in ("cost_budget", "stop_gain", "caps", "min_distance"):
         if getattr(r, name) is not None:
             raise ValueError(f"{name} is not for torch.compile: how many picks come back depends on values")
+    if r.rounds > 1:
+        raise ValueError(
+            f"rounds is not for torch.compile: how many rounds begin depends on values; leave it 1, got {r.rounds}"
+        )
 
 
 def _check_matrix(r: Request) -> tuple[int, int]:
@@ -334,3 +343,30 @@ def warn_of_distances(s: Tensor) -> None:
             "as similarities; for distances pass metric='precomputed_distance'",
             InputWarning,
         )
+
+
+def warn_of_no_gain(r: Request, found: Selection) -> None:
+    """Warns the caller if picks serve no client: with clients of their own, a few candidates may serve all of them as well as all
+    candidates can."""
+    n, m = r.matrix.shape if r.clients is None else (r.x.shape[0], r.clients.shape[0])
+    if r.clients is None and (r.metric not in MATRICES or n == m):
+        return  # a pick that gains nothing serves itself
+    k = len(found.gains)
+    gained = int(torch.count_nonzero(found.gains))
+    if gained == k:
+        return
+    begun = 1 if found.served_by is None else len(found.served_by)
+    if not gained:
+        remedy = "pass clients that some candidate is similar to"
+    elif r.method == "stochastic":
+        remedy = f"pass method='lazy', or k={gained}"
+    else:
+        remedy = (
+            f"pass rounds={-(-k * begun // gained)} or more for picks that serve each client again, or k={gained} or a stop_gain "
+            "> 0 for those alone that gain"
+        )
+    warn_caller(
+        f"{gained} of {k} picks gain something: no client is served better by the other {k - gained}, which are the lowest free "
+        f"indices; {remedy}",
+        InputWarning,
+    )

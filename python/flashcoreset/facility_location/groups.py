@@ -22,6 +22,7 @@ def solve_groups(
     members: list[tuple[Tensor, int]],
     offset: float | None,
     solve_one: Callable[[Tensor, Problem, int, int], Selection],
+    rounds: int,
 ) -> Selection:
     """The picks of all groups, one group after the other.
 
@@ -31,6 +32,7 @@ def solve_groups(
         members: each group's candidates, and how many of them to pick.
         offset: the one that distances are meant to be subtracted from.
         solve_one: solves one problem, given its candidates among all, its number of picks, and the number of those made before.
+        rounds: how many rounds each group may have.
     """
     x, clients = problem.x, problem.clients
     # Checked here, since a group's kernel would name the row within its group.
@@ -39,6 +41,10 @@ def solve_groups(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     assignment = torch.full((m,), -1, dtype=torch.int64, device=x.device)
     objective, done = 0.0, 0
+    numbers: list[Tensor] = []  # the round of each pick
+    served_by: list[
+        tuple[Tensor, Tensor]
+    ] = []  # of each group: its members, and which pick serves them in each round
     is_preselected = torch.zeros(n, dtype=torch.bool, device=x.device)
     if problem.preselected is not None:
         is_preselected[problem.preselected] = True
@@ -59,17 +65,48 @@ def solve_groups(
         if clients is None:
             assignment[rows] = torch.where(found.assignment >= 0, found.assignment + done, -1)
             objective += found.objective
+            if found.served_by is not None:
+                served_by.append((rows, torch.where(found.served_by >= 0, found.served_by + done, -1)))
+        if found.rounds is not None:
+            numbers.append(found.rounds)
         done += found.indices.shape[0]
     indices, gains, won = (torch.cat(column) for column in zip(*parts, strict=True))
     if clients is not None:
         won, assignment, objective = _serve(kernels, problem, indices, offset)
-    return Selection(indices, gains, won, assignment, objective, offset)
+    if rounds == 1:
+        return Selection(indices, gains, won, assignment, objective, offset)
+    number = torch.cat(numbers)
+    if clients is None:
+        served = torch.full(
+            (max(part.shape[0] for _, part in served_by), m), -1, dtype=torch.int64, device=x.device
+        )
+        for rows, part in served_by:
+            served[: part.shape[0], rows] = part
+    else:
+        won, served = _serve_in_rounds(kernels, problem, indices, number, offset)
+    return Selection(indices, gains, won, served[0], objective, offset, rounds=number, served_by=served)
 
 
 def _part(x: Tensor | Csr, rows: Tensor, square: bool) -> Tensor | Csr:
     if isinstance(x, Csr):
         return x.square_part(rows)
     return x[rows[:, None], rows] if square else x[rows]
+
+
+def _serve_in_rounds(
+    kernels: Kernels, problem: Problem, indices: Tensor, number: Tensor, offset: float | None
+) -> tuple[Tensor, Tensor]:
+    """Weights of the picks of all groups together, and which pick serves each client in each round; `number` [k] is the round of each
+    pick."""
+    won = torch.zeros(len(indices), dtype=problem.x.dtype, device=indices.device)
+    served = []
+    for place in range(int(number.max()) + 1 if len(number) else 1):
+        own = (number == place).nonzero()[:, 0]
+        weights, assignment, _ = _serve(kernels, problem, indices[own], offset)
+        won[own] = weights
+        served.append(own[assignment].where(assignment >= 0, -1) if len(own) else assignment)
+        problem = replace(problem, preselected=None)
+    return won, torch.stack(served)
 
 
 def _serve(

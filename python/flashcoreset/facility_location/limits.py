@@ -15,7 +15,7 @@ from flashcoreset.facility_location.problem import Problem, Request
 
 
 class Limits:
-    """The candidates that each pick closes.
+    """The candidates that each pick closes, in one run or in the runs of several rounds.
 
     Args:
         kernels: the backend, for distances.
@@ -27,6 +27,9 @@ class Limits:
     def __init__(self, kernels: Kernels, r: Request, problem: Problem, excluded: Tensor | None) -> None:
         self._kernels, self._problem = kernels, problem
         self._excluded, self._min_distance = excluded, r.min_distance
+        self._is_repeated = (
+            r.rounds > 1
+        )  # later runs know nothing of what is picked and preselected before them
         self._labels: list[int] = []
         self._room: dict[int, int] = {}  # how many more each label may have
         self._members: dict[int, Tensor] = {}
@@ -45,17 +48,24 @@ class Limits:
             self._ascending, self._by_cost = ascending.values.tolist(), ascending.indices
             self._costs = r.costs.tolist()
         self._affordable = problem.shape[0]  # the cheapest so many
+        self._closed = self._first()
 
-    def first(self) -> Tensor:
-        """The candidates [c] int64, on the CPU, that are closed from the start."""
+    def closed(self) -> Tensor:
+        """The candidates [c] int64, on the CPU, that are closed at the start of a run, by the runs before it too."""
+        self._closed = [_together(self._closed)]
+        return self._closed[0]
+
+    def _first(self) -> list[Tensor]:
         closed = [] if self._excluded is None else [self._excluded.cpu().nonzero()[:, 0]]
         closed += self._too_expensive()
         preselected = [] if self._problem.preselected is None else self._problem.preselected.tolist()
+        if self._is_repeated:
+            closed.append(torch.tensor(preselected, dtype=torch.int64))
         for j in preselected:
             closed += self._of_label(j)
             closed += self._too_near(j)
         closed += [self._members[label] for label, room in self._room.items() if room <= 0]
-        return _together(closed)
+        return closed
 
     def after(self, j: int) -> Tensor:
         """The candidates that pick `j` closes, some of which may be closed already."""
@@ -63,6 +73,8 @@ class Limits:
         if self._budget < math.inf:
             self._spent += Fraction(self._costs[j])
             closed += self._too_expensive()
+        if self._is_repeated:
+            self._closed += [torch.tensor([j]), *closed]
         return _together(closed)
 
     def _too_expensive(self) -> list[Tensor]:

@@ -101,6 +101,7 @@ class Request:
     cap_labels: Tensor | None  # [C] int64
     caps: Tensor | None  # [C] int64
     min_distance: float | None
+    rounds: int
 
     @property
     def is_grouped(self) -> bool:
@@ -109,8 +110,8 @@ class Request:
 
     @property
     def is_limited(self) -> bool:
-        """Whether candidates are ruled out, or picks may be fewer than k."""
-        return not (
+        """Whether candidates are ruled out, or picks may be fewer than k, of a run if not of the call."""
+        return self.rounds > 1 or not (
             self.cost_budget is self.stop_gain is self.exclude is self.caps is self.min_distance is None
         )
 

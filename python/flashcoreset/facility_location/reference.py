@@ -14,6 +14,9 @@ such that no gain reaches 2^62,
 where the product is rounded to the computing type T (float32 or float64). Each term falls as best_i rises, so
 gains never grow and lazy evaluation is exact; a tie is a tie of integers and goes to the lowest index.
 
+With rounds, a run ends when no candidate gains anything, and a further run begins, in which nothing is covered and earlier picks and the
+preselected are no candidates (`greedy_in_rounds`).
+
 Sources: Nemhauser, Wolsey and Fisher, "An analysis of approximations for maximizing submodular set
 functions", 1978 (greedy); Minoux, "Accelerated greedy algorithms for maximizing submodular set functions",
 1978 (lazy).
@@ -253,6 +256,27 @@ class FacilityLocation:
         )
         assignment.copy_(owner)
         return math.fsum((client_weights * (self._best.double() - self._floor.double()).cpu()).tolist())
+
+
+def greedy_in_rounds(
+    s: Tensor, k: int, rounds: int, weights: Tensor, preselected: list[int]
+) -> list[tuple[int, float, int]]:
+    """The definition of rounds, for similarities `s` [n, m] float64 and `weights` [m]: each pick, its gain, and its round."""
+    picks: list[tuple[int, float, int]] = []
+    is_open = torch.ones(len(s), dtype=torch.bool)
+    is_open[preselected] = False
+    for number in range(rounds):
+        best = torch.zeros(s.shape[1], dtype=s.dtype)
+        if number == 0 and preselected:
+            best = best.maximum(s[preselected].amax(0))
+        while len(picks) < k:
+            gains = ((s - best).clamp_min(0) * weights).sum(1).where(is_open, -1)
+            j = int((gains == gains.max()).nonzero()[0])
+            if gains[j] == 0 and number < rounds - 1:
+                break
+            picks.append((j, float(gains[j]), number))
+            best, is_open[j] = best.maximum(s[j]), False
+    return picks
 
 
 def workspace(problem: Problem) -> int:

@@ -20,11 +20,13 @@ from flashcoreset.facility_location.checks import (
     excluded_mask,
     group_members,
     warn_of_distances,
+    warn_of_no_gain,
 )
 from flashcoreset.facility_location.groups import solve_groups
 from flashcoreset.facility_location.limits import Limits
 from flashcoreset.facility_location.lost_gains import check_gains
 from flashcoreset.facility_location.problem import MATRICES, Problem, Request
+from flashcoreset.facility_location.rounds import in_rounds
 from flashcoreset.facility_location.sampling import CandidateSampler
 
 _FAR_ABOVE = 1000  # an offset this many times above the distances could lose them in rounding
@@ -47,6 +49,7 @@ def solve(r: Request, progress: Report | bool | None) -> Selection:
     # Checked afterwards, when a device has nothing left to wait for.
     if r.metric == "precomputed" and r.crow is None:
         warn_of_distances(r.x)
+    warn_of_no_gain(r, found)
     return found
 
 
@@ -176,7 +179,7 @@ def _solve_in_range(r: Request, progress: Report | bool | None, scaled: bool = F
             own = None if excluded is None else excluded[rows]
             return _solve_one(kernels, r, group, k, own, offset, bar, done)
 
-        return solve_groups(kernels, problem, members, offset, solve_group)
+        return solve_groups(kernels, problem, members, offset, solve_group, r.rounds)
 
     if progress is None:
         found = solve_all(None)
@@ -257,11 +260,30 @@ def _solve_one(
     done: int = 0,
 ) -> Selection:
     """The `k` picks of one problem, or fewer if its limits are reached; `done` picks were made in the groups before it."""
+    limits = Limits(kernels, r, problem, excluded) if r.is_limited else None
+
+    def solve_round(problem: Problem, k: int, made: int, stop_gain: float | None) -> Selection:
+        return _run(kernels, replace(r, stop_gain=stop_gain), problem, k, limits, offset, bar, done + made)
+
+    if r.rounds == 1:
+        return _run(kernels, r, problem, k, limits, offset, bar, done)
+    return in_rounds(problem, r.rounds, k, r.stop_gain, solve_round)
+
+
+def _run(
+    kernels: Kernels,
+    r: Request,
+    problem: Problem,
+    k: int,
+    limits: Limits | None,
+    offset: float | None,
+    bar: Progress | None,
+    done: int,
+) -> Selection:
+    """Up to `k` picks of one greedy run."""
     run = kernels.FacilityLocation(problem)
     unseen = False  # whether picks were made that the progress has not reported yet
-    limited = r.is_limited
-    if limited:
-        limits = Limits(kernels, r, problem, excluded)
+    if limits is not None:
         k = _step_within(limits, run, r, problem, k, offset, bar, done)
     elif r.method == "stochastic" and k > 0:
         _step_stochastic(run, r, problem, k, bar, done)
@@ -285,7 +307,7 @@ def _solve_one(
         bar.update(done + k)
     near = run.offset
     assert near is not None
-    some = limited or r.method == "stochastic" or problem.costs is not None
+    some = limits is not None or r.method == "stochastic" or problem.costs is not None
     check_gains(kernels, problem, near, indices, gains, some)
     if offset is None and problem.metric in DISTANCES:
         offset = near
@@ -309,7 +331,7 @@ def _step_within(
     done: int,
 ) -> int:
     """Makes up to `k` picks one by one, closing after each what the limits rule out; returns how many were made."""
-    closed, sampler = limits.first(), None
+    closed, sampler = limits.closed(), None
     if r.method == "stochastic" and k > 0:
         sampler, size = _sampler(r, problem, k, done)
     for made in range(k):

@@ -10,7 +10,7 @@ import numpy as np
 import flashcoreset as fc
 from flashcoreset._core.progress import Progress
 from flashcoreset.compat._knapsack import knapsack
-from flashcoreset.compat._run import KernelRun
+from flashcoreset.compat._run import KernelRun, gains_of_zero_expected
 from flashcoreset.compat.submodlib._objective import Clustered, Objective, State
 
 EXACT = ("NaiveGreedy", "LazyGreedy")
@@ -21,7 +21,8 @@ LABEL = "facility location"
 def exact(objective: Objective, count: int, progress: bool) -> np.ndarray:
     """The greedy sequence of `count` elements."""
     if objective.is_plain:
-        selection = fc.facility_location(k=count, progress=progress or None, **objective.problem())
+        with gains_of_zero_expected():
+            selection = fc.facility_location(k=count, progress=progress or None, **objective.problem())
         return objective.n - 1 - selection.indices.numpy()
     state, is_open, picks = State(objective), np.ones(objective.n, dtype=bool), []
     for _ in range(count):

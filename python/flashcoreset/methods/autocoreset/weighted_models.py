@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from flashcoreset._core.errors import warn_caller
+from flashcoreset._core.errors import ConvergenceWarning, warn_caller
 from flashcoreset._core.imports import imported
 
 Loss = Callable[[Any, Any, Any], Any]
-CLUSTERS = 8  # clusters of "kmeans"
+CLUSTERS = 8  # clusters of "kmeans", unless the caller names another number
+HINGES = ("hinge", "squared_hinge")  # losses of LinearSVC, by its own names
 _CHUNK = 2**16  # numbers of a dense copy of some samples
 
 # The models whose losses the names stand for, by their place in scikit-learn. Subclasses may minimise something else.
@@ -197,69 +199,175 @@ LOSSES: dict[str, Loss] = {
 
 
 def named_loss(name: str, model: Any) -> Loss:
-    """The loss of a name for the kind of `model`; raises TypeError if the model minimises something else."""
-    places = [place.split(".") for place in ESTIMATORS[name]]
+    """The loss of a name for the kind of `model`, or of the last step of a Pipeline; raises TypeError if the model minimises
+    something else."""
+    if _is_pipeline(model):
+        loss = named_loss(name, model.steps[-1][1])
+        return lambda fit, x, y: loss(fit.steps[-1][1], fit[:-1].transform(x), y)
+    kind = "linear_svm" if name in HINGES else name
+    places = [place.split(".") for place in ESTIMATORS[kind]]
     if not any(type(model) is getattr(imported(f"sklearn.{m}"), c) for m, c in places):
         raise TypeError(
             f"loss {name!r} is what scikit-learn's own {' or '.join(c for _, c in places)} minimises, got "
             f"{type(model).__module__}.{type(model).__qualname__}; pass a callable(model, X, y) for it"
         )
-    return LOSSES[name]
+    if name in HINGES and (model.loss != name or model.multi_class == "crammer_singer"):
+        raise TypeError(
+            f"loss {name!r} is what LinearSVC(loss={name!r}) minimises, got one with loss={model.loss!r}, "
+            f"multi_class={model.multi_class!r}; pass loss='linear_svm', which is whatever it minimises"
+        )
+    return LOSSES[kind]
 
 
-def make_model(name: str, seed: int) -> Any:
+def make_model(name: str, seed: int, *, clusters: int = CLUSTERS, hinge: str = "squared_hinge") -> Any:
     """The model of a name, not fitted."""
     if name == "kmeans":
-        return imported("sklearn.cluster").KMeans(n_clusters=CLUSTERS, n_init=3, random_state=seed % 2**32)
+        return imported("sklearn.cluster").KMeans(n_clusters=clusters, n_init=3, random_state=seed % 2**32)
     if name == "linear_regression":
         return imported("sklearn.linear_model").LinearRegression()
+    if (
+        name == "linear_svm" and hinge == "hinge"
+    ):  # which liblinear solves in its dual form alone, in random order
+        svm = imported("sklearn.svm")
+        return svm.LinearSVC(loss=hinge, dual=True, max_iter=10_000, random_state=seed % 2**32)
     if name == "linear_svm":
         # The model makes no use of a random state, but without one it would take a number from NumPy's global state.
         return imported("sklearn.svm").LinearSVC(dual=False, max_iter=10_000, random_state=seed % 2**32)
     return imported("sklearn.linear_model").LogisticRegression(max_iter=10_000)
 
 
-def check_model(model: Any) -> None:
-    """Raises TypeError unless `model` has fit(X, y, sample_weight=...)."""
+def weight_arguments(model: Any) -> list[str]:
+    """The arguments of the model's fit that take the samples' weights: `sample_weight`, and for a Pipeline that of each step whose fit
+    has it.
+
+    Raises:
+        TypeError: for what is no model, and for one whose fit takes no weights.
+        ValueError: for a search that keeps no model.
+    """
     fit = getattr(model, "fit", None)
     if isinstance(model, type) or not callable(fit):
         raise TypeError(
             f"model must be one of {', '.join(LOSSES)} or an object with fit(X, y, sample_weight=...), got "
             f"{model.__name__ + ', a class' if isinstance(model, type) else type(model).__name__}"
         )
-    parameters = inspect.signature(fit).parameters
+    if _is_routed():
+        return ["sample_weight"]  # which scikit-learn hands on to those that asked for it
+    if _is_pipeline(model):
+        name, last = model.steps[-1]
+        if last is None or isinstance(last, str):
+            raise TypeError(
+                f"model must end with an estimator, got a Pipeline whose last step, {name!r}, is {last!r}"
+            )
+        steps = [
+            (step, part)
+            for step, part in model.steps[:-1]
+            if hasattr(part, "fit") and (_is_pipeline(part) or "sample_weight" in _parameters(part))
+        ]
+        found = []
+        for step, part in [*steps, (name, last)]:
+            found += [f"{step}__{argument}" for argument in _of_step(part, step, part is last)]
+        return found
+    if _is_search(model):
+        if not model.refit:
+            raise ValueError(
+                f"model must keep the best model that it finds, got {type(model).__name__}(refit=False); pass refit=True"
+            )
+        return weight_arguments(model.estimator)
+    parameters = _parameters(model)
     if "sample_weight" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise TypeError(
             f"model must have fit(X, y, sample_weight=...), got {type(model).__name__}, whose fit takes "
             f"{', '.join(parameters) or 'nothing'}"
         )
+    return ["sample_weight"]
+
+
+def _of_step(part: Any, step: str, is_last: bool) -> list[str]:
+    """`weight_arguments` of a Pipeline's step; none if it is not the last one, and takes none."""
+    try:
+        return weight_arguments(part)
+    except TypeError as error:
+        if not is_last:
+            return []
+        raise TypeError(f"{error}, as the last step, {step!r}, of a Pipeline") from None
+
+
+def _parameters(model: Any) -> Any:
+    return inspect.signature(model.fit).parameters
+
+
+def _sklearn_class(module: str, name: str) -> Any:
+    """A class of scikit-learn, or a tuple of none if nothing of that module can be around."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def _is_pipeline(model: Any) -> bool:
+    return isinstance(model, _sklearn_class("sklearn.pipeline", "Pipeline"))
+
+
+def _is_search(model: Any) -> bool:
+    return isinstance(model, _sklearn_class("sklearn.model_selection._search", "BaseSearchCV"))
+
+
+def _is_routed() -> bool:
+    """Whether scikit-learn's own routing of weights is switched on."""
+    sklearn: Any = sys.modules.get("sklearn")
+    return sklearn is not None and bool(sklearn.get_config().get("enable_metadata_routing", False))
 
 
 class Fits:
-    """Fits copies of `model` to weighted samples."""
+    """Fits copies of `model` to weighted samples, and counts those that did not converge."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._model, self._arguments = model, weight_arguments(model)
         self._is_sklearn = type(model).__module__.partition(".")[0] == "sklearn"
         self._warned: set[tuple[type[Warning], str]] = set()
+        self._count = 0
+        self.unconverged = 0
 
     def fit(self, x: Any, y: Any, weights: np.ndarray) -> Any:
-        """A fitted copy. Warnings of scikit-learn's models are given at the line that called the library, once for all fits."""
+        """A fitted copy. Of the warnings of fits, those that say that one did not converge are counted; others of scikit-learn's models are given
+        at the line that called the library, once for all fits, and those of other models where they come from."""
         if hasattr(self._model, "get_params"):
             fresh = imported("sklearn.base").clone(self._model)
         else:
             fresh = copy.deepcopy(self._model)
-        if not self._is_sklearn:
-            fresh.fit(x, y, sample_weight=weights)
-            return fresh
         with warnings.catch_warnings(record=True) as caught:
-            fresh.fit(x, y, sample_weight=weights)
+            warnings.simplefilter("always")
+            try:
+                fresh.fit(x, y, **dict.fromkeys(self._arguments, weights))
+            except (TypeError, ValueError) as error:
+                if "sample_weight" not in str(error):
+                    raise
+                raise TypeError(
+                    f"model must hand sample_weight on to its estimators, which {type(self._model).__name__} does if scikit-learn's routing "
+                    "is on: sklearn.set_config(enable_metadata_routing=True), and set_fit_request(sample_weight=True) of the "
+                    f"estimators inside; its fit said: {error}"
+                ) from error
+        self._count += 1
+        not_converged = _sklearn_class("sklearn.exceptions", "ConvergenceWarning")
+        self.unconverged += any(issubclass(warning.category, not_converged) for warning in caught)
         for warning in caught:
+            if issubclass(warning.category, not_converged):
+                continue
             kind = warning.category, str(warning.message)
-            if kind not in self._warned:
+            if not self._is_sklearn:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            elif kind not in self._warned:
                 self._warned.add(kind)
                 warn_caller(kind[1], kind[0])
         return fresh
+
+    def warn_if_unconverged(self) -> None:
+        if not self.unconverged:
+            return
+        limit = getattr(self._model, "max_iter", None)
+        raised = "max_iter" if limit is None else f"max_iter, now {limit}"
+        warn_caller(
+            f"{self.unconverged} of {self._count} fits of {type(self._model).__name__} stopped before they converged, so that their losses are "
+            f"not the least; raise its {raised}, or scale x",
+            ConvergenceWarning,
+        )
 
 
 def class_codes(model: Any, y: Any) -> np.ndarray | None:

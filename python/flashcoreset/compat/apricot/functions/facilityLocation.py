@@ -14,7 +14,7 @@ import torch
 import flashcoreset as fc
 from flashcoreset.compat._coverage import covered_gains
 from flashcoreset.compat._knapsack import Budget
-from flashcoreset.compat._run import KernelRun
+from flashcoreset.compat._run import KernelRun, gains_of_zero_expected
 from flashcoreset.compat.apricot.functions.base import BaseGraphSelection
 
 _BLOCK = 2**22  # similarities in memory beside the matrix
@@ -115,9 +115,10 @@ class FacilityLocationSelection(BaseGraphSelection):
         x, preselected, rows = self._problem(X)
         bar, made = self._bar, len(self.ranking)
         report = None if bar is None else lambda done, total: bar.update(made + done)
-        selection = fc.facility_location(
-            x, count, metric="precomputed", preselected=preselected, progress=report
-        )
+        with gains_of_zero_expected():
+            selection = fc.facility_location(
+                x, count, metric="precomputed", preselected=preselected, progress=report
+            )
         gains = self._finish(X, selection.indices.numpy(), rows)
         tied = np.flatnonzero((np.diff(gains) == 0) & (gains[1:] > 0))
         return int(tied[-1]) + 2 if len(tied) else 0
