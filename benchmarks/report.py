@@ -28,16 +28,16 @@ TITLES = {
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }
-# The rows of the README, at most eight, and one of them loses: (family, row).
+# The rows of the README, at most eight, and one of them loses: (family, row, what it is about).
 HEADLINES = (
-    ("facility_location", "points-cosine"),
-    ("facility_location", "matrix-apricot"),
-    ("simcore", "order-from-features"),
-    ("sinkhorn", "many-128-batch"),
-    ("sinkhorn", "one-1000-plain-float32"),
-    ("sketch", "rademacher-trak"),
-    ("scores", "scores-50000x1000"),
-    ("sketch", "gaussian-stored"),
+    ("facility_location", "points-cosine", "Facility location"),
+    ("facility_location", "matrix-apricot", "Facility location"),
+    ("simcore", "order-from-features", "SimCore"),
+    ("sinkhorn", "many-128-batch", "Sinkhorn"),
+    ("sinkhorn", "one-1000-plain-float32", "Sinkhorn"),
+    ("sketch", "rademacher-trak", "Projection"),
+    ("scores", "scores-50000x1000", "Sample scores"),
+    ("sketch", "gaussian-stored", "Projection"),
 )
 
 
@@ -111,10 +111,10 @@ def render(families: dict[str, dict[str, Any]]) -> str:
 def headlines(families: dict[str, dict[str, Any]]) -> str:
     """The README's table: those of ``HEADLINES`` that were measured."""
     rows = [["", "peer", "flashcoreset", ""], ["---"] * 4]
-    for family, name in HEADLINES:
+    for family, name, about in HEADLINES:
         for record in families.get(family, {"rows": []})["rows"]:
             if record.name == name and record.peer_times:
-                title = record.title[0].upper() + record.title[1:]
+                title = f"{about}: {record.title}"
                 peer = f"{results.seconds(record.peer_times['median'])}, {record.peer}"
                 rows.append(
                     [title, peer, results.seconds(record.ours["median"]), f"**{results.figure(record)}**"]

@@ -270,7 +270,7 @@ def test_report_writes_between_the_markers(
     assert readme.read_text().splitlines()[2:-2] == [
         "|  | peer | flashcoreset |  |",
         "| --- | --- | --- | --- |",
-        "| Signs | 10 ms, the peer | 1 ms | **10x** |",
+        "| Projection: signs | 10 ms, the peer | 1 ms | **10x** |",
     ]
     assert report.main(arguments) == 0
     assert document.read_text() == text

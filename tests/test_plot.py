@@ -111,7 +111,7 @@ def test_gains_from_the_second_pick_on() -> None:
     assert ax.get_lines()[2].get_xdata() == [found]
     assert f"elbow: {found} picks" in ax.get_legend().get_texts()[0].get_text()
     assert ax.get_ylim()[0] == 0
-    assert f"{float(SELECTION.gains[0]):.4g}" in ax.get_title(loc="left")
+    assert f"{float(SELECTION.gains[0]):,.0f}" in ax.get_title(loc="left")
 
 
 @pytest.mark.parametrize(
