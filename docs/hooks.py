@@ -1,7 +1,7 @@
 """What the site has beside the pages of docs/: pages made of the repository's own files, and links to those files.
 
 The API pages follow from the public names, the notebooks' pages from examples/, and two pages are CONTRIBUTING.md and CHANGELOG.md. MkDocs calls
-the two functions at the end.
+the functions at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -50,21 +51,46 @@ MODULES = {
 }
 
 
-def public_names() -> dict[str, str]:
-    """The names of ``flashcoreset.__all__`` that are no modules, with the module that each is imported from."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
-    origins = {
+class Examples(griffe.Extension):
+    """The examples of docstrings are shown as code: griffe calls such a section "Examples", these docstrings "Example"."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+
+
+def _imports(path: Path) -> dict[str, str]:
+    """The names that a file imports from modules, with the module of each."""
+    return {
         alias.asname or alias.name: node.module or ""
-        for node in ast.walk(tree)
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
+
+
+def _defined_in(name: str, module: str) -> str:
+    """The module that defines a name which can be imported from `module`: not one that imports it in turn."""
+    folder = PACKAGE.parent.joinpath(*module.split("."))
+    path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    origin = _imports(path).get(name)
+    return module if origin is None else _defined_in(name, origin)
+
+
+def public_names() -> dict[str, str]:
+    """The names of ``flashcoreset.__all__`` that are no modules, with the module that defines each."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    origins = _imports(PACKAGE / "__init__.py")
     (listed,) = (
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
     )
-    return {name: origins[name] for name in listed if origins.get(name, "flashcoreset") != "flashcoreset"}
+    return {
+        name: _defined_in(name, origins[name])
+        for name in listed
+        if origins.get(name, "flashcoreset") not in ("flashcoreset", "importlib.metadata")
+    }
 
 
 def api_pages() -> dict[str, str]:
@@ -117,6 +143,25 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join(parts) + "\n", pictures
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The generated pages in the navigation, below the entries of their first pages."""
+    notebooks = [f"notebooks/{path.stem}.md" for path in sorted((ROOT / "examples").glob("*.ipynb"))]
+    pages = {"api/index.md": [page for page in api_pages() if page != "api/index.md"], "notebooks/index.md": notebooks}
+
+    def extended(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [extended(part) for part in entry]
+        if isinstance(entry, dict):
+            return {
+                title: [page, *pages[page]] if isinstance(page, str) and page in pages else extended(page)
+                for title, page in entry.items()
+            }
+        return entry
+
+    config.nav = extended(config.nav)
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     generated: dict[str, str | bytes] = {**api_pages()}
     for source, page in PAGES.items():
@@ -158,3 +203,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     # Code is left as it is: every other part between fences.
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else re.sub(pattern, rewritten, part) for part in parts)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """The plugin for pages that are opened from a folder would fetch this script."""
+    to_root = posixpath.relpath(".", posixpath.dirname(page.file.dest_uri) or ".")
+    return output.replace("https://unpkg.com/iframe-worker/shim", f"{to_root}/worker.js")

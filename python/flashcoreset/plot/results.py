@@ -47,7 +47,7 @@ def benchmarks(results: Any, *, rows: Any = None, ax: Any = None) -> Any:
     new = ax is None
     ax = axes(ax, "benchmarks")
     if new:
-        ax.figure.set_size_inches(9, 0.29 * len(names) + 0.9)
+        ax.figure.set_size_inches(9, 0.36 * len(names) + 0.9)
     values = [found[name]["value"] for name in names]
     colours = [BLUE if value >= 1 else RED for value in values]
     places = list(range(len(names)))
@@ -55,13 +55,13 @@ def benchmarks(results: Any, *, rows: Any = None, ax: Any = None) -> Any:
     ax.barh(places, [value - 1 for value in values], left=1, color=colours, height=0.7)
     for place, value in zip(places, values, strict=True):
         outside = {"ha": "left", "xytext": (3, 0)} if value >= 1 else {"ha": "right", "xytext": (-3, 0)}
-        ax.annotate(f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x", (value, place), textcoords="offset points", va="center", fontsize=7, **outside)
+        ax.annotate(f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x", (value, place), textcoords="offset points", va="center", fontsize=8, **outside)
     ax.axvline(1, color=DARK, linewidth=0.8)
     ax.set_xscale("log")
     ax.set_xlim(min([1.0, *values]) / 4, max([1.0, *values]) * 4)
     ax.set_ylim(-0.7, len(names) - 0.3)
-    labels = [fill(f"{found[name]['title']}; {found[name]['peer']}", 90) for name in names]
-    ax.set_yticks(places, labels, fontsize=6.5)
+    labels = [fill(f"{found[name]['title']}; {found[name]['peer']}", 70) for name in names]
+    ax.set_yticks(places, labels, fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("times as fast as the peer")
     grid(ax, "x")
