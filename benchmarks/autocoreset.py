@@ -185,7 +185,11 @@ def plot(path: Path, curves: Curves, sizes: Sequence[int], trials: int) -> None:
     )
     for panel, (case, lines) in zip(panels.flat, curves.items(), strict=False):
         fc.plot.errors(
-            {label: {k: [eps] for k, eps in zip(sizes, points, strict=True)} for label, points in lines.items()}, ax=panel
+            {
+                label: {k: [eps] for k, eps in zip(sizes, points, strict=True)}
+                for label, points in lines.items()
+            },
+            ax=panel,
         )
         panel.set_title(case, fontsize=10)
         panel.set_ylabel(f"approximation error\n(mean of {trials} trials)")

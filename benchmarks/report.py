@@ -139,7 +139,10 @@ def main(argv: list[str] | None = None) -> int:
         "--document", type=Path, default=machine.ROOT / "docs/benchmarks.md", help="file that has the markers"
     )
     arguments.add_argument(
-        "--readme", type=Path, default=machine.ROOT / "README.md", help="file for the few rows, with the markers"
+        "--readme",
+        type=Path,
+        default=machine.ROOT / "README.md",
+        help="file for the few rows, with the markers",
     )
     options = arguments.parse_args(argv)
     try:

@@ -26,7 +26,9 @@ def save(ax: plt.Axes, name: str) -> None:
 def main() -> None:
     text = (DOCS / "plots.md").read_text()
     names: dict[str, object] = {}
-    for example, picture in re.findall(r"^```python\n(.*?)^```(?:\n+!\[[^]]*\]\(pictures/(.*?)\))?", text, re.M | re.S):
+    for example, picture in re.findall(
+        r"^```python\n(.*?)^```(?:\n+!\[[^]]*\]\(pictures/(.*?)\))?", text, re.M | re.S
+    ):
         exec(compile(example, "plots.md", "exec"), names)
         if picture:
             save(names["ax"], picture)  # type: ignore[arg-type]

@@ -51,12 +51,23 @@ MODULES = {
 }
 
 
+def _with_products(text: str) -> str:
+    """Text in which inner products such as <P, C> are not taken for HTML."""
+    parts = re.split(r"(`[^`]*`)", text)  # code stays as it is
+    return "".join(
+        part if part.startswith("`") else re.sub(r"<(\w+, ?\w+)>", r"&lt;\1&gt;", part) for part in parts
+    )
+
+
 class Examples(griffe.Extension):
     """The examples of docstrings are shown as code: griffe calls such a section "Examples", these docstrings "Example"."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            text, *rest = re.split(r"^( *)Example:$", obj.docstring.value, maxsplit=1, flags=re.MULTILINE)
+            obj.docstring.value = _with_products(text) + "".join(
+                [rest[0], "Examples:", rest[1]] if rest else []
+            )
 
 
 def _imports(path: Path) -> dict[str, str]:
@@ -84,7 +95,9 @@ def public_names() -> dict[str, str]:
     (listed,) = (
         ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id == "__all__"
     )
     return {
         name: _defined_in(name, origins[name])
@@ -146,7 +159,10 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The generated pages in the navigation, below the entries of their first pages."""
     notebooks = [f"notebooks/{path.stem}.md" for path in sorted((ROOT / "examples").glob("*.ipynb"))]
-    pages = {"api/index.md": [page for page in api_pages() if page != "api/index.md"], "notebooks/index.md": notebooks}
+    pages = {
+        "api/index.md": [page for page in api_pages() if page != "api/index.md"],
+        "notebooks/index.md": notebooks,
+    }
 
     def extended(entry: Any) -> Any:
         if isinstance(entry, list):
@@ -202,10 +218,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     pattern = r"(?<!!)\[(?P<text>[^\]]+)\]\((?!https?:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)]*)?\)"
     # Code is left as it is: every other part between fences.
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
-    return "".join(part if part.startswith("```") else re.sub(pattern, rewritten, part) for part in parts)
+    return "".join(
+        part if part.startswith("```") else _with_products(re.sub(pattern, rewritten, part)) for part in parts
+    )
+
+
+SHIM = "https://unpkg.com/iframe-worker/shim"  # the plugin for pages that are opened from a folder would fetch it: worker.js is ours
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """The plugin for pages that are opened from a folder would fetch this script."""
     to_root = posixpath.relpath(".", posixpath.dirname(page.file.dest_uri) or ".")
-    return output.replace("https://unpkg.com/iframe-worker/shim", f"{to_root}/worker.js")
+    return output.replace(SHIM, f"{to_root}/worker.js")
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
+    return output_content.replace(SHIM, "worker.js")

@@ -50,7 +50,9 @@ def build() -> Path:
     )  # fmt: skip
     (wheel,) = RELEASE.glob("*.whl")
     (sdist,) = RELEASE.glob("*.tar.gz")
-    print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.2f} MB; {wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB")
+    print(
+        f"{sdist.name}: {sdist.stat().st_size / 1e6:.2f} MB; {wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB"
+    )
     return wheel
 
 
@@ -84,9 +86,24 @@ def environment(folder: Path, *packages: str | Path) -> Path:
 
 def quick(python: str | Path, **variables: str) -> None:
     """The quick tests, on the package that is installed for this Python."""
-    run(python, "-c", "import flashcoreset as fc; print(fc.__file__); assert 'site-packages' in fc.__file__", **variables)
+    run(
+        python,
+        "-c",
+        "import flashcoreset as fc; print(fc.__file__); assert 'site-packages' in fc.__file__",
+        **variables,
+    )
     tests = [f"tests/{name}" for name in QUICK]
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, FLASHCORESET_TEST_EMULATED="", **variables)
+    run(
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+        FLASHCORESET_TEST_EMULATED="",
+        **variables,
+    )
 
 
 def release() -> None:
@@ -102,12 +119,16 @@ def release() -> None:
 def compat(names: list[str]) -> None:
     wheel = build()
     for name in names:
-        python = environment(COMPAT / name, "-r", ROOT / "tests" / "compat" / f"{name}.txt", wheel, *TEST_TOOLS)
+        python = environment(
+            COMPAT / name, "-r", ROOT / "tests" / "compat" / f"{name}.txt", wheel, *TEST_TOOLS
+        )
         quick(python)
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("what", choices=["release", "compat", "quick"])
     arguments.add_argument("names", nargs="*", help="for compat: files of tests/compat")
     options = arguments.parse_args()

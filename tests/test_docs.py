@@ -44,7 +44,9 @@ def test_examples_run(page: Path) -> None:
 
 def test_the_readme_shows_what_its_example_prints(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "README.md").read_text()
-    example, output = re.findall(r"^```python\n(.*?)^```\n+```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0]
+    example, output = re.findall(
+        r"^```python\n(.*?)^```\n+```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+    )[0]
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out == output
 
@@ -78,15 +80,21 @@ def test_the_site_builds_without_network(tmp_path: Path) -> None:
         **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
     }
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.html")}
     sources = {path.stem for path in (ROOT / "docs").glob("*.md")}
-    assert {f"{name}.html" for name in sources | {"changes", "writing_a_kernel", "api/index", "notebooks/index"}} <= pages.keys()
+    assert {
+        f"{name}.html" for name in sources | {"changes", "writing_a_kernel", "api/index", "notebooks/index"}
+    } <= pages.keys()
     for name, page in pages.items():
         fetched = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(https?:[^\" >]+)", page)
-        fetched += re.findall(r"<link[^>]+rel=\"?(?:stylesheet|preconnect)[^>]+href=\"?(https?:[^\" >]+)", page)
+        fetched += re.findall(
+            r"<link[^>]+rel=\"?(?:stylesheet|preconnect)[^>]+href=\"?(https?:[^\" >]+)", page
+        )
         assert fetched == [], name
+    assert "&lt;P, C&gt;" in pages["sinkhorn.html"]  # not taken for HTML
+    assert "&lt;P, C&gt;" in pages["api/sinkhorn.html"]
     listed = pages["api/index.html"]
     import flashcoreset as fc
 

@@ -88,8 +88,16 @@ def test_what_is_counted_has_whole_ticks(name: str) -> None:
 def test_colours_differ_with_any_colour_vision_and_in_grey() -> None:
     """The published matrices of Machado, Oliveira and Fernandes (2009) for the two kinds of dichromacy of red and green, and luminance."""
     kinds = {
-        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "protan": [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        "deutan": [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
     }
     for matrix in kinds.values():
         seen = [np.clip(np.array(matrix) @ to_rgb(colour), 0, 1) for colour in CYCLE[:4]]
@@ -189,7 +197,11 @@ def test_coverage_takes_other_clients_indices_and_one_column() -> None:
         (lambda: fc.plot.strata(3), TypeError, "coreset must be a Coreset, got int"),
         (lambda: fc.plot.strata(CCS, scores=SCORES[:50]), ValueError, "scores must be those that ccs got"),
         (lambda: fc.plot.strata(CCS, scores=-SCORES), ValueError, "scores .* must be those that ccs got"),
-        (lambda: fc.plot.strata(CCS, mislabel_scores=SCORES), ValueError, "scores must be given with mislabel"),
+        (
+            lambda: fc.plot.strata(CCS, mislabel_scores=SCORES),
+            ValueError,
+            "scores must be given with mislabel",
+        ),
         (lambda: fc.plot.strata(CCS, scores=SCORES, groups=[0] * 140), ValueError, "groups must be None"),
         (lambda: fc.plot.rounds(CCS), ValueError, "one that simcore returned"),
         (lambda: fc.plot.losses(CCS), ValueError, "one that autocoreset returned"),
@@ -249,7 +261,9 @@ def test_dropped_inside_the_range_stand_on_the_strata() -> None:
     assert len(inside) > 2
     assert all(bar.get_y() == tops[round(bar.get_x(), 6)] for bar in inside)
     low = X[:, 0][suspects.argsort()[:24]]
-    drawn = np.repeat([bar.get_x() + bar.get_width() / 2 for bar in dropped], [int(bar.get_height()) for bar in dropped])
+    drawn = np.repeat(
+        [bar.get_x() + bar.get_width() / 2 for bar in dropped], [int(bar.get_height()) for bar in dropped]
+    )
     width = dropped[0].get_width()
     np.testing.assert_allclose(drawn, np.sort(low), atol=width / 2 + 1e-6)
 
@@ -280,7 +294,9 @@ def test_strata_of_groups_are_rows() -> None:
         np.testing.assert_allclose(drawn, scale * np.array(info["sizes"]))
     texts = [text.get_text() for text in ax.texts]
     assert any(text.endswith("4 dropped") for text in texts)
-    with pytest.raises(ValueError, match="scores and groups must be given where samples of groups were dropped"):
+    with pytest.raises(
+        ValueError, match="scores and groups must be given where samples of groups were dropped"
+    ):
         fc.plot.strata(coreset, axes())
     with pytest.raises(ValueError, match="groups must be given with scores"):
         fc.plot.strata(coreset, axes(), scores=SCORES)
@@ -404,6 +420,9 @@ def test_benchmarks_from_files(tmp_path: Path) -> None:
     assert [text.get_text() for text in ax.texts] == ["4x", "0.5x", "120x"]
     assert len({to_hex(bar.get_facecolor()) for bar in ax.patches}) == 2
     assert ax.get_xscale() == "log"
-    assert fc.plot.benchmarks(str(tmp_path / "one.json"), rows=["b"], ax=axes()).get_yticklabels()[0].get_text() == "a row; a peer"
+    assert (
+        fc.plot.benchmarks(str(tmp_path / "one.json"), rows=["b"], ax=axes()).get_yticklabels()[0].get_text()
+        == "a row; a peer"
+    )
     with pytest.raises(ValueError, match=r"a folder of files \.json"):
         fc.plot.benchmarks(tmp_path / "..", ax=axes())

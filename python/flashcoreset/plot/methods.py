@@ -150,7 +150,9 @@ def strata(
                 label="dropped first" if not any(bars[x]["dropped"].sum() for x in list(bars)[:row]) else None,
             )  # fmt: skip
         if grouped:
-            words = f"{taken:,} of {int(found['sizes'].sum()) + dropped:,}" + (f", {dropped:,} dropped" if dropped else "")
+            words = f"{taken:,} of {int(found['sizes'].sum()) + dropped:,}" + (
+                f", {dropped:,} dropped" if dropped else ""
+            )
             ax.annotate(
                 words, (1.0, row + 0.75), xycoords=("axes fraction", "data"), xytext=(-4, 0), textcoords="offset points", ha="right",
                 fontsize=8, color=DARK,
@@ -197,13 +199,19 @@ def _of_groups(
         raise ValueError("groups must be given with scores where ccs got groups, got None")
     if not grouped and groups is not None:
         raise ValueError("groups must be None where ccs got none")
-    labels = np.asarray(groups.cpu() if isinstance(groups, torch.Tensor) else groups) if grouped else np.zeros(len(values))
+    labels = (
+        np.asarray(groups.cpu() if isinstance(groups, torch.Tensor) else groups)
+        if grouped
+        else np.zeros(len(values))
+    )
     if labels.shape != values.shape:
         raise ValueError(f"groups must have shape {values.shape} as scores have, got {labels.shape}")
     chosen = np.zeros(len(values), dtype=bool)
     indices = coreset.indices.cpu().numpy()
     if indices.max() >= len(values):
-        raise ValueError(f"scores must be those that ccs got, got {len(values)} and a coreset with index {indices.max()}")
+        raise ValueError(
+            f"scores must be those that ccs got, got {len(values)} and a coreset with index {indices.max()}"
+        )
     chosen[indices] = True
     found = {}
     for label, info in parts.items():
@@ -281,7 +289,9 @@ def _bars(info: dict[str, Any], given: tuple[np.ndarray, np.ndarray, np.ndarray]
                 sizes, counts = np.append(sizes, more), np.append(counts, taken)
                 result["ends"].append((x + w / 2, "inf" if side > 0 else "-inf"))
         if out.any():
-            dropped_left, dropped_width, dropped, base = _dropped_bars(values[out], bounds, edges, sizes, kind, outside)
+            dropped_left, dropped_width, dropped, base = _dropped_bars(
+                values[out], bounds, edges, sizes, kind, outside
+            )
             if not np.isfinite(values[out]).all():
                 result["ends"].append((dropped_left[0] + dropped_width[0] / 2, "-inf"))
     return result | {
@@ -381,16 +391,38 @@ def rounds(coreset: Coreset, *, ax: Any = None) -> Any:
     values = list(info["values"])
     ax = axes(ax, "rounds")
     few = len(values) <= 60
-    ax.plot(range(1, len(values) + 1), values, color=BLUE, marker="o" if few else None, markersize=3, label="kept rounds")
+    ax.plot(
+        range(1, len(values) + 1),
+        values,
+        color=BLUE,
+        marker="o" if few else None,
+        markersize=3,
+        label="kept rounds",
+    )
     if info["threshold"] is not None:
         ax.axhline(
-            info["threshold"], color=ORANGE, linestyle="--", label=f"threshold, set by round {info['patience']}"
+            info["threshold"],
+            color=ORANGE,
+            linestyle="--",
+            label=f"threshold, set by round {info['patience']}",
         )
         ax.plot([info["patience"]], [values[info["patience"] - 1]], color=ORANGE, marker="s", linestyle="")
     if info["dropped_value"] is not None:
-        ax.plot([len(values) + 1], [info["dropped_value"]], color=DARK, marker="x", linestyle="", label="dropped round")
+        ax.plot(
+            [len(values) + 1],
+            [info["dropped_value"]],
+            color=DARK,
+            marker="x",
+            linestyle="",
+            label="dropped round",
+        )
     ax.set(xlabel="rounds", ylabel="mean similarity of a round (axis cut)")
-    ax.set_title(f"{len(coreset.indices):,} items, ended by: {info['stopped']}", fontsize="medium", loc="left", color=DARK)
+    ax.set_title(
+        f"{len(coreset.indices):,} items, ended by: {info['stopped']}",
+        fontsize="medium",
+        loc="left",
+        color=DARK,
+    )
     whole_numbers(ax.xaxis)
     grid(ax)
     ax.legend(frameon=False)
@@ -422,7 +454,9 @@ def losses(coreset: Coreset, *, full: float | None = None, ax: Any = None) -> An
         >>> fc.plot.losses(coreset).get_xlabel()
         'fits'
     """
-    coreset = coreset_with(coreset, {"losses", "best", "rounds"}, "autocoreset returned, whose info has losses")
+    coreset = coreset_with(
+        coreset, {"losses", "best", "rounds"}, "autocoreset returned, whose info has losses"
+    )
     info = coreset.info
     values = np.array(info["losses"], dtype=float)
     if full is not None:
@@ -434,12 +468,21 @@ def losses(coreset: Coreset, *, full: float | None = None, ax: Any = None) -> An
     numbers = np.arange(1, len(values) + 1)
     first = len(values) - info["rounds"]
     ax.plot(numbers, values, color=LIGHT, zorder=1)
-    ax.scatter(numbers[:first], values[:first], color=GREY, marker="s", s=22, label="uniform samples", zorder=2)
+    ax.scatter(
+        numbers[:first], values[:first], color=GREY, marker="s", s=22, label="uniform samples", zorder=2
+    )
     if first < len(values):
         ax.scatter(numbers[first:], values[first:], color=BLUE, s=22, label="matched subsets", zorder=2)
     best = info["best"]
     ax.scatter(
-        [numbers[best]], [values[best]], s=120, facecolors="none", edgecolors=ORANGE, linewidths=2, label="kept", zorder=3
+        [numbers[best]],
+        [values[best]],
+        s=120,
+        facecolors="none",
+        edgecolors=ORANGE,
+        linewidths=2,
+        label="kept",
+        zorder=3,
     )
     ax.set(xlabel="fits", ylabel="total loss on all samples" if full is None else "approximation error")
     if full is not None:

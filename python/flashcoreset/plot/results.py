@@ -37,11 +37,18 @@ def benchmarks(results: Any, *, rows: Any = None, ax: Any = None) -> Any:
         >>> fc.plot.benchmarks({"family": "sums", "rows": [row]}).get_xlabel()
         'times as fast as the peer'
     """
-    found = {row["name"]: row for content in _contents(results) for row in content["rows"] if row.get("figure") == "ratio"}
+    found = {
+        row["name"]: row
+        for content in _contents(results)
+        for row in content["rows"]
+        if row.get("figure") == "ratio"
+    }
     names = list(found) if rows is None else list(rows)
     unknown = [name for name in names if name not in found]
     if unknown:
-        raise ValueError(f"rows must be among {', '.join(found) or 'none'}, got {', '.join(map(str, unknown))}")
+        raise ValueError(
+            f"rows must be among {', '.join(found) or 'none'}, got {', '.join(map(str, unknown))}"
+        )
     if not names:
         raise ValueError("results must have rows that are compared with a peer, got none")
     new = ax is None
@@ -55,7 +62,14 @@ def benchmarks(results: Any, *, rows: Any = None, ax: Any = None) -> Any:
     ax.barh(places, [value - 1 for value in values], left=1, color=colours, height=0.7)
     for place, value in zip(places, values, strict=True):
         outside = {"ha": "left", "xytext": (3, 0)} if value >= 1 else {"ha": "right", "xytext": (-3, 0)}
-        ax.annotate(f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x", (value, place), textcoords="offset points", va="center", fontsize=8, **outside)
+        ax.annotate(
+            f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x",
+            (value, place),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            **outside,
+        )
     ax.axvline(1, color=DARK, linewidth=0.8)
     ax.set_xscale("log")
     ax.set_xlim(min([1.0, *values]) / 4, max([1.0, *values]) * 4)

@@ -144,12 +144,20 @@ def coverage(points: Any, chosen: Any, *, clients: Any = None, ax: Any = None) -
         if lines is not None:
             ax.add_collection(lines)
     size = 8 if len(places[0]) <= 5000 else 2
-    ax.scatter(*places[0].T, s=size, color=LIGHT, linewidths=0, label="points", rasterized=len(places[0]) > 5000)
+    ax.scatter(
+        *places[0].T, s=size, color=LIGHT, linewidths=0, label="points", rasterized=len(places[0]) > 5000
+    )
     if clients is not None:
         ax.scatter(*served.T, s=12, color=ORANGE, marker="x", linewidths=0.8, label="clients")
     mean = weights.mean() or 1.0
     ax.scatter(
-        *picked.T, s=np.clip(30 * weights / mean, 8, 300), color=BLUE, edgecolors="white", linewidths=0.6, label="picks", zorder=3
+        *picked.T,
+        s=np.clip(30 * weights / mean, 8, 300),
+        color=BLUE,
+        edgecolors="white",
+        linewidths=0.6,
+        label="picks",
+        zorder=3,
     )
     ax.set(xlabel=labels[0], ylabel=labels[1], title=f"{len(indices):,} of {len(places[0]):,} points")
     for handle in ax.legend(frameon=False).legend_handles:

@@ -64,9 +64,7 @@ def in_two_dimensions(sets: dict[str, Any]) -> tuple[list[np.ndarray], tuple[str
     columns = arrays[0].shape[1]
     for name, array in zip(names, arrays, strict=True):
         if array.shape[1] != columns:
-            raise ValueError(
-                f"{name} must have {columns} columns as {names[0]} has, got shape {array.shape}"
-            )
+            raise ValueError(f"{name} must have {columns} columns as {names[0]} has, got shape {array.shape}")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
     if columns == 1:
@@ -89,5 +87,7 @@ def in_two_dimensions(sets: dict[str, Any]) -> tuple[list[np.ndarray], tuple[str
         directions = np.column_stack([directions, np.zeros(columns)])
     total = float((centred**2).sum()) or 1.0
     shares = [float(((centred @ direction) ** 2).sum()) / total for direction in directions.T]
-    labels = [f"principal component {i + 1} ({100 * share:.0f} % of the variance)" for i, share in enumerate(shares)]
+    labels = [
+        f"principal component {i + 1} ({100 * share:.0f} % of the variance)" for i, share in enumerate(shares)
+    ]
     return [(array - center) @ directions for array in arrays], (labels[0], labels[1])

@@ -114,11 +114,15 @@ def interpolation(
     from matplotlib.collections import LineCollection
     from matplotlib.colors import LinearSegmentedColormap
 
-    ax.add_collection(LineCollection(list(np.stack([begin, goal], 1)), colors=LIGHT, linewidths=0.5, zorder=0))
+    ax.add_collection(
+        LineCollection(list(np.stack([begin, goal], 1)), colors=LIGHT, linewidths=0.5, zorder=0)
+    )
     ax.scatter(*end.T, color="black", marker="x", s=18, linewidths=0.8, label="y", zorder=1)
     blend = LinearSegmentedColormap.from_list("time", [BLUE, ORANGE])
     for t in moments:
-        ax.scatter(*((1 - t) * begin + t * goal).T, s=12, color=blend(t), linewidths=0, label=f"t = {t:g}", zorder=2)
+        ax.scatter(
+            *((1 - t) * begin + t * goal).T, s=12, color=blend(t), linewidths=0, label=f"t = {t:g}", zorder=2
+        )
     ax.set(xlabel=labels[0], ylabel=labels[1])
     ax.set_aspect("equal", adjustable="datalim")
     ax.legend(frameon=False)
