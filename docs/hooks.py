@@ -157,24 +157,35 @@ def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The generated pages in the navigation, below the entries of their first pages."""
+    """Completes the navigation: generated pages stand below the entries of their first pages, pages that no entry names under "More",
+    and an entry whose page is not in this checkout is left out."""
+    api = list(api_pages())
     notebooks = [f"notebooks/{path.stem}.md" for path in sorted((ROOT / "examples").glob("*.ipynb"))]
-    pages = {
-        "api/index.md": [page for page in api_pages() if page != "api/index.md"],
+    below = {
+        "api/index.md": [page for page in api if page != "api/index.md"],
         "notebooks/index.md": notebooks,
     }
+    present = {path.name for path in (ROOT / "docs").glob("*.md")} | {*PAGES.values()} | {*api}
+    named: set[str] = set()
 
-    def extended(entry: Any) -> Any:
+    def completed(entry: Any) -> Any:
         if isinstance(entry, list):
-            return [extended(part) for part in entry]
+            return [part for part in map(completed, entry) if part]
         if isinstance(entry, dict):
             return {
-                title: [page, *pages[page]] if isinstance(page, str) and page in pages else extended(page)
-                for title, page in entry.items()
+                title: page
+                for title, page in ((title, completed(page)) for title, page in entry.items())
+                if page
             }
-        return entry
+        named.add(entry)
+        if entry not in present:
+            return None
+        return [entry, *below[entry]] if entry in below else entry
 
-    config.nav = extended(config.nav)
+    config.nav = completed(config.nav)
+    more = sorted(page for page in present - named - {*api} if page not in PAGES.values())
+    if more:
+        config.nav.append({"More": more})
     return config
 
 
