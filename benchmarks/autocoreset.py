@@ -182,22 +182,26 @@ def plot(path: Path, curves: Curves, sizes: Sequence[int], trials: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, len(curves), figsize=(3.4 * len(curves), 3.4), layout="constrained")
-    styles: dict[str, dict[str, Any]] = {
-        "AutoCoreset": {"color": "C0", "marker": "o"},
-        "best of as many uniform": {"color": "C1", "marker": "s"},
-        "uniform": {"color": "0.5", "marker": "^", "linestyle": "--"},
-    }
-    for panel, (case, lines) in zip(np.atleast_1d(panels), curves.items(), strict=True):
-        for label, points in lines.items():
-            # A logarithm has no place for an error of 0 or (for k-means, whose optimum is the best found) below.
-            panel.plot(sizes, np.maximum(points, 1e-6), label=label, **styles[label])
-        panel.set_yscale("log")
-        panel.set_title(case, fontsize=9)
-        panel.set_xlabel("k")
-        panel.grid(visible=True, which="major", alpha=0.3)
-    np.atleast_1d(panels)[0].set_ylabel(f"approximation error, mean of {trials} trials")
-    np.atleast_1d(panels)[0].legend(frameon=False, fontsize=8)
+    columns = min(2, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.3 * rows), layout="constrained", squeeze=False
+    )
+    for panel, (case, lines) in zip(panels.flat, curves.items(), strict=False):
+        fc.plot.errors(
+            {
+                label: {k: [eps] for k, eps in zip(sizes, points, strict=True)}
+                for label, points in lines.items()
+            },
+            ax=panel,
+        )
+        panel.set_title(case, fontsize=10)
+        panel.set_ylabel(f"approximation error\n(mean of {trials} trials)")
+        panel.get_legend().remove()
+    for panel in panels.flat[len(curves) :]:
+        panel.set_axis_off()
+    place = {"loc": "center"} if len(curves) < rows * columns else {"loc": "best"}
+    panels.flat[-1].legend(*panels.flat[0].get_legend_handles_labels(), frameon=False, **place)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

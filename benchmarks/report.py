@@ -1,4 +1,5 @@
-"""``python -m benchmarks.report``: writes the tables of results/*.json between the markers in README.md."""
+"""``python -m benchmarks.report``: writes the tables of results/*.json between the markers of docs/benchmarks.md, and a few rows
+between those of README.md."""
 
 from __future__ import annotations
 
@@ -27,6 +28,17 @@ TITLES = {
     "goracs": "GORACS",
     "scale": "Scale: time as a multiple of one whole product at the measured matrix rate",
 }
+# The rows of the README, at most eight, and one of them loses: (family, row, what it is about).
+HEADLINES = (
+    ("facility_location", "points-cosine", "Facility location"),
+    ("facility_location", "matrix-apricot", "Facility location"),
+    ("simcore", "order-from-features", "SimCore"),
+    ("sinkhorn", "many-128-batch", "Sinkhorn"),
+    ("sinkhorn", "one-1000-plain-float32", "Sinkhorn"),
+    ("sketch", "rademacher-trak", "Projection"),
+    ("scores", "scores-50000x1000", "Sample scores"),
+    ("sketch", "gaussian-stored", "Projection"),
+)
 
 
 def _cells(record: Record) -> list[str]:
@@ -55,8 +67,11 @@ def _table(records: list[Record]) -> list[str]:
         "share of the limit",
         "agreement",
     ]
-    lines = [header, ["---"] * len(header), *(_cells(record) for record in records)]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return _lines([header, ["---"] * len(header), *(_cells(record) for record in records)])
+
+
+def _lines(rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
 def _provenance(content: dict[str, Any]) -> str:
@@ -93,6 +108,20 @@ def render(families: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def headlines(families: dict[str, dict[str, Any]]) -> str:
+    """The README's table: those of ``HEADLINES`` that were measured."""
+    rows = [["", "peer", "flashcoreset", ""], ["---"] * 4]
+    for family, name, about in HEADLINES:
+        for record in families.get(family, {"rows": []})["rows"]:
+            if record.name == name and record.peer_times:
+                title = f"{about}: {record.title}"
+                peer = f"{results.seconds(record.peer_times['median'])}, {record.peer}"
+                rows.append(
+                    [title, peer, results.seconds(record.ours["median"]), f"**{results.figure(record)}**"]
+                )
+    return "\n".join(_lines(rows))
+
+
 def insert(document: str, table: str) -> str:
     """``document`` with the text between the markers replaced."""
     if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
@@ -107,16 +136,29 @@ def main(argv: list[str] | None = None) -> int:
         "--results", type=Path, default=results.DIRECTORY, help="directory of the JSON files"
     )
     arguments.add_argument(
-        "--document", type=Path, default=machine.ROOT / "README.md", help="file that has the markers"
+        "--document", type=Path, default=machine.ROOT / "docs/benchmarks.md", help="file that has the markers"
+    )
+    arguments.add_argument(
+        "--readme",
+        type=Path,
+        default=machine.ROOT / "README.md",
+        help="file for the few rows, with the markers",
     )
     options = arguments.parse_args(argv)
     try:
-        text = insert(options.document.read_text(), render(results.read(options.results)))
+        families = results.read(options.results)
+        texts = {}
+        for path, table in ((options.document, render), (options.readme, headlines)):
+            try:
+                texts[path] = insert(path.read_text(), table(families))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from error
     except (OSError, ValueError) as error:
-        print(f"report: {options.document}: {error}", file=sys.stderr)
+        print(f"report: {error}", file=sys.stderr)
         return 2
-    options.document.write_text(text)
-    print(f"wrote the tables into {options.document}")
+    for path, text in texts.items():
+        path.write_text(text)
+    print("wrote the tables into " + " and ".join(map(str, texts)))
     return 0
 
 

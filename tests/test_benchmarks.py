@@ -247,9 +247,11 @@ def test_report_writes_between_the_markers(
 ) -> None:
     results, report = benchmark_module("results"), benchmark_module("report")
     results.write(tmp_path, "pairwise", [record])
-    document = tmp_path / "README.md"
-    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = ["--results", str(tmp_path), "--document", str(document)]
+    results.write(tmp_path, "sketch", [replace(record, name="rademacher-trak", title="signs"), record])
+    document, readme = tmp_path / "benchmarks.md", tmp_path / "README.md"
+    for path in (document, readme):
+        path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["--results", str(tmp_path), "--document", str(document), "--readme", str(readme)]
     assert report.main(arguments) == 0
     text = document.read_text()
     assert text.startswith(f"before\n{report.BEGIN}\n")
@@ -265,7 +267,16 @@ def test_report_writes_between_the_markers(
         "1 ms",
     ):
         assert cell in line
+    assert readme.read_text().splitlines()[2:-2] == [
+        "|  | peer | flashcoreset |  |",
+        "| --- | --- | --- | --- |",
+        "| Projection: signs | 10 ms, the peer | 1 ms | **10x** |",
+    ]
     assert report.main(arguments) == 0
+    assert document.read_text() == text
+    readme.write_text("no markers")
+    assert report.main(arguments) == 2
+    assert str(readme) in capsys.readouterr().err
     assert document.read_text() == text
     document.write_text("no markers")
     assert report.main(arguments) == 2

@@ -72,6 +72,22 @@ def test_version_stands_in_one_place() -> None:
     assert [path for path in others if f'"{version()}"' in path.read_text()] == []
 
 
+def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    bounds = {
+        name.lower(): bound
+        for name, bound in re.findall(r'"([\w-]+)>=([\d.]+)', text.split("[project.scripts]")[0])
+    }
+    for line in (ROOT / "tests" / "compat" / "oldest.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, version = re.fullmatch(r"([\w-]+)==([\d.]+?)(?:\.\*)?", line).groups()  # type: ignore[union-attr]
+            assert bounds[name.lower()] == version, line
+    needed = re.search(r"^dependencies = (.*)$", text, re.MULTILINE)
+    assert needed is not None
+    oldest = (ROOT / "tests" / "compat" / "oldest.txt").read_text()
+    assert all(f"{name}==" in oldest for name in re.findall(r'"([\w-]+)>=', needed[1]))
+
+
 def test_sdist(sdist: Path) -> None:
     assert sdist.name == f"flashcoreset-{version()}.tar.gz"
     with tarfile.open(sdist) as archive:

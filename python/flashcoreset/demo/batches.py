@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import IO
 
 import torch
@@ -228,7 +229,7 @@ def draw(arms: dict[str, Arm], stream: IO[bytes]) -> None:
     curves.legend(frameon=False)
     ends.set(
         yticks=range(len(arms)),
-        yticklabels=[name.replace(", ", ",\n").replace(" of ", "\nof ") for name in arms],
+        yticklabels=[fill(name, 20) for name in arms],
     )
     ends.invert_yaxis()
     ends.set_xlabel(f"test loss after {steps[-1]} steps")

@@ -15,7 +15,6 @@ from sklearn.datasets import load_breast_cancer
 
 import flashcoreset as fc
 
-LEAST_DRAWN = 1e-5  # a logarithm has no place for an error of 0, or below 0 if the fit on all is not exact to the last digit
 MODEL = "logistic_regression"
 SIZES = (50, 100, 200, 300)
 TRIALS = 4
@@ -86,14 +85,6 @@ def draw(result: Fits, stream: IO[bytes]) -> None:
     figure = Figure(figsize=(8.5, 4.2), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, colour, marker in zip(NAMES, ("#0072B2", "#E69F00", "#999999"), "os^", strict=True):
-        for k in SIZES:
-            errors = [max(error, LEAST_DRAWN) for error in result.errors[name, k]]
-            axes.scatter([k] * len(errors), errors, color=colour, s=12, alpha=0.4, edgecolors="none")
-        means = [max(statistics.mean(result.errors[name, k]), LEAST_DRAWN) for k in SIZES]
-        axes.plot(SIZES, means, color=colour, marker=marker, label=f"{name}, mean")
-    axes.set(yscale="log", xlabel="samples in the coreset", ylabel="approximation error")
+    fc.plot.errors({name: {k: result.errors[name, k] for k in SIZES} for name in NAMES}, ax=axes)
     axes.set_title(f"Logistic regression on a part of {result.rows} samples as on all of them")
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend(frameon=False, loc=(0.01, 0.12))
     figure.savefig(stream, format="png")

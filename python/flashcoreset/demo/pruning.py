@@ -209,18 +209,11 @@ def draw(result: Pruning, stream: IO[bytes]) -> None:
 
     figure = Figure(figsize=(8.5, 4.2), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    axes = fc.plot.strata(result.coreset, figure.add_subplot())
-    # The dropped samples lie below the first stratum, in bars of the same width.
-    edges = result.coreset.info["edges"]
-    low, width = float(result.aum.min()), edges[1] - edges[0]
-    count = max(1, round((edges[0] - low) / width))
-    dropped = result.aum < edges[0]
-    counts, bounds = torch.histogram(result.aum[dropped], count, range=(low, edges[0]))
+    axes = fc.plot.strata(result.coreset, figure.add_subplot(), scores=result.aum)
+    # CCS drops the lowest; of equal scores the first.
+    dropped = result.aum.argsort(stable=True)[: result.coreset.info["dropped"]]
     wrong = int(result.flipped[dropped].sum())
-    axes.bar(
-        bounds[:-1].numpy(), counts.numpy(), width=(edges[0] - low) / count, align="edge", color="#E69F00",
-        label=f"dropped first, {wrong} of {int(dropped.sum())} labelled wrongly",
-    )  # fmt: skip
+    axes.containers[-1].set_label(f"dropped first, {wrong} of {len(dropped)} labelled wrongly")
     axes.set_xlabel("area under the margin (low: hard, or labelled wrongly)")
     axes.set_title(f"CCS keeps {len(result.coreset.indices)} of {result.train_size:,} digits")
     axes.legend(frameon=False)
