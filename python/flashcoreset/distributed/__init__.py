@@ -1,0 +1,9 @@
+"""Selection from data that is spread over the ranks of a process group, on torch.distributed (gloo or NCCL).
+
+Every rank calls these functions with its own rows; what comes back has global indices and is the same on every rank.
+"""
+
+from flashcoreset.distributed.communication import RankError
+from flashcoreset.distributed.selection import ShardedSelection, facility_location
+
+__all__ = ["RankError", "ShardedSelection", "facility_location"]
