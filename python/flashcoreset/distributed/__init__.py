@@ -4,6 +4,7 @@ Every rank calls these functions with its own rows; what comes back has global i
 """
 
 from flashcoreset.distributed.communication import RankError
-from flashcoreset.distributed.selection import ShardedSelection, facility_location
+from flashcoreset.distributed.problem import ShardedSelection
+from flashcoreset.distributed.selection import facility_location
 
 __all__ = ["RankError", "ShardedSelection", "facility_location"]

@@ -200,9 +200,7 @@ class Communicator:
         mine = self._moved(tensor)
         if mine is tensor:
             mine = tensor.clone()
-        self._run(
-            what, mine.nbytes, lambda: dist.all_reduce(mine, op, group=self._group)
-        )
+        self._run(what, mine.nbytes, lambda: dist.all_reduce(mine, op, group=self._group))
         return mine.to(tensor.device)
 
     def sum(self, tensor: Tensor) -> Tensor:

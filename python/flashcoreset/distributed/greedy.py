@@ -148,7 +148,9 @@ class Greedy:
         self._bound = np.zeros(source.count, dtype=np.int64)
         self._front: list[tuple[int, int]] = []  # a heap of (-bound, number)
         self._stamp: dict[int, int] = {}  # after how many picks the bound of a number was exact
-        self._rest: tuple[int, int] | None = None  # (-bound, number) of the best entry that is not in the front
+        self._rest: tuple[int, int] | None = (
+            None  # (-bound, number) of the best entry that is not in the front
+        )
         for begin in range(0, len(preselected), _BATCH):
             self._cover(preselected[begin : begin + _BATCH])
         self._sweep()

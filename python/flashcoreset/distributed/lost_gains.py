@@ -95,7 +95,9 @@ def _largest(comm: Communicator, run: Greedy, problem: Problem, offset: float) -
     if problem.metric == "precomputed":
         return comm.most(max(0.0, float(x.max())) if x.numel() else 0.0)
     longest = [
-        comm.most(float(torch.linalg.vector_norm(some, dim=1, dtype=torch.float64).max()) if len(some) else 0.0)
+        comm.most(
+            float(torch.linalg.vector_norm(some, dim=1, dtype=torch.float64).max()) if len(some) else 0.0
+        )
         for some in (x, x if problem.clients is None else problem.clients)
     ]
     return longest[0] * longest[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
 from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.progress import Progress, Report, check_progress
-from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude
 from flashcoreset._core.tensor import (
     as_floating,
@@ -37,41 +36,23 @@ from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.greedy import Candidates, Greedy, SharedRows
 from flashcoreset.distributed.lost_gains import check_gains
 from flashcoreset.distributed.partition import Sample, best_shard, bounded, drawn
+from flashcoreset.distributed.problem import Call, OneRank, ShardedSelection, scale_of, traffic
+from flashcoreset.distributed.sampled import from_sample
 from flashcoreset.distributed.sources import MatrixRows, Points, Source
-from flashcoreset.distributed.sums import exact_sum, ordered_counts, ordered_sum, row_norms
+from flashcoreset.distributed.sums import exact_sum, ordered_counts, ordered_sum
 from flashcoreset.facility_location import facility_location as on_one_machine
-from flashcoreset.facility_location.backend import Kernels, choose
+from flashcoreset.facility_location.backend import choose
 from flashcoreset.facility_location.checks import check_memory_budget
 from flashcoreset.facility_location.lost_gains import _own as own_similarity
 from flashcoreset.facility_location.problem import MATRICES, METRICS, Problem
 
-_FAR_ABOVE = 1000  # as on one machine: an offset this many times above the distances is left out of the arithmetic
+_FAR_ABOVE = (
+    1000  # as on one machine: an offset this many times above the distances is left out of the arithmetic
+)
 # Largest magnitudes of points whose squares and products are normal numbers, also for points that are 2^20 times nearer.
 _SAFE = {torch.float32: (-40, 50), torch.float64: (-400, 480)}
 _LEAST_L1 = 2.0**-900
 _LEAST_SAMPLE, _MOST_SAMPLE = 2048, 16384  # clients for bounding
-
-
-@dataclass(frozen=True, eq=False)
-class ShardedSelection(Selection):
-    """A choice from data that is spread over ranks: `flashcoreset.Selection`, the same on every rank except for `assignment`.
-
-    Attributes:
-        indices: [k] int64, global: rank 0's rows come first, then those of rank 1, and so on.
-        assignment: [m of this rank] int64, for each of this rank's clients the position of the pick that serves it, or -1.
-        info: what the call took: "bytes" and "collectives" that this rank's collectives brought and counted in all, "first_bytes"
-            and "first_collectives" before the first pick, "pick_bytes" and "pick_collectives" ([k] for each pick), "evaluations" (of
-            candidates, over this rank's clients), "shards" (the rows of each rank). With exact=False also "candidates" (that were
-            left for the last stage) and "bounding" ("discarded", "grown"); with clients="sample" "sample" (its size),
-            "sample_objective", "error" and "confidence".
-
-    Example:
-        >>> import torch, flashcoreset as fc
-        >>> fc.distributed.facility_location(torch.eye(3), 2).indices
-        tensor([0, 1])
-    """
-
-    info: dict[str, Any] = field(default_factory=dict)
 
 
 def facility_location(
@@ -152,68 +133,19 @@ def facility_location(
             comm, x_shard, k, exact, clients, metric, weights, groups, budgets, preselected, offset, bounding,
             sample_error, confidence, seed, backend, progress, memory_budget,
         )  # fmt: skip
-        if call.sampled:
-            from flashcoreset.distributed.sampled import from_sample
-
-            return from_sample(call)
-        if comm.world == 1:
-            return _alone(call)
-        return solve(call)
-
-
-@dataclass(eq=False)
-class Call:
-    """What was asked for, checked, with the numbers that the ranks have told each other."""
-
-    comm: Communicator
-    kernels: Kernels
-    x: Tensor  # [n here, d] in the computing type
-    clients: Tensor | None  # [m here, d]
-    metric: str  # never "precomputed_distance"
-    weights: Tensor | None  # [m here]
-    starts: list[int]  # [world + 1] of rows
-    k: int
-    groups: Tensor | None  # [n here] places among the sorted labels
-    budgets: list[int]  # [labels]
-    preselected: list[int]
-    preselected_of: list[list[int]]  # [labels]
-    near: float  # the offset of the arithmetic; 0 for similarities
-    offset: float | None  # the one that is told
-    exact: bool
-    bounding: bool
-    sampled: bool
-    sample_error: float
-    confidence: float
-    seed: int
-    progress: Report | bool | None
-    memory_budget: int
-    backend: str | None
-    total_clients: int
-    single: dict[str, Any]  # the options for one machine
-
-    @property
-    def floor(self) -> float:
-        return -self.near if self.near else 0.0
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.metric == "precomputed"
-
-    @property
-    def first(self) -> int:
-        return self.starts[self.comm.rank]
-
-    @property
-    def total(self) -> int:
-        return self.starts[-1]
+        return from_sample(call, exact_choice) if call.sampled else exact_choice(call)
 
 
 def as_shard(value: Any, name: str) -> Tensor:
     """`value` as a matrix [rows, columns], which may have no rows."""
     if is_sparse(value):
-        raise TypeError(f"{name} must be dense, got a sparse matrix; pass {name}.toarray(), or choose on one machine")
+        raise TypeError(
+            f"{name} must be dense, got a sparse matrix; pass {name}.toarray(), or choose on one machine"
+        )
     tensor = as_floating(as_tensor(value, name), name)
-    return tensor if tensor.dim() == 2 and tensor.shape[0] == 0 and tensor.shape[1] else as_matrix(tensor, name)
+    return (
+        tensor if tensor.dim() == 2 and tensor.shape[0] == 0 and tensor.shape[1] else as_matrix(tensor, name)
+    )
 
 
 def _labels_of(groups: Any, n: int) -> list[Any]:
@@ -265,7 +197,9 @@ def _checked(
         own_clients = None
         if clients is not None and not sampled:
             if is_matrix:
-                raise ValueError(f"clients must be None with metric {metric!r}, where they are the columns of x_shard")
+                raise ValueError(
+                    f"clients must be None with metric {metric!r}, where they are the columns of x_shard"
+                )
             own_clients = as_shard(clients, "clients")
             if own_clients.shape[1] != x.shape[1]:
                 raise ValueError(
@@ -301,8 +235,13 @@ def _checked(
             if metric not in DISTANCES and metric != "precomputed_distance":
                 raise ValueError(f"offset is for distances; metric {metric!r} takes None, got {offset}")
             if not 0 <= offset <= torch.finfo(dtype).max:
-                raise ValueError(f"offset must be >= 0 and in the range of the dtype of x_shard, got {offset}")
-        sample_error, confidence = as_number(sample_error, "sample_error"), as_number(confidence, "confidence")
+                raise ValueError(
+                    f"offset must be >= 0 and in the range of the dtype of x_shard, got {offset}"
+                )
+        sample_error, confidence = (
+            as_number(sample_error, "sample_error"),
+            as_number(confidence, "confidence"),
+        )
         for name, value in (("sample_error", sample_error), ("confidence", confidence)):
             if not 0 < value < 1:
                 raise ValueError(f"{name} must be in (0, 1), got {value}")
@@ -360,13 +299,19 @@ def _checked(
     except TypeError as caught:
         raise TypeError(f"groups must hold labels that can be sorted, such as strings: {caught}") from None
     if labels is not None and is_matrix and n != m:
-        raise ValueError(f"x_shard must be square for groups with metric {metric!r}, got {n} rows in all and {m} columns")
+        raise ValueError(
+            f"x_shard must be square for groups with metric {metric!r}, got {n} rows in all and {m} columns"
+        )
     places = {label: place for place, label in enumerate(all_labels)}
     member = None if labels is None else torch.tensor([places[label] for label in labels], dtype=torch.int64)
     free = dict(sizes)
     members: dict[Any, list[int]] = {label: [] for label in all_labels}
     if labels is not None:
-        here = [(labels[j - starts[comm.rank]], j) for j in chosen if starts[comm.rank] <= j < starts[comm.rank + 1]]
+        here = [
+            (labels[j - starts[comm.rank]], j)
+            for j in chosen
+            if starts[comm.rank] <= j < starts[comm.rank + 1]
+        ]
         for part in comm.gather_objects(here):
             for label, j in part:
                 free[label] -= 1
@@ -381,7 +326,9 @@ def _checked(
         "preselected": preselected, "offset": offset, "backend": backend, "memory_budget": memory_budget,
     }  # fmt: skip
     if comm.world > 1 or sampled:
-        _find_offsets(call, offset, max(part["magnitude"] for part in parts), max(part["largest"] for part in parts))
+        _find_offsets(
+            call, offset, max(part["magnitude"] for part in parts), max(part["largest"] for part in parts)
+        )
     return call
 
 
@@ -457,7 +404,9 @@ def _find_offsets(call: Call, offset: float | None, magnitude: float, largest: f
             default = _default_offset(call)
             call.near = min(rounded(default), call.near)
     if metric == "l1" and dtype == torch.float64 and call.near < _LEAST_L1:
-        raise ValueError(f"x_shard: distances up to {call.near:.3g} are too small; multiply all data by a power of two")
+        raise ValueError(
+            f"x_shard: distances up to {call.near:.3g} are too small; multiply all data by a power of two"
+        )
 
 
 def _first_rows(call: Call, points: Tensor, count: int) -> Tensor:
@@ -492,17 +441,14 @@ def _default_offset(call: Call) -> float:
 # ---- the run
 
 
+def exact_choice(call: Call) -> ShardedSelection:
+    return _alone(call) if call.comm.world == 1 else _on_ranks(call)
+
+
 def _alone(call: Call) -> ShardedSelection:
     """One rank: one machine's call."""
     found = on_one_machine(call.x, call.k, progress=call.progress, **call.single)
-    info = {
-        "bytes": 0, "collectives": 0, "first_bytes": 0, "first_collectives": 0, "pick_bytes": torch.zeros(call.k, dtype=torch.int64),
-        "pick_collectives": torch.zeros(call.k, dtype=torch.int64), "shards": [call.total],
-    }  # fmt: skip
-    return as_sharded(found, info)
-
-
-def as_sharded(found: Selection, info: dict[str, Any]) -> ShardedSelection:
+    info = {"shards": call.shards, **traffic(call.comm, [(0, 0)] * call.k)}
     return ShardedSelection(
         found.indices, found.gains, found.weights, found.assignment, found.objective, found.offset, info=info
     )
@@ -520,9 +466,9 @@ class Found:
     run: Greedy
 
 
-def solve(call: Call) -> ShardedSelection:
+def _on_ranks(call: Call) -> ShardedSelection:
     comm, x, dtype = call.comm, call.x, call.x.dtype
-    info: dict[str, Any] = {"shards": [b - a for a, b in zip(call.starts, call.starts[1:], strict=False)]}
+    info: dict[str, Any] = {"shards": call.shards}
     shown = call.progress if comm.rank == 0 else None
     with Progress(shown, call.k, "facility location") as bar:
         if call.groups is None:
@@ -552,15 +498,8 @@ def solve(call: Call) -> ShardedSelection:
         raise ValueError(
             f"weights: the objective, {objective:.3g}, overflows {dtype}; scale the weights down or use float64"
         )
-    spent = [pair for part in found for pair in part.run.per_pick]
-    info |= {
-        "bytes": comm.bytes, "collectives": comm.collectives,
-        "first_bytes": comm.bytes - sum(pair[0] for pair in spent),
-        "first_collectives": comm.collectives - sum(pair[1] for pair in spent),
-        "pick_bytes": torch.tensor([pair[0] for pair in spent]),
-        "pick_collectives": torch.tensor([pair[1] for pair in spent]),
-        "evaluations": sum(part.run.evaluations for part in found),
-    }  # fmt: skip
+    info |= traffic(comm, [pair for part in found for pair in part.run.per_pick])
+    info["evaluations"] = sum(part.run.evaluations for part in found)
     indices = torch.tensor(numbers, dtype=torch.int64, device=x.device)
     return ShardedSelection(indices, gains, won, assignment, objective, call.offset, info=info)
 
@@ -622,9 +561,12 @@ def _solve_one(
     own_x = clients if call.is_matrix else x if whole else x[rows]
     candidates = Candidates(call.starts, comm.rank, numbers)
     m = clients.shape[1] if call.is_matrix else clients.shape[0]
-    scale = _scale(call, own_x, clients, weights)
+    whose = OneRank() if call.is_matrix else comm
+    scale = scale_of(call, whose, own_x, clients, weights)
     told = torch.ones(m, dtype=torch.float64, device=x.device) if weights is None else weights
-    source: Source = MatrixRows(own_x) if call.is_matrix else Points(call.kernels, own_x, clients, call.metric)
+    source: Source = (
+        MatrixRows(own_x) if call.is_matrix else Points(call.kernels, own_x, clients, call.metric)
+    )
 
     def run_among(kept: Tensor | None) -> Greedy:
         """The run over this rank's candidates `kept` (places in `rows`), or all of them."""
@@ -642,17 +584,20 @@ def _solve_one(
         run = run_among(None)
         run.step(k, bar, done)
     else:
-        run = _approximate(call, source, own_x, clients, weights, candidates, k, preselected, run_among, bar, done, info)
+        run = _approximate(
+            call, source, own_x, clients, weights, candidates, k, preselected, run_among, bar, done, info
+        )
     owner = run.assignment()
     made = len(run.picks)
     gains64 = torch.tensor([g / scale if g else 0.0 for g in run.gains], dtype=torch.float64)
     best = (run.best.double() - run.floor.double()).cpu().numpy()
     terms = best if weights is None else weights.cpu().numpy() * best
-    whose = _Own() if call.is_matrix else comm
     won = ordered_counts(whose, owner, weights, made)
     objective = ordered_sum(whose, terms)
     gains = gains64.to(x.device, x.dtype)
-    problem = Problem(own_x, None if is_square or call.is_matrix else clients, call.metric, weights, offset=call.near)
+    problem = Problem(
+        own_x, None if is_square or call.is_matrix else clients, call.metric, weights, offset=call.near
+    )
 
     def own_similarities() -> Tensor:
         if not call.is_matrix:
@@ -660,7 +605,9 @@ def _solve_one(
         places = numbers if columns is None else torch.searchsorted(columns, numbers)
         return torch.cat(comm.gather_rows(own_x[torch.arange(len(rows)), places].double()))
 
-    check_gains(comm, whose, run, problem, preselected, gains, own_similarities if is_square else None, not call.exact)
+    check_gains(
+        comm, whose, run, problem, preselected, gains, own_similarities if is_square else None, not call.exact
+    )
     if call.offset is not None and call.offset > call.near:
         total = _total_weight(call, weights, m)
         constant = (call.offset - call.near) * total
@@ -670,14 +617,6 @@ def _solve_one(
     return Found(run.picks, gains, won.to(x.device, x.dtype), owner, objective, run)
 
 
-class _Own(Communicator):
-    """One rank's sums alone, where every rank has all clients."""
-
-    def __init__(self) -> None:
-        self.rank, self.world, self.bytes, self.collectives, self.ranks = 0, 1, 0, 0, [0]
-        self._pulse = None
-
-
 def _total_weight(call: Call, weights: Tensor | None, m: int) -> float:
     """As one machine sums it."""
     if call.is_matrix:
@@ -685,48 +624,6 @@ def _total_weight(call: Call, weights: Tensor | None, m: int) -> float:
     if weights is None:
         return float(call.comm.sum(torch.tensor([m]))[0])
     return float(torch.cat(call.comm.gather_rows(weights)).sum())
-
-
-def _ceil_log2(value: float) -> int:
-    mantissa, exponent = math.frexp(value)
-    return exponent if mantissa > 0.5 else exponent - 1
-
-
-def _scale(call: Call, x: Tensor, clients: Tensor, weights: Tensor | None) -> float:
-    """The power of two that makes gains integers, from the bound that one machine has; see facility_location/gains.py."""
-    comm, metric, dtype = call.comm, call.metric, call.x.dtype
-    w = None if weights is None else weights.cpu().numpy()
-    if metric == "precomputed":
-        largest = comm.most(max(0.0, float(x.max())) if x.numel() else 0.0)
-        total = float(clients.shape[1]) if w is None else ordered_sum(_Own(), w)
-        bound = total * (largest - call.floor)
-        heaviest = 1.0 if w is None else float(w.max())
-    else:
-        m = len(clients)
-        if metric == "dot":
-            longest = comm.most(float(row_norms(x).max()) if len(x) else 0.0)
-            upper = row_norms(clients) * longest * 1.001
-            most = comm.most(float(upper.max()) if m else 0.0)
-            if not most < torch.finfo(dtype).max / 4:
-                raise ValueError(f"x: products of features overflow {dtype}; scale the features down")
-        else:
-            upper = np.full(m, 1.001 if metric == "cosine" else call.near)
-        bound = ordered_sum(comm, upper if w is None else w * upper)
-        heaviest = 1.0 if w is None else comm.most(float(w.max()) if m else 0.0)
-    if not bound <= torch.finfo(torch.float64).max / 4:
-        raise ValueError(
-            "x: the sum of a candidate's similarities overflows the range of a double; scale x or the weights down"
-        )
-    if bound <= 0:
-        return 1.0
-    room = (126 if dtype == torch.float32 else 1000) - _ceil_log2(heaviest)
-    scale = math.ldexp(1.0, min(61 - _ceil_log2(bound), room, 1000))
-    if bound * scale < 2.0**30:
-        raise ValueError(
-            "x: similarities times weights are so close to the smallest numbers of the type that gains would be lost; scale x or "
-            "the weights up"
-        )
-    return scale
 
 
 def _approximate(
@@ -743,7 +640,9 @@ def _approximate(
         size = min(max(_LEAST_SAMPLE, 2 * k), _MOST_SAMPLE)
         if call.is_matrix:
             columns = drawn(x.shape[1], size, call.seed).to(x.device)
-            told = torch.ones(len(columns), dtype=torch.float64) if weights is None else weights[columns].cpu()
+            told = (
+                torch.ones(len(columns), dtype=torch.float64) if weights is None else weights[columns].cpu()
+            )
             alive, grown, counts = bounded(
                 comm, lambda places: x[places.to(x.device)][:, columns], told, call.floor, is_open, k
             )
@@ -766,7 +665,7 @@ def _approximate(
     info["candidates"] = int(comm.sum(torch.tensor([len(pool)]))[0])
     merged = run_among(pool)
     merged.step(k, bar, done)
-    sums = _Own() if call.is_matrix else comm
+    sums = OneRank() if call.is_matrix else comm
     winner = best_shard(comm, merged, source, local, weights, candidates, preselected, sums)
     if winner is None:
         return merged
@@ -784,7 +683,11 @@ def _local_picks(
         return alive[:0]
     rows = torch.cat([alive, before]).sort().values
     own = None if not len(before) else torch.searchsorted(rows, before)
-    options: dict[str, Any] = {"preselected": own, "backend": call.backend, "memory_budget": call.memory_budget}
+    options: dict[str, Any] = {
+        "preselected": own,
+        "backend": call.backend,
+        "memory_budget": call.memory_budget,
+    }
     some, metric = x[rows.to(x.device)], call.metric
     if call.is_matrix:
         metric, some = ("precomputed_distance", -some) if call.near else (metric, some)
