@@ -7,6 +7,7 @@ collective fails, these say who is missing.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -63,10 +64,8 @@ class _Pulse(threading.Thread):
         self.state = state
         self._ended.set()
         self.join()
-        try:
+        with contextlib.suppress(RuntimeError):
             self._write()
-        except RuntimeError:
-            pass
 
     def _read(self) -> dict[int, tuple[int, int, str] | None]:
         found: dict[int, tuple[int, int, str] | None] = {}

@@ -51,6 +51,7 @@ class Candidates:
 
     def __init__(self, starts: list[int], rank: int, numbers: Tensor) -> None:
         self._starts, self._rank = starts, rank
+        self.first = starts[rank]
         self.numbers = numbers.numpy()
 
     def rank_of(self, number: int) -> int:

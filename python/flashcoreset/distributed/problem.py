@@ -126,6 +126,11 @@ def scale_of(call: Call, sums: Communicator, x: Tensor, clients: Tensor, weights
             upper = np.full(m, 1.001 if metric == "cosine" else call.near)
         bound = ordered_sum(sums, upper if w is None else w * upper)
         heaviest = 1.0 if w is None else comm.most(float(w.max()) if m else 0.0)
+    return power_of_gains(bound, heaviest, dtype)
+
+
+def power_of_gains(bound: float, heaviest: float, dtype: torch.dtype) -> float:
+    """The power of two that makes gains integers, where `bound` is the most that a sum can be, and `heaviest` a weight."""
     if not bound <= torch.finfo(torch.float64).max / 4:
         raise ValueError(
             "x: the sum of a candidate's similarities overflows the range of a double; scale x or the weights down"

@@ -54,10 +54,7 @@ def draw_clients(
     Returns:
         The rows [c, d] and weights [c] float64, the same on every rank, and the sum of all weights.
     """
-    if weights is None:
-        ends = np.arange(1.0, len(x) + 1)
-    else:
-        ends = np.cumsum(weights.cpu().numpy())
+    ends = np.cumsum(np.ones(len(x)) if weights is None else weights.cpu().numpy())
     sums = comm.gather(torch.tensor([ends[-1] if len(ends) else 0.0], dtype=torch.float64))[:, 0].tolist()
     total, before = math.fsum(sums), math.fsum(sums[: comm.rank])
     if not total > 0:
