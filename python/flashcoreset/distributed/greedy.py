@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.progress import Progress
+from flashcoreset.distributed.checkpoint import Part
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.sources import Source
 
 FRONT = 64  # bounds that a rank adds to the front at a time
 _MOST_FRONT = 1 << 14
+_SEGMENT = 1 << 14  # first gains that are recorded together
 _BATCH = 256  # candidates that are evaluated together at the most
 _BLOCK = 1 << 18  # similarities that are computed together
 _SPARSE = 0.1  # the share of live pairs up to which they are listed
@@ -111,6 +113,7 @@ class Greedy:
         preselected: numbers of candidates that are chosen already.
         memory_budget: bytes for rows and lists, the same on every rank.
         client_of: the client evaluated here that a candidate is, by its number, or -1; None if clients are no candidates.
+        record: what was finished before, and is finished now.
     """
 
     def __init__(
@@ -124,8 +127,9 @@ class Greedy:
         preselected: list[int],
         memory_budget: int,
         client_of: Callable[[int], int] | None = None,
+        record: Part | None = None,
     ) -> None:
-        self._client_of = client_of
+        self._client_of, self._record = client_of, record
         self._comm, self._source, self._candidates = comm, source, candidates
         self.shared = SharedRows(comm, source, candidates)
         m, dtype, device = source.clients, source.dtype, source.device
@@ -155,8 +159,13 @@ class Greedy:
         for begin in range(0, len(preselected), _BATCH):
             self._cover(preselected[begin : begin + _BATCH])
         self._sweep()
-        here = [j for j in preselected if candidates.is_here(j)]
+        before = [] if record is None else record.picks()
+        closed = [*preselected, *(number for number, _ in before)]
+        here = [j for j in closed if candidates.is_here(j)]
         self._bound[candidates.places(here).numpy()] = -1
+        for number, gain in before:
+            self._commit(number, gain)
+            self.per_pick.append((0, 0))
         self._refill()
 
     # ---- rows
@@ -186,26 +195,36 @@ class Greedy:
         return gains
 
     def _sweep(self) -> None:
-        """The gains of all candidates."""
-        source, comm = self._source, self._comm
-        if not source.by_all:
-            for begin in range(0, source.count, _BATCH):
-                some = torch.arange(begin, min(begin + _BATCH, source.count), device=source.device)
-                self._bound[begin : begin + _BATCH] = self._dense_gains(source.rows(some)).cpu().numpy()
-            return
-        counts = comm.gather(torch.tensor([source.count]))[:, 0].tolist()
+        """The gains of all candidates, but for those that are on record."""
+        source, comm, record = self._source, self._comm, self._record
+        todo = np.arange(source.count)
+        if record is not None:
+            known, self._bound = record.first_gains(self._candidates.numbers)
+            todo = np.flatnonzero(~known)
+        counts = comm.gather(torch.tensor([len(todo)]))[:, 0].tolist()
         for rank, count in enumerate(counts):
-            for begin in range(0, count, _BATCH):
-                some = slice(begin, min(begin + _BATCH, count))
-                if rank == comm.rank:
-                    rows = source.rows(torch.arange(some.start, some.stop, device=source.device))
-                else:
-                    rows = torch.empty(
-                        some.stop - begin, source.width, dtype=source.dtype, device=source.device
-                    )
-                gains = comm.sum(self._dense_gains(comm.broadcast(rows, rank)))
-                if rank == comm.rank:
-                    self._bound[some] = gains.cpu().numpy()
+            mine = rank == comm.rank
+            if not (source.by_all or mine):
+                continue
+            for first in range(0, count, _SEGMENT):
+                last = min(first + _SEGMENT, count)
+                for begin in range(first, last, _BATCH):
+                    end = min(begin + _BATCH, last)
+                    if mine:
+                        rows = source.rows(torch.from_numpy(todo[begin:end]).to(source.device))
+                    else:
+                        rows = torch.empty(
+                            end - begin, source.width, dtype=source.dtype, device=source.device
+                        )
+                    if source.by_all:
+                        gains = comm.sum(self._dense_gains(comm.broadcast(rows, rank)))
+                    else:
+                        gains = self._dense_gains(rows)
+                    if mine:
+                        self._bound[todo[begin:end]] = gains.cpu().numpy()
+                if mine and record is not None:
+                    some = todo[first:last]
+                    record.keep_first_gains(self._candidates.numbers[some], self._bound[some])
 
     def _evaluate(self, numbers: list[int]) -> list[int]:
         """Fresh gains of candidates of the front."""
@@ -362,11 +381,12 @@ class Greedy:
         return best[1]
 
     def step(self, count: int, progress: Progress | None = None, done: int = 0) -> None:
-        for made in range(count):
-            if self.pick() < 0:
-                return
+        """Makes picks until there are `count`."""
+        while len(self.picks) < count and self.pick() >= 0:
+            if self._record is not None:
+                self._record.keep_picks(self.picks, self.gains)
             if progress is not None:
-                progress.update(done + made + 1)
+                progress.update(done + len(self.picks))
 
     def _similarities(self, rows: Tensor) -> Tensor:
         parts = [s for _, s in self.shared.similarities(rows)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashcoreset._core.progress import Report
 from flashcoreset._core.results import Selection
+from flashcoreset.distributed.checkpoint import Checkpoint
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.sums import ordered_sum, row_norms
 from flashcoreset.facility_location.backend import Kernels
@@ -69,6 +70,7 @@ class Call:
     backend: str | None
     total_clients: int
     single: dict[str, Any]  # the options for one machine
+    checkpoint: Checkpoint | None = None
 
     @property
     def floor(self) -> float:

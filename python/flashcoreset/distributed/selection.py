@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from flashcoreset._core.tensor import (
     one_of,
     promoted,
 )
+from flashcoreset.distributed.checkpoint import Checkpoint, checksum
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.greedy import Candidates, Greedy, SharedRows
 from flashcoreset.distributed.lost_gains import check_gains
@@ -52,6 +54,16 @@ _FAR_ABOVE = (
 # Largest magnitudes of points whose squares and products are normal numbers, also for points that are 2^20 times nearer.
 _SAFE = {torch.float32: (-40, 50), torch.float64: (-400, 480)}
 _LEAST_L1 = 2.0**-900
+# Options on which no result depends.
+_OF_NO_CONSEQUENCE = (
+    "memory_budget",
+    "device",
+    "checkpoint",
+    "bounding",
+    "sample_error",
+    "confidence",
+    "seed",
+)
 _LEAST_SAMPLE, _MOST_SAMPLE = 2048, 16384  # clients for bounding
 
 
@@ -75,6 +87,7 @@ def facility_location(
     backend: str | None = None,
     progress: Report | bool | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> ShardedSelection:
     """Facility location over the rows of all ranks: the sequence of `fc.facility_location`, bit for bit.
 
@@ -103,6 +116,9 @@ def facility_location(
         seed: in [0, 2^64), for samples.
         progress: as in `fc.facility_location`, on rank 0.
         memory_budget: bytes for rows and lists on each rank; the result does not depend on it.
+        checkpoint: a folder, on a file system that all ranks share, in which finished work is recorded (first gains and picks). A call
+            with the same arguments goes on from there, also with another number of ranks, and returns what the undisturbed one
+            returns. The folder is removed at the end. With one rank, and with exact=False, all is done anew.
 
     Returns:
         ShardedSelection: a `fc.Selection` with `info`, identical on every rank but for `assignment`, which is of this rank's clients.
@@ -131,7 +147,7 @@ def facility_location(
     with Communicator(group) as comm:
         call = _checked(
             comm, x_shard, k, exact, clients, metric, weights, groups, budgets, preselected, offset, bounding,
-            sample_error, confidence, seed, backend, progress, memory_budget,
+            sample_error, confidence, seed, backend, progress, memory_budget, checkpoint,
         )  # fmt: skip
         return from_sample(call, exact_choice) if call.sampled else exact_choice(call)
 
@@ -175,7 +191,7 @@ def _budgets_of(budgets: Any) -> dict[Any, int] | None:
 def _checked(
     comm: Communicator, x_shard: Any, k: Any, exact: Any, clients: Any, metric: Any, weights: Any, groups: Any,
     budgets: Any, preselected: Any, offset: Any, bounding: Any, sample_error: Any, confidence: Any, seed: Any,
-    backend: Any, progress: Any, memory_budget: Any,
+    backend: Any, progress: Any, memory_budget: Any, checkpoint: Any,
 ) -> Call:  # fmt: skip
     """The call, after all ranks have told each other what they were passed; on every rank the same error, or none."""
     options: dict[str, Any] = {}
@@ -262,7 +278,7 @@ def _checked(
             "weights": "None" if weights is None else "given", "groups": "None" if labels is None else "given",
             "budgets": budget_of, "preselected": preselected, "offset": offset, "bounding": bounding,
             "sample_error": sample_error, "confidence": confidence, "seed": seed, "memory_budget": memory_budget,
-            "backend": backend, "device": x.device.type,
+            "backend": backend, "device": x.device.type, "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
         }  # fmt: skip
         if is_matrix and weights is not None:
             options["sum of the weights"] = float(weights.sum())
@@ -325,6 +341,18 @@ def _checked(
         "clients": own_clients, "metric": metric, "weights": weights, "groups": groups, "budgets": budgets,
         "preselected": preselected, "offset": offset, "backend": backend, "memory_budget": memory_budget,
     }  # fmt: skip
+    if checkpoint is not None and exact and not sampled and comm.world > 1:
+        first = sum(part["clients"] for part in parts[: comm.rank])
+        told = {name: value for name, value in options.items() if name not in _OF_NO_CONSEQUENCE}
+        told["rows"] = n
+        told["data"] = checksum(
+            comm,
+            (x, call.first),
+            (own_clients, first),
+            (weights, 0 if is_matrix else call.first + first),
+            (member, call.first),
+        )
+        call.checkpoint = Checkpoint(comm, checkpoint, told)
     if comm.world > 1 or sampled:
         _find_offsets(
             call, offset, max(part["magnitude"] for part in parts), max(part["largest"] for part in parts)
@@ -501,6 +529,8 @@ def _on_ranks(call: Call) -> ShardedSelection:
     info |= traffic(comm, [pair for part in found for pair in part.run.per_pick])
     info["evaluations"] = sum(part.run.evaluations for part in found)
     indices = torch.tensor(numbers, dtype=torch.int64, device=x.device)
+    if call.checkpoint is not None:
+        call.checkpoint.remove()
     return ShardedSelection(indices, gains, won, assignment, objective, call.offset, info=info)
 
 
@@ -568,6 +598,10 @@ def _solve_one(
         MatrixRows(own_x) if call.is_matrix else Points(call.kernels, own_x, clients, call.metric)
     )
 
+    record = None
+    if call.checkpoint is not None:
+        record = call.checkpoint.part("all" if label is None else f"group{label}")
+
     def run_among(kept: Tensor | None) -> Greedy:
         """The run over this rank's candidates `kept` (places in `rows`), or all of them."""
         of, numbers_left = source, numbers
@@ -577,7 +611,7 @@ def _solve_one(
             numbers_left = numbers[kept]
         return Greedy(
             comm, of, Candidates(call.starts, comm.rank, numbers_left), told, scale, call.floor, preselected,
-            call.memory_budget, client_of if is_square else None,
+            call.memory_budget, client_of if is_square else None, record,
         )  # fmt: skip
 
     if call.exact or k == 0:
