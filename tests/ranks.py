@@ -38,7 +38,7 @@ def _serve(
     while True:
         try:
             function, size, arguments = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         try:
             connection.send((True, function(groups[size], rank, size, *arguments)))
@@ -138,10 +138,11 @@ class Ranks:
 
 
 @contextmanager
-def ranks(world: int, seconds: float) -> Iterator[Ranks]:
-    """Ranks that may be killed."""
+def ranks(world: int, seconds: float, first: Callable[..., Any]) -> Iterator[Ranks]:
+    """Ranks that may be killed, once they have run `first`, which imports the module that it is of: no timeout runs then."""
     group = Ranks(world, seconds, subgroups=False)
     try:
+        group.run(first)
         yield group
     finally:
         group.close()

@@ -454,6 +454,30 @@ def test_sketches_are_those_of_one_machine(ranks: Ranks, world: int) -> None:
         assert torch.equal(torch.cat([answer[place][1] for answer in answers]), one), kind
 
 
+def gradients(group: Any, rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sketches of per-sample gradients of a part of a batch, gathered."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    share = shares(20, world)[rank]
+    x, y = torch.arange(80.0).reshape(20, 4) / 80, torch.arange(20) % 3
+    sketcher = fc.GradientSketcher(model, 6, seed=2, reduction="sum")
+    sketches, norms = torch.empty(0, 6), torch.empty(0)
+    if len(x[share]):
+        with sketcher:
+            torch.nn.functional.cross_entropy(model(x[share]), y[share], reduction="sum").backward()
+        sketches, norms = sketcher.sketches, sketcher.norms
+    return fc.distributed.gather_rows(sketches, group=group), fc.distributed.gather_rows(norms, group=group)
+
+
+def test_gradient_sketches_are_gathered(ranks: Ranks) -> None:
+    ((sketches, norms),) = ranks.run(gradients, world=1)
+    assert sketches.shape == (20, 6)
+    for world in (2, 3):
+        for together, their_norms in ranks.run(gradients, world=world):
+            torch.testing.assert_close(together, sketches)
+            torch.testing.assert_close(their_norms, norms)
+
+
 def dynamics(rank: int) -> fc.TrainingDynamics:
     td = fc.TrainingDynamics(20)
     for epoch in range(rank, 3):

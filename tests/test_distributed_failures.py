@@ -117,6 +117,10 @@ def others(group: Any, rank: int, world: int, method: str) -> None:
         fc.distributed.goracs(x, torch.ones(2, 4), None, 5, lam=float(rank), group=group)
     elif method == "goracs pool":
         fc.distributed.goracs(x, torch.ones(2, 4), None, 5, pool=4, group=group)
+    elif method == "gather":
+        fc.distributed.gather_rows(x if rank else x.double(), group=group)
+    elif method == "gather nothing":
+        fc.distributed.gather_rows(torch.tensor(1.0), group=group)
     elif method == "sketch":
         fc.distributed.sketch(x, 3, seed=rank, group=group)
     else:
@@ -132,6 +136,11 @@ def others(group: Any, rank: int, world: int, method: str) -> None:
         ("goracs", "grad_norms must be given with lam=1.0, got None"),
         ("goracs pool", "pool must be >= k=5, got 4"),
         ("sketch", "seed must be the same on every rank, got 0 on rank 0 and 1 on rank 1"),
+        (
+            "gather",
+            "dtype must be the same on every rank, got 'torch.float64' on rank 0 and 'torch.float32' on rank 1",
+        ),
+        ("gather nothing", "rows_shard must have at least 1 dimension"),
         ("dynamics", "n_samples must be the same on every rank, got 5 on rank 0 and 6 on rank 1"),
     ],
 )
@@ -148,6 +157,10 @@ def test_a_group_is_a_process_group() -> None:
 # ---- lost ranks
 
 
+def awake(group: Any, rank: int, world: int) -> int:
+    return rank
+
+
 def endless(group: Any, rank: int, world: int, event: str) -> None:
     """Sums until something happens to rank 1 after the third."""
     with Communicator(group) as comm:
@@ -162,6 +175,21 @@ def endless(group: Any, rank: int, world: int, event: str) -> None:
             comm.sum(torch.tensor([1]))
 
 
+def absent(group: Any, rank: int, world: int) -> None:
+    """Rank 1 takes part in one call and not in the next."""
+    fc.distributed.sketch(torch.ones(2, 3), 2, group=group)
+    if rank == 1:
+        time.sleep(1000)
+    fc.distributed.sketch(torch.ones(2, 3), 2, group=group)
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    with ranks(2, 8, awake) as group:
+        group.start(absent)
+        with pytest.raises(Exception, match="rank 1 has not begun the call"):
+            group.result(0, 60)
+
+
 @pytest.mark.parametrize(
     ("event", "text"),
     [
@@ -172,8 +200,8 @@ def endless(group: Any, rank: int, world: int, event: str) -> None:
     ],
 )
 def test_a_lost_rank_ends_the_others_and_is_named(event: str, text: str) -> None:
-    seconds = 4
-    with ranks(3, seconds) as group:
+    seconds = 6
+    with ranks(3, seconds, awake) as group:
         begin = time.monotonic()
         group.start(endless, event)
         for rank in (0, 2):
@@ -225,7 +253,7 @@ def resumed(group: Any, rank: int, world: int, folder: str, groups: bool, k: int
 @pytest.mark.parametrize(("after", "groups"), [(2, False), (9, False), (8, True)])
 def test_a_run_goes_on_where_it_was_killed(three: Ranks, tmp_path: Path, after: int, groups: bool) -> None:
     folder = tmp_path / "run"
-    with ranks(2, 5) as group:
+    with ranks(2, 8, awake) as group:
         group.start(interrupted, str(folder), after, groups)
         with pytest.raises(Exception, match="rank 0"):
             group.result(1, 60)
@@ -310,7 +338,7 @@ def test_the_command_ends_with_the_same_file_after_a_kill(shards: Path) -> None:
     one, two = shards / "one.npz", shards / "two.npz"
     assert is_for_ranks(base)
     assert run_on_ranks([*base, "-o", str(one)]) == 0
-    with ranks(2, 8) as group:
+    with ranks(2, 8, awake) as group:
         group.start(command, [*base, "-o", str(two), "--timeout", "8"], free_port(), "kill")
         code, told = group.result(1, 60)
     assert code == 3
@@ -319,7 +347,7 @@ def test_the_command_ends_with_the_same_file_after_a_kill(shards: Path) -> None:
     assert not two.exists()
     assert (shards / "two.npz.partial").is_dir()
     assert run_on_ranks([*base, "-o", str(two)]) == 2  # begun, and neither --resume nor --force
-    with ranks(2, 8) as group:
+    with ranks(2, 8, awake) as group:
         assert group.run(command, [*base, "-o", str(two), "--resume"], free_port()) == [(0, ""), (0, "")]
     assert two.read_bytes() == one.read_bytes()
     assert not (shards / "two.npz.partial").exists()

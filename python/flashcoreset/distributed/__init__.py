@@ -9,6 +9,15 @@ from flashcoreset.distributed.goracs import goracs
 from flashcoreset.distributed.problem import ShardedSelection
 from flashcoreset.distributed.selection import facility_location
 from flashcoreset.distributed.simcore import simcore
-from flashcoreset.distributed.sketches import sketch
+from flashcoreset.distributed.sketches import gather_rows, sketch
 
-__all__ = ["RankError", "ShardedSelection", "ccs", "facility_location", "goracs", "simcore", "sketch"]
+__all__ = [
+    "RankError",
+    "ShardedSelection",
+    "ccs",
+    "facility_location",
+    "gather_rows",
+    "goracs",
+    "simcore",
+    "sketch",
+]

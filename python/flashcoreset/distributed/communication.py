@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 _BEAT = 0.5  # seconds between signs of life
+_SILENCE = 3.0  # seconds after which a rank without one counts as ended
 _T = TypeVar("_T")
+_calls: Counter[str] = Counter()  # of each group, in this process; all ranks make the same ones
 
 
 class RankError(RuntimeError):
@@ -40,9 +43,11 @@ class RankError(RuntimeError):
 
 
 class _Pulse(threading.Thread):
-    """Writes this rank's signs of life: "BEAT BEGUN STATE"."""
+    """Writes this rank's signs of life: "CALL BEAT BEGUN STATE"."""
 
     def __init__(self, store: Any, prefix: str, rank: int, ranks: Sequence[int]) -> None:
+        _calls[prefix] += 1
+        self._call = _calls[prefix]
         super().__init__(daemon=True, name="flashcoreset-pulse")
         self._store, self._prefix, self._rank, self._ranks = store, prefix, rank, ranks
         self._beat, self._ended = 0, threading.Event()
@@ -51,7 +56,7 @@ class _Pulse(threading.Thread):
 
     def _write(self) -> None:
         self._beat += 1
-        self._store.set(f"{self._prefix}{self._rank}", f"{self._beat} {self.begun} {self.state}")
+        self._store.set(f"{self._prefix}{self._rank}", f"{self._call} {self._beat} {self.begun} {self.state}")
 
     def run(self) -> None:
         while not self._ended.wait(_BEAT):
@@ -73,15 +78,18 @@ class _Pulse(threading.Thread):
             key = f"{self._prefix}{rank}"
             found[rank] = None
             if self._store.check([key]):
-                beat, begun, state = self._store.get(key).decode().split(" ", 2)
-                found[rank] = int(beat), int(begun), state
+                call, beat, begun, state = self._store.get(key).decode().split(" ", 3)
+                if int(call) > self._call:
+                    found[rank] = int(beat), int(begun), "done"
+                elif int(call) == self._call:
+                    found[rank] = int(beat), int(begun), state
         return found
 
     def culprit(self) -> tuple[int | None, str]:
         """The rank because of which a collective failed, and what is known of it."""
         try:
             before = self._read()
-            time.sleep(2.5 * _BEAT)
+            time.sleep(_SILENCE)
             after = self._read()
         except RuntimeError:
             holder = self._ranks[0]
@@ -103,7 +111,7 @@ class _Pulse(threading.Thread):
             if was is not None and was[0] == now[0]:
                 return (
                     rank,
-                    f"rank {rank} was killed or stopped: it gave no sign of life for {2.5 * _BEAT:.1f} s",
+                    f"rank {rank} was killed or stopped: it gave no sign of life for {_SILENCE:.0f} s",
                 )
             if now[1] < self.begun and (behind is None or now[1] < behind[1]):
                 behind = rank, now[1]

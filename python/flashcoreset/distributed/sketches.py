@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcoreset._core.tensor import compute_dtype
+from flashcoreset._core.tensor import as_dense, compute_dtype
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.selection import as_shard
 from flashcoreset.sketch import sketch as of_rows
@@ -67,3 +67,38 @@ def sketch(
             error = caught
         comm.agree(options, error)
         return torch.cat(comm.gather_rows(own)) if gather else own
+
+
+def gather_rows(rows_shard: Any, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The rows of all ranks, rank after rank, on every rank: for what each rank has made of its own samples, such as
+    `GradientSketcher.sketches` and `.norms` in data-parallel training, where all ranks project by the same matrix.
+
+    Args:
+        rows_shard: [B of this rank, ...], of one dtype and, but for the first dimension, one shape on all ranks; a rank may have no rows.
+        group: the process group; None is the default one.
+
+    Returns:
+        [B of all ranks, ...] on the device of `rows_shard`.
+
+    Raises:
+        TypeError, ValueError: for what is no tensor or array of that kind, on every rank, naming the rank.
+        RankError: if a rank ends or hangs.
+
+    Example:
+        >>> import torch, flashcoreset as fc
+        >>> fc.distributed.gather_rows(torch.eye(2))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    with Communicator(group) as comm:
+        error: Exception | None = None
+        options: dict[str, Any] = {}
+        try:
+            rows = as_dense(rows_shard, "rows_shard")
+            if rows.dim() == 0:
+                raise ValueError("rows_shard must have at least 1 dimension, got a single number")
+            options = {"dtype": str(rows.dtype), "shape of a row": tuple(rows.shape[1:])}
+        except (TypeError, ValueError) as caught:
+            error = caught
+        comm.agree(options, error)
+        return torch.cat(comm.gather_rows(rows.detach()))
