@@ -333,7 +333,9 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_command_ends_with_the_same_file_after_a_kill(shards: Path) -> None:
+def test_the_command_ends_with_the_same_file_after_a_kill(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = ["select", "facility-location", "--features", str(shards / "shards" / "*.npy"), "-k", "12"]
     one, two = shards / "one.npz", shards / "two.npz"
     assert is_for_ranks(base)
@@ -349,6 +351,10 @@ def test_the_command_ends_with_the_same_file_after_a_kill(shards: Path) -> None:
     assert run_on_ranks([*base, "-o", str(two)]) == 2  # begun, and neither --resume nor --force
     with ranks(2, 8, awake) as group:
         assert group.run(command, [*base, "-o", str(two), "--resume"], free_port()) == [(0, ""), (0, "")]
+    assert two.read_bytes() == one.read_bytes()
+    assert run_on_ranks([*base, "-o", str(two), "--resume"]) == 0  # done already
+    assert run_on_ranks([*base[:-1], "13", "-o", str(two), "--resume"]) == 2
+    assert "is the result of a call with k=12, got 13" in capsys.readouterr().err
     assert two.read_bytes() == one.read_bytes()
     assert not (shards / "two.npz.partial").exists()
     assert sorted(path.name for path in shards.iterdir()) == ["one.npz", "shards", "two.npz"]
@@ -375,6 +381,7 @@ def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixt
         ([*base, str(shards / "broken.npy"), *out], "--features: cannot read"),
         ([*base, str(shards / "wide.npy"), "-o", str(shards / "out.txt")], "--out: expected a name that ends in .npz or .parquet"),
         ([*base, str(shards / "wide.npy"), "-o", str(shards / "taken.npz")], "--out:"),
+        ([*base, str(shards / "wide.npy"), "-o", str(shards / "taken.npz"), "--resume"], "is no result of this command"),
         ([*base, str(shards / "wide.npy"), *out, "--groups", str(shards / "labels.npy")], "--groups: expected an entry for each of the 2 rows, got 3"),
         ([*base, str(shards / "wide.npy"), *out, "--sample", "--approximate"], "--sample: it does not go with --approximate"),
         ([*base, str(shards / "wide.npy"), *out, "--sample-error", "0.1"], "--sample-error: it needs --sample"),

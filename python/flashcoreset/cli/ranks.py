@@ -137,6 +137,7 @@ def _agreed(work: Callable[[], Any]) -> Any:
 def _choose(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if arguments.resume and out.exists() and not arguments.force:
+        _agreed(lambda: _check_result(arguments, out))
         _tell(f"{out}: done already")
         return
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -146,6 +147,44 @@ def _choose(arguments: argparse.Namespace) -> None:
     _tell(
         f"{out}: {len(found.indices):,} of {shards.shape[0]:,} rows on {world} {'process' if world == 1 else 'processes'}"
     )
+
+
+def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the result depends on."""
+    names = (
+        "features",
+        "k",
+        "metric",
+        "weights",
+        "groups",
+        "preselected",
+        "offset",
+        "approximate",
+        "sample",
+        "sample_error",
+        "seed",
+    )
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _check_result(arguments: argparse.Namespace, out: Path) -> None:
+    """Raises CommandError unless `out` is the result of this call."""
+    try:
+        if out.suffix.lower() == ".npz":
+            with np.load(out) as found:
+                text = str(found["info"])
+        else:
+            text = imported("pyarrow.parquet").read_schema(out).metadata[b"flashcoreset"].decode()
+        before = json.loads(text)["asked"]
+    except Exception as error:  # a file of any kind
+        raise CommandError(
+            f"--out: {out} is no result of this command: {error}; choose another name, or pass --force"
+        ) from None
+    for name, value in _asked(arguments).items():
+        if before.get(name) != value:
+            raise CommandError(
+                f"--out: {out} is the result of a call with {name}={before.get(name)}, got {value}; choose another name, or pass --force"
+            )
 
 
 def _tell(text: str) -> None:
@@ -214,7 +253,7 @@ def _discard(folder: Path) -> None:
 def _write(arguments: argparse.Namespace, shards: ShardFiles, found: Any) -> None:
     out = Path(arguments.out)
     info = {
-        "algorithm": "facility-location", "version": fc.__version__, "rows": shards.shape[0], "files": shards.files,
+        "algorithm": "facility-location", "version": fc.__version__, "rows": shards.shape[0], "asked": _asked(arguments),
         "objective": found.objective, "offset": found.offset,
         **{name: found.info[name] for name in ("sample", "sample_objective", "error", "confidence") if name in found.info},
     }  # fmt: skip

@@ -56,7 +56,8 @@ class Checkpoint:
                         "the folder"
                     )
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        # What was being written when a process was killed begins with a dot.
+        if self.folder.exists() and any(not path.name.startswith(".") for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty and holds no run; name a new folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(options, indent=1).encode())

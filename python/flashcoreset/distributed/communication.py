@@ -8,6 +8,7 @@ collective fails, these say who is missing.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 import time
 from collections import Counter
@@ -161,7 +162,8 @@ class Communicator:
     def __enter__(self) -> Communicator:
         if self.world > 1:
             store = dist.distributed_c10d._get_default_store()
-            prefix = "flashcoreset/" + "-".join(map(str, (self.ranks[0], self.ranks[-1], self.world))) + "/"
+            name = hashlib.sha256(repr(self.ranks).encode()).hexdigest()[:16]
+            prefix = f"flashcoreset/{name}/"
             self._pulse = _Pulse(store, prefix, self.global_rank, self.ranks)
             self._pulse.start()
         return self

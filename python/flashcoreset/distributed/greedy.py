@@ -37,6 +37,7 @@ _MOST_FRONT = 1 << 14
 _SEGMENT = 1 << 14  # first gains that are recorded together
 _BATCH = 256  # candidates that are evaluated together at the most
 _BLOCK = 1 << 18  # similarities that are computed together
+_TENSOR = 600  # bytes that a row takes beside its numbers
 _SPARSE = 0.1  # the share of live pairs up to which they are listed
 
 _INTEGERS = {4: torch.int32, 8: torch.int64}
@@ -143,7 +144,7 @@ class Greedy:
         self.evaluations = 0
         self._serves_itself: list[tuple[int, int]] = []  # own client, position of the pick
         size = dtype.itemsize
-        self._most_rows = max(2 * _BATCH, memory_budget // 2 // (source.width * size))
+        self._most_rows = max(2 * _BATCH, memory_budget // 2 // (source.width * size + _TENSOR))
         self._rows: OrderedDict[int, Tensor] = OrderedDict()
         self._most_entries = memory_budget // 2 // (8 + size)
         self._lists: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
@@ -175,7 +176,7 @@ class Greedy:
         missing = [j for j in numbers if j not in self._rows]
         if missing:
             for j, row in zip(missing, self.shared.fetch(missing), strict=True):
-                self._rows[j] = row
+                self._rows[j] = row.clone()  # a view would keep the whole batch
         for j in numbers:
             self._rows.move_to_end(j)
         found = torch.stack([self._rows[j] for j in numbers])
