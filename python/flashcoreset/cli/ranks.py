@@ -113,8 +113,7 @@ def run_on_ranks(argv: Sequence[str]) -> int:
 
 def _begin_group(seconds: float | None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        options = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
-        dist.init_process_group("gloo", **options)
+        dist.init_process_group("gloo", timeout=None if seconds is None else timedelta(seconds=seconds))
 
 
 def _partial(out: Path) -> Path:

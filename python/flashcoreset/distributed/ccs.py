@@ -143,11 +143,11 @@ def ccs(
         keys = _keys(seed, first, len(values))
         picks, infos = [], []
         for some, share in zip(members, shares, strict=True):
-            place, edges = _cut(comm, values[some], n_strata, strata)
-            sizes_of = comm.sum(torch.from_numpy(np.bincount(place, minlength=n_strata))).numpy()
+            stratum, edges = _cut(comm, values[some], n_strata, strata)
+            sizes_of = comm.sum(torch.from_numpy(np.bincount(stratum, minlength=n_strata))).numpy()
             taken = budgets(sizes_of, share).tolist()
-            order = np.argsort(place, kind="stable")
-            own_sizes = np.bincount(place, minlength=n_strata)
+            order = np.argsort(stratum, kind="stable")
+            own_sizes = np.bincount(stratum, minlength=n_strata)
             strata_members = np.split(some[order], own_sizes.cumsum()[:-1])
             few = [count for count, size in zip(taken, sizes_of, strict=True) if 0 < count < size]
             drawn = [
@@ -155,9 +155,9 @@ def ccs(
                 for part, count, size in zip(strata_members, taken, sizes_of, strict=True)
                 if 0 < count < size
             ]
-            masks = iter(lowest(comm, drawn, few) if few else [])
+            left = iter(lowest(comm, drawn, few) if few else [])
             chosen = [
-                part if count == size else part[next(masks)] if count else part[:0]
+                part if count == size else part[next(left)] if count else part[:0]
                 for part, count, size in zip(strata_members, taken, sizes_of.tolist(), strict=True)
             ]
             picks.append(_together(comm, chosen, first))

@@ -97,7 +97,7 @@ def goracs(
             check_backend(backend)
             check_progress(progress)
             one_of(solver, "solver", SOLVERS)
-            k = at_least_one(k, "k")
+            count = at_least_one(k, "k")
             options = Options(
                 lam=as_number(lam, "lam"),
                 max_exchanges=as_integer(max_exchanges, "max_exchanges"),
@@ -120,8 +120,8 @@ def goracs(
             if options.reg <= 0:
                 raise ValueError(f"reg must be > 0, got {reg}")
             pool = at_least_one(pool, "pool")
-            if pool < k:
-                raise ValueError(f"pool must be >= k={k}, got {pool}")
+            if pool < count:
+                raise ValueError(f"pool must be >= k={count}, got {pool}")
             x, y = as_shard(train_shard, "train_shard"), as_matrix(valid, "valid")
             if y.shape[1] != x.shape[1]:
                 raise ValueError(
@@ -151,7 +151,7 @@ def goracs(
             if solver == "exact":
                 load_pot()
             told = {
-                "k": k, "lam": options.lam, "max_exchanges": options.max_exchanges, "n_candidates": options.n_candidates, "tol": options.tol,
+                "k": count, "lam": options.lam, "max_exchanges": options.max_exchanges, "n_candidates": options.n_candidates, "tol": options.tol,
                 "solver": solver, "reg": options.reg, "max_solves": options.max_solves, "pool": pool, "dtype": str(dtype),
                 "rows of valid": len(y), "columns of train_shard": x.shape[1], "sum of valid": float(y.double().sum()),
                 "memory_budget": options.memory_budget,
@@ -164,8 +164,8 @@ def goracs(
         counts, top = [part[0] for part in parts], max(part[1] for part in parts)
         n = sum(counts)
         starts = [sum(counts[:rank]) for rank in range(comm.world + 1)]
-        if k > n:
-            raise ValueError(f"k must be <= the {n} rows of train, got {k}")
+        if count > n:
+            raise ValueError(f"k must be <= the {n} rows of train, got {count}")
         if options.lam > 0 and top == 0:
             raise ValueError(f"grad_norms must not be all 0 with lam > 0, got lam={options.lam}")
         exponent = exponent_into(top, (-1100, 500))
@@ -173,25 +173,25 @@ def goracs(
         if options.lam:
             penalty = options.lam * scale(norms, exponent) / times_power(top, exponent)
         costs = TransportCosts(x, y, penalty, kernels, options.memory_budget, most=comm.most)
-        total = k + options.max_exchanges
+        total = count + options.max_exchanges
         with Progress(progress if comm.rank == 0 else None, total, "goracs") as bar:
             cover = _SharedCover(
                 comm, costs, Candidates(starts, comm.rank, torch.arange(len(x)) + starts[comm.rank]), n
             )
-            picks, made = cover_picks(cover, n, k, bar.update)
+            picks, made = cover_picks(cover, n, count, bar.update)
             numbers = _gathered(comm, costs, picks, starts, pool)
             shared = SharedRows(comm, _Features(x), cover.candidates)
             rows = torch.cat([shared.fetch(numbers[i : i + 1024]) for i in range(0, len(numbers), 1024)])
             weights = _penalties(comm, penalty, cover.candidates, numbers)
             among = costs.of_items(rows, weights)
-            place = {number: i for i, number in enumerate(numbers)}
-            start = torch.tensor([place[j] for j in picks.tolist()], device=x.device)
+            at = {number: i for i, number in enumerate(numbers)}
+            start = torch.tensor([at[j] for j in picks.tolist()], device=x.device)
             chosen, info = exchanged(among, start, made, options, bar.update, begin)
             # Every rank has solved the same problem; one whose processor rounds otherwise takes over what the first found.
             chosen = comm.broadcast(chosen, 0)
         indices = torch.tensor(numbers, device=x.device)[chosen]
         info |= {"cover": picks, "pool": len(numbers), "bytes": comm.bytes, "collectives": comm.collectives}
-        return Coreset(indices, torch.full((k,), len(y) / k, dtype=dtype, device=x.device), info)
+        return Coreset(indices, torch.full((count,), len(y) / count, dtype=dtype, device=x.device), info)
 
 
 class _Features:

@@ -91,7 +91,7 @@ def simcore(
                 target, k, centroids, ratio, n_clusters, stop, stop_threshold, patience, fit_on, seed, n_init, memory_budget
             )  # fmt: skip
             points = as_matrix(centroids if asked.fixed else target, asked.name)
-            shape = getattr(openset_shard, "shape", ())
+            shape: Any = getattr(openset_shard, "shape", ())
             empty = len(shape) == 2 and shape[0] == 0
             source = RowSource(
                 torch.empty(1, points.shape[1], dtype=points.dtype) if empty else openset_shard

@@ -364,8 +364,10 @@ class Picks(Protocol):
     """A cover that `cover_picks` extends; see `Cover`."""
 
     picks: list[int]
-    owner: Tensor
     complete: bool
+
+    @property
+    def owner(self) -> Tensor: ...
 
     @property
     def serving(self) -> list[int]: ...
