@@ -358,11 +358,11 @@ def test_the_command_ends_with_the_same_file_after_a_kill(
     assert two.read_bytes() == one.read_bytes()
     assert not (shards / "two.npz.partial").exists()
     assert sorted(path.name for path in shards.iterdir()) == ["one.npz", "shards", "two.npz"]
-    found = np.load(two)
     chosen = fc.facility_location(data(120), 12)
-    assert (found["indices"] == chosen.indices.numpy()).all()
-    assert (found["gains"] == chosen.gains.numpy()).all()
-    assert (found["weights"] == chosen.weights.numpy()).all()
+    with np.load(two) as found:
+        assert (found["indices"] == chosen.indices.numpy()).all()
+        assert (found["gains"] == chosen.gains.numpy()).all()
+        assert (found["weights"] == chosen.weights.numpy()).all()
 
 
 def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

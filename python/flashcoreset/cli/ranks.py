@@ -170,7 +170,7 @@ def _check_result(arguments: argparse.Namespace, out: Path) -> None:
     """Raises CommandError unless `out` is the result of this call."""
     try:
         if out.suffix.lower() == ".npz":
-            with np.load(out) as found:
+            with out.open("rb") as stream, np.load(stream) as found:
                 text = str(found["info"])
         else:
             text = imported("pyarrow.parquet").read_schema(out).metadata[b"flashcoreset"].decode()
