@@ -8,7 +8,7 @@ Example:
 
 from importlib.metadata import version as _version
 
-from flashcoreset import compat, integrations, kernels, plot
+from flashcoreset import compat, distributed, integrations, kernels, plot
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.errors import (
     BackendUnavailableError,
@@ -75,6 +75,7 @@ __all__ = [
     "ccs",
     "compat",
     "coverage_auc",
+    "distributed",
     "facility_location",
     "goracs",
     "integrations",

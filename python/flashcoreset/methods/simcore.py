@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.results import Coreset
 from flashcoreset._core.tensor import as_integer, as_matrix, as_number, check_finite, compute_dtype
 from flashcoreset.nearest_order import Rounds, RowSource, chunk_rows, compute_type, list_bytes
-from flashcoreset.nearest_order.backend import choose
+from flashcoreset.nearest_order.backend import Taken, choose
 from flashcoreset.nearest_order.rows import normalize_rows
 
 _PER_TARGET = 50  # picks per distinct target point (or centroid of the caller's) if no k is given
@@ -120,38 +120,23 @@ def simcore(
     """
     check_backend(backend)
     check_progress(progress)
-    if not isinstance(stop, (bool, np.bool_)):
-        raise TypeError(f"stop must be a bool, got {stop!r} of type {type(stop).__name__}")
-    if k is not None:
-        k = _at_least_one(k, "k")
-        if ratio is not None:
-            raise ValueError(f"ratio must be None where k is given, got ratio={ratio} and k={k}")
-    elif ratio is None and not stop:
-        raise ValueError("k or ratio must be given where stop is False, or nothing would end the selection")
-    share = None if ratio is None else as_number(ratio, "ratio")
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
-    n_clusters = _at_least_one(n_clusters, "n_clusters")
-    patience = None if patience is None else _at_least_one(patience, "patience")
-    n_init = _at_least_one(n_init, "n_init")
-    memory_budget = _at_least_one(memory_budget, "memory_budget")
-    stop_threshold = as_number(stop_threshold, "stop_threshold")
-    if stop_threshold < 0:
-        raise ValueError(f"stop_threshold must be >= 0, got {stop_threshold}")
-    seed = as_integer(seed, "seed")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-    if (target is None) == (centroids is None):
-        got = "neither" if target is None else "both"
-        raise ValueError(f"one of target and centroids must be given, got {got}")
-    fixed = centroids is not None
-    name = "centroids" if fixed else "target"
-    if fit_on is not None:
-        fit_on = _at_least_one(fit_on, "fit_on")
-        if fixed:
-            raise ValueError(f"fit_on must be None where centroids are given, got {fit_on}")
-        if fit_on < n_clusters:
-            raise ValueError(f"fit_on must be >= n_clusters={n_clusters}, got {fit_on}")
+    asked = check_options(
+        target,
+        k,
+        centroids,
+        ratio,
+        n_clusters,
+        stop,
+        stop_threshold,
+        patience,
+        fit_on,
+        seed,
+        n_init,
+        memory_budget,
+    )
+    k, share, patience, fit_on = asked.k, asked.share, asked.patience, asked.fit_on
+    n_clusters, n_init, memory_budget, seed = asked.n_clusters, asked.n_init, asked.memory_budget, asked.seed
+    stop_threshold, fixed, name = asked.stop_threshold, asked.fixed, asked.name
     points = as_matrix(centroids if fixed else target, name)
     source = RowSource(openset)
     if points.shape[1] != source.columns:
@@ -203,6 +188,79 @@ def patience_of(rows: int, centroids: int) -> int:
     return min(_LONGEST_PATIENCE, max(1, rows // (_ITEMS_PER_REFERENCE * centroids)))
 
 
+class RoundTaker(Protocol):
+    """What makes rounds; see `Rounds`."""
+
+    def take(self) -> Taken: ...
+
+
+class Asked(NamedTuple):
+    """The options of `simcore`, checked."""
+
+    k: int | None
+    share: float | None
+    n_clusters: int
+    stop_threshold: float
+    patience: int | None
+    fit_on: int | None
+    seed: int
+    n_init: int
+    memory_budget: int
+    fixed: bool  # whether centroids are given in place of the target
+    name: str  # of what is given
+
+
+def check_options(
+    target: Any,
+    k: Any,
+    centroids: Any,
+    ratio: Any,
+    n_clusters: Any,
+    stop: Any,
+    stop_threshold: Any,
+    patience: Any,
+    fit_on: Any,
+    seed: Any,
+    n_init: Any,
+    memory_budget: Any,
+) -> Asked:
+    if not isinstance(stop, (bool, np.bool_)):
+        raise TypeError(f"stop must be a bool, got {stop!r} of type {type(stop).__name__}")
+    if k is not None:
+        k = _at_least_one(k, "k")
+        if ratio is not None:
+            raise ValueError(f"ratio must be None where k is given, got ratio={ratio} and k={k}")
+    elif ratio is None and not stop:
+        raise ValueError("k or ratio must be given where stop is False, or nothing would end the selection")
+    share = None if ratio is None else as_number(ratio, "ratio")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    n_clusters = _at_least_one(n_clusters, "n_clusters")
+    patience = None if patience is None else _at_least_one(patience, "patience")
+    n_init = _at_least_one(n_init, "n_init")
+    memory_budget = _at_least_one(memory_budget, "memory_budget")
+    stop_threshold = as_number(stop_threshold, "stop_threshold")
+    if stop_threshold < 0:
+        raise ValueError(f"stop_threshold must be >= 0, got {stop_threshold}")
+    seed = as_integer(seed, "seed")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    if (target is None) == (centroids is None):
+        got = "neither" if target is None else "both"
+        raise ValueError(f"one of target and centroids must be given, got {got}")
+    fixed = centroids is not None
+    name = "centroids" if fixed else "target"
+    if fit_on is not None:
+        fit_on = _at_least_one(fit_on, "fit_on")
+        if fixed:
+            raise ValueError(f"fit_on must be None where centroids are given, got {fit_on}")
+        if fit_on < n_clusters:
+            raise ValueError(f"fit_on must be >= n_clusters={n_clusters}, got {fit_on}")
+    return Asked(
+        k, share, n_clusters, stop_threshold, patience, fit_on, seed, n_init, memory_budget, fixed, name
+    )
+
+
 def _share_of(source: RowSource, share: float, dtype: torch.dtype, memory_budget: int) -> int:
     """floor(share * n), where batches are counted first."""
     if source.rows is None:
@@ -221,7 +279,13 @@ def _share_of(source: RowSource, share: float, dtype: torch.dtype, memory_budget
 
 
 def _select(
-    rounds: Rounds, k: int, stop: bool, stop_threshold: float, patience: int, seed: int, progress: Progress
+    rounds: RoundTaker,
+    k: int,
+    stop: bool,
+    stop_threshold: float,
+    patience: int,
+    seed: int,
+    progress: Progress,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The picks [<= k] and what is known about them; `rounds` has at least k items to give."""
     picks: list[tuple[Tensor, Tensor, Tensor]] = []  # items, takers, similarities

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flashcoreset._core.dispatch import check_backend
@@ -58,6 +59,7 @@ class TrainingDynamics(Saved):
             self.n_samples, dtype=torch.int64
         )  # times forgotten from one update to the next within an epoch
         self._epochs: dict[int, Tensor] = {}
+        self._reduced = False
 
     def update(
         self, indices: Any, logits: Any, targets: Any, epoch: int, *, backend: str | None = None
@@ -190,6 +192,40 @@ class TrainingDynamics(Saved):
         for epoch, theirs in list(other._epochs.items()):
             self._epochs[epoch], forgotten = _joined(self._record(epoch), theirs)
             self._forgotten += forgotten
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> TrainingDynamics:
+        """Merges the states of all ranks of a process group into the one of every rank, as `merge` does it in the order of the ranks.
+
+        Call it once, when training is over (or on a deep copy): updates that are merged already would count again.
+
+        Args:
+            group: the process group (gloo or NCCL); None is the default one.
+
+        Returns:
+            This object.
+
+        Raises:
+            TypeError: if `group` is no process group.
+            ValueError: if `n_samples` or `el2n_epochs` differ, naming the rank, and if the states were merged before.
+            flashcoreset.distributed.RankError: if a rank ends or hangs.
+
+        Example:
+            >>> import flashcoreset as fc
+            >>> fc.TrainingDynamics(2).all_reduce().n_samples  # on one rank; torchrun starts several
+            2
+        """
+        # This room knows nothing of ranks until it is asked for them.
+        from flashcoreset.distributed.dynamics import merged
+
+        if self._reduced:
+            raise ValueError(
+                "all_reduce was called on this TrainingDynamics before: its updates would count twice; keep the ranks' own states, and "
+                "call it on a copy.deepcopy of them"
+            )
+        state = merged(self, group)
+        self.load_state_dict(state)
+        self._reduced = True
+        return self
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything, for `torch.save`.

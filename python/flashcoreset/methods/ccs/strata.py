@@ -55,7 +55,7 @@ class Strata:
 def cut(scores: np.ndarray, members: np.ndarray | None, n_strata: int, kind: str) -> Strata:
     """Cuts the range of `scores` [n] float64 into strata of a kind of `KINDS`, of all samples or the `members` [m], ascending."""
     values = scores if members is None else scores[members]
-    small = np.uint8 if n_strata <= 256 else np.uint16 if n_strata <= 65_536 else np.int64
+    small = small_type(n_strata)
     if kind == "quantile":
         place, edges = _by_rank(values, n_strata, small)
     elif kind == "log":
@@ -68,10 +68,14 @@ def cut(scores: np.ndarray, members: np.ndarray | None, n_strata: int, kind: str
             edges[0], edges[-1] = finite.min(), finite.max()
     else:
         place, edges = _by_width(values, n_strata, small)
-    # A stable sort of small integers is a counting sort.
     order = np.argsort(place, kind="stable")
     sizes = np.bincount(place, minlength=n_strata)
     return Strata(edges, sizes, order if members is None else members[order])
+
+
+def small_type(n_strata: int) -> type:
+    """The smallest type for numbers of strata: a stable sort of small integers is a counting sort."""
+    return np.uint8 if n_strata <= 256 else np.uint16 if n_strata <= 65_536 else np.int64
 
 
 def _by_width(values: np.ndarray, n_strata: int, small: type) -> tuple[np.ndarray, np.ndarray]:
@@ -80,6 +84,13 @@ def _by_width(values: np.ndarray, n_strata: int, small: type) -> tuple[np.ndarra
     if not math.isfinite(high - low):  # rare, so that the usual case needs no copy
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+    return by_width(values, low, high, n_strata, small)
+
+
+def by_width(
+    values: np.ndarray, low: float, high: float, n_strata: int, small: type
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same, where the finite values of all samples lie from `low` to `high`."""
     # (high - low) overflows if the two are far apart: then everything is halved.
     scale = 1.0 if math.isfinite(high - low) else 0.5
     if low == high:

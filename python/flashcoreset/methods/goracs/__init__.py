@@ -35,6 +35,7 @@ from flashcoreset.methods.goracs.descent import KEPT_BYTES, Descent, Options, po
 from flashcoreset.methods.goracs.exact_descent import HELD_BYTES, ExactDescent, transport_bytes
 from flashcoreset.methods.goracs.exact_transport import load_pot
 from flashcoreset.methods.goracs.transport_costs import (
+    Cover,
     TransportCosts,
     cover_bytes,
     cover_picks,
@@ -386,7 +387,20 @@ def _select(
     costs: TransportCosts, k: int, options: Options, report: Callable[[int], None], begin: float
 ) -> tuple[Tensor, dict[str, Any]]:
     """The chosen rows [k] of one problem, whose costs were begun at `begin`, and what is known about them."""
-    picks, made = cover_picks(costs, k, report)
+    picks, made = cover_picks(Cover(costs), costs.shape[0], k, report)
+    return exchanged(costs, picks, made, options, report, begin)
+
+
+def exchanged(
+    costs: TransportCosts,
+    picks: Tensor,
+    made: int,
+    options: Options,
+    report: Callable[[int], None],
+    begin: float,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Stage 2 from the `picks` [k] of stage 1, which made `made` of them."""
+    k = len(picks)
     report(k)
     covered = time.perf_counter()
     held = options.solver == "exact" and _is_held(k, costs.shape[1], costs.dtype)

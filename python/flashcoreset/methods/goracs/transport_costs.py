@@ -19,8 +19,10 @@ express p.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from copy import copy
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -70,6 +72,7 @@ class TransportCosts:
         kernels: those of facility location.
         memory_budget: bytes; the similarities are held if they take at most half of it.
         largest: what distances are divided by; None: the largest of them.
+        most: the largest of a number of all parts, if the training items are one part of several; there may be none of them.
 
     Attributes:
         penalty: [n] float64.
@@ -87,9 +90,10 @@ class TransportCosts:
         memory_budget: int,
         *,
         largest: float | None = None,
+        most: Callable[[float], float] = float,
     ) -> None:
         self._train, self._valid, self._kernels = train, valid, kernels
-        self.memory_budget = memory_budget
+        self.memory_budget, self.dtype = memory_budget, train.dtype
         self.shape = (train.shape[0], valid.shape[0])
         self.dtype = train.dtype
         n, clients = self.shape
@@ -99,26 +103,30 @@ class TransportCosts:
         held = train.new_empty(n, clients) if fits else None
         self.held: Tensor | None = None
 
+        def largest_of(values: Tensor) -> float:
+            return most(float(values.max()) if len(values) else -math.inf)
+
         nearest, farthest, total = self._extremes(held)
-        own = float(farthest.max())
+        own = largest_of(farthest)
         exponent = 0
         # Costs are shares of the largest distance: a power of two, which brings squares into range, changes none.
-        least, most = _SAFE[train.dtype]
-        if not 2.0**least < own < 2.0**most and (
-            exponent := exponent_into(largest_magnitude(train, valid), (least, most - 10))
+        least, greatest = _SAFE[train.dtype]
+        if not 2.0**least < own < 2.0**greatest and (
+            exponent := exponent_into(most(largest_magnitude(train, valid)), (least, greatest - 10))
         ):
             self._train, self._valid = scale(train, exponent), scale(valid, exponent)
             nearest, farthest, total = self._extremes(held)
-            own = float(farthest.max())
+            own = largest_of(farthest)
         self.largest = times_power(own, -exponent) if largest is None else largest
         unit_distance = own if largest is None else times_power(largest, exponent)
         per_distance = 1 / unit_distance if unit_distance else 0.0
         self.mean_distance = total * (per_distance / clients)
         self.penalty = penalty = penalty if isinstance(penalty, Tensor) else penalty(self.mean_distance)
-        self.low = low = float((nearest * per_distance - penalty).min())
-        self.spread = spread = float((farthest * per_distance - penalty).max()) - low
-        unit = 1 / spread if spread > 0 else 0.0
-        base = 1 + (penalty + low) * unit if spread > 0 else torch.ones_like(penalty)
+        self.low = low = -largest_of(penalty - nearest * per_distance)
+        self.spread = largest_of(farthest * per_distance - penalty) - low
+        unit = 1 / self.spread if self.spread > 0 else 0.0
+        base = self._base_of(penalty)
+        self._exponent, self._per_distance = exponent, per_distance
         self._slope = per_distance * unit
         self._base = base.to(train.dtype)
         # Bounds of the sums of a row's similarities: each similarity, and the sum of distances (which torch takes in
@@ -130,6 +138,18 @@ class TransportCosts:
                 rows = slice(begin, begin + self.step)
                 self._to_similarities(held[rows], self._base[rows])
             self.held = held
+
+    def _base_of(self, penalty: Tensor) -> Tensor:
+        return 1 + (penalty + self.low) * (1 / self.spread) if self.spread > 0 else torch.ones_like(penalty)
+
+    def of_items(self, train: Tensor, penalty: Tensor) -> TransportCosts:
+        """The costs of other training items [r, d] with penalties [r], on the same scale; not for a `Cover`."""
+        others = copy(self)
+        others._train, others.penalty, others.held = scale(train, self._exponent), penalty, None
+        others.shape = (train.shape[0], self.shape[1])
+        others._base = self._base_of(penalty).to(train.dtype)
+        others.mean_distance = others._extremes(None)[2] * (self._per_distance / self.shape[1])
+        return others
 
     def _extremes(self, held: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Each row's least and largest distance and the sum of its distances, [n] float64; the distances are written to `held` [n, V]."""
@@ -342,17 +362,34 @@ class Cover:
         return indices[done:].tolist()
 
 
-def cover_picks(costs: TransportCosts, k: int, report: Any = None) -> tuple[Tensor, int]:
-    """Stage 1 of GORACS: the `k` picks kept, in the order in which they were made, and how many were made.
+class Picks(Protocol):
+    """A cover that `cover_picks` extends; see `Cover`."""
+
+    picks: list[int]
+    complete: bool
+
+    @property
+    def owner(self) -> Tensor: ...
+
+    @property
+    def serving(self) -> list[int]: ...
+
+    def nearest_items(self) -> int: ...
+
+    def extend(self, count: int) -> None: ...
+
+
+def cover_picks(cover: Picks, items: int, k: int, report: Any = None) -> tuple[Tensor, int]:
+    """Stage 1 of GORACS: the `k` picks of a cover by `items` training items that are kept, in the order in which they were made, and
+    how many were made.
 
     `report(done)` gets the number of picks that serve a validation item.
     """
-    cover = Cover(costs)
     cover.extend(k)
     kept = cover.serving
     if len(kept) < k and cover.nearest_items() > k:
         # A pick adds at most one to the picks that serve, so their number never passes k.
-        while len(kept) < k and not cover.complete and len(cover.picks) < costs.shape[0]:
+        while len(kept) < k and not cover.complete and len(cover.picks) < items:
             if report is not None:
                 report(len(kept))
             cover.extend(k - len(kept))

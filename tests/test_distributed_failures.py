@@ -1,0 +1,433 @@
+"""flashcoreset.distributed when something is wrong: bad input on one rank, a rank that is killed, stops or hangs, a run that goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks, ranks
+
+import flashcoreset as fc
+from flashcoreset.cli.ranks import is_for_ranks, run_on_ranks
+from flashcoreset.cli.shards import ShardFiles, shard_files
+from flashcoreset.distributed import checkpoint, greedy
+from flashcoreset.distributed.communication import Communicator
+
+N, K = 60, 10
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    group = Ranks(3)
+    yield group
+    group.close()
+
+
+def rows(rank: int, world: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.randn(N, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return x[N * rank // world : N * (rank + 1) // world]
+
+
+# ---- bad input
+
+FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "k": ({"k": 7}, "ValueError", "k must be the same on every rank, got 10 on rank 0 and 7 on rank 1"),
+    "dtype": ({"x": "double"}, "ValueError", "dtype must be the same on every rank, got 'torch.float32' on rank 0 and 'torch.float64' on rank 1"),
+    "d": ({"x": "wide"}, "ValueError", "columns of x_shard must be the same on every rank, got 4 on rank 0 and 5 on rank 1"),
+    "metric": ({"metric": "l1"}, "ValueError", "metric must be the same on every rank, got 'cosine' on rank 0 and 'l1' on rank 1"),
+    "nan": ({"x": "nan"}, "ValueError", "x_shard must be finite, got NaN at row 2, column 0"),
+    "missing": ({"x": None}, "TypeError", "x_shard must be a torch.Tensor"),
+    "weights": ({"weights": [1.0]}, "ValueError", "weights must have shape [20]"),
+    "preselected": ({"preselected": [1]}, "ValueError", "preselected must be the same on every rank, got None on rank 0 and [1] on rank 1"),
+    "exact": ({"exact": "yes"}, "TypeError", "exact must be True or False, got str"),
+}  # fmt: skip
+
+
+def faulty(group: Any, rank: int, world: int, fault: str) -> None:
+    x: Any = rows(rank, world)
+    options: dict[str, Any] = {"k": K, "metric": "cosine"}
+    if rank == 1:
+        options |= FAULTS[fault][0]
+        kind = options.pop("x", "")
+        if kind == "nan":
+            x[2, 0] = torch.nan
+        x = {"double": x.double(), "wide": torch.zeros(20, 5), None: None}.get(kind, x)
+    fc.distributed.facility_location(x, **options, group=group)
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_every_rank_hears_of_one_ranks_fault(three: Ranks, fault: str) -> None:
+    _, kind, text = FAULTS[fault]
+    for rank, (raised, message) in enumerate(three.errors(faulty, fault)):
+        assert raised == kind
+        assert text in message
+        if "same on every rank" not in text:
+            assert message.startswith("rank 1: ") == (rank != 1)
+
+
+def whole(group: Any, rank: int, world: int, options: dict[str, Any]) -> None:
+    fc.distributed.facility_location(options.pop("x", rows(rank, world)), **options, group=group)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"k": 61}, "k must be at most 60 (60 candidates), got 61"),
+        ({"k": 59, "preselected": [1, 2]}, "k must be at most 58 (60 candidates less 2 preselected), got 59"),
+        ({"k": 2, "preselected": [60]}, "preselected must be in [0, 60), got 60"),
+        ({"k": 0}, "k must be >= 1, got 0"),
+        ({"k": None}, "k must be an int unless budgets are given, got None"),
+        ({"k": 2, "clients": "all"}, "clients must be points, None or 'sample', got 'all'"),
+        ({"k": 2, "clients": "sample", "exact": False}, "clients='sample' is for points without groups and with exact=True"),
+        ({"k": 2, "metric": "precomputed", "clients": torch.ones(2, 2)}, "clients must be None with metric 'precomputed'"),
+        ({"k": 2, "budgets": {0: 2}}, "budgets need groups, got groups=None"),
+        ({"k": 2, "sample_error": 0.0}, "sample_error must be in (0, 1), got 0.0"),
+        ({"k": 2, "confidence": 1.0}, "confidence must be in (0, 1), got 1.0"),
+        ({"k": 2, "offset": 1.0}, "offset is for distances; metric 'cosine' takes None, got 1.0"),
+        ({"k": 2, "seed": -1}, "seed must be in [0, 2^64), got -1"),
+        ({"k": 2, "x": torch.zeros(0, 3)}, "x_shard must have at least 1 row on one of the ranks"),
+        ({"k": 2, "metric": "sqeuclidean", "x": torch.full((2, 2), 1e30)}, "multiply all data by a power of two"),
+        ({"k": 2, "group": 3}, "multiple values"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_bad_arguments_are_refused_on_every_rank(three: Ranks, options: dict[str, Any], text: str) -> None:
+    for raised, message in three.errors(whole, options, world=2):
+        assert raised in ("TypeError", "ValueError")
+        assert text in message
+
+
+def others(group: Any, rank: int, world: int, method: str) -> None:
+    x = rows(rank, world)
+    if method == "ccs":
+        fc.distributed.ccs(x[:, 0], 5 + rank, group=group)
+    elif method == "simcore":
+        fc.distributed.simcore(x, x[:5], 5, n_clusters=2, group=group)  # another target on each rank
+    elif method == "simcore iterator":
+        fc.distributed.simcore(iter([x]), torch.ones(2, 4), 5, group=group)
+    elif method == "goracs":
+        fc.distributed.goracs(x, torch.ones(2, 4), None, 5, lam=float(rank), group=group)
+    elif method == "goracs pool":
+        fc.distributed.goracs(x, torch.ones(2, 4), None, 5, pool=4, group=group)
+    elif method == "gather":
+        fc.distributed.gather_rows(x if rank else x.double(), group=group)
+    elif method == "gather nothing":
+        fc.distributed.gather_rows(torch.tensor(1.0), group=group)
+    elif method == "sketch":
+        fc.distributed.sketch(x, 3, seed=rank, group=group)
+    else:
+        fc.TrainingDynamics(5 + rank).all_reduce(group)
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        ("ccs", "k must be the same on every rank, got 5 on rank 0 and 6 on rank 1"),
+        ("simcore", "sum of target must be the same on every rank"),
+        ("simcore iterator", "openset_shard is an iterator, which can be read once only"),
+        ("goracs", "grad_norms must be given with lam=1.0, got None"),
+        ("goracs pool", "pool must be >= k=5, got 4"),
+        ("sketch", "seed must be the same on every rank, got 0 on rank 0 and 1 on rank 1"),
+        (
+            "gather",
+            "dtype must be the same on every rank, got 'torch.float64' on rank 0 and 'torch.float32' on rank 1",
+        ),
+        ("gather nothing", "rows_shard must have at least 1 dimension"),
+        ("dynamics", "n_samples must be the same on every rank, got 5 on rank 0 and 6 on rank 1"),
+    ],
+)
+def test_the_other_methods_refuse_options_that_differ(three: Ranks, method: str, text: str) -> None:
+    for _, message in three.errors(others, method, world=2):
+        assert text in message
+
+
+def test_a_group_is_a_process_group() -> None:
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed process group or None, got int"):
+        fc.distributed.facility_location(torch.eye(3), 1, group=3)  # type: ignore[arg-type]
+
+
+# ---- lost ranks
+
+
+def awake(group: Any, rank: int, world: int) -> int:
+    return rank
+
+
+def endless(group: Any, rank: int, world: int, event: str) -> None:
+    """Sums until something happens to rank 1 after the third."""
+    with Communicator(group) as comm:
+        for number in range(1000):
+            if rank == 1 and number == 3:
+                if event == "hang":
+                    time.sleep(1000)
+                elif event == "fail":
+                    raise OSError("No space left on device")
+                else:
+                    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[event])
+            comm.sum(torch.tensor([1]))
+
+
+def absent(group: Any, rank: int, world: int) -> None:
+    """Rank 1 takes part in one call and not in the next."""
+    fc.distributed.sketch(torch.ones(2, 3), 2, group=group)
+    if rank == 1:
+        time.sleep(1000)
+    fc.distributed.sketch(torch.ones(2, 3), 2, group=group)
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    with ranks(2, 8, awake) as group:
+        group.start(absent)
+        with pytest.raises(Exception, match="rank 1 has not begun the call"):
+            group.result(0, 60)
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        ("kill", "rank 1 was killed or stopped"),
+        ("stop", "rank 1 was killed or stopped"),
+        ("hang", "rank 1 hangs: it lives, but has begun 3 collectives and this rank 4"),
+        ("fail", "rank 1 failed with OSError: No space left on device"),
+    ],
+)
+def test_a_lost_rank_ends_the_others_and_is_named(event: str, text: str) -> None:
+    seconds = 6
+    with ranks(3, seconds, awake) as group:
+        begin = time.monotonic()
+        group.start(endless, event)
+        for rank in (0, 2):
+            with pytest.raises(Exception, match=text) as raised:
+                group.result(rank, 60)
+            assert raised.value.args[0] == "RankError"
+        # The timeout, the time for signs of life, and room for a busy machine.
+        assert time.monotonic() - begin < seconds + 60
+
+
+# ---- going on
+
+
+class _Lost(Exception):
+    pass
+
+
+def data(n: int = 300) -> torch.Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(5))
+
+
+def interrupted(group: Any, rank: int, world: int, folder: str, after: int, groups: bool) -> None:
+    """A run that ends as if the machine had failed, after so many segments of first gains or picks on record."""
+    greedy._SEGMENT, checkpoint._SECONDS = 40, 0.0
+    kept = [0]
+    plain = checkpoint._save
+
+    def save(path: Path, array: np.ndarray) -> None:
+        plain(path, array)
+        kept[0] += 1
+        if kept[0] == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 0:
+        checkpoint._save = save
+    x = data()[300 * rank // world : 300 * (rank + 1) // world]
+    own = torch.arange(300)[300 * rank // world : 300 * (rank + 1) // world] % 2 if groups else None
+    fc.distributed.facility_location(x, 20, groups=own, checkpoint=folder, group=group)
+
+
+def resumed(group: Any, rank: int, world: int, folder: str, groups: bool, k: int = 20) -> tuple[Any, ...]:
+    greedy._SEGMENT, checkpoint._SECONDS = 40, 0.0
+    x = data()[300 * rank // world : 300 * (rank + 1) // world]
+    own = torch.arange(300)[300 * rank // world : 300 * (rank + 1) // world] % 2 if groups else None
+    s = fc.distributed.facility_location(x, k, groups=own, checkpoint=folder, group=group)
+    return s.indices, s.gains, s.objective, s.info["evaluations"]
+
+
+@pytest.mark.parametrize(("after", "groups"), [(2, False), (9, False), (8, True)])
+def test_a_run_goes_on_where_it_was_killed(three: Ranks, tmp_path: Path, after: int, groups: bool) -> None:
+    folder = tmp_path / "run"
+    with ranks(2, 8, awake) as group:
+        group.start(interrupted, str(folder), after, groups)
+        with pytest.raises(Exception, match="rank 0"):
+            group.result(1, 60)
+    assert (folder / "options.json").exists()
+    records = [path.name for path in folder.iterdir()]
+    assert not [name for name in records if name.startswith(".")]
+    # Something else is no continuation.
+    for raised, message in three.errors(resumed, str(folder), groups, 21):
+        assert raised == "ValueError"
+        assert "is of a run with k=20, got 21" in message
+    one = fc.facility_location(data(), 20, groups=torch.arange(300) % 2 if groups else None)
+    afresh = three.run(resumed, str(tmp_path / "other"), groups)
+    # Three ranks go on where two were.
+    for answer, new in zip(three.run(resumed, str(folder), groups), afresh, strict=True):
+        assert torch.equal(answer[0], one.indices)
+        assert torch.equal(answer[1], one.gains)
+        assert answer[2] == one.objective
+        assert answer[3] < new[3]
+    assert not folder.exists()
+
+
+def test_a_folder_that_holds_something_else_is_no_checkpoint(three: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    for raised, message in three.errors(resumed, str(tmp_path), False):
+        assert raised == "ValueError"
+        assert "is not empty and holds no run" in message
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+# ---- the command
+
+
+def command(
+    group: Any, rank: int, world: int, arguments: list[str], port: int, events: str = ""
+) -> tuple[int, str]:
+    """The command's exit code and what it wrote to stderr, as torchrun would start it."""
+    import contextlib
+    import io
+
+    dist.destroy_process_group()
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if events:
+        greedy._SEGMENT, checkpoint._SECONDS = 20, 0.0
+        plain, kept = checkpoint._save, [0]
+
+        def save(path: Path, array: np.ndarray) -> None:
+            plain(path, array)
+            kept[0] += 1
+            if rank == 0 and kept[0] == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint._save = save
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        code = run_on_ranks(arguments)
+    return code, told.getvalue()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    (tmp_path / "shards").mkdir()
+    for number, part in enumerate(data(120).split([50, 3, 67])):
+        np.save(tmp_path / "shards" / f"s-{number}-of-3.npy", part.numpy())
+    return tmp_path
+
+
+def test_the_command_ends_with_the_same_file_after_a_kill(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["select", "facility-location", "--features", str(shards / "shards" / "*.npy"), "-k", "12"]
+    one, two = shards / "one.npz", shards / "two.npz"
+    assert is_for_ranks(base)
+    assert run_on_ranks([*base, "-o", str(one)]) == 0
+    with ranks(2, 8, awake) as group:
+        group.start(command, [*base, "-o", str(two), "--timeout", "8"], free_port(), "kill")
+        code, told = group.result(1, 60)
+    assert code == 3
+    assert "rank 0" in told
+    assert "--resume" in told
+    assert not two.exists()
+    assert (shards / "two.npz.partial").is_dir()
+    assert run_on_ranks([*base, "-o", str(two)]) == 2  # begun, and neither --resume nor --force
+    with ranks(2, 8, awake) as group:
+        assert group.run(command, [*base, "-o", str(two), "--resume"], free_port()) == [(0, ""), (0, "")]
+    assert two.read_bytes() == one.read_bytes()
+    assert run_on_ranks([*base, "-o", str(two), "--resume"]) == 0  # done already
+    assert run_on_ranks([*base[:-1], "13", "-o", str(two), "--resume"]) == 2
+    assert "is the result of a call with k=12, got 13" in capsys.readouterr().err
+    assert two.read_bytes() == one.read_bytes()
+    assert not (shards / "two.npz.partial").exists()
+    assert sorted(path.name for path in shards.iterdir()) == ["one.npz", "shards", "two.npz"]
+    chosen = fc.facility_location(data(120), 12)
+    with np.load(two) as found:
+        assert (found["indices"] == chosen.indices.numpy()).all()
+        assert (found["gains"] == chosen.gains.numpy()).all()
+        assert (found["weights"] == chosen.weights.numpy()).all()
+
+
+def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["select", "facility-location", "-k", "12", "--features"]
+    pattern, out = str(shards / "shards" / "*.npy"), ["-o", str(shards / "out.npz")]
+    (shards / "shards" / "s-1-of-3.npy").rename(shards / "s-1-of-3.npy")
+    np.save(shards / "wide.npy", np.zeros((2, 9), dtype=np.float32))
+    (shards / "broken.npy").write_bytes((shards / "s-1-of-3.npy").read_bytes()[:150])
+    (shards / "taken.npz").write_bytes(b"mine")
+    np.save(shards / "labels.npy", np.zeros(3, dtype=np.int64))
+    for arguments, text in [
+        ([*base, pattern, *out], "--features: shard 1 of 3 is missing beside"),
+        ([*base, str(shards / "none*.npy"), *out], "--features: no such file:"),
+        ([*base, str(shards / "s-1-of-3.npy"), str(shards / "wide.npy"), *out], "holds float32 rows of 9, but"),
+        ([*base, str(shards / "wide.npy"), str(shards / "wide.npy"), *out], "stands twice"),
+        ([*base, str(shards / "broken.npy"), *out], "--features: cannot read"),
+        ([*base, str(shards / "wide.npy"), "-o", str(shards / "out.txt")], "--out: expected a name that ends in .npz or .parquet"),
+        ([*base, str(shards / "wide.npy"), "-o", str(shards / "taken.npz")], "--out:"),
+        ([*base, str(shards / "wide.npy"), "-o", str(shards / "taken.npz"), "--resume"], "is no result of this command"),
+        ([*base, str(shards / "wide.npy"), *out, "--groups", str(shards / "labels.npy")], "--groups: expected an entry for each of the 2 rows, got 3"),
+        ([*base, str(shards / "wide.npy"), *out, "--sample", "--approximate"], "--sample: it does not go with --approximate"),
+        ([*base, str(shards / "wide.npy"), *out, "--sample-error", "0.1"], "--sample-error: it needs --sample"),
+        ([*base[:2], "--features", str(shards / "wide.npy"), *out], "-k: the number of rows to select is missing"),
+        ([*base, str(shards / "wide.npy"), *out, "--metrics", "l1"], "unrecognized arguments: --metrics"),
+    ]:  # fmt: skip
+        assert run_on_ranks(arguments) == 2, arguments
+        told = capsys.readouterr().err
+        assert text in told
+        assert told.count("\n") == 1
+    assert not (shards / "out.npz").exists()
+    assert (shards / "taken.npz").read_bytes() == b"mine"
+
+
+def test_the_command_writes_parquet_and_takes_options(shards: Path) -> None:
+    pytest.importorskip("pyarrow", reason="Parquet files need pyarrow")
+    import pyarrow.parquet
+
+    np.save(shards / "weights.npy", np.arange(120.0))
+    np.save(shards / "before.npy", np.array([5]))
+    out = shards / "out.parquet"
+    assert run_on_ranks([
+        "select", "facility-location", "--features", str(shards / "shards" / "*.npy"), "-k", "4", "-o", str(out), "--metric", "euclidean",
+        "--weights", str(shards / "weights.npy"), "--preselected", str(shards / "before.npy"),
+    ]) == 0  # fmt: skip
+    table = pyarrow.parquet.read_table(out)
+    one = fc.facility_location(data(120), 4, metric="euclidean", weights=np.arange(120.0), preselected=[5])
+    assert table["indices"].to_pylist() == one.indices.tolist()
+    assert table["gains"].to_pylist() == pytest.approx(one.gains.tolist())
+    assert b"objective" in table.schema.metadata[b"flashcoreset"]
+
+
+def test_shards_are_read_without_a_copy_where_one_file_has_them(shards: Path) -> None:
+    files = ShardFiles(shard_files([str(shards / "shards" / "*.npy")], "--features"), "--features")
+    assert files.shape == (120, 4)
+    assert isinstance(files.rows(10, 40), np.memmap)
+    assert (files.rows(45, 60) == data(120)[45:60].numpy()).all()
+    assert [files.part(rank, 7) for rank in range(7)][-1][1] == 120
+
+
+def test_only_calls_for_ranks_go_to_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plain = ["select", "facility-location", "--features", "x.npy", "-k", "3", "-o", "out.npz"]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not is_for_ranks(plain)
+    assert is_for_ranks([*plain, "--resume"])
+    assert not is_for_ranks(["select", "ccs", "--resume"])
+    assert not is_for_ranks([*plain, "--resume", "--help"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert is_for_ranks(plain)
