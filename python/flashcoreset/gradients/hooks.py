@@ -523,7 +523,9 @@ class Hooks(Arrivals):
     def _take(self, place: Place, x: Any, output: Tensor, found: list[Layout] | None) -> Tensor | None:
         """`output`, whose gradient will be taken; None if it will not be. `found`: how it may hold the samples; None if the batch is
         not known."""
-        single = self._is_single(output)
+        single = self._is_single(output) and place.layer is not ELEMENTWISE
+        if found is not None and not single:
+            found = self._trusted(place, found)
         number = self._note(place, x, output, found or [FIRST], single)
         out: Tensor
         if self._rehearsing:
@@ -544,11 +546,12 @@ class Hooks(Arrivals):
                     self._pass.looked_up.setdefault(target.name, []).append(x.detach())
         if not torch.is_grad_enabled() or not output.requires_grad:
             return None
-        problem = self._problem(place, x, output, found, single)
+        problem, batch = self._problem(place, x, output, found, single), self._batch()
         if problem is not None:
+            if batch != 1 and not in_backward():
+                self._small.add(place)  # rows that are no samples may be as many in another batch
             self._give_up(place, output, problem)
             return None
-        batch = self._batch()
         if batch is None:
             batch = output.shape[min(self._batch_dim, output.dim() - 1)]
         if not single and self._pass.batch is None and batch != 1:
@@ -564,6 +567,16 @@ class Hooks(Arrivals):
             if other is not self:
                 other._rename(output, out)
         return out
+
+    def _trusted(self, place: Place, found: list[Layout]) -> list[Layout]:
+        """Of the layouts `found` by sizes, those that this batch will be checked for, or an earlier one was."""
+        call = self._call
+        if self._verify == "never" or self._record is not None or call is None or call.batch == 1:
+            return found
+        if (place, False) not in self._rows_known.get(call.form, set()):
+            return found
+        known = self._layouts.get(place.owner, FIRST)
+        return [known] if known in found else []
 
     def _is_single(self, output: Tensor) -> bool:
         """Whether the output is one for all samples."""
