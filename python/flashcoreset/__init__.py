@@ -23,6 +23,8 @@ from flashcoreset._core.results import Coreset, Selection
 from flashcoreset.caratheodory import caratheodory
 from flashcoreset.facility_location import facility_location
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
+from flashcoreset.gradients.loader import sketch_loader
+from flashcoreset.gradients.rules import register_gradient_rule
 from flashcoreset.gradients.sketcher import GradientSketcher
 from flashcoreset.gradients.zeroth_order import LowRankGradients, zeroth_order_gradients
 from flashcoreset.matching import match_gradients
@@ -83,12 +85,14 @@ __all__ = [
     "plot",
     "projection_matrix",
     "random_subset",
+    "register_gradient_rule",
     "sample_scores",
     "select",
     "simcore",
     "sinkhorn",
     "sinkhorn_divergence",
     "sketch",
+    "sketch_loader",
     "top_scores",
     "tune_ccs",
     "zeroth_order_gradients",

@@ -51,7 +51,7 @@ class Hooks(Arrivals):
         self._record: Record | None = None  # the record in which calls of layers are noted
         self._rehearsing = self._still = False
         self._frames: list[Frame] = []
-        self._small: set[Place] = set()  # uses whose rows are no samples
+        self._small: dict[Place, str] = {}  # uses whose rows are no samples, and why
         self._inseparable: set[nn.Module] = set()  # modules whose calls cannot be run again for each sample
         self._hosts: dict[nn.Module, Place] = {}  # modules whose calls are run again
         self._settled: set[nn.Module] = set()  # modules whose calls need not be run again
@@ -261,7 +261,7 @@ class Hooks(Arrivals):
         )
         if not fixable:
             self._refuse(problems, uses)
-        self._small.update(wrong)
+        self._small.update({uses[owner]: f"{owner}: {text}" for owner, text in problems.items()})
         self._inseparable.update(host for host in map(self._host_of, wrong) if host is not None)
         assert call.again is not None
         assert call.state is not None
@@ -491,9 +491,7 @@ class Hooks(Arrivals):
                     f"{place} normalises over the batch, so that samples have no gradients of their own; put it in eval mode: .eval()"
                 )
             if place in self._small:
-                text = f"{place}: its rows are not samples"
-                self._need(place.targets.values(), text) if torch.is_grad_enabled() else None
-                return None
+                return self._give_up(place, output, self._small[place])
             if any(value is not None and value is not False for value in others):
                 return self._give_up(
                     place,
@@ -549,7 +547,7 @@ class Hooks(Arrivals):
         problem, batch = self._problem(place, x, output, found, single), self._batch()
         if problem is not None:
             if batch != 1 and not in_backward():
-                self._small.add(place)  # rows that are no samples may be as many in another batch
+                self._small[place] = problem  # rows that are no samples may be as many in another batch
             self._give_up(place, output, problem)
             return None
         if batch is None:

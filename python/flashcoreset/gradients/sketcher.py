@@ -161,6 +161,16 @@ class GradientSketcher(Hooks):
         if not isinstance(scale, torch.optim.Optimizer):  # whose state is that of each block
             self._read_scale()
 
+    @property
+    def dim(self) -> int | None:
+        """The columns of the sketches; None if there are norms alone."""
+        return self._dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the results."""
+        return self._dtype
+
     # ---- results
 
     @property
