@@ -129,7 +129,7 @@ def test_per_token_is_refused_without_tokens() -> None:
         (nn.Sequential(nn.Linear(7, 3), nn.Flatten(), nn.Linear(15, 2)), points(4, 5, 7)),
     ):
         sketcher = fc.GradientSketcher(model, 8, per="token", backend="torch", verify="never")
-        with pytest.raises(ValueError, match="per token|one row for each"), sketcher:
+        with pytest.raises(ValueError, match=r"per token|one row for each"), sketcher:
             model(x).sum().backward()
 
 
@@ -225,14 +225,10 @@ def test_scale_of_an_optimizer(make: Any) -> None:
     model, x, y = mlp(), points(4, 7), labels(4)
     optimizer = make(model.parameters())
     sketcher = fc.GradientSketcher(model, 16, scale=optimizer, backend="torch")
-    with (
-        pytest.raises(
-            ValueError,
-            match=r"scale: the optimizer .* has taken no step with parameter '0.weight'|is not finite",
-        ),
-        sketcher,
-    ):
-        pass
+    if not isinstance(optimizer, torch.optim.Adagrad):  # which begins with zeros
+        message = r"scale: the optimizer .* has taken no step with parameter '0\.weight'"
+        with pytest.raises(ValueError, match=message), sketcher:
+            pass
     for _ in range(2):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -334,12 +330,12 @@ def test_a_rule_of_ones_own() -> None:
     sketcher = fc.GradientSketcher(model, 16, backend="torch")
     with (
         pytest.raises(
-            RuntimeError, match="'power.weight' of Power 'power': the samples' gradients do not add up"
+            RuntimeError, match=r"'power\.weight' of Power 'power': the samples' gradients do not add up"
         ),
         sketcher,
     ):
         F.cross_entropy(model(x), y).backward()
-    with pytest.raises(TypeError, match="module_type must be a subclass of torch.nn.Module, got 3"):
+    with pytest.raises(TypeError, match=r"module_type must be a subclass of torch\.nn\.Module, got 3"):
         fc.register_gradient_rule(3)
     with pytest.raises(TypeError, match="rule must be a function"):
         fc.register_gradient_rule(Power)(3)

@@ -78,7 +78,9 @@ def sketch_loader(
     if resume and out is None:
         raise ValueError("resume=True needs the file that an earlier call wrote: pass its path as out")
     if resume and isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        raise ValueError("loader must give its samples in the same order for resume=True, got one that shuffles")
+        raise ValueError(
+            "loader must give its samples in the same order for resume=True, got one that shuffles"
+        )
     sketcher = GradientSketcher(model, dim, norms=False, **options)
     total = len(loader) if hasattr(loader, "__len__") else 0
     store = _Memory() if out is None else _File(Path(out), sketcher, model, options, resume)

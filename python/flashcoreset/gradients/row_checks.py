@@ -285,16 +285,20 @@ class _Trial:
             )
             self._own_names()
             return
-        waiting = [key for key in waiting if key in seen and not self._one_fewer(key, seen[key])]
+        waiting = [key for key in waiting if not self._one_fewer(key, seen)]
         self.problems, self.standing = self._by_chance(waiting, doubt), bool(waiting)
         self._own_names()
 
-    def _one_fewer(self, key: _Key, seen: _Seen) -> bool:
-        """Whether a tensor of the batch without its last sample has one row fewer; rows that were flattened with positions have as many
-        positions as before, since any number of rows can be cut into samples if it has the right divisors."""
-        if seen.shape[0] != self._batch - 1:
-            return False
-        return key[0] not in self._others or seen.shape[1:] == self._seen[key].shape[1:]
+    def _one_fewer(self, key: _Key, seen: dict[_Key, _Seen]) -> bool:
+        """Whether a tensor of the batch without its last sample has one row fewer, if its call took place; rows that were flattened
+        with positions have as many positions as before, since any number of rows can be cut into samples if it has the right divisors."""
+        owner, call, part = key
+        found, other = seen.get(key), self._others.get(owner)
+        if other is None:
+            return found is None or found.shape[0] == self._batch - 1
+        if (other[0], call, part) not in seen:
+            return True
+        return found is not None and found.shape == (self._batch - 1, *self._seen[key].shape[1:])
 
     def _own_names(self) -> None:
         self.problems = {self._others.get(owner, (owner,))[0]: text for owner, text in self.problems.items()}
