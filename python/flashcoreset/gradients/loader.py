@@ -144,7 +144,8 @@ class _File:
         self._what = {
             "dim": self._dim, "dtype": self._type.name, "numel": sketcher.numel,
             **{name: options.get(name, default) for name, default in _DEFAULTS.items()},
-            "parameters": _digest(*sketcher.offsets), "model": _fingerprint(model),
+            "parameters": _digest(*sketcher.offsets), "model": _fingerprint(model.state_dict()),
+            "scale": _fingerprint(sketcher.scales()),
         }  # fmt: skip
         self.batches = self._rows = 0
         if resume and path.exists() and self._about.exists():
@@ -210,9 +211,8 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """A short text that depends on all parameters and buffers."""
-    state = model.state_dict()
+def _fingerprint(state: Mapping[str, Any]) -> str:
+    """A short text that depends on all tensors in `state`."""
     values = (
         f"{name} {tuple(x.shape)} {float(x.double().sum())!r} {float(x.double().norm())!r}"
         for name, x in state.items()

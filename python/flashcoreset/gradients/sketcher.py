@@ -47,8 +47,8 @@ class GradientSketcher(Hooks):
         model: the module. If torch.compile compiled it, its layers run one by one inside the block (the hooks break the graph).
         dim: columns of the sketches, 1 to 2^31; None for norms alone.
         kind, seed, nnz: the projection, as for `sketch`, but for the kinds that choose columns, "mask" and "grass".
-        parameters: which parameters' gradients: a name or glob pattern of `model.named_parameters()` or several of them, or a
-            function (name, parameter) -> bool; None for all. Only those that require gradients count.
+        parameters: which parameters' gradients: a name or glob pattern of `model.named_parameters()` or several of them, those that
+            begin with "!" to leave out, or a function (name, parameter) -> bool; None for all. Only those that require gradients count.
         reduction: how the loss reduces over the samples: "mean" (gradients are multiplied by B) or "sum". For a mean over all
             tokens, a sample's gradient is that of its own tokens' share, times B. A scaled loss, as with a
             GradScaler, gives scaled gradients.
@@ -57,11 +57,22 @@ class GradientSketcher(Hooks):
         verify: "first" checks the first batch of each form of calls (same kinds of inputs, same layers): that row b of each layer
             belongs to sample b, by forward passes with the samples in other places (two to four), and that the
             samples' gradients add up to the one that autograd computes. "always" checks every batch, "never" none.
+        batch_dim: the dimension of the samples in the model's inputs, 0 or 1 (torch's transformers and recurrent layers with
+            batch_first=False). Layers inside may have them in the other, or flattened with positions; the check finds out.
+        per: "sample"; "module": results are dicts, name of a module -> results of its own parameters, whose sketches add up to the
+            samples'; "token": results are [B, T, ...], one for each position of the layers' rows, whose sketches add up over T to the samples'
+            (not the norms). The gradient of a token is what its own rows of each layer contribute.
+        nonfinite: what a gradient with NaN or infinity does: "raise" when results are read; "nan": NaN in the rows of that sample alone.
+        scale: factors of the gradients' entries before they are sketched and measured: a tensor [D], a dict: name of a parameter ->
+            tensor of its shape, or an optimizer (Adam and its kin, RMSprop, Adagrad), for 1 / (sqrt(v) + eps) with its v, corrected for its
+            first steps, when the block begins. Such sketches form each gradient matrix, some rows at a time.
 
-    Layers: Linear, Conv1d, Conv2d, Conv3d, Embedding, LayerNorm, RMSNorm, GroupNorm, BatchNorm in eval mode, transformers'
-    Conv1D, and other modules without children whose class is called ...RMSNorm or ...LayerNorm, or is a Norm of
-    transformers. LoRA adapters of peft consist of Linear and Conv layers. Inputs and outputs have the batch in dimension 0, as
-    the model's first input has it; an output of size 1 there may be added to others, expanded or repeated over the batch.
+    Layers: Linear, Conv1d to 3d, ConvTranspose1d to 3d, Embedding, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm in eval mode,
+    PReLU, Bilinear, MultiheadAttention, transformers' Conv1D, and other modules without children whose class is called ...RMSNorm or
+    ...LayerNorm, or is a Norm of transformers; parameters that a module uses itself in sums, products, copies for all samples, linear
+    layers and look-ups; types with a rule (`register_gradient_rule`). For everything else (recurrent layers, experts, parametrised weights,
+    DoRA, ...) the smallest module around that treats samples apart is run again on each sample, with a `SlowPathWarning`. An
+    output of size 1 in dimension 0 may be added to others, expanded or repeated over the batch.
 
     Attributes:
         offsets: dict: name of each wanted parameter -> where it begins in the flattened gradient.
@@ -69,9 +80,9 @@ class GradientSketcher(Hooks):
 
     Raises:
         TypeError: for arguments of a wrong type, or parameters that are not floating.
-        ValueError: for an option that does not exist, a pattern that matches nothing, a wanted parameter of a layer that is not
-            supported; in the forward pass for a layer whose rows are not the samples of the model's input, samples that
-            influence each other, a layer that is called with a second input, or a BatchNorm in training mode.
+        ValueError: for an option that does not exist, a pattern that matches nothing, a wanted parameter of a module whose forward was
+            replaced; in the forward pass for parameters whose samples cannot be told apart, samples that influence each other, or a
+            BatchNorm in training mode. The message names all of them, and patterns that leave them out.
         RuntimeError: for `.sketches` or `.norms` before a backward pass; when the results are read or `with` ends, for a backward
             pass without a forward pass inside `with`, parameters that are used outside of supported layers, and per-sample
             gradients that do not add up to autograd's.
@@ -159,7 +170,7 @@ class GradientSketcher(Hooks):
         self._scales = {}
         self._begin()
         if not isinstance(scale, torch.optim.Optimizer):  # whose state is that of each block
-            self._read_scale()
+            self._scales = self.scales()
 
     @property
     def dim(self) -> int | None:
@@ -270,8 +281,9 @@ class GradientSketcher(Hooks):
         out = [target for target in self._targets.values() if target.name in set(names)]
         return advice(out, self._targets, self._parameters)
 
-    def _read_scale(self) -> None:
-        self._scales = find_scales(self._scale, list(self._targets.values()), self.numel, self._dtype)
+    def scales(self) -> dict[str, Tensor]:
+        """The factors of the gradients' entries, flattened, by the parameters' names; none without `scale`."""
+        return find_scales(self._scale, list(self._targets.values()), self.numel, self._dtype)
 
     # ---- the block
 
@@ -297,7 +309,7 @@ class GradientSketcher(Hooks):
             )
         check_places(self._model, self._targets, self._parameters)
         if isinstance(self._scale, torch.optim.Optimizer):
-            self._read_scale()
+            self._scales = self.scales()
         self._begin()
         self._nodes = {key: node_of(target.parameter) for key, target in self._targets.items()}
         self._add_hooks()

@@ -124,7 +124,7 @@ class Watch(TorchFunctionMode):
 
     def _note_slices(self, used: tuple[Tensor, Target, int], outputs: list[Tensor]) -> bool:
         """Remembers outputs that are whole consecutive rows of a parameter, for later uses."""
-        value, target, row = used
+        _, target, _ = used
         parameter = target.parameter
         if parameter.dim() not in (1, 2) or not parameter.is_contiguous():
             return False
