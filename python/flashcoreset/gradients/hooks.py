@@ -290,7 +290,13 @@ class Hooks(Arrivals):
         """The module that a place is, if it is one."""
         return place.module if isinstance(place.module, nn.Module) else None
 
+    def _forget(self) -> None:
+        """Forgets what batches have shown, after one that is refused: the next is checked as the first."""
+        for found in (self._small, self._inseparable, self._settled, self._ways, self._rows_known):
+            found.clear()
+
     def _refuse(self, problems: dict[str, str], uses: dict[str, Place]) -> None:
+        self._forget()
         texts = "; ".join(f"{owner}: {problem}" for owner, problem in problems.items())
         if MODEL in problems:
             raise ValueError(
@@ -325,6 +331,7 @@ class Hooks(Arrivals):
         return all(id(target.parameter) in self._contents[module] for target in targets)
 
     def _refuse_all(self, why: dict[str, str]) -> None:
+        self._forget()
         out = [target for target in self._targets.values() if target.name in why]
         texts = "; ".join(dict.fromkeys(why[target.name] for target in out))
         raise ValueError(f"{texts}; {advice(out, self._targets, self._parameters)}")
