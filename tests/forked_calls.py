@@ -74,6 +74,17 @@ class Model(nn.Module):
         return self.head(x)
 
 
+def loader() -> Any:
+    model = nn.Linear(32, 2)
+    with torch.no_grad():
+        model.weight.copy_(Y[:2])
+        model.bias.zero_()
+    batches = [(X[begin : begin + 500], LABELS[begin : begin + 500]) for begin in (0, 500)]
+    return fc.sketch_loader(
+        model, batches, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), 64
+    )
+
+
 def sketcher() -> Any:
     model, x = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 4)), X[:500]
     for i, parameter in enumerate(model.parameters()):
@@ -158,6 +169,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "sample_scores": lambda: fc.sample_scores(X, LABELS),
     "TrainingDynamics": dynamics,
     "GradientSketcher": sketcher,
+    "sketch_loader": loader,
     "zeroth_order_gradients": zeroth_order,
     "BatchSelector": selector,
     "kernels.pairwise": lambda: kernels.cpu.pairwise(X, Y, metric="l1"),

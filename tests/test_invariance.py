@@ -365,6 +365,8 @@ CALLS: dict[str, dict[str, Call]] = {
 # Public names that are in no call above, and why; errors and warnings return nothing.
 NO_PROMISE = {
     "GradientSketcher": "reads the gradients of torch's own backward pass, whose products depend on threads and batches",
+    "sketch_loader": "a GradientSketcher for each batch",
+    "register_gradient_rule": "keeps a function",
     "AdamState": "a value",
     "Coreset": "a value",
     "LowRankGradients": "a value; its directions are those of zeroth_order_gradients",

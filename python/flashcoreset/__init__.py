@@ -25,6 +25,8 @@ from flashcoreset._core.saving import load
 from flashcoreset.caratheodory import caratheodory
 from flashcoreset.facility_location import facility_location
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
+from flashcoreset.gradients.loader import sketch_loader
+from flashcoreset.gradients.rules import register_gradient_rule
 from flashcoreset.gradients.sketcher import GradientSketcher
 from flashcoreset.gradients.zeroth_order import LowRankGradients, zeroth_order_gradients
 from flashcoreset.matching import match_gradients
@@ -90,12 +92,14 @@ __all__ = [
     "projection_matrix",
     "random_subset",
     "read_ahead",
+    "register_gradient_rule",
     "sample_scores",
     "select",
     "simcore",
     "sinkhorn",
     "sinkhorn_divergence",
     "sketch",
+    "sketch_loader",
     "top_scores",
     "tune_ccs",
     "zeroth_order_gradients",

@@ -22,13 +22,12 @@ from flashcoreset._core.results import Coreset
 from flashcoreset._core.tensor import as_matrix, check_finite
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.methods.simcore import (
-    _ITEMS_PER_REFERENCE,
-    _LONGEST_PATIENCE,
     _PER_TARGET,
     _centroids,
     _distinct,
     _select,
     check_options,
+    patience_of,
 )
 from flashcoreset.nearest_order import RowSource, chunk_rows, compute_type, list_bytes
 from flashcoreset.nearest_order.backend import Taken, choose
@@ -143,7 +142,7 @@ def simcore(
         limit = min(n, k if k is not None else _PER_TARGET * points.shape[0])
         wait = asked.patience
         if wait is None:
-            wait = min(_LONGEST_PATIENCE, max(1, n // (_ITEMS_PER_REFERENCE * len(made))))
+            wait = patience_of(n, len(made))
         with Progress(progress if comm.rank == 0 else None, limit, "simcore") as bar:
             lists = _MergedLists(
                 comm,

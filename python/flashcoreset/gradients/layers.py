@@ -25,11 +25,13 @@ _PART = 1 << 22  # entries of patches that are formed, and numbers that are conv
 
 @dataclass(frozen=True, eq=False)
 class Outer:
-    """The gradient of a matrix [rows, columns] as sum_t g[b, t] a[b, t]^T, for the samples from `first` on."""
+    """The gradient of a matrix [rows, columns], or of its rows from `row` on, as sum_t g[b, t] a[b, t]^T, for the samples from
+    `first` on."""
 
     a: Tensor  # [b, T, columns]
     g: Tensor  # [b, T, rows]
     first: int = 0
+    row: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +45,14 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """The gradient itself, flattened, for the samples from `first` on."""
+    """The gradient itself, flattened, or its entries from `begin` on, for the samples from `first` on."""
 
     values: Tensor  # [b, numel]
     first: int = 0
     terms: Callable[[], Tensor] | None = (
         None  # [b, ...]: the terms that were added up, or numbers as large; None for `values` themselves
     )
+    begin: int = 0
 
 
 Gradient = Outer | Rows | Vector
@@ -67,6 +70,8 @@ class Layer:
         needs_input: the parameters whose gradients depend on the input; None for all of them.
         names: the parameters that are known; None for any.
         problem: why this very module cannot be taken, or None.
+        features: the trailing dimensions of an output that are one row's; those before them are samples and positions in any order.
+            None if only dimension 0 may hold the samples.
     """
 
     gradients: Callable[[Any, Collection[str], Any, Tensor, torch.dtype], Gradients]
@@ -74,9 +79,10 @@ class Layer:
     needs_input: Collection[str] | None = ("weight",)
     names: Collection[str] | None = ("weight", "bias")
     problem: Callable[[Any], str | None] = lambda module: None
+    features: Callable[[Any], int] | None = None
 
 
-_OTHERWISE = ("forward", "_conv_forward", "_call_impl", "__call__")  # define what a module computes
+OTHERWISE = ("forward", "_conv_forward", "_call_impl", "__call__")  # define what a module computes
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -85,7 +91,7 @@ def layer_of(module: nn.Module) -> Layer | None:
         for kind in kinds:
             # A subclass with a forward of its own computes something else.
             if isinstance(module, kind) and all(
-                getattr(type(module), name, None) is getattr(kind, name, None) for name in _OTHERWISE
+                getattr(type(module), name, None) is getattr(kind, name, None) for name in OTHERWISE
             ):
                 return layer
     name, home = type(module).__name__, type(module).__module__
@@ -101,17 +107,12 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 def problem_of(module: nn.Module, layer: Layer | None, name: str) -> str | None:
     """Why gradients of the parameter `name` of `module` cannot be taken, or None."""
-    replaced = next((method for method in _OTHERWISE if method in vars(module)), None)
+    replaced = next((method for method in OTHERWISE if method in vars(module)), None)
     if replaced is not None:
         return f"its {replaced} was replaced, so that it may compute anything"
-    if layer is None:
-        return "its layer type is not supported"
-    if layer.names is not None and name not in layer.names:
-        return (
-            f"its layer type has no parameter {name!r} (weight_norm, spectral_norm and prune make such ones, of which they compute the "
-            "weight), which is not supported"
-        )
-    return layer.problem(module)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.scale_grad_by_freq:
+        return "scale_grad_by_freq=True divides by counts over the whole batch"
+    return None if layer is None else layer.problem(module)
 
 
 def batch_statistics(module: nn.Module) -> bool:
@@ -219,14 +220,6 @@ def _embedding(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: t
     yield "weight", Rows(indices, g, g.shape[-1])
 
 
-def _embedding_problem(module: nn.Embedding) -> str | None:
-    return (
-        "scale_grad_by_freq=True divides by counts over the whole batch"
-        if module.scale_grad_by_freq
-        else None
-    )
-
-
 # ---- normalisation
 
 
@@ -297,14 +290,93 @@ def _any_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: to
         yield name, Vector(found[name].flatten(1), terms=lambda: g)
 
 
-_TRANSPOSED_LINEAR = Layer(_transposed_linear, lambda module: 2)
-_ANY_NORM = Layer(_any_norm, lambda module: 2, needs_input=None, names=None)
+def _instance_norm(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype) -> Gradients:
+    own = module.training or module.running_mean is None
+    mean, variance = (None, None) if own else (module.running_mean.to(dtype), module.running_var.to(dtype))
+
+    def normalised() -> Tensor:
+        return F.instance_norm(x.to(dtype), mean, variance, use_input_stats=own, momentum=0.0, eps=module.eps)
+
+    yield from _channels(wanted, g, dtype, normalised)
+
+
+# ---- more layers of torch
+
+
+def _transposed_convolution(
+    module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype
+) -> Gradients:
+    """A transposed convolution is the adjoint of a convolution of g by the same weight, whose result meets x."""
+    if "weight" in wanted:
+        yield from _convolution(module, ["weight"], g, x, dtype)
+    if "bias" in wanted:
+        yield "bias", Vector(g.flatten(2).sum(2, dtype=dtype), terms=lambda: g)
+
+
+def _prelu(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype) -> Gradients:
+    terms = g.to(dtype) * x.to(dtype).clamp(max=0)
+    if module.weight.numel() == 1:
+        yield "weight", Vector(terms.flatten(1).sum(1, keepdim=True), terms=lambda: terms)
+    else:
+        flat = terms.reshape(*terms.shape[:2], -1)
+        yield "weight", Vector(flat.sum(2), terms=lambda: terms)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """A sum or product of a parameter and a tensor, or copies of the parameter for all samples.
+
+    Attributes:
+        shape: that of the parameter, with ones where it is broadcast, over the dimensions of a sample of the result.
+        factor: of the parameter in a sum.
+    """
+
+    shape: tuple[int, ...]
+    factor: float = 1.0
+
+
+def _elementwise(module: Any, wanted: Collection[str], x: Any, g: Tensor, dtype: torch.dtype) -> Gradients:
+    """Gradients of a parameter "weight" in an `Elementwise` operation with x [B, ...], or None for a sum."""
+    terms = g.to(dtype) * module.factor if x is None else g.to(dtype) * x.to(dtype)
+    sums = [i + 1 for i, size in enumerate(module.shape) if size == 1 and g.shape[i + 1] != 1]
+    out = terms.sum(sums) if sums else terms
+    yield "weight", Vector(out.reshape(len(g), -1), terms=lambda: terms)
+
+
+def _one(module: Any) -> int:
+    return 1
+
+
+def _norm_features(module: Any) -> int:
+    return len(module.normalized_shape)
+
+
+_TRANSPOSED_LINEAR = Layer(_transposed_linear, lambda module: 2, features=_one)
+_ANY_NORM = Layer(_any_norm, lambda module: 2, needs_input=None, names=None, features=_one)
+LINEAR = Layer(_linear, lambda module: 2, features=_one)
+EMBEDDING = Layer(_embedding, lambda module: 1, features=_one)
+ELEMENTWISE = Layer(_elementwise, lambda module: 1)
 _TORCH: tuple[tuple[tuple[type[nn.Module], ...], Layer], ...] = (
-    ((nn.Linear,), Layer(_linear, lambda module: 2)),
+    ((nn.Linear,), LINEAR),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), Layer(_convolution, lambda module: len(module.kernel_size) + 2)),
-    ((nn.Embedding,), Layer(_embedding, lambda module: 1, problem=_embedding_problem)),
-    ((nn.LayerNorm,), Layer(_layer_norm, lambda module: len(module.normalized_shape) + 1)),
-    ((nn.RMSNorm,), Layer(_rms_norm, lambda module: len(module.normalized_shape) + 1)),
+    (
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        Layer(_transposed_convolution, lambda module: len(module.kernel_size) + 2),
+    ),
+    ((nn.Embedding,), EMBEDDING),
+    (
+        (nn.LayerNorm,),
+        Layer(_layer_norm, lambda module: len(module.normalized_shape) + 1, features=_norm_features),
+    ),
+    (
+        (nn.RMSNorm,),
+        Layer(_rms_norm, lambda module: len(module.normalized_shape) + 1, features=_norm_features),
+    ),
+    ((nn.PReLU,), Layer(_prelu, lambda module: 1 + (module.weight.numel() > 1), names=("weight",))),
+    (
+        (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+        Layer(_instance_norm, lambda module: int(type(module).__name__[-2]) + 2),
+    ),
     ((nn.GroupNorm,), Layer(_group_norm, lambda module: 2)),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), Layer(_batch_norm, lambda module: 2)),
 )

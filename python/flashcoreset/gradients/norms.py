@@ -194,11 +194,12 @@ def _rows(indices: Tensor, g: Tensor) -> Tensor:
 def add_explicit(gradient: Gradient, out: Tensor) -> None:
     """Adds the gradient of a batch of one sample to `out` [numel]."""
     if isinstance(gradient, Outer):
-        out.view(-1, gradient.a.shape[2]).addmm_(gradient.g[0].T, gradient.a[0])
+        rows = out.view(-1, gradient.a.shape[2])
+        rows[gradient.row : gradient.row + gradient.g.shape[2]].addmm_(gradient.g[0].T, gradient.a[0])
     elif isinstance(gradient, Rows):
         out.view(-1, gradient.width).index_add_(0, gradient.indices[0], gradient.g[0])
     else:
-        out += gradient.values[0]
+        out[gradient.begin : gradient.begin + gradient.values.shape[1]] += gradient.values[0]
 
 
 class TiedEmbedding:

@@ -122,8 +122,9 @@ def _own(module: nn.Module, attributes: dict[str, Any], memo: dict[int, Any]) ->
 
 
 @contextlib.contextmanager
-def rehearsal(state: State, still: bool) -> Iterator[None]:
-    """Calls of the model in here begin with `state`, keep no activations, and leave nothing behind; `still`: as in eval mode."""
+def rehearsal(state: State, still: bool, backward: bool = False) -> Iterator[None]:
+    """Calls of the model in here begin with `state` and leave nothing behind; `still`: as in eval mode. They keep no activations, unless
+    there is to be a `backward` pass."""
 
     def drop(_: Tensor) -> None:
         return None
@@ -137,13 +138,23 @@ def rehearsal(state: State, still: bool) -> Iterator[None]:
         for module, own in attributes:
             _assign(module, {**_only(vars(module)), **own, **({"training": False} if still else {})})
         state.random.restore()
-        with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(drop, refuse):
+        saved = (
+            contextlib.nullcontext() if backward else torch.autograd.graph.saved_tensors_hooks(drop, refuse)
+        )
+        with warnings.catch_warnings(), saved:
             warnings.simplefilter("ignore")
             yield
     finally:
         for module, own in before:
             _assign(module, own)
         now.restore()
+
+
+def restore(state: State) -> None:
+    """Puts modules and random numbers back to `state`."""
+    for module, own in state.attributes():
+        _assign(module, {**_only(vars(module)), **own})
+    state.random.restore()
 
 
 _DROPOUTS = {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset.gradients.inputs import Inputs, _leaves
+from flashcoreset.gradients.layouts import FIRST, Layout
 from flashcoreset.gradients.precision import PART, as_input, eps, precision_of, working_dtype
 
 _PROJECTIONS = 4
@@ -41,10 +42,14 @@ _Key = tuple[str, int, str]  # the layer, which of its calls, and which tensor o
 
 
 class Record:
-    """The inputs of layers in a forward pass, and the outputs of layers that may mix samples."""
+    """The inputs of layers in a forward pass, and the outputs of layers that may mix samples.
+
+    A tensor may hold the samples in several layouts: it is kept once for each, under owners of their own.
+    """
 
     def __init__(self, like: Record | None = None) -> None:
         self.seen: dict[_Key, _Seen] = {}
+        self.others: dict[str, tuple[str, Layout]] = {}  # owners of other layouts -> owner, layout
         self.outputs: list[Tensor] = []  # outputs of the model
         self.drawn = False  # whether random numbers were drawn
         self._calls: Counter[str] = Counter()
@@ -58,6 +63,17 @@ class Record:
     def add(self, owner: str, call: int, part: str, x: Tensor) -> None:
         number = sum(key[:2] == (owner, call) and key[2].startswith(part) for key in self.seen)
         self.seen[owner, call, part if not number else f"{part} {number + 1}"] = self.see(x)
+
+    def add_layouts(
+        self, owner: str, call: int, part: str, x: Tensor, batch: int, found: list[Layout]
+    ) -> None:
+        """Adds `x` in each of the layouts `found`."""
+        self.add(owner, call, part, x)
+        for layout in found:
+            if layout != FIRST:
+                other = f"{owner} ({layout})"
+                self.others[other] = owner, layout
+                self.add(other, call, part, layout.bring(x, batch))
 
     def see(self, x: Tensor) -> _Seen:
         rows = x.detach().reshape(x.shape[0], -1)
@@ -99,19 +115,24 @@ class Record:
 Again = Callable[[Inputs, bool], Record]
 
 
-def check_rows(inputs: Inputs, batch: int, first: Record, again: Again) -> None:
-    """Raises ValueError if a row of a layer does not belong to the sample with the same number.
+def check_rows(
+    inputs: Inputs, batch: int, first: Record, again: Again, dim: int = 0
+) -> tuple[dict[str, str], dict[str, Layout]]:
+    """Finds out whether each row of a layer belongs to the sample with the same number.
 
     Args:
-        inputs: the inputs of the model.
+        inputs: the inputs of the model, with the samples in dimension `dim`.
         first: the record of the forward pass with these inputs.
         again: runs the forward pass with other inputs, and with or without dropout; raises `Unavailable` if that fails.
+
+    Returns:
+        What is wrong with layers, by their owners, and the layouts of those that have several.
     """
     main = inputs.main()
     assert main is not None
     found: list[dict[str, str]] = []
     failures: list[Unavailable] = []
-    for number, taken in enumerate(_choices(inputs, main, batch)):
+    for number, taken in enumerate(_choices(inputs, main, batch, dim)):
         try:
             trial = _Trial(inputs, taken, batch, first, again)
             trial.run()
@@ -121,7 +142,7 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Again) -> None:
         if not trial.problems:
             trial.settle(every=number > 0)
         if not trial.problems:
-            return
+            return {}, trial.layouts
         found.append(trial.problems)
         if trial.standing:
             break  # with fewer inputs taken as the samples' even less moves
@@ -133,27 +154,30 @@ def check_rows(inputs: Inputs, batch: int, first: Record, again: Again) -> None:
             "belongs to sample b"
         ) from cause
     # A layer can be left out.
-    owner, problem = next(iter(min(found, key=lambda problems: (_MODEL in problems, len(problems))).items()))
-    advice = (
-        "give the model inputs with the batch in dimension 0, or set verify='never' if samples have gradients of their own all the same"
-        if owner == _MODEL
-        else "leave it out with parameters=, or set verify='never' if row b stands for sample b all the same"
-    )
-    raise ValueError(f"{owner}: {problem}; {advice}")
+    return min(found, key=lambda problems: (MODEL in problems, len(problems))), {}
 
 
-_MODEL = "the model"
+MODEL = "the model"
+
+_Taken = list[tuple[Tensor, int]]  # tensors that hold the samples, and the dimension of these
 
 
-def _choices(inputs: Inputs, main: Tensor, batch: int) -> list[list[Tensor]]:
+def _choices(inputs: Inputs, main: Tensor, batch: int, dim: int) -> list[_Taken]:
     """Which tensors may hold the samples. A tensor that has as many rows by chance, such as a mask [T, T], does not hold them: if the
     check fails with all candidates, tensors other than the main input are left alone."""
-    others = [value for value in inputs.tensors() if value.shape[0] == batch and value is not main]
+    others: _Taken = []
+    turned: _Taken = []  # with the samples in dimension 0 where dimension `dim` may hold them too
+    for value in inputs.tensors():
+        dims = [d for d in dict.fromkeys((dim, 0)) if value.dim() > d and value.shape[d] == batch]
+        if value is not main and dims:
+            others.append((value, dims[0]))
+            turned.append((value, dims[-1]))
     few = range(1, len(others)) if len(others) <= 4 else ()
-    kept = [others, *(list(some) for n in reversed(few) for some in itertools.combinations(others, n))]
+    kept = [others, *([turned] if any(a[1] != b[1] for a, b in zip(others, turned, strict=True)) else [])]
+    kept += [list(some) for n in reversed(few) for some in itertools.combinations(others, n)]
     if others:
         kept.append([])
-    return [[main, *some] for some in kept]
+    return [[(main, dim), *some] for some in kept]
 
 
 class _Trial:
@@ -163,15 +187,18 @@ class _Trial:
     trial checks only which rows stay as they are, for every bit of their numbers.
     """
 
-    def __init__(self, inputs: Inputs, taken: list[Tensor], batch: int, first: Record, again: Again) -> None:
+    def __init__(self, inputs: Inputs, taken: _Taken, batch: int, first: Record, again: Again) -> None:
         self._batch, self._again, self._still = batch, again, False
-        self._numbers = [i for i, value in enumerate(inputs.tensors()) if any(value is x for x in taken)]
+        dims = {id(x): dim for x, dim in taken}
+        self._dims = {i: dims[id(x)] for i, x in enumerate(inputs.tensors()) if id(x) in dims}
+        self.layouts: dict[str, Layout] = {}
         self.problems: dict[str, str] = {}  # by owner
         self.standing = False  # whether the problems are that rows do not move
         self._moved: set[_Key] = set()
         self._stood: dict[_Key, int] = {}  # tensors that once did not move -> a row that should have moved
         self._exact = True
-        alike = all(bool((_bits(x) == _bits(x[:1])).all()) for x in taken)
+        rows = [x.movedim(dim, 0) for x, dim in taken]
+        alike = all(bool((_bits(x) == _bits(x[:1])).all()) for x in rows)
         if alike:
             inputs = self._change(inputs, _spread)
         base = None if alike else first
@@ -181,6 +208,8 @@ class _Trial:
             base = base if self._exact else None if alike else first
         base = base or again(inputs, self._still)
         self._inputs, self._base, self._seen = inputs, base, base.of(batch)
+        self._others = base.others
+        self._dropped: set[str] = set()  # owners that stand for layouts which it is not
         self._arithmetic = max((one.arithmetic for one in self._seen.values()), default=0.0)
         self._open = set(self._seen)  # not yet seen with other samples in the same shape
 
@@ -190,37 +219,89 @@ class _Trial:
             order = _cycle(batch)
             self._compare(self._again(self._permuted(order), self._still), order, replaced=False)
         for number, rows in enumerate(_halves(batch, all_bits=not self._exact)):
-            if self.problems or (number and self._exact and not self._open):
+            open_ = any(key[0] not in self._dropped for key in self._open)
+            if self.problems or (number and self._exact and not open_):
                 break
             source = _others(rows)
             record = self._again(self._permuted(source), self._still)
             self._compare(record, source, replaced=True)
         for key, row in self._stood.items():
-            if key in self._moved:
+            if key in self._moved and key[0] not in self._dropped:
                 self._add_wrong(key, row)
+        self._prune()
         for owner, call, part in () if self.problems else self._open:
+            if owner in self._dropped:
+                continue
             self.problems[owner] = (
                 f"the shape {self._seen[owner, call, part].shape} of its {part} depends on which samples are in the batch, so that it "
                 "could not be found out whether they influence each other"
             )
+        self._resolve()
+
+    def _groups(self) -> dict[str, list[str]]:
+        """The owners that stand for layouts of one tensor, by the first of them."""
+        seen = {owner for owner, _, _ in self._seen}
+        several: dict[str, list[str]] = {}
+        for other, (owner, _) in self._others.items():
+            if other in seen:
+                several.setdefault(owner, [owner] if owner in seen else []).append(other)
+        return several
+
+    def _prune(self) -> None:
+        """Drops layouts that have problems where another has none so far."""
+        for ways in self._groups().values():
+            left = [one for one in ways if one not in self._dropped]
+            wrong = [one for one in left if one in self.problems]
+            if len(wrong) < len(left):
+                self._dropped.update(wrong)
+                for one in wrong:
+                    del self.problems[one]
+
+    def _resolve(self) -> None:
+        """Takes, for each owner of several layouts, the first that has no problem."""
+        self._prune()
+        for owner, ways in self._groups().items():
+            left = [one for one in ways if one not in self._dropped]
+            if left[0] not in self.problems:
+                self.layouts[owner] = FIRST if left[0] == owner else self._others[left[0]][1]
+                self._dropped.update(left[1:])
+        self._own_names()
 
     def settle(self, every: bool) -> None:
         """Checks that what has not moved has one row fewer with one sample fewer; checks `every` layer if other inputs have as many rows
         and keep them, so that these inputs do not decide on the order."""
         waiting = [key for key, seen in self._seen.items() if every or key not in self._moved]
+        waiting = [key for key in waiting if key[0] not in self._dropped]
         waiting = [key for key in waiting if len(self._seen[key].norm)]
         if not waiting:
             return
         doubt = "they stay as they are when samples are replaced or left out"
         try:
-            seen = self._again(self._change(self._inputs, lambda x: x.detach()[:-1]), self._still).seen
+            fewer = self._change(self._inputs, lambda x: x.detach()[:-1])
+            seen = self._again(fewer, self._still).seen
         except Unavailable as error:
             self.problems = self._by_chance(
                 waiting, f"with one sample fewer the model fails ({error.__cause__})"
             )
+            self._own_names()
             return
-        waiting = [key for key in waiting if key in seen and seen[key].shape[0] != self._batch - 1]
+        waiting = [key for key in waiting if not self._one_fewer(key, seen)]
         self.problems, self.standing = self._by_chance(waiting, doubt), bool(waiting)
+        self._own_names()
+
+    def _one_fewer(self, key: _Key, seen: dict[_Key, _Seen]) -> bool:
+        """Whether a tensor of the batch without its last sample has one row fewer, if its call took place; rows that were flattened
+        with positions have as many positions as before, since any number of rows can be cut into samples if it has the right divisors."""
+        owner, call, part = key
+        found, other = seen.get(key), self._others.get(owner)
+        if other is None:
+            return found is None or found.shape[0] == self._batch - 1
+        if (other[0], call, part) not in seen:
+            return True
+        return found is not None and found.shape == (self._batch - 1, *self._seen[key].shape[1:])
+
+    def _own_names(self) -> None:
+        self.problems = {self._others.get(owner, (owner,))[0]: text for owner, text in self.problems.items()}
 
     def _by_chance(self, keys: list[_Key], doubt: str) -> dict[str, str]:
         return {
@@ -235,8 +316,15 @@ class _Trial:
 
     def _change(self, inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
         tensors = inputs.tensors()
-        taken = {id(tensors[i]) for i in self._numbers}
-        return inputs.map(lambda x: as_input(x, change(x)) if id(x) in taken else x)
+        taken = {id(tensors[i]): dim for i, dim in self._dims.items()}
+
+        def changed(x: Tensor) -> Tensor:
+            dim = taken.get(id(x))
+            if dim is None:
+                return x
+            return as_input(x, change(x.movedim(dim, 0)).movedim(0, dim))
+
+        return inputs.map(changed)
 
     def _compare(self, record: Record, source: Tensor, replaced: bool) -> None:
         """Compares with a pass whose row b has the sample `source[b]`: all of the samples or, if some were `replaced`, only some."""
@@ -246,6 +334,8 @@ class _Trial:
         )
         for key, seen in self._seen.items():
             owner, _, part = key
+            if owner in self._dropped:
+                continue
             after = other[key]
             if after is None or after.shape != seen.shape:
                 if not replaced or (after is not None and after.shape[0] != seen.shape[0]):
@@ -264,6 +354,7 @@ class _Trial:
                 continue
             if wrong is not None:
                 self._add_wrong(key, wrong)
+        self._prune()
         if replaced and len(record.outputs) == len(self._base.outputs):
             self._compare_outputs(record, source, same_shapes)
 
@@ -314,7 +405,7 @@ class _Trial:
             row = self._new_row(before, after)
             if row is None:
                 continue
-            self.problems[_MODEL] = (
+            self.problems[MODEL] = (
                 f"row {row} of its output, of shape {tuple(after.shape)}, changes with other samples than sample {row}: samples influence "
                 "each other"
                 if whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flashcoreset.gradients.layers import Gradient, Outer, Rows, Vector
@@ -36,14 +37,18 @@ class Sums:
         sums, size, most, lost = self._found.get(name, (u.new_zeros(_VECTORS), u.new_zeros(()), 0.0, 0.0))
         for part in _parts(gradient):
             if isinstance(part, Outer):
-                sums = sums + (_product(part.g, u) * _product(part.a, v)).sum((0, 1))
+                here = u[part.row : part.row + part.g.shape[2]]
+                sums = sums + (_product(part.g, here) * _product(part.a, v)).sum((0, 1))
                 size = size + (_squares(part.a) * _squares(part.g)).sum()
             elif isinstance(part, Rows):
                 sums = sums + (u[part.indices] * _product(part.g, v)).sum((0, 1))
                 size = size + _squares(part.g).sum()
             else:
                 values = part.values.double()
-                sums = sums + ((values.sum(0).view(rows, columns) @ v) * u).sum(0)
+                total = values.sum(0)
+                if total.numel() != rows * columns:
+                    total = F.pad(total, (part.begin, rows * columns - part.begin - total.numel()))
+                sums = sums + ((total.view(rows, columns) @ v) * u).sum(0)
                 size = size + values.square().sum()
                 if part.terms is not None:
                     size = size + _squares(part.terms()).sum()
@@ -97,7 +102,7 @@ def _parts(gradient: Gradient) -> Iterator[Gradient]:
     for first in range(0, len(gradient.g), step):
         here = slice(first, first + step)
         if isinstance(gradient, Outer):
-            yield Outer(gradient.a[here], gradient.g[here])
+            yield Outer(gradient.a[here], gradient.g[here], row=gradient.row)
         else:
             yield Rows(gradient.indices[here], gradient.g[here], gradient.width)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from flashcoreset._core.op import define_op
 from flashcoreset._core.tensor import (
     Csr,
     as_csr,
+    as_dense,
+    as_floating,
     as_int64,
     as_integer,
     as_matrix,
@@ -50,7 +54,9 @@ def sketch(
 
     Args:
         x: [B, D], float16, bfloat16, float32 or float64; half types are computed in float32. Also sparse, as scipy CSR or a torch
-            sparse CSR tensor, for "cpu" and "torch": the cost is then that of the entries that are not zero.
+            sparse CSR tensor, for "cpu" and "torch": the cost is then that of the entries that are not zero. Also a dict of
+            per-sample gradients, name -> [B, *shape], which stand side by side in its order, each flattened; they are not joined in memory
+            (but for "mask" and "grass").
         dim: columns of the result, 1 to 2^31.
         kind: "rademacher" (random signs; Achlioptas, 2003) or "gaussian": dense, B D dim multiply-adds; "sjlt": `nnz` entries per
             row of the matrix (Kane and Nelson, 2014), B D nnz; "srht": blocks of N rows, a power of two between 1,024 and
@@ -80,12 +86,50 @@ def sketch(
         >>> torch.allclose(fc.sketch(x, 64, kind="sjlt"), pieces)
         True
     """
+    if isinstance(x, Mapping):
+        return _sketch_parts(x, dim, kind, seed, offset, nnz, backend)
     if is_sparse(x):
         return _sketch_csr(as_csr(x, "x"), dim, kind, seed, offset, nnz, backend)
     matrix = as_matrix(x, "x")
     dim, seed, offset, nnz = check_projection(matrix.shape[1], dim, kind, seed, offset, nnz)
     check_backend(backend)
     return _SKETCH(matrix, dim, kind, seed, offset, nnz, backend)
+
+
+def _sketch_parts(
+    parts: Mapping[Any, Any], dim: Any, kind: Any, seed: Any, offset: Any, nnz: Any, backend: Any
+) -> Tensor:
+    """The sketch of matrices side by side, without joining them."""
+    if not parts:
+        raise ValueError("x must hold at least one part, got an empty dict")
+    rows = {}
+    for name, part in parts.items():
+        value = as_floating(as_dense(part, f"x[{name!r}]"), f"x[{name!r}]")
+        if value.dim() < 1:
+            raise ValueError(f"x[{name!r}] must have the batch in dimension 0, got a number")
+        rows[name] = value.reshape(len(value), value[0].numel()) if len(value) else value.flatten(1)
+    first, *others = rows.items()
+    for name, value in others:
+        if len(value) != len(first[1]):
+            raise ValueError(
+                f"x: all parts must have as many rows, got {len(first[1])} in {first[0]!r} and {len(value)} in {name!r}"
+            )
+    dtype = functools.reduce(torch.promote_types, (compute_dtype(value.dtype) for value in rows.values()))
+    if kind in CHOICES:
+        return sketch(
+            torch.cat([value.to(dtype) for value in rows.values()], 1),
+            dim, kind=kind, seed=seed, offset=offset, nnz=nnz, backend=backend,
+        )  # fmt: skip
+    out: Tensor | None = None
+    begin = as_integer(offset, "offset")
+    for value in rows.values():
+        if value.shape[1] == 0:
+            continue
+        found = sketch(value, dim, kind=kind, seed=seed, offset=begin, nnz=nnz, backend=backend).to(dtype)
+        out, begin = found if out is None else out + found, begin + value.shape[1]
+    if out is None:
+        raise ValueError("x must hold at least one column, got none in any of its parts")
+    return out
 
 
 def projection_matrix(
