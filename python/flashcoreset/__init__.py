@@ -23,9 +23,10 @@ from flashcoreset._core.results import Coreset, Selection
 from flashcoreset.caratheodory import caratheodory
 from flashcoreset.facility_location import facility_location
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
+from flashcoreset.gradients.outer_products import OuterProductGradients
 from flashcoreset.gradients.sketcher import GradientSketcher
 from flashcoreset.gradients.zeroth_order import LowRankGradients, zeroth_order_gradients
-from flashcoreset.matching import match_gradients
+from flashcoreset.matching import match_gradients, matching_error
 from flashcoreset.methods import (
     CoLM,
     autocoreset,
@@ -37,6 +38,7 @@ from flashcoreset.methods import (
     random_subset,
     select,
     simcore,
+    small_sources,
     top_scores,
     tune_ccs,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "GradientSketcher",
     "InputWarning",
     "LowRankGradients",
+    "OuterProductGradients",
     "RankOneAdamState",
     "SampleScores",
     "Selection",
@@ -78,6 +81,7 @@ __all__ = [
     "k_center",
     "kernels",
     "match_gradients",
+    "matching_error",
     "memory_estimate",
     "nearest",
     "plot",
@@ -89,6 +93,7 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_divergence",
     "sketch",
+    "small_sources",
     "top_scores",
     "tune_ccs",
     "zeroth_order_gradients",

@@ -73,7 +73,7 @@ def numbered_labels(groups: Any, **by_label: Any) -> tuple[Any, ...]:
         TypeError: for labels that cannot be sorted, and for something else than a dict.
         ValueError: for a label in a dict that is not in `groups`, a label that "budgets" leaves out, and more asked of one than it has.
     """
-    values = _labels(groups)
+    values = label_values(groups)
     if values is None:
         return (groups, *by_label.values())
     try:
@@ -106,7 +106,7 @@ def numbered_labels(groups: Any, **by_label: Any) -> tuple[Any, ...]:
     return ([place[label] for label in values], *found)
 
 
-def _labels(groups: Any) -> list[Any] | None:
+def label_values(groups: Any) -> list[Any] | None:
     """The labels if they are something else than numbers."""
     if groups is None or isinstance(groups, Tensor):
         return None
