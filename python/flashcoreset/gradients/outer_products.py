@@ -176,7 +176,9 @@ def joined(parts: Sequence[OuterProductGradients]) -> OuterProductGradients:
     for pairs in zip(*(part.factors for part in parts), strict=True):
         length = max(a.shape[1] for a, _ in pairs)
         a, g = (
-            torch.cat([torch.nn.functional.pad(pair[i], (0, 0, 0, length - pair[i].shape[1])) for pair in pairs])
+            torch.cat(
+                [torch.nn.functional.pad(pair[i], (0, 0, 0, length - pair[i].shape[1])) for pair in pairs]
+            )
             for i in (0, 1)
         )
         factors.append((a, g))

@@ -54,7 +54,9 @@ def _largest_of_blocks(
     return torch.stack(dims), torch.cat(u)
 
 
-def history_after(g: Gradients, history: AdamState, chosen: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+def history_after(
+    g: Gradients, history: AdamState, chosen: Tensor, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
     """The means m and v of `Kernels.update_history`, of gradients of any form."""
     if g.factors is None:
         return kernels.update_history(g, history, chosen)

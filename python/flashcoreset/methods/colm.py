@@ -307,7 +307,9 @@ class CoLM:
             return kept, [(rows, left)], {None: left}
         own = sources.places[rows]
         present, sizes = own.unique(return_counts=True)
-        budgets = allocate_budgets(sizes, left, self.rule, seed=seed_of_call(self.seed, self._step())).tolist()
+        budgets = allocate_budgets(
+            sizes, left, self.rule, seed=seed_of_call(self.seed, self._step())
+        ).tolist()
         places = dict(zip(present.tolist(), budgets, strict=True))
         members = [(rows[own == place], count) for place, count in places.items() if count]
         return kept, members, {sources.names[place]: count for place, count in places.items()}
@@ -398,9 +400,7 @@ def colm(grads: Any, k: int, *, groups: Any = None, **options: Any) -> Coreset:
     sample in the batch."""
     coreset = CoLM(k, **options).select(grads, groups)
     if coreset.info["unseen"]:
-        warnings.warn(
-            nothing_kept(coreset.info["unseen"], "the batch", coreset.info["counts"]), stacklevel=2
-        )
+        warnings.warn(nothing_kept(coreset.info["unseen"], "the batch", coreset.info["counts"]), stacklevel=2)
     return coreset
 
 
