@@ -76,6 +76,7 @@ def language_model(family: str, **changes: Any) -> Any:
         sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 32}
     tokens = {"bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, config_class)(**{**sizes, **tokens, **options, **changes})
+    config._experts_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, model_class)(config)

@@ -492,6 +492,11 @@ class _Sources:
         return torch.isin(self.places, self.places.new_tensor(found))
 
 
+def usable_rows(grads: Any) -> Tensor:
+    """A mask [B] bool of the rows with which `CoLM.select` goes on: finite and not zero."""
+    return _usable(Gradients.of(grads, "grads"))
+
+
 def _usable(g: Gradients) -> Tensor:
     """A mask [B] bool of the gradients that are finite and not zero."""
     usable = torch.empty(g.count, dtype=torch.bool, device=g.values.device)
