@@ -342,9 +342,10 @@ class CoLM:
         return AdamState(m, m.clone(), 1, self.betas, self.eps)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history and the number of batches, for `load_state_dict` of a CoLM with the same arguments: tensors and numbers, as
+        """The history, the number of batches and which of keep_groups have not occurred, for `load_state_dict` of a CoLM with the same arguments: tensors and numbers, as
         torch.save takes them."""
-        state: dict[str, Any] = {"history": None, "batches": self._batches}
+        unseen = [place for place, label in enumerate(self.keep_groups) if label in self._unseen]
+        state: dict[str, Any] = {"history": None, "batches": self._batches, "unseen": unseen}
         if isinstance(self.history, RankOneAdamState):
             state["history"] = {"kind": "rank one", **asdict(self.history)}
         elif self.history is not None:
@@ -359,7 +360,7 @@ class CoLM:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` returned. Without "batches", which older states do not have, the history's step counts.
+        """Goes on from what `state_dict` returned. Older states have the history alone; then its step is the number of batches.
 
         Raises:
             TypeError, ValueError: unless `state` is such a dict, of a CoLM with the same betas and eps.
@@ -370,8 +371,14 @@ class CoLM:
         batches = as_int64(state.get("batches", 0), "state: batches")
         if batches < 0:
             raise ValueError(f"state: batches must be >= 0, got {batches}")
+        unseen = state.get("unseen", range(len(self.keep_groups)))
+        if any(place not in range(len(self.keep_groups)) for place in unseen):
+            raise ValueError(
+                f"state must be of a CoLM with {len(self.keep_groups)} keep_groups, as this one, got unseen ones at {list(unseen)}"
+            )
         if history is None:
             self.history, self._batches = None, batches
+            self._unseen = {self.keep_groups[place] for place in unseen}
             return
         if not isinstance(history, dict):
             raise TypeError(f"state: history must be a dict or None, got {type(history).__name__}")
@@ -393,6 +400,7 @@ class CoLM:
             )
         self.history = loaded
         self._batches = max(batches, loaded.step - 1)
+        self._unseen = {self.keep_groups[place] for place in unseen}
 
 
 def colm(grads: Any, k: int, *, groups: Any = None, **options: Any) -> Coreset:
