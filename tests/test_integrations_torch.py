@@ -1004,7 +1004,7 @@ class Turned(nn.Module):
         elif self.kind == "mixed":
             x = x.flatten(0, 1).roll(3, 0)
         for layer in self.layers:
-            values = layer["v_proj"](x)
+            values = x if self.kind == "not at all" else layer["v_proj"](x)
             if self.kind == "in place":
                 values *= 2
             if self.kind == "again":

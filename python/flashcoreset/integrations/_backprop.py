@@ -19,6 +19,8 @@ from flashcoreset._core.tensor import compute_dtype
 from flashcoreset.gradients.outer_products import OuterProductGradients, shortened
 from flashcoreset.integrations._batches import ROUNDING, logits_of, loss_gradients
 
+_ROWS = 3  # how many rows' losses are looked at alone on the first batch: those of the most tokens
+
 
 @dataclass(eq=False)
 class Matrix:
@@ -28,13 +30,13 @@ class Matrix:
         name: its full name.
         module: the linear layer that owns it as `weight`.
         view: takes the wanted part [rows, columns] of the weight; None for all of it.
-        time_first: whether activations are [T, B, ...]; None before it was found out.
+        layouts: whether activations are [T, B, ...] and not [B, T, ...]; both before it was found out.
     """
 
     name: str
     module: nn.Module
     view: Callable[[Tensor], Tensor] | None = None
-    time_first: bool | None = None
+    layouts: list[bool] = field(default_factory=lambda: [False, True])
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and outputs of the module
 
     @property
@@ -89,6 +91,13 @@ class LastLayerGradients:
             ValueError: if a matrix is used otherwise than by its module, if its module runs on something else than rows, or if the
                 output does not depend on it.
         """
+        try:
+            return self._run(inputs, labels, shift_labels)
+        finally:
+            for matrix in self._matrices:
+                matrix.calls.clear()  # which hold the graph
+
+    def _run(self, inputs: dict[str, Any], labels: Tensor, shift_labels: bool) -> OuterProductGradients:
         check = not self._is_checked
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
@@ -122,8 +131,6 @@ class LastLayerGradients:
             g = g / counts.clamp(min=1).to(g)[:, None, None]
             g = g.masked_fill(bad[:, None, None], torch.nan)
             factors.append(shortened(*matrix.pair(a, g)))
-        for matrix in self._matrices:
-            matrix.calls.clear()
         return OuterProductGradients(tuple(factors))
 
     def _backward(
@@ -148,7 +155,7 @@ class LastLayerGradients:
         """The inputs and outputs' gradients of all calls as [B, T, columns] and [B, T, rows of the matrix]."""
         dtype = compute_dtype(grads[0].dtype)
         pairs = [
-            (_by_row(a, rows, matrix).to(dtype), _by_row(g, rows, matrix).to(dtype))
+            tuple(_by_row(x, rows, matrix, matrix.layouts[0]).to(dtype) for x in (a, g))
             for (a, _), g in zip(matrix.calls, grads, strict=True)
         ]
         if len(pairs) == 1:
@@ -159,14 +166,18 @@ class LastLayerGradients:
         """Finds which dimension of the activations is that of rows, by the gradient of one row's loss alone, which is 0 elsewhere; and
         compares the sum over all rows with autograd's gradient of the whole matrix."""
         rows = len(outer)
-        some = outer.flatten(1).any(1).nonzero()[:, 0].tolist()
-        for row in some[:4]:
+        positions = outer.flatten(1, -2).any(-1).sum(1) if outer.dim() > 2 else outer.any(1).long()
+        for row in positions.sort(descending=True, stable=True).indices[:_ROWS].tolist():
+            if not positions[row]:
+                break
             alone = torch.zeros_like(outer)
             alone[row] = outer[row]
             for matrix, grads in zip(self._matrices, self._backward(logits, alone, [], True), strict=True):
-                _find_rows(matrix, grads, row, rows)
-            if all(matrix.time_first is not None for matrix in self._matrices):
-                break
+                matrix.layouts = [
+                    time_first for time_first in matrix.layouts if _fits(matrix, grads, row, rows, time_first)
+                ]
+                if not matrix.layouts:
+                    raise ValueError(_not_rows(matrix, grads[0], rows))
         *found, whole = self._backward(logits, outer, [m.weight for m in self._matrices], True)
         for matrix, grads, exact in zip(self._matrices, found, whole, strict=True):
             a, g = self._joined(matrix, grads, rows)
@@ -177,43 +188,32 @@ class LastLayerGradients:
                     f"the gradient of {matrix.name} is not what passes through its module: the model uses the matrix elsewhere too (a tied "
                     "weight, or F.linear with it), or under another one's name; gradients='zeroth_order' takes it"
                 )
-        # One row says nothing of which dimension is the rows'.
-        self._is_checked = rows > 1 and all(m.time_first is not None for m in self._matrices)
+        # One row, or one position, says nothing of which dimension is the rows'; then both layouts come to the same here.
+        self._is_checked = all(len(matrix.layouts) == 1 for matrix in self._matrices)
 
 
 def _tolerance(logits: Tensor, exact: Tensor) -> float:
     return max(ROUNDING[logits.dtype], ROUNDING[exact.dtype])
 
 
-def _by_row(x: Tensor, rows: int, matrix: Matrix) -> Tensor:
+def _by_row(x: Tensor, rows: int, matrix: Matrix, time_first: bool) -> Tensor:
     """Activations [..., width] as [B, T, width]."""
     x = x.detach()
     if x.numel() // x.shape[-1] % rows:
         raise ValueError(_not_rows(matrix, x, rows))
-    if matrix.time_first:
+    if time_first:
         return x.reshape(-1, rows, x.shape[-1]).transpose(0, 1)
     return x.reshape(rows, -1, x.shape[-1])
 
 
-def _find_rows(matrix: Matrix, grads: list[Tensor], row: int, rows: int) -> None:
-    """Notes which dimension of a matrix's activations is the rows', if the gradients `grads` of the loss of row `row` alone show it."""
-    if matrix.time_first is not None:
-        return
-    fits = []
-    for time_first in (False, True):
-        matrix.time_first = time_first
-        by_row = [_by_row(g, rows, matrix).abs().amax((1, 2)).nan_to_num(0) for g in grads]
-        matrix.time_first = None
-        largest = torch.stack(by_row).amax(0)
-        others = largest.clone()
-        others[row] = 0
-        if not bool(others.any()):
-            fits.append(time_first)
-    if not fits:
-        raise ValueError(_not_rows(matrix, grads[0], rows))
-    # Where both fit, the row's loss depends on one position alone, or positions are not a dimension.
-    if len(fits) == 1 or all(g.numel() // g.shape[-1] == rows for g in grads):
-        matrix.time_first = fits[0]
+def _fits(matrix: Matrix, grads: list[Tensor], row: int, rows: int, time_first: bool) -> bool:
+    """Whether the gradients `grads` of the loss of row `row` alone are 0 at all other rows, if activations have this layout."""
+    for g in grads:
+        largest = _by_row(g, rows, matrix, time_first).abs().amax((1, 2)).nan_to_num(0)
+        largest[row] = 0
+        if bool(largest.any()):
+            return False
+    return True
 
 
 def _not_rows(matrix: Matrix, x: Tensor, rows: int) -> str:
