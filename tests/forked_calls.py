@@ -155,6 +155,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "match_gradients omp": lambda: fc.match_gradients(X, 10, method="omp"),
     "match_gradients frank_wolfe": lambda: fc.match_gradients(X, 10, method="frank_wolfe"),
     "match_gradients caratheodory": lambda: fc.match_gradients(X, 40, method="caratheodory"),
+    "matching_error": lambda: torch.tensor(fc.matching_error(X, range(40))),
+    "small_sources": lambda: torch.tensor(fc.small_sources(LABELS, share=0.6)),
     "colm": lambda: fc.select("colm", grads=X, k=16, top=16),
     "ccs": lambda: fc.ccs(X[:, 0], 300),
     "coverage_auc": lambda: torch.tensor(fc.coverage_auc(X, range(300))),

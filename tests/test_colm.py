@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -83,7 +84,17 @@ def test_too_many_kept_samples_are_cut(backend: str) -> None:
     assert coreset.weights.tolist() == [1] * 5
     assert coreset.info["budgets"] == {}
     assert coreset.info["dims"] is None
-    assert coreset.info["step"] == 0
+    assert coreset.info["counts"] == {0: 5, 1: 0, 2: 0, 9: 0}
+    # As published, Adam's t counts the step; its means stay as they are.
+    assert coreset.info["step"] == 1
+    assert (method.history.step, method.history.mean, method.history.mean_square) == (2, 0.0, 0.0)
+    assert method.take_all(2, ["a", "b"]).info["step"] == 2
+    method.keep_groups = ()
+    g = low_rank(40, 0)
+    past = fc.RankOneAdamState(500, step=3)
+    assert torch.equal(
+        method.select(g).indices, fc.match_gradients(g, 5, normalize=past, top=50, backend=backend).indices
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "low rank"])
@@ -138,7 +149,7 @@ def test_a_loaded_state_goes_on_alike(kind: str) -> None:
         return fc.LowRankGradients(normal(40, 1, seed=step), seed=seed, numel=300)
 
     method = fc.CoLM(15, top=40, keep_groups=[9])
-    assert method.state_dict() == {"history": None}
+    assert method.state_dict() == {"history": None, "batches": 0, "unseen": [0]}
     for step in range(3):
         method.select(batch(step), LABELS)
     file = io.BytesIO()
@@ -184,6 +195,16 @@ def test_select_by_name() -> None:
         ({"k": 2, "rule": "fair"}, ValueError, "unknown rule 'fair'"),
         ({"k": 2, "metric": "l3"}, ValueError, "unknown metric 'l3'"),
         ({"k": 2, "backend": "gpu"}, ValueError, "unknown backend"),
+        ({"k": 2, "method": "caratheodory"}, ValueError, "unknown method 'caratheodory'"),
+        ({"k": 2, "normalize": 1}, TypeError, "normalize must be a bool, got 1"),
+        ({"k": 2, "normalize": None}, TypeError, "normalize must be a bool, got None"),
+        ({"k": 2, "seed": 0.5}, TypeError, "seed must be an int"),
+        (
+            {"k": 2, "keep_groups": [["a"]]},
+            TypeError,
+            r"keep_groups\[0\] must be an int, a str or another value",
+        ),
+        ({"k": 2, "keep_groups": ["a", ("b",)]}, TypeError, "labels must be values that can be sorted"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -199,8 +220,6 @@ def test_bad_batches_are_named() -> None:
         method.select(low_rank(40, 0), LABELS[:39])
     with pytest.raises(TypeError, match="groups must hold integers"):
         method.select(low_rank(40, 0), LABELS.double())
-    with pytest.raises(ValueError, match=r"top must be in \[1, 30\]"):
-        method.select(low_rank(40, 0, numel=30), LABELS)
     with pytest.raises(ValueError, match="grads must have 2 dimensions"):
         method.select(torch.zeros(3), LABELS)
     nothing = fc.LowRankGradients(torch.full((40, 1), torch.nan), 0, 500)
@@ -213,6 +232,11 @@ def test_bad_batches_are_named() -> None:
         method.load_state_dict({"m": 1})
     with pytest.raises(ValueError, match="betas"):
         method.load_state_dict(fc.CoLM(4, betas=(0.5, 0.9)).state_dict() | {"history": _state((0.5, 0.9))})
+    for batches, text in ((-1, "batches must be >= 0, got -1"), (2**70, "range of 64-bit integers")):
+        with pytest.raises(ValueError, match=text):
+            method.load_state_dict({"history": None, "batches": batches})
+    with pytest.raises(ValueError, match=r"a CoLM with 1 keep_groups, as this one, got unseen ones at \[3\]"):
+        method.load_state_dict({"history": None, "unseen": [3]})
     for kind in ("sparse", []):
         with pytest.raises(ValueError, match="kind of history"):
             method.load_state_dict({"history": {"kind": kind}})
@@ -249,3 +273,158 @@ def test_kept_labels_that_no_sample_has() -> None:
         method.select(g, groups)
     assert method.select(g, groups).info["unseen"] == [7]  # reported once
     assert method.select(g, [7, *groups[1:]]).info["unseen"] == []
+
+
+# ---- labels, quotas, random rows
+
+
+WORDS = ["web"] * 17 + ["code"] * 12 + ["maths"] * 8 + ["rare"] * 3
+
+
+def test_words_as_labels() -> None:
+    """As with integers in the same order; what comes back uses the words."""
+    numbers = torch.tensor([["code", "maths", "rare", "web"].index(word) for word in WORDS])
+    by_number = fc.CoLM(20, top=50, keep_groups=[2]).select(low_rank(40, 0), numbers)
+    for groups in (WORDS, tuple(WORDS), np.array(WORDS), np.array(WORDS, dtype=object)):
+        coreset = fc.CoLM(20, top=50, keep_groups=["rare", "none"]).select(low_rank(40, 0), groups)
+        assert torch.equal(coreset.indices, by_number.indices)
+        assert coreset.info["budgets"] == {"web": 7, "code": 6, "maths": 4}
+        assert coreset.info["counts"] == {"web": 7, "code": 6, "maths": 4, "rare": 3}
+        assert coreset.info["unseen"] == ["none"]
+        assert coreset.info["represented"] == 40
+    with pytest.raises(ValueError, match=r"groups must have shape \[40\], got \(39,\)"):
+        fc.CoLM(20).select(low_rank(40, 0), WORDS[:39])
+    mixed = fc.CoLM(3, keep_groups=["b", 2]).draw(4, [2, "b", 1, "a"])
+    assert mixed.info["counts"] == {1: 0, 2: 1, "a": 1, "b": 1} or mixed.info["counts"][1] == 1
+    assert list(mixed.info["counts"]) == [1, 2, "a", "b"]
+
+
+def test_more_dimensions_than_there_are_count_as_all() -> None:
+    g = normal(40, 30)
+    found = fc.CoLM(20, top=2560, keep_groups=[9]).select(g, LABELS)
+    expected = fc.CoLM(20, top=None, keep_groups=[9]).select(g, LABELS)
+    assert torch.equal(found.indices, expected.indices)
+    assert found.info["dims"] is None
+
+
+def test_the_published_balanced_rule() -> None:
+    """Exact shares rounded down or up, at random: all that is missing goes to shares with a fraction, one each."""
+    shares = np.array([17, 12, 8]) * 17 / 37
+    seen = set()
+    for seed in range(40):
+        budgets = fc.allocate_budgets([17, 12, 8], 17, rule="published_balanced", seed=seed)
+        assert budgets.sum() == 17
+        assert all(np.floor(shares) <= budgets.numpy())
+        assert all(budgets.numpy() <= np.ceil(shares))
+        seen.add(tuple(budgets.tolist()))
+    assert seen == {(8, 5, 4), (8, 6, 3), (7, 6, 4)}
+    assert fc.allocate_budgets([6, 4, 2], 6, rule="published_balanced").tolist() == [3, 2, 1]
+    assert fc.allocate_budgets([3, 0, 0], 3, rule="published_balanced").tolist() == [3, 0, 0]
+    with pytest.raises(TypeError, match="seed must be an int"):
+        fc.allocate_budgets([3], 1, seed=0.5)
+    method = fc.CoLM(20, top=50, keep_groups=[9], rule="published_balanced")
+    counts = {tuple(method.select(low_rank(40, step), LABELS).info["budgets"].values()) for step in range(12)}
+    assert counts == seen  # another order in every step
+
+
+def test_small_sources() -> None:
+    assert fc.small_sources(WORDS) == ["maths", "rare"]  # below a quarter of 40
+    assert fc.small_sources(WORDS, share=0.3) == ["maths", "rare"]
+    assert fc.small_sources(WORDS, share=0.31) == ["code", "maths", "rare"]
+    assert fc.small_sources(LABELS, share=0.1) == fc.small_sources(LABELS.tolist(), share=0.1) == [9]
+    assert fc.small_sources(["a", "b"]) == []
+    for arguments, error, text in (
+        ((WORDS, 0), ValueError, r"share must be in \(0, 1\], got 0"),
+        ((WORDS, 1.5), ValueError, r"share must be in \(0, 1\], got 1.5"),
+        ((WORDS, "a"), TypeError, "share must be"),
+        (([],), ValueError, "labels must"),
+        (([0.5],), TypeError, "labels"),
+        (([["a"]],), (TypeError, ValueError), "labels"),
+    ):
+        with pytest.raises(error, match=text):
+            fc.small_sources(*arguments)
+
+
+def test_random_rows_under_the_quotas() -> None:
+    method = fc.CoLM(20, keep_groups=["rare"], method="random", seed=3)
+    drawn = [method.draw(40, WORDS) for _ in range(30)]
+    for step, coreset in enumerate(drawn):
+        assert coreset.info["counts"] == {"code": 6, "maths": 4, "rare": 3, "web": 7}
+        assert coreset.info["step"] == step + 1
+        assert len(set(coreset.indices.tolist())) == 20
+        assert coreset.indices[:3].tolist() == [37, 38, 39]
+        assert float(coreset.weights.sum()) == pytest.approx(40)
+    seen = torch.bincount(torch.cat([coreset.indices for coreset in drawn]), minlength=40)
+    assert (seen > 0).all()
+    assert (seen[:37] < 30).all()
+    again = fc.CoLM(20, keep_groups=["rare"], method="random", seed=3)
+    assert torch.equal(again.select(low_rank(40, 0), WORDS).indices, drawn[0].indices)
+    again.load_state_dict(method.state_dict())
+    assert torch.equal(again.draw(40, WORDS).indices, method.draw(40, WORDS).indices)
+    assert len(fc.CoLM(20).draw(5).indices) == 5
+    for arguments, error, text in (
+        ((0,), ValueError, "count must be >= 1"),
+        ((1.5,), TypeError, "count must be an int"),
+        ((3,), ValueError, "groups must be given with keep_groups"),
+        ((3, ["a"]), ValueError, r"groups must have shape \[3\]"),
+    ):
+        with pytest.raises(error, match=text):
+            method.draw(*arguments)
+        with pytest.raises(error, match=text):
+            method.take_all(*arguments)
+
+
+# ---- matching pursuit
+
+
+def test_matching_pursuit_beats_medoids(backend: str) -> None:
+    """Within each source, the weighted sum of few gradients is that of match_gradients, near the sum of all."""
+    g = normal(40, 60) + 0.5
+    method = fc.CoLM(20, top=None, keep_groups=[9], method="omp", normalize=False, backend=backend)
+    coreset = method.select(g, LABELS)
+    alone = fc.match_gradients(g[:37], 17, groups=LABELS[:37], method="omp", backend=backend)
+    assert torch.equal(coreset.indices[3:], alone.indices)
+    assert torch.equal(coreset.weights[3:], alone.weights)
+    assert coreset.weights[:3].tolist() == [1, 1, 1]
+    assert (coreset.weights > 0).all()
+    assert coreset.info["represented"] == 40
+    assert method.history is None
+    medoids = fc.CoLM(20, top=None, keep_groups=[9], normalize=False, backend=backend).select(g, LABELS)
+    errors = [
+        fc.matching_error(g, found.indices, found.weights, total=found.info["represented"])
+        for found in (coreset, medoids)
+    ]
+    assert errors[0] < errors[1] / 2
+
+
+def test_matching_pursuit_of_updates() -> None:
+    """With a history: the sums of the updates are matched, which are computed here by hand."""
+    method = fc.CoLM(20, top=None, keep_groups=[9], method="omp")
+    m = v = torch.zeros(60, dtype=torch.float64)
+    for step in range(1, 4):
+        g = normal(40, 60, seed=step) + 0.5
+        u = (0.9 * m + 0.1 * g) / (1 - 0.9**step)
+        u = u / (((0.999 * v + 0.001 * g.square()) / (1 - 0.999**step)).sqrt() + 1e-8)
+        coreset = method.select(g, LABELS)
+        for label in (0, 1, 2):
+            own = coreset.indices[LABELS[coreset.indices] == label]
+            weights = coreset.weights[LABELS[coreset.indices] == label]
+            target = u[label == LABELS].sum(0)
+            assert (weights @ u[own] - target).norm() < 0.7 * target.norm()
+            assert (
+                (weights @ u[own] - target) @ u[own].T
+            ).abs().max() < 1e-6  # the best weights of these rows
+        matched = coreset.indices[3:]
+        m = 0.9 * m + 0.1 * g[matched].mean(0)
+        v = 0.999 * v + 0.001 * g[matched].square().mean(0)
+        torch.testing.assert_close(method.history.m, m)
+        torch.testing.assert_close(method.history.v, v)
+
+
+def test_matching_pursuit_along_one_direction_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"grads must differ in direction for method 'omp'.*backprop"):
+        fc.CoLM(4, method="omp").select(low_rank(40, 0))
+    several = fc.LowRankGradients(normal(40, 6), seed=0, numel=500)
+    assert 0 < len(fc.CoLM(4, method="omp").select(several).indices) <= 4
+    with pytest.raises(ValueError, match="gradients that cancel out in every source"):
+        fc.CoLM(2, method="omp", normalize=False).select(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))

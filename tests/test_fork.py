@@ -46,6 +46,7 @@ def test_no_public_function_is_left_out() -> None:
         "Coreset",
         "InputWarning",
         "LowRankGradients",
+        "OuterProductGradients",
         "RankOneAdamState",
         "Rows",
         "SampleScores",

@@ -74,6 +74,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
         lambda logits: _dynamics(logits),
         {"logits": POINTS},
     ),
+    "matching_error": (
+        lambda g, weights: torch.tensor(fc.matching_error(g, range(12), weights)),
+        {"g": POINTS, "weights": WEIGHTS},
+    ),
     "CoLM": (lambda grads: fc.CoLM(3, top=2).select(grads), {"grads": POINTS}),
     "simcore": (
         lambda openset, target: fc.simcore(openset, target, 3, n_clusters=2),

@@ -36,6 +36,31 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "persimmon": ("PersimmonConfig", "PersimmonForCausalLM", {}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
 }
+ATTENTION = {"num_key_value_heads": 2, "head_dim": 8}
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5, "n_group": 1,
+    "topk_group": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+}  # fmt: skip
+MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}),
+    "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
+        {**ATTENTION, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {**ATTENTION, "num_local_experts": 4, "sliding_window": 8}),
+    "deepseek_v2": ("DeepseekV2Config", "DeepseekV2ForCausalLM", {**LATENT, "q_lora_rank": None}),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**LATENT, "q_lora_rank": 12}),
+}  # fmt: skip
+MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **MIXTURES,
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", ATTENTION),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "llama4": (
+        "Llama4TextConfig", "Llama4ForCausalLM",
+        {**ATTENTION, "num_local_experts": 2, "intermediate_size_mlp": 24, "pad_token_id": 0},
+    ),
+}  # fmt: skip
 # The place of the last V-projection, if not in model.layers.2.self_attn.v_proj; and the attention's last projection, if not
 # o_proj.
 NAMES = {
@@ -45,6 +70,8 @@ NAMES = {
     "mpt": "transformer.blocks.2.attn.Wqkv",
     "persimmon": "model.layers.2.self_attn.query_key_value",
     "phi3": "model.layers.2.self_attn.qkv_proj",
+    "deepseek_v2": "model.layers.2.self_attn.kv_b_proj",
+    "deepseek_v3": "model.layers.2.self_attn.kv_b_proj",
 }
 OUTPUTS = {
     "gpt2": "c_proj",
@@ -63,7 +90,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 def language_model(family: str, **changes: Any) -> Any:
     import transformers  # takes seconds
 
-    config_class, model_class, options = FAMILIES[family]
+    config_class, model_class, options = {**FAMILIES, **MORE}[family]
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -76,6 +103,8 @@ def language_model(family: str, **changes: Any) -> Any:
         sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 32}
     tokens = {"bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, config_class)(**{**sizes, **tokens, **options, **changes})
+    if family in MIXTURES:
+        config._experts_implementation = "eager"  # the grouped product does not take float64
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, model_class)(config)
@@ -127,8 +156,11 @@ def whole(model: Any, parameter: Tensor, data: dict[str, Tensor], **options: Any
     return found.coefficients
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["weight", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "adapters"),
+    [*itertools.product(FAMILIES, (False, True)), *itertools.product(MORE, (False,))],
+    ids=lambda value: {False: "weight", True: "lora"}.get(value, value),
+)
 def test_coefficients_are_those_of_the_whole_model(family: str, adapters: bool) -> None:
     model = language_model(family).double()
     name = NAMES.get(family, VALUES)
@@ -148,7 +180,7 @@ def test_coefficients_are_those_of_the_whole_model(family: str, adapters: bool) 
     torch.testing.assert_close(g.coefficients, full, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v2", "deepseek_v3"])
 def test_the_perturbed_rows_are_those_of_the_values(family: str) -> None:
     """Without the values attention has nothing to add up: its last projection gets 0. And the rows are all of them."""
     model = language_model(family).eval()
@@ -168,8 +200,163 @@ def test_the_perturbed_rows_are_those_of_the_values(family: str) -> None:
         model(**batch())
     assert (seen[0][:, 0] != 0).all()  # past a window there may be nothing but padding
     assert (seen[1] == 0).all()
+    if family.startswith(
+        "deepseek"
+    ):  # the rank of the compressed state, and five numbers for each of four heads
+        assert parameter.shape == (4, 5, 10)
+        return
     values = {"llama": 16, "qwen3": 12, "phi3": 16, "gpt2": 32, "mistral": 16, "qwen2": 16, "gemma2": 16}
     assert parameter.numel() == values.get(family, 32) * 32
+
+
+# ---- exact gradients
+
+EXACT: dict[str, Any] = {"gradients": "backprop"}
+ALL = ("q", "k", "v", "o")
+
+
+def by_autograd(model: Any, selector: BatchSelector, data: dict[str, Any]) -> Tensor:
+    """The gradients [B, numel] of each row's loss alone, by autograd through the whole model in eval mode."""
+    was_training, rows = model.training, []
+    model.eval()
+    own = [model.get_parameter(name) for name in selector.parameter_names]
+    wanted = [(p, p.requires_grad_(True)) for p in own]
+    for row in range(len(data["labels"])):
+        alone = {name: value[row : row + 1] for name, value in data.items()}
+        with torch.enable_grad():
+            (loss,) = losses_of_rows(model, alone)()
+        grads = torch.autograd.grad(loss, [p for p, _ in wanted])
+        views = [view for _, view in selector._wanted]
+        rows.append(
+            torch.cat(
+                [(g if view is None else view(g)).flatten() for g, view in zip(grads, views, strict=True)]
+            )
+        )
+    model.train(was_training)
+    return torch.stack(rows)
+
+
+def near(found: Tensor, exact: Tensor, tolerance: float = 1e-5) -> None:
+    assert exact.abs().amax(1).min() > 1e-6
+    assert ((found - exact).norm(dim=1) <= tolerance * exact.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "adapters"),
+    [*itertools.product(FAMILIES, (False, True)), *itertools.product(MORE, (False,))],
+    ids=lambda value: {False: "weight", True: "lora"}.get(value, value),
+)
+def test_gradients_are_those_of_autograd(family: str, adapters: bool) -> None:
+    model = language_model(family).double()
+    if adapters:
+        options = {"fan_in_fan_out": True} if family == "gpt2" else {}
+        name = NAMES.get(family, VALUES).rpartition(".")[2]
+        model = with_adapters(model, target_modules=[name], **options).double()
+    model.train()
+    for matrices in ("v", ALL):
+        selector = BatchSelector(model, **EXACT, matrices=matrices)
+        before = state_of(model)
+        g = selector.gradients(batch())
+        assert same(state_of(model), before)
+        assert g.numel == selector.numel == sum(p.numel() for p in selector.parameters)
+        near(g.dense(), by_autograd(model, selector, batch()))
+    if adapters and family == "llama":
+        assert selector.parameter_names[2].endswith("v_proj.lora_B.default.weight")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [(1, LENGTH), (LENGTH, LENGTH), (4, 4), (2, 2), (40, 5)],
+    ids=["one row", "as many rows as tokens", "as rows as heads", "two of two", "more rows than tokens"],
+)
+def test_shapes_that_could_be_mistaken(data: tuple[int, int]) -> None:
+    model = language_model("llama").double()
+    tokens = torch.randint(1, VOCABULARY, data, generator=torch.Generator().manual_seed(1))
+    rows = {"input_ids": tokens, "labels": tokens}
+    for matrices in ("v", ALL):
+        selector = BatchSelector(model, **EXACT, matrices=matrices)
+        for _ in range(2):  # with the first batch's checks, and without
+            near(selector.gradients(rows).dense(), by_autograd(model, selector, rows))
+
+
+def test_parts_of_a_batch_and_sketches() -> None:
+    model, data = language_model("llama").double(), batch()
+    expected = BatchSelector(model, **EXACT, matrices=ALL).gradients(data).dense()
+    parts = BatchSelector(model, **EXACT, matrices=ALL, batch_size=4).gradients(data).dense()
+    torch.testing.assert_close(parts, expected)
+    cut = [
+        {name: value[rows] for name, value in data.items()}
+        for rows in (slice(0, 1), slice(1, 5), slice(5, 6))
+    ]
+    cut[0] = (
+        {name: value[:, :4] for name, value in cut[0].items()}
+        if data["attention_mask"][0, 4:].sum() == 0
+        else cut[0]
+    )
+    torch.testing.assert_close(BatchSelector(model, **EXACT, matrices=ALL).gradients(cut).dense(), expected)
+    coefficients = BatchSelector(model).gradients(data).coefficients
+    torch.testing.assert_close(BatchSelector(model).gradients(cut).coefficients, coefficients)
+    sketches = BatchSelector(model, **EXACT, matrices=ALL, sketch_dim=16, seed=3).gradients(data)
+    torch.testing.assert_close(sketches, fc.sketch(expected, 16, kind="sjlt", seed=3))
+    with pytest.raises(ValueError, match="batch must have at least one part"):
+        BatchSelector(model).gradients([])
+
+
+def test_exact_gradients_of_rows_without_labels_and_broken_rows() -> None:
+    model, data = language_model("llama").double(), batch()
+    data["labels"][1] = -100
+    model.model.embed_tokens.weight.data[40] = torch.nan
+    data["input_ids"][data["input_ids"] == 40] = 1
+    data["input_ids"][4, 0] = 40
+    selector = BatchSelector(model, fc.CoLM(3), **EXACT)
+    for _ in range(2):
+        found = selector.gradients(data).dense()
+        assert (found[1] == 0).all()
+        assert found[4].isnan().all()
+        kept = torch.tensor([0, 2, 3, 5])
+        rows = {name: value[kept] for name, value in data.items()}
+        near(found[kept], by_autograd(model, selector, rows))
+    assert selector.select(data).info["left_out"].tolist() == [1, 4]
+
+
+def test_exact_gradients_in_half_precision_and_with_checkpoints() -> None:
+    model = language_model("llama").train()
+    exact = BatchSelector(model, **EXACT).gradients(batch()).dense()
+    near(exact.double(), by_autograd(model, BatchSelector(model, **EXACT), batch()).double(), 1e-4)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    torch.testing.assert_close(BatchSelector(model, **EXACT).gradients(batch()).dense(), exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = BatchSelector(model, **EXACT).gradients(batch()).dense()
+    assert F.cosine_similarity(rough, exact).min() > 0.99
+    half = BatchSelector(model.bfloat16(), **EXACT).gradients(batch())
+    assert half.dtype == torch.float32
+    assert F.cosine_similarity(half.dense(), exact).min() > 0.97
+    with torch.inference_mode():
+        assert torch.isfinite(BatchSelector(model, **EXACT).gradients(batch()).dense()).all()
+
+
+def test_autograd_keeps_what_comes_after_the_matrices_alone() -> None:
+    """One pass of the model; no tensor of the layers before is kept, also where adapters' training makes the embeddings require
+    gradients."""
+    model = language_model("llama", num_hidden_layers=6)
+    model.enable_input_require_grads()
+    selector = BatchSelector(model, **EXACT)
+    selector.gradients(batch())
+    calls = dict.fromkeys(("model.layers.0.mlp", "model.layers.5.mlp", "lm_head"), 0)
+    for name in calls:
+        model.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
+        )
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        selector.gradients(batch())
+    assert list(calls.values()) == [1, 1, 1]
+    of_last_layer = len(kept)
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        assert model(**batch()).loss > 0
+    assert of_last_layer < len(kept) / 5
 
 
 def test_only_the_last_layer_runs_again() -> None:
@@ -792,6 +979,160 @@ def test_documented_entries_need_no_question() -> None:
     assert sizes == [2] * (2 * ROWS // 2)  # later batches run two passes of each part
 
 
+# ---- exact gradients of models that are not transformers'
+
+
+class Turned(nn.Module):
+    """A decoder whose layers see [T, B, width], or all tokens as [B * T, width]."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"v_proj": nn.Linear(8, 8), "other": nn.Linear(8, 8)}) for _ in range(2)
+        )
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        batch, length = input_ids.shape
+        if self.kind == "time first":
+            x = x.transpose(0, 1)
+        elif self.kind == "flat":
+            x = x.flatten(0, 1)
+        elif self.kind == "mixed":
+            x = x.flatten(0, 1).roll(3, 0)
+        for layer in self.layers:
+            values = x if self.kind == "not at all" else layer["v_proj"](x)
+            if self.kind == "in place":
+                values *= 2
+            if self.kind == "again":
+                values = values + layer["v_proj"](values.tanh())
+            if self.kind == "by hand":
+                values = values + F.linear(x.cos(), layer["v_proj"].weight)
+            if self.kind == "not at all":
+                values = F.linear(x, layer["v_proj"].weight)
+            x = x + layer["other"](values.tanh())
+        if self.kind == "no gradients":
+            x = x.detach()
+        if self.kind == "time first":
+            x = x.transpose(0, 1)
+        elif self.kind == "mixed":
+            x = x.roll(-3, 0)
+        return self.head(x.reshape(batch, length, -1).cumsum(1))
+
+
+def turned(kind: str) -> Turned:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Turned(kind).double()
+
+
+def losses_of_turned(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+    return sample_losses(model(data["input_ids"]), data["labels"])
+
+
+@pytest.mark.parametrize("rows", [ROWS, LENGTH, 1])
+@pytest.mark.parametrize("kind", ["plain", "time first", "flat", "in place", "again"])
+def test_layouts_and_uses(kind: str, rows: int) -> None:
+    model, data = turned(kind), unmasked(batch(rows))
+    for parameter in (None, ["layers.1.v_proj.weight", "layers.0.other.weight"]):
+        selector = BatchSelector(model, **EXACT, parameter=parameter)
+        expected = []
+        for row in range(rows):
+            alone = {name: value[row : row + 1] for name, value in data.items()}
+            found = torch.autograd.grad(losses_of_turned(model, alone).sum(), selector.parameters)
+            expected.append(torch.cat([g.flatten() for g in found]))
+        for _ in range(2):
+            near(selector.gradients(data).dense(), torch.stack(expected))
+
+
+def test_one_row_first_proves_nothing() -> None:
+    """The layout is found again on the next batch."""
+    model = turned("time first")
+    selector = BatchSelector(model, **EXACT)
+    selector.gradients(unmasked(batch(1)))
+    found = selector.gradients(unmasked(batch(LENGTH))).dense()
+    expected = BatchSelector(model, **EXACT).gradients(unmasked(batch(LENGTH))).dense()
+    assert torch.equal(found, expected)
+
+
+def test_what_exact_gradients_refuse() -> None:
+    data = unmasked(batch())
+    for kind, message in (
+        (
+            "mixed",
+            r"the activations of layers.1.v_proj.weight must be those of 6 rows one by one, got shape \(54, 8\)",
+        ),
+        ("by hand", "the gradient of layers.1.v_proj.weight is not what passes through its module"),
+        ("not at all", "the module of layers.1.v_proj.weight must run in the model's forward pass"),
+        ("no gradients", "the model's logits must depend on layers.1.v_proj.weight"),
+    ):
+        model = turned(kind)
+        before = state_of(model)
+        with pytest.raises(ValueError, match=message):
+            BatchSelector(model, **EXACT).gradients(data)
+        assert same(state_of(model), before)
+
+
+def test_losses_without_logits_are_refused() -> None:
+    class Fused(Turned):
+        def forward(self, input_ids: Tensor, labels: Any = None) -> Any:
+            return SimpleNamespace(loss=super().forward(input_ids).mean(), logits=None)
+
+    with pytest.raises(
+        TypeError, match=r"must return logits, got a loss alone: a fused loss \(such as Liger's"
+    ):
+        BatchSelector(Fused("plain"), shift_labels=True).gradients(unmasked(batch()))
+
+
+def test_vision_language_models() -> None:
+    """The language model's last layer is taken, whichever tower comes last."""
+    model = nn.ModuleDict({"language_model": turned("plain"), "visual_tower": turned("plain")})
+    assert BatchSelector(model).parameter_name == "language_model.layers.1.v_proj.weight"
+    assert BatchSelector(model["visual_tower"]).parameter_name == "layers.1.v_proj.weight"
+    alone = nn.ModuleDict({"vision_model": turned("plain")})
+    assert BatchSelector(alone).parameter_name == "vision_model.layers.1.v_proj.weight"
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_exact_gradients_of_models_that_are_not_causal(kind: str) -> None:
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "bert":
+            sizes = {
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 24,
+            }
+            model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCABULARY, **sizes))
+        else:
+            sizes = {
+                "d_model": 16,
+                "d_kv": 8,
+                "d_ff": 24,
+                "num_layers": 2,
+                "num_heads": 2,
+                "decoder_start_token_id": 0,
+            }
+            model = transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=VOCABULARY, **sizes)
+            )
+    model, data = model.double(), unmasked(batch())
+    selector = BatchSelector(model, **EXACT, matrices=ALL)
+    found = selector.gradients(data).dense()
+    assert selector.shift_labels is False
+    model.eval()
+    for row in range(ROWS):
+        alone = {name: value[row : row + 1] for name, value in data.items()}
+        grads = torch.autograd.grad(model(**alone).loss, selector.parameters)
+        near(found[row : row + 1], torch.cat([g.flatten() for g in grads])[None])
+
+
 # ---- selecting, and going on later
 
 
@@ -819,6 +1160,34 @@ def test_select() -> None:
     grads, groups = method.calls[0]
     assert torch.equal(groups, torch.arange(ROWS))
     assert torch.equal(coreset.indices, grads.coefficients[:, 0].topk(2).indices)
+
+
+def test_random_rows_need_no_model() -> None:
+    model = language_model("llama")
+    model.forward = None  # would fail
+    selector = BatchSelector(model, fc.CoLM(3, keep_groups=["b"], method="random"))
+    coreset = selector.select(batch(), ["a", "a", "b", "a", "a", "b"])
+    assert coreset.info["counts"] == {"a": 1, "b": 2}
+    parts = [{name: value[rows] for name, value in batch().items()} for rows in (slice(0, 2), slice(2, 6))]
+    assert len(selector.select(parts, ["a", "a", "b", "a", "a", "b"]).indices) == 3
+
+
+def test_matching_pursuit_of_exact_gradients() -> None:
+    """Its weighted sum is nearer to the batch's gradient than that of medoids, of exact or estimated gradients."""
+    model, data = language_model("llama"), batch(24, 12)
+    exact = BatchSelector(model, **EXACT, matrices=ALL).gradients(data)
+    errors = {}
+    for name, options, method in (
+        ("omp", EXACT, fc.CoLM(12, method="omp", top=None, normalize=False)),
+        ("medoid", EXACT, fc.CoLM(12, top=None, normalize=False)),
+        ("estimated", {}, fc.CoLM(12)),
+    ):
+        coreset = BatchSelector(model, method, **options, **({"matrices": ALL} if options else {})).select(
+            data
+        )
+        total = coreset.info["represented"]
+        errors[name] = fc.matching_error(exact, coreset.indices, coreset.weights, total=total)
+    assert errors["omp"] < 0.5 * min(errors["medoid"], errors["estimated"])
 
 
 def test_distributed_models_are_unwrapped(tmp_path: Path) -> None:
@@ -886,7 +1255,22 @@ def test_bad_models() -> None:
         ((Fused(),), {}, ValueError, "layers.0.qkv_proj.weight is known for the model_type phi3, got None"),
         ((quantised(),), {}, TypeError, "must be floating, got torch.uint8 .*LoRA"),
         ((Decoder(), 3), {}, TypeError, r"method must have select\(grads, groups\), as fc.CoLM has, got int"),
-        ((Decoder(),), {"parameter": 3}, TypeError, "parameter must be a str or None, got int"),
+        ((Decoder(),), {"parameter": 3}, TypeError, "parameter must be a str, several, or None, got int"),
+        ((Decoder(),), {"parameter": [3]}, TypeError, "parameter must be a str, several, or None, got int among them"),
+        ((Decoder(),), {"parameter": []}, ValueError, "parameter must name one parameter or several, each once"),
+        ((Decoder(),), {"parameter": ["head.weight"] * 2}, ValueError, "one parameter or several, each once"),
+        ((Decoder(),), {"gradients": "exact"}, ValueError, "unknown gradients 'exact'"),
+        ((Decoder(),), {"matrices": "x"}, ValueError, "matrices must be one or several of q, k, v, o"),
+        ((Decoder(),), {"matrices": ("v", "v")}, ValueError, "each once"),
+        ((Decoder(),), {"matrices": ()}, ValueError, "matrices must be one or several"),
+        ((Decoder(),), {"matrices": 3}, ValueError, "matrices must be one or several of q, k, v, o, each once, got 3"),
+        ((Decoder(),), {"matrices": "q"}, ValueError, "no projection named wq was found beside"),
+        ((Decoder(),), {"sketch_dim": 8}, ValueError, "sketch_dim is for gradients='backprop'"),
+        ((Decoder(),), {**EXACT, "sketch_dim": 0}, ValueError, "sketch_dim must be >= 1, got 0"),
+        ((Decoder(),), {**EXACT, "eps": 0.1}, ValueError, "eps is for gradients='zeroth_order'"),
+        ((Decoder(),), {**EXACT, "n_perturbations": 2}, ValueError, "n_perturbations is for gradients='zeroth_order'"),
+        ((Decoder(),), {**EXACT, "resample": True}, ValueError, "resample is for gradients='zeroth_order'"),
+        ((Decoder(),), {**EXACT, "parameter": "embedding.weight"}, ValueError, "weight of a linear layer .*got embedding.weight"),
         ((Decoder(),), {"parameter": "blocks.weight"}, ValueError, "such as head.weight, got 'blocks.weight'"),
         ((quantised(),), {"parameter": "blocks.2.attn.wv.weight"}, TypeError, "floating, got torch.uint8"),
         ((Decoder(),), {"eps": 0}, ValueError, "eps must be > 0, got 0"),

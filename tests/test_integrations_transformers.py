@@ -20,13 +20,14 @@ from torch import Tensor
 import flashcoreset as fc
 
 transformers = pytest.importorskip("transformers", reason="an extra of its own")
-from flashcoreset.integrations.transformers import STATE_NAME, CoLMConfig, CoLMTrainer, _label  # noqa: E402
+from flashcoreset.integrations.transformers import STATE_NAME, CoLMConfig, CoLMMixin, CoLMTrainer  # noqa: E402
 
 # peft knows activation checkpoints by an older name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 VOCABULARY, LENGTH, LARGE, K = 43, 10, 12, 4
 COLM = {"large_batch_size": LARGE, "keep_sources": ("rare",), "top": 128, "eps": 1e-2}
+EXACT = {"gradients": "backprop", "eps": 1e-3, "matrices": ("q", "v")}
 
 
 def model(seed: int = 0, **options: Any) -> Any:
@@ -125,8 +126,8 @@ def test_steps_train_on_the_coreset(tmp_path: Path) -> None:
     run.train()
     drawn, coreset, trained = run.drawn[0], run.coresets[0], run.trained[0]
     assert len(drawn) == LARGE
-    labels = [_label(row["source"], "") for row in drawn]
-    method = fc.CoLM(K, top=128, keep_groups=[_label("rare", "")])
+    labels = [row["source"] for row in drawn]
+    method = fc.CoLM(K, top=128, keep_groups=["rare"])
     selector = fc.integrations.torch.BatchSelector(before, method, eps=1e-2, batch_size=K)
     inputs = collate([{"input_ids": list(row["input_ids"])} for row in drawn])
     expected = selector.select(inputs, labels)
@@ -175,7 +176,72 @@ def test_logs(tmp_path: Path) -> None:
     for entry in entries:
         assert 0 < entry["selection_time"] < 60
         assert 0 < entry["selection_share"] < 1
+        assert sum(entry[f"chosen/{source}"] for source in ("common", "other", "rare")) == K
+        assert "matching_error" not in entry
     assert not any("selection_time" in entry for entry in run.state.log_history if "loss" not in entry)
+    kept = [coreset.info["counts"]["rare"] for coreset in run.coresets[:2]]
+    assert entries[0]["chosen/rare"] == sum(kept) / 2
+    assert set(run.coresets[0].info["budgets"]) == {"common", "other"}
+
+
+@pytest.mark.parametrize("selection", ["random", "omp", "medoid"])
+def test_the_matching_error_in_the_logs(selection: str, tmp_path: Path) -> None:
+    """It is that of the gradients of the model before the step, and of the weights that are in the loss."""
+    colm: dict[str, Any] = {**EXACT, "log_matching_error": True}
+    colm |= {"selection": "random"} if selection == "random" else {"method": selection}
+    run = trainer(tmp_path, colm, max_steps=1)
+    before = copy.deepcopy(run.model)
+    run.train()
+    (entry,) = (entry for entry in run.state.log_history if "loss" in entry)
+    inputs = collate([{"input_ids": list(row["input_ids"])} for row in run.drawn[0]])
+    exact = fc.integrations.torch.BatchSelector(before, gradients="backprop", matrices=("q", "v"))
+    g, coreset = exact.gradients(inputs).dense(), run.coresets[0]
+    weights = coreset.weights if selection == "omp" else torch.ones(len(coreset.indices))
+    total = coreset.info["represented"] if selection == "omp" else len(coreset.indices)
+    missed = weights @ g[coreset.indices] / total - g.mean(0)
+    expected = float(missed.square().sum() / g.mean(0).square().sum())
+    assert entry["matching_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_random_rows_under_the_quotas(tmp_path: Path) -> None:
+    """The model does not run for them, and the quotas are those of CoLM."""
+    passes: list[int] = []
+    run = Recording(
+        model(), arguments(tmp_path), train_dataset=rows(), data_collator=collate, colm=CoLMConfig(**COLM),
+        selection="random",
+    )  # fmt: skip
+    run.model.register_forward_hook(lambda *_: passes.append(1))
+    run.train()
+    assert len(passes) == len(run.coresets) == 4
+    for drawn, coreset in zip(run.drawn, run.coresets, strict=True):
+        by_colm = fc.CoLM(K, keep_groups=["rare"]).select(
+            fc.LowRankGradients(torch.arange(1.0, LARGE + 1)[:, None], 0, 100),
+            [row["source"] for row in drawn],
+        )
+        assert coreset.info["counts"] == by_colm.info["counts"]
+    assert len({tuple(coreset.indices.tolist()) for coreset in run.coresets}) > 1
+
+
+def test_matching_pursuit_has_its_weights_in_the_loss(tmp_path: Path) -> None:
+    run = trainer(tmp_path, {**EXACT, "method": "omp", "normalize": False}, max_steps=1, max_grad_norm=0)
+    reference = copy.deepcopy(run.model)
+    gradients: list[Tensor] = []
+    run.add_callback(Gradients(gradients))
+    run.train()
+    coreset, batch = run.coresets[0], run.trained[0]
+    losses = [
+        reference(input_ids=own[None], labels=label[None]).loss
+        for own, label in (
+            (tokens[mask.bool()], labels[mask.bool()])
+            for tokens, labels, mask in zip(
+                batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+            )
+        )
+    ]
+    assert len(losses) == len(coreset.indices)
+    (torch.stack(losses) @ coreset.weights / LARGE).backward()
+    for found, parameter in zip(gradients, reference.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_evaluation_is_trainers(tmp_path: Path) -> None:
@@ -189,7 +255,9 @@ def test_evaluation_is_trainers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"resample": True, "n_perturbations": 2}], ids=["one direction", "many"]
+    "options",
+    [{}, {"resample": True, "n_perturbations": 2}, {**EXACT, "method": "omp"}, {"selection": "random"}],
+    ids=["one direction", "many", "exact", "random"],
 )
 def test_resumed_training_is_uninterrupted_training(options: dict[str, Any], tmp_path: Path) -> None:
     """In the middle of an epoch (60 rows, 12 per step) and in a later one, with dropout."""
@@ -351,7 +419,7 @@ def test_two_processes(tmp_path: Path) -> None:
     data = [everything[i] for i in first["drawn"][0] + second["drawn"][0]]
     selector = fc.integrations.torch.BatchSelector(model(), fc.CoLM(2 * K, top=128), eps=1e-2, batch_size=K)
     inputs = collate([{"input_ids": list(row["input_ids"])} for row in data])
-    expected = selector.select(inputs, [_label(row["source"], "") for row in data])
+    expected = selector.select(inputs, [row["source"] for row in data])
     assert first["indices"][0] == first["weighted"][0] == expected.indices.tolist()
     assert first["weighted"][1] == expected.weights.tolist()
     # With the sizes of the clusters: the gradient is that of one weighted mean over all of the coreset.
@@ -390,6 +458,9 @@ def test_bad_configurations() -> None:
         ({"keep_sources": None}, TypeError, "keep_sources must be several sources, got None"),
         ({"source": None}, ValueError, "source must be given with keep_sources"),
         ({"weighting": "none"}, ValueError, "weighting"),
+        ({"selection": "best"}, ValueError, "unknown selection 'best'"),
+        ({"method": "random"}, ValueError, "unknown method 'random'"),
+        ({"log_matching_error": 1}, TypeError, "log_matching_error must be a bool, got 1"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             CoLMConfig(**{**COLM, **options})
@@ -398,7 +469,11 @@ def test_bad_configurations() -> None:
 def test_bad_trainers(tmp_path: Path) -> None:
     for colm, options, error, message in (
         ({"large_batch_size": 4}, {}, ValueError, "large_batch_size must be above per_device_train_batch_size.*4 and 4"),
-        ({"top": 257}, {}, ValueError, "top must be <= 256, the size of model.layers.1.self_attn.v_proj.weight.*got 257"),
+        ({"gradients": "backprop"}, {}, ValueError, "eps is for gradients='zeroth_order'"),
+        ({"gradients": "exact"}, {}, ValueError, "unknown gradients 'exact'"),
+        ({"matrices": ("x",)}, {}, ValueError, "matrices must be one or several"),
+        ({"normalize": 1}, {}, TypeError, "normalize must be a bool"),
+        ({"method": "omp"}, {"label_smoothing_factor": 0.1}, ValueError, "'mean' with label_smoothing_factor"),
         ({"top": 0}, {}, ValueError, "top must be >= 1, got 0"),
         ({"eps": 0}, {}, ValueError, "eps must be > 0, got 0"),
         ({"keep_sources": (1.5,)}, {}, TypeError, r"keep_sources\[0\] must be an int"),
@@ -440,7 +515,6 @@ def test_data_without_sources(tmp_path: Path) -> None:
         trainer(tmp_path, data=[{**row, "source": 1.5} for row in data]).train()
     with pytest.raises(ValueError, match=r"the source of row 0 must be in the range of 64-bit integers"):
         trainer(tmp_path, data=[{**row, "source": 2**63} for row in data]).train()
-    assert _label("broken \ud800", "") != _label("broken", "")
 
 
 class Classes:
@@ -634,9 +708,176 @@ def test_collators_that_join_samples(tmp_path: Path) -> None:
             model(), arguments(tmp_path), train_dataset=rows(), data_collator=join, colm=CoLMConfig(**colm)
         )
         with pytest.raises(
-            ValueError, match="data_collator must make one row of labels per sample, got 1 of 12"
+            ValueError, match="data_collator must make one row of labels per sample, got 1 of 4"
         ):
             run.train()
+
+
+class Patches(torch.nn.Module):
+    """Sees the pictures of all rows one after the other, as many for each row as it says: nothing of it can be cut by its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 8)
+        layer = torch.nn.ModuleDict({"v_proj": torch.nn.Linear(8, 8), "other": torch.nn.Linear(8, 8)})
+        self.layers = torch.nn.ModuleList([layer])
+        self.head = torch.nn.Linear(8, VOCABULARY)
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor, counts: Tensor, labels: Tensor | None = None
+    ) -> Any:
+        assert int(counts.sum()) == len(pixel_values)
+        seen = torch.stack([part.mean(0) for part in pixel_values.split(counts.tolist())])
+        x = self.embedding(input_ids) + seen[:, None]
+        for layer in self.layers:
+            x = x + layer["other"](layer["v_proj"](x).tanh())
+        logits = self.head(x)
+        if labels is None:
+            return (logits,)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), logits
+
+
+class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        pixels = torch.randn(i % 3 + 1, 8, generator=torch.Generator().manual_seed(i))
+        tokens = [(i + j) % VOCABULARY for j in range(6)]
+        return {"input_ids": tokens, "pixel_values": pixels, "source": ("a", "b")[i % 2]}
+
+
+def test_collators_that_return_pictures(tmp_path: Path) -> None:
+    """Parts of a batch are collated apart: entries without a row for each sample are never cut."""
+
+    def with_pictures(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        tokens = torch.tensor([feature["input_ids"] for feature in features])
+        pixels = [feature["pixel_values"] for feature in features]
+        counts = torch.tensor([len(own) for own in pixels])
+        return {"input_ids": tokens, "labels": tokens, "pixel_values": torch.cat(pixels), "counts": counts}
+
+    for options in ({}, {"gradients": "backprop"}):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = Patches()
+        run = Recording(
+            network, arguments(tmp_path, max_steps=1), train_dataset=Pictures(), data_collator=with_pictures,
+            colm=CoLMConfig(large_batch_size=LARGE, keep_sources=("b",), forward_batch_size=5, **options),
+        )  # fmt: skip
+        before = copy.deepcopy(run.model)
+        run.train()
+        method = fc.CoLM(K, keep_groups=["b"])
+        whole = fc.integrations.torch.BatchSelector(before, method, **options)
+        features = [{**row} for row in run.drawn[0]]
+        expected = whole.select(with_pictures(features), [row["source"] for row in features])
+        assert torch.equal(run.coresets[0].indices, expected.indices)
+
+
+def test_data_sets_with_a_transform(tmp_path: Path) -> None:
+    """The columns that the model and CoLM see are made row by row; what else is made goes no further."""
+    datasets = pytest.importorskip("datasets", reason="an extra of its own")
+    made = datasets.Dataset.from_dict({"text": [" ".join(map(str, row["input_ids"])) for row in rows()]})
+    names = [row["source"] for row in rows()]
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        every = [[int(word) for word in text.split()] for text in batch["text"]]
+        sources = [names[numbers([{"input_ids": tokens}])[0]] for tokens in every]
+        return {"input_ids": every, "source": sources, "length": [len(tokens) for tokens in every]}
+
+    kept_rows(trainer(tmp_path, data=made.with_transform(encode)))
+    classes = datasets.Features(
+        {
+            "source": datasets.ClassLabel(names=list(Classes.names)),
+            "input_ids": datasets.List(datasets.Value("int64")),
+        }
+    )
+    table = datasets.Dataset.from_list(
+        [{"source": row["source"], "input_ids": row["input_ids"]} for row in by_number()], features=classes
+    )
+    run = trainer(tmp_path, data=table)
+    kept_rows(run)
+    assert set(run.coresets[0].info["counts"]) <= set(Classes.names)
+    with pytest.raises(ValueError, match=r"must be a class of the column 'source'.*got 'rear'"):
+        trainer(tmp_path, {"keep_sources": ("rear",)}, table)
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_sft_trainer(order: str, tmp_path: Path) -> None:
+    """Completions alone count, whichever base comes first; the picks are those made by hand from the model before the step."""
+    trl = pytest.importorskip("trl", reason="an extra of its own")
+    datasets = pytest.importorskip("datasets", reason="an extra of its own")
+    bases = (CoLMMixin, trl.SFTTrainer) if order == "first" else (trl.SFTTrainer, CoLMMixin)
+    kind = type("CoLMSFTTrainer", bases, {})
+    data = datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": row["input_ids"],
+                "completion_mask": [0, *[1] * (len(row["input_ids"]) - 1)],
+                "source": row["source"],
+            }
+            for row in rows()
+        ]
+    )
+    options = {
+        "per_device_train_batch_size": K, "max_steps": 2, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1,
+        "save_strategy": "no", "dataloader_pin_memory": False, "max_length": None, "bf16": False, "gradient_checkpointing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": False},
+    }  # fmt: skip
+
+    def made(colm: dict[str, Any], **more: Any) -> Any:
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words(), pad_token="[PAD]", eos_token="[EOS]"
+        )
+        return kind(
+            model(), trl.SFTConfig(str(tmp_path), **{**options, **more}), train_dataset=data, processing_class=tokenizer,
+            colm=CoLMConfig(**{**COLM, **colm}),
+        )  # fmt: skip
+
+    for colm in ({}, {**EXACT, "method": "omp"}):
+        run = made(colm)
+        run.train()
+        entries = [entry for entry in run.state.log_history if "loss" in entry]
+        assert len(entries) == 2
+        assert all(entry["chosen/rare"] >= 0 and entry["selection_time"] > 0 for entry in entries)
+        assert 0 < len(run.last_coreset.indices) <= K
+        assert run.last_coreset.info["step"] == 2
+    with pytest.raises(ValueError, match=r"(packing|padding_free) must be False"):
+        made({}, packing=True, max_length=32)
+
+
+def words() -> Any:
+    import tokenizers
+
+    vocabulary = {"[PAD]": 0, "[EOS]": 1, **{str(i): i for i in range(2, VOCABULARY)}}
+    return tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[EOS]"))
+
+
+def test_a_trainer_of_ones_own_before_the_mixin(tmp_path: Path) -> None:
+    """A loss of one's own stays in charge of losses without weights; weighted ones are the mixin's."""
+
+    class Own(transformers.Trainer):
+        calls = 0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class Both(Own, CoLMMixin):
+        pass
+
+    for weighting, calls in ((None, 2), ("cluster", 0)):
+        run = Both(
+            model(), arguments(tmp_path, max_steps=2), train_dataset=rows(), data_collator=collate,
+            colm=CoLMConfig(**COLM, weighting=weighting),
+        )  # fmt: skip
+        run.train()
+        assert run.calls == calls
+        assert len(run.last_coreset.indices) == K
+    with pytest.raises(TypeError, match="colm must be a CoLMConfig, got NoneType"):
+        Both(model(), arguments(tmp_path), train_dataset=rows(), data_collator=collate)
 
 
 def test_checkpoints_of_another_trainer(tmp_path: Path) -> None:
@@ -647,5 +888,7 @@ def test_checkpoints_of_another_trainer(tmp_path: Path) -> None:
         data_collator=collate,
     )
     plain.train()
-    with pytest.raises(ValueError, match=f"must be a checkpoint of CoLMTrainer.*no {STATE_NAME}"):
-        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    run = trainer(tmp_path, max_steps=3)
+    with pytest.warns(UserWarning, match=f"has no {STATE_NAME}.*selection begins with an empty history"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [coreset.info["step"] for coreset in run.coresets] == [1, 2]

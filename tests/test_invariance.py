@@ -353,12 +353,24 @@ CALLS: dict[str, dict[str, Call]] = {
             backends=(),
         )
     },
+    "small_sources": {
+        "all": Call(
+            lambda: {"labels": integers(36, 9, 90)},
+            lambda labels: fc.small_sources(labels, share=0.12),
+            backends=(),
+        )
+    },
     "allocate_budgets": {
+        "published_balanced": Call(
+            lambda: {"sizes": integers(34, 90, 12) + 1},
+            lambda sizes: fc.allocate_budgets(sizes, 77, "published_balanced", seed=5),
+            backends=(),
+        ),
         "all": Call(
             lambda: {"sizes": integers(34, 90, 12) + 1},
             lambda sizes: fc.allocate_budgets(sizes, 77),
             backends=(),
-        )
+        ),
     },
 }
 
@@ -369,6 +381,8 @@ NO_PROMISE = {
     "register_gradient_rule": "keeps a function",
     "AdamState": "a value",
     "Coreset": "a value",
+    "OuterProductGradients": "a value; its columns are torch's products",
+    "matching_error": "a float of torch's products and sums, whose last bits depend on threads",
     "LowRankGradients": "a value; its directions are those of zeroth_order_gradients",
     "RankOneAdamState": "a value",
     "Rows": "what a file holds",

@@ -115,10 +115,7 @@ def test_wheel(wheel: Path) -> None:
     assert not [
         name for name in names if "test" in name or "benchmark" in name or name.endswith((".cpp", ".h"))
     ]
-    python = {
-        str(path.relative_to(ROOT / "python"))
-        for path in (ROOT / "python").rglob("*.py")
-    }
+    python = {str(path.relative_to(ROOT / "python")) for path in (ROOT / "python").rglob("*.py")}
     python |= {f"flashcoreset/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == python
     assert "flashcoreset/py.typed" in names

@@ -103,7 +103,10 @@ def test_the_op_checks_its_arguments() -> None:
         ({"epsilon": 0.0}, "epsilon"),
         ({"memory_budget": -1}, "memory_budget"),
         ({"k": 60}, "k must be at most"),
-        ({"rounds": 2}, "rounds is not for torch.compile: how many rounds begin depends on values; leave it 1, got 2"),
+        (
+            {"rounds": 2},
+            "rounds is not for torch.compile: how many rounds begin depends on values; leave it 1, got 2",
+        ),
         ({"crow": torch.tensor([0, 1])}, "crow and col"),
     ):
         with pytest.raises(ValueError, match=words):

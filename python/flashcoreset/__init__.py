@@ -26,10 +26,11 @@ from flashcoreset.caratheodory import caratheodory
 from flashcoreset.facility_location import facility_location
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.gradients.loader import sketch_loader
+from flashcoreset.gradients.outer_products import OuterProductGradients
 from flashcoreset.gradients.rules import register_gradient_rule
 from flashcoreset.gradients.sketcher import GradientSketcher
 from flashcoreset.gradients.zeroth_order import LowRankGradients, zeroth_order_gradients
-from flashcoreset.matching import match_gradients
+from flashcoreset.matching import match_gradients, matching_error
 from flashcoreset.methods import (
     CoLM,
     autocoreset,
@@ -41,6 +42,7 @@ from flashcoreset.methods import (
     random_subset,
     select,
     simcore,
+    small_sources,
     top_scores,
     tune_ccs,
 )
@@ -63,6 +65,7 @@ __all__ = [
     "GradientSketcher",
     "InputWarning",
     "LowRankGradients",
+    "OuterProductGradients",
     "RankOneAdamState",
     "Rows",
     "SampleScores",
@@ -85,6 +88,7 @@ __all__ = [
     "kernels",
     "load",
     "match_gradients",
+    "matching_error",
     "memory_estimate",
     "nearest",
     "open_rows",
@@ -100,6 +104,7 @@ __all__ = [
     "sinkhorn_divergence",
     "sketch",
     "sketch_loader",
+    "small_sources",
     "top_scores",
     "tune_ccs",
     "zeroth_order_gradients",

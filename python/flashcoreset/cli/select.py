@@ -155,9 +155,7 @@ def _colm(arguments: argparse.Namespace) -> _Chosen:
         raise CommandError("--seed: it makes the directions of coefficients; give their length as --numel")
     coreset = method.select(grads, groups)
     if coreset.info["unseen"] and not hasattr(arguments, "state"):
-        warnings.warn(
-            nothing_kept(coreset.info["unseen"], "--groups", np.unique(groups).tolist()), stacklevel=1
-        )
+        warnings.warn(nothing_kept(coreset.info["unseen"], "--groups", coreset.info["counts"]), stacklevel=1)
     arrays = {"indices": coreset.indices.numpy(), "weights": coreset.weights.numpy()}
     info = dict(coreset.info)
     dims = info.pop("dims")

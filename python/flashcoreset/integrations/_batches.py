@@ -16,7 +16,7 @@ from flashcoreset._core.tensor import FLOATING
 IGNORED = -100  # the label of tokens that do not count, as everywhere in torch
 
 # Relative differences that count as rounding between two ways to one number, by the type of the logits.
-_ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 _APART = 8  # how many times farther off than the right way the other way must be
 _OPEN = 6  # the most entries that are checked together for rows
 
@@ -63,6 +63,11 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(logits, (tuple, list)):
         # With labels, the output tuple begins with the loss.
         logits = next((part for part in logits if not isinstance(part, Tensor) or part.dim()), None)
+    if logits is None and getattr(output, "loss", None) is not None:
+        raise TypeError(
+            "the model must return logits, got a loss alone: a fused loss (such as Liger's fused_linear_cross_entropy, or trl's chunked_nll) "
+            "computes the loss without them; turn it off"
+        )
     if not isinstance(logits, Tensor) or logits.dtype not in FLOATING:
         raise TypeError(f"the model must return logits or have them first, got {type(logits).__name__}")
     return logits
@@ -82,6 +87,21 @@ def _loss_sums(logits: Tensor, labels: Tensor, shift_labels: bool) -> tuple[Tens
     targets = labels.to(logits.device, torch.int64)
     losses = F.cross_entropy(wide.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
     return losses.sum(1), (targets != IGNORED).sum(1)
+
+
+def loss_gradients(logits: Tensor, labels: Tensor, shift_labels: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_loss_sums` returns, and the gradients of these sums with respect to the logits, like the logits."""
+    sums, counts = _loss_sums(logits, labels, shift_labels)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    gradients = torch.softmax(wide, -1)
+    del wide
+    targets = labels.to(logits.device, torch.int64)
+    if labels.dim() == 2 and shift_labels:
+        targets = torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], IGNORED)], 1)
+    counted = (targets != IGNORED)[..., None]
+    places = targets.masked_fill(targets == IGNORED, 0)[..., None]
+    gradients.scatter_add_(-1, places, torch.full_like(gradients[..., :1], -1))
+    return sums, counts, gradients.masked_fill_(~counted, 0).to(logits.dtype)
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, Any]:
@@ -136,7 +156,7 @@ def shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
         return labels.dim() == 2 and _labels_are_tokens(name, batch)
     loss = float(own)
     dtype = min(logits.dtype, own.dtype, key=lambda dtype: torch.finfo(dtype).bits)
-    allowed = _ROUNDING[dtype]
+    allowed = ROUNDING[dtype]
     if labels.dim() == 1:
         if _differ(means[0], loss) <= allowed:
             return False
@@ -238,7 +258,7 @@ def find_rows(
         same_gaps = torch.equal(torch.isfinite(found), torch.isfinite(right))
         distances[choice] = float(unlike.nan_to_num(0, 0, 0).max()) if same_gaps else float("inf")
     nearest = min(distances.values(), default=float("inf"))
-    if nearest > _ROUNDING[dtype]:
+    if nearest > ROUNDING[dtype]:
         raise ValueError(_stays_open(open_, batch, rows, fits=False)) from failure
     limit = _APART * max(nearest, torch.finfo(dtype).eps)
     fitting = [choice for choice, distance in distances.items() if distance <= limit]

@@ -12,47 +12,75 @@ from torch import Tensor, nn
 
 from flashcoreset._core.errors import SlowPathWarning, warn_caller
 from flashcoreset._core.results import Coreset
-from flashcoreset._core.tensor import FLOATING, as_int64, as_integer, as_number
+from flashcoreset._core.tensor import FLOATING, as_int64, as_integer, as_number, one_of
+from flashcoreset.gradients.outer_products import OuterProductGradients, joined
 from flashcoreset.gradients.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
+from flashcoreset.integrations._backprop import LastLayerGradients, matrix_of
 from flashcoreset.integrations._batches import cut, find_rows, known_rows, sample_losses, shifts_labels
 
 # Coefficients of shortened passes equal those of whole passes except for rounding, which is large in half precision.
 _NEAR = 0.05
 
-# Modules that project to values alone, by the last part of their names.
-_SEPARATE = ("v_proj", "value", "wv", "v")
+_GRADIENTS = ("zeroth_order", "backprop")
+
+# Modules that project to queries, keys or values alone, by the last part of their names: one style of names a column.
+_SEPARATE = {
+    "q": ("q_proj", "query", "wq", "q"),
+    "k": ("k_proj", "key", "wk", "k"),
+    "v": ("v_proj", "value", "wv", "v"),
+}
+_OUTPUTS = ("o_proj", "out_proj", "wo", "o", "dense", "c_proj", "proj")  # attention's last projection
+_MATRICES = ("q", "k", "v", "o")
+# Parts of names of what sees and hears beside a language model, whose layers are not the last ones.
+_SENSES = ("vision", "visual", "audio", "image", "qformer")
 
 
-def _last_third(weight: Tensor, config: Any) -> Tensor:
-    """The values' rows of [q | k | v], all three equally wide."""
-    return weight[2 * (len(weight) // 3) :]
+def _third(weight: Tensor, config: Any, which: str) -> Tensor:
+    """The rows of [q | k | v], all three equally wide."""
+    third = len(weight) // 3
+    return weight.narrow(0, "qkv".index(which) * third, third)
 
 
-def _last_heads(weight: Tensor, config: Any) -> Tensor:
-    """The values' rows of [q | k | v] with fewer heads in k and v than in q."""
+def _heads(weight: Tensor, config: Any, which: str) -> Tensor:
+    """The rows of [q | k | v] with fewer heads in k and v than in q."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return weight[-config.num_key_value_heads * head :]
+    few = config.num_key_value_heads * head
+    if which == "q":
+        return weight[: -2 * few]
+    return weight[-2 * few : -few] if which == "k" else weight[-few:]
 
 
-def _third_of_each_head(weight: Tensor, config: Any) -> Tensor:
-    """The values' rows of [q | k | v] in each head, head by head."""
-    return weight.view(config.num_attention_heads, 3, -1, weight.shape[1])[:, 2]
+def _third_of_each_head(weight: Tensor, config: Any, which: str) -> Tensor:
+    """The rows in each head of [q | k | v], head by head."""
+    return weight.view(config.num_attention_heads, 3, -1, weight.shape[1])[:, "qkv".index(which)]
 
 
-# Modules that project to queries, keys and values at once: which rows of [out, in] are the values', by the name and by
-# `model_type` of the configuration. Other models use the same name for other layouts.
-_FUSED: dict[str, dict[str, Callable[[Tensor, Any], Tensor]]] = {
-    "c_attn": {"gpt2": _last_third},
-    "qkv_proj": {"phi3": _last_heads},
+def _latent(weight: Tensor, config: Any, which: str) -> Tensor:
+    """The rows in each head of [k | v], which multi-head latent attention makes from a compressed state."""
+    heads = weight.view(config.num_attention_heads, -1, weight.shape[1])
+    place = config.qk_nope_head_dim
+    return heads[:, :place] if which == "k" else heads[:, place:]
+
+
+# Modules that project to several of them at once: which rows of [out, in] are whose, by the name and by `model_type` of the
+# configuration. Other models use the same name for other layouts.
+_FUSED: dict[str, dict[str, Callable[[Tensor, Any, str], Tensor]]] = {
+    "c_attn": {"gpt2": _third},
+    "qkv_proj": {"phi3": _heads},
     "query_key_value": dict.fromkeys(("bloom", "gpt_neox", "persimmon"), _third_of_each_head),
-    "Wqkv": {"mpt": _last_third},
+    "Wqkv": {"mpt": _third},
+    "kv_b_proj": dict.fromkeys(("deepseek_v2", "deepseek_v3"), _latent),
 }
 
 
 class BatchSelector:
-    """Chooses the rows of a batch that a training step is made on, by zeroth-order gradients of the last V-projection.
+    """Chooses the rows of a batch that a training step is made on, by each row's gradient of the last V-projection or of other matrices.
 
-    One forward pass runs the model with the parameter moved by +eps along a random direction and keeps the last decoder
+    `gradients="backprop"` takes the exact gradients: one forward pass of the model, and a backward pass that ends at the last layer's
+    matrices. A row's gradient stays a product of the matrix's inputs and its outputs' gradients (`OuterProductGradients`); nothing of the
+    size rows x parameters is formed. On the first batch, the sum over the rows is compared with autograd's gradient of the matrix.
+
+    `gradients="zeroth_order"`, as CoLM's paper has it, estimates them without a backward pass. One forward pass runs the model with the parameter moved by +eps along a random direction and keeps the last decoder
     layer's input; another one with -eps runs that layer, the final norm and the head alone (with more directions, all passes but the
     first do). On the first batch, whole passes check whether that is enough; if a model uses its earlier layers for more than
     the last one's input, all passes are whole passes, and a `SlowPathWarning` reports it. The losses of each sample are averaged over
@@ -66,12 +94,17 @@ class BatchSelector:
             texts and images of transformers, with or without peft's adapters. Layers are
             members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped.
         method: what chooses rows by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
-            can be called.
-        parameter: name of the parameter to perturb. None: the weight of the last V-projection (for a fused projection only the
-            values' rows), or the matrix B of its LoRA adapter if it has an active one.
+            can be called. For an `fc.CoLM` with method "random" the model does not run.
+        gradients: "zeroth_order" or "backprop".
+        parameter: name of the parameter, or several names. None: the weights of the last layer's projections `matrices` (of a fused
+            projection only their rows), or the matrices B of their LoRA adapters where they have active ones. "backprop" takes weights of
+            linear layers.
+        matrices: which projections of the last layer's attention: "q", "k", "v" and "o", one or several; for `parameter=None`.
+        sketch_dim: for "backprop": `gradients` returns sketches (`OuterProductGradients.sketch`) of this many dimensions, in place of
+            the factors. None: factors.
         eps: the size of the step, > 0. LoRA starts with B = 0, so `eps` is not relative to the weights.
         seed: a 64-bit integer, the seed of the directions.
-        n_perturbations: the number of directions.
+        n_perturbations: the number of directions. With one, all rows' gradients are multiples of one direction.
         resample: False: the same directions in every step, as in CoLM's published code. True: other directions in every step, by the
             number of the step.
         batch_size: how many rows run at a time; None: all. Coefficients depend on it only by rounding.
@@ -84,8 +117,9 @@ class BatchSelector:
             runs once for this check.
 
     Attributes:
-        parameter_name: the name of the parameter that is perturbed.
-        parameter: the tensor that is perturbed: the parameter itself, or a view of it.
+        parameter_names: the names of the parameters whose gradients are taken.
+        parameters: these tensors: parameters themselves, or views of them.
+        parameter_name, parameter: the first of both.
         layer_name: the layer that is run again.
         method: the argument `method`.
         shift_labels: the argument, or what was found; None before.
@@ -93,7 +127,7 @@ class BatchSelector:
 
     Raises:
         TypeError: for arguments of a wrong type, and a parameter that is not floating (quantised).
-        ValueError: for a wrong value; a model in which no V-projection is found, the message names what was looked for; a fused
+        ValueError: for a wrong value; options of one kind of gradients with the other; a model in which no V-projection is found, the message names what was looked for; a fused
             projection whose layout is not known.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
@@ -110,6 +144,9 @@ class BatchSelector:
         >>> tokens = torch.randint(0, 50, (8, 12))
         >>> selector.gradients({"input_ids": tokens, "labels": tokens}).coefficients.shape
         torch.Size([8, 1])
+        >>> selector = fc.integrations.torch.BatchSelector(model, fc.CoLM(4, method="omp"), gradients="backprop")
+        >>> len(selector.select({"input_ids": tokens, "labels": tokens}).indices) <= 4
+        True
     """
 
     def __init__(
@@ -117,7 +154,10 @@ class BatchSelector:
         model: nn.Module,
         method: Any = None,
         *,
-        parameter: str | None = None,
+        gradients: str = "zeroth_order",
+        parameter: str | Iterable[str] | None = None,
+        matrices: Iterable[str] = ("v",),
+        sketch_dim: int | None = None,
         eps: float = 1e-3,
         seed: int = 0,
         n_perturbations: int = 1,
@@ -134,8 +174,8 @@ class BatchSelector:
             raise TypeError(
                 f"method must have select(grads, groups), as fc.CoLM has, got {type(method).__name__}"
             )
-        if parameter is not None and not isinstance(parameter, str):
-            raise TypeError(f"parameter must be a str or None, got {type(parameter).__name__}")
+        one_of(gradients, "gradients", _GRADIENTS)
+        self._kind = gradients
         self._eps = as_number(eps, "eps")
         if self._eps <= 0:
             raise ValueError(f"eps must be > 0, got {eps}")
@@ -144,6 +184,10 @@ class BatchSelector:
         if not isinstance(resample, bool):
             raise TypeError(f"resample must be a bool, got {resample!r} of type {type(resample).__name__}")
         self._resample = resample
+        if sketch_dim is not None:
+            sketch_dim = _at_least_one(sketch_dim, "sketch_dim")
+        self._sketch_dim = sketch_dim
+        self._refuse_mixed()
         self._batch_size = None if batch_size is None else _at_least_one(batch_size, "batch_size")
         if shift_labels is not None and not isinstance(shift_labels, bool):
             raise TypeError(
@@ -155,59 +199,108 @@ class BatchSelector:
         self._model = model
         self.method = method
         self.steps = 0
-        self._view: Callable[[Tensor], Tensor] | None = None
-        if parameter is None:
-            self.parameter_name, self._view = _value_projection(model)
-        else:
-            self.parameter_name = _named(model, parameter)
-        self.layer_name, self._before = _layer_of(model, self.parameter_name)
+        self._wanted = _parameters(model, parameter, matrices)
+        self.parameter_names = tuple(name for name, _ in self._wanted)
+        self.layer_name, self._before = min(
+            (_layer_of(model, name) for name in self.parameter_names), key=lambda found: len(found[1])
+        )
         self._is_checked = False  # whether it was checked that shortened passes are enough
+        self._exact: LastLayerGradients | None = None
+        if gradients == "backprop":
+            self._exact = LastLayerGradients(
+                model, [matrix_of(model, name, view) for name, view in self._wanted]
+            )
+
+    def _refuse_mixed(self) -> None:
+        """Raises errors for options that the kind of gradients does not have."""
+        of_other = {"eps": self._eps != 1e-3, "n_perturbations": self._count != 1, "resample": self._resample}
+        if self._kind == "zeroth_order":
+            of_other = {"sketch_dim": self._sketch_dim is not None}
+        for name, is_given in of_other.items():
+            if is_given:
+                other = _GRADIENTS[self._kind == "zeroth_order"]
+                raise ValueError(
+                    f"{name} is for gradients={other!r}; leave it out with gradients={self._kind!r}"
+                )
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The tensors whose gradients are taken, looked up each time because models are moved and cast."""
+        found = []
+        for name, view in self._wanted:
+            tensor = self._model.get_parameter(name)
+            found.append(tensor if view is None else view(tensor.detach()))
+        return found
+
+    @property
+    def parameter_name(self) -> str:
+        """The first of the names."""
+        return self.parameter_names[0]
 
     @property
     def parameter(self) -> Tensor:
-        """The tensor that is perturbed, looked up each time because models are moved and cast."""
-        tensor = self._model.get_parameter(self.parameter_name)
-        return tensor if self._view is None else self._view(tensor.detach())
+        """The first of the tensors."""
+        return self.parameters[0]
 
     @property
     def numel(self) -> int:
-        """The number of entries that are perturbed."""
-        return self.parameter.numel()
+        """The number of entries of these tensors."""
+        return sum(tensor.numel() for tensor in self.parameters)
 
-    def gradients(self, batch: Mapping[str, Any]) -> LowRankGradients:
-        """The gradient of each row's loss with respect to `parameter`, as coefficients of the directions.
+    def gradients(
+        self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    ) -> LowRankGradients | OuterProductGradients | Tensor:
+        """The gradient of each row's loss with respect to `parameters`.
 
         Args:
             batch: what the model is called with, and "labels" [B, T] or [B], with -100 where a label does not count: the labels that
-                the model's own loss takes. Everything is on the model's device.
+                the model's own loss takes. Everything is on the model's device. A list of such mappings is a batch in parts, each of which
+                runs by itself, whatever `batch_size`.
 
         Returns:
-            `LowRankGradients` with coefficients [B, n_perturbations]: NaN for rows whose loss is not finite, and 0 for
-            rows without a label.
+            For "zeroth_order" `LowRankGradients` with coefficients [B, n_perturbations]; for "backprop" `OuterProductGradients`, the
+            matrices in the order of `parameter_names`, or with `sketch_dim` their sketches [B, sketch_dim]. NaN for rows whose loss is
+            not finite, and 0 for rows without a label.
 
         Raises:
             TypeError, ValueError: for a batch without labels, or logits that do not fit them; if it stays open which
                 entries have rows, or whether labels are shifted; for a model whose own loss is a different one.
         """
-        labels = _labels(batch)
-        rows = len(labels)
+        parts = batch if isinstance(batch, (list, tuple)) else self._cut(batch)
         seed = seed_of_call(self._seed, self.steps) if self._resample else self._seed
-        step = rows if self._batch_size is None else self._batch_size
-        parts = []
+        found: list[Any] = []
         with self._evaluation():
-            has_rows = self._has_rows(batch, step) if step < rows else {}
-            for first in range(0, rows, step):
-                part = cut(batch, has_rows, slice(first, first + step)) if has_rows else dict(batch)
+            for part in parts:
+                _labels(part)
                 if self.shift_labels is None:
                     with torch.no_grad():
                         self.shift_labels = shifts_labels(self._model, self._inputs(part, labelled=True))
-                parts.append(
-                    self._coefficients(part, seed) if self._is_checked else self._checked(part, seed)
-                )
+                found.append(self._of_part(dict(part), seed))
+        if not found:
+            raise ValueError("batch must have at least one part, got an empty list")
         self.steps += 1
-        return LowRankGradients(torch.cat(parts), seed, self.numel)
+        if self._exact is None:
+            return LowRankGradients(torch.cat(found), seed, self.numel)
+        return joined(found) if self._sketch_dim is None else torch.cat(found)
 
-    def select(self, batch: Mapping[str, Any], groups: Any = None) -> Coreset:
+    def _cut(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The parts of a batch that run at a time."""
+        rows = len(_labels(batch))
+        step = rows if self._batch_size is None else self._batch_size
+        if step >= rows:
+            yield dict(batch)
+            return
+        has_rows = self._has_rows(batch, step)
+        for first in range(0, rows, step):
+            yield cut(batch, has_rows, slice(first, first + step))
+
+    def _of_part(self, part: dict[str, Any], seed: int) -> Tensor | OuterProductGradients:
+        if self._exact is None:
+            return self._coefficients(part, seed) if self._is_checked else self._checked(part, seed)
+        exact = self._exact(self._inputs(part), part["labels"], self.shift_labels is not False)
+        return exact if self._sketch_dim is None else exact.sketch(self._sketch_dim, seed=seed)
+
+    def select(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], groups: Any = None) -> Coreset:
         """The rows of `batch` to train on, by `method`.
 
         Args:
@@ -225,6 +318,12 @@ class BatchSelector:
             raise ValueError(
                 "method must be given for select, as in BatchSelector(model, fc.CoLM(16)), got None"
             )
+        if getattr(self.method, "method", None) == "random":
+            rows = sum(
+                len(_labels(part)) for part in (batch if isinstance(batch, (list, tuple)) else [batch])
+            )
+            drawn: Coreset = self.method.draw(rows, groups, device=self.parameter.device)
+            return drawn
         chosen: Coreset = self.method.select(self.gradients(batch), groups)
         return chosen
 
@@ -307,7 +406,7 @@ class BatchSelector:
                 return values.masked_fill(unusable, 0)
 
             g = zeroth_order_gradients(
-                losses, [self.parameter], eps=self._eps, seed=seed, n_perturbations=self._count
+                losses, self.parameters, eps=self._eps, seed=seed, n_perturbations=self._count
             )
         return g.coefficients.masked_fill(bad[:, None], torch.nan)
 
@@ -375,11 +474,73 @@ def _repeated(model: nn.Module, before: Sequence[nn.Module]) -> Iterator[Callabl
                     module.forward = forward
 
 
-def _value_projection(model: nn.Module) -> tuple[str, Callable[[Tensor], Tensor] | None]:
-    """The name of the last layer's V-projection and, for a fused one, the function that takes the values' part of it."""
-    found: tuple[str, nn.Module] | None = None
+View = Callable[[Tensor], Tensor]
+
+
+def _parameters(model: nn.Module, parameter: Any, matrices: Any) -> list[tuple[str, View | None]]:
+    """The names of the parameters and, for those of which a part is wanted, the functions that take it."""
+    if isinstance(matrices, str):
+        matrices = [matrices]
+    chosen = list(matrices) if isinstance(matrices, Iterable) else []
+    if not chosen or any(which not in _MATRICES for which in chosen) or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"matrices must be one or several of {', '.join(_MATRICES)}, each once, got {matrices!r}"
+        )
+    if parameter is None:
+        return [_projection(model, which) for which in chosen]
+    names = [parameter] if isinstance(parameter, str) else parameter
+    if isinstance(names, Tensor) or not isinstance(names, Iterable):
+        raise TypeError(f"parameter must be a str, several, or None, got {type(parameter).__name__}")
+    found: list[tuple[str, View | None]] = []
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"parameter must be a str, several, or None, got {type(name).__name__} among them"
+            )
+        found.append((_named(model, name), None))
+    if not found or len({name for name, _ in found}) < len(found):
+        raise ValueError(f"parameter must name one parameter or several, each once, got {parameter!r}")
+    return found
+
+
+def _projection(model: nn.Module, which: str) -> tuple[str, View | None]:
+    """The name of a projection of the last layer's attention and, for a fused one, the function that takes the wanted part of it."""
+    values, _ = _value_projection(model)
+    if which == "v":
+        name, module = values, model.get_submodule(values)
+    elif which == "o":
+        name, module = _beside(model, values, _OUTPUTS, which)
+    elif _last(values) in _FUSED and _last(values) != "kv_b_proj":
+        name, module = values, model.get_submodule(values)
+    elif _last(values) == "kv_b_proj":
+        wanted = (values,) if which == "k" else _beside(model, values, ("q_b_proj", "q_proj"), which)[:1]
+        name, module = wanted[0], model.get_submodule(wanted[0])
+    else:
+        style = _SEPARATE["v"].index(_last(values))
+        name, module = _beside(model, values, _SEPARATE[which][style : style + 1], which)
+    return _weight_of(model, name, module, which)
+
+
+def _beside(model: nn.Module, values: str, names: Sequence[str], which: str) -> tuple[str, nn.Module]:
+    """The projection of one of these names that is nearest to the V-projection, in its attention."""
+    path = values.split(".")
+    for depth in (1, 2):
+        around = ".".join(path[:-depth])
+        if path[-depth - 1 :][0].isdigit() and depth > 1:
+            break  # the layer itself, beyond its attention
+        for part, module in model.get_submodule(around).named_modules():
+            if _last(part) in names and _weight(module) is not None:
+                return f"{around}.{part}", module
+    raise ValueError(
+        f"matrices: no projection named {', '.join(names)} was found beside {values} for {which!r}; name it with parameter="
+    )
+
+
+def _value_projection(model: nn.Module) -> tuple[str, nn.Module]:
+    """The name of the last layer's projection to values, fused or not, and the module."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    names = (*_SEPARATE, *_FUSED)
+    names = (*_SEPARATE["v"], *_FUSED)
+    found: list[tuple[str, nn.Module]] = []
     inside: tuple[str, ...] = ()
     for name, layers in lists:
         if name.startswith(inside):
@@ -391,31 +552,35 @@ def _value_projection(model: nn.Module) -> tuple[str, Callable[[Tensor], Tensor]
                 if _last(part) in names and _weight(m) is not None
             ]
             if own:
-                found = f"{name}.{i}.{own[0][0]}", own[0][1]
+                found.append((f"{name}.{i}.{own[0][0]}", own[0][1]))
                 inside = (*inside, f"{name}.")
                 break
-    if found is None:
+    if not found:
         lengths = ", ".join(
             f"{name} ({len(layers)} of {type(layers[0]).__name__})" for name, layers in lists if len(layers)
         )
         raise ValueError(
-            f"model must have decoder layers in an nn.ModuleList, with a V-projection named {', '.join(_SEPARATE)} or a fused "
+            f"model must have decoder layers in an nn.ModuleList, with a V-projection named {', '.join(_SEPARATE['v'])} or a fused "
             f"one named {', '.join(_FUSED)}; {type(model).__name__} has "
             + (f"the lists {lengths}" if lengths else "no nn.ModuleList")
-            + "; name the parameter to perturb with parameter="
+            + "; name the parameter with parameter="
         )
-    name, module = found
+    language = [pair for pair in found if not any(word in pair[0] for word in _SENSES)]
+    return (language or found)[-1]
+
+
+def _weight_of(model: nn.Module, name: str, module: nn.Module, which: str) -> tuple[str, View | None]:
     weight = _weight(module)
     assert weight is not None
     owner, tensor = weight
     full = f"{name}.{owner}weight"
     if tensor.dtype not in FLOATING:
         raise TypeError(
-            f"the V-projection {full} must be floating, got {tensor.dtype} (quantised?); give it a LoRA adapter, or "
-            "name the parameter to perturb with parameter="
+            f"the projection {full} must be floating, got {tensor.dtype} (quantised?); give it a LoRA adapter, or "
+            "name the parameter with parameter="
         )
     kind = _last(name)
-    if kind not in _FUSED:
+    if kind not in _FUSED or which == "o":
         return full, None
     config = _config(model, name)
     layouts = _FUSED[kind]
@@ -423,13 +588,13 @@ def _value_projection(model: nn.Module) -> tuple[str, Callable[[Tensor], Tensor]
     if layout is None:
         raise ValueError(
             f"the layout of the fused projection {full} is known for the model_type {', '.join(layouts)}, got "
-            f"{getattr(config, 'model_type', None)!r}; name the parameter to perturb with parameter="
+            f"{getattr(config, 'model_type', None)!r}; name the parameter with parameter="
         )
     known = layout
     # transformers' Conv1D is [in, out]; the matrix B of an adapter is always [out, r].
     if not owner.startswith("lora") and type(_base(module)).__name__ == "Conv1D":
-        return full, lambda tensor: known(tensor.T, config)
-    return full, lambda tensor: known(tensor, config)
+        return full, lambda tensor: known(tensor.T, config, which)
+    return full, lambda tensor: known(tensor, config, which)
 
 
 def _last(name: str) -> str:

@@ -1,36 +1,39 @@
-"""CoLM inside transformers' Trainer: each step draws a large batch and trains on its coreset."""
+"""CoLM inside transformers' Trainer and its subclasses: each step draws a large batch and trains on its coreset."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashcoreset._core.results import Coreset
-from flashcoreset._core.tensor import as_int64, as_integer, one_of
+from flashcoreset._core.tensor import as_integer, one_of
+from flashcoreset.gradients.outer_products import OuterProductGradients, joined
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 from flashcoreset.integrations.torch import BatchSelector, sample_losses
-from flashcoreset.methods.colm import CoLM
+from flashcoreset.matching import matching_error
+from flashcoreset.methods.colm import CoLM, as_label, in_order, usable_rows
 
 try:
     from accelerate.utils import gather_object
     from transformers import Trainer
 except ImportError as error:
     raise ImportError(
-        f"CoLMTrainer needs transformers and accelerate ({error}); install them with pip install 'flashcoreset[transformers]'"
+        f"CoLMMixin and CoLMTrainer need transformers and accelerate ({error}); install them with pip install 'flashcoreset[transformers]'"
     ) from error
 
 STATE_NAME = "coreset_selection.pt"
 _WEIGHTS = "coreset_weights"
 _WEIGHTINGS = ("mean", "cluster")
+_SELECTIONS = ("colm", "random")
 _SHOWN = 20  # the most sources in a message
 
 
@@ -44,13 +47,18 @@ class CoLMConfig:
         keep_sources: the sources of which every row is kept. Names of the classes of a `ClassLabel` column are taken too. A source
             that the data does not have is an error if the data's sources are known beforehand (a list of rows, a column of a
             `datasets.Dataset`), else a warning reports it at the end of the first epoch, or of the run, or after 100 batches.
-        rule, top, betas, adam_eps, metric: `rule`, `top`, `betas`, `eps` and `metric` of `fc.CoLM`. `top` is at most the number of
-            perturbed parameters; None takes all.
-        weighting: "mean": the loss of the coreset as the model computes it, like CoLM's published code. "cluster": the
-            mean over the rows of each row's own loss times the size of its cluster.
-        parameter, eps, n_perturbations, resample, seed, shift_labels, batch_keys: those of `fc.integrations.torch.BatchSelector`.
+        selection: "colm", or "random": random rows under the same quotas, the control, for which the model does not run.
+        method, normalize, rule, top, betas, adam_eps, metric: `method` ("medoid" or "omp"), `normalize`, `rule`, `top`, `betas`, `eps` and
+            `metric` of `fc.CoLM`.
+        weighting: "mean": the loss of the coreset as the model computes it, like CoLM's published code. "cluster": each row's own
+            loss times its weight (the size of its cluster, or for "omp" the weight of its gradient), summed and divided by the number of
+            rows for which the weights stand. None: "cluster" for method "omp", else "mean".
+        gradients, matrices, sketch_dim, parameter, eps, n_perturbations, resample, seed, shift_labels: those of
+            `fc.integrations.torch.BatchSelector`; `seed` is that of `fc.CoLM` too.
         forward_batch_size: the number of rows that run at a time in the selection; None: per_device_train_batch_size, which takes less
-            memory than the training step.
+            memory than the training step. Each part is collated by itself, so that a collator may return anything.
+        log_matching_error: whether the logs have "matching_error": the mean since the last log of `fc.matching_error` of the
+            coresets, by the gradients of the selection. With selection "random" these are then computed too.
 
     Raises:
         TypeError, ValueError: for a value of a wrong type or out of range; the errors of CoLM and BatchSelector come when the trainer
@@ -58,27 +66,33 @@ class CoLMConfig:
 
     Example:
         >>> from flashcoreset.integrations.transformers import CoLMConfig
-        >>> CoLMConfig(large_batch_size=128, keep_sources=("rare",)).weighting
-        'mean'
+        >>> CoLMConfig(large_batch_size=128, keep_sources=("rare",), gradients="backprop", method="omp").has_weights
+        True
     """
 
     large_batch_size: int
     source: str | None = "source"
     keep_sources: tuple[str | int, ...] = ()
+    selection: str = "colm"
+    method: str = "medoid"
+    normalize: bool = True
     rule: str = "proportional"
     top: int | None = 2560
     betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
     metric: str = "l1"
-    weighting: str = "mean"
-    parameter: str | None = None
+    weighting: str | None = None
+    gradients: str = "zeroth_order"
+    matrices: tuple[str, ...] = ("v",)
+    sketch_dim: int | None = None
+    parameter: str | tuple[str, ...] | None = None
     eps: float = 1e-3
     n_perturbations: int = 1
     resample: bool = False
     seed: int = 0
     forward_batch_size: int | None = None
     shift_labels: bool | None = None
-    batch_keys: tuple[str, ...] | None = None
+    log_matching_error: bool = False
 
     def __post_init__(self) -> None:
         if as_integer(self.large_batch_size, "large_batch_size") < 1:
@@ -90,25 +104,40 @@ class CoLMConfig:
         object.__setattr__(self, "keep_sources", tuple(self.keep_sources))
         if self.keep_sources and self.source is None:
             raise ValueError(f"source must be given with keep_sources={self.keep_sources}, got None")
-        one_of(self.weighting, "weighting", _WEIGHTINGS)
+        one_of(self.selection, "selection", _SELECTIONS)
+        one_of(self.method, "method", ("medoid", "omp"))
+        if self.weighting is not None:
+            one_of(self.weighting, "weighting", _WEIGHTINGS)
+        if not isinstance(self.log_matching_error, bool):
+            raise TypeError(f"log_matching_error must be a bool, got {self.log_matching_error!r}")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the losses of a coreset's rows are weighted."""
+        if self.weighting is None:
+            return self.method == "omp" and self.selection == "colm"
+        return self.weighting == "cluster"
 
 
-class CoLMTrainer(Trainer):
-    """A `transformers.Trainer` whose steps train on coresets of large batches.
+class CoLMMixin(Trainer):
+    """Makes any subclass of transformers' Trainer train on coresets of large batches: `class CoLMSFTTrainer(CoLMMixin, SFTTrainer)`, the
+    bases in either order.
 
-    For each batch that Trainer would train on, `large_batch_size` rows are drawn. Their gradients are estimated by
+    For each batch that Trainer would train on, `large_batch_size` rows are drawn. Their gradients are taken by
     `fc.integrations.torch.BatchSelector`, `fc.CoLM` chooses among the rows of all processes, each process takes an equal share of
-    the coreset (rows travel between processes before they are collated), and from there on Trainer works as usual.
-    Evaluation is Trainer's own. If the last large batch of an epoch is no larger than the coreset, all of it is taken.
+    the coreset (rows travel between processes before they are collated), and from there on the trainer works as usual.
+    Evaluation is the trainer's own. If the last large batch of an epoch is no larger than the coreset, all of it is taken.
 
-    The logs have `selection_time`, seconds per optimizer step, and `selection_share`, the share of the time from
-    drawing a step's data to its end. The selection's state is saved beside the optimizer's in checkpoints, and a resumed run goes
-    on as if there had been no interruption.
+    The logs have `selection_time`, seconds per optimizer step, `selection_share`, the share of the time from
+    drawing a step's data to its end, `chosen/SOURCE`, rows of each source per coreset, and, if asked, `matching_error`. The
+    selection's state is saved beside the optimizer's in checkpoints, and a resumed run goes on as if there had been no interruption;
+    from a checkpoint of a trainer without CoLM it begins with an empty history, and a warning says so.
 
     Args:
         colm: a `CoLMConfig`.
-        args, kwargs: those of Trainer. The data collator is called with the rows of the large batch, and again with those of the
-            coreset, so it should not be random.
+        selection: takes the place of the config's `selection`.
+        args, kwargs: those of the trainer. The data collator is called with parts of the large batch's rows, and again with those of
+            the coreset, so it should not be random.
 
     Attributes:
         last_coreset: the last `fc.Coreset`, its indices being positions in the large batches of all processes, one after the
@@ -116,28 +145,18 @@ class CoLMTrainer(Trainer):
 
     Raises:
         TypeError, ValueError: as CoLM and BatchSelector do; for a large batch that is smaller than the coreset, a
-            data set without the source's column, `top` above the number of perturbed parameters, and for options that do not go
-            together: FSDP and DeepSpeed, auto_find_batch_size, train_sampling_strategy="batch_rebalance", and
-            weighting="cluster" with a loss of one's own, label smoothing or output_router_logits.
+            data set without the source's column, and for options that do not go together: FSDP and DeepSpeed, packing and
+            padding_free, auto_find_batch_size, train_sampling_strategy="batch_rebalance", and weighted losses with a loss of
+            one's own, label smoothing or output_router_logits.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
     ICLR 2025.
 
     Example:
-        >>> import tempfile, torch
-        >>> from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments
-        >>> from flashcoreset.integrations.transformers import CoLMConfig, CoLMTrainer
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        ...                                      num_attention_heads=2))
-        >>> rows = torch.randint(0, 50, (64, 12)).tolist()
-        >>> data = [{"input_ids": row, "labels": row, "source": "a" if i % 8 else "b"} for i, row in enumerate(rows)]
-        >>> arguments = TrainingArguments(tempfile.mkdtemp(), per_device_train_batch_size=4, max_steps=2, report_to="none",
-        ...                               disable_tqdm=True, use_cpu=True)
-        >>> colm = CoLMConfig(large_batch_size=16, keep_sources=("b",), top=256)
-        >>> trainer = CoLMTrainer(model, arguments, train_dataset=data, colm=colm)
-        >>> trainer.remove_callback(PrinterCallback)
-        >>> trainer.train().global_step, len(trainer.last_coreset.indices)
-        (2, 4)
+        >>> from transformers import Seq2SeqTrainer
+        >>> from flashcoreset.integrations.transformers import CoLMMixin
+        >>> class CoLMSeq2SeqTrainer(CoLMMixin, Seq2SeqTrainer):
+        ...     pass
     """
 
     # Trainer's own attribute, which _loading_rows exchanges.
@@ -145,16 +164,41 @@ class CoLMTrainer(Trainer):
     _train_batch_size: int
     _signature_columns: Any
 
-    def __init__(self, *args: Any, colm: CoLMConfig, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        """If another trainer stands before this one among the bases, what it does not know goes past it."""
+        super().__init_subclass__(**options)
+        before = cls.__mro__[1 : cls.__mro__.index(CoLMMixin)]
+        if any("__init__" in vars(base) for base in before) and "__init__" not in vars(cls):
+
+            def init(self: Any, *args: Any, colm: Any = None, selection: Any = None, **kwargs: Any) -> None:
+                self._given = colm, selection
+                super(cls, self).__init__(*args, **kwargs)
+
+            cls.__init__ = init  # type: ignore[method-assign]
+        if any("compute_loss" in vars(base) for base in before) and "compute_loss" not in vars(cls):
+
+            def loss_of(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+                weighted = isinstance(inputs, Mapping) and _WEIGHTS in inputs
+                compute = CoLMMixin.compute_loss if weighted else super(cls, type(self)).compute_loss
+                return compute(self, model, inputs, *args, **kwargs)
+
+            cls.compute_loss = loss_of  # type: ignore[method-assign]
+
+    def __init__(self, *args: Any, colm: Any = None, selection: str | None = None, **kwargs: Any) -> None:
+        if colm is None:
+            colm, selection = getattr(self, "_given", (None, None))
         if not isinstance(colm, CoLMConfig):
             raise TypeError(f"colm must be a CoLMConfig, got {type(colm).__name__}")
+        if selection is not None:
+            colm = replace(colm, selection=selection)
         super().__init__(*args, **kwargs)
         self.colm = colm
+        self._is_loading = False
         self._refuse()
         self.last_coreset: Coreset | None = None
         self._start_clock()
         self._selector = self._new_selector()
-        if colm.weighting == "cluster":
+        if colm.has_weights:
             self.model_accepts_loss_kwargs = (
                 False  # the loss is a mean over rows, which does not count tokens
             )
@@ -167,9 +211,14 @@ class CoLMTrainer(Trainer):
                 "large_batch_size must be above per_device_train_batch_size, the coreset's size, got "
                 f"{self.colm.large_batch_size} and {arguments.per_device_train_batch_size}"
             )
+        for name in ("packing", "padding_free"):
+            if getattr(arguments, name, False) or getattr(self, name, False):
+                raise ValueError(
+                    f"{name} must be False: it puts samples one after the other in a row, and a coreset is one of whole rows, got True"
+                )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "CoLMTrainer moves whole parameters on each process, as DistributedDataParallel has them, got "
+                "CoLM moves whole parameters on each process, as DistributedDataParallel has them, got "
                 + ("FSDP" if self.is_fsdp_enabled else "DeepSpeed")
             )
         if arguments.auto_find_batch_size:
@@ -180,11 +229,11 @@ class CoLMTrainer(Trainer):
             raise ValueError(
                 "train_sampling_strategy must not be 'batch_rebalance', which makes batches of its own"
             )
-        if self.colm.weighting == "cluster" and (self.compute_loss_func or self.label_smoother):
+        if self.colm.has_weights and (self.compute_loss_func or self.label_smoother):
             given = "compute_loss_func" if self.compute_loss_func else "label_smoothing_factor"
             raise ValueError(f"weighting must be 'mean' with {given}, got 'cluster'")
         config = getattr(self.model, "config", None)
-        if self.colm.weighting == "cluster" and getattr(config, "output_router_logits", False):
+        if self.colm.has_weights and getattr(config, "output_router_logits", False):
             raise ValueError(
                 "weighting must be 'mean' with output_router_logits, a loss of the model's own, got 'cluster'"
             )
@@ -201,65 +250,68 @@ class CoLMTrainer(Trainer):
     def _new_selector(self) -> BatchSelector:
         colm, arguments = self.colm, self.args
         self._classes = _class_labels(self.train_dataset, colm.source)
-        kept = self._kept_labels()
         method = _CoLMOfSources(
             arguments.train_batch_size * arguments.world_size,
             top=colm.top,
             betas=colm.betas,
             eps=colm.adam_eps,
-            names=dict(zip(kept, colm.keep_sources, strict=True)),
-            keep_groups=kept,
+            keep_groups=self._kept_sources(),
             rule=colm.rule,
             metric=colm.metric,
+            method="random" if colm.selection == "random" else colm.method,
+            normalize=colm.normalize,
+            seed=colm.seed,
         )
-        selector = BatchSelector(
+        return BatchSelector(
             self.model,
             method,
+            gradients=colm.gradients,
             parameter=colm.parameter,
+            matrices=colm.matrices,
+            sketch_dim=colm.sketch_dim,
             eps=colm.eps,
             seed=colm.seed,
             n_perturbations=colm.n_perturbations,
             resample=colm.resample,
-            batch_size=colm.forward_batch_size or arguments.train_batch_size,
             shift_labels=colm.shift_labels,
-            batch_keys=colm.batch_keys,
         )
-        if colm.top is not None and colm.top > selector.numel:
-            raise ValueError(
-                f"top must be <= {selector.numel}, the size of {selector.parameter_name}, or None for all of it, got {colm.top}"
-            )
-        return selector
 
-    def _kept_labels(self) -> list[int]:
-        """The labels of keep_sources, which the data must have if its sources are known."""
-        kept = self.colm.keep_sources
-        labels = [self._label(source, f"keep_sources[{i}]") for i, source in enumerate(kept)]
+    def _kept_sources(self) -> list[Any]:
+        """The names of keep_sources, which the data must have if its sources are known."""
+        kept = [self._name(source, f"keep_sources[{i}]") for i, source in enumerate(self.colm.keep_sources)]
         known = _known_sources(self.train_dataset, self.colm.source) if kept else None
         if known is None:
-            return labels
-        present = {self._label(source, self.colm.source or "") for source in known}
-        for i, (source, label) in enumerate(zip(kept, labels, strict=True)):
-            if label not in present:
+            return kept
+        present = {self._name(source, self.colm.source or "") for source in known}
+        for i, (source, name) in enumerate(zip(self.colm.keep_sources, kept, strict=True)):
+            if name not in present:
                 raise ValueError(
                     f"keep_sources[{i}] must be a source of the training data, which has {_listed(known)} in the column "
                     f"{self.colm.source!r}, got {source!r}"
                 )
-        return labels
+        return kept
 
-    def _label(self, source: Any, name: str) -> int:
-        if self._classes is None or not isinstance(source, str):
-            return _label(source, name)
-        if source not in self._classes.names:
+    def _name(self, source: Any, name: str) -> Any:
+        """A source as it is called in results: by the name of its class if the column has classes."""
+        source = as_label(source, name)
+        classes = self._classes
+        if classes is None:
+            return source
+        is_class = source in classes.names if isinstance(source, str) else 0 <= source < len(classes.names)
+        if not is_class:
             raise ValueError(
-                f"{name} must be a class of the column {self.colm.source!r}, {_listed(self._classes.names)}, got {source!r}"
+                f"{name} must be a class of the column {self.colm.source!r}, {_listed(classes.names)}, got {source!r}"
             )
-        return int(self._classes.str2int(source))
+        return source if isinstance(source, str) else classes.int2str(source)
 
     def _start_clock(self) -> None:
         """Starts the clocks of selection and of whole optimizer steps, in seconds since the last log."""
         self._seconds = [0.0, 0.0]
         self._steps_timed = 0
         self._step_start: float | None = None
+        self._chosen: Counter[Any] = Counter()  # rows of each source since the last log
+        self._coresets = 0
+        self._errors: list[float] = []
 
     # ---- What Trainer calls
 
@@ -286,13 +338,21 @@ class CoLMTrainer(Trainer):
         dispatch = self.accelerator.dataloader_config.dispatch_batches
         try:
             self._train_batch_size, self.data_collator = self._large_batch_size, Rows
+            self._is_loading = True
             self._signature_columns = [*self._signature_columns, *filter(None, [self.colm.source])]
             # Dispatching would cut batches of tensors; each process reads an iterable data set for itself.
             self.accelerator.dataloader_config.dispatch_batches = False
             yield
         finally:
             self._train_batch_size, self.data_collator, self._signature_columns = before
+            self._is_loading = False
             self.accelerator.dataloader_config.dispatch_batches = dispatch
+
+    def _remove_unused_columns(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        # A transform needs the columns that the model does not take; what it makes is sorted out row by row.
+        if self._is_loading and _is_transformed(dataset):
+            return dataset
+        return super()._remove_unused_columns(dataset, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's batches, made of coresets; all coresets of an optimizer step are chosen before it, by the same parameters."""
@@ -300,7 +360,7 @@ class CoLMTrainer(Trainer):
         return super().get_batch_samples(map(self._coreset_of, epoch_iterator), *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Trainer's loss, or with weighting="cluster" the weighted mean of a coreset's losses."""
+        """The trainer's loss, or the weighted mean of a coreset's losses."""
         if not isinstance(inputs, Mapping) or _WEIGHTS not in inputs:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         config = getattr(self.model, "config", None)
@@ -325,6 +385,10 @@ class CoLMTrainer(Trainer):
         if "loss" in logs and self._steps_timed:
             logs["selection_time"] = selection / self._steps_timed
             logs["selection_share"] = selection / whole
+            for source in in_order(self._chosen):
+                logs[f"chosen/{source}"] = self._chosen[source] / self._coresets
+            if self._errors:
+                logs["matching_error"] = sum(self._errors) / len(self._errors)
             self._start_clock()
         super().log(logs, *args, **kwargs)
 
@@ -338,11 +402,17 @@ class CoLMTrainer(Trainer):
         if checkpoint is not None:
             path = os.path.join(checkpoint, STATE_NAME)
             if not os.path.isfile(path):
-                raise ValueError(
-                    f"resume_from_checkpoint must be a checkpoint of CoLMTrainer with its optimizer, got {checkpoint}, which has no "
-                    f"{STATE_NAME}"
+                warnings.warn(
+                    f"{checkpoint} has no {STATE_NAME}, as checkpoints of trainers without CoLM: selection begins with an empty history",
+                    stacklevel=2,
                 )
-            self._selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+                return
+            # What one process selects by stays on its device.
+            device = self._selector.parameter.device if self.args.world_size == 1 else torch.device("cpu")
+            state = torch.load(
+                path, map_location="cpu" if device.type == "cpu" else device, weights_only=True
+            )
+            self._selector.load_state_dict(state)
 
     # ---- A large batch becomes a coreset
 
@@ -350,44 +420,76 @@ class CoLMTrainer(Trainer):
         """The training step's inputs for a large batch: this process's share of the coreset, collated."""
         start = time.perf_counter()
         sources, features = self._split(rows.rows)
-        g = self._gradients(features)
-        # Gathered from every process, on the CPU, so that all processes choose the same coreset.
-        parts = _gathered((g.coefficients.cpu(), sources))
-        coefficients = torch.cat([part[0] for part in parts])
-        groups = None if sources is None else torch.cat([part[1] for part in parts])
         method = self._selector.method
+        g = None
+        if method.method != "random" or self.colm.log_matching_error:
+            g = self._gradients(features)
+        # Gathered from every process, so that all processes choose the same coreset.
+        parts = _gathered((_on_cpu(g) if self.args.world_size > 1 else g, sources, len(features)))
+        counts = [part[2] for part in parts]
+        groups = None if sources is None else [source for part in parts for source in part[1]]
+        every = None if g is None else _together([part[0] for part in parts])
         if self.state.epoch is not None and self.state.epoch >= 1:
             method.warn_of_unseen("the first epoch")
-        if len(coefficients) <= method.k:
-            if groups is not None:
-                method._note(groups.unique().tolist())
-            coreset = Coreset(torch.arange(len(coefficients)), torch.ones(len(coefficients)), {})
+        if sum(counts) <= method.k:
+            coreset = method.take_all(sum(counts), groups)
+        elif method.method == "random":
+            coreset = method.draw(sum(counts), groups)
         else:
-            coreset = method.select(LowRankGradients(coefficients, g.seed, g.numel), groups)
+            coreset = method.select(every, groups)
+            coreset = replace(coreset, indices=coreset.indices.cpu(), weights=coreset.weights.cpu())
         self.last_coreset = coreset
-        share, weights = self._share(features, coreset, [len(part[0]) for part in parts])
+        self._note(coreset, every)
+        share, weights = self._share(features, coreset, counts)
         inputs: dict[str, Any] = self._prepare_inputs(self.data_collator(share))
-        if self.colm.weighting == "cluster":
+        if self.colm.has_weights:
             inputs = {**inputs, _WEIGHTS: weights}
         self._seconds[0] += time.perf_counter() - start
         return inputs
 
-    def _split(self, rows: list[Any]) -> tuple[Tensor | None, list[Any]]:
-        """The labels of the rows' sources, and the rows without them."""
+    def _note(self, coreset: Coreset, g: Any) -> None:
+        """Keeps what the next log tells of a coreset."""
+        self._coresets += 1
+        if self.colm.source is not None:
+            self._chosen.update(coreset.info["counts"])
+        if not self.colm.log_matching_error:
+            return
+        # Rows without a usable gradient have no part in the batch's gradient.
+        usable = usable_rows(g).cpu()
+        place = usable.long().cumsum(0) - 1
+        own = usable[coreset.indices]
+        if bool(own.any()):
+            weights, total = None, None
+            if self.colm.has_weights:
+                weights, total = coreset.weights[own], float(coreset.info["represented"])
+            chosen = place[coreset.indices[own]]
+            self._errors.append(matching_error(_rows_of(g, usable), chosen, weights, total=total))
+
+    def _split(self, rows: list[Any]) -> tuple[list[Any] | None, list[Any]]:
+        """The rows' sources, and the rows without them."""
         column = self.colm.source
-        if column is None:
-            return None, rows
-        labels, features = [], []
+        wanted = None
+        if self.args.remove_unused_columns and _is_transformed(self.train_dataset):
+            self._set_signature_columns_if_needed()
+            wanted = {*self._signature_columns, column}
+        sources, features = [], []
         for i, row in enumerate(rows):
+            if wanted is not None and isinstance(row, Mapping):
+                row = {name: value for name, value in row.items() if name in wanted}
+            if column is None:
+                features.append(row)
+                continue
             if not isinstance(row, Mapping) or column not in row:
                 raise ValueError(
                     _no_source(column, row if isinstance(row, Mapping) else [type(row).__name__])
                 )
-            labels.append(self._label(row[column], f"the {column} of row {i}"))
-            self._selector.method.name(row[column], labels[-1])
+            sources.append(self._name(row[column], f"the {column} of row {i}"))
             features.append({name: value for name, value in row.items() if name != column})
-        self._check_kinds(row[column] for row in rows)
-        return torch.tensor(labels), features
+        if column is None:
+            return None, features
+        self._selector.method.see(sources)
+        self._check_kinds(sources)
+        return sources, features
 
     def _check_kinds(self, sources: Iterable[Any]) -> None:
         """Refuses keep_sources of another type than the sources: strings never equal integers, whatever rows are still to come."""
@@ -400,17 +502,22 @@ class CoLMTrainer(Trainer):
                 f"keep_sources must be of the type of the sources, which are {_listed(present)}, got {_listed(self.colm.keep_sources)}"
             )
 
-    def _gradients(self, features: list[Any]) -> LowRankGradients:
-        # Copies, since collators may write into rows.
-        inputs = self._prepare_inputs(self.data_collator([_copied(row) for row in features]))
+    def _gradients(self, features: list[Any]) -> LowRankGradients | OuterProductGradients | Tensor:
+        step = self.colm.forward_batch_size or self.args.train_batch_size
+        parts = []
+        for first in range(0, len(features), step):
+            own = [_copied(row) for row in features[first : first + step]]  # collators may write into rows
+            count = len(own)
+            inputs = self._prepare_inputs(self.data_collator(own))
+            labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+            if isinstance(labels, Tensor) and labels.dim() and len(labels) != count:
+                raise ValueError(
+                    f"data_collator must make one row of labels per sample, got {len(labels)} of {count} (does "
+                    "it put samples one after the other?)"
+                )
+            parts.append(inputs)
         with self.compute_loss_context_manager():
-            g = self._selector.gradients(inputs)
-        if len(g.coefficients) != len(features):
-            raise ValueError(
-                f"data_collator must make one row of labels per sample, got {len(g.coefficients)} of {len(features)} (does "
-                "it put samples one after the other?)"
-            )
-        return g
+            return self._selector.gradients(parts)
 
     def _share(self, features: list[Any], coreset: Coreset, counts: list[int]) -> tuple[list[Any], Tensor]:
         """This process's rows of the coreset, dealt out in turn, and their weights, whose mean over the coreset is 1."""
@@ -429,22 +536,44 @@ class CoLMTrainer(Trainer):
         chosen: dict[int, Any] = {}
         for part in _gathered(own):
             chosen.update(part)
-        weights = coreset.weights / coreset.weights.mean()
-        return [_copied(chosen[place]) for place in range(rank, len(indices), world)], weights[rank::world]
+        # The mean of the losses times these weights, over the processes' means, is the weighted sum over the rows represented.
+        weights = coreset.weights[rank::world]
+        weights = weights * (len(weights) * world / coreset.info["represented"])
+        return [_copied(chosen[place]) for place in range(rank, len(indices), world)], weights
+
+
+class CoLMTrainer(CoLMMixin):
+    """A `transformers.Trainer` whose steps train on coresets of large batches: `CoLMMixin` says how, and with which arguments.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments
+        >>> from flashcoreset.integrations.transformers import CoLMConfig, CoLMTrainer
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...                                      num_attention_heads=2))
+        >>> rows = torch.randint(0, 50, (64, 12)).tolist()
+        >>> data = [{"input_ids": row, "labels": row, "source": "a" if i % 8 else "b"} for i, row in enumerate(rows)]
+        >>> arguments = TrainingArguments(tempfile.mkdtemp(), per_device_train_batch_size=4, max_steps=2, report_to="none",
+        ...                               disable_tqdm=True, use_cpu=True)
+        >>> colm = CoLMConfig(large_batch_size=16, keep_sources=("b",))
+        >>> trainer = CoLMTrainer(model, arguments, train_dataset=data, colm=colm)
+        >>> trainer.remove_callback(PrinterCallback)
+        >>> trainer.train().global_step, len(trainer.last_coreset.indices)
+        (2, 4)
+    """
 
 
 class _CoLMOfSources(CoLM):
-    """A CoLM that warns of kept sources by their names."""
+    """A CoLM that speaks of sources in its warnings, and of all that have come."""
 
-    def __init__(self, k: int, *, names: Mapping[int, Any], **options: Any) -> None:
+    def __init__(self, k: int, **options: Any) -> None:
         super().__init__(k, **options)
-        self._names = dict(names)
-        self._present: dict[int, Any] = {}
+        self._present: set[Any] = set()
         self._has_warned = False
 
-    def name(self, source: Any, label: int) -> None:
+    def see(self, sources: Iterable[Any]) -> None:
         if len(self._present) <= _SHOWN:
-            self._present[label] = source
+            self._present.update(sources)
 
     def _warn(self, present: list[Any]) -> None:
         self.warn_of_unseen(f"{self._batches} batches")
@@ -454,10 +583,9 @@ class _CoLMOfSources(CoLM):
         if not self._unseen or self._has_warned or not self._batches:
             return
         self._has_warned = True
-        missing = [self._names[label] for label in sorted(self._unseen)]
         warnings.warn(
-            f"keep_sources keeps nothing by {_listed(missing)}: no row of {where} has that source, but "
-            f"{_listed(self._present.values())}",
+            f"keep_sources keeps nothing by {_listed(self._unseen)}: no row of {where} has that source, but "
+            f"{_listed(self._present)}",
             stacklevel=2,
         )
 
@@ -479,12 +607,34 @@ def _copied(row: Any) -> Any:
     return dict(row) if isinstance(row, Mapping) else row
 
 
-def _label(source: Any, name: str) -> int:
-    """The integer label of a source: itself, or 63 bits of a string's hash, the same on every process and in every run."""
-    if isinstance(source, str):
-        encoded = source.encode(errors="surrogatepass")
-        return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "big") >> 1
-    return as_int64(source, name)
+def _on_cpu(g: Any) -> Any:
+    if isinstance(g, LowRankGradients):
+        return replace(g, coefficients=g.coefficients.cpu())
+    if isinstance(g, OuterProductGradients):
+        return OuterProductGradients(tuple((a.cpu(), b.cpu()) for a, b in g.factors))
+    return None if g is None else g.cpu()
+
+
+def _together(parts: list[Any]) -> Any:
+    """The gradients of all processes' rows."""
+    first = parts[0]
+    if isinstance(first, LowRankGradients):
+        return replace(first, coefficients=torch.cat([part.coefficients for part in parts]))
+    return joined(parts) if isinstance(first, OuterProductGradients) else torch.cat(parts)
+
+
+def _rows_of(g: Any, mask: Tensor) -> Any:
+    """The gradients of some rows."""
+    if isinstance(g, LowRankGradients):
+        return replace(g, coefficients=g.coefficients[mask.to(g.coefficients.device)])
+    mask = mask.to(g.device)
+    return g.take(mask) if isinstance(g, OuterProductGradients) else g[mask]
+
+
+def _is_transformed(data: Any) -> bool:
+    """Whether a `datasets.Dataset` makes its rows by a transform of the user's (`with_transform`, `set_transform`)."""
+    form = getattr(data, "format", None)
+    return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def _class_labels(data: Any, column: str | None) -> Any:
@@ -504,9 +654,12 @@ def _known_sources(data: Any, column: str | None) -> list[Any] | None:
             for source in found
         )
         return list(dict.fromkeys(found)) if found and is_plain else None
-    unique, form = getattr(data, "unique", None), getattr(data, "format", None)
-    is_transformed = isinstance(form, Mapping) and form.get("type") == "custom"
-    if callable(unique) and not is_transformed and column in (getattr(data, "column_names", None) or ()):
+    unique = getattr(data, "unique", None)
+    if (
+        callable(unique)
+        and not _is_transformed(data)
+        and column in (getattr(data, "column_names", None) or ())
+    ):
         classes = _class_labels(data, column)
         found = list(unique(column))
         return found if classes is None else [classes.int2str(label) for label in found]

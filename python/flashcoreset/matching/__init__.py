@@ -9,9 +9,12 @@ from flashcoreset._core.results import Selection
 from flashcoreset._core.tensor import check_not_meta, is_traced
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
 from flashcoreset.matching import memory as memory  # registers the estimate
+from flashcoreset.matching.error import matching_error
 from flashcoreset.matching.op import call_op
 from flashcoreset.matching.problem import check
 from flashcoreset.matching.solve import match_members
+
+__all__ = ["match_gradients", "matching_error"]
 
 
 def match_gradients(
@@ -31,8 +34,8 @@ def match_gradients(
     """A weighted subset of gradients that stands for all of them.
 
     Args:
-        g: [B, D] gradients, one row per sample, float16, bfloat16, float32 or float64; or `LowRankGradients`, for which nothing
-            of size B x D or D x q is formed.
+        g: [B, D] gradients, one row per sample, float16, bfloat16, float32 or float64; `LowRankGradients`, for which nothing
+            of size B x D or D x q is formed; or `OuterProductGradients`, of which some columns at a time are formed.
         k: how many gradients to take. With `budgets`: their sum, or None.
         normalize: Adam's history: each gradient is replaced by the update that Adam would make with it, and the `state` of the result
             is the history after a step with the chosen gradients. None matches the gradients themselves. If one of history and
@@ -85,6 +88,10 @@ def match_gradients(
     problem, asked = check(g, k, normalize, top, groups, budgets, metric, method, nonnegative, ridge)
     check_backend(backend)
     if is_traced(problem.g.values):
+        if problem.g.factors is not None:
+            raise TypeError(
+                "g must be rows or LowRankGradients in a function given to torch.compile, got OuterProductGradients; pass their sketch()"
+            )
         if problem.method != "medoid" or (problem.top is not None and groups is not None):
             check_not_meta(problem.g.values, "g")
         return call_op(problem, asked, backend)

@@ -13,6 +13,7 @@ from flashcoreset._core.inputs import numbered_labels
 from flashcoreset._core.memory import as_dtype, as_shape, memory_estimate, register_estimate
 from flashcoreset._core.tensor import as_integer, as_vector, compute_dtype, one_of
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
+from flashcoreset.gradients.outer_products import OuterProductGradients
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 from flashcoreset.matching.problem import METHODS, METRICS, check_top
 from flashcoreset.matching.rule import BLOCK as REFERENCE_BLOCK
@@ -36,14 +37,18 @@ def _estimate(
     ridge: float = 0.0,
     backend: str | None = None,
 ) -> int:
-    """The bytes of one call; see `memory_estimate`. `g` may be `LowRankGradients`; labels in `groups` say how large the groups are,
+    """The bytes of one call; see `memory_estimate`. `g` may be `LowRankGradients` or `OuterProductGradients`; labels in `groups` say how large the groups are,
     their shape alone stands for one group of all. A `RankOneAdamState` counts as the rows that may have to be made from it."""
     one_of(metric, "metric", METRICS)
     one_of(method, "method", METHODS)
     check_backend(backend)
+    is_factored = isinstance(g, OuterProductGradients)
     if isinstance(g, LowRankGradients):
         dtype, q, backend_of = g.coefficients.dtype, g.coefficients.shape[1], g.coefficients
         count, numel = len(g.coefficients), g.numel
+    elif is_factored:
+        dtype, q, backend_of = g.dtype, 0, g.factors[0][0]
+        count, numel = len(g), g.numel
     else:
         dtype, q, backend_of = as_dtype(dtype), 0, g
         count, numel = as_shape(g, "g")
@@ -93,6 +98,12 @@ def _estimate(
         return 16 * columns + max(BLOCK_BYTES, pursued)
 
     picked = min(k, largest)
+    if is_factored:
+        # A block of columns and what it is made of, its updates, and the factors of the chosen rows.
+        block = min(numel, max(1, BLOCK_BYTES // (8 * count)))
+        results += (3 * size + 16) * count * block
+        results += sum(k * a.shape[1] * (a.shape[2] + rows.shape[2]) * size for a, rows in g.factors)
+        updates *= 3
     if top is not None:
         return results + updates + max(search, solved(top, torch.float64, picked), step + history)
     pairs = 8 * sum(n * n for n in sizes)
@@ -109,11 +120,11 @@ def _estimate(
             backend=backend,
         )
         return results + pairs + max(block, choice, step + history)
-    if normalize is None and not q:
+    if normalize is None and not q and not is_factored:
         copied = largest * numel * size if dtype.itemsize < size else 0
         copied += largest * numel * dtype.itemsize if len(sizes) > 1 else 0
         return results + copied + solved(numel, compute_dtype(dtype), picked)
-    if normalize is None:
+    if normalize is None and not is_factored:
         directions = 3 * q * width * 8 + 24 * q * q
         return results + directions + 8 * count * q + solved(q, torch.float64, picked)
     # Eigenvectors of a group's products, and LAPACK's room for them.

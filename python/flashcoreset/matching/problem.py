@@ -18,6 +18,7 @@ from flashcoreset._core.tensor import (
 )
 from flashcoreset.facility_location.checks import check_picks, group_members
 from flashcoreset.gradients.adam import AdamState, RankOneAdamState
+from flashcoreset.gradients.outer_products import OuterProductGradients
 from flashcoreset.gradients.zeroth_order import LowRankGradients
 from flashcoreset.matching.rule import Rule
 from flashcoreset.pursuit.problem import check_fit
@@ -31,24 +32,29 @@ Asked = tuple[int, Tensor | None, Tensor | None, Tensor | None]  # k, groups, la
 
 @dataclass(slots=True, eq=False)
 class Gradients:
-    """Gradients, as rows or as coefficients of shared directions.
+    """Gradients, as rows, as coefficients of shared directions, or as factors of outer products.
 
     Attributes:
-        values: [B, D] float16, bfloat16, float32 or float64; with `length` the coefficients [B, q], float32 or float64.
+        values: [B, D] float16, bfloat16, float32 or float64; with `length` the coefficients [B, q], float32 or float64; with
+            `factors` bounds [B, 1] of the entries of each row. They are not finite where a row is not, and 0 where it is.
         seed: the seed of the directions [q, length].
         length: the length of the directions; None for rows.
         backend: the backend that makes directions outside of a kernel.
+        factors: what columns are made of; None for rows and coefficients. Kernels get such columns as rows, never this.
     """
 
     values: Tensor
     seed: int = 0
     length: int | None = None
     backend: str | None = None
+    factors: OuterProductGradients | None = None
 
     @classmethod
     def of(cls, g: Any, name: str) -> Gradients:
         if isinstance(g, LowRankGradients):
             return cls(g.coefficients.detach(), g.seed, g.numel, g.backend)
+        if isinstance(g, OuterProductGradients):
+            return cls(g.bounds()[:, None].to(g.dtype), factors=g)
         return cls(as_matrix(g, name).detach())
 
     @property
@@ -57,6 +63,8 @@ class Gradients:
 
     @property
     def numel(self) -> int:
+        if self.factors is not None:
+            return self.factors.numel
         return self.values.shape[1] if self.length is None else self.length
 
     @property
@@ -71,6 +79,8 @@ class Gradients:
 
     def columns(self, begin: int, end: int) -> Tensor:
         """The columns [B, end - begin], float32 or float64."""
+        if self.factors is not None:
+            return self.factors.columns(begin, end).to(self.dtype)
         if self.length is None:
             return self.values[:, begin:end].to(self.dtype)
         return self.values @ self.shared.directions(begin, end)

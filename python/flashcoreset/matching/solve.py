@@ -25,6 +25,7 @@ from flashcoreset.matching.updates import (
     as_short_rows,
     check_rows,
     explained,
+    history_after,
     in_largest_dimensions,
     scaled_sums,
 )
@@ -40,6 +41,8 @@ def match_members(problem: Problem, backend: str | None) -> Selection:
     """Solves a checked problem."""
     g, history = problem.g, problem.history
     kernels = choose(backend, g.values.device)
+    if g.factors is not None:
+        check_rows(problem, "g.factors")
     if g.length is not None:
         check_rows(problem, "g.coefficients")
     if history is not None and g.dtype == torch.float64:
@@ -274,5 +277,5 @@ def _advance(
             raise ValueError(OVERFLOW)
         return replace(history, mean=mean, mean_square=mean_square, seed=g.seed, step=step)
     assert isinstance(dense, AdamState)
-    m, v = kernels.update_history(g, dense, chosen)
+    m, v = history_after(g, dense, chosen, kernels)
     return replace(dense, m=m, v=v, step=step)

@@ -26,8 +26,55 @@ def in_largest_dimensions(
 ) -> tuple[Tensor, list[Tensor]]:
     """The `top` dimensions of each group, and its members' updates there."""
     assert problem.top is not None
-    dims, u = kernels.top_updates(Updates(problem.g, history, *_offsets(problem), problem.top))
+    if problem.g.factors is None:
+        dims, u = kernels.top_updates(Updates(problem.g, history, *_offsets(problem), problem.top))
+    else:
+        dims, u = _largest_of_blocks(problem, history, kernels, problem.top)
     return dims, list(u.split([len(rows) for rows, _ in problem.members]))
+
+
+def _largest_of_blocks(
+    problem: Problem, history: AdamState | None, kernels: Kernels, top: int
+) -> tuple[Tensor, Tensor]:
+    """The dimensions [G, top] and updates [R, top] of `Kernels.top_updates`, kept while blocks of dimensions pass by."""
+    sizes = [len(rows) for rows, _ in problem.members]
+    dims: list[Tensor] = []
+    u: list[Tensor] = []
+    for begin, block_dims, block in _blocks_of_updates(problem, history, kernels, top):
+        parts = block.split(sizes)
+        if not dims:
+            dims, u = list(block_dims), list(parts)
+            continue
+        for group, part in enumerate(parts):
+            # A stable sort, so that among equal means the lower dimension, which is earlier, stays.
+            every = torch.cat([u[group], part], 1)
+            order = every.mean(0).abs().sort(descending=True, stable=True).indices[:top]
+            dims[group] = torch.cat([dims[group], block_dims[group] + begin])[order]
+            u[group] = every[:, order]
+    return torch.stack(dims), torch.cat(u)
+
+
+def history_after(
+    g: Gradients, history: AdamState, chosen: Tensor, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """The means m and v of `Kernels.update_history`, of gradients of any form."""
+    if g.factors is None:
+        return kernels.update_history(g, history, chosen)
+    taken = replace(g, values=g.values[chosen], factors=g.factors.take(chosen))
+    every = torch.arange(len(chosen), device=chosen.device)
+    new_m, new_v = torch.empty_like(history.m), torch.empty_like(history.v)
+    for begin, end in blocks(taken):
+        own = replace(history, m=history.m[begin:end], v=history.v[begin:end])
+        part = Gradients(taken.columns(begin, end))
+        new_m[begin:end], new_v[begin:end] = kernels.update_history(part, own, every)
+    return new_m, new_v
+
+
+def blocks(g: Gradients) -> Iterator[tuple[int, int]]:
+    """Ranges of dimensions that are handled together."""
+    step = max(1, BLOCK_BYTES // (8 * g.count))
+    for begin in range(0, g.numel, step):
+        yield begin, min(begin + step, g.numel)
 
 
 def _offsets(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -48,7 +95,7 @@ def _sums_of_pairs(
     updates of all members [R] are multiplied by 2^exponents."""
     sizes = [len(rows) for rows, _ in problem.members]
     sums = [problem.members[0][0].new_zeros(size, size, dtype=torch.float64) for size in sizes]
-    for u in _blocks_of_updates(problem, history, kernels):
+    for _, _, u in _blocks_of_updates(problem, history, kernels):
         for total, rows in zip(
             sums, (u if exponents is None else scale(u, exponents)).split(sizes), strict=True
         ):
@@ -56,21 +103,24 @@ def _sums_of_pairs(
     return sums
 
 
-def _blocks_of_updates(problem: Problem, history: AdamState | None, kernels: Kernels) -> Iterator[Tensor]:
-    """The updates of all members [R, some dimensions] float64, group after group."""
+def _blocks_of_updates(
+    problem: Problem, history: AdamState | None, kernels: Kernels, top: int | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each block of dimensions its first one, at most `top` of its dimensions for each group, the largest first, counted from there
+    (None: all), and the updates of all members [R, dimensions] float64 there, group after group."""
     g = problem.g
     member, offset = _offsets(problem)
-    step = max(1, BLOCK_BYTES // (8 * g.count))
-    for begin in range(0, g.numel, step):
-        part = Gradients(g.columns(begin, min(begin + step, g.numel)))
+    for begin, end in blocks(g):
+        part = Gradients(g.columns(begin, end))
         own = None
         if history is not None:
-            own = replace(history, m=history.m[begin : begin + step], v=history.v[begin : begin + step])
+            own = replace(history, m=history.m[begin:end], v=history.v[begin:end])
+        wanted = part.numel if top is None else min(top, part.numel)
         try:
-            _, u = kernels.top_updates(Updates(part, own, member, offset, part.numel))
+            dims, u = kernels.top_updates(Updates(part, own, member, offset, wanted))
         except ValueError as error:
             raise explained(problem, history, error) from None
-        yield u
+        yield begin, dims, u
 
 
 def scaled_sums(
@@ -88,7 +138,7 @@ def scaled_sums(
     else:
         return sums, [0] * len(sums)
     most = torch.zeros(sum(sizes), dtype=torch.float64, device=sums[0].device)
-    for u in _blocks_of_updates(problem, history, kernels):
+    for _, _, u in _blocks_of_updates(problem, history, kernels):
         most = torch.maximum(most, u.abs().amax(1))
     by_row = [exponent_into(value, SAFE) for value in most.tolist()]
     by_group = [exponent_into(float(part.max()), SAFE) for part in most.split(sizes)]
@@ -103,22 +153,27 @@ def as_short_rows(problem: Problem, history: AdamState | None, kernels: Kernels)
     """For each group, rows with the inner products of its updates in all dimensions: weighted sums of these rows are as near to each
     other as those of the updates."""
     g = problem.g
-    if history is None and g.length is None:
+    if history is None and g.length is None and g.factors is None:
         # One group after the other; a group of all rows needs no copy.
         return (
             (g.values if len(rows) == g.count else g.values[rows]).to(g.dtype) for rows, _ in problem.members
         )
-    if history is None:
+    if history is None and g.factors is None:
         # c Z has the inner products of c F, where Z Z^T = F F^T.
-        gram = g.values.new_zeros(g.values.shape[1], g.values.shape[1], dtype=torch.float64)
-        step = max(1, BLOCK_BYTES // (8 * len(gram)))
-        for begin in range(0, g.numel, step):
-            z = g.shared.directions(begin, min(begin + step, g.numel)).double()
-            gram += z @ z.T
-        factor = _factor(gram)
+        factor = _factor(gram_of_directions(g))
         return [g.values[rows].double() @ factor for rows, _ in problem.members]
     sums, exponents = scaled_sums(problem, history, kernels, "dot")
     return [scale(_factor(total), -exponent) for total, exponent in zip(sums, exponents, strict=True)]
+
+
+def gram_of_directions(g: Gradients) -> Tensor:
+    """The inner products [q, q] float64 of shared directions."""
+    gram = g.values.new_zeros(g.values.shape[1], g.values.shape[1], dtype=torch.float64)
+    step = max(1, BLOCK_BYTES // (8 * len(gram)))
+    for begin in range(0, g.numel, step):
+        z = g.shared.directions(begin, min(begin + step, g.numel)).double()
+        gram += z @ z.T
+    return gram
 
 
 def _factor(gram: Tensor) -> Tensor:

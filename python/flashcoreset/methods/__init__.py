@@ -10,7 +10,7 @@ from flashcoreset.methods.autocoreset import autocoreset
 from flashcoreset.methods.ccs import ccs, top_scores
 from flashcoreset.methods.ccs.coverage import coverage_auc
 from flashcoreset.methods.ccs.tuning import tune_ccs
-from flashcoreset.methods.colm import CoLM, colm
+from flashcoreset.methods.colm import CoLM, colm, small_sources
 from flashcoreset.methods.goracs import goracs
 from flashcoreset.methods.k_center import k_center
 from flashcoreset.methods.nearest import nearest
@@ -69,6 +69,7 @@ __all__ = [
     "random_subset",
     "select",
     "simcore",
+    "small_sources",
     "top_scores",
     "tune_ccs",
 ]
