@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Number
 from typing import Any
@@ -268,12 +268,25 @@ class CoLM:
         if words is None:
             labels = as_vector(groups, "groups", device, integers=True, length=count)
             present, places = labels.unique(return_inverse=True)
+            self._check_kind(present.tolist(), integers=True)
             return _Sources(places, present.tolist())
         if len(words) != count:
             raise ValueError(f"groups must have shape [{count}], got ({len(words)},)")
         names = in_order({as_label(label, f"groups[{i}]") for i, label in enumerate(words)})
+        self._check_kind(names, integers=False)
         place = {name: i for i, name in enumerate(names)}
         return _Sources(torch.tensor([place[label] for label in words], device=device), list(names))
+
+    def _check_kind(self, present: Sequence[Any], *, integers: bool) -> None:
+        """Raises TypeError if keep_groups are integers and the labels are not, or the other way round: they would never be equal."""
+        kept = [_is_integer(label) for label in self.keep_groups]
+        if not kept or integers in kept:
+            return
+        names = ("no integers", "integers")
+        raise TypeError(
+            f"keep_groups must be labels as groups has them, got {list(self.keep_groups)} ({names[not integers]}) beside "
+            f"{list(present)[:5]} ({names[integers]})"
+        )
 
     def _step(self) -> int:
         """The number of batches before this one."""
@@ -467,11 +480,17 @@ def nothing_kept(labels: Iterable[Any], where: str, present: Iterable[Any]) -> s
 
 def as_label(label: Any, name: str) -> Any:
     """A label as an int, or, if it is not a number, as it is."""
+    if isinstance(label, (bool, np.bool_)):
+        return bool(label)
     if isinstance(label, (Number, np.generic, Tensor)) and not isinstance(label, (np.str_, np.datetime64)):
         return as_int64(label, name)
     if not isinstance(label, Hashable):
         raise TypeError(f"{name} must be an int, a str or another value that can be sorted, got {label!r}")
     return label
+
+
+def _is_integer(label: Any) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool)
 
 
 def in_order(labels: Iterable[Any]) -> tuple[Any, ...]:

@@ -86,7 +86,8 @@ def sketch(
         >>> torch.allclose(fc.sketch(x, 64, kind="sjlt"), pieces)
         True
     """
-    if isinstance(x, Mapping):
+    # A DatasetDict is a dict of splits: each is a table of its own, and as_matrix says so.
+    if isinstance(x, Mapping) and not hasattr(x, "column_names"):
         return _sketch_parts(x, dim, kind, seed, offset, nnz, backend)
     if is_sparse(x):
         return _sketch_csr(as_csr(x, "x"), dim, kind, seed, offset, nnz, backend)
