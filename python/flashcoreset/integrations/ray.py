@@ -164,7 +164,7 @@ class CCS(AggregateFnV2):
     ) -> None:  # fmt: skip
         self._k, self._options = k, options
         self._columns = {"scores": on, "mislabel_scores": mislabel_scores, "groups": groups, "index": index}
-        super().__init__("ccs", _nothing, on=on, ignore_nulls=True)
+        super().__init__("ccs", _nothing, on=None, ignore_nulls=True)  # on: several columns are read
 
     def aggregate_block(self, block: Any) -> _Parts | None:
         table = _table(block)
@@ -211,7 +211,7 @@ class Caratheodory(AggregateFnV2):
         max_size: int | None = None,
     ) -> None:
         self._on, self._weights, self._index, self._most = on, weights, index, max_size
-        super().__init__("caratheodory", _nothing, on=on, ignore_nulls=True)
+        super().__init__("caratheodory", _nothing, on=None, ignore_nulls=True)
 
     def aggregate_block(self, block: Any) -> _Parts | None:
         table = _table(block)
@@ -253,7 +253,7 @@ class _Nearest(AggregateFnV2):
 
     def __init__(self, centroids: Tensor, length: int, on: str) -> None:
         self._centroids, self._length, self._on = centroids.double(), length, on
-        super().__init__("nearest", _nothing, on=on, ignore_nulls=True)
+        super().__init__("nearest", _nothing, on=None, ignore_nulls=True)
 
     def aggregate_block(self, block: Any) -> _Parts | None:
         table = _table(block)
