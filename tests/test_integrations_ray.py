@@ -120,7 +120,7 @@ def test_simcore_is_one_machine_s(on_ray: Any, blocks: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]], ids=["in order", "out of order"])
-def test_aggregates_do_not_depend_on_the_order_of_blocks(order: list[int]) -> None:
+def test_merging_does_not_depend_on_the_order_of_blocks(order: list[int]) -> None:
     """Without Ray's engine."""
     from flashcoreset.integrations import ray as module
 
@@ -133,10 +133,10 @@ def test_aggregates_do_not_depend_on_the_order_of_blocks(order: list[int]) -> No
         return aggregate.finalize(functools.reduce(aggregate.combine, parts))
 
     options: dict[str, Any] = {"n_strata": 5, "mislabel_ratio": 0.1}
-    drawn = run(module.CCS(20, "score", groups="kind", mislabel_scores="score", **options))
+    drawn = run(module._CCS(20, "score", groups="kind", mislabel_scores="score", **options))
     expected = fc.ccs(SCORES, 20, groups=NAMES, mislabel_scores=SCORES, **options)
     assert drawn["indices"] == expected.indices.tolist()
-    reduced = run(module.Caratheodory("embedding", weights="score"))
+    reduced = run(module._Caratheodory("embedding", weights="score"))
     weights = np.asarray(reduced["weights"])
     assert len(weights) <= D + 1
     np.testing.assert_allclose(weights @ X[reduced["indices"]], SCORES @ X.astype(float), rtol=1e-9)

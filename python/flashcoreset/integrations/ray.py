@@ -2,23 +2,23 @@
 
 Sketches and scores are `map_batches` with actors. Choices number the rows in the order of their blocks, look at each block where it lies,
 and return a Dataset of the chosen rows, in pick order, with the columns `coreset_index` (the row's number) and `coreset_weight`.
-CCS and Carathéodory reductions are aggregates (`CCS`, `Caratheodory`), SimCore's is a list of the nearest rows that merges, and
-facility location works in two stages. A lost worker's part is done again by Ray.
+What each block finds for CCS, Carathéodory's reduction and SimCore's lists merges, whatever the order; facility location works in two
+stages. A lost worker's part is done again by Ray.
 
 The extra `ray` installs Ray.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
 from ray.data import Dataset
-from ray.data.aggregate import AggregateFnV2
 from torch import Tensor
 
 import flashcoreset as fc
@@ -135,7 +135,7 @@ def _mapped(
 
 
 class _Parts:
-    """What is known of some blocks, as an object that Ray carries about without looking into it."""
+    """What is known of some blocks."""
 
     def __init__(self, *parts: dict[str, np.ndarray]) -> None:
         self.parts = list(parts)
@@ -145,8 +145,18 @@ class _Parts:
         return {name: np.concatenate([part[name] for part in self.parts]) for name in first}
 
 
-class CCS(AggregateFnV2):
-    """`fc.ccs` as an aggregate: gathers scores, 8 bytes per row and column, and draws once all are there.
+class _Mergeable(Protocol):
+    """What blocks find on their own, so that it can be merged in any order."""
+
+    def aggregate_block(self, table: pa.Table) -> _Parts: ...
+
+    def combine(self, current: _Parts, new: _Parts) -> _Parts: ...
+
+    def finalize(self, found: _Parts) -> dict[str, Any]: ...
+
+
+class _CCS:
+    """`fc.ccs` by blocks: gathers scores, 8 bytes per row and column, and draws once all are there.
 
     Args:
         k: as for `fc.ccs`.
@@ -164,22 +174,16 @@ class CCS(AggregateFnV2):
     ) -> None:  # fmt: skip
         self._k, self._options = k, options
         self._columns = {"scores": on, "mislabel_scores": mislabel_scores, "groups": groups, "index": index}
-        super().__init__("ccs", _nothing, on=on, ignore_nulls=True)
 
-    def aggregate_block(self, block: Any) -> _Parts | None:
-        table = _table(block)
-        if not table.num_rows:
-            return None
+    def aggregate_block(self, table: pa.Table) -> _Parts:
         given = {key: name for key, name in self._columns.items() if name is not None}
         return _Parts({key: arrow_matrix(table[name], name) for key, name in given.items()})
 
-    def combine(self, current_accumulator: _Parts, new: _Parts) -> _Parts:
-        return _Parts(*current_accumulator.parts, *new.parts)
+    def combine(self, current: _Parts, new: _Parts) -> _Parts:
+        return _Parts(*current.parts, *new.parts)
 
-    def finalize(self, accumulator: _Parts | None) -> Any:
-        if accumulator is None:
-            raise ValueError("ds must have at least 1 row, got none")
-        given = accumulator.joined()
+    def finalize(self, found: _Parts) -> dict[str, Any]:
+        given = found.joined()
         order = np.argsort(given.pop("index"), kind="stable")
         ordered = {name: values[order] for name, values in given.items()}
         chosen = fc.ccs(ordered.pop("scores"), self._k, **ordered, **self._options)
@@ -190,8 +194,8 @@ class CCS(AggregateFnV2):
         }
 
 
-class Caratheodory(AggregateFnV2):
-    """`fc.caratheodory` as an aggregate: blocks are reduced to at most rank + 1 weighted rows with the same mean, and these again.
+class _Caratheodory:
+    """`fc.caratheodory` by blocks: these are reduced to at most rank + 1 weighted rows with the same mean, and these again.
 
     Args:
         on: the column of vectors.
@@ -211,12 +215,8 @@ class Caratheodory(AggregateFnV2):
         max_size: int | None = None,
     ) -> None:
         self._on, self._weights, self._index, self._most = on, weights, index, max_size
-        super().__init__("caratheodory", _nothing, on=on, ignore_nulls=True)
 
-    def aggregate_block(self, block: Any) -> _Parts | None:
-        table = _table(block)
-        if not table.num_rows:
-            return None
+    def aggregate_block(self, table: pa.Table) -> _Parts:
         x = _matrix(table, self._on)
         weights = np.ones(len(x)) if self._weights is None else as_array(table[self._weights], self._weights)
         return self._reduced(
@@ -227,16 +227,14 @@ class Caratheodory(AggregateFnV2):
             }
         )
 
-    def combine(self, current_accumulator: _Parts, new: _Parts) -> _Parts:
-        return self._reduced(_Parts(*current_accumulator.parts, *new.parts).joined())
+    def combine(self, current: _Parts, new: _Parts) -> _Parts:
+        return self._reduced(_Parts(*current.parts, *new.parts).joined())
 
-    def finalize(self, accumulator: _Parts | None) -> Any:
-        if accumulator is None:
-            raise ValueError("ds must have at least 1 row, got none")
+    def finalize(self, found: _Parts) -> dict[str, Any]:
         # Whatever the order in which blocks were joined, the rows are in that of the data.
-        (found,) = accumulator.parts
-        order = np.argsort(found["index"])
-        return {"indices": found["index"][order].tolist(), "weights": found["weights"][order].tolist()}
+        (left,) = found.parts
+        order = np.argsort(left["index"])
+        return {"indices": left["index"][order].tolist(), "weights": left["weights"][order].tolist()}
 
     def _reduced(self, given: dict[str, np.ndarray]) -> _Parts:
         order = np.argsort(given["index"])
@@ -248,17 +246,13 @@ class Caratheodory(AggregateFnV2):
         )
 
 
-class _Nearest(AggregateFnV2):
+class _Nearest:
     """For each centroid the `length` most similar rows, and those that come as near as rounding lets them."""
 
     def __init__(self, centroids: Tensor, length: int, on: str) -> None:
         self._centroids, self._length, self._on = centroids.double(), length, on
-        super().__init__("nearest", _nothing, on=on, ignore_nulls=True)
 
-    def aggregate_block(self, block: Any) -> _Parts | None:
-        table = _table(block)
-        if not table.num_rows:
-            return None
+    def aggregate_block(self, table: pa.Table) -> _Parts:
         x = as_matrix(_matrix(table, self._on), self._on)
         check_finite(x, self._on)
         s = fc.kernels.torch.pairwise(self._centroids, x.double(), metric="cosine").numpy()
@@ -266,13 +260,11 @@ class _Nearest(AggregateFnV2):
         rows = np.tile(as_array(table[INDEX], INDEX), len(s))
         return self._shortened({"list": lists, "row": rows, "similarity": s.ravel()})
 
-    def combine(self, current_accumulator: _Parts, new: _Parts) -> _Parts:
-        return self._shortened(_Parts(*current_accumulator.parts, *new.parts).joined())
+    def combine(self, current: _Parts, new: _Parts) -> _Parts:
+        return self._shortened(_Parts(*current.parts, *new.parts).joined())
 
-    def finalize(self, accumulator: _Parts | None) -> Any:
-        if accumulator is None:
-            raise ValueError("ds must have at least 1 row, got none")
-        return {"indices": np.unique(accumulator.parts[0]["row"]).tolist()}
+    def finalize(self, found: _Parts) -> dict[str, Any]:
+        return {"indices": np.unique(found.parts[0]["row"]).tolist()}
 
     def _shortened(self, given: dict[str, np.ndarray]) -> _Parts:
         keep = np.zeros(len(given["row"]), dtype=bool)
@@ -310,7 +302,7 @@ def ccs(
         if name is not None:
             _check_column(ds, name, text)
     numbered = _Numbered(ds)
-    found = numbered.aggregate(CCS(k, column, mislabel_scores=mislabel_scores, groups=groups, **options))
+    found = numbered.aggregate(_CCS(k, column, mislabel_scores=mislabel_scores, groups=groups, **options))
     return numbered.rows(found["indices"], {WEIGHT: np.asarray(found["weights"], dtype=np.float32)})
 
 
@@ -333,7 +325,7 @@ def caratheodory(
     if weights is not None:
         _check_column(ds, weights, "weights")
     numbered = _Numbered(ds)
-    found = numbered.aggregate(Caratheodory(column, weights=weights, max_size=max_size))
+    found = numbered.aggregate(_Caratheodory(column, weights=weights, max_size=max_size))
     return numbered.rows(found["indices"], {WEIGHT: np.asarray(found["weights"])})
 
 
@@ -496,8 +488,9 @@ class _Numbered:
         ]
         self._starts = np.unique(self._starts)
 
-    def aggregate(self, how: AggregateFnV2) -> Any:
-        return ray.data.from_arrow_refs(self._blocks).aggregate(how)[how.name]
+    def aggregate(self, how: _Mergeable) -> dict[str, Any]:
+        """What `how` finds in all blocks."""
+        return how.finalize(functools.reduce(how.combine, self.each_block(_of_block, how)))
 
     def each_block(self, run: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `run(table, *arguments)` returns for each block, in their order."""
@@ -542,18 +535,14 @@ def _run(run: Callable[..., Any], block: pa.Table, *arguments: Any) -> Any:
     return run(block, *arguments)
 
 
-def _nothing() -> None:
-    """What an aggregate starts with."""
+def _of_block(block: pa.Table, how: _Mergeable) -> _Parts:
+    return how.aggregate_block(block)
 
 
 def _with(table: pa.Table, name: str, values: Any) -> pa.Table:
     if name in table.column_names:
         return table.set_column(table.column_names.index(name), name, values)
     return table.append_column(name, values)
-
-
-def _table(block: Any) -> pa.Table:
-    return block if isinstance(block, pa.Table) else pa.Table.from_pandas(block, preserve_index=False)
 
 
 def _matrix(table: pa.Table, column: str) -> np.ndarray:
