@@ -24,10 +24,11 @@ small and offline, so what holds here may not elsewhere; the scripts in `benchma
 
 def page(directory: Path, docs: Path) -> str:
     """The page of the figures in `directory`; its pictures are drawn into `docs`."""
-    sections, failed, machines = [], [], set()
+    sections, failed, missing, machines = [], [], [], set()
     for name in METHODS:
         path = directory / f"{name}.json"
         if not path.exists():
+            missing.append(f"`{name}`")
             continue
         evidence, about = record.read(path)
         record.draw(docs / f"evidence_{name}.png", evidence.measures)
@@ -39,6 +40,11 @@ def page(directory: Path, docs: Path) -> str:
         ]
         machines.add(str(about["hardware"]))
     lines = [INTRODUCTION, "## What did not hold", "", *(failed or ["Every claim held."]), ""]
+    if missing:
+        lines += [
+            f"Not measured for this page: {', '.join(missing)}. `make evidence METHOD=...` adds them.",
+            "",
+        ]
     return "\n".join([*lines, *sections, f"Measured on {'; '.join(sorted(machines))}.", ""])
 
 

@@ -16,7 +16,7 @@ from benchmarks.simcore_stop import measure
 from flashcoreset import demo
 
 KS = (100, 200, 400)
-TARGET, WANTED, PER_PACKAGE = 120, ("email", "http"), 160
+TARGET, WANTED, PER_PACKAGE = 120, ("email", "http"), 100
 SIMCORE, NEAREST, CLIENTS, RANDOM = "simcore", "nearest", "facility_location(clients=target)", "random"
 
 

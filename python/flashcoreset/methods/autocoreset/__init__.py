@@ -66,8 +66,8 @@ def autocoreset(
         x: [n, ...] samples, in any form that the model takes: an array or tensor, a sparse matrix, a data frame.
         y: [n] targets, or None. For a model that is not scikit-learn's, integers, bools and strings are classes.
         model: any object with scikit-learn's fit(X, y, sample_weight=...); the object itself is not changed (copies are
-            fitted); or "kmeans" (`n_clusters` clusters), "logistic_regression", "linear_svm", "linear_regression". Of a Pipeline each step whose
-            fit has sample_weight gets the weights (a StandardScaler does); of a search (GridSearchCV) its estimator does in each fold, but scores
+            fitted); or "kmeans" (`n_clusters` clusters), "logistic_regression", "linear_svm", "linear_regression". In a Pipeline each step whose
+            fit has sample_weight gets the weights (a StandardScaler does); in a search (GridSearchCV) its estimator does in each fold, but scores
             are not weighted.
         loss: a callable(model, X, y) that returns the losses [n] >= 0 of samples; or one of the names above, for the loss
             that scikit-learn's own models of that kind minimise with all their parameters, whose total is least

@@ -326,7 +326,7 @@ class Fits:
         self.unconverged = 0
 
     def fit(self, x: Any, y: Any, weights: np.ndarray) -> Any:
-        """A fitted copy. Of the warnings of fits, those that say that one did not converge are counted; others of scikit-learn's models are given
+        """A fitted copy. Warnings that a fit did not converge are counted; others of scikit-learn's models are given
         at the line that called the library, once for all fits, and those of other models where they come from."""
         if hasattr(self._model, "get_params"):
             fresh = imported("sklearn.base").clone(self._model)
