@@ -24,7 +24,17 @@ from flashcoreset.gradients.rehearsal import State, rehearsal, restore
 from flashcoreset.gradients.replay import Inseparable, Replay, Way, replaced, tensor_leaves
 from flashcoreset.gradients.row_checks import MODEL, Record, Unavailable, check_rows
 from flashcoreset.gradients.rules import rule_of
-from flashcoreset.gradients.uses import Call, Capture, CaptureAll, Frame, Place, Single, Target, Use
+from flashcoreset.gradients.uses import (
+    Call,
+    Capture,
+    CaptureAll,
+    Frame,
+    Place,
+    Single,
+    Target,
+    Use,
+    in_backward,
+)
 from flashcoreset.gradients.wanted import advice, callable_modules
 from flashcoreset.gradients.watch import Watch
 
@@ -548,7 +558,8 @@ class Hooks(Arrivals):
             for target in place.targets.values():
                 self._pass.calls[target.name] += 1
                 if place.layer is EMBEDDING and isinstance(x, Tensor):
-                    self._pass.looked_up.setdefault(target.name, []).append(x.detach())
+                    use = Use(self._pass, place, {}, found or [FIRST], key=place.owner)
+                    self._pass.looked_up.setdefault(target.name, []).append((x.detach(), use))
         if not torch.is_grad_enabled() or not output.requires_grad:
             return None
         problem, batch = self._problem(place, x, output, found, single), self._batch()
@@ -729,10 +740,6 @@ def _broadcast(value: Tensor, made: Tensor) -> float | None:
     if name == "ExpandBackward0" or (name == "RepeatBackward0" and made.shape[1:] == value.shape[1:]):
         return 1.0
     return None
-
-
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def node_of(parameter: Tensor) -> Any:
