@@ -160,6 +160,7 @@ class Arrivals:
                     f"{current.batch} was known; expand its input over the batch"
                 )
             if self._per == "token":
+                assert isinstance(arrival, _FromLayer)  # calls are not run again for tokens
                 self._split_tokens(current, arrival)
             current.consumed += 1
             current.repeated |= use.used
@@ -171,9 +172,9 @@ class Arrivals:
             if not arrival.empty:  # sequences without positions, or no samples
                 self._add(current, place, wanted, arrival)
 
-    def _split_tokens(self, current: Pass, arrival: _FromLayer | _FromReplay) -> None:
+    def _split_tokens(self, current: Pass, arrival: _FromLayer) -> None:
         """Makes each token a sample."""
-        if isinstance(arrival, _FromReplay) or arrival.place.layer.features is None:
+        if arrival.place.layer.features is None:
             raise ValueError(
                 f"{arrival.place} has no gradients per token; leave its parameters out with parameters=, or set per='sample'"
             )

@@ -375,7 +375,7 @@ class Hooks(Arrivals):
         batch = self._batch()
         if frame.skeleton is None or frame.state is None or batch is None or self._per == "token":
             return None
-        names = {}
+        names: dict[str, str] = {}
         for name, parameter in frame.module.named_parameters(remove_duplicate=False):
             target = self._targets.get(id(parameter))
             if target is not None and target.name in frame.needs and target.name not in names.values():
@@ -508,13 +508,12 @@ class Hooks(Arrivals):
                     f"{place} normalises over the batch, so that samples have no gradients of their own; put it in eval mode: .eval()"
                 )
             if place in self._small:
-                return self._give_up(place, output, self._small[place])
+                self._give_up(place, output, self._small[place])
+                return None
             if any(value is not None and value is not False for value in others):
-                return self._give_up(
-                    place,
-                    output,
-                    f"{place} is called with more than one input, but its per-sample gradients are known for one input only",
-                )
+                text = f"{place} is called with more than one input, but its per-sample gradients are known for one input only"
+                self._give_up(place, output, text)
+                return None
             features = place.layer.features
             batch = self._batch()
             found: list[Layout] | None = None
