@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from checks.gradient_sketcher import points, seeded
 from torch import Tensor, nn
 
@@ -235,6 +236,59 @@ def test_subclasses_that_compute_something_else() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(seeded(lambda: nn.Sequential(Scaled(9, 4, padding_idx=-8), nn.Linear(4, 3))), whole(9, 5, 6))
+
+
+class TiedTimeFirst(nn.Module):
+    """An embedding and an output layer of one matrix, with time first inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids.T).cumsum(0).tanh()).transpose(0, 1)
+
+
+def test_tied_embeddings_with_time_first() -> None:
+    for samples in (3, 5, 1):
+        check(seeded(TiedTimeFirst), whole(9, samples, 5))
+
+
+class Twice(nn.Module):
+    """Uses its own matrix twice, or a module that must be run again."""
+
+    def __init__(self, known: bool) -> None:
+        super().__init__()
+        self.weight, self.known, self.inner = nn.Parameter(torch.randn(4, 4)), known, Doubled(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = (nn.functional.linear(x, self.weight) if self.known else self.inner(x)).tanh()
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_parameters_used_twice_in_checkpoints(reentrant: bool) -> None:
+    for known in (True, False):
+        model, x = seeded(lambda known=known: Twice(known)), points(5, 4)
+        names = ["weight"] if known else ["inner.weight", "inner.bias"]
+        sketcher = fc.GradientSketcher(model, None, parameters=names, backend="torch", reduction="sum")
+        expected = alone(model, plain, list(sketcher.offsets), (x,)).norm(dim=1)
+
+        def train(model: nn.Module = model, x: Tensor = x) -> None:
+            out = torch.utils.checkpoint.checkpoint(
+                model, x.clone().requires_grad_(), use_reentrant=reentrant
+            )
+            curved(out).sum().backward()
+
+        if reentrant and not known:
+            with pytest.raises(RuntimeError, match="used several times inside of a checkpoint"), sketcher:
+                train()
+            continue
+        with sketcher:
+            train()
+        assert ((sketcher.norms - expected).abs() <= CLOSE * expected).all()
 
 
 class Dropping(nn.Module):

@@ -160,6 +160,7 @@ class Arrivals:
                     f"{current.batch} was known; expand its input over the batch"
                 )
             if self._per == "token":
+                assert isinstance(arrival, _FromLayer)  # calls are not run again for tokens
                 self._split_tokens(current, arrival)
             current.consumed += 1
             current.repeated |= use.used
@@ -171,9 +172,9 @@ class Arrivals:
             if not arrival.empty:  # sequences without positions, or no samples
                 self._add(current, place, wanted, arrival)
 
-    def _split_tokens(self, current: Pass, arrival: _FromLayer | _FromReplay) -> None:
+    def _split_tokens(self, current: Pass, arrival: _FromLayer) -> None:
         """Makes each token a sample."""
-        if isinstance(arrival, _FromReplay) or arrival.place.layer.features is None:
+        if arrival.place.layer.features is None:
             raise ValueError(
                 f"{arrival.place} has no gradients per token; leave its parameters out with parameters=, or set per='sample'"
             )
@@ -199,6 +200,9 @@ class Arrivals:
         self._unsummed.update(target.name for name, target in wanted.items() if name not in summed)
         shared = {name for name, target in wanted.items() if current.calls[target.name] > 1 and self._norms}
         tied = {name: self._tied(current, wanted[name]) for name in shared}
+        if isinstance(arrival, _FromReplay):
+            arrival.kept = {name for name in shared if tied[name] is None}
+        self._count(current, wanted, shared)
         for name, gradient in arrival.gradients(wanted, self._dtype):
             target = wanted[name]
             if name in summed:
@@ -223,6 +227,21 @@ class Arrivals:
             if tied[name] is None:
                 kept = Kept(name, arrival.keep(name))
                 current.kept.setdefault(wanted[name].name, []).append(kept)
+
+    def _count(self, current: Pass, wanted: dict[str, Target], shared: set[str]) -> None:
+        """Notices parameters that are used several times, of which the forward pass has shown one use."""
+        for name, target in wanted.items():
+            current.arrivals[target.name] += 1
+            if (
+                self._norms
+                and name not in shared
+                and current.arrivals[target.name] > 1
+                and not current.repeated
+            ):
+                raise RuntimeError(
+                    f"parameter {target.name!r} is used several times inside of a checkpoint, so that norms are not known; set "
+                    "use_reentrant=False, or norms=False"
+                )
 
     # ---- sums over parameters
 
@@ -274,9 +293,15 @@ class Arrivals:
             return None
         if target.name not in current.tied:
             assert current.batch is not None
-            if any(x.shape[0] not in (1, current.batch) for x in looked_up):
-                return None
-            indices = [x.expand(current.batch, *x.shape[1:]).reshape(current.batch, -1) for x in looked_up]
+            rows = []
+            for x, use in looked_up:
+                layout = self._layout(use)
+                if x.shape[0] != 1 or layout != FIRST:
+                    if not layout.fits(x.shape, current.batch):
+                        return None
+                    x = layout.bring(x, current.batch)
+                rows.append(x)
+            indices = [x.expand(current.batch, *x.shape[1:]).reshape(current.batch, -1) for x in rows]
             current.tied[target.name] = TiedEmbedding(torch.cat(indices, 1).to(torch.int64))
         return current.tied[target.name]
 
@@ -370,6 +395,7 @@ class _FromReplay:
     replay: Replay
     tensors: list[Tensor]
     gs: list[Tensor | None]
+    kept: set[str] = field(default_factory=set)  # parameters whose gradients are kept
     values: dict[str, list[Vector]] = field(default_factory=dict)
 
     @property
@@ -389,7 +415,8 @@ class _FromReplay:
     def gradients(self, wanted: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Gradient]]:
         for name, gradient in self.replay.gradients(self.tensors, self.gs, dtype):
             if name in wanted:
-                self.values.setdefault(name, []).append(gradient)
+                if name in self.kept:
+                    self.values.setdefault(name, []).append(gradient)
                 yield name, gradient
 
     def keep(self, name: str) -> _FromReplay:

@@ -24,7 +24,17 @@ from flashcoreset.gradients.rehearsal import State, rehearsal, restore
 from flashcoreset.gradients.replay import Inseparable, Replay, Way, replaced, tensor_leaves
 from flashcoreset.gradients.row_checks import MODEL, Record, Unavailable, check_rows
 from flashcoreset.gradients.rules import rule_of
-from flashcoreset.gradients.uses import Call, Capture, CaptureAll, Frame, Place, Single, Target, Use
+from flashcoreset.gradients.uses import (
+    Call,
+    Capture,
+    CaptureAll,
+    Frame,
+    Place,
+    Single,
+    Target,
+    Use,
+    in_backward,
+)
 from flashcoreset.gradients.wanted import advice, callable_modules
 from flashcoreset.gradients.watch import Watch
 
@@ -365,7 +375,7 @@ class Hooks(Arrivals):
         batch = self._batch()
         if frame.skeleton is None or frame.state is None or batch is None or self._per == "token":
             return None
-        names = {}
+        names: dict[str, str] = {}
         for name, parameter in frame.module.named_parameters(remove_duplicate=False):
             target = self._targets.get(id(parameter))
             if target is not None and target.name in frame.needs and target.name not in names.values():
@@ -498,13 +508,12 @@ class Hooks(Arrivals):
                     f"{place} normalises over the batch, so that samples have no gradients of their own; put it in eval mode: .eval()"
                 )
             if place in self._small:
-                return self._give_up(place, output, self._small[place])
+                self._give_up(place, output, self._small[place])
+                return None
             if any(value is not None and value is not False for value in others):
-                return self._give_up(
-                    place,
-                    output,
-                    f"{place} is called with more than one input, but its per-sample gradients are known for one input only",
-                )
+                text = f"{place} is called with more than one input, but its per-sample gradients are known for one input only"
+                self._give_up(place, output, text)
+                return None
             features = place.layer.features
             batch = self._batch()
             found: list[Layout] | None = None
@@ -548,7 +557,8 @@ class Hooks(Arrivals):
             for target in place.targets.values():
                 self._pass.calls[target.name] += 1
                 if place.layer is EMBEDDING and isinstance(x, Tensor):
-                    self._pass.looked_up.setdefault(target.name, []).append(x.detach())
+                    use = Use(self._pass, place, {}, found or [FIRST], key=place.owner)
+                    self._pass.looked_up.setdefault(target.name, []).append((x.detach(), use))
         if not torch.is_grad_enabled() or not output.requires_grad:
             return None
         problem, batch = self._problem(place, x, output, found, single), self._batch()
@@ -729,10 +739,6 @@ def _broadcast(value: Tensor, made: Tensor) -> float | None:
     if name == "ExpandBackward0" or (name == "RepeatBackward0" and made.shape[1:] == value.shape[1:]):
         return 1.0
     return None
-
-
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def node_of(parameter: Tensor) -> Any:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def sketch_loader(
             "loader must give its samples in the same order for resume=True, got one that shuffles"
         )
     sketcher = GradientSketcher(model, dim, norms=False, **options)
-    total = len(loader) if hasattr(loader, "__len__") else 0
+    total = len(loader) if isinstance(loader, Sized) else 0
     store = _Memory() if out is None else _File(Path(out), sketcher, model, options, resume)
     wanted = [p for name, p in model.named_parameters() if name in sketcher.offsets]
     with Progress(progress, total, "sketches") as report, contextlib.closing(store):

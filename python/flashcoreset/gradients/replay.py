@@ -215,7 +215,8 @@ class Replay:
         own = [x for x, layout in zip(tensors, inputs, strict=True) if layout is not None]
         dims = [layout.dim for layout in inputs if layout is not None]
         outs = self._out_layouts() if gs is not None else []
-        taken = [i for i, g in enumerate(gs or []) if g is not None]
+        given = {i: g for i, g in enumerate(gs or []) if g is not None}
+        taken = list(given)
 
         def one(samples: list[Tensor], slopes: list[Tensor]) -> dict[str, Tensor]:
             left = iter(samples)
@@ -228,12 +229,12 @@ class Replay:
                 found = self.run(p, whole)
                 return [found[i] for i in taken] if gs is not None else found
 
-            value, back = torch.func.vjp(call, parameters)
+            value, back, *_ = torch.func.vjp(call, parameters)
             if gs is None:
                 return back([torch.ones_like(x) for x in value])[0]
             return back([outs[i].one(g) for i, g in zip(taken, slopes, strict=True)])[0]
 
-        slopes = [gs[i] for i in taken] if gs is not None else []
+        slopes = list(given.values())
         slope_dims = [outs[i].dim for i in taken]
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")  # of operations that vmap runs one by one

@@ -62,7 +62,10 @@ class Pass:
     batch: int | None = None  # that of the model's input, or of the layers if the input has none
     positions: int | None = None  # the tokens of each sample, if results are per token
     calls: Counter[str] = field(default_factory=Counter)  # of the layers that use each parameter
-    looked_up: dict[str, list[Tensor]] = field(default_factory=dict)  # indices of embeddings, by parameter
+    looked_up: dict[str, list[tuple[Tensor, Use]]] = field(
+        default_factory=dict
+    )  # indices of embeddings, by parameter
+    arrivals: Counter[str] = field(default_factory=Counter)  # of gradients, by parameter
     consumed: int = 0
     repeated: bool = False  # whether a second backward pass went through the same graph
     out: dict[str, Tensor] = field(default_factory=dict)  # [B, dim], by group
@@ -177,3 +180,7 @@ class CaptureAll(torch.autograd.Function):
         saved = ctx.saved_tensors
         found = ctx.arrive(list(saved), list(gs))
         return (None, None, *found, *[None] * len(saved))
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -17,7 +17,7 @@ from flashcoreset.gradients.layers import ELEMENTWISE, EMBEDDING, LINEAR, Elemen
 from flashcoreset.gradients.layouts import Layout, layouts
 from flashcoreset.gradients.quiet import quiet, rehearses
 from flashcoreset.gradients.rehearsal import without_dropout
-from flashcoreset.gradients.uses import Place, Target
+from flashcoreset.gradients.uses import Place, Target, in_backward
 
 if TYPE_CHECKING:
     from flashcoreset.gradients.hooks import Hooks
@@ -66,6 +66,11 @@ class Watch(TorchFunctionMode):
             return self._attention(args, kwargs)
         result = func(*args, **kwargs)
         if not torch.is_grad_enabled():
+            if sketcher._frames and not sketcher._rehearsing and not in_backward():
+                for _, target, _ in self._used(
+                    (*args, *kwargs.values())
+                ):  # a reentrant checkpoint's forward pass
+                    sketcher._pass.calls[target.name] += 1
             return result
         if sketcher._single:
             sketcher._follow(func, (*args, *kwargs.values()), result)
