@@ -22,11 +22,13 @@ def main(names: list[str]) -> None:
         NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # times of day
-            for output in cell.get("outputs", []):
-                for figure in output.get("data", {}):  # "<Figure size ...>" beside the picture itself
-                    if figure == "image/png":
-                        output["data"].pop("text/plain", None)
-                        break
+            if cell.cell_type != "code":
+                continue
+            # Without warnings, which name paths of this machine, and "<Figure size ...>" beside the picture itself.
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data.pop("text/plain", None)
         notebook.metadata.pop("language_info", None)
         text = nbformat.writes(notebook, indent=1)
         path.write_text(re.sub(r"\n*\Z", "\n", text))
