@@ -149,6 +149,29 @@ def test_other_types_offsets_budgets_and_backends(ranks: Ranks) -> None:
     check_same(ranks, "cosine", ["plain"], 2, backend="torch")
 
 
+def few_clients(group: Any, rank: int, world: int, exact: bool) -> tuple[torch.Tensor, list[str]]:
+    x = points(N, 0)[shares(N, world)[rank]]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        s = fc.distributed.facility_location(
+            x, 9, clients=points(4, 8)[shares(4, world)[rank]], exact=exact, group=group
+        )
+    return s.indices, [str(warning.message) for warning in told]
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
+def test_picks_that_gain_nothing_are_told_once(ranks: Ranks) -> None:
+    one = fc.facility_location(points(N, 0), 9, clients=points(4, 8))
+    gained = int((one.gains > 0).sum())
+    assert gained < 9
+    (indices, told), *others = ranks.run(few_clients, True, world=2)
+    assert torch.equal(indices, one.indices)
+    assert [text for text in told if f"{gained} of 9 picks gain something" in text]
+    assert not [text for _, texts in others for text in texts if "gain something" in text]
+    for rank, (_, texts) in enumerate(ranks.run(few_clients, False, world=2)):
+        assert len([text for text in texts if "gain something" in text]) == (rank == 0)
+
+
 def all_picks(group: Any, rank: int, world: int) -> torch.Tensor:
     x = points(N, 0)[shares(N, world)[rank]]
     return fc.distributed.facility_location(x, N, metric="l1", group=group).indices

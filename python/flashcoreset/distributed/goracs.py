@@ -31,6 +31,7 @@ from flashcoreset.distributed.problem import power_of_gains
 from flashcoreset.distributed.selection import as_shard
 from flashcoreset.facility_location.backend import choose
 from flashcoreset.methods.goracs import SOLVERS, exchanged
+from flashcoreset.methods.goracs import _is_held as is_held
 from flashcoreset.methods.goracs.descent import Options
 from flashcoreset.methods.goracs.exact_transport import load_pot
 from flashcoreset.methods.goracs.transport_costs import TransportCosts, cover_picks
@@ -77,7 +78,7 @@ def goracs(
 
     Raises:
         TypeError, ValueError: as `fc.goracs` does, on every rank, naming the rank.
-        ImportError: if `solver` is "exact" and POT is not installed.
+        ImportError: if `solver` is "exact" and POT is not installed, where `fc.goracs` needs it.
         RankError: if a rank ends or hangs.
 
     Source: see `fc.goracs`.
@@ -148,7 +149,7 @@ def goracs(
                 place = int((norms < 0).nonzero()[0])
                 raise ValueError(f"grad_norms must be >= 0, got {float(norms[place])} at position {place}")
             kernels = choose(backend, x.device)
-            if solver == "exact":
+            if solver == "exact" and not is_held(count, len(y), dtype):
                 load_pot()
             told = {
                 "k": count, "lam": options.lam, "max_exchanges": options.max_exchanges, "n_candidates": options.n_candidates, "tol": options.tol,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
 from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.errors import InputWarning, warn_caller
 from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.scaling import exponent_into, largest_magnitude
 from flashcoreset._core.tensor import (
@@ -531,6 +533,14 @@ def _on_ranks(call: Call) -> ShardedSelection:
     indices = torch.tensor(numbers, dtype=torch.int64, device=x.device)
     if call.checkpoint is not None:
         call.checkpoint.remove()
+    gained = int(torch.count_nonzero(gains))
+    apart = call.clients is not None or (call.is_matrix and call.total != x.shape[1])
+    if comm.rank == 0 and apart and gained < call.k:
+        warn_caller(
+            f"{gained} of {call.k} picks gain something: no client is served better by the other {call.k - gained}, which are the "
+            f"lowest free indices; pass k={gained} for those alone that gain",
+            InputWarning,
+        )
     return ShardedSelection(indices, gains, won, assignment, objective, call.offset, info=info)
 
 
@@ -731,7 +741,10 @@ def _local_picks(
         weights = None  # of no clients: this rank's candidates stand for themselves
     if call.near:
         options["offset"] = call.near
-    found = on_one_machine(some, count, metric=metric, weights=weights, **options)
+    with warnings.catch_warnings():
+        # A rank's own picks may gain nothing there; those of all ranks count.
+        warnings.simplefilter("ignore", InputWarning)
+        found = on_one_machine(some, count, metric=metric, weights=weights, **options)
     return rows[found.indices.cpu()]
 
 
