@@ -28,11 +28,25 @@ NAMES = [["sea", "air", "land"][i % 3] for i in range(N)]
 LABELS = np.arange(N) % D
 
 
+def start() -> None:
+    """Starts Ray with two workers. It gives itself 30 seconds, which a busy machine may not have at the first try."""
+    for attempt in range(3):
+        try:
+            ray.init(
+                num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == 2 or "timed out" not in str(error):
+                raise
+
+
 @pytest.fixture(scope="module")
 def on_ray() -> Iterator[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray's own
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+        start()
         ray.data.DataContext.get_current().enable_progress_bars = False
         from flashcoreset.integrations import ray as module
 
