@@ -21,7 +21,7 @@ BATCHES = 4
 def run(seeds: Iterable[int], quick: bool = False) -> Evidence:
     seeds = list(seeds)
     large, warm, batches = (24, 5, 1) if quick else (64, 60, BATCHES)
-    settings = Settings(large=large, k=large // 2, layers=2, width=64, validation_rows=1)
+    settings = Settings(ratio=2, k=large // 2, layers=2, width=64, validation_rows=1)
     text = standard_library(settings.validation_rows)
     measure = Measure(f"squared relative error of the mean gradient, {large} rows to {settings.k}", digits=4)
     for seed in seeds:
