@@ -154,10 +154,11 @@ class LastLayerGradients:
     def _joined(self, matrix: Matrix, grads: list[Tensor], rows: int) -> tuple[Tensor, Tensor]:
         """The inputs and outputs' gradients of all calls as [B, T, columns] and [B, T, rows of the matrix]."""
         dtype = compute_dtype(grads[0].dtype)
-        pairs = [
-            tuple(_by_row(x, rows, matrix, matrix.layouts[0]).to(dtype) for x in (a, g))
-            for (a, _), g in zip(matrix.calls, grads, strict=True)
-        ]
+
+        def by_row(x: Tensor) -> Tensor:
+            return _by_row(x, rows, matrix, matrix.layouts[0]).to(dtype)
+
+        pairs = [(by_row(a), by_row(g)) for (a, _), g in zip(matrix.calls, grads, strict=True)]
         if len(pairs) == 1:
             return pairs[0]
         return torch.cat([a for a, _ in pairs], 1), torch.cat([g for _, g in pairs], 1)

@@ -283,7 +283,7 @@ class BatchSelector:
             return LowRankGradients(torch.cat(found), seed, self.numel)
         return joined(found) if self._sketch_dim is None else torch.cat(found)
 
-    def _cut(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _cut(self, batch: Any) -> Iterator[dict[str, Any]]:
         """The parts of a batch that run at a time."""
         rows = len(_labels(batch))
         step = rows if self._batch_size is None else self._batch_size

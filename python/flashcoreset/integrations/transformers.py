@@ -171,7 +171,8 @@ class CoLMMixin(Trainer):
         if any("__init__" in vars(base) for base in before) and "__init__" not in vars(cls):
 
             def init(self: Any, *args: Any, colm: Any = None, selection: Any = None, **kwargs: Any) -> None:
-                self._given = colm, selection
+                if colm is not None:
+                    self._given = colm, selection
                 super(cls, self).__init__(*args, **kwargs)
 
             cls.__init__ = init  # type: ignore[method-assign]
