@@ -526,14 +526,14 @@ def test_distances_that_overflow() -> None:
 def test_exact_scores_need_no_pot_if_the_costs_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "ot")
     assert goracs(GOOD, GOOD, np.ones(6), 2).info["exact_solves"] >= 1
-    monkeypatch.setattr("flashcoreset.methods.goracs.HELD_BYTES", 0)
+    monkeypatch.setattr(sys.modules["flashcoreset.methods.goracs"], "HELD_BYTES", 0)
     with pytest.raises(ImportError, match=r"solver='exact' needs POT.*flashcoreset\[goracs\].*sinkhorn"):
         goracs(GOOD, GOOD, np.ones(6), 2)
 
 
 def test_failure_of_the_solver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ot.emd
-    monkeypatch.setattr("flashcoreset.methods.goracs.HELD_BYTES", 0)
+    monkeypatch.setattr(sys.modules["flashcoreset.methods.goracs"], "HELD_BYTES", 0)
 
     def fail(*arguments: Any, **keywords: Any) -> Any:
         plan, log = real(*arguments, **keywords)
@@ -549,7 +549,7 @@ def test_failure_of_the_solver_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 def test_members_whose_costs_are_not_held_are_scored_by_pot(monkeypatch: pytest.MonkeyPatch) -> None:
     train, valid, norms = data(60, 40)
     held = goracs(train, valid, norms, 8)
-    monkeypatch.setattr("flashcoreset.methods.goracs.HELD_BYTES", 0)
+    monkeypatch.setattr(sys.modules["flashcoreset.methods.goracs"], "HELD_BYTES", 0)
     solved = goracs(train, valid, norms, 8)
     c = reference.costs(train, valid, norms, 0.5)
     for coreset in (held, solved):

@@ -103,7 +103,9 @@ class ExactDescent(Progression):
     def _exchange_with(self, pool: _Pool) -> bool:
         """Makes exchanges for items of the pool; False if the most promising ones do not help."""
         members = set(self.subset.tolist())
-        kept = torch.tensor([row for row, item in enumerate(pool.items.tolist()) if item not in members])
+        kept = torch.tensor(
+            [row for row, item in enumerate(pool.items.tolist()) if item not in members], dtype=torch.int64
+        )
         if len(kept) < len(pool.items):
             pool.items, pool.costs = pool.items[kept.to(pool.items.device)], pool.costs[kept]
         if len(pool.items) == 0:
