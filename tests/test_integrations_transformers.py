@@ -179,7 +179,7 @@ def test_logs(tmp_path: Path) -> None:
         assert sum(entry[f"chosen/{source}"] for source in ("common", "other", "rare")) == K
         assert "matching_error" not in entry
     assert not any("selection_time" in entry for entry in run.state.log_history if "loss" not in entry)
-    kept = [coreset.info["counts"]["rare"] for coreset in run.coresets[:2]]
+    kept = [coreset.info["counts"].get("rare", 0) for coreset in run.coresets[:2]]
     assert entries[0]["chosen/rare"] == sum(kept) / 2
     names = {name for coreset in run.coresets for name in coreset.info["budgets"]}
     assert names == {"common", "other"}
@@ -839,7 +839,8 @@ def test_sft_trainer(order: str, tmp_path: Path) -> None:
         run.train()
         entries = [entry for entry in run.state.log_history if "loss" in entry]
         assert len(entries) == 2
-        assert all(entry["chosen/rare"] >= 0 and entry["selection_time"] > 0 for entry in entries)
+        assert all(entry["selection_time"] > 0 for entry in entries)
+        assert all(any(name.startswith("chosen/") for name in entry) for entry in entries)
         assert 0 < len(run.last_coreset.indices) <= K
         assert run.last_coreset.info["step"] == 2
     with pytest.raises(ValueError, match=r"(packing|padding_free) must be False"):

@@ -279,11 +279,13 @@ class CoLMMixin(Trainer):
 
     def _kept_sources(self) -> list[Any]:
         """The names of keep_sources, which the data must have if its sources are known."""
-        kept = [self._name(source, f"keep_sources[{i}]") for i, source in enumerate(self.colm.keep_sources)]
+        kept = [
+            self._source_name(source, f"keep_sources[{i}]") for i, source in enumerate(self.colm.keep_sources)
+        ]
         known = _known_sources(self.train_dataset, self.colm.source) if kept else None
         if known is None:
             return kept
-        present = {self._name(source, self.colm.source or "") for source in known}
+        present = {self._source_name(source, self.colm.source or "") for source in known}
         for i, (source, name) in enumerate(zip(self.colm.keep_sources, kept, strict=True)):
             if name not in present:
                 raise ValueError(
@@ -292,7 +294,7 @@ class CoLMMixin(Trainer):
                 )
         return kept
 
-    def _name(self, source: Any, name: str) -> Any:
+    def _source_name(self, source: Any, name: str) -> Any:
         """A source as it is called in results: by the name of its class if the column has classes."""
         source = as_label(source, name)
         classes = self._classes
@@ -484,7 +486,7 @@ class CoLMMixin(Trainer):
                 raise ValueError(
                     _no_source(column, row if isinstance(row, Mapping) else [type(row).__name__])
                 )
-            sources.append(self._name(row[column], f"the {column} of row {i}"))
+            sources.append(self._source_name(row[column], f"the {column} of row {i}"))
             features.append({name: value for name, value in row.items() if name != column})
         if column is None:
             return None, features
