@@ -155,13 +155,13 @@ def test_bounds_are_below_the_costs_and_the_best_is_the_best(transport: Any, k: 
     costs_of_items = torch.from_numpy(items)
     best = solved.best_exchange(costs_of_items, listed, math.inf, -math.inf, 10**6)
     assert best.value == pytest.approx(after.min(), abs=1e-12)
-    assert after[listed.rows[best.index], listed.places[best.index]] == pytest.approx(after.min(), abs=1e-12)
+    assert after[listed.rows[best.place], listed.places[best.place]] == pytest.approx(after.min(), abs=1e-12)
     assert best.tried <= len(listed.rows)
     # Nothing below the ceiling; the first that is enough; the best of a few.
     assert solved.best_exchange(costs_of_items, listed, after.min() - 1e-9, -math.inf, 10**6)[0] == -1
     tried = after[listed.rows, listed.places]
     first = solved.best_exchange(costs_of_items, listed, math.inf, math.inf, 10**6)
-    assert (first.index, first.tried) == (0, 1)
+    assert (first.place, first.tried) == (0, 1)
     assert first.value == pytest.approx(tried[0], abs=1e-12)
     some = solved.best_exchange(costs_of_items, listed, math.inf, -math.inf, 2)
     assert some.value == pytest.approx(tried[:2].min(), abs=1e-12)

@@ -467,10 +467,10 @@ class _Parquet(_Arrow):
             place, left, later = self._ahead
         self._ahead = None
         if later is None:
-            group = max(0, np.searchsorted(self._starts, begin, side="right") - 1)
-            groups = range(int(group), len(self._starts) - 1)
+            group = max(0, int(np.searchsorted(self._starts, begin, side="right")) - 1)
+            groups = range(group, len(self._starts) - 1)
             later = self._file.iter_batches(65536, row_groups=groups, columns=self._columns)
-            skip = begin - self._starts[int(group)]
+            skip = begin - self._starts[group]
             while skip:
                 batch = next(later)
                 left = batch.slice(skip) if skip < batch.num_rows else None

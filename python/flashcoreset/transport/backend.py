@@ -28,12 +28,12 @@ class Best(NamedTuple):
     """The best of some candidates.
 
     Attributes:
-        index: among the candidates; -1 if none leads below the ceiling.
+        place: that of the best among the candidates; -1 if none leads below the ceiling.
         value: the transport cost after it, or the ceiling.
         tried: how many candidates were tried.
     """
 
-    index: int
+    place: int
     value: float
     tried: int
 

@@ -149,7 +149,7 @@ class ExactDescent(Progression):
         self.solves += best.tried
         # What is best of fewer because no more may be solved would not be made otherwise.
         whole = allowed == _TRIES or best.tried < allowed
-        return best.index if best.index >= 0 and (whole or best.value <= enough) else None
+        return best.place if best.place >= 0 and (whole or best.value <= enough) else None
 
     def _make(self, pool: _Pool, row: int, place: int) -> None:
         self.scores.append(self._transport.exchange(place, pool.costs[row]))
@@ -169,8 +169,8 @@ class ExactDescent(Progression):
                 size = min(_CHUNK, left, self._solves_left())
                 best = self._transport.best_exchange(block.costs, candidates, self._goal, self._goal, size)
                 self.solves += best.tried
-                if best.index >= 0:
-                    self._make(block, int(candidates.rows[best.index]), int(candidates.places[best.index]))
+                if best.place >= 0:
+                    self._make(block, int(candidates.rows[best.place]), int(candidates.places[best.place]))
                     return None
                 left -= best.tried
                 candidates = Candidates(*(part[best.tried :] for part in candidates))
