@@ -967,14 +967,23 @@ def test_samples_that_differ_in_another_input_alone() -> None:
     check(Called(layer, lambda layer, labels, x: layer(x) * labels[:, None]), labels, points(4, 4))
 
 
-def test_positions_after_a_batch_of_one_position() -> None:
-    for verify in ("first", "always"):
-        model = seeded(lambda: Learned(torch.arange))
-        sketcher = fc.GradientSketcher(model, None, parameters="position.*", verify=verify)
+@pytest.mark.parametrize("verify", ["first", "always"])
+def test_positions_after_a_batch_of_one_position(verify: str) -> None:
+    """Refused where modules are not run again after the first batch, and right where they are."""
+    model, ids = seeded(lambda: Learned(torch.arange)), whole(20, 6, 6)
+    sketcher = fc.GradientSketcher(model, None, parameters="position.*", verify=verify, reduction="sum")
+    with sketcher:
+        curved(model(whole(20, 6, 1))).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fc.SlowPathWarning)
+        if verify == "first":
+            with pytest.raises(ValueError, match="Embedding 'position': the 6 rows of its input"), sketcher:
+                model(ids)
+            return
         with sketcher:
-            curved(model(whole(20, 6, 1))).sum().backward()
-        with pytest.raises(ValueError, match="Embedding 'position': the 6 rows of its input"), sketcher:
-            model(whole(20, 6, 6))
+            curved(model(ids)).sum().backward()
+    norms = one_by_one(model, ["position.weight"], ids).norm(dim=1)
+    assert ((sketcher.norms.double() - norms).abs() <= CLOSE * norms).all()
 
 
 # ---- correct models that look otherwise
