@@ -185,7 +185,7 @@ class _CCS:
     def finalize(self, found: _Parts) -> dict[str, Any]:
         given = found.joined()
         order = np.argsort(given.pop("index"), kind="stable")
-        ordered = {name: values[order] for name, values in given.items()}
+        ordered: dict[str, Any] = {name: values[order] for name, values in given.items()}
         chosen = fc.ccs(ordered.pop("scores"), self._k, **ordered, **self._options)
         return {
             "indices": chosen.indices.tolist(),

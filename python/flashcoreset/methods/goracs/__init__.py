@@ -220,7 +220,8 @@ def goracs(
         raise ValueError(f"grad_norms must be >= 0, got {float(norms[place])} at position {place}")
     classes = [(0, torch.arange(n, device=device), torch.arange(len(y), device=device), k)]
     if labels is not None:
-        classes = _split(*labels, k)
+        of_train, of_valid = labels
+        classes = _split(of_train, of_valid, k)
     dtype = compute_dtype(x.dtype)
     if solver == "exact" and not all(_is_held(count, len(own), dtype) for _, _, own, count in classes):
         load_pot()
