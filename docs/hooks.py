@@ -48,6 +48,7 @@ MODULES = {
     "plot": ["flashcoreset.plot"],
     "integrations": [f"flashcoreset.integrations.{name}" for name in ("torch", "transformers", "sklearn")],
     "compat": ["flashcoreset.compat"],
+    "distributed": ["flashcoreset.distributed"],
 }
 
 

@@ -32,7 +32,7 @@ from flashcoreset.sketch.kinds import KINDS
 WORKS, REFUSED = "works", ("TypeError", "ValueError")
 # Parameters that may be something else than a number.
 MAY_BE_NONE = {"offset", "length", "expected_picks", "stop_gain"}
-MAY_BE_INFINITE = {"rho_a", "rho_b"}
+MAY_BE_INFINITE = {"rho_a", "rho_b", "ceiling", "enough", "goal"}
 # These alone can't be negative, 0, or that large by what the others are.
 POSITIVE = {"threads", "length", "lists", "size", "n", "nnz", "goal", "max_iter", "iterations"}
 

@@ -35,6 +35,7 @@ def _closed() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence:SyntaxWarning")  # in the sources of POT
+@pytest.mark.filterwarnings("ignore:JAXopt is no longer maintained:DeprecationWarning")  # when OTT imports it
 @pytest.mark.parametrize("page", [page for page in PAGES if EXAMPLES[page]], ids=lambda page: page.name)
 def test_examples_run(page: Path) -> None:
     names: dict[str, object] = {}
