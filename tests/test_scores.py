@@ -316,9 +316,9 @@ def test_error_is_not_above_that_of_torch_in_float32() -> None:
 def test_opcheck_and_compile(backend: str) -> None:
     op = torch.ops.flashcoreset.sample_scores.default
     x, t = random_logits(4 * 3, 5, torch.float32).reshape(4, 3, 5), random_targets(12, 5).reshape(4, 3)
-    torch.library.opcheck(op, (x, t, torch.ones_like(t), backend))
-    torch.library.opcheck(op, (x, t, None, backend))
-    torch.library.opcheck(op, (x[:, 0].half(), t[:, 0], None, backend))
+    torch.library.opcheck(op, (x, t, torch.ones_like(t), True, -100, backend))
+    torch.library.opcheck(op, (x, t, None, False, -100, backend))
+    torch.library.opcheck(op, (x[:, 0].half(), t[:, 0], None, True, -100, backend))
 
     def hardness(x: Tensor, t: Tensor) -> Tensor:
         scores = fc.sample_scores(x * 2, t, backend=backend)
@@ -386,7 +386,7 @@ def test_targets_out_of_range(backend: str, wrong: int) -> None:
     mask = torch.ones_like(two)
     for given_mask in (None, mask):
         with pytest.raises(ValueError, match=rf"got {wrong} at sample 3, token 1$"):
-            fc.sample_scores(both, two, given_mask, backend=backend)
+            fc.sample_scores(both, two, given_mask, ignore_index=-7, backend=backend)
 
 
 X, T = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
@@ -436,3 +436,60 @@ def test_backends_are_obeyed_or_refused() -> None:
         fc.sample_scores(X, T, backend="cuda")
     with pytest.raises(ValueError, match="targets is on device cpu, but logits is on meta"):
         fc.sample_scores(X.to("meta"), T)
+
+
+def test_margins_of_logits(backend: str) -> None:
+    for dtype in (torch.float64, torch.float16):
+        x, t = random_logits(40, 7, dtype), random_targets(40, 7)
+        x[3, t[3]] = x[3].max() + 1
+        x[4] = 2.0  # all are equal
+        wide = x.double()
+        others = wide.scatter(1, t[:, None], -torch.inf).amax(1)
+        expected = wide.gather(1, t[:, None])[:, 0] - others
+        found = fc.sample_scores(x, t, margin="logit", backend=backend)
+        torch.testing.assert_close(found.margin.double(), expected, rtol=1e-6, atol=1e-6)
+        plain = fc.sample_scores(x, t, backend=backend)
+        assert torch.equal(found.loss, plain.loss)
+        assert torch.equal(found.el2n, plain.el2n)
+    tokens, targets = (
+        random_logits(12, 7, torch.float64).reshape(3, 4, 7),
+        random_targets(12, 7).reshape(3, 4),
+    )
+    targets[0, 1:], tokens[0, 1:] = -100, torch.nan
+    every = fc.sample_scores(tokens[1:].reshape(8, 7), targets[1:].flatten(), margin="logit", backend=backend)
+    found = fc.sample_scores(tokens, targets, margin="logit", backend=backend)
+    torch.testing.assert_close(found.margin[1:], every.margin.reshape(2, 4).mean(1))
+    first = fc.sample_scores(tokens[0, :1], targets[0, :1], margin="logit", backend=backend)
+    torch.testing.assert_close(found.margin[:1], first.margin)
+
+
+def test_ignored_tokens_do_not_count(backend: str) -> None:
+    x, t = random_logits(12, 7, torch.float32).reshape(3, 4, 7), random_targets(12, 7).reshape(3, 4)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[0, 2:], mask[2, 0] = False, False
+    for index in (-100, 6):
+        ignored = torch.where(mask, t % 6, index)
+        found = fc.sample_scores(x, ignored, ignore_index=index, backend=backend)
+        expected = fc.sample_scores(x, t % 6, mask, backend=backend)
+        for name in ("loss", "entropy", "margin", "el2n", "correct"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    half = torch.ones(3, 4, dtype=torch.uint8)
+    half[1, 3] = 0
+    both = fc.sample_scores(x, torch.where(mask, t, -100), half, backend=backend)
+    assert torch.equal(both.loss, fc.sample_scores(x, t, mask & half.bool(), backend=backend).loss)
+    with pytest.raises(
+        ValueError, match="mask must keep at least one token of every sample, got none at sample 1"
+    ):
+        fc.sample_scores(x, t.index_fill(0, torch.tensor([1]), -100), backend=backend)
+
+
+def test_wrong_margins_and_ignored_targets() -> None:
+    x, t = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="unknown margin 'odds'; valid names: probability, logit"):
+        fc.sample_scores(x, t, margin="odds")
+    with pytest.raises(TypeError, match="ignore_index"):
+        fc.sample_scores(x, t, ignore_index=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least two classes for margin 'logit'"):
+        fc.sample_scores(x[:, :1], t * 0, margin="logit")
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 3\)"):
+        fc.sample_scores(x, t - 100)

@@ -13,7 +13,16 @@ from flashcoreset._core.dispatch import check_backend
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.op import define_op
 from flashcoreset._core.saving import Saved, savable
-from flashcoreset._core.tensor import as_dense, as_floating, as_integers, as_tensor, compute_dtype, is_traced
+from flashcoreset._core.tensor import (
+    as_dense,
+    as_floating,
+    as_integer,
+    as_integers,
+    as_tensor,
+    compute_dtype,
+    is_traced,
+    one_of,
+)
 from flashcoreset.scores.backend import choose
 from flashcoreset.scores.checks import check_targets, mean_over_tokens
 
@@ -26,7 +35,7 @@ class SampleScores(Saved):
     Attributes:
         loss: [N], the cross-entropy -log p_t, in nats.
         entropy: [N], of the predicted probabilities, in nats.
-        margin: [N], p_t less the largest probability of another class, in [-1, 1].
+        margin: [N], p_t less the largest probability of another class, in [-1, 1]; with margin="logit" of the logits.
         el2n: [N], the Euclidean norm of p - onehot(t), in [0, sqrt(2)].
         correct: [N] bool, whether the prediction is the target; for logits of tokens [N] floating, the share of
             tokens that the prediction gets right.
@@ -45,7 +54,18 @@ class SampleScores(Saved):
     correct: Tensor
 
 
-def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str | None = None) -> SampleScores:
+MARGINS = ("probability", "logit")
+
+
+def sample_scores(
+    logits: Any,
+    targets: Any,
+    mask: Any = None,
+    *,
+    margin: str = "probability",
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> SampleScores:
     """Loss, entropy, margin, EL2N and correctness of every sample, from one reading of the logits.
 
     With p = softmax(logits) and the target t: loss = -log p_t, entropy = -sum_j p_j log p_j, margin = p_t -
@@ -60,6 +80,9 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
         mask: [N, T], bool or integers 0 and 1, for logits [N, T, C]: which tokens count, at least one in each
             sample. Logits and targets of other tokens may be anything (NaN, -100) and are not read by the
             compiled kernels. None: all tokens count.
+        margin: "probability", or "logit": the target's logit less the largest of another class, as Pleiss et al. take it (one
+            more reading of the logits).
+        ignore_index: the target of tokens that do not count, as in torch's cross_entropy; for logits [N, T, C].
         backend: None, "cpu", "triton" (on CUDA tensors) or "torch".
 
     Returns:
@@ -69,7 +92,7 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
     Raises:
         TypeError: for arguments of a wrong type.
         ValueError: for wrong shapes, NaN or infinity in the logits, targets out of range, a mask that is not 0
-            and 1, and a sample in which no token counts.
+            and 1, a sample in which no token counts, and margin "logit" for a single class.
         BackendUnavailableError: if `backend` was named and cannot run here.
 
     Source: Paul, Ganguli and Dziugaite, "Deep learning on a data diet: finding important examples early in
@@ -88,10 +111,14 @@ def sample_scores(logits: Any, targets: Any, mask: Any = None, *, backend: str |
         torch.Size([2])
     """
     check_backend(backend)
+    one_of(margin, "margin", MARGINS)
+    ignored = as_integer(ignore_index, "ignore_index")
     x, t, m = _check(logits, targets, mask)
-    found = _SCORES(x, t, m, backend) if is_traced(x) else _solve(x, t, m, backend)
-    loss, entropy, margin, el2n, correct = found.unbind()
-    return SampleScores(loss, entropy, margin, el2n, correct > 0 if x.dim() == 2 else correct)
+    if margin == "logit" and x.shape[-1] == 1:
+        raise ValueError("logits must have at least two classes for margin 'logit', got one")
+    solve = _SCORES if is_traced(x) else _solve
+    loss, entropy, margins, el2n, correct = solve(x, t, m, margin == "logit", ignored, backend).unbind()
+    return SampleScores(loss, entropy, margins, el2n, correct > 0 if x.dim() == 2 else correct)
 
 
 def _check(logits: Any, targets: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -114,19 +141,43 @@ def _check(logits: Any, targets: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor
     return x, t, as_integers(m, "mask", rows, "logits", x.device)
 
 
-def _solve(logits: Tensor, targets: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
+def _solve(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    of_logits: bool,
+    ignore_index: int,
+    backend: str | None,
+) -> Tensor:
     """The scores [5, N], in the order of the attributes of SampleScores."""
     kernels = choose(backend, logits.device)
     kept = None
+    ignored = targets == ignore_index
+    if logits.dim() == 3 and bool(ignored.any()):
+        mask = ~ignored if mask is None else mask * ~ignored
     if mask is not None:
         kept = _checked_mask(mask)
         check_targets(targets, ~kept, logits.shape[-1])
         targets = torch.where(kept, targets, -1)
     if logits.dim() == 2:
         logits, targets = logits.unsqueeze(1), targets.unsqueeze(1)
-        return kernels.sample_scores(logits, targets)[:, :, 0]
+        scores = kernels.sample_scores(logits, targets)
+        if of_logits:
+            scores[2] = _margins_of_logits(logits, targets, scores.dtype)
+        return scores[:, :, 0]
     scores = kernels.sample_scores(logits, targets, masked=kept is not None)
+    if of_logits:
+        margins = _margins_of_logits(logits, targets.clamp(min=0), scores.dtype)
+        scores[2] = margins if kept is None else torch.where(kept, margins, 0)
     return mean_over_tokens(scores, kept)
+
+
+def _margins_of_logits(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """The target's logit less the largest of another class, [N, T]."""
+    largest, classes = logits.detach().topk(2, -1)
+    own = logits.detach().gather(-1, targets[..., None])[..., 0]
+    other = torch.where(classes[..., 0] == targets, largest[..., 1], largest[..., 0])
+    return own.to(dtype) - other.to(dtype)
 
 
 def _checked_mask(mask: Tensor) -> Tensor:
@@ -147,7 +198,14 @@ def _checked_mask(mask: Tensor) -> Tensor:
 # The torch op, which torch.compile and fake tensors see.
 
 
-def _fake(logits: Tensor, targets: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
+def _fake(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    of_logits: bool,
+    ignore_index: int,
+    backend: str | None,
+) -> Tensor:
     return logits.new_empty(5, logits.shape[0], dtype=compute_dtype(logits.dtype))
 
 
@@ -160,6 +218,8 @@ def _estimate(
     targets: Any = None,
     mask: Any = None,
     *,
+    margin: str = "probability",
+    ignore_index: int = -100,
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
 ) -> int:
@@ -177,7 +237,9 @@ def _estimate(
     scores = 5 * rows * size
     # The means over tokens: in float64, with cumulative sums; the masks made from a mask.
     means = 2 * 5 * rows * 8 if len(shape) == 3 else 0
-    masks = 32 * rows if mask is not None else 2 * rows
+    masks = 32 * rows if mask is not None else 3 * rows
+    if margin == "logit":
+        masks += 40 * rows
     if backend == "torch":
         return scores * 2 + means + masks + rows * classes * (9 * size + 12)
     return scores + means + masks + torch.get_num_threads() * (1 << 16)
