@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.greedy import Greedy
-from flashcoreset.facility_location.lost_gains import _SAFE_UNITS, _least_told, _told
+from flashcoreset.facility_location.lost_gains import SAFE_UNITS, least_told_of, refuse_lost, told
 from flashcoreset.facility_location.problem import Problem
 
 _PICKS = 64  # rows of similarities that are checked together
@@ -52,7 +52,7 @@ def check_gains(
         bound = float(gains[0])
     else:
         bound = float(sums.sum_floats(w.sum()[None].cpu())[0]) * _largest(comm, run, problem, offset)
-    limit, least = clients * bound * _SAFE_UNITS, float(gains.min())
+    limit, least = clients * bound * SAFE_UNITS, float(gains.min())
     if least >= limit:
         return
     order = preselected + run.picks
@@ -62,27 +62,16 @@ def check_gains(
         rows = run.shared.fetch(order[first : first + _PICKS])
         for some, values in run.shared.similarities(rows):
             bests = torch.cat([best[None, some], values.double()]).cummax(0).values
-            more = _told(values.double(), bests[:-1], _least_told(problem, some))
+            more = told(values.double(), bests[:-1], least_told_of(problem, some))
             worth[first : first + len(rows)] += (more * w[some]).sum(1)
             best[some] = bests[-1]
     worth = sums.sum_floats(worth)[len(preselected) :]
     missed = 0.0
     if own is not None and not approximate:
-        more = _told(own(), best, _least_told(problem, slice(0, m))) * w
+        more = told(own(), best, least_told_of(problem, slice(0, m))) * w
         missed = float(more.max()) if m else 0.0
     missed = comm.most(missed)
-    lost = (worth > 1.02 * gains.double()) & (gains < limit)
-    most = max(float(worth[lost].max()) if lost.any() else 0.0, missed if missed > 2 * least else 0.0)
-    if most:
-        what, how = ("distances", "farther away") if offset else ("similarities", "longer")
-        if metric == "precomputed" and not offset:
-            how = "larger"
-        remedy = f"leave out rows that are so much {how} than the others"
-        if weights is not None:
-            remedy += ", or bring the weights nearer to each other"
-        raise ValueError(
-            f"x: gains of {most:.3g} are lost beside {what} whose sum is up to {bound:.3g}, so that picks would be arbitrary; {remedy}"
-        )
+    refuse_lost(problem, offset, worth, gains, missed, limit, bound)
 
 
 def _largest(comm: Communicator, run: Greedy, problem: Problem, offset: float) -> float:

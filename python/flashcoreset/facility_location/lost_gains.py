@@ -10,7 +10,7 @@ from flashcoreset.facility_location.backend import Kernels
 from flashcoreset.facility_location.problem import Problem
 
 # A sum over m clients loses at most m units of 2^-60 of the bound of all sums; gains above 2^10 times that loss are right to 0.1 %.
-_SAFE_UNITS = 2.0**-50
+SAFE_UNITS = 2.0**-50
 # Distances below this share of the points themselves, and gains below this share of the similarities, may be their rounding.
 _ROUNDING = 2.0**-16
 _BLOCK = 2**19  # similarities that are checked together
@@ -39,7 +39,7 @@ def check_gains(
     # A first pick among all candidates is worth at least what the largest similarity is.
     known = preselected is None and not stochastic and metric != "cosine" and not offset
     bound = float(gains[0]) if known else _bound(problem, offset)
-    limit, least = m * bound * _SAFE_UNITS, float(gains.min())
+    limit, least = m * bound * SAFE_UNITS, float(gains.min())
     if least >= limit:
         return
     before = 0 if preselected is None else len(preselected)
@@ -57,25 +57,44 @@ def check_gains(
             else weights[some].double()
         )
         best = torch.full((some.stop - begin,), -offset, dtype=torch.float64, device=x.device)
-        least_told = _least_told(problem, some)
+        least_told = least_told_of(problem, some)
         for first in range(0, len(order), step):
             rows = order[first : first + step]
             s = _similarities(kernels, problem, rows, some)
             bests = torch.cat([best[None], s]).cummax(0).values
-            worth[first : first + len(rows)] += (_told(s, bests[:-1], least_told) * w).sum(1)
+            worth[first : first + len(rows)] += (told(s, bests[:-1], least_told) * w).sum(1)
             best = bests[-1]
         if problem.is_square and not stochastic:
-            more = _told(_own(problem, some), best, least_told) * w
+            more = told(_own(problem, some), best, least_told) * w
             missed = max(missed, float(more.max()))
     worth = worth[before:]
+    refuse_lost(problem, offset, worth, gains, missed, limit, bound)
+
+
+def refuse_lost(
+    problem: Problem, offset: float, worth: Tensor, gains: Tensor, missed: float, limit: float, bound: float
+) -> None:
+    """Raises ValueError if a pick is worth more than its gain, or a client still misses more than the worst pick brought.
+
+    Args:
+        problem: whose picks they are.
+        offset: what distances were subtracted from; 0 for similarities.
+        worth: [k] float64, what the picks are worth, summed again.
+        gains: [k] as they were reported.
+        missed: the most that a client which is a candidate still misses.
+        limit: gains below it may have been lost.
+        bound: of all sums of weights times similarities.
+    """
     lost = (worth > 1.02 * gains.double()) & (gains < limit)
-    most = max(float(worth[lost].max()) if lost.any() else 0.0, missed if missed > 2 * least else 0.0)
+    most = max(
+        float(worth[lost].max()) if lost.any() else 0.0, missed if missed > 2 * float(gains.min()) else 0.0
+    )
     if most:
         what, how = ("distances", "farther away") if offset else ("similarities", "longer")
-        if metric == "precomputed" and not offset:
+        if problem.metric == "precomputed" and not offset:
             how = "larger"
         remedy = f"leave out rows that are so much {how} than the others"
-        if weights is not None:
+        if problem.weights is not None:
             remedy += ", or bring the weights nearer to each other"
         raise ValueError(
             f"x: gains of {most:.3g} are lost beside {what} whose sum is up to {bound:.3g}, so that picks would be arbitrary; {remedy}"
@@ -134,7 +153,7 @@ def _own(problem: Problem, some: slice) -> Tensor:
     return torch.zeros(some.stop - some.start, dtype=torch.float64, device=x.device)
 
 
-def _least_told(problem: Problem, some: slice) -> Tensor | None:
+def least_told_of(problem: Problem, some: slice) -> Tensor | None:
     """For each client the distance above which distances are more than rounding of the points; None for similarities."""
     x, metric = problem.x, problem.metric
     if isinstance(x, Csr) or metric in ("cosine", "dot", "precomputed"):
@@ -143,7 +162,7 @@ def _least_told(problem: Problem, some: slice) -> Tensor | None:
     return size.square() if metric == "sqeuclidean" else size
 
 
-def _told(s: Tensor, best: Tensor, least: Tensor | None) -> Tensor:
+def told(s: Tensor, best: Tensor, least: Tensor | None) -> Tensor:
     """The difference by which s is above the best so far; 0 if that may be a rounding error."""
     more = s - best
     told = more > _ROUNDING * torch.maximum(best.abs(), s.abs()) if least is None else -best > least

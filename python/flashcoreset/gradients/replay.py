@@ -132,7 +132,7 @@ class Replay:
             try:
                 with self._as_before(False):
                     alone = self.run(self.parameters(), self._sample(tensors, inputs, b))
-            except Exception:
+            except Exception:  # a module may raise anything for a batch that it does not take
                 return None
             for some, x, one in zip(left, outputs, alone, strict=True):
                 for layout in list(some):
@@ -154,7 +154,7 @@ class Replay:
         try:
             with self._as_before(True):
                 self._vmapped(some, inputs, None)
-        except Exception:
+        except Exception:  # whatever stops vmap, samples can still be run one after another
             return False
         return True
 
