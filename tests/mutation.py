@@ -4,10 +4,11 @@
 
 A mutant is one operator, bound or constant changed at random in the kernels or in the checks around them. It is built and the
 tests of its family run until one fails. Mutants that do not compile are drawn again and count for nothing; a test that no
-longer ends counts as a test that fails. All changes are made in a clone of the repository in a temporary folder, at the
-current commit; the environment must have what `make test` installs. `--workers 2` runs two at once, each in a clone of its
-own. A run that was stopped goes on from the place it had reached: mutants that the output file has are not tried again. Takes
-a minute per mutant, so this is not part of `make test`.
+longer ends counts as a test that fails. A test that catches a mutant is run again on the sources as they are, and must pass.
+All changes are made in a clone of the repository in a temporary folder, at the current commit; the environment must have what
+`make test` installs. `--workers 2` runs two at once, each in a clone of its own. A run that was stopped goes on from the place
+it had reached: mutants that the output file has are not tried again. Takes a minute per mutant, so this is not part of `make
+test`. With CMAKE_CXX_COMPILER_LAUNCHER=ccache in the environment, building the sources as they were takes next to no time.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ class Workshop(Checkout):
 
     def __init__(self, folder: Path, jobs: int, passed: set[str]) -> None:
         super().__init__(folder, jobs=jobs)
-        self.passed = passed  # the test files that pass on the sources as they are
+        self.passed = passed  # the tests that pass on the sources as they are
         # Which modules were built from a mutant, and have to be built anew before the next is tried.
         self.stale = {"module", "emulated"}
         if not self.build(set()):
@@ -266,15 +267,16 @@ class Workshop(Checkout):
         found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
         return found[1] if found else f"{test}: exit status {status}"
 
-    def check(self, tests: list[str]) -> None:
-        """Raises RuntimeError if a test file fails on the sources as they are: it would catch every mutant."""
-        for test in tests:
-            if test not in self.passed:
-                if not self.build(set()):
-                    raise RuntimeError("the sources do not build any more as they are")
-                if (failed := self._pytest(test)) is not None:
-                    raise RuntimeError(f"{failed} fails without a mutant")
-                self.passed.add(test)
+    def check(self, file: str, test: str) -> None:
+        """Raises RuntimeError if the test that caught a mutant of `file` fails on the sources as they are, too."""
+        if test in self.passed:
+            return
+        if not self.build(set()):
+            raise RuntimeError("the sources do not build any more as they are")
+        name = test.partition(": exit status")[0]
+        if (failed := self._pytest(name) if name.startswith("tests/") else self._ctest(name)) is not None:
+            raise RuntimeError(f"{failed} fails without a mutant of {file}")
+        self.passed.add(test)
 
     def failure(self, file: str) -> str | None:
         """The first test that fails, or None if all pass. Python's tests go first, whose build exists already."""
@@ -284,15 +286,21 @@ class Workshop(Checkout):
         if not file.startswith(("csrc/cpu", "csrc/core", "csrc/cuda")):
             return None
         prefix = "test_cuda_" if "/cuda" in file else "test_"
-        options = ["-S", "tests/cpp", "-DFLASHCORESET_TEST_ISAS=" + self._isa()]
         for family in families_of(file):
             if (self.root / f"tests/cpp/test_{family}.cpp").is_file():
                 target = prefix + family + ("" if "/cuda" in file else f"_{self._isa()}")
-                if not self.make("build/cpp", options, target):
-                    return f"{target} does not compile"
-                if self._run(["ctest", "--test-dir", "build/cpp", "-R", f"^{target}$"], 1500)[0] != 0:
-                    return target
+                if (failed := self._ctest(target)) is not None:
+                    return failed
         return None
+
+    def _ctest(self, target: str) -> str | None:
+        """The name of a C++ test if it fails, or None if it passes."""
+        options = ["-S", "tests/cpp", "-DFLASHCORESET_TEST_ISAS=" + self._isa()]
+        passes = (
+            self.make("build/cpp", options, target)
+            and self._run(["ctest", "--test-dir", "build/cpp", "-R", f"^{target}$"], 1500)[0] == 0
+        )
+        return None if passes else target
 
     def _isa(self) -> str:
         built = next((self.root / "python/flashcoreset").glob("_cpu_*.so"))
@@ -300,7 +308,6 @@ class Workshop(Checkout):
 
     def try_out(self, mutant: Mutant) -> dict[str, object] | None:
         """The outcome of a mutant; None if it does not compile."""
-        self.check(test_files(self.root, mutant.file))
         path = self.root / mutant.file
         text = path.read_text()
         path.write_text(mutant.apply(text))
@@ -314,7 +321,7 @@ class Workshop(Checkout):
                 kinds.add("emulated")
             if not self.build(kinds):
                 return None
-            return {**asdict(mutant), "caught_by": self.failure(mutant.file)}
+            caught_by = self.failure(mutant.file)
         except SyntaxError:
             return None
         finally:
@@ -322,6 +329,9 @@ class Workshop(Checkout):
             # The file that Python compiled from the mutant may have the same second and length as the file it reads next.
             for cached in path.parent.glob(f"__pycache__/{path.stem}.*"):
                 cached.unlink()
+        if caught_by is not None:
+            self.check(mutant.file, caught_by)
+        return {**asdict(mutant), "caught_by": caught_by}
 
 
 def main() -> None:
