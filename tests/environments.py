@@ -101,7 +101,7 @@ def quick(python: str | Path, **variables: str) -> None:
         "-p",
         "no:cacheprovider",
         *tests,
-        FLASHCORESET_TEST_EMULATED="",
+        FLASHCORESET_TEST_BARE="1",
         **variables,
     )
 

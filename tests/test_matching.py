@@ -26,6 +26,7 @@ from torch import Tensor
 import flashcoreset as fc
 from flashcoreset import kernels
 from flashcoreset.kernels import Gradients, UpdatesProblem
+from flashcoreset.matching import updates
 from flashcoreset.matching.rule import Rule
 from flashcoreset.pursuit import orthogonal_matching_pursuit
 
@@ -314,16 +315,17 @@ def test_what_overflows_is_said_of_the_gradients(backend: str) -> None:
         fc.match_gradients(torch.zeros(3, 2), 1, normalize=history, top=2, backend=backend)
 
 
-def test_the_row_of_a_bad_value_is_named(backend: str) -> None:
-    """The row is named by its number among all, whichever group it is in."""
+def test_the_row_of_a_bad_value_is_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row is named by its number among all, whichever group it is in, in whichever block of dimensions."""
+    monkeypatch.setattr(updates, "BLOCK_BYTES", 8 * 16 * 8192)
     g = torch.ones(6, 2)
     g[4, 1] = torch.nan
     groups = [1, 1, 1, 1, 0, 0]
     for method in ("omp", "frank_wolfe", "caratheodory"):
         with pytest.raises(ValueError, match="g must be finite, got NaN at row 4, column 1"):
             fc.match_gradients(g, 4, method=method, groups=groups, backend=backend)
-    # Beyond the first block of dimensions.
-    long = torch.ones(512, 9_000)
+    # In the second block of dimensions.
+    long = torch.ones(16, 9_000)
     long[7, 8_500] = torch.inf
     with pytest.raises(ValueError, match="g must be finite, got inf at row 7, column 8500"):
         fc.match_gradients(long, 4, metric="dot", backend=backend)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import re
 import threading
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import BACKENDS, TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,15 +28,13 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = {torch.float16: 1e-6, torch.bfloat16: 1e-6, torch.float32: 1e-6, torch.float64: 2e-14}
 
 
-@pytest.fixture(params=[*BACKENDS, "triton"])
+@pytest.fixture(params=[*BACKENDS, *TRITON])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend; for "cpu" the build in use is the one that the test's id names."""
     name, _, isa = request.param.partition("-")
     if isa:
         monkeypatch.setattr(native, "_loaded", native.load_isa(isa))
     if name == "triton":
-        if platform.machine() != "x86_64":
-            pytest.skip("triton is published for x86-64 alone")
         from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
         if not INTERPRETED:
