@@ -51,8 +51,8 @@ test-quick: $(VENV)/.with-demo ## a minute's part of the Python tests, without t
 	$(PIP_INSTALL) 'pytest>=8' 'pytest-timeout>=2.2' 'hypothesis>=6.90' 'scipy>=1.11'
 	$(BIN)/python tests/environments.py quick
 
-test-large: $(VENV)/.with-test ## inputs of more than 2^31 elements and of ten million rows: minutes, up to 6 GB
-	$(BIN)/python -m pytest tests/test_large.py -m slow --durations=0
+test-large: $(VENV)/.with-test ## inputs of more than 2^31 elements and of ten million rows, Triton for every architecture: minutes, up to 6 GB
+	$(BIN)/python -m pytest tests/test_large.py tests/test_triton_compile.py -m slow --durations=0
 
 # The CUDA kernels as a module that the emulator runs: the Python tests take it for the GPU.
 emulated: $(VENV)/.tools compiler

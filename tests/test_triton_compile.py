@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ import pytest
 if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
 
-ARCHITECTURES = (80, 90, 100)
+# One of them takes a processor one to two minutes; `make test-large` compiles for the others.
+ARCHITECTURES = pytest.mark.parametrize(
+    "architecture", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
 
 # Bytes per thread. ptxas keeps two scalars of the loop over tiles on the stack if that lets another warp in (the l1 gains on
 # sm_100: 96 registers); they are read once per tile. A spilled accumulator would come with more bytes.
@@ -34,35 +39,31 @@ WITH_MATRIX_UNITS = r"sketch_kernel \w+ (fp16|bf16|fp64|fp32 tf32)\b"
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """By architecture, the resources that each kernel takes; compiled in processes of their own, where triton does not
-    interpret."""
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """The resources that each kernel takes on an architecture; compiled in a process of its own, where Triton does not interpret."""
     script = Path(__file__).with_name("compile_triton.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    running = {
-        architecture: subprocess.Popen(
-            [sys.executable, str(script), str(architecture)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for architecture in ARCHITECTURES
-    }
-    found = {}
-    for architecture, process in running.items():
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        found[architecture] = json.loads(out)
-    return found
+
+    @functools.cache
+    def report(architecture: int) -> list[dict[str, Any]]:
+        command = [sys.executable, str(script), str(architecture)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return report
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.fixture
+def report(architecture: int, reported: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return reported(architecture)
+
+
+@ARCHITECTURES
 def test_no_accumulator_is_spilled(
-    architecture: int, reports: dict[int, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+    architecture: int, report: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = reports[architecture]
     with capsys.disabled():
         print(f"\nsm_{architecture:<42} registers  spilled  shared")
         for kernel in report:
@@ -72,11 +73,11 @@ def test_no_accumulator_is_spilled(
     assert [kernel["name"] for kernel in report if kernel["spilled"] > SPILLED] == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_arithmetic_is_exactly_rounded(architecture: int, reports: dict[int, list[dict[str, Any]]]) -> None:
+@ARCHITECTURES
+def test_arithmetic_is_exactly_rounded(report: list[dict[str, Any]]) -> None:
     """No matrix units, TF32, approximations (but of exponentials) or flushed subnormals; and the inner loop works from registers: its loads
     are not exchanged through shared memory."""
-    for kernel in reports[architecture]:
+    for kernel in report:
         ptx = kernel["ptx"]
         if kernel["name"].startswith(WITH_EXPONENTIALS):
             ptx = re.sub(OF_EXPONENTIALS, "", ptx)
@@ -98,12 +99,10 @@ def test_arithmetic_is_exactly_rounded(architecture: int, reports: dict[int, lis
             assert "bar.sync" not in loop, kernel["name"]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_sketches_use_matrix_units_where_they_may(
-    architecture: int, reports: dict[int, list[dict[str, Any]]]
-) -> None:
+@ARCHITECTURES
+def test_sketches_use_matrix_units_where_they_may(report: list[dict[str, Any]]) -> None:
     """Matrix units are those of the half types or, if allowed, TF32's; normal numbers are not exact in half types."""
-    sketches = [kernel for kernel in reports[architecture] if kernel["name"].startswith("sketch_kernel")]
+    sketches = [kernel for kernel in report if kernel["name"].startswith("sketch_kernel")]
     assert len(sketches) == 20
     for kernel in sketches:
         _, kind, dtype, precision = kernel["name"].split()
@@ -117,10 +116,10 @@ def test_sketches_use_matrix_units_where_they_may(
             assert re.search(r"mma\S*f16", kernel["ptx"]) is None, kernel["name"]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_products_have_one_order_of_sums(architecture: int, reports: dict[int, list[dict[str, Any]]]) -> None:
+@ARCHITECTURES
+def test_products_have_one_order_of_sums(report: list[dict[str, Any]]) -> None:
     """With one vector or several, of all rows or some, in pieces or not."""
-    products = [kernel for kernel in reports[architecture] if kernel["name"].startswith("products_kernel")]
+    products = [kernel for kernel in report if kernel["name"].startswith("products_kernel")]
     assert len(products) == 10
     layouts = [kernel["reduced"] for kernel in products]
     assert len(layouts[0]) == 1
