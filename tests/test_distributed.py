@@ -55,6 +55,9 @@ CASES: dict[str, dict[str, Any]] = {
     "weights": {"weights": True},
     "groups": {"groups": LABELS},
     "budgets": {"groups": NAMES, "budgets": {"red": 2, "blue": 7, "green": 3}, "k": None},
+    "dates": {
+        "groups": np.array(["2024-01-02", "2023-05-06", "2025-07-08"], dtype="datetime64[D]")[LABELS.numpy()]
+    },
     "preselected": {"preselected": [3, 80, 10]},
     "all": {"groups": LABELS, "weights": True, "preselected": [0, 60]},
     "clients": {"clients": True},
@@ -337,6 +340,7 @@ CCS: list[dict[str, Any]] = [
     {"strata": "quantile"},
     {"strata": "log"},
     {"groups": LABELS},
+    {"groups": NAMES},
     {"mislabel_scores": -SCORES, "mislabel_ratio": 0.2},
     {"mislabel_scores": -SCORES},
     {"mislabel_scores": -SCORES, "groups": LABELS, "strata": "quantile", "mislabel_ratio": 0.3},
@@ -354,7 +358,8 @@ def strata(group: Any, rank: int, world: int) -> list[Any]:
     share, found = shares(N, world)[rank], []
     for options in CCS:
         own = {
-            key: value[share] if isinstance(value, torch.Tensor) else value for key, value in options.items()
+            key: value[share] if isinstance(value, (torch.Tensor, np.ndarray)) else value
+            for key, value in options.items()
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", fc.InputWarning)

@@ -35,6 +35,10 @@ class Labels(NamedTuple):
         """The labels that items have, ascending."""
         return [self.name(code) for code in self.codes.unique().tolist()]
 
+    def per_item(self) -> list[Any]:
+        """The label of each item."""
+        return [self.name(code) for code in self.codes.tolist()]
+
     def codes_of(self, labels: Iterable[Any]) -> list[int]:
         """The codes of those of `labels` that an item has."""
         if self.names is None:

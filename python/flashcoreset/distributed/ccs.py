@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from flashcoreset._core.budgets import allocate_budgets
+from flashcoreset._core.inputs import sorted_labels
 from flashcoreset._core.results import Coreset
 from flashcoreset._core.tensor import as_dense, as_integer, as_vector, at_least_one, compute_dtype, one_of
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.order import kth_smallest, lowest, ordered_bits, values_of_bits
-from flashcoreset.methods.ccs import _warn_of_empty as warn_of_empty
-from flashcoreset.methods.ccs import _warn_of_no_cut as warn_of_no_cut
-from flashcoreset.methods.ccs import check_ratio
+from flashcoreset.distributed.problem import shard_labels
+from flashcoreset.methods.ccs import check_ratio, warn_of_empty, warn_of_no_cut
 from flashcoreset.methods.ccs.cutoff import published_ratio
 from flashcoreset.methods.ccs.strata import KINDS, Strata, budgets, by_width, filled_share, small_type
 
@@ -40,7 +41,7 @@ def ccs(
     Args:
         scores_shard: [n of this rank] as in `fc.ccs`; a rank may have none.
         k: how many to take from all ranks.
-        mislabel_scores, groups: [n of this rank]; `groups` holds integers.
+        mislabel_scores, groups: [n of this rank], as in `fc.ccs`.
         mislabel_ratio, n_strata, strata, seed: as in `fc.ccs`, the same on every rank.
         group: the process group; None is the default one.
 
@@ -86,10 +87,7 @@ def ccs(
             if mislabel_scores is not None:
                 suspects, _, _ = _values(mislabel_scores, "mislabel_scores", len(values))
             if groups is not None:
-                moved = groups.cpu() if isinstance(groups, torch.Tensor) else groups
-                labels = as_vector(
-                    moved, "groups", torch.device("cpu"), integers=True, length=len(values)
-                ).numpy()
+                labels = shard_labels(groups, len(values))
             if strata == "log" and (values < 0).any():
                 place = int((values < 0).argmax())
                 raise ValueError(
@@ -100,14 +98,7 @@ def ccs(
                 "mislabel_scores": "None" if suspects is None else "given", "groups": "None" if labels is None else "given",
                 "dtype": str(dtype),
             }  # fmt: skip
-            sizes = (
-                {0: len(values)}
-                if labels is None
-                else dict(
-                    zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True)
-                )
-            )
-            own = (len(values), sizes)
+            own = (len(values), {0: len(values)} if labels is None else Counter(labels))
         except (TypeError, ValueError) as caught:
             error = caught
         parts = comm.agree(options, error, own)
@@ -122,11 +113,11 @@ def ccs(
                 if ratio >= 0.1 and n_strata > 1 and comm.rank == 0:
                     warn_of_no_cut(n, k, ratio)
                 ratio, origin = 0.0, "none"
-        present = sorted(set().union(*(part[1] for part in parts)))
+        present = list(sorted_labels((label for part in parts for label in part[1]), "groups"))
         total = {label: sum(part[1].get(label, 0) for part in parts) for label in present}
-        members = [
-            np.arange(len(values)) if labels is None else np.flatnonzero(labels == label) for label in present
-        ]
+        code = {label: place for place, label in enumerate(present)}
+        codes = np.array([0] * len(values) if labels is None else [code[label] for label in labels])
+        members = [np.flatnonzero(codes == place) for place in range(len(present))]
         dropped = 0
         if suspects is not None and ratio > 0:
             drops = [math.floor(ratio * total[label]) for label in present]

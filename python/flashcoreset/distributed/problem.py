@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcoreset._core.labels import as_labels
 from flashcoreset._core.progress import Report
 from flashcoreset._core.results import Selection
 from flashcoreset.distributed.checkpoint import Checkpoint
@@ -39,6 +40,14 @@ class ShardedSelection(Selection):
     """
 
     info: dict[str, Any] = field(default_factory=dict)
+
+
+def shard_labels(groups: Any, n: int) -> list[Any]:
+    """The labels of one rank's `n` items, which may be none: integers, strings, or any values that can be sorted."""
+    if n == 0 and len(groups) == 0:
+        return []  # other ranks have the labels, and know their kind
+    moved = groups.cpu() if isinstance(groups, Tensor) else groups
+    return as_labels(moved, "groups", torch.device("cpu"), n).per_item()
 
 
 @dataclass(eq=False)

@@ -40,14 +40,14 @@ from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.greedy import Candidates, Greedy, SharedRows
 from flashcoreset.distributed.lost_gains import check_gains
 from flashcoreset.distributed.partition import Sample, best_shard, bounded, drawn
-from flashcoreset.distributed.problem import Call, OneRank, ShardedSelection, scale_of, traffic
+from flashcoreset.distributed.problem import Call, OneRank, ShardedSelection, scale_of, shard_labels, traffic
 from flashcoreset.distributed.sampled import from_sample
 from flashcoreset.distributed.sources import MatrixRows, Points, Source
 from flashcoreset.distributed.sums import exact_sum, ordered_counts, ordered_sum
 from flashcoreset.facility_location import facility_location as on_one_machine
 from flashcoreset.facility_location.backend import choose
 from flashcoreset.facility_location.checks import check_memory_budget
-from flashcoreset.facility_location.lost_gains import _own as own_similarity
+from flashcoreset.facility_location.lost_gains import own_similarities as similarities_to_self
 from flashcoreset.facility_location.problem import MATRICES, METRICS, Problem
 
 _FAR_ABOVE = (
@@ -166,17 +166,6 @@ def as_shard(value: Any, name: str) -> Tensor:
     )
 
 
-def _labels_of(groups: Any, n: int) -> list[Any]:
-    if isinstance(groups, Tensor):
-        groups = groups.cpu().numpy()
-    values = np.asarray(groups)
-    if values.ndim != 1 or len(values) != n:
-        raise ValueError(f"groups must have shape [{n}], got {values.shape}")
-    if values.dtype.kind not in "iuUSO" and len(values):
-        raise TypeError(f"groups must hold integers or strings, got dtype {values.dtype}")
-    return values.tolist()
-
-
 def _budgets_of(budgets: Any) -> dict[Any, int] | None:
     if budgets is None:
         return None
@@ -241,7 +230,7 @@ def _checked(
         if preselected is not None:
             preselected = as_vector(preselected, "preselected", cpu, integers=True).tolist() or None
         budget_of = _budgets_of(budgets)
-        labels = None if groups is None else _labels_of(groups, x.shape[0])
+        labels = None if groups is None else shard_labels(groups, x.shape[0])
         if labels is None and budget_of is not None:
             raise ValueError("budgets need groups, got groups=None")
         if k is not None:
@@ -645,7 +634,7 @@ def _solve_one(
 
     def own_similarities() -> Tensor:
         if not call.is_matrix:
-            return own_similarity(problem, slice(0, m))
+            return similarities_to_self(problem, slice(0, m))
         places = numbers if columns is None else torch.searchsorted(columns, numbers)
         return torch.cat(comm.gather_rows(own_x[torch.arange(len(rows)), places].double()))
 

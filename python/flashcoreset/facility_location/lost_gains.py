@@ -65,7 +65,7 @@ def check_gains(
             worth[first : first + len(rows)] += (told(s, bests[:-1], least_told) * w).sum(1)
             best = bests[-1]
         if problem.is_square and not stochastic:
-            more = told(_own(problem, some), best, least_told) * w
+            more = told(own_similarities(problem, some), best, least_told) * w
             missed = max(missed, float(more.max()))
     worth = worth[before:]
     refuse_lost(problem, offset, worth, gains, missed, limit, bound)
@@ -135,7 +135,7 @@ def _similarities(kernels: Kernels, problem: Problem, rows: Tensor, some: slice)
     return values if metric in ("cosine", "dot") else -values
 
 
-def _own(problem: Problem, some: slice) -> Tensor:
+def own_similarities(problem: Problem, some: slice) -> Tensor:
     """Each client's similarity with itself."""
     x, metric = problem.x, problem.metric
     if isinstance(x, Csr):

@@ -118,7 +118,7 @@ def ccs(
         ratio, origin = published_ratio(n, k)
         if suspects is None:
             if ratio >= 0.1 and n_strata > 1:
-                _warn_of_no_cut(n, k, ratio)
+                warn_of_no_cut(n, k, ratio)
             ratio, origin = 0.0, "none"
 
     by_label = {} if labels is None else _members(labels)
@@ -150,7 +150,7 @@ def ccs(
             emptiest = filled, parts, taken
     assert emptiest is not None
     if strata != "quantile" and emptiest[0] < 0.5:
-        _warn_of_empty(*emptiest[1:], strata)
+        warn_of_empty(*emptiest[1:], strata)
     info: dict[str, Any] = {"dropped": dropped, "mislabel_ratio": ratio, "mislabel_ratio_from": origin}
     if labels is None:
         info |= infos[0]
@@ -208,7 +208,7 @@ def top_scores(scores: Any, k: int, *, largest: bool = True, groups: Any = None)
     return _coreset(picks, device, dtype, {"threshold": thresholds[None] if labels is None else thresholds})
 
 
-def _warn_of_no_cut(n: int, k: int, ratio: float) -> None:
+def warn_of_no_cut(n: int, k: int, ratio: float) -> None:
     warn_caller(
         f"where {k} of {n} samples are kept, the published experiments first drop the {100 * ratio:.0f} % whose labels are most "
         "probably wrong, but there are no mislabel_scores to find them by, and the hardest samples are kept; pass "
@@ -217,7 +217,7 @@ def _warn_of_no_cut(n: int, k: int, ratio: float) -> None:
     )
 
 
-def _warn_of_empty(parts: Strata, taken: list[int], kind: str) -> None:
+def warn_of_empty(parts: Strata, taken: list[int], kind: str) -> None:
     largest = int(parts.sizes.argmax())
     share, picked = parts.sizes[largest] / parts.sizes.sum(), taken[largest] / max(1, sum(taken))
     other = (
