@@ -25,8 +25,8 @@ Projection projection_from(const std::string& kind, Integer seed, Integer offset
   } else if (kind == "gaussian-boxmuller") {
     result.kind = SketchKind::kGaussianBoxMuller;
   } else {
-    throw py::value_error(
-        "kind: expected rademacher, gaussian, sjlt, srht or gaussian-boxmuller, got " + kind);
+    throw py::value_error("kind: expected rademacher, gaussian, sjlt, srht or gaussian-boxmuller, got " +
+                          kind);
   }
   if (dim < 1 || dim > int64_t{1} << 31)
     throw py::value_error("out: expected 1 to 2^31 columns, got " + std::to_string(dim));

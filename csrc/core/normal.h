@@ -11,7 +11,7 @@ struct NormalPolynomials {
   static constexpr int kLogarithm = 6, kSine = 3, kCosine = 4;
 
   FC_HOST_DEVICE static constexpr float logarithm(int k) {
-    constexpr float coefficients[kLogarithm] = {12102290.0f, 6051346.0f, 4020255.0f,
+    constexpr float coefficients[kLogarithm] = {12102290.0f, 6051346.0f,  4020255.0f,
                                                 3007360.25f, 2740731.25f, 2341755.5f};
     return coefficients[k];
   }

@@ -3,14 +3,14 @@
 // python/flashcoreset/sketch/reference.py defines them (`normals`). A random block makes eight numbers. Its
 // first two rounds are shared: of their products one depends on the row alone and two on the block and the
 // upper half of the row's number, which a table holds, so that rounds three to seven are left: 10 products of
-// 32 bits for eight numbers. Box and Muller's formula takes a square root and 21 multiply-adds or products for
-// two vectors of numbers. The words of a row are made first, the numbers of them second: either loop alone has
-// shorter chains of operations in flight than both together (6 % faster on Zen 3).
+// 32 bits for eight numbers. Box and Muller's formula takes a square root and 21 multiply-adds or products
+// for two vectors of numbers. The words of a row are made first, the numbers of them second: either loop
+// alone has shorter chains of operations in flight than both together (6 % faster on Zen 3).
 //
 // Rejected: the inverse of the distribution function by segments (a polynomial whose coefficients are taken
 // from registers by permutations takes 1.3 times as long on Zen 3, for 4e-6 of error with eight segments of
-// degree 5, and its tail needs a branch); making numbers between the multiply-adds that use others (1.05 times
-// as fast at most, since random blocks' products need the same units).
+// degree 5, and its tail needs a branch); making numbers between the multiply-adds that use others (1.05
+// times as fast at most, since random blocks' products need the same units).
 #pragma once
 
 #include <algorithm>
@@ -110,7 +110,9 @@ class NormalRows {
   static constexpr int64_t kStep = std::max(8 * kPhiloxRows, 32);
 
   NormalRows(uint64_t seed, uint32_t stream, int64_t first, int64_t columns)
-      : stream_(stream), first_block_(static_cast<uint64_t>(first) / 8), steps_((columns + kStep - 1) / kStep) {
+      : stream_(stream),
+        first_block_(static_cast<uint64_t>(first) / 8),
+        steps_((columns + kStep - 1) / kStep) {
     for (int round = 0; round < kRounds; ++round) {
       key_[round][0] = static_cast<uint32_t>(seed) + static_cast<uint32_t>(round) * 0x9E3779B9u;
       key_[round][1] = static_cast<uint32_t>(seed >> 32) + static_cast<uint32_t>(round) * 0xBB67AE85u;
@@ -118,8 +120,8 @@ class NormalRows {
     make_table(0);
   }
 
-  // out(c, number) for each eight columns c - first (four with vectors of 16 bytes) of a row, `number` being a
-  // vector of them; columns beyond the last one come up to a multiple of kStep.
+  // out(c, number) for each eight columns c - first (four with vectors of 16 bytes) of a row, `number` being
+  // a vector of them; columns beyond the last one come up to a multiple of kStep.
   template <class Out>
   void row(uint64_t row, Out&& out) {
     if (static_cast<uint32_t>(row >> 32) != high_) make_table(static_cast<uint32_t>(row >> 32));
@@ -139,8 +141,8 @@ class NormalRows {
 
  private:
   static constexpr int kRounds = 7;
-  static constexpr int kColumns = std::min(2 * kPhiloxRows, 8);      // of a vector of numbers in a group
-  static constexpr int kBatches = kStep / (8 * kPhiloxRows);         // of blocks in a step
+  static constexpr int kColumns = std::min(2 * kPhiloxRows, 8);  // of a vector of numbers in a group
+  static constexpr int kBatches = kStep / (8 * kPhiloxRows);     // of blocks in a step
   static constexpr int64_t kBlocks = kMost / 8;
 
   template <class Out>

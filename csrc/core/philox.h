@@ -3,8 +3,8 @@
 // block of the stream can be computed alone, which is what makes random numbers independent of threads, tiles
 // and batches.
 //
-// Cost: 20 32 x 32 -> 64 bit products for 128 random bits; 14 with seven rounds, the fewest that the paper found
-// to pass all tests of BigCrush.
+// Cost: 20 32 x 32 -> 64 bit products for 128 random bits; 14 with seven rounds, the fewest that the paper
+// found to pass all tests of BigCrush.
 #pragma once
 
 #include <array>

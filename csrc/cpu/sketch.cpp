@@ -44,8 +44,8 @@
 namespace fc {
 namespace {
 
-constexpr int64_t kBits = 128;          // columns that one random block gives signs
-constexpr int64_t kPieceColumns = 512;  // columns of the output that a piece of work makes
+constexpr int64_t kBits = 128;           // columns that one random block gives signs
+constexpr int64_t kPieceColumns = 512;   // columns of the output that a piece of work makes
 constexpr int64_t kNormalColumns = 256;  // of normal numbers: a block of them stays in the second-level cache
 constexpr int64_t kBlock = 192;  // columns of x between two flushes to double; whole tables for every width
 constexpr int64_t kLeastBlock = 1 << 10, kMostBlock = 1 << 12;  // N of srht
@@ -761,9 +761,9 @@ class Sketcher {
     // As many strips as whole steps of NormalRows fill.
     Buffer<T> matrix(round_up(columns, std::max(kStrip, simd::NormalRows::kStep)) / kStrip * kStripSize);
     Buffer<T> packed(rows * kBlock);
-    Buffer<double> room(vectors == columns ? 0 : rows * vectors, 0.0);
-    double* const to = room.size() > 0 ? room.data() : sum;
-    const int64_t stride = room.size() > 0 ? vectors : dim_;
+    // [strips, rows, kStrip], so that the sums of a tile lie together: rows of the output are often powers of
+    // two apart, where stores hold up loads.
+    Buffer<double> sums(round_up(columns, kStrip) * rows, 0.0);
     auto normal = normal_rows(p_, column, columns);
     for (int64_t first = begin; first < end; first += kBlock) {
       const int64_t count = std::min(kBlock, end - first);
@@ -781,15 +781,25 @@ class Sketcher {
         }
       }
       for (int64_t r = 0; r < rows; ++r) copy(row + r, first, count, packed.data() + r * kBlock);
+      const int64_t groups = (rows + simd::kTileRows - 1) / simd::kTileRows;
       for_vectors<kStripVectors>(vectors, [&](int64_t c, auto many) {
-        for_even_rows(rows, [&](int64_t r, auto together) {
-          add_product<T, decltype(together)::value, decltype(many)::value, kBlock, kStrip>(
-              packed.data() + r * kBlock, count, matrix.data() + c / kStrip * kStripSize, to + r * stride + c,
-              stride);
-        });
+        for (int64_t g = 0; g < groups; ++g) {
+          // As even as possible, because a tile with few rows waits for its sums.
+          const int64_t r = rows * g / groups;
+          with_constant<simd::kTileRows>(rows * (g + 1) / groups - r, [&](auto together) {
+            add_product<T, decltype(together)::value, decltype(many)::value, kBlock, kStrip>(
+                packed.data() + r * kBlock, count, matrix.data() + c / kStrip * kStripSize,
+                sums.data() + c * rows + r * kStrip, kStrip);
+          });
+        }
       });
     }
-    copy_out(room, rows, vectors, columns, sum);
+    for (int64_t c = 0; c < columns; c += kStrip) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const double* const from = sums.data() + c * rows + r * kStrip;
+        std::copy_n(from, std::min(kStrip, columns - c), sum + r * dim_ + c);
+      }
+    }
   }
 
   // Takes the numbers of a row of NormalRows to strips of the matrix.
@@ -804,23 +814,11 @@ class Sketcher {
       constexpr int64_t kPart = std::min<int64_t>(kNumbers, kStrip);
       for (int64_t part = 0; part < kNumbers; part += kPart) {
         const int64_t c = column + part;
-        std::memcpy(to + c / kStrip * kStripSize + c % kStrip,
-                    reinterpret_cast<const T*>(&converted) + part, kPart * sizeof(T));
+        std::memcpy(to + c / kStrip * kStripSize + c % kStrip, reinterpret_cast<const T*>(&converted) + part,
+                    kPart * sizeof(T));
       }
     }
   };
-
-  // fn(first, kR as a constant) over rows in the fewest groups of at most a tile's rows, as even as possible:
-  // a tile with few rows waits for its sums.
-  template <class Fn>
-  static void for_even_rows(int64_t rows, Fn&& fn) {
-    constexpr int64_t kMost = simd::kTileRows;
-    const int64_t groups = (rows + kMost - 1) / kMost;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t first = rows * g / groups;
-      with_constant<kMost>(rows * (g + 1) / groups - first, [&](auto count) { fn(first, count); });
-    }
-  }
 
   // fn(count as a constant), 1 <= count <= kMost.
   template <int kMost, class Fn>

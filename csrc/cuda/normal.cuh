@@ -60,7 +60,8 @@ __device__ inline void normal_pair_in_float(uint32_t a, uint32_t b, float* x, fl
 // A word with its halves exchanged.
 __device__ inline uint32_t exchanged(uint32_t word) { return word << 16 | word >> 16; }
 
-// Eight normal numbers of a random block of `gaussian`: out[2 j + h] is the number that belongs to columns 8 j
+// Eight normal numbers of a random block of `gaussian`: out[2 j + h] is the number that belongs to columns 8
+// j
 // + h behind the block's first one.
 __device__ inline void eight_normals(const PhiloxBlock& words, float (&out)[8]) {
 #pragma unroll

@@ -613,8 +613,8 @@ class Sketcher {
 
   template <SketchKind kKind, int kR>
   void start_tiles() const {
-    launch(dense_sums<T, kKind, kR>,
-           over(parts(w_.width, kColumns) * w_.pieces * parts(w_.rows, kSide * kR)), w_);
+    launch(dense_sums<T, kKind, kR>, over(parts(w_.width, kColumns) * w_.pieces * parts(w_.rows, kSide * kR)),
+           w_);
   }
 
   void start_sparse() const {
