@@ -104,7 +104,7 @@ ROWS = [
             _rows(batch, d, dim) | {"matrix": fc.projection_matrix(d, dim, kind="gaussian")}
         ),
         ours=_sketch("gaussian"),
-        goal=None,
+        goal=1.2,
     ),
     replace(
         STORED,

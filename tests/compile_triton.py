@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashcoreset.sketch.kinds import KINDS
+from flashcoreset.sketch.kinds import KINDS, STREAMS
 from flashcoreset.triton_kernels import caratheodory, matching, pursuit, sketch
 from flashcoreset.triton_kernels.facility_location import gains_kernel, update_kernel
 from flashcoreset.triton_kernels.pairwise import Tile, pairwise_kernel
@@ -185,13 +185,13 @@ TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "
 
 def compile_sketch(kernel: Any, dtype: str, kind: str, precision: str, architecture: int) -> Any:
     """The kernel as a launch compiles it, for rows of x that are contiguous."""
-    products = torch.float32 if kind == "gaussian" and dtype != "fp64" else TYPES[dtype]
+    products = torch.float32 if kind.startswith("gaussian") and dtype != "fp64" else TYPES[dtype]
     if kernel is sketch.matrix_kernel:
         products = torch.float64
     tile = sketch.Tile.of(products, precision == "tf32")
     constants = {
         "KIND": kind,
-        "NUMBER": KINDS.index(kind) if kind in KINDS else 0,
+        "NUMBER": STREAMS.get(kind, 0),
         "SIZE": 4096 if kind == "srht" else 0,  # where it takes most
         "ROWS": tile.rows,
         "COLS": tile.cols,

@@ -171,7 +171,7 @@ def m(request: pytest.FixtureRequest) -> ModuleType:
 
 
 @pytest.mark.parametrize("threads", [0, -1, 4097, 2**31])
-@pytest.mark.parametrize("kind", ["gaussian", "srht"])
+@pytest.mark.parametrize("kind", ["gaussian", "gaussian-boxmuller", "srht"])
 def test_a_number_of_threads_that_there_cannot_be(m: ModuleType, threads: int, kind: str) -> None:
     x, out = torch.randn(22, 96), torch.empty(22, 600)
     with pytest.raises(ValueError, match=rf"threads: expected an integer in \[1, 4096\], got {threads}"):

@@ -461,7 +461,7 @@ def test_the_cover_is_that_of_one_machine(ranks: Ranks, world: int, pool: int) -
                 assert score <= cover.info["score"] + 1e-12
 
 
-KINDS = ("rademacher", "gaussian", "sjlt", "srht")
+KINDS = ("rademacher", "gaussian", "sjlt", "srht", "gaussian-boxmuller")
 
 
 def projections(group: Any, rank: int, world: int) -> list[Any]:

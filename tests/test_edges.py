@@ -434,7 +434,7 @@ def test_updates_of_adam(backend: str) -> None:
 # ---- sketches and scores
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt", "srht"])
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt", "srht", "gaussian-boxmuller"])
 @pytest.mark.parametrize(("dtype", "exponent"), SCALES, ids=name_of)
 def test_sketch(backend: str, kind: str, dtype: torch.dtype, exponent: int) -> None:
     x = times_power(points(5, 70, 13).clamp(-1.9, 1.9), exponent, dtype)

@@ -473,6 +473,25 @@ def test_sketch_loader_goes_on(tmp_path: Path) -> None:
         fc.sketch_loader(model, loader, loss, 16, out=path, resume=True)
 
 
+def test_sketch_loader_knows_the_former_normal_numbers(tmp_path: Path) -> None:
+    """A file without "kinds" was made when "gaussian" was the name of what is "gaussian-boxmuller" now."""
+    model, path = mlp(), tmp_path / "sketches.npy"
+    loader = DataLoader(data(), batch_size=4)
+    former = fc.sketch_loader(model, loader, loss, 16, out=path, kind="gaussian-boxmuller").clone()
+    about = path.with_name(path.name + ".json")
+    known = json.loads(about.read_text())
+    del known["kinds"]
+    about.write_text(json.dumps(known | {"kind": "gaussian"}))
+    with pytest.raises(
+        ValueError, match=r"sketches of another kind \('gaussian-boxmuller', now 'gaussian'\)"
+    ):
+        fc.sketch_loader(model, loader, loss, 16, out=path, resume=True, kind="gaussian")
+    found = fc.sketch_loader(model, loader, loss, 16, out=path, resume=True, kind="gaussian-boxmuller")
+    assert torch.equal(found, former)
+    present = fc.sketch_loader(model, loader, loss, 16, kind="gaussian")
+    assert not torch.equal(present, former)
+
+
 def test_arguments_of_sketch_loader_are_checked() -> None:
     model, loader = mlp(), DataLoader(data(), batch_size=4)
     shuffled = DataLoader(data(), batch_size=4, shuffle=True)

@@ -148,7 +148,8 @@ def network() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("kind", "nnz"), [("sjlt", 1), ("sjlt", 3), ("rademacher", 1), ("gaussian", 1), ("srht", 1)]
+    ("kind", "nnz"),
+    [("sjlt", 1), ("sjlt", 3), ("rademacher", 1), ("gaussian", 1), ("srht", 1), ("gaussian-boxmuller", 1)],
 )
 def test_mlp(backend: str, kind: str, nnz: int) -> None:
     check(mlp(), classify, points(6, 7), labels(6, 5), backend=backend, kind=kind, nnz=nnz)

@@ -209,7 +209,7 @@ CALLS: dict[str, dict[str, Call]] = {
             backends=EVERY,
             rows=("x",),
         )
-        for kind in ("rademacher", "gaussian", "sjlt", "srht", "mask", "grass")
+        for kind in ("rademacher", "gaussian", "sjlt", "srht", "gaussian-boxmuller", "mask", "grass")
     },
     "projection_matrix": {
         kind: Call(
@@ -218,9 +218,9 @@ CALLS: dict[str, dict[str, Call]] = {
                 lambda kind, **more: fc.projection_matrix(70, 9, kind=kind, seed=4, **more), kind=kind
             ),
             backends=EVERY,
-            exact=frozenset() if kind == "gaussian" else frozenset({0}),
+            exact=frozenset() if kind.startswith("gaussian") else frozenset({0}),
         )
-        for kind in ("rademacher", "gaussian", "sjlt", "srht", "mask", "grass")
+        for kind in ("rademacher", "gaussian", "sjlt", "srht", "gaussian-boxmuller", "mask", "grass")
     },
     "sample_scores": {
         "samples": Call(

@@ -62,7 +62,7 @@ def test_columns_are_sums_of_outer_products(dtype: torch.dtype) -> None:
 
 def test_what_else_it_can() -> None:
     x = gradients()
-    for kind in ("sjlt", "rademacher", "gaussian"):
+    for kind in ("sjlt", "rademacher", "gaussian", "gaussian-boxmuller"):
         torch.testing.assert_close(
             x.sketch(16, kind=kind, seed=3), fc.sketch(x.dense(), 16, kind=kind, seed=3), rtol=0, atol=1e-10
         )

@@ -18,6 +18,7 @@ from checks.sketch import (
     ERROR,
     FEW_SIZES,
     KINDS,
+    NORMAL,
     SIZES,
     check_close,
     check_matrix,
@@ -28,12 +29,14 @@ from checks.sketch import (
 from conftest import BACKENDS, EVERY_BACKEND, GPU_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import ndtr
 
 import flashcoreset as fc
 from flashcoreset import kernels
 from flashcoreset._core.philox import philox4x32
 from flashcoreset.sketch.chosen import choose_columns
 from flashcoreset.sketch.kinds import hadamard_block
+from flashcoreset.sketch.reference import normal_pairs
 
 
 def sizes_of(backend: str, case: int) -> tuple[int, ...]:
@@ -88,7 +91,7 @@ def test_the_generator_behind_it() -> None:
 def test_entries_are_what_the_kind_says(kind: str) -> None:
     d, dim, nnz = 5000, 48, 6
     matrix = fc.projection_matrix(d, dim, kind=kind, nnz=nnz, seed=4, dtype=torch.float64, backend="torch")
-    if kind == "gaussian":
+    if kind in NORMAL:
         z = matrix.flatten() * math.sqrt(dim)
         n = z.numel()
         # Mean, variance and fourth moment of a standard normal, five standard errors; and tails.
@@ -451,3 +454,68 @@ def test_parts_of_long_rows(kind: str, dtype: torch.dtype) -> None:
         kernels.cpu.sketch_rows(torch.full((4, 6), 2**62), g, found, **options)
     with pytest.raises(ValueError, match=r"indices: expected shape \(4, 6\)"):
         kernels.cpu.sketch_rows(indices[:3], g, found, **options)
+
+
+# --- normal numbers
+
+
+def test_normal_numbers_pass_statistical_tests() -> None:
+    """2^24 numbers against the standard normal distribution: moments, the Kolmogorov-Smirnov distance, tails, and correlations of
+    numbers that share words. Limits are five standard errors; the distance's is its 99.9999 % quantile."""
+    n, dim = 1 << 18, 64
+    z = (fc.projection_matrix(n, dim, kind="gaussian", seed=11, backend="cpu") * 8).double().numpy()
+    count = z.size
+    moments = {1: 0, 2: 1, 3: 0, 4: 3, 5: 0, 6: 15}
+    squares = {1: 1, 2: 3, 3: 15, 4: 105, 5: 945, 6: 10395}
+    for power, expected in moments.items():
+        error = math.sqrt((squares[power] - expected**2) / count)
+        assert abs((z**power).mean() - expected) < 5 * error, power
+    ordered = ndtr(np.sort(z, axis=None))
+    steps = np.arange(count + 1) / count
+    distance = max(float((steps[1:] - ordered).max()), float((ordered - steps[:-1]).max()))
+    assert distance * math.sqrt(count) < 2.7
+    for limit in (3, 4, 4.5, 5):
+        for tail in (z > limit, z < -limit):
+            expected = count * float(ndtr(-limit))
+            assert abs(int(tail.sum()) - expected) < 5 * math.sqrt(expected), limit
+    # Columns 2l and 2l + 1 share their words, columns 8 apart the radius and the angle; the two groups share nothing.
+    for values, mean, variance in ((z, 0, 1), (z**2, 1, 2), (np.abs(z) > 2, 2 * ndtr(-2), None)):
+        centred = values - mean
+        variance = variance or mean * (1 - mean)
+        products = centred.T @ centred / (n * variance)
+        off = np.abs(products - np.eye(dim))[~np.eye(dim, dtype=bool)]
+        assert off.max() < 5.5 / math.sqrt(n)
+        rows = (centred[1:] * centred[:-1]).mean(0) / variance
+        assert np.abs(rows).max() < 5 / math.sqrt(n)
+
+
+@EVERY_BACKEND
+def test_normal_numbers_keep_lengths_exactly(backend: str) -> None:
+    """The mean of |sketch(x)|^2 / |x|^2 over many seeds, within three standard errors of 1; sqrt(2 / dim) is the deviation of one."""
+    x, dim = on_device(rows(1, 40, torch.float64)), 64
+    seeds = 40 if backend in ("cuda", "triton") else 2000
+    lengths = torch.stack(
+        [
+            fc.sketch(x, dim, kind="gaussian", seed=seed, backend=backend).square().sum()
+            for seed in range(seeds)
+        ]
+    )
+    assert abs(float(lengths.mean() / x.square().sum()) - 1) < 3 * math.sqrt(2 / dim / seeds)
+
+
+def test_the_formula_of_normal_numbers() -> None:
+    """In float64, by its definition, for all corners of words; and the two words' halves exchanged."""
+    rng = np.random.default_rng(0)
+    corners = np.array([0, 1, 2**15, 2**16, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1], dtype=np.uint32)
+    a = np.concatenate([np.repeat(corners, 8), rng.integers(0, 2**32, 200_000, dtype=np.uint32)])
+    b = np.concatenate([np.tile(corners, 8), rng.integers(0, 2**32, 200_000, dtype=np.uint32)])
+    x, y = normal_pairs(a, b)
+    radius = np.sqrt(-2 * np.log(((a & 0x7FFFFFFF) + 0.5) / 2**31))
+    angle = (2.0 * (b & 0x7FFFFFFF) + 1 - np.where(b & 2**30, 2.0**32, 0)) / 2**31 * np.pi / 4
+    sine, cosine = radius * np.sin(angle), radius * np.cos(angle) * np.where(a >> 31, -1, 1)
+    exchanged = b >> 31 == 1
+    # The uniform number of small radii has steps of 2^-24, half of which moves a radius r by 2^-25 / r.
+    slack = 6e-6 * radius + np.minimum(2.0**-25 / np.maximum(radius, 1e-300), 2.5e-4)
+    assert (np.abs(x - np.where(exchanged, cosine, sine)) <= slack).all()
+    assert (np.abs(y - np.where(exchanged, sine, cosine)) <= slack).all()
+    assert max(np.abs(x).max(), np.abs(y).max()) < 6.67

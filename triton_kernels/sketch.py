@@ -6,7 +6,8 @@ A program has a tile of rows of x and outputs, and a piece of the columns of x. 
 from the generator's words (`flashcoreset.sketch.reference` defines them) and multiplies:
 
     rademacher   one random block per row of P: the 128 signs of a tile's outputs
-    gaussian     one block for four outputs; Box and Muller's formula in float64, rounded to float32
+    gaussian     one block for eight outputs; Box and Muller's formula in float32 (gaussian-boxmuller: for four, in float64, rounded to
+                 float32)
     sjlt         the entries whose blocks of columns meet the tile, each compared with the tile's columns
     srht         the parity of the bits that a row's and an output's numbers share
 
@@ -31,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashcoreset.sketch.kinds import KINDS, hadamard_block
+from flashcoreset.sketch.kinds import STREAMS, hadamard_block
 from flashcoreset.triton_kernels.pairwise import INTERPRETED
 
 # Columns of x between two additions in float64.
@@ -45,7 +46,9 @@ TYPES = {
     torch.float64: tl.float64,
 }
 
-_NUMBERS = {name: number for number, name in enumerate(KINDS)}
+# Whether fused multiply-adds have to be made of float64's operations: the interpreter's round twice.
+_FUSES_IN_FLOAT64 = tl.constexpr(INTERPRETED)
+
 _PIECE = 2048  # the least columns of a piece
 _PROGRAMS = 512  # pieces times tiles of outputs, at most, if there are several pieces
 _OUTPUTS = 1 << 18  # outputs that are worked on together
@@ -55,13 +58,13 @@ _MOST_WAITING = 2  # launches
 
 
 @triton.jit
-def random_words(row, block, seed_low, seed_high, NUMBER: tl.constexpr):
+def random_words(row, block, seed_low, seed_high, NUMBER: tl.constexpr, ROUNDS: tl.constexpr = 10):
     """The four words, uint32, of the counters (row, block), whose shapes are broadcast; `row` is int64."""
     c0, c1 = row.to(tl.uint32), (row >> 32).to(tl.uint32)
     c2 = block.to(tl.uint32)
     c3 = tl.full((1,), NUMBER, tl.uint32)
     k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(ROUNDS):
         low0, low2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c2 = tl.umulhi(c2, 0xCD9E8D57) ^ c1 ^ k0, tl.umulhi(c0, 0xD2511F53) ^ c3 ^ k1
         c1, c3 = low2, low0
@@ -99,8 +102,44 @@ def quarter_sine(t):
 
 
 @triton.jit
+def fused(a, b, c):
+    """a b + c, float32, rounded once."""
+    return (a.to(tl.float64) * b + c).to(tl.float32) if _FUSES_IN_FLOAT64 else tl.fma(a, b, c)
+
+
+@triton.jit
+def float_pair(a, b):
+    """Box and Muller's pair of normal numbers in float32, of two words; `flashcoreset.sketch.reference` explains it."""
+    uniform = (a & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5
+    bits = uniform.to(tl.int32, bitcast=True)
+    exponent = (0x3F2AAAAB + 0x0FFFFFFF - bits) & -0x800000
+    f = 1.0 - (bits + exponent - 0x0F800000).to(tl.float32, bitcast=True)
+    radius = fused(f, 2341755.5, 2740731.25)
+    radius = fused(radius, f, 3007360.25)
+    radius = fused(radius, f, 4020255.0)
+    radius = fused(radius, f, 6051346.0)
+    radius = fused(radius, f, 12102290.0)
+    radius = tl.sqrt_rn(fused(radius, f, exponent.to(tl.float32)))
+    t = (b << 1 | 1).to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10  # 2^-31
+    square = t * t
+    sine = fused(square, 9.901314115268178e-07, -3.281629324192181e-05)
+    sine = fused(sine, square, 0.00031928022508509457) * t * radius
+    cosine = fused(square, -1.2956950001807854e-07, 6.443226538976887e-06)
+    cosine = fused(cosine, square, -0.000125380844110623)
+    cosine = fused(cosine, square, 0.0004065207904204726) * tl.where(a >> 31 != 0, -radius, radius)
+    exchanged = b >> 31 != 0
+    return tl.where(exchanged, cosine, sine), tl.where(exchanged, sine, cosine)
+
+
+@triton.jit
+def with_exchanged(word):
+    """[..., 2]: the words, and behind each the same with its halves exchanged."""
+    return tl.join(word, word << 16 | word >> 16)
+
+
+@triton.jit
 def normal_pair(word0, word1):
-    """Box and Muller's pair of normal numbers, float32."""
+    """Box and Muller's pair of normal numbers in float64, rounded to float32."""
     radius = tl.sqrt(-2.0 * tl.log((word0.to(tl.float64) + 1.0) * 2.3283064365386963e-10))  # 2^-32
     part = ((word1 & 0x3FFFFFFF).to(tl.float64) + 0.5) * 9.313225746154785e-10  # 2^-30
     quadrant = word1 >> 30
@@ -135,6 +174,16 @@ def matrix_tile(
         words = random_words(rows[:, None], block, seed_low, seed_high, NUMBER)
         tile = tl.where(bit_of(words, (cols % 128)[None, :]) != 0, -1.0, 1.0).to(DTYPE)
     elif KIND == "gaussian":
+        blocks = first_col // 8 + tl.arange(0, COLS // 8)
+        w0, w1, w2, w3 = random_words(rows[:, None], blocks[None, :], seed_low, seed_high, NUMBER, ROUNDS=7)
+        x0, y0 = float_pair(with_exchanged(w0), with_exchanged(w1))
+        x1, y1 = float_pair(with_exchanged(w2), with_exchanged(w3))
+        # [row, group, block in the group, half, number, pair] to the order of columns.
+        numbers = tl.join(tl.join(x0, y0), tl.join(x1, y1)).reshape(STEP, COLS // 32, 4, 2, 2, 2)
+        numbers = numbers.permute(0, 1, 5, 4, 2, 3).reshape(STEP, COLS)
+        # For the reason of this choice see below.
+        tile = tl.where((cols < dim)[None, :], numbers, 0.0).to(DTYPE)
+    elif KIND == "gaussian-boxmuller":
         w0, w1, w2, w3 = random_words(rows[:, None], quads[None, :], seed_low, seed_high, NUMBER)
         n0, n1 = normal_pair(w0, w1)
         n2, n3 = normal_pair(w2, w3)
@@ -351,7 +400,7 @@ class Projection:
             "seed_low": low,
             "seed_high": high,
             "KIND": self.kind,
-            "NUMBER": _NUMBERS[self.kind],
+            "NUMBER": STREAMS[self.kind],
             "SIZE": hadamard_block(self.dim) if self.kind == "srht" else 0,
         }
 
@@ -363,7 +412,7 @@ def launch_sketch(x: Tensor, projection: Projection, out: Tensor, allow_tf32: bo
     dtype = x.dtype
     # The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
     if dtype != torch.float64 and (
-        projection.kind == "gaussian" or (INTERPRETED and dtype == torch.bfloat16)
+        projection.kind in ("gaussian", "gaussian-boxmuller") or (INTERPRETED and dtype == torch.bfloat16)
     ):
         dtype = torch.float32
     # Not for half types, which are widened exactly and would be narrowed again.

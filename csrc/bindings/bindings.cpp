@@ -13,12 +13,21 @@ Metric metric_from_name(const std::string& name) {
 
 Projection projection_from(const std::string& kind, Integer seed, Integer offset, Integer nnz, int64_t rows,
                            int64_t dim) {
-  static constexpr const char* kKinds[] = {"rademacher", "gaussian", "sjlt", "srht"};
   Projection result;
-  int number = 0;
-  while (number < 4 && kind != kKinds[number]) ++number;
-  if (number == 4) throw py::value_error("kind: expected rademacher, gaussian, sjlt or srht, got " + kind);
-  result.kind = static_cast<SketchKind>(number);
+  if (kind == "rademacher") {
+    result.kind = SketchKind::kRademacher;
+  } else if (kind == "gaussian") {
+    result.kind = SketchKind::kGaussian;
+  } else if (kind == "sjlt") {
+    result.kind = SketchKind::kSjlt;
+  } else if (kind == "srht") {
+    result.kind = SketchKind::kSrht;
+  } else if (kind == "gaussian-boxmuller") {
+    result.kind = SketchKind::kGaussianBoxMuller;
+  } else {
+    throw py::value_error("kind: expected rademacher, gaussian, sjlt, srht or gaussian-boxmuller, got " +
+                          kind);
+  }
   if (dim < 1 || dim > int64_t{1} << 31)
     throw py::value_error("out: expected 1 to 2^31 columns, got " + std::to_string(dim));
   result.seed = seed.seed();

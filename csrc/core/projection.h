@@ -5,8 +5,14 @@
 
 namespace fc {
 
-// The numbers are the last word of the generator's counter.
-enum class SketchKind : uint32_t { kRademacher = 0, kGaussian = 1, kSjlt = 2, kSrht = 3 };
+// The numbers are the last word of the generator's counter (4 and 5 are other streams of the library).
+enum class SketchKind : uint32_t {
+  kRademacher = 0,
+  kGaussianBoxMuller = 1,
+  kSjlt = 2,
+  kSrht = 3,
+  kGaussian = 6
+};
 
 struct Projection {
   SketchKind kind = SketchKind::kRademacher;

@@ -8,8 +8,9 @@
 //              operations, while products take 4. Bits are made once per block of columns of x, for all rows
 //              of a slab.
 //
-// gaussian     Normal numbers are made for a block, then multiplied; making them is most of the cost of few
-//              rows.
+// gaussian     Normal numbers are made for a block, then multiplied: about as long as 28 rows' products with
+//              them take (core/normal_rows.h). gaussian-boxmuller makes them in double, ten times as slowly.
+//              They lie in strips as wide as the tile of sums, a strip in the first-level cache.
 //
 // sjlt         Entries are made for a block, then every row adds its numbers to the outputs that they belong
 //              to: nnz additions each.
@@ -34,6 +35,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/normal_rows.h"
 #include "core/normal_simd.h"
 #include "core/philox_simd.h"
 #include "core/vmath.h"
@@ -42,8 +44,9 @@
 namespace fc {
 namespace {
 
-constexpr int64_t kBits = 128;          // columns that one random block gives signs
-constexpr int64_t kPieceColumns = 512;  // columns of the output that a piece of work makes
+constexpr int64_t kBits = 128;           // columns that one random block gives signs
+constexpr int64_t kPieceColumns = 512;   // columns of the output that a piece of work makes
+constexpr int64_t kNormalColumns = 256;  // of normal numbers: a block of them stays in the second-level cache
 constexpr int64_t kBlock = 192;  // columns of x between two flushes to double; whole tables for every width
 constexpr int64_t kLeastBlock = 1 << 10, kMostBlock = 1 << 12;  // N of srht
 constexpr int64_t kMostPieces = 32, kPieceRows = 2048;          // of the columns of x
@@ -215,20 +218,22 @@ void add_looked_up(const simd::Vec<T>* tables, int64_t table_rows, int64_t group
   }
 }
 
-// sum[r][c] += x[r][i] p[i][c] over `count` columns of x.
-template <class T, int kR, int kC>
-void add_product(const T* x, int64_t x_stride, int64_t count, const T* p, int64_t apart, double* sum,
-                 int64_t stride) {
+// sum[r][c] += x[r][i] p[i][c] over `count` columns of x; rows of x and of p are kApart and kWide numbers
+// apart.
+template <class T, int kR, int kC, int kApart, int kWide>
+void add_product(const T* x, int64_t count, const T* p, double* sum, int64_t stride) {
   using V = simd::Vec<T>;
   constexpr int kW = simd::kWidth<T>;
   V total[kR][kC] = {};
   for (int64_t i = 0; i < count; ++i) {
+    V value[kC];
 #pragma GCC unroll 4
-    for (int c = 0; c < kC; ++c) {
-      const V value = simd::load(p + i * apart + c * kW);
+    for (int c = 0; c < kC; ++c) value[c] = simd::load(p + i * kWide + c * kW);
+#pragma GCC unroll 16
+    for (int r = 0; r < kR; ++r) {
+      const V factor = simd::broadcast(x[r * kApart + i]);
 #pragma GCC unroll 4
-      for (int r = 0; r < kR; ++r)
-        total[r][c] = simd::fma<T>(simd::broadcast(x[r * x_stride + i]), value, total[r][c]);
+      for (int c = 0; c < kC; ++c) total[r][c] = simd::fma<T>(factor, value[c], total[r][c]);
     }
   }
   for (int r = 0; r < kR; ++r) {
@@ -269,6 +274,19 @@ void for_normals(const Projection& p, int64_t first, int64_t count, uint32_t blo
     }
   }
 }
+
+simd::NormalRows normal_rows(const Projection& p, int64_t column, int64_t columns) {
+  return {p.seed, static_cast<uint32_t>(p.kind), column, columns};
+}
+
+// Takes the numbers of a row of NormalRows to an array.
+struct StoreAt {
+  float* to;
+  template <class V>
+  void operator()(int64_t column, V numbers) const {
+    std::memcpy(to + column, &numbers, sizeof(numbers));
+  }
+};
 
 // The entries of rows of sjlt.
 class Sjlt {
@@ -483,7 +501,9 @@ class EntrySums {
       case SketchKind::kRademacher:
         return signs(lanes, values, count, sum);
       case SketchKind::kGaussian:
-        return normals(lanes, values, count, sum);
+        return normals(row, values, count, sum);
+      case SketchKind::kGaussianBoxMuller:
+        return box_muller(lanes, values, count, sum);
       case SketchKind::kSjlt:
         return sparse(lanes, values, count, sum);
       case SketchKind::kSrht:
@@ -513,7 +533,20 @@ class EntrySums {
     }
   }
 
-  void normals(simd::Words row, const T* values, int count, double* sum) const {
+  void normals(const int64_t* row, const T* values, int count, double* sum) const {
+    float number[simd::NormalRows::kMost];
+    for (int64_t first = 0; first < dim_; first += simd::NormalRows::kMost) {
+      const int64_t here = std::min(simd::NormalRows::kMost, dim_ - first);
+      auto normal = normal_rows(p_, first, here);
+      for (int r = 0; r < count; ++r) {
+        normal.row(static_cast<uint64_t>(row[r]), StoreAt{number});
+        const double value = static_cast<double>(values[r]);
+        for (int64_t c = 0; c < here; ++c) sum[first + c] += value * static_cast<double>(number[c]);
+      }
+    }
+  }
+
+  void box_muller(simd::Words row, const T* values, int count, double* sum) const {
     for (int64_t first = 0; first < dim_; first += 4) {
       simd::Words c[4];
       simd::philox_rows(p_.seed, row, static_cast<uint32_t>(first / 4), static_cast<uint32_t>(p_.kind), c);
@@ -616,9 +649,12 @@ class Sketcher {
   }
 
  private:
-  bool dense() const { return p_.kind == SketchKind::kRademacher || p_.kind == SketchKind::kGaussian; }
+  bool dense() const { return p_.kind != SketchKind::kSjlt && p_.kind != SketchKind::kSrht; }
   // Columns of the output that a piece of work makes; each makes the random numbers of sparse kinds anew.
-  int64_t width() const { return dense() ? std::min(dim_, kPieceColumns) : dim_; }
+  int64_t width() const {
+    if (!dense()) return dim_;
+    return std::min(dim_, p_.kind == SketchKind::kRademacher ? kPieceColumns : kNormalColumns);
+  }
 
   // sum [rows, columns of the output], rows dim_ apart, of one piece of the columns of x.
   void work(int64_t row, int64_t rows, int64_t piece, int64_t column, int64_t columns, double* sum) {
@@ -628,6 +664,7 @@ class Sketcher {
       case SketchKind::kRademacher:
         return rademacher(row, rows, begin, end, column, columns, sum);
       case SketchKind::kGaussian:
+      case SketchKind::kGaussianBoxMuller:
         return gaussian(row, rows, begin, end, column, columns, sum);
       case SketchKind::kSjlt:
         return sjlt(row, rows, begin, end, sum);
@@ -712,35 +749,84 @@ class Sketcher {
     copy_out(room, rows, vectors, columns, sum);
   }
 
+  static constexpr int kStripVectors = 2;
+  static constexpr int64_t kStrip = kStripVectors * simd::kWidth<T>;  // outputs
+  // Numbers between two strips: a row more than they have, or the same row of all would lie in one set of the
+  // first-level cache.
+  static constexpr int64_t kStripSize = (kBlock + 1) * kStrip;
+
   void gaussian(int64_t row, int64_t rows, int64_t begin, int64_t end, int64_t column, int64_t columns,
                 double* sum) {
-    constexpr int kR = Signed<T>::kRows;
     const int64_t vectors = round_up(columns, simd::kWidth<T>);
-    Buffer<T> matrix(kBlock * vectors), packed(kR * kBlock);
-    Buffer<double> room(vectors == columns ? 0 : rows * vectors, 0.0);
-    double* const to = room.size() > 0 ? room.data() : sum;
-    const int64_t stride = room.size() > 0 ? vectors : dim_;
+    // As many strips as whole steps of NormalRows fill.
+    Buffer<T> matrix(round_up(columns, std::max(kStrip, simd::NormalRows::kStep)) / kStrip * kStripSize);
+    Buffer<T> packed(rows * kBlock);
+    // [strips, rows, kStrip], so that the sums of a tile lie together: rows of the output are often powers of
+    // two apart, where stores hold up loads.
+    Buffer<double> sums(round_up(columns, kStrip) * rows, 0.0);
+    auto normal = normal_rows(p_, column, columns);
     for (int64_t first = begin; first < end; first += kBlock) {
       const int64_t count = std::min(kBlock, end - first);
-      for (int64_t c = 0; c < vectors; c += 4) {
-        const int64_t here = std::min<int64_t>(4, vectors - c);
-        for_normals(p_, p_.offset + first, count, static_cast<uint32_t>((column + c) / 4),
-                    [&](int64_t i, int k, float value) {
-                      if (k < here) matrix[i * vectors + c + k] = static_cast<T>(value);
-                    });
-      }
-      for_rows<kR>(rows, [&](int64_t r, auto together) {
-        constexpr int kHere = decltype(together)::value;
-        for (int t = 0; t < kHere; ++t) {
-          for (int64_t i = 0; i < count; ++i) packed[t * kBlock + i] = at(row + r + t, first + i);
+      if (p_.kind == SketchKind::kGaussian) {
+        for (int64_t i = 0; i < count; ++i)
+          normal.row(static_cast<uint64_t>(p_.offset + first + i), StoreInStrips{matrix.data() + i * kStrip});
+      } else {
+        for (int64_t c = 0; c < vectors; c += 4) {
+          T* const strip = matrix.data() + c / kStrip * kStripSize + c % kStrip;
+          const int64_t here = std::min<int64_t>(4, kStrip - c % kStrip);
+          for_normals(p_, p_.offset + first, count, static_cast<uint32_t>((column + c) / 4),
+                      [&](int64_t i, int k, float value) {
+                        if (k < here) strip[i * kStrip + k] = static_cast<T>(value);
+                      });
         }
-        for_vectors<4>(vectors, [&](int64_t c, auto many) {
-          add_product<T, kHere, decltype(many)::value>(packed.data(), kBlock, count, matrix.data() + c,
-                                                       vectors, to + r * stride + c, stride);
-        });
+      }
+      for (int64_t r = 0; r < rows; ++r) copy(row + r, first, count, packed.data() + r * kBlock);
+      const int64_t groups = (rows + simd::kTileRows - 1) / simd::kTileRows;
+      for_vectors<kStripVectors>(vectors, [&](int64_t c, auto many) {
+        for (int64_t g = 0; g < groups; ++g) {
+          // As even as possible, because a tile with few rows waits for its sums.
+          const int64_t r = rows * g / groups;
+          with_constant<simd::kTileRows>(rows * (g + 1) / groups - r, [&](auto together) {
+            add_product<T, decltype(together)::value, decltype(many)::value, kBlock, kStrip>(
+                packed.data() + r * kBlock, count, matrix.data() + c / kStrip * kStripSize,
+                sums.data() + c * rows + r * kStrip, kStrip);
+          });
+        }
       });
     }
-    copy_out(room, rows, vectors, columns, sum);
+    for (int64_t c = 0; c < columns; c += kStrip) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const double* const from = sums.data() + c * rows + r * kStrip;
+        std::copy_n(from, std::min(kStrip, columns - c), sum + r * dim_ + c);
+      }
+    }
+  }
+
+  // Takes the numbers of a row of NormalRows to strips of the matrix.
+  struct StoreInStrips {
+    T* to;  // the row's place in the first strip
+    template <class V>
+    void operator()(int64_t column, V numbers) const {
+      constexpr int kNumbers = sizeof(V) / sizeof(float);
+      typedef T Converted __attribute__((vector_size(kNumbers * sizeof(T))));
+      const Converted converted = __builtin_convertvector(numbers, Converted);
+      // A vector of numbers may be wider than a strip, or a part of one.
+      constexpr int64_t kPart = std::min<int64_t>(kNumbers, kStrip);
+      for (int64_t part = 0; part < kNumbers; part += kPart) {
+        const int64_t c = column + part;
+        std::memcpy(to + c / kStrip * kStripSize + c % kStrip, reinterpret_cast<const T*>(&converted) + part,
+                    kPart * sizeof(T));
+      }
+    }
+  };
+
+  // fn(count as a constant), 1 <= count <= kMost.
+  template <int kMost, class Fn>
+  static void with_constant(int64_t count, Fn&& fn) {
+    if constexpr (kMost > 1) {
+      if (count < kMost) return with_constant<kMost - 1>(count, fn);
+    }
+    fn(std::integral_constant<int, kMost>{});
   }
 
   // Sums of whole vectors of columns, if these reach beyond the output's columns.
@@ -796,6 +882,15 @@ class Sketcher {
         std::fill(sums.data(), sums.data() + sums.size(), T(0));
       }
     }
+  }
+
+  // out[i] = x[row][first + i].
+  void copy(int64_t row, int64_t first, int64_t count, T* out) const {
+    if (x_.stride[1] == 1) {
+      std::copy_n(x_.row(row) + first, count, out);
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) out[i] = at(row, first + i);
   }
 
   // out[i][r] = x[row + r][first + i].
@@ -937,6 +1032,17 @@ void projection_matrix(const Projection& p, TensorView<T, 2> out, ThreadTeam& te
         }
         break;
       case SketchKind::kGaussian:
+        for (int64_t c = 0; c < dim; c += simd::NormalRows::kMost) {
+          const int64_t here = std::min(simd::NormalRows::kMost, dim - c);
+          auto normal = normal_rows(p, c, here);
+          float number[simd::NormalRows::kMost];
+          for (int64_t i = begin; i < end; ++i) {
+            normal.row(static_cast<uint64_t>(p.offset + i), StoreAt{number});
+            for (int64_t k = 0; k < here; ++k) out(i, c + k) = static_cast<T>(number[k]) * scale;
+          }
+        }
+        break;
+      case SketchKind::kGaussianBoxMuller:
         for (int64_t c = 0; c < dim; c += 4) {
           for_normals(p, first, count, static_cast<uint32_t>(c / 4), [&](int64_t i, int k, float value) {
             if (c + k < dim) out(begin + i, c + k) = static_cast<T>(value) * scale;

@@ -6,8 +6,9 @@
 //                        entries for some columns of x at a time in shared memory and multiplies there with
 //                        fused multiply-adds: B D dim of them, and D dim ceil(B / 64) entries made. One
 //                        random block is 128 signs, a small part of the work of 64 rows; a normal number
-//                        takes about 60 operations in double, as much as its products or more. x is read
-//                        once per 128 outputs.
+//                        takes about 25 operations, with those of its random words, and one of
+//                        gaussian-boxmuller 60 in double, as much as its products or more. x is read once
+//                        per 128 outputs.
 // sjlt                   A warp has a row of x and its sums (up to 64 KiB of shared memory; if there are more
 //                        outputs than that, x is read again for each further part of them). Entries are made
 //                        for the warps of a block together, B D nnz additions. Lanes take columns side by
@@ -106,6 +107,12 @@ __device__ __forceinline__ PhiloxBlock words_of(const Projection& p, uint64_t ro
       {static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32)});
 }
 
+__device__ __forceinline__ PhiloxBlock gaussian_words(const Projection& p, uint64_t row, uint32_t block) {
+  return philox4x32<7>(
+      {static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), block, static_cast<uint32_t>(p.kind)},
+      {static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32)});
+}
+
 // words[k], from registers.
 __device__ uint32_t word_at(const PhiloxBlock& words, int k) {
   return k < 2 ? (k == 0 ? words[0] : words[1]) : (k == 2 ? words[2] : words[3]);
@@ -114,7 +121,7 @@ __device__ uint32_t word_at(const PhiloxBlock& words, int k) {
 // ---- rademacher and gaussian
 
 // One block per tile of 16 kR rows of x by 128 outputs and piece.
-template <class T, bool kGaussian, int kR>
+template <class T, SketchKind kKind, int kR>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) dense_sums(Work<T> w) {
   constexpr int kRows = kSide * kR, kK = kStage<T>;
   FC_SHARED(Quad<T>, matrix, [kK][kColumns / 4]);
@@ -127,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) dense_sums(W
   const uint32_t first_block = static_cast<uint32_t>(w.output / kColumns + tile);
   const int64_t end = w.end_of(piece);
   for (int64_t first = w.begin_of(piece); first < end; first += kChunk) {
-    if constexpr (!kGaussian) {
+    if constexpr (kKind == SketchKind::kRademacher) {
       const PhiloxBlock words = words_of(w.projection, w.row_of_matrix(first + t), first_block);
       for (int k = 0; k < 4; ++k) bits[t][k] = words[k];
     }
@@ -138,7 +145,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) dense_sums(W
         const int k = v % kK, r = v / kK;
         points[k][r / 4].at[r % 4] = w.value(first_row + r, first + stage + k);
       }
-      if constexpr (kGaussian) {
+      if constexpr (kKind == SketchKind::kGaussian) {
+        for (int v = t; v < kK * kColumns / 8; v += kThreads) {
+          const int k = v / (kColumns / 8), block = v % (kColumns / 8), l = block % 4;
+          float eight[8];
+          eight_normals(gaussian_words(w.projection, w.row_of_matrix(first + stage + k),
+                                       first_block * (kColumns / 8) + block),
+                        eight);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            // Columns 8 j + 2 l and the next of the block's group of 32.
+            Quad<T>& quad = matrix[k][block / 4 * 8 + 2 * j + l / 2];
+            quad.at[l % 2 * 2] = static_cast<T>(eight[2 * j]);
+            quad.at[l % 2 * 2 + 1] = static_cast<T>(eight[2 * j + 1]);
+          }
+        }
+      } else if constexpr (kKind == SketchKind::kGaussianBoxMuller) {
         for (int v = t; v < kK * kColumns / 4; v += kThreads) {
           const int k = v / (kColumns / 4), quad = v % (kColumns / 4);
           float four[4];
@@ -421,6 +443,19 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < 4; ++k)
         entry[k] = word_at(words, static_cast<int>(c % 128 / 32)) >> (c % 32 + k) & 1 ? T(-1) : T(1);
     } else if (p.kind == SketchKind::kGaussian) {
+      const int place = static_cast<int>(c % 32), j = place / 8;
+#pragma unroll
+      for (int l = 0; l < 2; ++l) {
+        float eight[8];
+        eight_normals(gaussian_words(p, row, static_cast<uint32_t>(c / 32 * 4 + place % 8 / 2 + l)), eight);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {  // eight[2 * j], from registers
+          if (k != j) continue;
+          entry[2 * l] = static_cast<T>(eight[2 * k]);
+          entry[2 * l + 1] = static_cast<T>(eight[2 * k + 1]);
+        }
+      }
+    } else if (p.kind == SketchKind::kGaussianBoxMuller) {
       float four[4];
       normals(words_of(p, row, static_cast<uint32_t>(c / 4)), four);
       for (int k = 0; k < 4; ++k) entry[k] = static_cast<T>(four[k]);
@@ -473,7 +508,7 @@ class Sketcher {
         stream_(stream),
         first_launch_(first_launch),
         pace_(stream, std::move(poll)) {
-    const bool dense = p.kind == SketchKind::kRademacher || p.kind == SketchKind::kGaussian;
+    const bool dense = p.kind != SketchKind::kSjlt && p.kind != SketchKind::kSrht;
     log_size_ = log_of_size(dim_);
     const int64_t align = p.kind == SketchKind::kSrht ? int64_t{1} << log_size_ : kChunk;
     w_.projection = p;
@@ -534,7 +569,8 @@ class Sketcher {
   // How many units of each piece the first launch does.
   int64_t first_units() const {
     double each = 1;  // operations for a column and an output, about
-    if (p_.kind == SketchKind::kGaussian) each = 4;
+    if (p_.kind == SketchKind::kGaussian) each = 2;
+    if (p_.kind == SketchKind::kGaussianBoxMuller) each = 4;
     if (p_.kind == SketchKind::kSjlt) {
       each = 8.0 * static_cast<double>(std::max<int64_t>(p_.nnz, w_.width / sparse_slab())) /
              static_cast<double>(w_.width);
@@ -553,9 +589,11 @@ class Sketcher {
   void start() const {
     switch (p_.kind) {
       case SketchKind::kRademacher:
-        return start_dense<false>();
+        return start_dense<SketchKind::kRademacher>();
       case SketchKind::kGaussian:
-        return start_dense<true>();
+        return start_dense<SketchKind::kGaussian>();
+      case SketchKind::kGaussianBoxMuller:
+        return start_dense<SketchKind::kGaussianBoxMuller>();
       case SketchKind::kSjlt:
         return start_sparse();
       case SketchKind::kSrht:
@@ -567,16 +605,16 @@ class Sketcher {
   }
 
   // Sums are the same for every tile.
-  template <bool kGaussian>
+  template <SketchKind kKind>
   void start_dense() const {
-    if (w_.rows <= kSide) return start_tiles<kGaussian, 1>();
-    start_tiles<kGaussian, 4>();
+    if (w_.rows <= kSide) return start_tiles<kKind, 1>();
+    start_tiles<kKind, 4>();
   }
 
-  template <bool kGaussian, int kR>
+  template <SketchKind kKind, int kR>
   void start_tiles() const {
-    launch(dense_sums<T, kGaussian, kR>,
-           over(parts(w_.width, kColumns) * w_.pieces * parts(w_.rows, kSide * kR)), w_);
+    launch(dense_sums<T, kKind, kR>, over(parts(w_.width, kColumns) * w_.pieces * parts(w_.rows, kSide * kR)),
+           w_);
   }
 
   void start_sparse() const {

@@ -21,7 +21,7 @@ using fc::TensorView;
 using fc::emulator::DeviceArray;
 
 constexpr SketchKind kKinds[] = {SketchKind::kRademacher, SketchKind::kGaussian, SketchKind::kSjlt,
-                                 SketchKind::kSrht};
+                                 SketchKind::kSrht, SketchKind::kGaussianBoxMuller};
 
 struct Case {
   int64_t batch, d, dim, nnz, offset;
@@ -92,7 +92,7 @@ void test_matrix(const Case& c, SketchKind kind) {
   fc::ThreadTeam team(1);
   samples::Matrix<T> want(c.d, c.dim);
   fc::projection_matrix<T>(p, want.writable(), team);
-  if (kind != SketchKind::kGaussian) {
+  if (kind != SketchKind::kGaussianBoxMuller) {
     CHECK(got == want.values());
     return;
   }

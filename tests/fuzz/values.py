@@ -19,7 +19,7 @@ EXTREME = ("tiny", "huge", "denormal", "largest", "bits", "nan", "inf")
 # Metrics of points, those of costs, and kinds of sketches.
 POINTS = ("cosine", "dot", "euclidean", "sqeuclidean", "l1")
 COSTS = ("cosine", "euclidean", "sqeuclidean", "l1")
-KINDS = ("rademacher", "gaussian", "sjlt", "srht")
+KINDS = ("rademacher", "gaussian", "sjlt", "srht", "gaussian-boxmuller")
 LAYOUTS = ("plain", "transposed", "strided", "offset", "padded")
 HOSTILE_LAYOUTS = (
     "broadcast",

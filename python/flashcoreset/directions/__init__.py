@@ -1,6 +1,5 @@
 """Random directions of zeroth-order gradients, made anew from a seed wherever they are needed."""
 
-from flashcoreset.sketch.kinds import KINDS
+from flashcoreset.sketch.kinds import DIRECTION_STREAM as STREAM
 
-# The number of the generator's stream, after those of the random projections.
-STREAM = len(KINDS)
+__all__ = ["STREAM"]

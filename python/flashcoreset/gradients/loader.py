@@ -161,6 +161,8 @@ class _File:
 
     def _go_on(self) -> None:
         known = json.loads(self._about.read_text())
+        if "kinds" not in known and known.get("kind") == "gaussian":
+            known["kind"] = "gaussian-boxmuller"  # as that matrix was called when such files were made
         for name, value in self._what.items():
             if known.get(name) != value:
                 raise ValueError(
@@ -180,7 +182,7 @@ class _File:
         self._begin = self._file.tell()
 
     def _note(self) -> None:
-        about = {**self._what, "batches": self.batches, "rows": self._rows}
+        about = {**self._what, "kinds": _KINDS, "batches": self.batches, "rows": self._rows}
         new = self._about.with_name(self._about.name + ".new")
         new.write_text(json.dumps(about))
         new.replace(self._about)  # at once, so that an interruption leaves the old or the new one
@@ -204,6 +206,7 @@ class _File:
         return torch.from_numpy(np.load(self._path, mmap_mode="r+"))
 
 
+_KINDS = 2  # the meaning of names of kinds: since there are two definitions of normal numbers
 _DEFAULTS = {"kind": "sjlt", "seed": 0, "nnz": 1, "reduction": "mean"}
 
 

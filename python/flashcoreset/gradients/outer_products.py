@@ -13,7 +13,8 @@ from flashcoreset._core.tensor import FLOATING, as_integer, compute_dtype, one_o
 from flashcoreset.sketch import sketch
 
 _TILE = 1 << 22  # entries that a sketch forms at a time
-_KINDS = ("rademacher", "gaussian", "sjlt")  # the projections that take columns in pieces
+# The projections that take columns in pieces.
+_KINDS = ("rademacher", "gaussian", "sjlt", "gaussian-boxmuller")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ class OuterProductGradients:
 
         Args:
             dim, seed, nnz: those of `fc.sketch`.
-            kind: "sjlt", "rademacher" or "gaussian".
+            kind: "sjlt", "rademacher", "gaussian" or "gaussian-boxmuller".
 
         Example:
             >>> import torch, flashcoreset as fc

@@ -62,7 +62,8 @@ def sketch(
             row of the matrix (Kane and Nelson, 2014), B D nnz; "srht": blocks of N rows, a power of two between 1,024 and
             4,096, by fast Hadamard transforms (Ailon and Chazelle, 2009), B D (log N + dim / N); "mask": `dim` random columns, one
             from each of `dim` nearly equal parts, times the root of that part's size, B dim, for dim <= D; "grass": the sjlt of
-            a mask of 4 dim columns (Hu et al., 2025), 4 B dim nnz.
+            a mask of 4 dim columns (Hu et al., 2025), 4 B dim nnz. "gaussian-boxmuller" are the normal numbers that "gaussian" had
+            in releases before 1.0: for sketches made then; making them takes ten times as long.
         seed: a 64-bit integer.
         offset: the row of the matrix that column 0 of `x` belongs to, so that columns may come in pieces:
             sketch(x) = sketch(x[:, :c]) + sketch(x[:, c:], offset=c), up to rounding. (srht costs least if pieces begin at
@@ -147,7 +148,7 @@ def projection_matrix(
 ) -> Tensor:
     """The matrix that `sketch` multiplies by: rows offset to offset + D of the projection. For tests and small D.
 
-    Entries are the same bits on every backend ("gaussian": to 2 units in the last place).
+    Entries are the same bits on every backend (normal numbers: to 2 units in the last place).
 
     Args:
         D: rows, at least 1.
@@ -280,7 +281,9 @@ _SKETCH = define_op("sketch", _op, _fake)
 
 
 # Bytes of random words, bits and numbers per entry of the reference's matrix.
-_REFERENCE = {"rademacher": 14, "gaussian": 50, "sjlt": 1, "srht": 22, "mask": 16, "grass": 16}
+_REFERENCE = {
+    "rademacher": 14, "gaussian": 50, "sjlt": 1, "srht": 22, "mask": 16, "grass": 16, "gaussian-boxmuller": 50,
+}  # fmt: skip
 
 
 @register_estimate("sketch")
@@ -320,7 +323,7 @@ def _estimate(
     if backend == "torch":
         rows = max(1, min(columns, ROWS_AT_ONCE // dim))
         return 2 * out + converted + rows * (dim + 128) * (_REFERENCE[kind] * 3 // 2 + size)
-    dense = kind in ("rademacher", "gaussian")
+    dense = kind not in ("sjlt", "srht")
     # The cuts of csrc/cpu/sketch.cpp.
     most = 32 if dense else 8
     pieces = min(max(columns // 2048, 1), min(max(most * 512 // dim, 1), most))

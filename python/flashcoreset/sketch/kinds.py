@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-# Those that every entry of a row goes into. Their numbers are the generator's streams; the directions of zeroth-order gradients
-# have the next one.
-KINDS = ("rademacher", "gaussian", "sjlt", "srht")
+# Those that every entry of a row goes into.
+KINDS = ("rademacher", "gaussian", "sjlt", "srht", "gaussian-boxmuller")
 # Those that read a choice of the columns, which depends on how many there are.
 CHOICES = ("mask", "grass")
-CHOICE_STREAM = len(KINDS) + 1
+# The streams of the generator: the last word of its counter.
+STREAMS = {"rademacher": 0, "gaussian-boxmuller": 1, "sjlt": 2, "srht": 3, "gaussian": 6}
+DIRECTION_STREAM = 4  # directions of zeroth-order gradients
+CHOICE_STREAM = 5
 GRASS_MULTIPLE = 4  # columns that grass reads per output
 
 _LEAST_BLOCK, _MOST_BLOCK = 1 << 10, 1 << 12

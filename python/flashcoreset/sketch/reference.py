@@ -2,12 +2,17 @@
 
 Row i of the matrix belongs to column i of the input, counted from the start of what is sketched, `offset` included. Every
 entry is a function of (kind, seed, row, column) and of nothing else. Random words are Philox4x32-10 blocks of the key `seed`;
-the counter is (row low, row high, block, kind), with the kinds numbered as in KINDS:
+the counter is (row low, row high, block, kind), with the kinds' numbers from STREAMS:
 
 - rademacher: +-1 / sqrt(dim). Bit c % 32 of word c % 128 / 32 of block c / 128 of the row is set if column c is negative
   (Achlioptas, "Database-friendly random projections", 2003).
-- gaussian: n / sqrt(dim), n standard normal by Box and Muller's formula: words 0 and 1 of block c / 4 give columns 4b and
-  4b + 1, words 2 and 3 the next two. n is a float32 number, whatever the precision of the product.
+- gaussian: n / sqrt(dim), n standard normal by Box and Muller's formula in float32 arithmetic (`normal_pairs`). Block 4g + l gives
+  eight of the columns 32g to 32g + 31: words 0 and 1 the columns 2l and 8 + 2l of the group, words 2 and 3 the columns 16 + 2l
+  and 24 + 2l; the same words with their halves exchanged give the column behind each. So every number has two whole words, and
+  two numbers that share them are independent down to steps of 2^-16 of their uniform numbers. Words are Philox4x32-7's: seven
+  rounds instead of ten. n is a float32 number, whatever the precision of the product.
+- gaussian-boxmuller: what "gaussian" was before; n / sqrt(dim), n standard normal by Box and Muller's formula in float64
+  (`box_muller`): words 0 and 1 of block c / 4 give columns 4b and 4b + 1, words 2 and 3 the next two. n is a float32 number.
 - sjlt: `nnz` entries +-1 / sqrt(nnz) per row, one in each of `nnz` nearly equal blocks of columns (Kane and Nelson, "Sparser
   Johnson-Lindenstrauss transforms", 2014). Words 2e and 2e + 1 of the row (word w is word w % 4 of block w / 4) say where
   in its block entry e is, and by their lowest bit its sign.
@@ -40,8 +45,8 @@ from flashcoreset._core.tensor import Csr, compute_dtype
 from flashcoreset.sketch.kinds import (
     CHOICE_STREAM,
     CHOICES,
-    KINDS,
     ROWS_AT_ONCE,
+    STREAMS,
     columns_read,
     hadamard_block,
 )
@@ -55,8 +60,9 @@ def _words(kind: str, seed: int, rows: np.ndarray, blocks: np.ndarray) -> np.nda
     counter[..., 0] = (rows & 0xFFFFFFFF)[:, None]
     counter[..., 1] = (rows >> 32)[:, None]
     counter[..., 2] = blocks
-    counter[..., 3] = KINDS.index(kind)
-    return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    counter[..., 3] = STREAMS[kind]
+    rounds = 7 if kind == "gaussian" else 10
+    return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF), rounds)
 
 
 def _bits(words: np.ndarray) -> np.ndarray:
@@ -79,6 +85,60 @@ def box_muller(words: np.ndarray) -> np.ndarray:
     x = np.where(odd, sine, cosine) * np.where((quadrant == 1) | (quadrant == 2), -1, 1)
     y = np.where(odd, cosine, sine) * np.where(quadrant >= 2, -1, 1)
     return (np.stack([x, y], axis=-1) * radius[..., None]).astype(np.float32)
+
+
+# -log2(1 - f) / f, -1/3 < f <= 1/3, in units of 2^-23: minimax, to 7.2e-6 of it.
+LOGARITHM = (12102290.0, 6051346.0, 4020255.0, 3007360.25, 2740731.25, 2341755.5)
+# sin(pi / 4 t) / t and cos(pi / 4 t) as polynomials of t^2, |t| <= 1: minimax, to 1.5e-6 and 3e-8. Both are divided by the root
+# mean square of what they are multiplied with, so that the numbers' variance is 1 (to 4e-8).
+SINE = (0.00031928022508509457, -3.281629324192181e-05, 9.901314115268178e-07)
+COSINE = (0.0004065207904204726, -0.000125380844110623, 6.443226538976887e-06, -1.2956950001807854e-07)
+
+
+def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray | float) -> np.ndarray:
+    """a b + c in float32, rounded once: float64 holds the product exactly. (The sum is rounded to float64 first; in one of 2^29
+    cases at most that changes the last bit.)"""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def _polynomial(x: np.ndarray, coefficients: tuple[float, ...]) -> np.ndarray:
+    """By Horner's rule, in fused multiply-adds."""
+    total = np.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = _fused(total, x, coefficient)
+    return total
+
+
+def normal_pairs(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two standard normal numbers, float32, from each pair of words: Box and Muller's formula in float32.
+
+    The low 31 bits of `a` are the radius, its highest bit the sign of the cosine; the low 31 bits of `b` are the angle within 45
+    degrees to both sides of the first axis, its highest bit exchanges the axes. Every operation is rounded as IEEE 754 says, so
+    that all backends have the same bits. The numbers are within 6e-6 of their size of what exact arithmetic gives; they reach
+    6.66 standard deviations.
+    """
+    one = 1 << 23  # in the exponent's place
+    uniform = (a & np.uint32(0x7FFFFFFF)).astype(np.float32) + np.float32(0.5)  # times 2^-31: in (0, 1]
+    bits = uniform.view(np.int32)
+    # uniform = 2^31 2^(-exponent) (1 - f), 2/3 <= 1 - f < 4/3; 0x3F2AAAAB are the bits of 2/3.
+    exponent = (np.int32(0x3F2AAAAB + 32 * one - 1) - bits) & np.int32(-one)
+    f = np.float32(1) - (bits + exponent - np.int32(31 * one)).view(np.float32)
+    radius = np.sqrt(_fused(f, _polynomial(f, LOGARITHM), exponent.astype(np.float32)))
+    t = (b << np.uint32(1) | np.uint32(1)).view(np.int32).astype(np.float32) * np.float32(2.0**-31)
+    square = t * t
+    sine = _polynomial(square, SINE) * t * radius
+    cosine = _polynomial(square, COSINE) * np.where(a >> np.uint32(31), -radius, radius)
+    exchanged = (b >> np.uint32(31)).astype(bool)
+    return np.where(exchanged, cosine, sine), np.where(exchanged, sine, cosine)
+
+
+def normals(seed: int, dim: int, rows: np.ndarray) -> np.ndarray:
+    """The normal numbers [rows, dim], float32."""
+    groups = (dim + 31) // 32
+    words = _words("gaussian", seed, rows, np.arange(4 * groups)).reshape(len(rows), groups, 4, 2, 2)
+    both = np.stack([words, words << np.uint32(16) | words >> np.uint32(16)], axis=-1)
+    pairs = normal_pairs(both[..., 0, :], both[..., 1, :])  # [rows, groups, block, pair, half]
+    return np.stack(pairs, axis=3).transpose(0, 1, 4, 3, 2, 5).reshape(len(rows), -1)[:, :dim]
 
 
 def sjlt_entries(seed: int, dim: int, nnz: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +201,8 @@ def _matrix(number: np.ndarray, dim: int, kind: str, seed: int, nnz: int, dtype:
     """The rows of the matrix with the numbers `number` [rows] int64."""
     rows = len(number)
     if kind == "gaussian":
+        return torch.from_numpy(normals(seed, dim, number)).to(dtype) * _scale(dim, dtype)
+    if kind == "gaussian-boxmuller":
         words = _words(kind, seed, number, np.arange((dim + 3) // 4))
         normal = box_muller(words.reshape(rows, -1, 2)).reshape(rows, -1)[:, :dim]
         return torch.from_numpy(normal).to(dtype) * _scale(dim, dtype)
