@@ -40,12 +40,14 @@ POINTERS = {
     **dict.fromkeys(("index", "owner", "gains"), "i64"),
     **dict.fromkeys(("our_count", "other_count", "row_count", "column_count"), "i64"),
     **dict.fromkeys(("stage_iterations_of", "iterations_of", "in_stage_of", "since_of"), "i64"),
-    **dict.fromkeys(("accelerated_of", "translates_of", "state"), "i32"),
+    **dict.fromkeys(("trial_stages_of", "in_window_of", "rests_of"), "i64"),
+    **dict.fromkeys(("accelerated_of", "translates_of", "state", "ends_of"), "i32"),
     **dict.fromkeys(("potential", "other_potential", "weight", "other_log_weight"), "fp64"),
     **dict.fromkeys(("off", "lost", "masses", "costs", "product"), "fp64"),
     **dict.fromkeys(
         ("eps_of", "omega_of", "base_of", "carried", "mass_of", "reg_of", "tol_of", "rho_of"), "fp64"
     ),
+    **dict.fromkeys(("spread_of", "reach_of", "before_of", "least_of", "best_least_of"), "fp64"),
     **dict.fromkeys(("constant_of", "column_mass_of", "row_rho", "column_rho"), "fp64"),
     **dict.fromkeys(("rows_off", "columns_off", "rows_lost", "columns_lost"), "fp64"),
     **dict.fromkeys(("targets", "refused"), "i64"),
@@ -134,7 +136,7 @@ def compile_kernel(kernel: Any, dtype: str, metric: str, one_chain: bool, archit
             "METRIC": "precomputed",
             ("our_stride" if metric == "transposed" else "other_stride"): 1,
         }
-    constants |= {"BALANCED": False, "AFTER": True, "FEATURES": 16}  # where they take most
+    constants |= {"BALANCED": False, "SYMMETRIC": False, "AFTER": True, "FEATURES": 16}  # where they take most
     constants["COSTS"] = metric != "transposed"  # <P, C> is summed from the rows' side alone
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, aligned = {}, {}

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashcoreset.sinkhorn.problem import Problem
-from flashcoreset.sinkhorn.schedule import MOST_EXPONENT, Schedule, ordered_sums
+from flashcoreset.sinkhorn.schedule import MOST_EXPONENT, REACH, Schedule, ordered_sums
 from flashcoreset.triton_kernels.pairwise import Tile, pair_values
 
 # The stage of a problem: to be iterated; to be evaluated, as it may have converged or as it ends; solved.
@@ -45,6 +45,10 @@ _FACTOR = tl.constexpr(Schedule.FACTOR)
 _STAGE_ERROR = tl.constexpr(Schedule.STAGE_ERROR)
 _PERIOD = tl.constexpr(Schedule.PERIOD)
 _MOST_OMEGA = tl.constexpr(Schedule.MOST_OMEGA)
+_FIRST_SYMMETRIC, _SECOND_SYMMETRIC = (tl.constexpr(omega) for omega in Schedule.SYMMETRIC)
+_STALLED, _LUCK = tl.constexpr(Schedule.STALLED), tl.constexpr(Schedule.LUCK)
+_WINDOW = tl.constexpr(Schedule.WINDOW)
+_RESTS = tl.constexpr(Schedule.RESTS)
 _INF = tl.constexpr(math.inf)
 _MOST_EXPONENT = tl.constexpr(MOST_EXPONENT)
 
@@ -447,10 +451,19 @@ def schedule_kernel(
     column_rho,  # float64
     mass_of,  # [B] float64
     column_mass_of,  # [B] float64
-    stage_iterations_of,  # [B] int64
+    spread_of,  # [B] float64
+    reach_of,  # [B] float64
     accelerated_of,  # [B] int32
     translates_of,  # [B] int32
-    eps_of,  # [B] float64, this and what follows: updated
+    stage_iterations_of,  # [B] int64, this and what follows: updated
+    trial_stages_of,  # [B] int64
+    before_of,  # [B] float64
+    least_of,  # [B] float64
+    best_least_of,  # [B] float64
+    in_window_of,  # [B] int64
+    rests_of,  # [B] int64
+    ends_of,  # [B] int32
+    eps_of,  # [B] float64
     omega_of,  # [B] float64
     base_of,  # [B] float64
     carried,  # [B] float64: the error of the columns that the iteration before left
@@ -461,15 +474,20 @@ def schedule_kernel(
     state,  # [B] int32
     ROWS: tl.constexpr,
     BALANCED: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):
-    """Schedule.after of problem p, whose error is that of the rows when the iteration began and of the columns after that; and
-    the constant that is best for its new potentials."""
+    """Schedule.after of problem p, whose error is that of the rows when the iteration began and of the columns after that (of
+    symmetric problems twice that of the rows); and the constant that is best for its new potentials."""
     p = tl.program_id(0).to(tl.int64)
     if tl.load(state + p) != RUNNING:
         return
     error = sum_of(rows_off + p * row_tiles, (tl.load(row_count + p) + ROWS - 1) // ROWS)
-    error += tl.load(carried + p)
-    after = sum_of(columns_off + p * column_tiles, (tl.load(column_count + p) + ROWS - 1) // ROWS)
+    after = error - error
+    if SYMMETRIC:
+        error += error
+    else:
+        error += tl.load(carried + p)
+        after = sum_of(columns_off + p * column_tiles, (tl.load(column_count + p) + ROWS - 1) // ROWS)
     one = tl.load(omega_of + p) / tl.load(omega_of + p)
     if not BALANCED:
         column_mass, row_mass = tl.load(column_mass_of + p), tl.load(mass_of + p)
@@ -490,8 +508,42 @@ def schedule_kernel(
     stage_over = (error <= _STAGE_ERROR * mass) | (in_stage >= tl.load(stage_iterations_of + p))
     falls = annealed & stage_over & (iterations < max_iter)
     checks = (eps <= reg) & (error <= tol) & (tol > 0)
-    ends = (iterations >= max_iter) | (error != error)
-    adapts = (tl.load(accelerated_of + p) != 0) & (falls == 0) & (checks == 0) & (ends == 0)
+    ends = (iterations >= max_iter) | (error != error) | (tl.load(ends_of + p) != 0)
+    goes_on = (falls == 0) & (checks == 0) & (ends == 0)
+
+    reach, trial_stages, before = tl.load(reach_of + p), tl.load(trial_stages_of + p), tl.load(before_of + p)
+    tried = goes_on & (trial_stages != 0) & (error > reach) & (max_iter - iterations >= 2 * trial_stages)
+    over_relaxed = omega != 1
+    still = (since == _PERIOD) & (error >= _STALLED * base)
+    still = tl.where(over_relaxed, still, (iterations > 2) & (error >= _STALLED * before))
+    stalls = tried & still
+    goes_on = goes_on & (stalls == 0)
+    tl.store(before_of + p, tl.where(tried & (over_relaxed == 0), error, before))
+    tl.store(trial_stages_of + p, tl.where(stalls, 0, trial_stages))
+    stage_iterations = tl.load(stage_iterations_of + p)
+    tl.store(stage_iterations_of + p, tl.where(stalls, 1, stage_iterations))
+    adapts = (tl.load(accelerated_of + p) != 0) & goes_on
+
+    # Schedule._comes_to_rest
+    watched = goes_on & (reach > 0)
+    in_window, best_least = tl.load(in_window_of + p), tl.load(best_least_of + p)
+    least = tl.where(in_window == 0, error, tl.minimum(error, tl.load(least_of + p)))
+    full = watched & (in_window + 1 >= _WINDOW)
+    second = full & (best_least > 0) & (least <= reach) & (least > _LUCK * tol)
+    fall = tl.log(tl.where(second, best_least, one) / tl.where(second, least, one))
+    wanted = tl.log(tl.where(second, least, one) / tl.where(second, tol, one))
+    windows = ((max_iter - iterations) // _WINDOW).to(tl.float64)
+    rests = tl.load(rests_of + p)
+    counted = tl.where(second & (fall * windows < wanted), rests + 1, 0)
+    rests = tl.where(full, counted, rests)
+    tl.store(least_of + p, tl.where(watched, least, tl.load(least_of + p)))
+    better = full & ((best_least == 0) | (least < best_least))
+    tl.store(best_least_of + p, tl.where(falls | stalls, 0.0, tl.where(better, least, best_least)))
+    in_window = tl.where(watched, tl.where(full, 0, in_window + 1), in_window)
+    tl.store(in_window_of + p, tl.where(falls | stalls, 0, in_window))
+    tl.store(rests_of + p, tl.where(falls | stalls, 0, rests))
+    at_rest = full & (rests >= _RESTS)
+    tl.store(ends_of + p, tl.where(at_rest, 1, tl.load(ends_of + p)))
 
     # Constants as float64: bare ones would be float32 to where, minimum and maximum.
     early = (since == 0) & (error >= 0.5 * mass)
@@ -509,10 +561,19 @@ def schedule_kernel(
     new_since = tl.where(early, 0, tl.where(due, 1, since + 1))
 
     tl.store(iterations_of + p, iterations)
+    new_eps = tl.where(stalls, tl.load(spread_of + p) / _FACTOR, tl.maximum(eps / _FACTOR, reg))
+    falls = falls | stalls
     tl.store(in_stage_of + p, tl.where(falls, 0, in_stage))
-    tl.store(eps_of + p, tl.where(falls, tl.maximum(eps / _FACTOR, reg), eps))
-    plainly = falls | (iterations + 1 == max_iter)
-    tl.store(omega_of + p, tl.where(plainly, one, tl.where(adapts, new_omega, omega)))
+    tl.store(eps_of + p, tl.where(falls, new_eps, eps))
+    if SYMMETRIC:
+        plain_omega = 0.5 * one
+        first = tl.abs(omega - _FIRST_SYMMETRIC) < 1e-3
+        new_omega = tl.where(first, one * _SECOND_SYMMETRIC, one * _FIRST_SYMMETRIC)
+        new_omega = tl.where(error >= 0.5 * mass, plain_omega, new_omega)
+    else:
+        plain_omega = one
+    plainly = falls | (iterations + 1 == max_iter) | at_rest
+    tl.store(omega_of + p, tl.where(plainly, plain_omega, tl.where(adapts, new_omega, omega)))
     tl.store(since_of + p, tl.where(falls, 0, tl.where(adapts, new_since, since)))
     tl.store(base_of + p, tl.where(adapts, new_base, base))
     tl.store(carried + p, tl.where(falls, 0.0, after))
@@ -657,7 +718,7 @@ class Run:
     def __init__(self, batch: Batch, problem: Problem, spread: Tensor) -> None:
         reg, rho, tol, max_iter = problem.reg, (problem.rho_a, problem.rho_b), problem.tol, problem.max_iter
         self._batch, self._max_iter = batch, max_iter
-        self._balanced = problem.balanced
+        self._balanced, self._symmetric = problem.balanced, problem.symmetric
         weight = batch.sides[0].weight
         count, device = weight.shape[0], weight.device
         self._reg, *self._rho = torch.tensor([reg, *rho], dtype=torch.float64, device=device).unbind()
@@ -666,29 +727,39 @@ class Run:
         quotient = spread / reg
         logs = torch.where(quotient < math.inf, quotient.log(), spread.log() - math.log(reg))
         stages = (logs / math.log(Schedule.FACTOR)).ceil() - 1
-        anneals = (spread > Schedule.ANNEALED_FROM * reg) & torch.isfinite(spread) & (2 * stages <= max_iter)
-        if problem.f is not None:
+        finite = torch.isfinite(spread)
+        anneals = (spread > Schedule.ANNEALED_FROM * reg) & finite & (2 * stages <= max_iter)
+        trial_stages = torch.where((spread > Schedule.REANNEALED_FROM * reg) & finite, stages, 0).long()
+        if problem.f is not None or problem.symmetric:
             anneals = torch.zeros_like(anneals)
+        if problem.f is None or problem.symmetric or tol == 0:
+            trial_stages = torch.zeros_like(trial_stages)
+        self._spread, self._trial_stages = spread.double().contiguous(), trial_stages
         share = max_iter // (2 * torch.where(anneals, stages, 1)).long()
         self._stage_iterations = share.clamp(max=Schedule.STAGE_ITERATIONS)
         accelerated = anneals | (tol > 0)
         self._accelerated = accelerated.int()
         columns_hold = math.isinf(rho[1])
-        self._translates = (accelerated | columns_hold).int() * (0 if self._balanced else 1)
+        translated = not (self._balanced or self._symmetric)
+        self._translates = (accelerated | columns_hold).int() * translated
         self._masses = [ordered_sums(side.weight) for side in batch.sides]
         # As Schedule has it, for each problem.
         whole = torch.maximum(*self._masses)
         if math.isinf(rho[0]) != math.isinf(rho[1]):
             whole = self._masses[0 if math.isinf(rho[0]) else 1]
         self.tolerance = (max(tol, Schedule.LEAST_SHARE) * whole).clamp(max=tol)
+        reach = REACH[batch.sides[0].data.dtype] * whole
+        self._reach = torch.where((self.tolerance > 0) & (self.tolerance < reach), reach, 0.0)
         self._eps = torch.where(anneals, spread / Schedule.FACTOR, reg)
-        self._omega = torch.ones_like(self._eps)
+        self._plain_omega = 0.5 if problem.symmetric else 1.0
+        self._omega = torch.full_like(self._eps, self._plain_omega)
         self._base = torch.zeros_like(self._eps)
         self._carried, self.constant = torch.zeros_like(self._eps), torch.zeros_like(self._eps)
-        self.iterations, self._in_stage, self._since = torch.zeros(
-            3, count, dtype=torch.int64, device=device
-        ).unbind()
-        self._state = torch.zeros(count, dtype=torch.int32, device=device)
+        self._before, self._least, self._best_least = weight.new_zeros(3, count).unbind()
+        self.iterations, self._in_stage, self._since, self._in_window, self._rests, self._checks = (
+            torch.zeros(6, count, dtype=torch.int64, device=device).unbind()
+        )
+        self._state, self._ends = torch.zeros(2, count, dtype=torch.int32, device=device).unbind()
         # By side: errors of the marginal; its mass and <P, C> in the rows of the others; the sums that it asks for less its
         # weights. Blocks beyond a problem's size stay 0.
         self._sums = [weight.new_zeros(4, count, batch.tiles(side)) for side in (0, 1)]
@@ -713,7 +784,7 @@ class Run:
     def iterate(self, count: int) -> None:
         """Up to `count` iterations of each problem that is running."""
         for _ in range(count):
-            for side in (0, 1):
+            for side in (0,) if self._symmetric else (0, 1):
                 tensors = (
                     self._sums[side][0],
                     self._sums[side][3],
@@ -726,6 +797,9 @@ class Run:
                 self._batch.launch(
                     half_iteration_kernel, side, tensors, BALANCED=self._balanced, AFTER=side == 1
                 )
+            if self._symmetric:
+                rows, columns = (side.potential for side in self._batch.sides)
+                torch.where((self._state == RUNNING.value)[:, None], rows, columns, out=columns)
             self._after_iteration()
 
     def _after_iteration(self) -> None:
@@ -746,9 +820,18 @@ class Run:
                 self._sums[1][3],
                 *self._rho,
                 *self._masses,
-                self._stage_iterations,
+                self._spread,
+                self._reach,
                 self._accelerated,
                 self._translates,
+                self._stage_iterations,
+                self._trial_stages,
+                self._before,
+                self._least,
+                self._best_least,
+                self._in_window,
+                self._rests,
+                self._ends,
                 self._eps,
                 self._omega,
                 self._base,
@@ -760,6 +843,7 @@ class Run:
                 self._state,
                 ROWS=self._batch.tile.rows,
                 BALANCED=self._balanced,
+                SYMMETRIC=self._symmetric,
                 num_warps=1,
             )
 
@@ -778,7 +862,11 @@ class Run:
         (rows_off, mass, cost), (columns_off, _, _) = (ordered_sums(sums[:3]) for sums in self._sums)
         for kept, value in ((self.error, rows_off + columns_off), (self.mass, mass), (self.cost, cost)):
             torch.where(evaluated, value, kept, out=kept)
-        goes_on = checked & ~(self.error <= self.tolerance) & (self.iterations < self._max_iter)
-        self._omega.masked_fill_(goes_on, 1)
+        failed = checked & ~(self.error <= self.tolerance)
+        hopeless = (self.error <= self._reach) & (self.error > Schedule.LUCK * self.tolerance)
+        self._checks += failed & hopeless
+        self._ends |= self._checks >= Schedule.CHECKS
+        goes_on = failed & (self.iterations < self._max_iter) & (self._ends == 0)
+        self._omega.masked_fill_(goes_on, self._plain_omega)
         self._since.masked_fill_(goes_on, 0)
         self._state.masked_fill_(evaluated, DONE.value).masked_fill_(goes_on, RUNNING.value)

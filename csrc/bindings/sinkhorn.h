@@ -13,7 +13,7 @@
 namespace fc {
 
 struct SinkhornProblem {
-  // Numbers come first: see fields.h.
+  // Numbers come first: see fields.h. If the problem is symmetric, the columns are the rows, and not read.
   const SinkhornSettings settings;
   const int64_t memory_budget;
   Metric metric = Metric::kSqeuclidean;  // of points
@@ -28,13 +28,13 @@ struct SinkhornProblem {
       : settings(settings_of(fields)),
         memory_budget(fields.integer("memory_budget").memory_budget()),
         x(fields.array("x")),
-        y(fields.optional_array("y")),
+        y(fields.optional_array(settings.symmetric ? "x" : "y")),
         a(fields.array("a")),
-        b(fields.array("b")),
+        b(fields.array(settings.symmetric ? "a" : "b")),
         x_lengths(fields.optional_array("x_lengths")),
-        y_lengths(fields.optional_array("y_lengths")),
+        y_lengths(fields.optional_array(settings.symmetric ? "x_lengths" : "y_lengths")),
         f(fields.optional_array("f")),
-        g(fields.optional_array("g")),
+        g(fields.optional_array(settings.symmetric ? "f" : "g")),
         count(a.size(0)),
         n(x.size(1)),
         m(y ? y->size(1) : x.size(2)) {
@@ -48,6 +48,7 @@ struct SinkhornProblem {
     }
     if (count == 0 || n == 0 || m == 0)
       throw py::value_error("x: expected at least one problem, row and column");
+    if (settings.symmetric && n != m) throw py::value_error("x: expected the same array whenever it is read");
     if (!is_shared()) x.require_shape({count, n, x.size(2)});
     a.require_shape({count, n});
     b.require_shape({count, m});
@@ -74,6 +75,7 @@ struct SinkhornProblem {
     settings.rho_a = fields.real("rho_a").positive_or_infinite("rho_a");
     settings.rho_b = fields.real("rho_b").positive_or_infinite("rho_b");
     settings.tol = fields.real("tol").not_negative("tol");
+    settings.symmetric = fields.flag("symmetric").on("symmetric");
     settings.max_iter = fields.integer("max_iter").in("max_iter", 1, int64_t{1} << 40);
     return settings;
   }

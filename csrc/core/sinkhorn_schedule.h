@@ -17,6 +17,7 @@ struct SinkhornSettings {
   double rho_a = HUGE_VAL, rho_b = HUGE_VAL;  // infinite: a marginal that holds
   double tol = 1e-6;
   int64_t max_iter = 1000;
+  bool symmetric = false;  // rows and columns are the same points with the same weights
 };
 
 // The mass that errors are a share of: the plan's if a marginal holds, else the larger one of the weights'.
@@ -32,33 +33,51 @@ FC_HOST_DEVICE inline double sinkhorn_tolerance(double tol, double mass) {
   return share < tol ? share : tol;
 }
 
+// The share of the mass below which the rounding of a type may be all that is left of an error. (Errors that
+// iterations came to rest at, for reg down to 5e-4 of the largest cost: 1.2e-7 to 7e-7 in float32, 3e-16 to
+// 9e-15 in float64.)
+template <class T>
+inline constexpr double kSinkhornReach =
+    static_cast<double>(std::numeric_limits<T>::epsilon()) * (sizeof(T) == 4 ? 8 : 64);
+
 enum class SinkhornOrder { kGoOn, kNewEps, kCheck, kStop };
 
 class SinkhornSchedule {
  public:
   static constexpr double kAnnealedFrom = 500, kFactor = 4, kStageError = 0.02, kMostOmega = 1.95;
   static constexpr int64_t kStageIterations = 200, kPeriod = 10;
+  static constexpr double kStalled = 0.9, kReannealedFrom = 16, kLuck = 4;
+  // Two steps of Chebyshev's iteration for eigenvalues 1 + lambda mu in [1, 2].
+  static constexpr double kFirstSymmetric = 0.5395042867795848, kSecondSymmetric = 0.8722604191145028;
+  static constexpr int64_t kWindow = 32, kRests = 6, kChecks = 8;
 
   SinkhornSchedule() = default;
-  // mass_a: the mass of the rows' weights, which errors of the stages are compared with; mass: see
-  // sinkhorn_mass().
-  FC_HOST_DEVICE SinkhornSchedule(double reg, double spread, double tol, int64_t max_iter, bool warm,
-                                  double mass_a, double mass)
-      : reg_(reg), tol_(sinkhorn_tolerance(tol, mass)), mass_(mass_a), max_iter_(max_iter) {
+  // warm: potentials are given; spread: a bound of the costs' range; mass_a, mass_b: of the weights; reach:
+  // kSinkhornReach of the type that sums are taken in.
+  FC_HOST_DEVICE SinkhornSchedule(const SinkhornSettings& settings, bool warm, double spread, double mass_a,
+                                  double mass_b, double reach)
+      : reg_(settings.reg), spread_(spread), mass_(mass_a), max_iter_(settings.max_iter) {
+    const double mass = sinkhorn_mass(settings.rho_a, settings.rho_b, mass_a, mass_b), tol = settings.tol;
+    tol_ = sinkhorn_tolerance(tol, mass);
+    reach_ = tol_ > 0 && tol_ < reach * mass ? reach * mass : 0;
     int64_t stages = 0;
-    if (!warm && spread > kAnnealedFrom * reg && spread < HUGE_VAL) {
+    if (!settings.symmetric && spread > kReannealedFrom * reg_ && spread < HUGE_VAL) {
       // The quotient of two doubles may leave their range. Its logarithm cannot: 1100 stages are the most.
-      const double quotient = spread / reg;
-      const double logs = quotient < HUGE_VAL ? log(quotient) : log(spread) - log(reg);
+      const double quotient = spread / reg_;
+      const double logs = quotient < HUGE_VAL ? log(quotient) : log(spread) - log(reg_);
       stages = static_cast<int64_t>(ceil(logs / log(kFactor))) - 1;
     }
-    if (2 * stages > max_iter) stages = 0;
-    eps_ = stages > 0 ? spread / kFactor : reg;
+    const bool anneals = !warm && spread > kAnnealedFrom * reg_ && 2 * stages <= max_iter_;
+    if (warm && tol > 0) trial_stages_ = stages;
+    if (!anneals) stages = 0;
+    eps_ = stages > 0 ? spread / kFactor : reg_;
     if (stages > 0) {
-      stage_iterations_ = max_iter / (2 * stages);
+      stage_iterations_ = max_iter_ / (2 * stages);
       if (stage_iterations_ > kStageIterations) stage_iterations_ = kStageIterations;
     }
+    symmetric_ = settings.symmetric;
     accelerated_ = tol > 0 || stages > 0;
+    plain_omega_ = omega_ = settings.symmetric ? 0.5 : 1;
   }
 
   FC_HOST_DEVICE double eps() const { return eps_; }
@@ -67,9 +86,9 @@ class SinkhornSchedule {
   FC_HOST_DEVICE double tol() const { return tol_; }
 
   // Whether iterations move a constant from one side's potentials to the other's.
-  FC_HOST_DEVICE bool translates(double rho_a, double rho_b) const {
-    const bool rows = rho_a < HUGE_VAL, columns = rho_b < HUGE_VAL;
-    return (rows || columns) && (accelerated_ || !columns);
+  FC_HOST_DEVICE bool translates(const SinkhornSettings& settings) const {
+    const bool rows = settings.rho_a < HUGE_VAL, columns = settings.rho_b < HUGE_VAL;
+    return !settings.symmetric && (rows || columns) && (accelerated_ || !columns);
   }
 
   // What to do after an iteration that began with this error.
@@ -78,33 +97,85 @@ class SinkhornSchedule {
     ++in_stage_;
     if (eps_ > reg_ && iterations_ < max_iter_) {
       if (error <= kStageError * mass_ || in_stage_ >= stage_iterations_) {
-        eps_ = eps_ / kFactor > reg_ ? eps_ / kFactor : reg_;
-        in_stage_ = 0;
-        restart();
+        new_eps(eps_ / kFactor > reg_ ? eps_ / kFactor : reg_);
         return SinkhornOrder::kNewEps;
       }
     } else if (!(eps_ > reg_) && error <= tol_ && tol_ > 0) {
       return SinkhornOrder::kCheck;
     }
-    if (iterations_ >= max_iter_ || error != error) return SinkhornOrder::kStop;
+    if (iterations_ >= max_iter_ || ends_ || error != error) return SinkhornOrder::kStop;
+    if (stalls(error)) {
+      trial_stages_ = 0;
+      stage_iterations_ = 1;
+      new_eps(spread_ / kFactor);
+      return SinkhornOrder::kNewEps;
+    }
     if (accelerated_) adapt(error);
-    if (iterations_ == max_iter_ - 1) omega_ = 1;
+    ends_ = rests(error);
+    if (iterations_ == max_iter_ - 1 || ends_) omega_ = plain_omega_;
     return SinkhornOrder::kGoOn;
   }
 
-  // After a check that failed: go on with plain iterations. Returns whether any are left.
-  FC_HOST_DEVICE bool disappointed() {
+  // After a check that found this error, above tol(): go on with plain iterations. Returns whether any are
+  // left.
+  FC_HOST_DEVICE bool disappointed(double error) {
     restart();
-    return iterations_ < max_iter_;
+    if (hopeless(error)) ends_ = ++checks_ >= kChecks;
+    return iterations_ < max_iter_ && !ends_;
   }
 
  private:
+  FC_HOST_DEVICE void new_eps(double eps) {
+    eps_ = eps;
+    in_stage_ = in_window_ = rests_ = 0;
+    best_ = 0;
+    restart();
+  }
+
   FC_HOST_DEVICE void restart() {
-    omega_ = 1;
+    omega_ = plain_omega_;
     since_ = 0;
   }
 
+  // Whether the start that was given has turned out to be one from which iterations hardly come on: a plain
+  // one, or a period of over-relaxed ones, has left the error nearly what it was. A start from a larger eps
+  // then costs less.
+  FC_HOST_DEVICE bool stalls(double error) {
+    if (trial_stages_ == 0 || error <= reach_ || max_iter_ - iterations_ < 2 * trial_stages_) return false;
+    if (omega_ != 1) return since_ == kPeriod && error >= kStalled * base_;
+    const double before = before_;
+    before_ = error;
+    return iterations_ > 2 && error >= kStalled * before;
+  }
+
+  // Whether an error may be rounding alone, and is not one that the luck of rounding brings to the tolerance.
+  FC_HOST_DEVICE bool hopeless(double error) const { return error <= reach_ && error > kLuck * tol_; }
+
+  // Whether rounding is all that is left of the error: kRests windows in a row whose least errors fall so
+  // little below the least one before that the iterations left do not come to the tolerance at this rate.
+  // (Over-relaxation may let errors grow for a few windows.)
+  FC_HOST_DEVICE bool rests(double error) {
+    if (reach_ == 0) return false;
+    least_ = in_window_ == 0 || error < least_ ? error : least_;
+    if (++in_window_ < kWindow) return false;
+    in_window_ = 0;
+    bool is_rest = best_ > 0 && hopeless(least_);
+    if (is_rest) {
+      const double windows = static_cast<double>((max_iter_ - iterations_) / kWindow);
+      is_rest = log(best_ / least_) * windows < log(least_ / tol_);
+    }
+    rests_ = is_rest ? rests_ + 1 : 0;
+    if (best_ == 0 || least_ < best_) best_ = least_;
+    return rests_ >= kRests;
+  }
+
   FC_HOST_DEVICE void adapt(double error) {
+    if (symmetric_) {
+      omega_ = error >= 0.5 * mass_        ? plain_omega_
+               : omega_ == kFirstSymmetric ? kSecondSymmetric
+                                           : kFirstSymmetric;
+      return;
+    }
     if (since_ == 0) {
       if (error >= 0.5 * mass_) return;
       base_ = error;
@@ -127,9 +198,14 @@ class SinkhornSchedule {
     ++since_;
   }
 
-  double reg_ = 1, tol_ = 0, mass_ = 1, eps_ = 1, omega_ = 1, base_ = 0;
+  double reg_ = 1, spread_ = 0, tol_ = 0, mass_ = 1, eps_ = 1, omega_ = 1, plain_omega_ = 1, base_ = 0;
   int64_t max_iter_ = 0, stage_iterations_ = 0, iterations_ = 0, in_stage_ = 0, since_ = 0;
-  bool accelerated_ = false;
+  int64_t trial_stages_ = 0;  // of the annealing that a start which was given may be exchanged for
+  double before_ = 0;         // the error before the last one, while that is open
+  // The errors up to which rests() looks, the least one of this window and of those before.
+  double reach_ = 0, least_ = 0, best_ = 0;
+  int64_t in_window_ = 0, rests_ = 0, checks_ = 0;  // checks_: those that failed within reach
+  bool symmetric_ = false, accelerated_ = false, ends_ = false;
 };
 
 // Costs that range over more than this times reg and the largest number of their type have exponents that

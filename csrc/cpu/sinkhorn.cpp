@@ -330,6 +330,7 @@ class Problem {
         m_(batch.columns(p)),
         width_(round_up(m_, kW)),
         balanced_(std::isinf(options.rho_a) && std::isinf(options.rho_b)),
+        symmetric_(options.symmetric && n_ == m_),
         resident_(width_ <= options.memory_budget / static_cast<int64_t>(sizeof(T)) / n_),
         options_(options),
         result_(result),
@@ -337,11 +338,9 @@ class Problem {
         costs_(batch, p, forbidden, team),
         exponents_(costs_),
         chunks_(n_, width_),
-        schedule_(
-            options.reg, spread_of(costs_, batch, p, options.reg), options.tol, options.max_iter,
-            options.warm(), mass_of(batch.a, p, n_),
-            sinkhorn_mass(options.rho_a, options.rho_b, mass_of(batch.a, p, n_), mass_of(batch.b, p, m_))),
-        translates_(schedule_.translates(options.rho_a, options.rho_b)),
+        schedule_(options, options.warm(), spread_of(costs_, batch, p, options.reg), mass_of(batch.a, p, n_),
+                  mass_of(batch.b, p, m_), kSinkhornReach<T>),
+        translates_(schedule_.translates(options)),
         matrix_(resident_ ? workspace.matrix(n_ * width_) : nullptr),
         blocks_(workspace.blocks(team.size() * kCostRows * width_)),
         a_(n_),
@@ -368,7 +367,7 @@ class Problem {
     for (int64_t j = 0; j < m_; ++j) column_weight_[j] = static_cast<T>(b_[j] / mass_b_);
     if (options.warm()) {
       for (int64_t i = 0; i < n_; ++i) f_[i] = options.f(p, i);
-      for (int64_t j = 0; j < m_; ++j) g_[j] = options.g(p, j);
+      for (int64_t j = 0; j < m_; ++j) g_[j] = symmetric() ? f_[j] : options.g(p, j);
     }
     if (balanced_) return;
     chunk_lost_ = Buffer<double>(chunks_.count());
@@ -389,9 +388,11 @@ class Problem {
           absorb();
           columns_off_ = 0;
           break;
-        case SinkhornOrder::kCheck:
-          if (evaluate() <= schedule_.tol() || !schedule_.disappointed()) return true;
+        case SinkhornOrder::kCheck: {
+          const double error = evaluate();
+          if (error <= schedule_.tol() || !schedule_.disappointed(error)) return true;
           break;
+        }
         case SinkhornOrder::kStop:
           evaluate();
           return true;
@@ -445,7 +446,7 @@ class Problem {
       if (!done) absorb();
     }
     if (!done) off = sweep();
-    const double error = off.rows + columns_off_;
+    const double error = symmetric() ? 2 * off.rows : off.rows + columns_off_;
     columns_off_ = off.columns;
     if (translates_) columns_off_ += translate(off.lost_rows, off.lost_columns);
     if (drifted_) absorb();
@@ -482,6 +483,7 @@ class Problem {
   double rho_b() const { return options_.rho_b; }
   double damp_rows(double eps) const { return damping(rho_a(), eps); }
   double damp_columns(double eps) const { return damping(rho_b(), eps); }
+  bool symmetric() const { return symmetric_; }
   bool is_simple() const { return balanced_ && schedule_.omega() == 1; }
 
   double sum_over_chunks(const Buffer<double>& of) const {
@@ -513,13 +515,18 @@ class Problem {
       if (!seen.scalings.within(kLeastScaling, kMostScaling)) drifted.store(true, std::memory_order_relaxed);
     });
     Range<T> scalings;
-    if (!in_range.load() || !scale_columns(off, scalings)) return false;
+    if (!in_range.load()) return false;
+    if (symmetric()) {
+      std::copy(next_u_.data(), next_u_.data() + n_, next_v_.data());
+    } else if (!scale_columns(off, scalings)) {
+      return false;
+    }
     off.rows = sum_over_chunks(chunk_error_);
     if (!balanced_) off.lost_rows = sum_over_chunks(chunk_lost_);
     u_.swap(next_u_);
     v_.swap(next_v_);
     asked_.swap(next_asked_);
-    drifted_ = drifted.load() || !scalings.within(kLeastScaling, kMostScaling);
+    drifted_ = drifted.load() || !(symmetric() || scalings.within(kLeastScaling, kMostScaling));
     return true;
   }
 
@@ -558,7 +565,7 @@ class Problem {
   // one group are taken while the next comes from memory.
   template <int kGroup>
   void plain_chunk(int64_t c, const Move& move, T* sums, RowsSeen& seen) {
-    const bool overlap = 2 * kGroup * width_ * static_cast<int64_t>(sizeof(T)) <= kFirstCache;
+    const bool overlap = !symmetric() && 2 * kGroup * width_ * static_cast<int64_t>(sizeof(T)) <= kFirstCache;
     const T *x = weighted_v_.data(), *before = nullptr;
     T weighted[kLanes<T>];
     seen.mass = mass_a_;
@@ -575,7 +582,7 @@ class Problem {
       scale_rows<kR>(first + r, product, move, weighted, seen);
       if (overlap && kR == kGroup) {
         before = rows;
-      } else {
+      } else if (!symmetric()) {
         add_rows<kR>(rows, width_, weighted, width_, sums);
         before = nullptr;
       }
@@ -679,6 +686,8 @@ class Problem {
   Off sweep() {
     const double eps = schedule_.eps(), omega = schedule_.omega(), damp = damp_rows(eps);
     set_potentials();
+    std::atomic<bool> far{
+        false};  // whether a scaling would be far from 1, or a block does not hold its values
     team_.parallel_for(chunks_.count(), 1, [&](int thread, int64_t c, int64_t) {
       T* const sums = chunks_.sums(c);
       std::fill(sums, sums + width_, T(0));
@@ -689,6 +698,7 @@ class Problem {
         double logs[kCostRows], next[kCostRows];
         T factor[kCostRows];
         bool tame = make_block(i, count, eps, e, logs);
+        if (!tame) far = true;
         for (int64_t r = 0; r < count; ++r) {
           next[r] = sinkhorn_moved(f_[i + r], logs[r], eps, omega, damp);
           if (costs_.forbidden()) next[r] = sinkhorn_allowed<T>(next[r], a_[i + r]);
@@ -697,7 +707,12 @@ class Problem {
           factor[r] = static_cast<T>(std::exp(exponent));
           error += row_off(i + r, logs[r]);
           if (!balanced_ && a_[i + r] > 0) lost += a_[i + r] * std::expm1(-next[r] / rho_a());
-          f_[i + r] = next[r];
+          (symmetric() ? column_sums_ : f_)[i + r] = next[r];
+          if (symmetric() && a_[i + r] > 0 && !(std::abs(exponent) < std::log(kMostScaling))) far = true;
+        }
+        if (symmetric()) {
+          zero_weightless(i, count, e);
+          continue;
         }
         if (!tame) {
           make_again(i, count, eps, e);
@@ -717,8 +732,34 @@ class Problem {
     Off off;
     off.rows = sum_over_chunks(chunk_error_);
     if (!balanced_) off.lost_rows = sum_over_chunks(chunk_lost_);
-    move_columns(eps, off);
+    if (symmetric()) {
+      move_both(eps, !far.load());
+    } else {
+      move_columns(eps, off);
+    }
     return off;
+  }
+
+  // The potentials of both sides become those of the rows in column_sums_, or the scalings that lead there.
+  void move_both(double eps, bool near) {
+    if (!keeps_kernel(eps, near)) {
+      for (int64_t i = 0; i < n_; ++i) f_[i] = g_[i] = column_sums_[i];
+      return;
+    }
+    scaled_ = true;
+    made_at_ = eps;
+    for (int64_t i = 0; i < n_; ++i) {
+      u_[i] = v_[i] = a_[i] > 0 ? static_cast<T>(std::exp((column_sums_[i] - f_[i]) / eps)) : T(1);
+      if (balanced_) continue;
+      row_pull_[i] = static_cast<T>(-f_[i] / rho_a());
+      asked_[i] = static_cast<T>(sinkhorn_asked(column_sums_[i], rho_a()));
+    }
+  }
+
+  // Whether the kernel matrix stays for the next iteration. The logarithm of a scaling, times eps, has too
+  // few digits for a potential that is small beside eps.
+  bool keeps_kernel(double eps, bool near) const {
+    return resident_ && near && !(eps > std::min(rho_a(), rho_b()));
   }
 
   // E of a block of rows at the potentials, and the logarithms of the rows' sums S_i. Returns whether the
@@ -754,13 +795,19 @@ class Problem {
   void add_block(int64_t i, int64_t count, T* e, const T* factor, T* sums) const {
     T weight[kCostRows];
     for (int64_t r = 0; r < count; ++r) {
-      weight[r] = row_weight_[i + r] * factor[r];
-      // A row without weight may be infinite.
-      if (row_weight_[i + r] == 0) std::fill(e + r * width_, e + (r + 1) * width_, T(0)), weight[r] = 0;
+      weight[r] = row_weight_[i + r] > 0 ? row_weight_[i + r] * factor[r] : T(0);
     }
+    zero_weightless(i, count, e);
     for_rows_together(count, [&](int64_t r, auto together) {
       add_rows<decltype(together)::value>(e + r * width_, width_, weight + r, width_, sums);
     });
+  }
+
+  // Rows without weight may be infinite.
+  void zero_weightless(int64_t i, int64_t count, T* e) const {
+    for (int64_t r = 0; r < count; ++r) {
+      if (row_weight_[i + r] == 0) std::fill(e + r * width_, e + (r + 1) * width_, T(0));
+    }
   }
 
   // By how much row i of the plan, whose sum is a_i exp(log_sum), is off.
@@ -794,9 +841,7 @@ class Problem {
       near = near && std::abs(moved) < std::log(kMostScaling);
       column_sums_[j] = moved;
     }
-    // The logarithm of a scaling, times eps, has too few digits for a potential that is small beside eps.
-    const bool fine = eps > std::min(rho_a(), rho_b());
-    if (!resident_ || !near || fine) {
+    if (!keeps_kernel(eps, near)) {
       for (int64_t j = 0; j < m_; ++j) g_[j] += eps * column_sums_[j];
       return;
     }
@@ -937,7 +982,7 @@ class Problem {
   T* block(int thread) const { return blocks_ + thread * kCostRows * width_; }
 
   const int64_t p_, n_, m_, width_;
-  const bool balanced_, resident_;
+  const bool balanced_, symmetric_, resident_;
   const SinkhornOptions& options_;
   const SinkhornResult& result_;
   ThreadTeam& team_;

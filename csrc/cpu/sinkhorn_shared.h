@@ -272,10 +272,10 @@ class SharedCosts final : public SharedSolver {
     fill(columns_, batch_.b, options_.g, mass_b_);
     fill(rows_, batch_.a, options_.f, mass_a_);
     for (int64_t l = 0; l < count; ++l) {
-      lanes_.push_back({next_ + l,
-                        SinkhornSchedule(options_.reg, spread_, options_.tol, options_.max_iter,
-                                         options_.warm(), mass_a_[l], std::max(mass_a_[l], mass_b_[l])),
-                        mass_a_[l], mass_b_[l]});
+      lanes_.push_back(
+          {next_ + l,
+           SinkhornSchedule(options_, options_.warm(), spread_, mass_a_[l], mass_b_[l], kSinkhornReach<K>),
+           mass_a_[l], mass_b_[l]});
     }
     next_ += count;
     note_lanes();
@@ -309,6 +309,10 @@ class SharedCosts final : public SharedSolver {
       const SinkhornOrder order = lane.schedule.after(lane.mass_a * rows_.off[l] + lane.columns_off);
       lane.columns_off = lane.mass_b * columns_.off[l];
       if (order == SinkhornOrder::kGoOn) continue;
+      if (order == SinkhornOrder::kNewEps) {  // K is that of one eps
+        ends[l] = 2;
+        continue;
+      }
       checks[l] = order == SinkhornOrder::kCheck;
       judged.push_back(static_cast<int64_t>(l));
     }
@@ -317,7 +321,7 @@ class SharedCosts final : public SharedSolver {
       for (size_t k = 0; k < judged.size(); ++k) {
         const int64_t l = judged[k];
         SinkhornSchedule& schedule = lanes_[l].schedule;
-        if (checks[l] && !(errors[k] <= schedule.tol()) && schedule.disappointed()) continue;
+        if (checks[l] && !(errors[k] <= schedule.tol()) && schedule.disappointed(errors[k])) continue;
         ends[l] = 1;
       }
     }

@@ -353,7 +353,7 @@ SinkhornVerdict sinkhorn(const SinkhornBatch<T>& problems, const SinkhornOptions
          options.reg, balanced, facts.data(), faults.data());
 
   const Packed<T> packed(problems, stream);
-  const Task task{options, result, facts.data(), faults.data()};
+  const Task task{options, result, facts.data(), faults.data(), kSinkhornReach<T>};
   const int64_t shared = shared_for<T>(options.shared_bytes);
   const bool ragged = problems.x_lengths != nullptr || problems.y_lengths != nullptr;
   const bool all_fit = resident_bytes<T>(problems.n, problems.m) <= shared;

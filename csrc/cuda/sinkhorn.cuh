@@ -231,6 +231,7 @@ struct Task {
   SinkhornResult result;
   const Facts* facts = nullptr;  // [count]
   const Faults* faults = nullptr;
+  double reach = 0;  // kSinkhornReach of the data's type
 
   __device__ double rho(bool of_columns) const { return of_columns ? options.rho_b : options.rho_a; }
   __device__ bool balanced() const { return options.rho_a == HUGE_VAL && options.rho_b == HUGE_VAL; }
@@ -238,8 +239,8 @@ struct Task {
     return sinkhorn_mass(options.rho_a, options.rho_b, facts[p].mass[0], facts[p].mass[1]);
   }
   __device__ SinkhornSchedule schedule(int64_t p) const {
-    return SinkhornSchedule(options.reg, facts[p].spread, options.tol, options.max_iter, options.f != nullptr,
-                            facts[p].mass[0], mass(p));
+    return SinkhornSchedule(options, options.f != nullptr, facts[p].spread, facts[p].mass[0],
+                            facts[p].mass[1], reach);
   }
 };
 

@@ -119,7 +119,7 @@ class Resident {
     if (threadIdx.x == 0) new (&schedule_) SinkhornSchedule(task_.schedule(p_));
     __syncthreads();
     const double rho_a = task_.options.rho_a, rho_b = task_.options.rho_b;
-    const bool translates = schedule_.translates(rho_a, rho_b);
+    const bool translates = schedule_.translates(task_.options), symmetric = task_.options.symmetric;
     enum class Holds { kNothing, kCosts, kKernel };
     enum class Next { kRows, kColumns, kEvaluation };
     Holds holds = Holds::kNothing, wanted = Holds::kCosts;
@@ -135,7 +135,7 @@ class Resident {
       if (next == Next::kEvaluation) {
         const Outcome found = evaluate();
         const bool goes_on =
-            order == SinkhornOrder::kCheck && !(found.error <= schedule_.tol()) && disappointed();
+            order == SinkhornOrder::kCheck && !(found.error <= schedule_.tol()) && disappointed(found.error);
         if (!goes_on) return finish(found);
         next = Next::kRows;
         continue;
@@ -152,19 +152,23 @@ class Resident {
         wanted = Holds::kCosts;
         continue;
       }
+      if (symmetric) mirror(holds == Holds::kKernel);
       if (translates) lost[of_columns ? 1 : 0] = lost_of(lines, holds == Holds::kKernel, eps);
       if (drifted) {
         absorb(eps);
         holds = Holds::kNothing;
       }
-      if (!of_columns) {
+      if (symmetric) {
+        error = 2 * off;
+      } else if (!of_columns) {
         // The rest of the iteration works with the values that are there.
         wanted = holds == Holds::kNothing ? Holds::kKernel : holds;
         error = off + columns_off;
         next = Next::kColumns;
         continue;
+      } else {
+        columns_off = off;
       }
-      columns_off = off;
       if (translates) columns_off += translate(lost[0], lost[1]);
       next = Next::kRows;
       order = after(error);
@@ -209,6 +213,17 @@ class Resident {
     return (facts.mass[1] + lost_columns) * fabs(expm1(more / rho_b));
   }
 
+  // The columns become the rows, thread by thread as the rows were moved. after() comes before others read
+  // them.
+  __device__ void mirror(bool scaled) {
+    for (int l = thread(); l < rows_.count; l += kThreads) {
+      columns_.potential[l] = rows_.potential[l];
+      if (!scaled) continue;
+      columns_.scale[l] = rows_.scale[l];
+      columns_.weighted[l] = rows_.weighted[l];
+    }
+  }
+
   // The sum that a side asks for, less its weights.
   __device__ double lost_of(const Lines<T>& lines, bool scaled, double eps) {
     const double rho = task_.rho(lines.of_columns);
@@ -228,9 +243,9 @@ class Resident {
     __syncthreads();
     return order;
   }
-  __device__ bool disappointed() {
+  __device__ bool disappointed(double error) {
     FC_SHARED(int, go_on, );
-    if (threadIdx.x == 0) go_on = schedule_.disappointed();
+    if (threadIdx.x == 0) go_on = schedule_.disappointed(error);
     __syncthreads();
     return go_on != 0;
   }

@@ -125,13 +125,15 @@ class Streaming {
     take_next();
     for (int half = 0;; half = 1 - half) {
       const bool of_columns = half == 1;
-      if (has_problem() && round_ != Round::kBegin) sum_strips(of_columns);
+      if (has_problem() && round_ != Round::kBegin && !mirrors(of_columns)) sum_strips(of_columns);
       grid_sync();
       // The only place where it is sure that no team is just finishing.
       if (*workspace_.active == 0) return;
       if (has_problem()) {
         if (round_ == Round::kBegin) {
           begin(of_columns);
+        } else if (mirrors(of_columns)) {
+          mirror();
         } else {
           settle(of_columns);
         }
@@ -182,8 +184,25 @@ class Streaming {
     }
   }
 
-  __device__ bool translates() const {
-    return schedule_.translates(task_.options.rho_a, task_.options.rho_b);
+  __device__ bool translates() const { return schedule_.translates(task_.options); }
+
+  // Whether the columns of a symmetric problem become the rows, in the place of their half of an iteration.
+  __device__ bool mirrors(bool of_columns) const {
+    return of_columns && round_ == Round::kIteration && task_.options.symmetric;
+  }
+  __device__ void mirror() {
+    const Lines<T> lines = lines_of(true);
+    const double* const from = potentials_of(false);
+    double* const to = potentials_of(true);
+    const int count = count_of(true);
+    for (int chunk = member_; chunk * kThreads < count; chunk += workspace_.team_blocks) {
+      const int l = chunk * kThreads + thread();
+      if (l < count) {
+        to[l] = from[l];
+        note_potential(lines, l, from[l], weights_of(true)[l]);
+      }
+      if (threadIdx.x == 0) lines.sums[chunk] = rows_.sums[chunk];
+    }
   }
 
   // The constant that f has gained and g lost besides the potentials in memory: the plan does not change with
@@ -382,11 +401,14 @@ class Streaming {
     const int n = count_of(false), m = count_of(true);
     const double rows_off = total(rows_.sums, n, &Sums::off), off = total(columns_.sums, m, &Sums::off);
     if (round_ == Round::kIteration) {
-      if (threadIdx.x == 0) order = schedule_.after(rows_off + columns_off_);
+      if (threadIdx.x == 0)
+        order = schedule_.after(rows_off + (task_.options.symmetric ? off : columns_off_));
       __syncthreads();
       order_ = order;
       const double more = translates() ? translate() : 0;
-      if (threadIdx.x == 0) columns_off_ = order_ == SinkhornOrder::kNewEps ? 0 : off + more;
+      // The columns of a symmetric problem are off by what the rows are, now and not later.
+      const bool later = order_ != SinkhornOrder::kNewEps && !task_.options.symmetric;
+      if (threadIdx.x == 0) columns_off_ = later ? off + more : 0;
       if (order_ == SinkhornOrder::kNewEps) {
         round_ = Round::kBegin;
         fresh_ = false;
@@ -400,7 +422,7 @@ class Streaming {
     found.mass = total(rows_.sums, n, &Sums::mass);
     if (order_ == SinkhornOrder::kCheck && !(found.error <= schedule_.tol())) {
       // What this changes was last read before the grid met.
-      if (threadIdx.x == 0) go_on = schedule_.disappointed();
+      if (threadIdx.x == 0) go_on = schedule_.disappointed(found.error);
       __syncthreads();
       if (go_on) {
         round_ = Round::kIteration;

@@ -48,7 +48,7 @@ from flashcoreset.methods import (
 )
 from flashcoreset.scores import SampleScores, sample_scores
 from flashcoreset.scores.dynamics import TrainingDynamics
-from flashcoreset.sinkhorn import Transport, sinkhorn, sinkhorn_divergence
+from flashcoreset.sinkhorn import Divergence, Transport, sinkhorn, sinkhorn_divergence
 from flashcoreset.sketch import projection_matrix, sketch
 
 __version__ = _version("flashcoreset")
@@ -62,6 +62,7 @@ __all__ = [
     "CoLM",
     "ConvergenceWarning",
     "Coreset",
+    "Divergence",
     "GradientSketcher",
     "InputWarning",
     "LowRankGradients",

@@ -15,6 +15,7 @@ from checks.sinkhorn import BOTH, Case, points, there
 import flashcoreset as fc
 from flashcoreset.sinkhorn import reference
 from flashcoreset.sinkhorn.problem import Problem
+from flashcoreset.sinkhorn.schedule import REACH
 
 if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
@@ -106,6 +107,46 @@ def test_schedule(marginals: tuple[float, float]) -> None:
         errors = [e * rates[p][min(i // 11, 2)] for p, e in enumerate(errors)]
     assert orders == {"go on", "new eps", "check", "stop"}
     assert max(schedule.omega for schedule in schedules) > 1.05
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_schedule_of_warm_starts_and_of_rest(symmetric: bool) -> None:
+    """Likewise, with potentials given: one start stalls at once, one when it is over-relaxed, one never; and then errors of rounding
+    alone, errors that go on falling, and errors that come back from them."""
+    spread, most, tol = [10.0, 3000.0, 600.0], 420, 1e-9
+    zero = torch.zeros(3, 1, dtype=torch.float64)
+    run = run_of(3, spread, tol=tol, max_iter=most, f=zero, g=zero, symmetric=symmetric)
+    reach = REACH[torch.float32]
+    schedules = [
+        reference.Schedule(1.0, s, tol, most, True, symmetric=symmetric, reach_of_type=reach) for s in spread
+    ]
+    noise = torch.rand(3, most, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    running, orders = [True] * 3, set()
+    for i in range(most):
+        errors = [
+            [0.4, 0.1, 0.098, 0.09][min(i, 3)] if i < 40 else 2e-7 + 1e-7 * noise[0][i],
+            0.4 * 0.6 ** min(i, 12) if i < 60 else 6e-7 * 0.96 ** (i - 60),
+            0.3 * 0.7 ** min(i, 40) if i % 100 < 90 else 1e-3,
+        ]
+        for sums, share in zip(run._sums, (1.0, 0.0), strict=True):
+            sums[0, :, 0] = (
+                on_device(torch.tensor(errors, dtype=torch.float64)) * share / (2 if symmetric else 1)
+            )
+        run._after_iteration()
+        state, iterations = run.look()
+        for p, schedule in enumerate(schedules):
+            if not running[p]:
+                continue
+            order = schedule.after(errors[p])
+            orders.add(order)
+            expected = {"check": launchers.CHECKED, "stop": launchers.STOPPED}.get(order, launchers.RUNNING)
+            assert state[p] == expected.value
+            assert iterations[p] == schedule.iterations
+            assert math.isclose(float(run._eps[p]), schedule.eps, rel_tol=1e-12)
+            assert math.isclose(float(run._omega[p]), schedule.omega, rel_tol=1e-12)
+            running[p] = order in ("go on", "new eps")
+    assert orders == {"go on", "check", "stop"} | (set() if symmetric else {"new eps"})
+    assert schedules[0].iterations < most
 
 
 def test_a_nan_ends_a_run() -> None:

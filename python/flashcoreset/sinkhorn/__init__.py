@@ -6,7 +6,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,11 +18,20 @@ from flashcoreset._core.progress import check_progress
 from flashcoreset._core.tensor import one_of
 from flashcoreset.sinkhorn.arguments import as_problem, as_rho, keep_graph
 from flashcoreset.sinkhorn.backend import kernels_of
+from flashcoreset.sinkhorn.divergence import Divergence
 from flashcoreset.sinkhorn.ops import ProgressArgument, solve
 from flashcoreset.sinkhorn.problem import METRICS, Problem, masked, totals
 from flashcoreset.sinkhorn.transport import Transport
 
-__all__ = ["METRICS", "Problem", "Transport", "sinkhorn", "sinkhorn_divergence"]
+__all__ = [
+    "METRICS",
+    "Divergence",
+    "Problem",
+    "Transport",
+    "self_transport",
+    "sinkhorn",
+    "sinkhorn_divergence",
+]
 
 
 def sinkhorn(
@@ -66,7 +76,7 @@ def sinkhorn(
             share of the plan's mass (if both marginals are relaxed, of the larger mass of a and b) than `tol` or 1e-6. 0 makes exactly
             `max_iter` iterations, plain ones if reg is at least 1/500 of the costs' range, without a warning.
         warm_start: a `Transport` of problems of the same sizes, or potentials (f, g), to start from: at most 1e9 times the
-            costs or reg.
+            costs or reg. If iterations from there come to a standstill, they are annealed after all.
         backend: None (the fastest that can run), "cpu", "cuda", "triton" or "torch" (the reference).
         progress: None, True (a bar on stderr) or a callable(done, total), in iterations.
         memory_budget: bytes that a matrix [n, m] of one problem may take; a larger matrix is made anew, a block at a time,
@@ -76,7 +86,8 @@ def sinkhorn(
         A `Transport`.
 
     Warns:
-        ConvergenceWarning: once per call, if a problem did not reach `tol` in `max_iter` iterations; what is returned
+        ConvergenceWarning: once per call, if a problem did not reach `tol` in `max_iter` iterations, or if its error came to rest
+            above a `tol` that is below the rounding of the dtype (about 1e-6 of the mass in float32, 1e-14 in float64); what is returned
             is its last iterate, which a plain iteration made and which is therefore the best.
 
     Raises:
@@ -104,6 +115,7 @@ def sinkhorn(
     return _transport(problem, progress)
 
 
+@overload
 def sinkhorn_divergence(
     x: Any,
     y: Any,
@@ -117,17 +129,65 @@ def sinkhorn_divergence(
     y_lengths: Any = None,
     max_iter: int = 1000,
     tol: float = 1e-6,
+    warm_start: Any = None,
+    full_output: Literal[False] = False,
     backend: str | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def sinkhorn_divergence(
+    x: Any,
+    y: Any,
+    a: Any = None,
+    b: Any = None,
+    *,
+    reg: float,
+    metric: str = "sqeuclidean",
+    reg_marginal: float | tuple[float | None, float | None] | None = None,
+    x_lengths: Any = None,
+    y_lengths: Any = None,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    warm_start: Any = None,
+    full_output: Literal[True],
+    backend: str | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Divergence: ...
+
+
+def sinkhorn_divergence(
+    x: Any,
+    y: Any,
+    a: Any = None,
+    b: Any = None,
+    *,
+    reg: float,
+    metric: str = "sqeuclidean",
+    reg_marginal: float | tuple[float | None, float | None] | None = None,
+    x_lengths: Any = None,
+    y_lengths: Any = None,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    warm_start: Any = None,
+    full_output: bool = False,
+    backend: str | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor | Divergence:
     """The debiased divergence OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 + reg (sum a - sum b)^2 / 2, with OT the `value` of
     `sinkhorn`: 0 for x = y, positive otherwise.
 
     The arguments are those of `sinkhorn`; costs cannot be given, and a pair `reg_marginal` needs two equal numbers, since each
-    side takes both places.
+    side takes both places. The transports of a set to itself are made by symmetric iterations, f <- (f + T(f)) / 2, about twenty
+    for any reg.
+
+    Args:
+        warm_start: a `Divergence` of sets of the same sizes, for all three transports; or what `sinkhorn` takes, for the one from x to y.
+        full_output: whether a `Divergence` is returned, which has the potentials, errors and iterations too.
 
     Returns:
-        A scalar, or [B] for a batch; differentiable in x, y, a and b.
+        A scalar, or [B] for a batch, differentiable in x, y, a and b; with `full_output` a `Divergence` whose `value` that is.
 
     Warns:
         ConvergenceWarning: for each of the three transports that did not reach `tol`.
@@ -153,15 +213,22 @@ def sinkhorn_divergence(
             f"reg_marginal must be the same for both marginals of a divergence, got {reg_marginal}"
         )
 
-    def value(first: Any, second: Any, left: Any, right: Any, lengths: tuple[Any, Any]) -> Problem:
-        return as_problem(
-            first, second, left, right, reg, metric, reg_marginal, *lengths, max_iter, tol, None, backend, memory_budget
-        )  # fmt: skip
-
-    cross = value(x, y, a, b, (x_lengths, y_lengths))
+    if not isinstance(full_output, bool):
+        raise TypeError(f"full_output must be True or False, got {type(full_output).__name__}")
+    starts: tuple[Any, ...] = (warm_start, None, None)
+    if isinstance(warm_start, Divergence):
+        starts = (warm_start.cross, warm_start.of_x, warm_start.of_y)
+    options = (reg, metric, reg_marginal)
+    limits = (max_iter, tol, backend, memory_budget)
+    cross = as_problem(
+        x, y, a, b, *options, x_lengths, y_lengths, max_iter, tol, starts[0], backend, memory_budget
+    )
     if cross.x.dtype == torch.float64:  # if one of them is, both are in all three problems
         x, y = keep_graph(x, "x").double(), keep_graph(y, "y").double()
-    own = [value(x, x, a, a, (x_lengths, x_lengths)), value(y, y, b, b, (y_lengths, y_lengths))]
+    own = [
+        _self_problem(points, weights, lengths, options, start, limits)
+        for points, weights, lengths, start in ((x, a, x_lengths, starts[1]), (y, b, y_lengths, starts[2]))
+    ]
     parts = [_transport(problem, None) for problem in (cross, *own)]
     result = parts[0].value - 0.5 * (parts[1].value + parts[2].value)
     if not math.isinf(rho[0]) and cross.weighted:
@@ -171,7 +238,35 @@ def sinkhorn_divergence(
         )
         extra: Any = 0.5 * cross.reg * (left - right) ** 2
         result = result + cross.shaped(extra)
-    return result
+    return Divergence(result, *parts) if full_output else result
+
+
+def self_transport(
+    x: Any,
+    a: Any = None,
+    *,
+    reg: float,
+    metric: str = "sqeuclidean",
+    reg_marginal: float | tuple[float | None, float | None] | None = None,
+    x_lengths: Any = None,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    warm_start: Any = None,
+    backend: str | None = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Transport:
+    """`sinkhorn(x, x, a, a)` by symmetric iterations, whose potentials are the same: f = g. Arguments as there, but no costs."""
+    limits = (max_iter, tol, backend, memory_budget)
+    return _transport(_self_problem(x, a, x_lengths, (reg, metric, reg_marginal), warm_start, limits), None)
+
+
+def _self_problem(
+    x: Any, a: Any, lengths: Any, options: tuple[Any, ...], start: Any, limits: tuple[Any, ...]
+) -> Problem:
+    """The transport of a set to itself; `options` are reg, the metric and reg_marginal, `limits` what follows warm_start beside it."""
+    max_iter, tol, backend, budget = limits
+    problem = as_problem(x, x, a, a, *options, lengths, lengths, max_iter, tol, start, backend, budget)
+    return replace(problem, symmetric=True, g=problem.f)
 
 
 def _transport(p: Problem, progress: ProgressArgument) -> Transport:

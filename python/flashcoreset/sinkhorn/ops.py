@@ -40,6 +40,8 @@ def _solve(p: Problem, progress: ProgressArgument) -> Result:
     ready = with_marginals_that_hold(p).ready()
     with torch.no_grad(), Progress(progress, p.max_iter * p.sizes[0], "sinkhorn") as bar:
         result = kernels.sinkhorn(ready, (lambda done, total: bar.update(done)) if bar.active else None)
+    if p.symmetric:  # potentials of zero weights, taken from either side, may differ by rounding
+        result = result._replace(g=result.f.clone())
     # In the type of the result, whose numbers end earlier.
     if p.tol > 0 and bool((result.converged & result.value.to(p.x.dtype).isfinite()).all()):
         return result
@@ -53,20 +55,36 @@ def _solve(p: Problem, progress: ProgressArgument) -> Result:
         )
     if p.tol > 0:
         check_allowed(p)
-        failed = (~result.converged).nonzero()[:, 0]
-        worst = float(result.error[failed].max())
-        of_mass = f", which masses below 1 make {max(p.tol, 1e-6):.3g} of the mass" if worst <= p.tol else ""
-        who = (
-            f"{len(failed)} of {p.sizes[0]} problems, the first of them {int(failed[0])},"
-            if p.batched
-            else "sinkhorn"
-        )
-        warn_caller(
-            f"{who} did not converge in {p.max_iter} iterations: error {worst:.3g}, tol {p.tol:.3g}{of_mass}; raise "
-            "max_iter, tol or reg",
-            ConvergenceWarning,
-        )
+        warn_caller(_unconverged(p, result), ConvergenceWarning)
     return result
+
+
+def _unconverged(p: Problem, result: Result) -> str:
+    """The warning of problems that did not converge: those whose iterations came to an end, or if there are none, those that came to
+    rest before."""
+    failed = ~result.converged
+    ended = failed & (result.iterations >= p.max_iter)
+    at_rest = not bool(ended.any())
+    numbers = (failed if at_rest else ended).nonzero()[:, 0]
+    worst = float(result.error[numbers].max())
+    who = (
+        f"{len(numbers)} of {p.sizes[0]} problems, the first of them {int(numbers[0])},"
+        if p.batched
+        else "sinkhorn"
+    )
+    if at_rest:
+        # The reference computes in float64 whatever the data's type.
+        single = p.x.dtype == torch.float32 and worst > 1e-10
+        remedy = "raise tol, or use float64" if single else "raise tol"
+        return (
+            f"{who} came to rest at an error of {worst:.3g} after {int(result.iterations[numbers].max())} iterations, tol "
+            f"{p.tol:.3g}: about what {'float32' if single else 'float64'} can reach here; {remedy}"
+        )
+    of_mass = f", which masses below 1 make {max(p.tol, 1e-6):.3g} of the mass" if worst <= p.tol else ""
+    return (
+        f"{who} did not converge in {p.max_iter} iterations: error {worst:.3g}, tol {p.tol:.3g}{of_mass}; raise max_iter, tol "
+        "or reg"
+    )
 
 
 class _Envelope(torch.autograd.Function):

@@ -36,6 +36,7 @@ class Problem:
         weighted: whether weights were given, so that their values need checks; else they are uniform.
         batched: whether the caller's problem had a batch dimension.
         backend: the backend that was asked for.
+        symmetric: whether `y` and `b` are `x` and `a`, so that both potentials are the same; with points alone.
     """
 
     x: Tensor
@@ -56,6 +57,7 @@ class Problem:
     weighted: bool = True
     batched: bool = True
     backend: str | None = None
+    symmetric: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -85,6 +87,7 @@ class Problem:
         return Problem(
             self.x, self.y, self.a, self.b, self.reg, self.metric, self.rho_a, self.rho_b, self.x_lengths, self.y_lengths,
             self.max_iter, self.tol, f, g, self.memory_budget, self.weighted, self.batched, self.backend,
+            self.symmetric,
         )  # fmt: skip
 
     def potentials(self) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import flashcoreset as fc
+from flashcoreset.sinkhorn import self_transport
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +108,10 @@ def transports(
     ab = fc.sinkhorn(x, y, a, b, **options)
     aa = bb = None
     if debias:
-        first, second = (x, y) if own is None else own
-        assert second is not None
-        aa = fc.sinkhorn(first, None if own else first, a, a, **options)
-        bb = fc.sinkhorn(second, None if own else second, b, b, **options)
+        if own is None:
+            aa, bb = self_transport(x, a, **options), self_transport(y, b, **options)
+        else:
+            aa, bb = (fc.sinkhorn(cost, None, w, w, **options) for cost, w in zip(own, (a, b), strict=True))
     return Parts(ab, aa, bb, a, b, reg, reach is not None, scale)
 
 
