@@ -875,8 +875,7 @@ class Sketcher {
     const int64_t together = rows >= kW / 2 ? kW : 1;
     const int64_t until_flush = std::max(kSparseRows, round_up(8 * dim_, kSparseRows));
     Buffer<uint32_t> column(kSparseRows * p_.nnz);
-    Buffer<T> sign(kSparseRows * p_.nnz), sums(round_up(rows, together) * dim_, T(0)),
-        packed(kSparseRows * kW, T(0));
+    Buffer<T> sign(kSparseRows * p_.nnz), sums(round_up(rows, together) * dim_, T(0));
     for (int64_t first = begin; first < end; first += kSparseRows) {
       const int64_t count = std::min(kSparseRows, end - first);
       for (int64_t e = 0; e < p_.nnz; e += 2) {
@@ -896,22 +895,41 @@ class Sketcher {
           continue;
         }
         const int64_t here = std::min<int64_t>(kW, rows - r);
-        pack(row + r, here, first, count, packed.data());
-        for (int64_t e = 0; e < p_.nnz; ++e) {
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = e * kSparseRows + i;
-            T* const to = own + column[at] * kW;
-            simd::store(to, simd::load(to) + simd::load(packed.data() + i * kW) * simd::broadcast(sign[at]));
+        for (int64_t i = 0; i < count; i += kW) {
+          simd::Vec<T> values[kW];
+          const int64_t several = std::min<int64_t>(kW, count - i);
+          columns_of(row + r, here, first + i, several, values);
+          for (int64_t e = 0; e < p_.nnz; ++e) {
+            for (int64_t j = 0; j < several; ++j) {
+              const int64_t at = e * kSparseRows + i + j;
+              T* const to = own + column[at] * kW;
+              simd::store(to, simd::load(to) + values[j] * simd::broadcast(sign[at]));
+            }
           }
         }
       }
       if (first + count == end || (first + count - begin) % until_flush == 0) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* const own = sums.data() + r / together * together * dim_ + r % together;
-          for (int64_t c = 0; c < dim_; ++c) sum[r * dim_ + c] += static_cast<double>(own[c * together]);
-        }
+        for (int64_t r = 0; r < rows; r += together)
+          flush(sums.data() + r * dim_, together, std::min(together, rows - r), sum + r * dim_);
         std::fill(sums.data(), sums.data() + sums.size(), T(0));
       }
+    }
+  }
+
+  // sum[r][c] += own[c][r], where own has `together` numbers per column of the output, for rows r < rows.
+  void flush(const T* own, int64_t together, int64_t rows, double* sum) const {
+    int64_t c = 0;
+#if defined(__AVX2__)
+    constexpr int kW = simd::kWidth<T>;
+    for (; together == kW && c + kW <= dim_; c += kW) {
+      simd::Vec<T> v[kW];
+      for (int i = 0; i < kW; ++i) v[i] = simd::load(own + (c + i) * kW);
+      transpose(v);
+      for (int64_t r = 0; r < rows; ++r) add_to<T>(sum + r * dim_ + c, v[r]);
+    }
+#endif
+    for (; c < dim_; ++c) {
+      for (int64_t r = 0; r < rows; ++r) sum[r * dim_ + c] += static_cast<double>(own[c * together + r]);
     }
   }
 
@@ -924,24 +942,23 @@ class Sketcher {
     for (int64_t i = 0; i < count; ++i) out[i] = at(row, first + i);
   }
 
-  // out[i][r] = x[row + r][first + i].
-  void pack(int64_t row, int64_t rows, int64_t first, int64_t count, T* out) const {
+  // v[i][r] = x[row + r][first + i], r < rows, i < count, both at most the width of a vector; other lanes are
+  // 0 or hold nothing.
+  void columns_of(int64_t row, int64_t rows, int64_t first, int64_t count,
+                  simd::Vec<T> (&v)[simd::kWidth<T>]) const {
     constexpr int kW = simd::kWidth<T>;
-    int64_t done = 0;
 #if defined(__AVX2__)
-    if (rows == kW && x_.stride[1] == 1) {
-      for (; done + kW <= count; done += kW) {
-        simd::Vec<T> v[kW];
-        for (int r = 0; r < kW; ++r) v[r] = simd::load(x_.row(row + r) + first + done);
-        transpose(v);
-        for (int r = 0; r < kW; ++r) simd::store(out + (done + r) * kW, v[r]);
-      }
+    if (rows == kW && count == kW && x_.stride[1] == 1) {
+      for (int r = 0; r < kW; ++r) v[r] = simd::load(x_.row(row + r) + first);
+      transpose(v);
+      return;
     }
 #endif
+    T lanes[kW][kW] = {};
     for (int64_t r = 0; r < rows; ++r) {
-      const T* const x = x_.data + (row + r) * x_.stride[0] + first * x_.stride[1];
-      for (int64_t i = done; i < count; ++i) out[i * kW + r] = x[i * x_.stride[1]];
+      for (int64_t i = 0; i < count; ++i) lanes[i][r] = at(row + r, first + i);
     }
+    for (int i = 0; i < kW; ++i) v[i] = simd::load(lanes[i]);
   }
 
   // v[i] = -v[i] where bit i is set, for a multiple of 32 numbers.
