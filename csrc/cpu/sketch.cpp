@@ -32,6 +32,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -443,13 +444,12 @@ void hadamard(T* v, int64_t size) {
 
 #if defined(__AVX512F__)
 // Lane i of v[j] and lane j of v[i] change places: a bit of the two numbers at a time.
-template <class T>
-void transpose(simd::Vec<T> (&v)[simd::kWidth<T>]) {
-  constexpr int kW = simd::kWidth<T>;
+template <class V, int kW>
+void transpose(V (&v)[kW]) {
 #pragma GCC unroll 4
   for (int h = 1; h < kW; h *= 2) {
     // Lanes of the first vector are numbered from 0, of the second from kW.
-    if constexpr (sizeof(T) == 4) {
+    if constexpr (kW == 16) {
       const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
       const __m512i turned = _mm512_xor_si512(lane, _mm512_set1_epi32(h)), behind = _mm512_set1_epi32(kW);
       const __mmask16 high = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(h));
@@ -459,8 +459,8 @@ void transpose(simd::Vec<T> (&v)[simd::kWidth<T>]) {
       for (int i = 0; i < kW; ++i) {
         if ((i & h) != 0) continue;
         const __m512 a = (__m512)v[i], b = (__m512)v[i + h];
-        v[i] = (simd::Vec<T>)_mm512_permutex2var_ps(a, even, b);
-        v[i + h] = (simd::Vec<T>)_mm512_permutex2var_ps(a, odd, b);
+        v[i] = (V)_mm512_permutex2var_ps(a, even, b);
+        v[i + h] = (V)_mm512_permutex2var_ps(a, odd, b);
       }
     } else {
       const __m512i lane = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
@@ -472,10 +472,41 @@ void transpose(simd::Vec<T> (&v)[simd::kWidth<T>]) {
       for (int i = 0; i < kW; ++i) {
         if ((i & h) != 0) continue;
         const __m512d a = (__m512d)v[i], b = (__m512d)v[i + h];
-        v[i] = (simd::Vec<T>)_mm512_permutex2var_pd(a, even, b);
-        v[i + h] = (simd::Vec<T>)_mm512_permutex2var_pd(a, odd, b);
+        v[i] = (V)_mm512_permutex2var_pd(a, even, b);
+        v[i + h] = (V)_mm512_permutex2var_pd(a, odd, b);
       }
     }
+  }
+}
+#elif defined(__AVX2__)
+// Lane i of v[j] and lane j of v[i] change places.
+inline void transpose(simd::Vec<float> (&v)[8]) {
+  __m256 pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      fours[i + 2 * k] = _mm256_shuffle_ps(pairs[i + k], pairs[i + k + 2], 0x44);
+      fours[i + 2 * k + 1] = _mm256_shuffle_ps(pairs[i + k], pairs[i + k + 2], 0xEE);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = (simd::Vec<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    v[i + 4] = (simd::Vec<float>)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+}
+
+inline void transpose(simd::Vec<double> (&v)[4]) {
+  __m256d pairs[4];
+  for (int i = 0; i < 4; i += 2) {
+    pairs[i] = _mm256_unpacklo_pd((__m256d)v[i], (__m256d)v[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_pd((__m256d)v[i], (__m256d)v[i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    v[i] = (simd::Vec<double>)_mm256_permute2f128_pd(pairs[i], pairs[i + 2], 0x20);
+    v[i + 2] = (simd::Vec<double>)_mm256_permute2f128_pd(pairs[i], pairs[i + 2], 0x31);
   }
 }
 #endif
@@ -844,8 +875,7 @@ class Sketcher {
     const int64_t together = rows >= kW / 2 ? kW : 1;
     const int64_t until_flush = std::max(kSparseRows, round_up(8 * dim_, kSparseRows));
     Buffer<uint32_t> column(kSparseRows * p_.nnz);
-    Buffer<T> sign(kSparseRows * p_.nnz), sums(round_up(rows, together) * dim_, T(0)),
-        packed(kSparseRows * kW, T(0));
+    Buffer<T> sign(kSparseRows * p_.nnz), sums(round_up(rows, together) * dim_, T(0));
     for (int64_t first = begin; first < end; first += kSparseRows) {
       const int64_t count = std::min(kSparseRows, end - first);
       for (int64_t e = 0; e < p_.nnz; e += 2) {
@@ -865,22 +895,41 @@ class Sketcher {
           continue;
         }
         const int64_t here = std::min<int64_t>(kW, rows - r);
-        pack(row + r, here, first, count, packed.data());
-        for (int64_t e = 0; e < p_.nnz; ++e) {
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t at = e * kSparseRows + i;
-            T* const to = own + column[at] * kW;
-            simd::store(to, simd::load(to) + simd::load(packed.data() + i * kW) * simd::broadcast(sign[at]));
+        for (int64_t i = 0; i < count; i += kW) {
+          simd::Vec<T> values[kW];
+          const int64_t several = std::min<int64_t>(kW, count - i);
+          columns_of(row + r, here, first + i, several, values);
+          for (int64_t e = 0; e < p_.nnz; ++e) {
+            for (int64_t j = 0; j < several; ++j) {
+              const int64_t at = e * kSparseRows + i + j;
+              T* const to = own + column[at] * kW;
+              simd::store(to, simd::load(to) + values[j] * simd::broadcast(sign[at]));
+            }
           }
         }
       }
       if (first + count == end || (first + count - begin) % until_flush == 0) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* const own = sums.data() + r / together * together * dim_ + r % together;
-          for (int64_t c = 0; c < dim_; ++c) sum[r * dim_ + c] += static_cast<double>(own[c * together]);
-        }
+        for (int64_t r = 0; r < rows; r += together)
+          flush(sums.data() + r * dim_, together, std::min(together, rows - r), sum + r * dim_);
         std::fill(sums.data(), sums.data() + sums.size(), T(0));
       }
+    }
+  }
+
+  // sum[r][c] += own[c][r], where own has `together` numbers per column of the output, for rows r < rows.
+  void flush(const T* own, int64_t together, int64_t rows, double* sum) const {
+    int64_t c = 0;
+#if defined(__AVX2__)
+    constexpr int kW = simd::kWidth<T>;
+    for (; together == kW && c + kW <= dim_; c += kW) {
+      simd::Vec<T> v[kW];
+      for (int i = 0; i < kW; ++i) v[i] = simd::load(own + (c + i) * kW);
+      transpose(v);
+      for (int64_t r = 0; r < rows; ++r) add_to<T>(sum + r * dim_ + c, v[r]);
+    }
+#endif
+    for (; c < dim_; ++c) {
+      for (int64_t r = 0; r < rows; ++r) sum[r * dim_ + c] += static_cast<double>(own[c * together + r]);
     }
   }
 
@@ -893,23 +942,36 @@ class Sketcher {
     for (int64_t i = 0; i < count; ++i) out[i] = at(row, first + i);
   }
 
-  // out[i][r] = x[row + r][first + i].
-  void pack(int64_t row, int64_t rows, int64_t first, int64_t count, T* out) const {
+  // v[i][r] = x[row + r][first + i], r < rows, i < count, both at most the width of a vector; other lanes are
+  // 0 or hold nothing.
+  void columns_of(int64_t row, int64_t rows, int64_t first, int64_t count,
+                  simd::Vec<T> (&v)[simd::kWidth<T>]) const {
     constexpr int kW = simd::kWidth<T>;
-    int64_t done = 0;
-#if defined(__AVX512F__)
-    if (rows == kW && x_.stride[1] == 1) {
-      for (; done + kW <= count; done += kW) {
-        simd::Vec<T> v[kW];
-        for (int r = 0; r < kW; ++r) v[r] = simd::load(x_.row(row + r) + first + done);
-        transpose<T>(v);
-        for (int r = 0; r < kW; ++r) simd::store(out + (done + r) * kW, v[r]);
-      }
+#if defined(__AVX2__)
+    if (rows == kW && count == kW && x_.stride[1] == 1) {
+      for (int r = 0; r < kW; ++r) v[r] = simd::load(x_.row(row + r) + first);
+      transpose(v);
+      return;
     }
 #endif
+    T lanes[kW][kW] = {};
     for (int64_t r = 0; r < rows; ++r) {
-      const T* const x = x_.data + (row + r) * x_.stride[0] + first * x_.stride[1];
-      for (int64_t i = done; i < count; ++i) out[i * kW + r] = x[i * x_.stride[1]];
+      for (int64_t i = 0; i < count; ++i) lanes[i][r] = at(row + r, first + i);
+    }
+    for (int i = 0; i < kW; ++i) v[i] = simd::load(lanes[i]);
+  }
+
+  // v[i] = -v[i] where bit i is set, for a multiple of 32 numbers.
+  static void flip(const uint32_t* bits, int64_t size, T* v) {
+    using I = typename simd::Types<T>::I;
+    using S = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    constexpr int kW = simd::kWidth<T>, kSignBit = 8 * sizeof(T) - 1;
+    I places;
+    for (int l = 0; l < kW; ++l) places[l] = kSignBit - l;
+    const I sign = I{} + std::numeric_limits<S>::min();
+    for (int64_t i = 0; i < size; i += kW) {
+      const I flips = ((I{} + static_cast<S>(bits[i / 32] >> (i % 32))) << places) & sign;
+      simd::store(v + i, reinterpret_cast<simd::Vec<T>>(reinterpret_cast<I>(simd::load(v + i)) ^ flips));
     }
   }
 
@@ -925,11 +987,9 @@ class Sketcher {
       srht_.signs(number * size, size, bits.data());
       srht_.columns(number, chosen.data());
       for (int64_t r = 0; r < rows; ++r) {
-        std::fill(block.data(), block.data() + size, T(0));
-        for (int64_t i = from; i < from + count; ++i) {
-          const T value = at(row + r, first + i - from);
-          block[i] = bits[i / 32] >> (i % 32) & 1 ? -value : value;
-        }
+        if (count < size) std::fill(block.data(), block.data() + size, T(0));
+        copy(row + r, first, count, block.data() + from);
+        flip(bits.data(), size, block.data());
         hadamard(block.data(), size);
         double* const own = sum + r * dim_;
         for (int64_t c = 0; c < dim_; ++c) own[c] += static_cast<double>(block[chosen[c]]);
