@@ -62,6 +62,12 @@ UNALIGNED = (
     "iterations_of",
     "in_stage_of",
     "since_of",
+    "before_of",
+    "least_of",
+    "best_least_of",
+    "in_window_of",
+    "rests_of",
+    "ends_of",
     "masses",
     "costs",
     "lost",
@@ -136,7 +142,12 @@ def compile_kernel(kernel: Any, dtype: str, metric: str, one_chain: bool, archit
             "METRIC": "precomputed",
             ("our_stride" if metric == "transposed" else "other_stride"): 1,
         }
-    constants |= {"BALANCED": False, "SYMMETRIC": False, "AFTER": True, "FEATURES": 16}  # where they take most
+    constants |= {
+        "BALANCED": False,
+        "SYMMETRIC": False,
+        "AFTER": True,
+        "FEATURES": 16,
+    }  # where they take most
     constants["COSTS"] = metric != "transposed"  # <P, C> is summed from the rows' side alone
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, aligned = {}, {}

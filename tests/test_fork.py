@@ -44,6 +44,7 @@ def test_no_public_function_is_left_out() -> None:
         "CoLM",  # as "colm"
         "ConvergenceWarning",
         "Coreset",
+        "Divergence",
         "InputWarning",
         "LowRankGradients",
         "OuterProductGradients",

@@ -381,6 +381,7 @@ NO_PROMISE = {
     "register_gradient_rule": "keeps a function",
     "AdamState": "a value",
     "Coreset": "a value",
+    "Divergence": "a value",
     "OuterProductGradients": "a value; its columns are torch's products",
     "matching_error": "a float of torch's products and sums, whose last bits depend on threads",
     "LowRankGradients": "a value; its directions are those of zeroth_order_gradients",

@@ -445,3 +445,22 @@ def test_bad_arguments_of_divergences() -> None:
         )
     with pytest.raises(TypeError, match="warm_start must be None, a Transport or a pair"):
         fc.sinkhorn_divergence(x, x, reg=1.0, warm_start=3)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"], indirect=True)
+def test_symmetric_problems_of_bindings_read_one_side(backend: str) -> None:
+    """What the columns are given as may be of any size; results have that of the rows."""
+    kernels = getattr(fc.kernels, backend)
+    x, y, a, b = points(6, 2, 0)[None], points(9, 2, 1)[None], weights(6, 2)[None], weights(9, 3)[None]
+    options: dict[str, Any] = {"reg": 0.1, "metric": "sqeuclidean", "symmetric": True}
+    right = fc.kernels.SinkhornProblem(*there(backend, x, x, a, a), **options)
+    assert torch.equal(kernels.sinkhorn(right).f, kernels.sinkhorn(right).g)
+    with pytest.raises(ValueError, match=r"g: expected shape \(1, 6\), got \(1, 9\)"):
+        kernels.sinkhorn(fc.kernels.SinkhornProblem(*there(backend, x, y, a, b), **options))
+    costs = there(backend, points(6, 6, 0)[None])[0]
+    with pytest.raises(ValueError, match="y: expected points, or None for metric precomputed"):
+        kernels.sinkhorn(
+            fc.kernels.SinkhornProblem(
+                costs, None, *there(backend, a, a), **{**options, "metric": "precomputed"}
+            )
+        )

@@ -264,8 +264,10 @@ def _self_problem(
     x: Any, a: Any, lengths: Any, options: tuple[Any, ...], start: Any, limits: tuple[Any, ...]
 ) -> Problem:
     """The transport of a set to itself; `options` are reg, the metric and reg_marginal, `limits` what follows warm_start beside it."""
-    max_iter, tol, backend, budget = limits
-    problem = as_problem(x, x, a, a, *options, lengths, lengths, max_iter, tol, start, backend, budget)
+    (reg, metric, rho), (max_iter, tol, backend, budget) = options, limits
+    problem = as_problem(
+        x, x, a, a, reg, metric, rho, lengths, lengths, max_iter, tol, start, backend, budget
+    )  # fmt: skip
     return replace(problem, symmetric=True, g=problem.f)
 
 
