@@ -116,7 +116,7 @@ class Solver final : public Transport<T> {
     costs_.assign(k_ * stride_, std::numeric_limits<T>::infinity());
     for (int64_t s = 0; s < k_; ++s) {
       const T* const from = costs.row(s);
-      for (int64_t v = 0; v < sinks_; ++v) check(static_cast<double>(from[v]), "costs", s, v);
+      check_costs(from, "costs", s);
       std::copy(from, from + sinks_, row(s));
     }
     u_.assign(width_, 0.0);
@@ -218,7 +218,7 @@ class Solver final : public Transport<T> {
       check_row(r, costs.rows());
       const T* const c = costs.row(r);
       if (entries[r].empty()) {
-        for (int64_t v = 0; v < sinks_; ++v) check(static_cast<double>(c[v]), "costs", r, v);
+        check_costs(c, "costs", r);
         find_entries(c, entries[r]);
       }
       const double value = score(place, c, entries[r], best.value);
@@ -229,51 +229,16 @@ class Solver final : public Transport<T> {
     return best;
   }
 
-  void tighten(const TensorView<const T, 2>& costs, std::vector<ExchangeBound>& candidates) override {
-    std::vector<std::vector<int64_t>> of_row(costs.rows());
-    for (size_t i = 0; i < candidates.size(); ++i) {
-      check_place(candidates[i].place);
-      check_row(candidates[i].row, costs.rows());
-      of_row[candidates[i].row].push_back(static_cast<int64_t>(i));
-    }
-    for (int64_t r = 0; r < costs.rows(); ++r) {
-      for (int64_t v = 0; !of_row[r].empty() && v < sinks_; ++v)
-        check(static_cast<double>(costs.row(r)[v]), "costs", r, v);
-    }
-    if (candidates.empty()) return;
-    prepare();
-    // [k, width]: how far each source is from each place.
-    std::vector<double> ways(k_ * width_, kInfinity);
-    team_.parallel_for(k_, 1, [&](int, int64_t begin, int64_t end) {
-      for (int64_t place = begin; place < end; ++place) {
-        const std::vector<double>& way = ways_to(place);
-        for (int64_t s = 0; s < k_; ++s) ways[s * width_ + place] = way[s];
-      }
-    });
-    team_.parallel_for(costs.rows(), 8, [&](int, int64_t begin, int64_t end) {
-      WayScratch scratch;
-      for (int64_t r = begin; r < end; ++r) {
-        if (of_row[r].empty()) continue;
-        const double* const bounds = way_bounds(costs.row(r), ways, scratch);
-        for (const int64_t i : of_row[r]) {
-          const int64_t place = candidates[i].place;
-          candidates[i].bound = std::max(candidates[i].bound, bounds[place]);
-        }
-      }
-    });
-    std::sort(candidates.begin(), candidates.end(), lower);
-  }
-
-  std::vector<ExchangeBound> bounds(const TensorView<const T, 2>& costs, double goal, int64_t most,
+  std::vector<ExchangeBound> bounds(const TensorView<const T, 2>& costs, double goal, int64_t most, bool by_ways,
                                     double* lowest) override {
     const int64_t count = costs.rows();
-    for (int64_t r = 0; r < count; ++r) {
-      for (int64_t v = 0; v < sinks_; ++v) check(static_cast<double>(costs.row(r)[v]), "costs", r, v);
-    }
+    for (int64_t r = 0; r < count; ++r) check_costs(costs.row(r), "costs", r);
+    if (by_ways) find_all_ways();
     std::vector<ExchangeBound> kept;
     const int64_t chunk = std::max<int64_t>(1, ThreadTeam::kWorthwhile / stride_);
     const int64_t block = std::max(chunk, kPairs / k_ / chunk * chunk);  // rows whose pairs are held at once
     std::vector<std::vector<double>> scratch(team_.size());
+    std::vector<WayScratch> of_ways(team_.size());
     std::vector<std::vector<ExchangeBound>> found(std::min(block, count));
     for (int64_t start = 0; start < count; start += block) {
       const int64_t rows = std::min(block, count - start);
@@ -284,6 +249,7 @@ class Solver final : public Transport<T> {
           found[r].clear();
           lowest[start + r] =
               bound(costs.row(start + r), start + r, goal, mine.data(), most > 0 ? &found[r] : nullptr);
+          if (by_ways && !found[r].empty()) tighten(costs.row(start + r), goal, found[r], of_ways[thread]);
         }
       });
       for (int64_t r = 0; r < rows; ++r) kept.insert(kept.end(), found[r].begin(), found[r].end());
@@ -321,6 +287,12 @@ class Solver final : public Transport<T> {
       throw std::invalid_argument(std::string(name) + " must be finite and below 2^500 in magnitude, got " +
                                   std::to_string(cost) + " at row " + std::to_string(s) + ", column " +
                                   std::to_string(v));
+  }
+
+  void check_costs(const T* c, const char* name, int64_t s) const {
+    bool fine = true;
+    for (int64_t v = 0; v < sinks_; ++v) fine &= std::fabs(static_cast<double>(c[v])) <= kMost;
+    for (int64_t v = 0; !fine && v < sinks_; ++v) check(static_cast<double>(c[v]), name, s, v);
   }
 
   // --- flows ---
@@ -637,6 +609,7 @@ class Solver final : public Transport<T> {
         served_.push_back({static_cast<int32_t>(v), share.source, share.cost});
     }
     for (auto& way : ways_) way.clear();
+    all_ways_ = false;
     for (auto& prices : prices_) prices.clear();
     std::fill(seen_.begin(), seen_.end(), 0);
     prepared_ = true;
@@ -685,14 +658,38 @@ class Solver final : public Transport<T> {
     }
   }
 
+  void find_all_ways() {
+    prepare();
+    if (all_ways_) return;
+    from_.assign(k_ * width_, kInfinity);
+    team_.parallel_for(k_, 1, [&](int, int64_t begin, int64_t end) {
+      for (int64_t place = begin; place < end; ++place) {
+        const std::vector<double>& way = ways_to(place);
+        for (int64_t s = 0; s < k_; ++s) from_[s * width_ + place] = way[s];
+      }
+    });
+    all_ways_ = true;
+  }
+
   struct WayScratch {
     std::vector<std::pair<double, int32_t>> nearest;
     std::vector<double> least, way, bounds;
   };
 
+  // Raises the bounds of exchanges for an item with costs c, and keeps those that stay below `goal`.
+  void tighten(const T* c, double goal, std::vector<ExchangeBound>& exchanges, WayScratch& scratch) const {
+    find_way_bounds(c, scratch);
+    size_t kept = 0;
+    for (ExchangeBound exchange : exchanges) {
+      exchange.bound = std::max(exchange.bound, scratch.bounds[exchange.place]);
+      if (exchange.bound < goal) exchanges[kept++] = exchange;
+    }
+    exchanges.resize(kept);
+  }
+
   // Bounds [k] of the exchanges of every source for an item with costs c: its units enter at different sinks,
   // as many as a sink takes, and each goes the shortest way to a sink of the source that leaves.
-  const double* way_bounds(const T* c, const std::vector<double>& ways, WayScratch& scratch) const {
+  void find_way_bounds(const T* c, WayScratch& scratch) const {
     const int64_t wanted = (mass_ + share_ - 1) / share_;  // sinks, the last one perhaps in part
     const int64_t near = std::min(sinks_, kNear + 2 * ((sinks_ + k_ - 1) / k_));
     auto& nearest = scratch.nearest;
@@ -712,11 +709,11 @@ class Solver final : public Transport<T> {
       const auto& [d, v] = nearest[i];
       if (i % 8 == 0 && d >= *std::max_element(last, last + k_)) break;
       const auto& shares = shares_[v];
-      const double* from = ways.data() + shares[0].source * width_;
+      const double* from = from_.data() + shares[0].source * width_;
       if (shares.size() > 1) {
         std::copy(from, from + width_, way.begin());
         for (const Share& share : shares) {
-          const double* const other = ways.data() + share.source * width_;
+          const double* const other = from_.data() + share.source * width_;
           for (int64_t s = 0; s < width_; ++s) way[s] = std::min(way[s], other[s]);
         }
         from = way.data();
@@ -743,7 +740,6 @@ class Solver final : public Transport<T> {
     }
     for (int64_t s = 0; s < k_; ++s)
       bounds[s] = (dual_start_ + bounds[s] - static_cast<double>(mass_) * u_[s]) / total_;
-    return bounds.data();
   }
 
   // What it costs an item with costs c [V] to take over a sink of each source, [width].
@@ -1268,6 +1264,8 @@ class Solver final : public Transport<T> {
   bool prepared_ = false;
   std::vector<double> hands_;               // [k, width], columns_ transposed
   std::vector<std::vector<double>> ways_;   // of each source that leaves, [width] or not known
+  bool all_ways_ = false;
+  std::vector<double> from_;                // [k, width], ways_ transposed once all are known
   std::vector<std::vector<Prices>> prices_; // of each source that leaves
   struct Served {
     int32_t sink, source;

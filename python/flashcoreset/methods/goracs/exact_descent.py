@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,9 +16,9 @@ from flashcoreset.transport.backend import Candidates, choose
 HELD_BYTES = 2**30
 _ENOUGH = 0.9  # the share of the largest decrease that a bound allows with which an exchange is made at once
 _TRIES = 32  # exchanges that are tried before the best of them is made
-_CHUNK = 256  # exchanges that are tried between two looks at the clock
-_LISTED = 2**17  # exchanges of a pool or a block of items that are listed
-_SWEPT = 2  # exchanges of all items that are tried at the end, in units of n_candidates^2
+_LISTED = 2**14  # exchanges of a pool or a block of items that are listed
+_LAST = 2  # exchanges of all items that are tried at the end, in units of n_candidates^2
+_PATIENCE = 8
 
 
 def transport_bytes(k: int, sinks: int, size: int) -> int:
@@ -61,18 +62,29 @@ class ExactDescent(Progression):
         """Makes exchanges; `report` gets their number."""
         self._report = report
         pool: _Pool | None = None
-        while self.exchanges[-1] < self._options.max_exchanges:
-            if spent := self._spent():
-                self.stopped = spent
-                return
+        while not self._is_over():
             fresh = pool is None
             pool = self._best_additions() if pool is None else pool
-            if pool is not None and self._exchange_with(pool):
-                continue
-            pool = None
-            if fresh and (verdict := self._sweep()):
-                self.stopped = self._spent() or verdict
+            if pool is None or not self._exchange_with(pool):
+                pool = None
+                if fresh:
+                    break
+        while not self._is_over():
+            pool, candidates, complete = self._most_promising()
+            made, tried = self._exchange_along(pool, candidates, _LAST * self._options.n_candidates**2)
+            if not made:
+                self.stopped = self._spent() or ("certificate" if complete and tried else "candidates")
                 return
+            while self._exchange_with(pool):
+                pass
+
+    def _is_over(self) -> bool:
+        """Whether no more exchanges may be made."""
+        if self.exchanges[-1] >= self._options.max_exchanges:
+            return True
+        if spent := self._spent():
+            self.stopped = spent
+        return bool(spent)
 
     def _others(self) -> Tensor:
         """The items that are not members, ascending."""
@@ -95,10 +107,33 @@ class ExactDescent(Progression):
         )
         order = torch.argsort(lowest, stable=True)[: self._pool_size]
         order = order[lowest[order] < self._goal]
-        if len(order) == 0:
-            return None
-        items = others[order.to(others.device)]
+        return self._pool_of(others[order.to(others.device)]) if len(order) else None
+
+    def _pool_of(self, items: Tensor) -> _Pool:
         return _Pool(items, torch.cat([block.costs for block in self._blocks(items)]))
+
+    def _most_promising(self) -> tuple[_Pool, Candidates, bool]:
+        """The additions with the lowest tightened bounds, their exchanges in the order of these bounds, and whether no other exchange
+        can help."""
+        others = self._others()
+        complete, begin = True, 0
+        parts = [Candidates(*torch.empty(2, 0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))]
+        for block in self._blocks(others):
+            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED, ways=True)
+            complete = complete and len(listed.rows) < _LISTED
+            parts.append(listed._replace(rows=listed.rows + begin))
+            begin += len(block.items)
+        rows, places, bounds = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = torch.argsort(bounds, stable=True)
+        rows, places, bounds = rows[order], places[order], bounds[order]
+        lowest = torch.full((len(others),), math.inf, dtype=torch.float64).scatter_reduce_(0, rows, bounds, "amin")
+        chosen = torch.argsort(lowest, stable=True)[: self._pool_size]
+        chosen = chosen[lowest[chosen] < self._goal].sort().values
+        place_of = torch.full((len(others),), -1).scatter_(0, chosen, torch.arange(len(chosen)))
+        kept = place_of[rows] >= 0
+        pool = self._pool_of(others[chosen.to(others.device)])
+        candidates = Candidates(place_of[rows[kept]], places[kept], bounds[kept])
+        return pool, candidates, complete and bool(kept.all())
 
     def _exchange_with(self, pool: _Pool) -> bool:
         """Makes exchanges for items of the pool; False if the most promising ones do not help."""
@@ -108,21 +143,31 @@ class ExactDescent(Progression):
         )
         if len(kept) < len(pool.items):
             pool.items, pool.costs = pool.items[kept.to(pool.items.device)], pool.costs[kept]
-        if len(pool.items) == 0:
+        if len(pool.items) == 0 or self.exchanges[-1] >= self._options.max_exchanges:
             return False
-        _, candidates = self._transport.bounds(pool.costs, self._goal, _LISTED)
-        made = False
-        while len(candidates.rows) and self.exchanges[-1] < self._options.max_exchanges:
+        return any(
+            self._exchange_along(
+                pool, self._transport.bounds(pool.costs, self._goal, _LISTED, ways)[1], _TRIES
+            )[0]
+            for ways in (False, True)
+        )
+
+    def _exchange_along(self, pool: _Pool, candidates: Candidates, patience: int) -> tuple[bool, bool]:
+        """Makes exchanges of the list until `patience` of them one after the other have not helped: (whether some were made, whether
+        all were tried)."""
+        made, failed = False, 0
+        while len(candidates.rows) and failed < patience and self.exchanges[-1] < self._options.max_exchanges:
             score = self.scores[-1]
             index = self._best(pool, candidates)
-            if index is None and not made:
-                candidates = self._tightened(pool, candidates)
-                index = self._best(pool, candidates) if len(candidates.rows) else None
-            if index is None:
+            if self._spent() or (index is None and made):
                 break
+            if index is None:
+                candidates = Candidates(*(part[_TRIES:] for part in candidates))
+                failed += _TRIES
+                continue
             row, place = candidates.rows[index], candidates.places[index]
             self._make(pool, int(row), int(place))
-            made = True
+            made, failed = True, 0
             # What the others promised, they promise still, roughly; the bounds of the next list are bounds again.
             left = (candidates.rows != row) & (candidates.places != place)
             candidates = Candidates(
@@ -130,13 +175,7 @@ class ExactDescent(Progression):
                 candidates.places[left],
                 candidates.bounds[left] - (score - self.scores[-1]),
             )
-        return made
-
-    def _tightened(self, pool: _Pool, candidates: Candidates) -> Candidates:
-        """The candidates whose tightened bounds are below the score."""
-        tight = self._transport.tighten(pool.costs, candidates)
-        count = int((tight.bounds < self._goal).sum())
-        return Candidates(*(part[:count] for part in tight))
+        return made, len(candidates.rows) == 0
 
     def _best(self, pool: _Pool, candidates: Candidates) -> int | None:
         """The best of the first candidates, or the first that is nearly as good as the lowest bound allows; None if none helps."""
@@ -156,23 +195,3 @@ class ExactDescent(Progression):
         self.subset[place] = pool.items[row]
         self.exchanges.append(self.exchanges[-1] + 1)
         self._report(self.exchanges[-1])
-
-    def _sweep(self) -> str | None:
-        """Makes the first exchange that helps among those of all items, and returns None; or says what there is: a "certificate"
-        that no exchange helps, or that no more "candidates" were tried."""
-        certain, left = True, _SWEPT * self._options.n_candidates**2
-        for block in self._blocks(self._others()):
-            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED)
-            candidates = self._tightened(block, listed)
-            certain = certain and len(listed.rows) < _LISTED
-            while len(candidates.rows) and left > 0 and self._spent() is None:
-                size = min(_CHUNK, left, self._solves_left())
-                best = self._transport.best_exchange(block.costs, candidates, self._goal, self._goal, size)
-                self.solves += best.tried
-                if best.place >= 0:
-                    self._make(block, int(candidates.rows[best.place]), int(candidates.places[best.place]))
-                    return None
-                left -= best.tried
-                candidates = Candidates(*(part[best.tried :] for part in candidates))
-            certain = certain and len(candidates.rows) == 0
-        return "certificate" if certain else "candidates"
