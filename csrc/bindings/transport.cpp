@@ -207,8 +207,8 @@ void bind_transport(py::module_& m) {
            "one "
            "leads to `enough` or less, without making them: (index of the lowest or -1, its transport cost "
            "or the ceiling, how many were tried).")
-      .def("bounds", &PyTransport::bounds, py::arg("costs"), py::arg("goal"), py::arg("ways"), py::arg("lowest"),
-           py::arg("rows"), py::arg("places"), py::arg("bounds"),
+      .def("bounds", &PyTransport::bounds, py::arg("costs"), py::arg("goal"), py::arg("ways"),
+           py::arg("lowest"), py::arg("rows"), py::arg("places"), py::arg("bounds"),
            "Fills `lowest` [r] with lower bounds of the transport cost after any exchange for the rows of "
            "costs "
            "[r, V], and rows, places, bounds with the exchanges of the lowest bounds below `goal`; returns "

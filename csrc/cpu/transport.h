@@ -69,8 +69,8 @@ class Transport {
 
   // For each row of `costs` [r, V], an item that could enter: lowest [r], a number that is not above the
   // transport cost after its exchange for any source. Returns the `most` exchanges with the lowest bounds
-  // below `goal`, sorted by bounds, rows and places. by_ways: bounds that also know the ways on which units get from
-  // the item to the source that leaves; they are never lower.
+  // below `goal`, sorted by bounds, rows and places. by_ways: bounds that also know the ways on which units
+  // get from the item to the source that leaves; they are never lower.
   virtual std::vector<ExchangeBound> bounds(const TensorView<const T, 2>& costs, double goal, int64_t most,
                                             bool by_ways, double* lowest) = 0;
 };

@@ -77,9 +77,7 @@ class Transport:
         arrays = (capsule(part) for part in candidates)
         return Best(*self._native.best_exchange(capsule(costs), *arrays, ceiling, enough, most))
 
-    def bounds(
-        self, costs: Tensor, goal: float, most: int, ways: bool = False
-    ) -> tuple[Tensor, Candidates]:
+    def bounds(self, costs: Tensor, goal: float, most: int, ways: bool = False) -> tuple[Tensor, Candidates]:
         """(lowest [r] float64: numbers that are not above the transport cost after any exchange for the items with `costs` [r, V];
         the `most` exchanges with the lowest bounds below `goal`).
 

@@ -93,9 +93,7 @@ class Transport:
                 index, ceiling = i, value
         return Best(index, ceiling, tried)
 
-    def bounds(
-        self, costs: Tensor, goal: float, most: int, ways: bool = False
-    ) -> tuple[Tensor, Candidates]:
+    def bounds(self, costs: Tensor, goal: float, most: int, ways: bool = False) -> tuple[Tensor, Candidates]:
         k, sinks = self._c.shape
         reduced = self._c - self._u[:, None]
         owner = reduced.argmin(0)

@@ -16,14 +16,21 @@ from flashcoreset.transport.backend import Candidates, choose
 HELD_BYTES = 2**30
 _ENOUGH = 0.9  # the share of the largest decrease that a bound allows with which an exchange is made at once
 _TRIES = 32  # exchanges that are tried before the best of them is made
-_LISTED = 2**14  # exchanges of a pool or a block of items that are listed
+_PATIENCE = 8  # times as many of a late pool's exchanges are tried before all items are bounded anew
+_LISTED = 2**17  # exchanges of a pool or a block of items that are listed
+_PRICES = 2**25  # bytes of the prices that scores have found, at most
 _LAST = 2  # exchanges of all items that are tried at the end, in units of n_candidates^2
-_PATIENCE = 8
+
+
+def costs_bytes(k: int, sinks: int, size: int) -> int:
+    """The bytes of the costs of k members, by rows and by columns, and of what taking over sinks costs them."""
+    return 2 * (k + 8) * (sinks + 8) * size + 8 * k * (k + 8) + 200 * (k + sinks)
 
 
 def transport_bytes(k: int, sinks: int, size: int) -> int:
-    """The bytes of the transport of k members: their costs by rows and by columns, and what taking over sinks costs them."""
-    return 2 * (k + 8) * (sinks + 8) * size + 8 * k * (k + 8) + 200 * (k + sinks)
+    """The bytes of the transport of k members: those costs, the ways of units for each member that leaves, twice, what members on paths
+    cost, and prices."""
+    return costs_bytes(k, sinks, size) + 4 * 8 * k * (k + 8) + _PRICES
 
 
 @dataclass
@@ -39,8 +46,9 @@ class ExactDescent(Progression):
 
     All items are bounded, and the most promising ones form a pool. The pool's exchanges are tried in the order of their bounds; the
     best of the first few is made, or one that leads at once to nearly what the lowest bound allows. What remains of the list goes on,
-    until its first exchanges stop helping; then the pool is bounded anew, its bounds are tightened, all items are bounded for another
-    pool, and in the end the exchanges of all items are listed and tightened, and the most promising ones tried until one helps.
+    until its first exchanges stop helping; then the pool is bounded anew, its bounds are tightened, and all items are bounded for
+    another pool. When that does not help either, the exchanges of all items are listed, and the most promising ones are tried; their
+    items are the next pool. The end comes when none of these helps with tightened bounds.
     """
 
     def __init__(self, costs: TransportCosts, picks: Tensor, options: Options) -> None:
@@ -65,18 +73,26 @@ class ExactDescent(Progression):
         while not self._is_over():
             fresh = pool is None
             pool = self._best_additions() if pool is None else pool
-            if pool is None or not self._exchange_with(pool):
-                pool = None
-                if fresh:
-                    break
+            if pool is not None and self._exchange_with(pool, (False, True), _TRIES):
+                continue
+            pool = None
+            if fresh:
+                break
+        self._finish()
+
+    def _finish(self) -> None:
+        """Makes exchanges of all items, until the most promising ones do not help."""
+        ways = False
         while not self._is_over():
-            pool, candidates, complete = self._most_promising()
+            pool, candidates, complete = self._most_promising(ways)
             made, tried = self._exchange_along(pool, candidates, _LAST * self._options.n_candidates**2)
-            if not made:
+            if made:
+                while self._exchange_with(pool, (False,), _PATIENCE * _TRIES):
+                    pass
+            elif ways:
                 self.stopped = self._spent() or ("certificate" if complete and tried else "candidates")
                 return
-            while self._exchange_with(pool):
-                pass
+            ways = not made
 
     def _is_over(self) -> bool:
         """Whether no more exchanges may be made."""
@@ -110,23 +126,66 @@ class ExactDescent(Progression):
         return self._pool_of(others[order.to(others.device)]) if len(order) else None
 
     def _pool_of(self, items: Tensor) -> _Pool:
-        return _Pool(items, torch.cat([block.costs for block in self._blocks(items)]))
+        empty = torch.empty(0, self._costs.shape[1], dtype=self._costs.dtype)
+        return _Pool(items, torch.cat([empty, *(block.costs for block in self._blocks(items))]))
 
-    def _most_promising(self) -> tuple[_Pool, Candidates, bool]:
-        """The additions with the lowest tightened bounds, their exchanges in the order of these bounds, and whether no other exchange
+    def _most_promising(self, ways: bool) -> tuple[_Pool, Candidates, bool]:
+        """The additions with the lowest bounds, their exchanges in the order of these bounds, and whether no other exchange
         can help."""
         others = self._others()
         complete, begin = True, 0
         parts = [Candidates(*torch.empty(2, 0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))]
         for block in self._blocks(others):
-            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED, ways=True)
+            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED, ways)
             complete = complete and len(listed.rows) < _LISTED
             parts.append(listed._replace(rows=listed.rows + begin))
             begin += len(block.items)
         rows, places, bounds = (torch.cat(part) for part in zip(*parts, strict=True))
         order = torch.argsort(bounds, stable=True)
         rows, places, bounds = rows[order], places[order], bounds[order]
-        lowest = torch.full((len(others),), math.inf, dtype=torch.float64).scatter_reduce_(0, rows, bounds, "amin")
+        lowest = torch.full((len(others),), math.inf, dtype=torch.float64)
+        lowest.scatter_reduce_(0, rows, bounds, "amin")
+        chosen = torch.argsort(lowest, stable=True)[: self._pool_size]
+        chosen = chosen[lowest[chosen] < self._goal].sort().values
+        place_of = torch.full((len(others),), -1)
+        place_of[chosen] = torch.arange(len(chosen))
+        kept = place_of[rows] >= 0
+        candidates = Candidates(place_of[rows[kept]], places[kept], bounds[kept])
+        return self._pool_of(others[chosen.to(others.device)]), candidates, complete and bool(kept.all())
+
+    def _best_additions(self) -> _Pool | None:
+        """The additions with the lowest bounds, or None if no bound is below the score."""
+        others = self._others()
+        if len(others) == 0:
+            return None
+        lowest = torch.cat(
+            [self._transport.bounds(block.costs, self._goal, 0)[0] for block in self._blocks(others)]
+        )
+        order = torch.argsort(lowest, stable=True)[: self._pool_size]
+        order = order[lowest[order] < self._goal]
+        return self._pool_of(others[order.to(others.device)]) if len(order) else None
+
+    def _pool_of(self, items: Tensor) -> _Pool:
+        empty = torch.empty(0, self._costs.shape[1], dtype=self._costs.dtype)
+        return _Pool(items, torch.cat([empty, *(block.costs for block in self._blocks(items))]))
+
+    def _most_promising(self, ways: bool) -> tuple[_Pool, Candidates, bool]:
+        """The additions with the lowest tightened bounds, their exchanges in the order of these bounds, and whether no other exchange
+        can help."""
+        others = self._others()
+        complete, begin = True, 0
+        parts = [Candidates(*torch.empty(2, 0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))]
+        for block in self._blocks(others):
+            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED, ways)
+            complete = complete and len(listed.rows) < _LISTED
+            parts.append(listed._replace(rows=listed.rows + begin))
+            begin += len(block.items)
+        rows, places, bounds = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = torch.argsort(bounds, stable=True)
+        rows, places, bounds = rows[order], places[order], bounds[order]
+        lowest = torch.full((len(others),), math.inf, dtype=torch.float64).scatter_reduce_(
+            0, rows, bounds, "amin"
+        )
         chosen = torch.argsort(lowest, stable=True)[: self._pool_size]
         chosen = chosen[lowest[chosen] < self._goal].sort().values
         place_of = torch.full((len(others),), -1).scatter_(0, chosen, torch.arange(len(chosen)))
@@ -135,8 +194,9 @@ class ExactDescent(Progression):
         candidates = Candidates(place_of[rows[kept]], places[kept], bounds[kept])
         return pool, candidates, complete and bool(kept.all())
 
-    def _exchange_with(self, pool: _Pool) -> bool:
-        """Makes exchanges for items of the pool; False if the most promising ones do not help."""
+    def _exchange_with(self, pool: _Pool, kinds: tuple[bool, ...], patience: int) -> bool:
+        """Makes exchanges for items of the pool, listed by bounds of the `kinds`, tightened or not; False if the first `patience` of no
+        list help."""
         members = set(self.subset.tolist())
         kept = torch.tensor(
             [row for row, item in enumerate(pool.items.tolist()) if item not in members], dtype=torch.int64
@@ -147,9 +207,9 @@ class ExactDescent(Progression):
             return False
         return any(
             self._exchange_along(
-                pool, self._transport.bounds(pool.costs, self._goal, _LISTED, ways)[1], _TRIES
+                pool, self._transport.bounds(pool.costs, self._goal, _LISTED, ways)[1], patience
             )[0]
-            for ways in (False, True)
+            for ways in kinds
         )
 
     def _exchange_along(self, pool: _Pool, candidates: Candidates, patience: int) -> tuple[bool, bool]:
