@@ -188,9 +188,8 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
             "costs": f32(2, 4), "rows": i64(0, 1), "places": i64(2, 0), "bounds": f64(2), "ceiling": 9.0, "enough": 0.0, "most": 2,
         },
         "Transport.bounds": {
-            "costs": f32(2, 4), "goal": 9.0, "lowest": f64(2), "rows": zeros(6), "places": zeros(6), "bounds": f64(6),
+            "costs": f32(2, 4), "goal": 9.0, "ways": True, "lowest": f64(2), "rows": zeros(6), "places": zeros(6), "bounds": f64(6),
         },
-        "Transport.tighten": {"costs": f32(2, 4), "rows": i64(0, 1), "places": i64(2, 0), "bounds": f64(2)},
         "Transport.duals": {"u": f64(3), "f": f64(4)},
         "Sinkhorn.__init__": transport | solved | {"threads": 2},
         "Sinkhorn.step": {"iterations": 5},

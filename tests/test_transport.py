@@ -137,7 +137,7 @@ def test_bounds_are_below_the_costs_and_the_best_is_the_best(transport: Any, k: 
             saved = np.maximum(0, w - np.maximum(0, d[row] - y[row]))[own].sum() / sinks
             assert bounds[row, place] == pytest.approx(u.mean() + f.mean() + loss + gain - saved, abs=1e-12)
     # Tightened bounds are bounds, not below the others, and exact if one unit moves.
-    tight = solved.tighten(torch.from_numpy(items), listed)
+    _, tight = solved.bounds(torch.from_numpy(items), math.inf, 5 * k, ways=True)
     tightened = np.empty((5, k))
     tightened[tight.rows, tight.places] = tight.bounds
     assert (tightened <= after + 1e-12).all()
@@ -170,6 +170,32 @@ def test_bounds_are_below_the_costs_and_the_best_is_the_best(transport: Any, k: 
     check(solved, c)
 
 
+@pytest.mark.parametrize("transport", BACKENDS)
+def test_scores_do_not_depend_on_the_scores_before(transport: Any) -> None:
+    """Every exchange of a list, scored one by one under ceilings just above and below its cost; prices found for some items rule out
+    others at the same place, but never one that is below."""
+    for seed, kind in enumerate(("plain", "ties", "duplicates", "negative", "far-apart")):
+        rng = np.random.default_rng(seed)
+        k, sinks = int(rng.integers(2, 9)), int(rng.integers(3, 16))
+        c, items = costs(kind, k, sinks, rng), costs(kind, 6, sinks, rng)
+        unit = 1e-9 * float(np.abs(c).max() + 1)
+        solved = transport(torch.from_numpy(c))
+        for place in range(k):
+            for row in rng.permutation(6).tolist():
+                trial = c.copy()
+                trial[place] = items[row]
+                expected = exact(trial)
+                one = Candidates(
+                    torch.tensor([row]), torch.tensor([place]), torch.tensor([-math.inf]).double()
+                )
+                for ceiling, index in ((expected - unit, -1), (expected + unit, 0), (math.inf, 0)):
+                    best = solved.best_exchange(torch.from_numpy(items), one, ceiling, -math.inf, 1)
+                    assert best.place == index
+                    if index == 0:
+                        assert best.value == pytest.approx(expected, abs=1e-3 * unit)
+        check(solved, c)
+
+
 def test_both_backends_agree_on_larger_problems() -> None:
     for k, sinks in ((25, 100), (24, 60), (40, 23)):
         rng = np.random.default_rng(sinks)
@@ -198,17 +224,19 @@ def test_a_thousand_exchanges_leave_no_rounding_behind() -> None:
 def test_both_backends_tighten_alike() -> None:
     for k, sinks in ((12, 60), (9, 40), (30, 20)):
         rng = np.random.default_rng(k)
-        c, items = torch.from_numpy(rng.random((k, sinks))), torch.from_numpy(rng.random((6, sinks)))
-        compiled, plain = cpu.Transport(c), reference.Transport(c)
-        _, listed = compiled.bounds(items, math.inf, 6 * k)
-        found = []
-        for solved in (compiled, plain):
-            tight = solved.tighten(items, listed._replace(bounds=torch.full((6 * k,), -math.inf).double()))
-            table = np.empty((6, k))
-            table[tight.rows, tight.places] = tight.bounds
-            found.append(table)
-        # Ways as far as the compiled ones look at sinks: all of them, in problems of this size.
-        np.testing.assert_allclose(*found, atol=1e-12)
+        # Points on a line: units have a long way from one end to the other.
+        places = rng.random(k + 6)
+        c, items = torch.from_numpy(np.abs(places[:, None] - rng.random(sinks))).split((k, 6))
+        tables = np.empty((2, 2, 6, k))  # of each backend, without ways and with them
+        for solved, two in zip((cpu.Transport(c), reference.Transport(c)), tables, strict=True):
+            for ways in (False, True):
+                _, listed = solved.bounds(items, math.inf, 6 * k, ways)
+                two[int(ways)][listed.rows, listed.places] = listed.bounds
+        # Ways as far as the compiled ones look at sinks: all of them, in problems of this size. The other bounds depend
+        # on the dual variables.
+        low = tables[:, 0].max(0)
+        np.testing.assert_allclose(*np.maximum(tables[:, 1], low), atol=1e-12)
+        assert (tables[:, 1] > low).any()
 
 
 @pytest.mark.parametrize("k", [30, 29])
@@ -221,7 +249,7 @@ def test_results_are_those_of_any_number_of_threads_and_any_start(k: int) -> Non
         for threads in (1, 2):
             torch.set_num_threads(threads)
             solved = cpu.Transport(c)
-            lowest, candidates = solved.bounds(items, solved.value, 500)
+            lowest, candidates = solved.bounds(items, solved.value, 500, ways=True)
             best = solved.best_exchange(items, candidates, solved.value, -math.inf, 100)
             found.append([*solved.duals(), *solved.flows(), lowest, *candidates, torch.tensor(best)])
     finally:
@@ -240,7 +268,7 @@ def test_builds_for_all_instruction_sets_agree() -> None:
         made = native.load_isa(isa).Transport(c, None, 1)
         lowest, bounds = torch.empty(2, 800, dtype=torch.float64)
         rows, places = torch.empty(2, 800, dtype=torch.int64)
-        count = made.bounds(items, math.inf, lowest[:40], rows, places, bounds)
+        count = made.bounds(items, math.inf, True, lowest[:40], rows, places, bounds)
         values = [made.exchange(int(places[i]), items[int(rows[i])], math.inf) for i in range(9)]
         u, f = torch.empty(20, dtype=torch.float64), torch.empty(70, dtype=torch.float64)
         made.duals(u, f)
@@ -295,11 +323,13 @@ def test_bad_arguments() -> None:
             torch.rand(2, 5), lists[0], torch.zeros(2, dtype=torch.int64), lists[2], 1.0, 0.0, 1
         )
     with pytest.raises(ValueError, match=r"place: expected a source in \[0, 3\), got 7"):
-        made.tighten(torch.rand(2, 5), lists[0], lists[1] + 7, lists[2])
+        made.best_exchange(torch.rand(2, 5), lists[0], lists[1] + 7, lists[2], 1.0, 0.0, 1)
     with pytest.raises(ValueError, match=r"rows: expected a row in \[0, 2\), got -1"):
-        made.tighten(torch.rand(2, 5), lists[0] - 1, *lists[1:])
+        made.best_exchange(torch.rand(2, 5), lists[0] - 1, *lists[1:], 1.0, 0.0, 1)
+    with pytest.raises(TypeError, match="ways: expected True or False"):
+        made.bounds(torch.rand(2, 5), 1.0, 1, torch.zeros(2).double(), *lists)
     with pytest.raises(ValueError, match=r"lowest: expected shape \(2,\)"):
-        made.bounds(torch.rand(2, 5), 1.0, torch.zeros(3).double(), *lists)
+        made.bounds(torch.rand(2, 5), 1.0, False, torch.zeros(3).double(), *lists)
     with pytest.raises(ValueError, match=r"u: expected shape \(3,\)"):
         made.duals(torch.zeros(4).double(), torch.zeros(5).double())
     # After all that the object works still.

@@ -97,20 +97,21 @@ class PyTransport {
     return py::make_tuple(best.index, best.value, best.tried);
   }
 
-  int64_t bounds(py::object costs_array, Real goal_number, py::object lowest_array, py::object rows_array,
-                 py::object places_array, py::object bounds_array) {
+  int64_t bounds(py::object costs_array, Real goal_number, Flag ways_flag, py::object lowest_array,
+                 py::object rows_array, py::object places_array, py::object bounds_array) {
     const double goal = goal_number.number("goal");
+    const bool by_ways = ways_flag.on("ways");
     const ArrayArgument costs(costs_array, "costs"), lowest(lowest_array, "lowest"), rows(rows_array, "rows"),
         places(places_array, "places"), bounds(bounds_array, "bounds");
     const auto low = lowest.output<double, 1>(), b = bounds.output<double, 1>();
     const auto r = rows.output<int64_t, 1>(), p = places.output<int64_t, 1>();
     places.require_shape({r.size()});
     bounds.require_shape({r.size()});
-    return locked([&](auto& solved) {
+    return changing([&](auto& solved) {
       const auto view = items_of(solved, costs);
       lowest.require_shape({view.rows()});
       std::vector<double> values(view.rows());
-      const std::vector<ExchangeBound> found = solved.bounds(view, goal, r.size(), values.data());
+      const std::vector<ExchangeBound> found = solved.bounds(view, goal, r.size(), by_ways, values.data());
       for (int64_t i = 0; i < view.rows(); ++i) low(i) = values[i];
       for (size_t i = 0; i < found.size(); ++i) {
         r(i) = found[i].row;
@@ -118,27 +119,6 @@ class PyTransport {
         b(i) = found[i].bound;
       }
       return static_cast<int64_t>(found.size());
-    });
-  }
-
-  void tighten(py::object costs_array, py::object rows_array, py::object places_array,
-               py::object bounds_array) {
-    const ArrayArgument costs(costs_array, "costs"), rows(rows_array, "rows"), places(places_array, "places"),
-        bounds(bounds_array, "bounds");
-    const auto r = rows.output<int64_t, 1>(), p = places.output<int64_t, 1>();
-    const auto b = bounds.output<double, 1>();
-    places.require_shape({r.size()});
-    bounds.require_shape({r.size()});
-    locked([&](auto& solved) {
-      const auto view = items_of(solved, costs);
-      std::vector<ExchangeBound> candidates(r.size());
-      for (int64_t i = 0; i < r.size(); ++i) candidates[i] = {r(i), p(i), b(i)};
-      solved.tighten(view, candidates);
-      for (int64_t i = 0; i < r.size(); ++i) {
-        r(i) = candidates[i].row;
-        p(i) = candidates[i].place;
-        b(i) = candidates[i].bound;
-      }
     });
   }
 
@@ -227,15 +207,12 @@ void bind_transport(py::module_& m) {
            "one "
            "leads to `enough` or less, without making them: (index of the lowest or -1, its transport cost "
            "or the ceiling, how many were tried).")
-      .def("bounds", &PyTransport::bounds, py::arg("costs"), py::arg("goal"), py::arg("lowest"),
-           py::arg("rows"), py::arg("places"), py::arg("bounds"),
+      .def("bounds", &PyTransport::bounds, py::arg("costs"), py::arg("goal"), py::arg("ways"),
+           py::arg("lowest"), py::arg("rows"), py::arg("places"), py::arg("bounds"),
            "Fills `lowest` [r] with lower bounds of the transport cost after any exchange for the rows of "
            "costs "
            "[r, V], and rows, places, bounds with the exchanges of the lowest bounds below `goal`; returns "
-           "their number.")
-      .def("tighten", &PyTransport::tighten, py::arg("costs"), py::arg("rows"), py::arg("places"),
-           py::arg("bounds"),
-           "Raises the bounds of exchanges for rows of costs [r, V] and sorts all three by them.")
+           "their number. ways: tighter bounds, which know the ways of units.")
       .def("duals", &PyTransport::duals, py::arg("u"), py::arg("f"), "Writes the dual variables [k] and [V].")
       .def("flows", &PyTransport::flows, py::arg("sources"), py::arg("sinks"), py::arg("units"),
            "Writes the pairs between which mass flows, and the whole units [flow_count].")

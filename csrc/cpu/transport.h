@@ -67,15 +67,12 @@ class Transport {
                                      const std::vector<ExchangeBound>& candidates, double ceiling,
                                      double enough, int64_t most) = 0;
 
-  // Raises the bounds of candidates, exchanges for the rows of `costs` [r, V], to bounds that know the way on
-  // which units get from the item to the source that leaves, and sorts the candidates by them.
-  virtual void tighten(const TensorView<const T, 2>& costs, std::vector<ExchangeBound>& candidates) = 0;
-
   // For each row of `costs` [r, V], an item that could enter: lowest [r], a number that is not above the
   // transport cost after its exchange for any source. Returns the `most` exchanges with the lowest bounds
-  // below `goal`, sorted by bounds, rows and places.
+  // below `goal`, sorted by bounds, rows and places. by_ways: bounds that also know the ways on which units
+  // get from the item to the source that leaves; they are never lower.
   virtual std::vector<ExchangeBound> bounds(const TensorView<const T, 2>& costs, double goal, int64_t most,
-                                            double* lowest) = 0;
+                                            bool by_ways, double* lowest) = 0;
 };
 
 // Solves the problem of the costs [k, V], which are copied. u: null or [k], dual variables to begin with; any

@@ -124,14 +124,14 @@ void check_problem(int64_t k, int64_t sinks, int kind, uint64_t seed, int exchan
     const auto items = fc::TensorView<const T, 2>::compact(row.data(), 1, sinks);
 
     double lowest = 0;
-    const auto bounds = solved->bounds(items, kInfinity, k, &lowest);
+    const auto bounds = solved->bounds(items, kInfinity, k, false, &lowest);
     CHECK_EQUAL(static_cast<int64_t>(bounds.size()), k);
     for (const auto& bound : bounds) {
       CHECK(bound.bound >= lowest);
       if (bound.place == place) CHECK(bound.bound <= expected + 1e-12);
     }
-    auto tight = bounds;
-    solved->tighten(items, tight);
+    const auto tight = solved->bounds(items, kInfinity, k, true, &lowest);
+    CHECK_EQUAL(tight.size(), bounds.size());
     for (const auto& bound : tight) {
       if (bound.place == place) CHECK(bound.bound <= expected + 1e-12);
     }
@@ -160,7 +160,7 @@ void check_threads() {
         fc::transport<T>(fc::TensorView<const T, 2>::compact(c.data(), k, sinks), nullptr, threads, nullptr);
     lowest.emplace_back(rows);
     found.push_back(solved->bounds(fc::TensorView<const T, 2>::compact(items.data(), rows, sinks),
-                                   solved->value(), 900, lowest.back().data()));
+                                   solved->value(), 900, true, lowest.back().data()));
   }
   CHECK(lowest[0] == lowest[1]);
   CHECK_EQUAL(found[0].size(), found[1].size());

@@ -52,8 +52,7 @@ void run(fuzz::Input& in) {
       const double value = solved->value(), ceiling = in.coin() ? kInfinity : value;
       try {
         std::vector<double> lowest(rows);
-        auto bounds = solved->bounds(items.view, ceiling, in.below(40), lowest.data());
-        if (in.coin()) solved->tighten(items.view, bounds);
+        const auto bounds = solved->bounds(items.view, ceiling, in.below(40), in.coin(), lowest.data());
         for (size_t i = 1; i < bounds.size(); ++i) {
           if (bounds[i].bound < bounds[i - 1].bound) std::abort();
         }

@@ -447,12 +447,10 @@ class Recipes:
         return {
             "costs": self.rows("n", "d"),
             "goal": literal(1e9),
+            "ways": literal(self.r.random() < 0.5),
             "lowest": self.out("n", dtype="float64"),
             **self._pairs(),
         }
-
-    def tighten(self) -> dict[str, Value]:
-        return {"costs": self.rows("n", "d"), **self._pairs()}
 
     def duals(self) -> dict[str, Value]:
         return {"u": self.out("k", dtype="float64"), "f": self.out("d", dtype="float64")}
@@ -506,7 +504,7 @@ USES = {
     "CaratheodoryReduction": ("take_total", "factors", "move_to_mean", "centre", "rest", "correct"),
     "CaratheodorySampler": ("push", "finish"),
     "ActiveSet": ("add", "weights"),
-    "Transport": ("duals", "bounds", "tighten", "best_exchange", "exchange"),
+    "Transport": ("duals", "bounds", "best_exchange", "exchange"),
     "Sinkhorn": ("total", "step", "step"),
 }
 

@@ -77,22 +77,19 @@ class Transport:
         arrays = (capsule(part) for part in candidates)
         return Best(*self._native.best_exchange(capsule(costs), *arrays, ceiling, enough, most))
 
-    def bounds(self, costs: Tensor, goal: float, most: int) -> tuple[Tensor, Candidates]:
+    def bounds(self, costs: Tensor, goal: float, most: int, ways: bool = False) -> tuple[Tensor, Candidates]:
         """(lowest [r] float64: numbers that are not above the transport cost after any exchange for the items with `costs` [r, V];
-        the `most` exchanges with the lowest bounds below `goal`)."""
+        the `most` exchanges with the lowest bounds below `goal`).
+
+        With `ways` the bounds of the exchanges also know the ways on which units get from the item to the source that leaves; they are
+        never lower.
+        """
         lowest, bounds = torch.empty(len(costs), dtype=torch.float64), torch.empty(most, dtype=torch.float64)
         rows, places = torch.empty(2, most, dtype=torch.int64)
         count = self._native.bounds(
-            capsule(costs), goal, *(capsule(part) for part in (lowest, rows, places, bounds))
+            capsule(costs), goal, ways, *(capsule(part) for part in (lowest, rows, places, bounds))
         )
         return lowest, Candidates(rows[:count], places[:count], bounds[:count])
-
-    def tighten(self, costs: Tensor, candidates: Candidates) -> Candidates:
-        """The candidates, sorted by bounds that are not below the old ones: they know the way on which units get from the item to the
-        source that leaves."""
-        rows, places, bounds = (part.clone() for part in candidates)
-        self._native.tighten(capsule(costs), capsule(rows), capsule(places), capsule(bounds))
-        return Candidates(rows, places, bounds)
 
     def duals(self) -> tuple[Tensor, Tensor]:
         """(u [k], f [V]) float64: u_s + f_v <= C_sv, f_v = min_s (C_sv - u_s)."""

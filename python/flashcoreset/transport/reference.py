@@ -13,7 +13,7 @@ of each sink (f_v at the member i_v, and f_v + w_v) and any y as the dual variab
     loss_i = -u_i / k + (1/V) sum_{v: i_v = i} w_v          d_v = C_ov - f_v
     gain_o = y / k - (1/V) sum_v max(0, y - d_v)
 
-is not above the new transport cost, by weak duality. (tighten() raises it: a unit of o enters at a sink, whose source takes over a sink of
+is not above the new transport cost, by weak duality. (By ways it is raised: a unit of o enters at a sink, whose source takes over a sink of
 another, and so on until one of i is taken over; the cheapest ways of all units, each way by itself, are a bound as well.) y is taken where gain_o is greatest, at the R-th smallest d_v, R = ceil(V / k).
 
 Source: Ahuja, Magnanti and Orlin, "Network Flows", Prentice Hall 1993, section 9.7 (successive shortest paths).
@@ -93,7 +93,7 @@ class Transport:
                 index, ceiling = i, value
         return Best(index, ceiling, tried)
 
-    def bounds(self, costs: Tensor, goal: float, most: int) -> tuple[Tensor, Candidates]:
+    def bounds(self, costs: Tensor, goal: float, most: int, ways: bool = False) -> tuple[Tensor, Candidates]:
         k, sinks = self._c.shape
         reduced = self._c - self._u[:, None]
         owner = reduced.argmin(0)
@@ -105,12 +105,16 @@ class Transport:
         saved = (w - (d - y).clamp_min(0)).clamp_min(0)
         values = (gain + self._dual)[:, None] + loss
         values.index_add_(1, owner, saved, alpha=-1 / sinks)
+        lowest = values.amin(1)
+        if ways:
+            values = torch.maximum(values, self._way_bounds(costs.double()))
         rows, places = (values < goal).nonzero(as_tuple=True)
         below = values[rows, places]
         order = torch.argsort(below, stable=True)[:most]
-        return values.amin(1), Candidates(rows[order], places[order], below[order])
+        return lowest, Candidates(rows[order], places[order], below[order])
 
-    def tighten(self, costs: Tensor, candidates: Candidates) -> Candidates:
+    def _way_bounds(self, costs: Tensor) -> Tensor:
+        """Bounds [r, k]: each unit of an item enters at a sink and goes the cheapest way, whatever the others do."""
         k, sinks = self._c.shape
         served = self._x > 0
         # hand[s, t]: the least cost at which s takes over a sink of t, with other members in between or not.
@@ -121,15 +125,12 @@ class Transport:
             hand = torch.minimum(hand, hand[:, between, None] + hand[between])
         left = torch.full((sinks,), k // math.gcd(k, sinks)).cumsum(0)
         units = (self._total // k - left + left[0]).clamp(0, int(left[0])).double()
-        bounds = candidates.bounds.clone()
-        for i, (row, place) in enumerate(
-            zip(candidates.rows.tolist(), candidates.places.tolist(), strict=True)
-        ):
+        bounds = []
+        for place in range(k):
             freed = torch.where(served, hand[:, place, None] - self._c, math.inf).amin(0)
-            ways = (costs[row].double() + freed).sort().values
-            bounds[i] = max(float(bounds[i]), self.value + float((units * ways).sum()) / self._total)
-        order = torch.argsort(bounds, stable=True)
-        return Candidates(candidates.rows[order], candidates.places[order], bounds[order])
+            ways = (costs + freed).sort(dim=1).values
+            bounds.append(self.value + (units * ways).sum(1) / self._total)
+        return torch.stack(bounds, dim=1)
 
     def duals(self) -> tuple[Tensor, Tensor]:
         return self._u.clone(), self._f.clone()

@@ -32,7 +32,7 @@ from flashcoreset._core.tensor import (
 )
 from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.methods.goracs.descent import KEPT_BYTES, Descent, Options, pool_rows
-from flashcoreset.methods.goracs.exact_descent import HELD_BYTES, ExactDescent, transport_bytes
+from flashcoreset.methods.goracs.exact_descent import HELD_BYTES, ExactDescent, costs_bytes, transport_bytes
 from flashcoreset.methods.goracs.exact_transport import load_pot
 from flashcoreset.methods.goracs.transport_costs import (
     Cover,
@@ -333,7 +333,7 @@ def _together(infos: dict[int, dict[str, Any]], classes: list[_Class], labels: L
 
 def _is_held(k: int, sinks: int, dtype: torch.dtype) -> bool:
     """Whether the transport of k members is held; whatever the budget, because the exchanges must not depend on that."""
-    return transport_bytes(k, sinks, dtype.itemsize) <= HELD_BYTES
+    return costs_bytes(k, sinks, dtype.itemsize) <= HELD_BYTES
 
 
 def _shifted(bar: Progress, done: int) -> Callable[[int], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,14 +16,21 @@ from flashcoreset.transport.backend import Candidates, choose
 HELD_BYTES = 2**30
 _ENOUGH = 0.9  # the share of the largest decrease that a bound allows with which an exchange is made at once
 _TRIES = 32  # exchanges that are tried before the best of them is made
-_CHUNK = 256  # exchanges that are tried between two looks at the clock
+_PATIENCE = 8  # times as many of a late pool's exchanges are tried before all items are bounded anew
 _LISTED = 2**17  # exchanges of a pool or a block of items that are listed
-_SWEPT = 2  # exchanges of all items that are tried at the end, in units of n_candidates^2
+_PRICES = 2**25  # bytes of the prices that scores have found, at most
+_LAST = 2  # exchanges of all items that are tried at the end, in units of n_candidates^2
+
+
+def costs_bytes(k: int, sinks: int, size: int) -> int:
+    """The bytes of the costs of k members, by rows and by columns, and of what taking over sinks costs them."""
+    return 2 * (k + 8) * (sinks + 8) * size + 8 * k * (k + 8) + 200 * (k + sinks)
 
 
 def transport_bytes(k: int, sinks: int, size: int) -> int:
-    """The bytes of the transport of k members: their costs by rows and by columns, and what taking over sinks costs them."""
-    return 2 * (k + 8) * (sinks + 8) * size + 8 * k * (k + 8) + 200 * (k + sinks)
+    """The bytes of the transport of k members: those costs, the ways of units for each member that leaves, twice, what members on paths
+    cost, and prices."""
+    return costs_bytes(k, sinks, size) + 4 * 8 * k * (k + 8) + _PRICES
 
 
 @dataclass
@@ -38,8 +46,9 @@ class ExactDescent(Progression):
 
     All items are bounded, and the most promising ones form a pool. The pool's exchanges are tried in the order of their bounds; the
     best of the first few is made, or one that leads at once to nearly what the lowest bound allows. What remains of the list goes on,
-    until its first exchanges stop helping; then the pool is bounded anew, its bounds are tightened, all items are bounded for another
-    pool, and in the end the exchanges of all items are listed and tightened, and the most promising ones tried until one helps.
+    until its first exchanges stop helping; then the pool is bounded anew, its bounds are tightened, and all items are bounded for
+    another pool. When that does not help either, the exchanges of all items are listed, and the most promising ones are tried; their
+    items are the next pool. The end comes when none of these helps with tightened bounds.
     """
 
     def __init__(self, costs: TransportCosts, picks: Tensor, options: Options) -> None:
@@ -61,18 +70,37 @@ class ExactDescent(Progression):
         """Makes exchanges; `report` gets their number."""
         self._report = report
         pool: _Pool | None = None
-        while self.exchanges[-1] < self._options.max_exchanges:
-            if spent := self._spent():
-                self.stopped = spent
-                return
+        while not self._is_over():
             fresh = pool is None
             pool = self._best_additions() if pool is None else pool
-            if pool is not None and self._exchange_with(pool):
+            if pool is not None and self._exchange_with(pool, (False, True), _TRIES):
                 continue
             pool = None
-            if fresh and (verdict := self._sweep()):
-                self.stopped = self._spent() or verdict
+            if fresh:
+                break
+        self._finish()
+
+    def _finish(self) -> None:
+        """Makes exchanges of all items, until the most promising ones do not help."""
+        ways = False
+        while not self._is_over():
+            pool, candidates, complete = self._most_promising(ways)
+            made, tried = self._exchange_along(pool, candidates, _LAST * self._options.n_candidates**2)
+            if made:
+                while self._exchange_with(pool, (False,), _PATIENCE * _TRIES):
+                    pass
+            elif ways:
+                self.stopped = self._spent() or ("certificate" if complete and tried else "candidates")
                 return
+            ways = not made
+
+    def _is_over(self) -> bool:
+        """Whether no more exchanges may be made."""
+        if self.exchanges[-1] >= self._options.max_exchanges:
+            return True
+        if spent := self._spent():
+            self.stopped = spent
+        return bool(spent)
 
     def _others(self) -> Tensor:
         """The items that are not members, ascending."""
@@ -95,34 +123,111 @@ class ExactDescent(Progression):
         )
         order = torch.argsort(lowest, stable=True)[: self._pool_size]
         order = order[lowest[order] < self._goal]
-        if len(order) == 0:
-            return None
-        items = others[order.to(others.device)]
-        return _Pool(items, torch.cat([block.costs for block in self._blocks(items)]))
+        return self._pool_of(others[order.to(others.device)]) if len(order) else None
 
-    def _exchange_with(self, pool: _Pool) -> bool:
-        """Makes exchanges for items of the pool; False if the most promising ones do not help."""
+    def _pool_of(self, items: Tensor) -> _Pool:
+        empty = torch.empty(0, self._costs.shape[1], dtype=self._costs.dtype)
+        return _Pool(items, torch.cat([empty, *(block.costs for block in self._blocks(items))]))
+
+    def _most_promising(self, ways: bool) -> tuple[_Pool, Candidates, bool]:
+        """The additions with the lowest bounds, their exchanges in the order of these bounds, and whether no other exchange
+        can help."""
+        others = self._others()
+        complete, begin = True, 0
+        parts = [Candidates(*torch.empty(2, 0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))]
+        for block in self._blocks(others):
+            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED, ways)
+            complete = complete and len(listed.rows) < _LISTED
+            parts.append(listed._replace(rows=listed.rows + begin))
+            begin += len(block.items)
+        rows, places, bounds = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = torch.argsort(bounds, stable=True)
+        rows, places, bounds = rows[order], places[order], bounds[order]
+        lowest = torch.full((len(others),), math.inf, dtype=torch.float64)
+        lowest.scatter_reduce_(0, rows, bounds, "amin")
+        chosen = torch.argsort(lowest, stable=True)[: self._pool_size]
+        chosen = chosen[lowest[chosen] < self._goal].sort().values
+        place_of = torch.full((len(others),), -1)
+        place_of[chosen] = torch.arange(len(chosen))
+        kept = place_of[rows] >= 0
+        candidates = Candidates(place_of[rows[kept]], places[kept], bounds[kept])
+        return self._pool_of(others[chosen.to(others.device)]), candidates, complete and bool(kept.all())
+
+    def _best_additions(self) -> _Pool | None:
+        """The additions with the lowest bounds, or None if no bound is below the score."""
+        others = self._others()
+        if len(others) == 0:
+            return None
+        lowest = torch.cat(
+            [self._transport.bounds(block.costs, self._goal, 0)[0] for block in self._blocks(others)]
+        )
+        order = torch.argsort(lowest, stable=True)[: self._pool_size]
+        order = order[lowest[order] < self._goal]
+        return self._pool_of(others[order.to(others.device)]) if len(order) else None
+
+    def _pool_of(self, items: Tensor) -> _Pool:
+        empty = torch.empty(0, self._costs.shape[1], dtype=self._costs.dtype)
+        return _Pool(items, torch.cat([empty, *(block.costs for block in self._blocks(items))]))
+
+    def _most_promising(self, ways: bool) -> tuple[_Pool, Candidates, bool]:
+        """The additions with the lowest tightened bounds, their exchanges in the order of these bounds, and whether no other exchange
+        can help."""
+        others = self._others()
+        complete, begin = True, 0
+        parts = [Candidates(*torch.empty(2, 0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))]
+        for block in self._blocks(others):
+            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED, ways)
+            complete = complete and len(listed.rows) < _LISTED
+            parts.append(listed._replace(rows=listed.rows + begin))
+            begin += len(block.items)
+        rows, places, bounds = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = torch.argsort(bounds, stable=True)
+        rows, places, bounds = rows[order], places[order], bounds[order]
+        lowest = torch.full((len(others),), math.inf, dtype=torch.float64).scatter_reduce_(
+            0, rows, bounds, "amin"
+        )
+        chosen = torch.argsort(lowest, stable=True)[: self._pool_size]
+        chosen = chosen[lowest[chosen] < self._goal].sort().values
+        place_of = torch.full((len(others),), -1).scatter_(0, chosen, torch.arange(len(chosen)))
+        kept = place_of[rows] >= 0
+        pool = self._pool_of(others[chosen.to(others.device)])
+        candidates = Candidates(place_of[rows[kept]], places[kept], bounds[kept])
+        return pool, candidates, complete and bool(kept.all())
+
+    def _exchange_with(self, pool: _Pool, kinds: tuple[bool, ...], patience: int) -> bool:
+        """Makes exchanges for items of the pool, listed by bounds of the `kinds`, tightened or not; False if the first `patience` of no
+        list help."""
         members = set(self.subset.tolist())
         kept = torch.tensor(
             [row for row, item in enumerate(pool.items.tolist()) if item not in members], dtype=torch.int64
         )
         if len(kept) < len(pool.items):
             pool.items, pool.costs = pool.items[kept.to(pool.items.device)], pool.costs[kept]
-        if len(pool.items) == 0:
+        if len(pool.items) == 0 or self.exchanges[-1] >= self._options.max_exchanges:
             return False
-        _, candidates = self._transport.bounds(pool.costs, self._goal, _LISTED)
-        made = False
-        while len(candidates.rows) and self.exchanges[-1] < self._options.max_exchanges:
+        return any(
+            self._exchange_along(
+                pool, self._transport.bounds(pool.costs, self._goal, _LISTED, ways)[1], patience
+            )[0]
+            for ways in kinds
+        )
+
+    def _exchange_along(self, pool: _Pool, candidates: Candidates, patience: int) -> tuple[bool, bool]:
+        """Makes exchanges of the list until `patience` of them one after the other have not helped: (whether some were made, whether
+        all were tried)."""
+        made, failed = False, 0
+        while len(candidates.rows) and failed < patience and self.exchanges[-1] < self._options.max_exchanges:
             score = self.scores[-1]
             index = self._best(pool, candidates)
-            if index is None and not made:
-                candidates = self._tightened(pool, candidates)
-                index = self._best(pool, candidates) if len(candidates.rows) else None
-            if index is None:
+            if self._spent() or (index is None and made):
                 break
+            if index is None:
+                candidates = Candidates(*(part[_TRIES:] for part in candidates))
+                failed += _TRIES
+                continue
             row, place = candidates.rows[index], candidates.places[index]
             self._make(pool, int(row), int(place))
-            made = True
+            made, failed = True, 0
             # What the others promised, they promise still, roughly; the bounds of the next list are bounds again.
             left = (candidates.rows != row) & (candidates.places != place)
             candidates = Candidates(
@@ -130,13 +235,7 @@ class ExactDescent(Progression):
                 candidates.places[left],
                 candidates.bounds[left] - (score - self.scores[-1]),
             )
-        return made
-
-    def _tightened(self, pool: _Pool, candidates: Candidates) -> Candidates:
-        """The candidates whose tightened bounds are below the score."""
-        tight = self._transport.tighten(pool.costs, candidates)
-        count = int((tight.bounds < self._goal).sum())
-        return Candidates(*(part[:count] for part in tight))
+        return made, len(candidates.rows) == 0
 
     def _best(self, pool: _Pool, candidates: Candidates) -> int | None:
         """The best of the first candidates, or the first that is nearly as good as the lowest bound allows; None if none helps."""
@@ -156,23 +255,3 @@ class ExactDescent(Progression):
         self.subset[place] = pool.items[row]
         self.exchanges.append(self.exchanges[-1] + 1)
         self._report(self.exchanges[-1])
-
-    def _sweep(self) -> str | None:
-        """Makes the first exchange that helps among those of all items, and returns None; or says what there is: a "certificate"
-        that no exchange helps, or that no more "candidates" were tried."""
-        certain, left = True, _SWEPT * self._options.n_candidates**2
-        for block in self._blocks(self._others()):
-            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED)
-            candidates = self._tightened(block, listed)
-            certain = certain and len(listed.rows) < _LISTED
-            while len(candidates.rows) and left > 0 and self._spent() is None:
-                size = min(_CHUNK, left, self._solves_left())
-                best = self._transport.best_exchange(block.costs, candidates, self._goal, self._goal, size)
-                self.solves += best.tried
-                if best.place >= 0:
-                    self._make(block, int(candidates.rows[best.place]), int(candidates.places[best.place]))
-                    return None
-                left -= best.tried
-                candidates = Candidates(*(part[best.tried :] for part in candidates))
-            certain = certain and len(candidates.rows) == 0
-        return "certificate" if certain else "candidates"
