@@ -282,7 +282,7 @@ _SKETCH = define_op("sketch", _op, _fake)
 
 # Bytes of random words, bits and numbers per entry of the reference's matrix.
 _REFERENCE = {
-    "rademacher": 14, "gaussian": 50, "sjlt": 1, "srht": 22, "mask": 16, "grass": 16, "gaussian-boxmuller": 50,
+    "rademacher": 14, "gaussian": 28, "sjlt": 1, "srht": 22, "mask": 16, "grass": 16, "gaussian-boxmuller": 50,
 }  # fmt: skip
 
 
