@@ -43,6 +43,8 @@ from flashcoreset.methods.autocoreset.loss_subsets import (
     METHODS,
     class_budgets,
     equal_budgets,
+    exact,
+    importance,
     in_groups,
     uniform_with_classes,
 )
@@ -984,3 +986,34 @@ def test_a_class_that_no_subset_has() -> None:
             x, y, LogisticRegression(), "logistic_regression", 2, method="uniform", n_initial=1, groups=False
         )
     check(fc.autocoreset(x, y, LogisticRegression(), "logistic_regression", 4, groups=y), 20_000, 4)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 38])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_many_rows_are_reduced_by_runs_to_the_same_sums(columns: int, order: Any) -> None:
+    rng = np.random.default_rng(columns)
+    losses = np.array(rng.gamma(0.5, 1.0, (9000, columns)), order=order)
+    rows, weights = exact(losses, 40, np.random.default_rng(0))
+    assert len(set(rows.tolist())) == len(rows) <= 40
+    assert (weights > 0).all()
+    np.testing.assert_allclose(weights @ losses[rows], losses.sum(0), rtol=1e-11)
+    assert weights.sum() == pytest.approx(9000, rel=1e-11)
+
+
+def test_rows_of_runs_are_an_unbiased_sample() -> None:
+    """Sums of a column that is not balanced: their mean over many draws is the sum, and they vary no more than those of an importance
+    sample."""
+    rng = np.random.default_rng(1)
+    losses, other = rng.gamma(0.5, 1.0, (5000, 3)), rng.gamma(0.5, 1.0, 5000)
+    sums = {
+        draw: np.array(
+            [
+                weights @ other[rows]
+                for rows, weights in (draw(losses, 60, np.random.default_rng(seed)) for seed in range(200))
+            ]
+        )
+        for draw in (exact, importance)
+    }
+    ours, theirs = sums.values()
+    assert abs(ours.mean() - other.sum()) < 4 * ours.std() / 200**0.5
+    assert ours.std() < 1.25 * theirs.std()

@@ -150,7 +150,8 @@ def autocoreset(
     threadpool_limits = imported("threadpoolctl").threadpool_limits
     start = time.perf_counter()
     rng = np.random.default_rng(seed)
-    columns = np.empty((n, 0))
+    # Column by column in memory, and room for more, so that none is copied when another follows.
+    held = np.empty((n, 16), order="F")
     totals: list[float] = []
     test_totals: list[float] = []
     best: tuple[np.ndarray, np.ndarray] | None = None
@@ -159,17 +160,19 @@ def autocoreset(
     with threadpool_limits(1), Progress(progress, max(n_initial, tightest or 1), "autocoreset") as bar:
         while True:
             first = len(totals) < n_initial
-            if not first and (tightest is None or columns.shape[1] >= tightest):
+            if not first and (tightest is None or len(totals) >= tightest):
                 break
             if first:
                 rows, weights = uniform_with_classes(codes, members, budgets, rng)
                 if _lacks_a_class(codes, rows):
                     raise ValueError(_too_few(k, "the first subset"))
             else:
-                rows, weights = _draw(method, columns, members, budgets, codes, rng)
+                rows, weights = _draw(method, held[:, : len(totals)], members, budgets, codes, rng)
             fit = fits.fit(*samples.take(rows), weights)
             column = _checked(losses_of(fit, samples.x, samples.y), n)
-            columns = np.concatenate([columns, column[:, None]], 1)
+            if len(totals) == held.shape[1]:
+                held = np.concatenate([held, np.empty_like(held)], 1)
+            held[:, len(totals)] = column
             total = _total(column)
             if test is not None:
                 test_totals.append(_total(_checked(losses_of(fit, test.x, test.y), test.n)))
