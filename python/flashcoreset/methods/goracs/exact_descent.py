@@ -134,7 +134,8 @@ class ExactDescent(Progression):
         can help."""
         others = self._others()
         complete, begin = True, 0
-        parts = [Candidates(*torch.empty(2, 0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))]
+        nothing = torch.empty(0, dtype=torch.int64)
+        parts = [Candidates(nothing, nothing, nothing.double())]
         for block in self._blocks(others):
             _, listed = self._transport.bounds(block.costs, self._goal, _LISTED, ways)
             complete = complete and len(listed.rows) < _LISTED
@@ -152,47 +153,6 @@ class ExactDescent(Progression):
         kept = place_of[rows] >= 0
         candidates = Candidates(place_of[rows[kept]], places[kept], bounds[kept])
         return self._pool_of(others[chosen.to(others.device)]), candidates, complete and bool(kept.all())
-
-    def _best_additions(self) -> _Pool | None:
-        """The additions with the lowest bounds, or None if no bound is below the score."""
-        others = self._others()
-        if len(others) == 0:
-            return None
-        lowest = torch.cat(
-            [self._transport.bounds(block.costs, self._goal, 0)[0] for block in self._blocks(others)]
-        )
-        order = torch.argsort(lowest, stable=True)[: self._pool_size]
-        order = order[lowest[order] < self._goal]
-        return self._pool_of(others[order.to(others.device)]) if len(order) else None
-
-    def _pool_of(self, items: Tensor) -> _Pool:
-        empty = torch.empty(0, self._costs.shape[1], dtype=self._costs.dtype)
-        return _Pool(items, torch.cat([empty, *(block.costs for block in self._blocks(items))]))
-
-    def _most_promising(self, ways: bool) -> tuple[_Pool, Candidates, bool]:
-        """The additions with the lowest tightened bounds, their exchanges in the order of these bounds, and whether no other exchange
-        can help."""
-        others = self._others()
-        complete, begin = True, 0
-        parts = [Candidates(*torch.empty(2, 0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))]
-        for block in self._blocks(others):
-            _, listed = self._transport.bounds(block.costs, self._goal, _LISTED, ways)
-            complete = complete and len(listed.rows) < _LISTED
-            parts.append(listed._replace(rows=listed.rows + begin))
-            begin += len(block.items)
-        rows, places, bounds = (torch.cat(part) for part in zip(*parts, strict=True))
-        order = torch.argsort(bounds, stable=True)
-        rows, places, bounds = rows[order], places[order], bounds[order]
-        lowest = torch.full((len(others),), math.inf, dtype=torch.float64).scatter_reduce_(
-            0, rows, bounds, "amin"
-        )
-        chosen = torch.argsort(lowest, stable=True)[: self._pool_size]
-        chosen = chosen[lowest[chosen] < self._goal].sort().values
-        place_of = torch.full((len(others),), -1).scatter_(0, chosen, torch.arange(len(chosen)))
-        kept = place_of[rows] >= 0
-        pool = self._pool_of(others[chosen.to(others.device)])
-        candidates = Candidates(place_of[rows[kept]], places[kept], bounds[kept])
-        return pool, candidates, complete and bool(kept.all())
 
     def _exchange_with(self, pool: _Pool, kinds: tuple[bool, ...], patience: int) -> bool:
         """Makes exchanges for items of the pool, listed by bounds of the `kinds`, tightened or not; False if the first `patience` of no
