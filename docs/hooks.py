@@ -39,12 +39,14 @@ GROUPS = {
     "scores": "Sample scores",
     "methods": "Methods",
     "distributed": "Several machines",
+    "kernels": "Low-level calls",
     "plot": "Pictures",
     "integrations": "Training loops and pipelines",
     "compat": "Drop-in",
     "_core": "Results, errors, memory",
 }
 MODULES = {
+    "kernels": ["flashcoreset.kernels"],
     "plot": ["flashcoreset.plot"],
     "integrations": [f"flashcoreset.integrations.{name}" for name in ("torch", "transformers", "sklearn")],
     "compat": ["flashcoreset.compat"],
@@ -107,6 +109,16 @@ def public_names() -> dict[str, str]:
     }
 
 
+def kernels_problems() -> dict[str, str]:
+    """The names of the classes that low-level calls take, as `flashcoreset.kernels` has them, with what each is a name of."""
+    return {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.parse((PACKAGE / "kernels" / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module != "flashcoreset.kernels"
+        for alias in node.names
+    }
+
+
 def api_pages() -> dict[str, str]:
     """The pages of the API: one per part of the package, and a list of all names."""
     pages, listing = {}, ["# API", "", "The public names, as `flashcoreset.NAME`, by subject.", ""]
@@ -122,6 +134,10 @@ def api_pages() -> dict[str, str]:
         blocks = [f"::: {name}" for name in names]
         for module in modules:
             blocks.append(f"::: {module}\n    options:\n      show_root_full_path: true\n")
+        if group == "kernels":
+            blocks += [
+                f"::: {of}\n    options:\n      heading: {name}\n" for name, of in kernels_problems().items()
+            ]
         pages[f"api/{page}.md"] = "\n\n".join([f"# {title}", *blocks]) + "\n"
         found = [f"[`{name.rpartition('.')[2]}`]({page}.md#{name})" for name in names]
         found += [f"[`{module}`]({page}.md#{module})" for module in modules]
