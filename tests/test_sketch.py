@@ -369,7 +369,7 @@ def test_is_an_op() -> None:
         (
             {"kind": "hadamard"},
             ValueError,
-            "unknown kind 'hadamard'; valid names: rademacher, gaussian, sjlt, srht, mask, grass",
+            "unknown kind 'hadamard'; valid names: rademacher, gaussian, sjlt, srht, gaussian-boxmuller, mask, grass",
         ),
         ({"kind": "mask", "dim": 7}, ValueError, "dim must be at most D = 6 for kind 'mask', got 7"),
         (

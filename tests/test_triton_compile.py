@@ -33,9 +33,9 @@ OF_EXPONENTIALS = r"\b(ex2\.approx\.f32|rcp\.approx\.ftz\.f64|abs\.ftz\.f32)\b"
 WITH_EXPONENTIALS = ("half_iteration", "marginal", "apply", "schedule", "scores")
 # The instructions of normal numbers, which have logarithms of float64; and those of sketches' products that are not of
 # float32.
-WITH_LOGARITHMS = r"(sketch|matrix)_kernel gaussian|\w+_kernel (one direction|directions) "
+WITH_LOGARITHMS = r"(sketch|matrix)_kernel gaussian-boxmuller|\w+_kernel (one direction|directions) "
 OF_LOGARITHMS = r"\brcp\.approx\.ftz\.f64\b"
-WITH_MATRIX_UNITS = r"sketch_kernel \w+ (fp16|bf16|fp64|fp32 tf32)\b"
+WITH_MATRIX_UNITS = r"sketch_kernel [\w-]+ (fp16|bf16|fp64|fp32 tf32)\b"
 
 
 @pytest.fixture(scope="module")
