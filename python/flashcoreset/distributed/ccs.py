@@ -113,9 +113,9 @@ def ccs(
                 if ratio >= 0.1 and n_strata > 1 and comm.rank == 0:
                     warn_of_no_cut(n, k, ratio)
                 ratio, origin = 0.0, "none"
-        present = list(sorted_labels((label for part in parts for label in part[1]), "groups"))
+        code = sorted_labels((label for part in parts for label in part[1]), "groups")
+        present = list(code)
         total = {label: sum(part[1].get(label, 0) for part in parts) for label in present}
-        code = {label: place for place, label in enumerate(present)}
         codes = np.array([0] * len(values) if labels is None else [code[label] for label in labels])
         members = [np.flatnonzero(codes == place) for place in range(len(present))]
         dropped = 0
