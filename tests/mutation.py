@@ -2,9 +2,10 @@
 
     python tests/mutation.py --count 200 --seed 1 --out mutation.jsonl
 
-A mutant is one operator, bound or constant changed at random in the kernels or in the checks around them. It is built and the
-tests of its family run until one fails. Mutants that do not compile are drawn again and count for nothing; a test that no
-longer ends counts as a test that fails. A test that catches a mutant is run again on the sources as they are, and must pass.
+A mutant is one operator, bound or constant changed at random in the kernels or in the checks around them. It is built, and the
+tests of its family that run the changed code (those of its backend) run until one fails. Mutants that do not compile are drawn
+again and count for nothing; a test that no longer ends counts as a test that fails. A test that catches a mutant is run again on
+the sources as they are, and must pass.
 All changes are made in a clone of the repository in a temporary folder, at the current commit; the environment must have what
 `make test` installs. `--workers 2` runs two at once, each in a clone of its own. A run that was stopped goes on from the place
 it had reached: mutants that the output file has are not tried again. Takes a minute per mutant, so this is not part of `make
@@ -201,10 +202,11 @@ def all_mutants(root: Path) -> list[Mutant]:
 
 
 def families_of(file: str) -> list[str]:
-    """The families whose tests guard a file."""
-    return next(
+    """The families whose tests guard a file. Estimates of memory stand beside each family's code."""
+    names = next(
         names for patterns, names in TESTS if any(fnmatch.fnmatch(file, p) for p in patterns.split("|"))
-    ).split()
+    )
+    return [*names.split(), *(["memory_estimate"] if file.startswith("python/") else [])]
 
 
 def test_files(root: Path, file: str) -> list[str]:
@@ -219,6 +221,15 @@ def test_files(root: Path, file: str) -> list[str]:
             kind.append(path.relative_to(root / "tests").as_posix())
     names = plain + (own or ([] if file.startswith("csrc/cpu") else other))
     return [f"tests/{name}" for name in dict.fromkeys(names)]
+
+
+def selection(file: str) -> str:
+    """pytest's -k for the tests that run the code of a file: those of its backend, or of the CPU's if it serves all."""
+    if file.startswith(("csrc/cuda", "csrc/bindings/cuda")) or file.endswith("/cuda.py"):
+        return "cuda"
+    if file.startswith("triton_kernels") or file.endswith("/triton.py"):
+        return "triton"
+    return "not triton" if file.startswith("csrc/core") else "not triton and not cuda"
 
 
 class Workshop(Checkout):
@@ -258,14 +269,14 @@ class Workshop(Checkout):
             os.killpg(process.pid, signal.SIGKILL)
             return None, process.communicate()[0]
 
-    def _pytest(self, test: str) -> str | None:
-        """The first test of a file that fails, or None if all pass."""
-        pytest = [sys.executable, "-m", "pytest", test, "-x", "-q", "-p", "no:cacheprovider", "--timeout=200"]
-        status, output = self._run(pytest, 1500)
+    def _pytest(self, *arguments: str) -> str | None:
+        """The first test that fails, or None if all pass."""
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=200"]
+        status, output = self._run([*pytest, *arguments], 2400)
         if status in (0, 5):
             return None
         found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-        return found[1] if found else f"{test}: exit status {status}"
+        return found[1] if found else f"{' '.join(arguments)}: exit status {status}"
 
     def check(self, file: str, test: str) -> None:
         """Raises RuntimeError if the test that caught a mutant of `file` fails on the sources as they are, too."""
@@ -273,16 +284,19 @@ class Workshop(Checkout):
             return
         if not self.build(set()):
             raise RuntimeError("the sources do not build any more as they are")
-        name = test.partition(": exit status")[0]
-        if (failed := self._pytest(name) if name.startswith("tests/") else self._ctest(name)) is not None:
+        if ": exit status" in test:  # the interpreter died or did not end before a test could be named
+            failed = self._pytest(*test_files(self.root, file), "-k", selection(file))
+        else:
+            failed = self._pytest(test) if test.startswith("tests/") else self._ctest(test)
+        if failed is not None:
             raise RuntimeError(f"{failed} fails without a mutant of {file}")
         self.passed.add(test)
 
     def failure(self, file: str) -> str | None:
         """The first test that fails, or None if all pass. Python's tests go first, whose build exists already."""
-        for test in test_files(self.root, file):
-            if (failed := self._pytest(test)) is not None:
-                return failed
+        tests = test_files(self.root, file)
+        if tests and (failed := self._pytest(*tests, "-k", selection(file))) is not None:
+            return failed
         if not file.startswith(("csrc/cpu", "csrc/core", "csrc/cuda")):
             return None
         prefix = "test_cuda_" if "/cuda" in file else "test_"
