@@ -21,7 +21,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("benchmarks.gpu")
 
 
-MEASURED = {"seconds": {"q20": 1.0, "median": 2.0, "q80": 3.0}, "products": 4.0, "copy_share": 0.25}
+MEASURED = {"seconds": {"q20": 1.0, "median": 2.0, "q80": 3.0}}
 
 
 def test_rows_are_written_as_they_are_measured(
@@ -32,18 +32,20 @@ def test_rows_are_written_as_they_are_measured(
     def written() -> list[dict[str, Any]]:
         return json.loads((tmp_path / "measured.json").read_text())["rows"]
 
-    def fine(found: dict[str, float]) -> dict[str, Any]:
+    def fine() -> dict[str, Any]:
         seen.append(len(written()) if seen else 0)
-        return MEASURED
+        return dict(MEASURED)
 
-    def fails(found: dict[str, float]) -> dict[str, Any]:
+    def fails() -> dict[str, Any]:
         raise RuntimeError("no such\nluck")
 
+    # Half a second of operations and half a second of copying; one second is predicted, and another of waits.
+    work = gpu.Work(5e11, 5e11, 0.5, "for a test", 1.0)
     rows = [
-        gpu.Planned("first", "cuda", lambda rows: 1, fine),
-        gpu.Planned("second", "triton", lambda rows: 1, fails),
-        gpu.Planned("third", "cuda", lambda rows: 1, fine),
-        gpu.Planned("long", "cuda", lambda rows: 1e9, fails),
+        gpu.Planned("first", "cuda", work, lambda rows: 1, fine),
+        gpu.Planned("second", "triton", work, lambda rows: 1, fails),
+        gpu.Planned("third", "cuda", work, lambda rows: 1, fine),
+        gpu.Planned("long", "cuda", work, lambda rows: 1e9, fails),
     ]
     monkeypatch.setattr(gpu, "limits", lambda: {"matrix": 1e12, "copy": 1e12})
     monkeypatch.setattr(gpu, "plan", lambda: rows)
@@ -54,11 +56,60 @@ def test_rows_are_written_as_they_are_measured(
     hardware = {"gpu": "none", "torch": "0", "python": "0", "commit": "0"}
     measured = json.loads((tmp_path / "measured.json").read_text())
     table = gpu.table({"hardware": hardware, "steps": [], "measured": measured})
-    assert "| first | 2000.000 ms | 1000.000 ms to 3000.000 ms | 4.00 | 25% |" in table
+    assert "| first | 2000.000 ms | 1000.000 ms to 3000.000 ms | 2000.000 ms | 4.00 | 25% |" in table
     assert "| second | failed: RuntimeError: no such |" in table
     assert "| long | left out: no time left |" in table
     columns = [line.count("|") for line in table.splitlines() if line.startswith("|")]
-    assert set(columns[3:]) == {9}
+    assert set(columns[3:]) == {10}
+
+
+def test_predictions_stand_in_the_documentation(gpu: Any) -> None:
+    names = [planned.name for planned in gpu.plan()]
+    assert len(set(names)) == len(names)
+    families = {name.partition("-")[0] for name in names}
+    assert families >= {
+        "facility",
+        "sinkhorn",
+        "sketch",
+        "scores",
+        "colm",
+        "pairwise",
+        "caratheodory",
+        "pursuit",
+    }
+    assert gpu.predictions() in (ROOT / "docs/gpu.md").read_text()
+
+
+def test_what_binds_a_row(gpu: Any) -> None:
+    device = {"matrix": 1e12, "copy": 1e11}
+    arithmetic, memory = gpu.Work(4e12, 1e11, 0.5, ""), gpu.Work(1e12, 4e11, 1.0, "", 0.25)
+    assert (arithmetic.binds(device), memory.binds(device)) == ("arithmetic", "memory")
+    assert (arithmetic.limit(device), memory.limit(device)) == (4.0, 4.0)
+    assert (arithmetic.predicted(device), memory.predicted(device)) == (8.0, 4.25)
+
+
+def test_every_device_test_has_its_files(gpu: Any) -> None:
+    steps = dict(gpu.test_steps())
+    assert {"test-cuda-sinkhorn", "test-triton-scores", "test-others"} <= set(steps)
+    assert "test-cuda-scores" not in steps
+    for files in steps.values():
+        assert all((ROOT / file).is_file() for file in files if file.endswith(".py"))
+
+
+def test_occupancy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    occupancy = importlib.import_module("benchmarks.occupancy")
+    usage = "\n Function first:\n  REG:128 STACK:0 SHARED:2048 LOCAL:0\n Function second:\n  REG:32 STACK:8 SHARED:116000 LOCAL:0\n"
+    info = "\n\t<0x1>\n\tAttribute:\tEIATTR_REGCOUNT\n\tFormat:\tEIFMT_SVAL\n\tValue:\tfirst\n"
+    most = "\n\t<0x2>\n\tAttribute:\tEIATTR_MAX_THREADS\n\tFormat:\tEIFMT_SVAL\n\tValue:\t{} 0x1 0x1\n"
+    elf = ".nv.info.first" + info + most.format("0x100") + ".nv.info.second" + most.format("0x40")
+    first, second = occupancy.read_kernels(usage, elf)
+    # 128 registers of 256 threads are half of them; two blocks of 113 KB fill the shared memory.
+    assert (first.threads, first.blocks(), first.occupancy()) == (256, 2, 0.25)
+    assert (second.threads, second.blocks(), second.occupancy()) == (64, 1, 2 / 64)
+    assert "| `first` | 256 | 128 | 0 B | 2048 B | 2 | 25% |" in occupancy.table([first], ["first"])
+    name = "void fc::cuda::(anonymous namespace)::greedy<float, (fc::Form)2, true>(fc::cuda::(anonymous namespace)::State<float>)"
+    assert occupancy.short_name(name) == "greedy<float, 2, true>"
 
 
 def test_the_largest_row_is_last_and_expected_from_a_smaller_one(gpu: Any) -> None:
