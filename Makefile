@@ -51,8 +51,9 @@ test-quick: $(VENV)/.with-demo ## a minute's part of the Python tests, without t
 	$(PIP_INSTALL) 'pytest>=8' 'pytest-timeout>=2.2' 'hypothesis>=6.90' 'scipy>=1.11'
 	$(BIN)/python tests/environments.py quick
 
-test-large: $(VENV)/.with-test ## inputs of more than 2^31 elements and of ten million rows, Triton for every architecture: minutes, up to 6 GB
+test-large: $(VENV)/.with-test ## what `make test` leaves out: more than 2^31 elements, ten million rows, Triton for every architecture, each combination in its interpreter: up to 6 GB
 	$(BIN)/python -m pytest tests/test_large.py tests/test_triton_compile.py -m slow --durations=0
+	$(BIN)/python -m pytest -n $(JOBS) tests -m slow --ignore tests/test_large.py --ignore tests/test_triton_compile.py
 
 # The CUDA kernels as a module that the emulator runs: the Python tests take it for the GPU.
 emulated: $(VENV)/.tools compiler

@@ -7,6 +7,7 @@ import collections
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -75,8 +76,37 @@ LONG = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+    if DEVICE == "cpu":
+        thin_out([item for item in items if isinstance(item, pytest.Function) and _is_interpreted(item)])
+
+
+def _is_interpreted(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton"
+
+
+def thin_out(items: list[pytest.Function]) -> None:
+    """Marks tests as slow whose parameters all come together, two at a time, in other tests of the same function.
+
+    A test in Triton's interpreter takes a second, so that all combinations of three and more parameters would take a quarter of an
+    hour. `make test-large` runs them all.
+    """
+    functions: dict[object, dict[pytest.Function, set[tuple[str, str]]]] = collections.defaultdict(dict)
+    for item in items:
+        # An id has the parameters' names, and those of a table's case, between hyphens.
+        names = sorted(set(item.callspec.id.split("-")))
+        functions[item.function][item] = set(itertools.combinations(names, 2))
+    for left in functions.values():
+        while left:
+            chosen = max(left, key=lambda item: len(left[item]))
+            seen = left.pop(chosen)
+            for item in list(left):
+                left[item] -= seen
+                if not left[item]:
+                    item.add_marker("slow")
+                    del left[item]
 
 
 @pytest.fixture(params=BACKENDS)
