@@ -5,6 +5,7 @@ can get wrong.
 from __future__ import annotations
 
 import _thread
+import importlib
 import threading
 import time
 import warnings
@@ -17,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -431,6 +432,54 @@ def test_k_means_keeps_the_best_of_its_starts_whatever_the_threads() -> None:
     peer = KMeans(12, n_init=10, random_state=7).fit(points)
     assert inertia == pytest.approx(peer.inertia_, rel=1e-4)
     assert inertia < KMeans(12, n_init=1, random_state=7).fit(points).inertia_ + 1e-4
+
+
+def test_larger_targets_get_one_start_and_then_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    openset, target = data(50, 900, 6, seed=3)
+    made = []
+
+    class Counted(KMeans):
+        def fit(self, x: np.ndarray, *rest: object, **more: object) -> KMeans:
+            made.append(len(x))
+            return super().fit(x, *rest, **more)
+
+    class Batches(MiniBatchKMeans):
+        def fit(self, x: np.ndarray, *rest: object, **more: object) -> MiniBatchKMeans:
+            made.append(-len(x))
+            return super().fit(x, *rest, **more)
+
+    monkeypatch.setattr("sklearn.cluster.KMeans", Counted)
+    monkeypatch.setattr("sklearn.cluster.MiniBatchKMeans", Batches)
+    module = importlib.import_module("flashcoreset.methods.simcore")
+    monkeypatch.setattr(module, "_ONE_START_FROM", 600)
+    monkeypatch.setattr(module, "_BATCHES_FROM", 800)
+
+    def centroids(rows: int, **options: int) -> np.ndarray:
+        made.clear()
+        return fc.simcore(openset, target[:rows], 5, n_clusters=6, **options).info["centroids"].numpy()
+
+    few, one, batches = (centroids(rows) for rows in (600, 800, 900))
+    assert made == [-900]
+    centroids(800)
+    assert made == [800]
+    centroids(600)
+    assert made == [600] * 10
+    asked = centroids(900, n_init=2)
+    assert made == [900] * 2
+    centroids(900, fit_on=700)
+    assert made == [700]
+    again = centroids(900)
+    assert np.array_equal(batches, again)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert np.array_equal(centroids(900), batches)
+    finally:
+        torch.set_num_threads(before)
+    points = unit(target).astype(np.float64)
+    left = [float((1 - (points @ unit(c).T).max(1)).sum()) for c in (asked, batches)]
+    assert left[1] < 1.1 * left[0]
+    assert few.shape == one.shape == (6, 6)
 
 
 def test_interrupted_k_means_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def simcore(
     patience: int | None = None,
     fit_on: int | None = None,
     seed: int = 0,
-    n_init: int = 10,
+    n_init: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     backend: str | None = None,
     progress: Report | bool | None = None,

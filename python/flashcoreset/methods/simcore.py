@@ -28,6 +28,9 @@ _PER_TARGET = 50  # picks per distinct target point (or centroid of the caller's
 _ITEMS_PER_REFERENCE, _LONGEST_PATIENCE = 640, 20
 
 _WAIT = 0.05  # seconds
+# Up to how many points k-means gets ten starts by default, and all points at a time. On mixtures and on normal points of 64
+# dimensions one start leaves 0 to 3 % more of the squared distances than the best of six, and batches 0 to 2 %.
+_ONE_START_FROM, _BATCHES_FROM, _BATCH = 10_000, 100_000, 4_096
 
 
 def simcore(
@@ -43,7 +46,7 @@ def simcore(
     patience: int | None = None,
     fit_on: int | None = None,
     seed: int = 0,
-    n_init: int = 10,
+    n_init: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     backend: str | None = None,
     progress: Report | bool | None = None,
@@ -87,7 +90,8 @@ def simcore(
         seed: for k-means, and for the random part of the last round that is kept if all of it would exceed
             k; 0 <= seed < 2^32.
         n_init: the number of k-means starts, of which the best is kept. They are made by scikit-learn and share out the threads:
-            each runs on one, since its sums would depend on the number of threads in their last bits.
+            each runs on one, since its sums would depend on the number of threads in their last bits. None: 10 for targets of up to
+            10,000 distinct points and 1 for larger ones; beyond 100,000 points k-means sees batches of 4,096.
         memory_budget: bytes for the partial orders and the chunks in work, k-means not included.
         backend: None, "cpu" or "torch".
         progress: None, True for a bar, or a callable(done, total) that gets the items taken and `k`; it is
@@ -204,7 +208,7 @@ class Asked(NamedTuple):
     patience: int | None
     fit_on: int | None
     seed: int
-    n_init: int
+    n_init: int | None
     memory_budget: int
     fixed: bool  # whether centroids are given in place of the target
     name: str  # of what is given
@@ -237,7 +241,7 @@ def check_options(
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
     n_clusters = _at_least_one(n_clusters, "n_clusters")
     patience = None if patience is None else _at_least_one(patience, "patience")
-    n_init = _at_least_one(n_init, "n_init")
+    n_init = None if n_init is None else _at_least_one(n_init, "n_init")
     memory_budget = _at_least_one(memory_budget, "memory_budget")
     stop_threshold = as_number(stop_threshold, "stop_threshold")
     if stop_threshold < 0:
@@ -342,15 +346,33 @@ def _distinct(target: Tensor) -> Tensor:
     return points[torch.from_numpy(np.sort(first)).to(points.device)]
 
 
-def _centroids(points: Tensor, n_clusters: int, seed: int, n_init: int, fit_on: int | None) -> Tensor:
+def _centroids(points: Tensor, n_clusters: int, seed: int, n_init: int | None, fit_on: int | None) -> Tensor:
     """The centroids [K, d], distinct rows of unit length (or zero)."""
     if points.shape[0] <= n_clusters:
         return points.contiguous()
     seen = points.cpu().numpy()
     if fit_on is not None and fit_on < len(seen):
         seen = seen[np.sort(np.argsort(uniforms(seed, 1, len(seen)), kind="stable")[:fit_on])]
-    centers = torch.from_numpy(_best_of_starts(seen, n_clusters, seed, n_init))
+    if n_init is None and len(seen) > _BATCHES_FROM:
+        centers = torch.from_numpy(_by_batches(seen, n_clusters, seed))
+    else:
+        centers = torch.from_numpy(_best_of_starts(seen, n_clusters, seed, n_init or _starts(len(seen))))
     return _distinct(centers.to(points.device, points.dtype)).contiguous()
+
+
+def _starts(points: int) -> int:
+    """How many starts k-means gets by default."""
+    return 10 if points <= _ONE_START_FROM else 1
+
+
+def _by_batches(points: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+    """The centers [n_clusters, d] that k-means finds from batches of the points."""
+    cluster = imported("sklearn.cluster")
+    mean = points.mean(axis=0)
+    # One thread, as in the runs below: the error that decides when to end is a sum over the threads.
+    with imported("threadpoolctl").ThreadpoolController().limit(limits=1):
+        kmeans = cluster.MiniBatchKMeans(n_clusters, batch_size=_BATCH, n_init=1, random_state=seed)
+        return kmeans.fit(points - mean).cluster_centers_ + mean
 
 
 def _best_of_starts(points: np.ndarray, n_clusters: int, seed: int, n_init: int) -> np.ndarray:
@@ -415,7 +437,7 @@ def _estimate(
     patience: int | None = None,
     fit_on: int | None = None,
     seed: int = 0,
-    n_init: int = 10,
+    n_init: int | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     backend: str | None = None,
     progress: Any = None,
@@ -440,8 +462,9 @@ def _estimate(
     orders = length * list_bytes(lists, size, backend)
     chunk = chunk_rows(d, lists, size, memory_budget) * (d * size + 40 * lists)
     # scikit-learn copies the points in each run, and keeps two distances to a centroid and some counters for each.
-    runs = min(_at_least_one(n_init, "n_init"), torch.get_num_threads())
     seen = m if fit_on is None else min(m, _at_least_one(fit_on, "fit_on"))
+    starts = _starts(seen) if n_init is None else _at_least_one(n_init, "n_init")
+    runs = min(starts, torch.get_num_threads())
     clustering = 3 * m * d * size
     if m > lists:
         clustering += (2 + runs) * seen * d * size + (3 + runs) * seen * lists * size
