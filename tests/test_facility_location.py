@@ -29,7 +29,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcoreset as fc
+from flashcoreset import kernels
 from flashcoreset._core import native
+from flashcoreset._core.progress import Progress
+from flashcoreset.facility_location.solve import Work
 
 
 def select(case: Case, backend: str, **changes: Any) -> fc.Selection:
@@ -387,6 +390,63 @@ def test_progress_reaches_the_total(backend: str) -> None:
         assert [done for done, _ in seen] == sorted({done for done, _ in seen})
         if method != "stochastic":
             assert_same(loud, quiet)
+
+
+def test_progress_counts_the_work_before_the_first_pick() -> None:
+    x = points(8_000, 128, 3)
+    before = torch.get_num_threads()
+    seen: list[tuple[int, int]] = []
+    try:
+        torch.set_num_threads(1)
+        loud = locate(x, 100, backend="cpu", progress=lambda *now: seen.append(now))
+    finally:
+        torch.set_num_threads(before)
+    # 8,000 first gains of 128 dimensions are 16 billion operations, some reports long; they are worth half of the picks.
+    assert [done for done, _ in seen if done < 50]
+    assert seen[-1] == (100, 100)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert {total for _, total in seen} == {100}
+    assert_same(loud, locate(x, 100, backend="cpu"))
+
+
+def test_what_the_picks_are_worth_beside_the_first_gains() -> None:
+    seen: list[int] = []
+    with Progress(lambda done, total: seen.append(done), 1_500, "for a test") as bar:
+        # After 500 picks of another group: the first pick, pairs that the sweeps compute, and picks, which are half of the other half.
+        work = Work(1_000, bar, 500)
+        for pairs, picks in ((0.0, 0), (0.5, 0), (1.3, 0), (1.3, 1), (1.69, 1), (3.9, 1), (3.9, 500)):
+            work.report(pairs, picks)
+        work.made(999)
+        work.made(1_000)
+    assert seen == [500, 750, 1000, 1062, 1250, 1375, 1499, 1500]
+    with Progress(lambda done, total: seen.append(done), 400, "for a test") as bar:
+        # A first pick that took no time worth a report.
+        seen.clear()
+        work = Work(400, bar, 0)
+        for picks in (4, 200, 399, 400):
+            work.made(picks)
+    assert seen == [4, 200, 399, 400]
+
+
+def test_a_step_reports_while_it_lasts() -> None:
+    run = kernels.cpu.FacilityLocation(kernels.FacilityLocationProblem(points(8_000, 128, 3)))
+    with pytest.raises(TypeError, match="report: expected a function or None"):
+        run.step(1, False, 3)
+    heard: list[tuple[float, int]] = []
+
+    def stop(work: float, picks: int) -> None:
+        heard.append((work, picks))
+        if len(heard) == 1:
+            raise ZeroDivisionError("enough")
+        with pytest.raises(RuntimeError, match="in use"):
+            run.stats()
+
+    with pytest.raises(ZeroDivisionError, match="enough"):
+        run.step(20, False, stop)
+    assert run.step(20, False, stop) == 20
+    assert all(work >= 0 and picks <= 20 for work, picks in heard)
+    assert [work for work, _ in heard[1:]] == sorted(work for work, _ in heard[1:])
+    assert len(heard) > 2
 
 
 def test_progress_bar_goes_to_stderr(capfd: pytest.CaptureFixture[str], backend: str) -> None:

@@ -146,6 +146,8 @@ void bind_cuda_facility_location(py::module_& m) {
   run.def(py::init<py::object, Integer>(), py::arg("problem"), py::arg("stream"),
           "A run of a FacilityLocationProblem, or of an object with its attributes.");
   define_run(run);
+  run.def("step", &PyCudaFacilityLocation::step, py::arg("count"), py::arg("naive") = false,
+          "Starts up to `count` further picks; returns how many there are then.");
   run.def_property_readonly("completed", &PyCudaFacilityLocation::completed,
                             "Of the picks started, how many are known to be made.")
       .def("verdict", &PyCudaFacilityLocation::verdict,

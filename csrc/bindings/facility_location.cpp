@@ -33,10 +33,15 @@ class PyFacilityLocation {
     }
   }
 
-  int64_t step(Integer count_number, Flag naive_flag) {
+  int64_t step(Integer count_number, Flag naive_flag, py::object report) {
     const int64_t count = count_number.in("count", 0);
     const bool naive = naive_flag.on("naive");
-    return one_call_([&] { return run_->step(count, naive); });
+    if (!report.is_none() && PyCallable_Check(report.ptr()) == 0)
+      throw py::type_error("report: expected a function or None");
+    return one_call_([&] {
+      const Watched watched{report_, report.is_none() ? nullptr : report.ptr()};
+      return run_->step(count, naive);
+    });
   }
 
   int64_t pick(Flag naive_flag, Real stop_gain_number) {
@@ -100,8 +105,31 @@ class PyFacilityLocation {
   }
 
  private:
+  // The function that hears of a call's progress while the call lasts, which keeps it alive.
+  struct Watched {
+    Watched(PyObject*& place, PyObject* report) : place_(place) { place_ = report; }
+    ~Watched() { place_ = nullptr; }
+    PyObject*& place_;
+  };
+
+  // Whether to stop: a signal handler or the function that hears of the progress raised.
+  bool poll() const {
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) return true;
+    if (report_ == nullptr) return false;
+    try {
+      const py::handle report(report_);
+      report(run_->work(), run_->picks());
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return true;
+    }
+    return false;
+  }
+
   void start_dense(const Fields& fields, int threads) {
     GreedyProblem& problem = problem_.emplace(fields, fields, "x");
+    problem.options.poll = [this] { return poll(); };
     problem.read(
         [&](const auto& x, const auto* clients, Metric metric) {
           const int64_t m = clients == nullptr ? x.rows() : clients->rows();
@@ -124,6 +152,7 @@ class PyFacilityLocation {
       throw py::type_error("x: expected a shape of two numbers");
     const int64_t m = Integer::of(py::sequence(shape)[1]).count("columns");
     GreedyProblem& problem = problem_.emplace(fields, x, "values");
+    problem.options.poll = [this] { return poll(); };
     if (problem.metric != "precomputed" || problem.clients)
       throw py::value_error(
           "x: a sparse matrix is one of similarities, for metric 'precomputed' without clients");
@@ -194,6 +223,7 @@ class PyFacilityLocation {
   std::optional<ArrayArgument> rows_, columns_;  // of a sparse x
   std::vector<double> weights_, costs_;
   std::vector<int64_t> preselected_;
+  PyObject* report_ = nullptr;  // of the step in progress
   std::unique_ptr<FacilityLocation> run_;
   OneCall one_call_;
 };
@@ -207,6 +237,10 @@ void bind_facility_location(py::module_& m) {
   run.def(py::init<py::object, Integer>(), py::arg("problem"), py::arg("threads"),
           "A run of a FacilityLocationProblem, or of an object with its attributes.");
   define_run(run);
+  run.def("step", &PyFacilityLocation::step, py::arg("count"), py::arg("naive") = false,
+          py::arg("report") = py::none(),
+          "Makes up to `count` further picks; returns how many there are then. report(work, picks) is called "
+          "about every 50 ms; work: pairs computed, in units of those that the first pick takes.");
   run.def("stats", &PyFacilityLocation::stats,
           "What the run did so far: evaluations, pairs, matrix_reads, list_reads, sweeps, foreseen.");
 }

@@ -137,10 +137,8 @@ inline std::vector<int64_t> candidates_below(py::handle array, int64_t n) {
 // The methods that Python's classes of both devices have; `Run` is one of them.
 template <class Run>
 void define_run(py::class_<Run>& run) {
-  run.def("step", &Run::step, py::arg("count"), py::arg("naive") = false,
-          "Makes up to `count` further picks, or starts them on a GPU; returns how many there are then.")
-      .def("pick", &Run::pick, py::arg("naive") = false, py::arg("stop_gain") = py::none(),
-           "Makes one pick, if its gain is at least `stop_gain`; returns the candidate, or -1.")
+  run.def("pick", &Run::pick, py::arg("naive") = false, py::arg("stop_gain") = py::none(),
+          "Makes one pick, if its gain is at least `stop_gain`; returns the candidate, or -1.")
       .def("step_among", &Run::step_among, py::arg("candidates"),
            "Makes one pick among candidates [r] int64 and returns it.")
       .def("close", &Run::close, py::arg("candidates"),

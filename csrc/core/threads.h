@@ -69,6 +69,12 @@ class ThreadTeam {
 
   void set_poll(std::function<bool()> poll) { poll_ = std::move(poll); }
 
+  // The share of the region in progress that is done, for the poll; 1 between regions.
+  double share() const {
+    const int64_t chunks = chunks_, begun = next_.load(std::memory_order_relaxed);
+    return chunks > 0 && begun < chunks ? static_cast<double>(begun) / static_cast<double>(chunks) : 1;
+  }
+
   // Throws Cancelled if the caller's poll asks to stop. For serial stretches between regions.
   void check() {
     const auto now = std::chrono::steady_clock::now();
@@ -91,14 +97,16 @@ class ThreadTeam {
     if (chunk < 1) chunk = 1;
     const int64_t chunks = (n + chunk - 1) / chunk;
     stop_.store(false, std::memory_order_relaxed);
+    next_.store(0, std::memory_order_relaxed);
+    chunks_ = chunks;
     if (size_ == 1 || chunks == 1) {
       for (int64_t begin = 0; begin < n; begin += chunk) {
         fn(0, begin, begin + chunk < n ? begin + chunk : n);
+        next_.store(begin / chunk + 1, std::memory_order_relaxed);
         check();
       }
       return;
     }
-    next_.store(0, std::memory_order_relaxed);
     std::exception_ptr error;
     std::mutex error_mutex;
     const auto guarded = [&](auto&& part) {
@@ -260,6 +268,7 @@ class ThreadTeam {
   std::chrono::steady_clock::time_point last_poll_ = std::chrono::steady_clock::now();
   std::unique_ptr<Crew> crew_;
   std::atomic<int64_t> next_{0};
+  int64_t chunks_ = 0;  // of the last region; read and written by the calling thread
   std::atomic<bool> stop_{false};
 };
 

@@ -69,6 +69,17 @@ class Greedy final : public FacilityLocation {
   bool is_open(int64_t candidate) const override { return !chosen_[candidate]; }
   GreedyStats stats() const override { return stats_; }
 
+  double work() const override {
+    const double n = static_cast<double>(candidates()), m = static_cast<double>(clients());
+    double first = n * m;
+    if (points_) {
+      first = static_cast<double>(points_->all_pairs());
+      if (Lookahead<T>::pays(*points_, now())) first += n * Lookahead<T>::survey_clients(m);
+    }
+    const double done = static_cast<double>(stats_.pairs) + team_.share() * static_cast<double>(stats_.ahead);
+    return done / std::max(first, 1.0);
+  }
+
   int64_t step(int64_t count, bool naive) override {
     prepare();
     while (count-- > 0 && pick(naive, -std::numeric_limits<double>::infinity()) >= 0) {
@@ -366,10 +377,13 @@ class Greedy final : public FacilityLocation {
     heap_valid_ = false;
   }
 
+  typename Lookahead<T>::State now() const {
+    return {cover_, chosen_, floor_, picks(), options_.expected_picks};
+  }
+
   void first_sweep() {
-    const typename Lookahead<T>::State now{cover_, chosen_, floor_, picks(), options_.expected_picks};
-    if (!points_ || !Lookahead<T>::pays(*points_, now)) return sweep();
-    sweeps_.take(lookahead_.sweep(*points_, now, team_, stats_), left());
+    if (!points_ || !Lookahead<T>::pays(*points_, now())) return sweep();
+    sweeps_.take(lookahead_.sweep(*points_, now(), team_, stats_), left());
     finish_sweep();
     ++stats_.sweeps;
   }

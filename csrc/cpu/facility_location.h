@@ -21,6 +21,12 @@ struct GreedyStats {
   int64_t list_reads = 0;    // live pairs read
   int64_t sweeps = 0;        // how often all candidates were brought up to date together
   int64_t foreseen = 0;      // how often this had been done in advance
+  int64_t ahead = 0;         // pairs of the region in progress, counted when it ends
+
+  void count_region() {
+    pairs += ahead;
+    ahead = 0;
+  }
 };
 
 // A greedy run that advances pick by pick. After an exception the object stays valid, and step() continues at
@@ -50,6 +56,10 @@ class FacilityLocation {
   virtual int64_t candidates() const = 0;
   virtual int64_t clients() const = 0;
   virtual int64_t picks() const = 0;
+
+  // For a poll: the pairs computed so far, those of the region in progress included, in units of the pairs
+  // that the first pick takes, about.
+  virtual double work() const = 0;
   virtual bool is_open(int64_t candidate) const = 0;  // neither picked, preselected nor closed
   virtual GreedyStats stats() const = 0;
 };

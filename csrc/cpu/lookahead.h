@@ -32,6 +32,12 @@ class Lookahead {
     int64_t picks, expected_picks;
   };
 
+  // How many clients each candidate meets before the sweep, about: those of the survey, and as if a quarter
+  // of all candidates were likely picks.
+  static double survey_clients(double clients) {
+    return std::max(static_cast<double>(kSurveyClients), clients / 20) + clients / 4;
+  }
+
   static bool pays(const PointSource<T>& points, const State& now) {
     return points.candidates() >= kCandidates && points.clients() >= kSurveyClients &&
            now.expected_picks - now.picks >= 8;

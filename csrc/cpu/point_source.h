@@ -83,14 +83,16 @@ class PointSource final : public Source<T> {
   // The whole matrix of similarities, [n, m].
   Buffer<T> matrix(ThreadTeam& team, GreedyStats& stats) {
     Buffer<T> out(checked_mul(candidates(), clients()));
+    stats.ahead = candidates() * clients() / (self_ ? 2 : 1);
     pairwise_panels<T>(rows_, candidates(), columns_, metric_, is_distance(metric_), self_, out.data(),
                        clients(), team);
-    stats.pairs += candidates() * clients() / (self_ ? 2 : 1);
+    stats.count_region();
     return out;
   }
 
   void evaluate(const int64_t* index, int64_t count, const Cover<T>& cover, LiveLists<T>* lists,
                 int64_t* gains, ThreadTeam& team, GreedyStats& stats) override {
+    stats.ahead = count * clients();
     const int64_t share = round_up((count + team.size() - 1) / team.size(), kRows);
     const int64_t block = std::min(lists ? std::min<int64_t>(48, block_rows<T>(columns_.features()))
                                          : block_rows<T>(columns_.features()),
@@ -102,12 +104,13 @@ class PointSource final : public Source<T> {
         by_clients<form()>(index, count, cover, gains, team);
       }
     });
-    stats.pairs += count * clients();
+    stats.count_region();
   }
 
   // When the clients are the candidates, s(j, i) = s(i, j) serves two gains: half of the products.
   void sweep(const std::vector<const Cover<T>*>& covers, const std::vector<int64_t*>& gains, ThreadTeam& team,
              GreedyStats& stats) override {
+    stats.ahead = all_pairs();
     with_form(metric_, [&](auto form) {
       if (self_) {
         symmetric_sweep<form()>(covers, gains, team);
@@ -116,7 +119,12 @@ class PointSource final : public Source<T> {
                               nullptr, gains, team);
       }
     });
-    stats.pairs += self_ ? candidates() * (candidates() + 1) / 2 : candidates() * clients();
+    stats.count_region();
+  }
+
+  // The pairs of a sweep, a pair and its mirror image counted once.
+  int64_t all_pairs() const {
+    return self_ ? candidates() * (candidates() + 1) / 2 : candidates() * clients();
   }
 
   // The cost of a sweep, in evaluations of one candidate.
@@ -148,6 +156,7 @@ class PointSource final : public Source<T> {
               GreedyStats& stats) {
     const int64_t d = columns_.features(), count = static_cast<int64_t>(sample.size()),
                   block = block_rows<T>(d);
+    stats.ahead = candidates() * count;
     const Panels<T> columns = Panels<T>::select(columns_, sample.data(), count);
     std::vector<Cover<T>> flat;
     for (const T level : levels) {
@@ -191,7 +200,7 @@ class PointSource final : public Source<T> {
         }
       });
     });
-    stats.pairs += candidates() * count;
+    stats.count_region();
   }
 
   void similarities(const int64_t* index, int64_t count, T* out, int64_t stride, ThreadTeam& team) override {

@@ -68,8 +68,10 @@ class Source {
   virtual void sweep(const std::vector<const Cover<T>*>& covers, const std::vector<int64_t*>& gains,
                      ThreadTeam& team, GreedyStats& stats) {
     const std::vector<int64_t> all = everyone();
+    stats.ahead = saturated_mul(candidates(), clients());
     for (size_t t = 0; t < covers.size(); ++t)
       evaluate(all.data(), candidates(), *covers[t], nullptr, gains[t], team, stats);
+    stats.ahead = 0;  // nothing was computed from features
   }
 
  protected:

@@ -85,8 +85,9 @@ def facility_location(
             not depend.
         backend: "cpu" (compiled), "cuda" or "triton" (on CUDA tensors; no sparse matrices), "torch" (the slow
             reference) or None: the first that takes `x` (docs/backends.md).
-        progress: True shows a bar on stderr; a callable gets (picks made, picks wanted). Not called inside
-            torch.compile.
+        progress: True shows a bar on stderr; a callable gets (done, k): the share of the work that is done, in picks. On a CPU the first
+            pick, which takes the gains of all candidates, counts as half of the work once it takes longer than a report (50 ms). Not
+            called inside torch.compile.
         memory_budget: bytes that may be spent on similarities and lists larger than n + m, >= 0; default 256
             MiB. The result does not depend on it.
         costs: [n] > 0: each pick is the candidate of the largest gain / cost, both as float64 (a tie is a tie of that number);

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.dispatch import Takes, choose_kernels
-from flashcoreset.facility_location.problem import Problem
+from flashcoreset.facility_location.problem import Problem, Watch
 
 
 class Run(Protocol):
@@ -24,9 +24,10 @@ class Run(Protocol):
     def completed(self) -> int:
         """The number of picks that are made; a device makes the picks that `step` started later."""
 
-    def step(self, count: int, naive: bool = False) -> int:
+    def step(self, count: int, naive: bool = False, report: Watch | None = None) -> int:
         """Makes up to `count` further picks, or starts them on a device; `naive` evaluates every candidate for each. Returns the
-        number of picks that there are then."""
+        number of picks that there are then. The compiled kernels call `report` about every 50 ms while they work; of the other
+        backends `completed` tells how far they are."""
 
     def pick(self, naive: bool = False, stop_gain: float | None = None) -> int:
         """Makes one pick, as `step` does, if its gain is at least `stop_gain`. Returns the pick, or -1 if none was made."""

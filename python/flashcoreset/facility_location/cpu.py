@@ -10,7 +10,7 @@ from torch import Tensor
 from flashcoreset._core import native
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.native import capsule
-from flashcoreset.facility_location.problem import Problem
+from flashcoreset.facility_location.problem import Problem, Watch
 from flashcoreset.pairwise.cpu import pairwise
 
 __all__ = ["TAKES", "FacilityLocation", "pairwise", "workspace"]
@@ -47,8 +47,8 @@ class FacilityLocation:
             problem = replace(problem, x=x.contiguous())
         self._run = native.module().FacilityLocation(problem, torch.get_num_threads())
 
-    def step(self, count: int, naive: bool = False) -> int:
-        self.completed = made = self._run.step(count, naive)
+    def step(self, count: int, naive: bool = False, report: Watch | None = None) -> int:
+        self.completed = made = self._run.step(count, naive, report)
         return made
 
     def pick(self, naive: bool = False, stop_gain: float | None = None) -> int:

@@ -13,7 +13,7 @@ from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._core.native import capsule
 from flashcoreset._core.tensor import Csr, check_finite, check_preselected, check_weights
-from flashcoreset.facility_location.problem import Problem
+from flashcoreset.facility_location.problem import Problem, Watch
 from flashcoreset.pairwise.cuda import pairwise
 
 __all__ = ["TAKES", "FacilityLocation", "pairwise", "workspace"]
@@ -51,7 +51,7 @@ class FacilityLocation:
         """How many of the picks that `step` started are known to be made."""
         return self._run.completed
 
-    def step(self, count: int, naive: bool = False) -> int:
+    def step(self, count: int, naive: bool = False, report: Watch | None = None) -> int:
         """Waits only for picks that would take long, so that Ctrl-C is handled."""
         return with_memory(lambda: self._run.step(count, naive))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from flashcoreset._core.tensor import Csr, compute_dtype
 
 MATRICES = ("precomputed", "precomputed_distance")
 METRICS = ("cosine", "dot", *DISTANCES, *MATRICES)
+# Hears of a step that lasts: the pairs computed, in units of those that the first pick takes, and the picks made.
+Watch = Callable[[float, int], object]
 
 
 # Neither class is frozen, which would cost 2 us per call, and neither is written to after it was checked.

@@ -35,7 +35,7 @@ from flashcoreset._core.constants import DISTANCES
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import Csr, check_finite
 from flashcoreset.facility_location.gains import bounds_of_matrix, bounds_of_points, gain_scale, pick_keys
-from flashcoreset.facility_location.problem import Problem
+from flashcoreset.facility_location.problem import Problem, Watch
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import _blocks, values_of_rows
 from flashcoreset.pairwise.reference import pairwise as pairwise
@@ -184,7 +184,7 @@ class FacilityLocation:
         if self._self_clients:
             self._own_similarity.append(s[j])
 
-    def step(self, count: int, naive: bool = False) -> int:
+    def step(self, count: int, naive: bool = False, report: Watch | None = None) -> int:
         while count > 0 and self.pick(naive) >= 0:
             count -= 1
         return self.completed

@@ -12,7 +12,7 @@ from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._core.tensor import Csr, check_finite
 from flashcoreset.facility_location.gains import bounds_of_matrix, bounds_of_points, gain_scale, pick_keys
-from flashcoreset.facility_location.problem import Problem
+from flashcoreset.facility_location.problem import Problem, Watch
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.triton import pairwise
 from flashcoreset.triton_kernels.facility_location import Similarities
@@ -77,7 +77,7 @@ class FacilityLocation:
         self._picks: list[int] = []
         self._gains: list[int] = []
 
-    def step(self, count: int, naive: bool = False) -> int:
+    def step(self, count: int, naive: bool = False, report: Watch | None = None) -> int:
         for _ in range(min(count, self._left)):
             self.pick(naive)
         return self.completed
