@@ -193,6 +193,7 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "Transport.duals": {"u": f64(3), "f": f64(4)},
         "Sinkhorn.__init__": transport | solved | {"threads": 2},
         "Sinkhorn.step": {"iterations": 5},
+        "FacilityLocation.step": {"count": 2, "naive": False, "report": None},
         "sketch_csr": {
             "csr": fields(crow=i64(0, 2, 3), col=i64(0, 3, 1), values=f32(3)), "out": f32(2, 8),
         } | projection | where,
