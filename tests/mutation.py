@@ -4,8 +4,8 @@
 
 A mutant is one operator, bound or constant changed at random in the kernels or in the checks around them. It is built, and the
 tests of its family that run the changed code (those of its backend) run until one fails. Mutants that do not compile are drawn
-again and count for nothing; a test that no longer ends counts as a test that fails. A test that catches a mutant is run again on
-the sources as they are, and must pass.
+again and count for nothing; a test that no longer ends counts as a test that fails, a mutant that no test has failed for in its
+time (`--seconds`) as not caught. A test that catches a mutant is run again on the sources as they are, and must pass.
 All changes are made in a clone of the repository in a temporary folder, at the current commit; the environment must have what
 `make test` installs. `--workers 2` runs two at once, each in a clone of its own. A run that was stopped goes on from the place
 it had reached: mutants that the output file has are not tried again. Takes a minute per mutant, so this is not part of `make
@@ -235,8 +235,9 @@ def selection(file: str) -> str:
 class Workshop(Checkout):
     """A clone of the repository in which mutants are built and tested, one after the other."""
 
-    def __init__(self, folder: Path, jobs: int, passed: set[str]) -> None:
+    def __init__(self, folder: Path, jobs: int, seconds: float, passed: set[str]) -> None:
         super().__init__(folder, jobs=jobs)
+        self.seconds = seconds  # of tests per mutant
         self.passed = passed  # the tests that pass on the sources as they are
         # Which modules were built from a mutant, and have to be built anew before the next is tried.
         self.stale = {"module", "emulated"}
@@ -270,10 +271,10 @@ class Workshop(Checkout):
             return None, process.communicate()[0]
 
     def _pytest(self, *arguments: str) -> str | None:
-        """The first test that fails, or None if all pass."""
+        """The first test that fails, or None if none does in the time that a mutant gets. A single test has 200 s to end."""
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=200"]
-        status, output = self._run([*pytest, *arguments], 2400)
-        if status in (0, 5):
+        status, output = self._run([*pytest, *arguments], self.seconds)
+        if status in (0, 5, None):
             return None
         found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
         return found[1] if found else f"{' '.join(arguments)}: exit status {status}"
@@ -284,7 +285,7 @@ class Workshop(Checkout):
             return
         if not self.build(set()):
             raise RuntimeError("the sources do not build any more as they are")
-        if ": exit status" in test:  # the interpreter died or did not end before a test could be named
+        if ": exit status" in test:  # the interpreter died before a test could be named
             failed = self._pytest(*test_files(self.root, file), "-k", selection(file))
         else:
             failed = self._pytest(test) if test.startswith("tests/") else self._ctest(test)
@@ -355,6 +356,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="how many mutants that compile (200)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=400,
+        help="of Python's tests per mutant, which counts as not caught then (400)",
+    )
     parser.add_argument("--only", default="*", help="a pattern of files, such as '*sinkhorn*'")
     parser.add_argument("--out", type=Path, required=True, help="one JSON line for each mutant")
     arguments = parser.parse_args()
@@ -374,7 +381,8 @@ def main() -> None:
     print(f"{len(mutants)} possible mutants, {len(results)} tried before")
 
     def work(folder: Path) -> None:
-        workshop = Workshop(folder, jobs=max(1, (os.cpu_count() or 1) // arguments.workers), passed=passed)
+        jobs = max(1, (os.cpu_count() or 1) // arguments.workers)
+        workshop = Workshop(folder, jobs=jobs, seconds=arguments.seconds, passed=passed)
         while True:
             with lock:
                 if len(results) >= arguments.count or (mutant := next(queue, None)) is None:
