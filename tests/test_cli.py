@@ -104,6 +104,35 @@ def test_every_option_of_facility_location(features: Path, tmp_path: Path) -> No
     assert info["offset"] == 9
 
 
+def test_limits_of_facility_location(features: Path, tmp_path: Path) -> None:
+    x, rng = np.load(features), np.random.default_rng(1)
+    groups, costs, mask = rng.integers(0, 3, 60), 0.5 + rng.random(60), rng.random(60) < 0.2
+    np.savez(tmp_path / "more.npz", groups=groups, costs=costs, mask=mask)
+    more, out = tmp_path / "more.npz", tmp_path / "out.npz"
+    command = ("select", "facility-location", "--features", features, "--metric", "euclidean", "-o", out)
+
+    def check(options: tuple[object, ...], k: int | None, **expected: object) -> None:
+        assert run(*command, "--force", *options) == 0
+        arrays, found = read(out)[0], fc.facility_location(x, k, metric="euclidean", **expected)
+        np.testing.assert_array_equal(arrays["indices"], found.indices.numpy())
+        np.testing.assert_array_equal(arrays["gains"], found.gains.numpy())
+        if found.rounds is not None:
+            np.testing.assert_array_equal(arrays["rounds"], found.rounds.numpy())
+
+    check(("--costs", f"{more}:costs", "--cost-budget", 6.5), None, costs=costs, cost_budget=6.5)
+    cheap = ("--costs", f"{more}:costs", "--cost-budget", 6.5, "--plain-gains")
+    check(cheap, None, costs=costs, cost_budget=6.5, cost_sensitive=False)
+    check(
+        ("--groups", f"{more}:groups", "--caps", "0=1,2=2", "--exclude", f"{more}:mask", "-k", 9), 9,
+        groups=groups, caps={0: 1, 2: 2}, exclude=mask,
+    )  # fmt: skip
+    check(("--min-distance", 0.8, "-k", 12), 12, min_distance=0.8)
+    check(("--stop-gain", 0.5), None, stop_gain=0.5)
+    clients = tmp_path / "c.npy"
+    np.save(clients, x[:7] + np.float32(0.1))
+    check(("--clients", clients, "--rounds", 3, "-k", 12), 12, clients=np.load(clients), rounds=3)
+
+
 @pytest.mark.parametrize("option", ["--target", "--clients"])
 def test_clients(option: str, features: Path, tmp_path: Path) -> None:
     clients = np.load(features)[10:30] + np.float32(0.1)
@@ -636,6 +665,10 @@ def test_bad_options(features: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "got '1:2'": ("--groups", labels, "--budgets", "0=3,1:2"),
         "label 0 appears twice": ("--groups", labels, "--budgets", "0=3,0=2"),
         "budgets": ("--groups", labels, "--budgets", "0=3,1=31"),
+        "--caps: label 1 appears twice": ("-k", 3, "--groups", labels, "--caps", "1=3,1=2"),
+        "--costs: expected a real array": ("-k", 1, "--costs", tmp_path / "complex.npy"),
+        "rounds must": ("-k", 1, "--rounds", 0),
+        "-k: the number of rows to select is missing": ("--rounds", 2),
     }.items():
         expect_error(capsys, words, *options, *extra)
         assert not out.exists()

@@ -198,19 +198,19 @@ def load_state(text: str, option: str) -> dict[str, Any]:
     return {"history": history}
 
 
-def parse_budgets(text: str, groups: np.ndarray | None) -> dict[Any, int] | np.ndarray:
+def parse_counts(text: str, option: str, groups: np.ndarray | None) -> dict[Any, int] | np.ndarray:
     """``LABEL=COUNT,LABEL=COUNT,...`` by the labels that `groups` has, or a file of counts for the labels 0, 1, ..."""
     if "=" not in text:
-        return load_array(text, "--budgets", kinds="iu", ndim=1, wanted="integer counts [groups]")
+        return load_array(text, option, kinds="iu", ndim=1, wanted="integer counts [groups]")
     kind: type = str if groups is not None and groups.dtype.kind in "UO" else int
-    budgets: dict[Any, int] = {}
+    counts: dict[Any, int] = {}
     for part in text.split(","):
         label, _, count = part.rpartition("=")
         try:
             pair = kind(label), int(count)
         except ValueError:
-            raise CommandError(f"--budgets: expected LABEL=COUNT,LABEL=COUNT,..., got {part!r}") from None
-        if pair[0] in budgets:
-            raise CommandError(f"--budgets: label {pair[0]} appears twice")
-        budgets[pair[0]] = pair[1]
-    return budgets
+            raise CommandError(f"{option}: expected LABEL=COUNT,LABEL=COUNT,..., got {part!r}") from None
+        if pair[0] in counts:
+            raise CommandError(f"{option}: label {pair[0]} appears twice")
+        counts[pair[0]] = pair[1]
+    return counts

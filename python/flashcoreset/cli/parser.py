@@ -375,7 +375,24 @@ def _add_facility_location(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="W", help="client weights [m]")
     parser.add_argument("--groups", metavar="G", help="labels [n], integers or strings")
     parser.add_argument("--budgets", metavar="B", help="LABEL=COUNT,LABEL=COUNT,... or a file of counts")
-    parser.add_argument("--preselected", metavar="P", help="rows that are in the set already")
+    parser.add_argument(
+        "--preselected", metavar="P", help="rows that are in the set already, as indices or a mask [n]"
+    )
     parser.add_argument("--method", choices=("lazy", "naive", "stochastic"))
     parser.add_argument("--epsilon", type=float, help="sampling of --method stochastic")
     parser.add_argument("--offset", type=float, help="similarity of a distance of 0")
+    parser.add_argument("--costs", metavar="C", help="what each row costs [n]: picks go by gain per cost")
+    parser.add_argument("--cost-budget", type=float, metavar="B", help="what the picks may cost together")
+    parser.add_argument(
+        "--plain-gains",
+        dest="cost_sensitive",
+        action="store_false",
+        help="with --cost-budget: picks go by gain, whatever they cost",
+    )
+    parser.add_argument("--stop-gain", type=float, metavar="G", help="end before the first gain below it")
+    parser.add_argument("--exclude", metavar="E", help="rows that are not picked, as indices or a mask [n]")
+    parser.add_argument("--caps", metavar="B", help="LABEL=COUNT,...: at most so many of a label of --groups")
+    parser.add_argument(
+        "--min-distance", type=float, metavar="D", help="between picks; what is nearer to one is not picked"
+    )
+    parser.add_argument("--rounds", type=int, metavar="R", help="up to how many picks serve each client")

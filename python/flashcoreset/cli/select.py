@@ -24,7 +24,7 @@ from flashcoreset.cli.files_in import (
     load_features,
     load_matrix,
     load_state,
-    parse_budgets,
+    parse_counts,
 )
 from flashcoreset.cli.files_out import Output, check_output, jsonable, write_whole
 from flashcoreset.cli.parser import MATRICES, OUTPUTS
@@ -52,19 +52,26 @@ def _facility_location(arguments: argparse.Namespace) -> _Chosen:
     options = _options(
         arguments, "metric", "weights", "groups", "preselected", "method", "epsilon", "seed", "offset"
     )
-    options |= _options(arguments, "backend", "progress", "memory_budget", "clients", "budgets")
+    options |= _options(arguments, "backend", "progress", "memory_budget", "clients", "budgets", "caps")
+    options |= _options(arguments, "costs", "cost_budget", "cost_sensitive", "stop_gain", "exclude")
+    options |= _options(arguments, "min_distance", "rounds")
     is_matrix = options.get("metric") in MATRICES
     x = (load_matrix if is_matrix else load_features)(arguments.features, "--features")
     if "clients" in options:
         options["clients"] = load_features(options["clients"], "--target")
     _load_into(options, "weights", kinds="fiu", ndim=1, wanted="a real array [clients]")
     _load_into(options, "groups", kinds=LABELS, ndim=1, wanted="an integer array [rows]")
-    if "budgets" in options:
-        options["budgets"] = parse_budgets(options["budgets"], options.get("groups"))
-    _load_into(options, "preselected", kinds="iu", ndim=1, wanted="an integer array of rows")
+    for name in ("budgets", "caps"):
+        if name in options:
+            options[name] = parse_counts(options[name], f"--{name}", options.get("groups"))
+    _load_into(options, "costs", kinds="fiu", ndim=1, wanted="a real array [rows]")
+    for name in ("preselected", "exclude"):
+        _load_into(options, name, kinds="iub", ndim=1, wanted="an integer array of rows, or a mask [rows]")
     k = getattr(arguments, "k", None)
-    if k is None and "budgets" not in options:
-        raise CommandError("-k: the number of rows to select is missing (only --budgets replaces it)")
+    if k is None and not options.keys() & {"budgets", "cost_budget", "stop_gain"}:
+        raise CommandError(
+            "-k: the number of rows to select is missing (only --budgets, --cost-budget and --stop-gain replace it)"
+        )
     selection = fc.facility_location(x, k, **options)
     arrays = {
         "indices": selection.indices.numpy(),
@@ -72,6 +79,8 @@ def _facility_location(arguments: argparse.Namespace) -> _Chosen:
         "gains": selection.gains.numpy(),
         "assignment": selection.assignment.numpy(),
     }
+    if selection.rounds is not None and selection.served_by is not None:
+        arrays |= {"rounds": selection.rounds.numpy(), "served_by": selection.served_by.numpy()}
     return _Chosen(arrays, {"rows": x.shape[0], "objective": selection.objective, "offset": selection.offset})
 
 
