@@ -19,6 +19,7 @@ FAMILIES = (
     "sketch",
     "scores",
     "sketcher",
+    "selection",
     "matching",
     "matching_caratheodory",
     "pursuit",
@@ -28,7 +29,7 @@ FAMILIES = (
     "scale",
 )
 # Rows of "autocoreset", "goracs" and "scale" take minutes each: they run when asked for by name.
-DEFAULT = FAMILIES[:11]
+DEFAULT = FAMILIES[:12]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ TITLES = {
     "sketch": "Sketching",
     "scores": "Sample scores and CCS",
     "sketcher": "Per-sample gradients",
+    "selection": "CoLM's selection in a training step",
     "matching": "Gradient matching",
     "matching_caratheodory": "Carathéodory reduction",
     "pursuit": "Matching pursuit and Frank-Wolfe",
