@@ -48,6 +48,11 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "weights": ({"weights": [1.0]}, "ValueError", "weights must have shape [20]"),
     "preselected": ({"preselected": [1]}, "ValueError", "preselected must be the same on every rank, got None on rank 0 and [1] on rank 1"),
     "exact": ({"exact": "yes"}, "TypeError", "exact must be True or False, got str"),
+    "caps": ({"caps": {0: 1}}, "ValueError", "caps need groups, the labels that they cap, got groups=None"),
+    "rounds": ({"rounds": 2}, "ValueError", "rounds must be the same on every rank, got 1 on rank 0 and 2 on rank 1"),
+    "costs": ({"costs": [1.0]}, "ValueError", "costs must have shape [20], got (1,)"),
+    "costs alone": ({"costs": [1.0] * 20}, "ValueError", "costs must be the same on every rank, got 'None' on rank 0 and 'given' on rank 1"),
+    "exclude": ({"exclude": [4]}, "ValueError", "exclude must be the same on every rank, got None on rank 0 and [4] on rank 1"),
 }  # fmt: skip
 
 
@@ -96,6 +101,33 @@ def whole(group: Any, rank: int, world: int, options: dict[str, Any]) -> None:
         ({"k": 2, "x": torch.zeros(0, 3)}, "x_shard must have at least 1 row on one of the ranks"),
         ({"k": 2, "metric": "sqeuclidean", "x": torch.full((2, 2), 1e30)}, "multiply all data by a power of two"),
         ({"k": 2, "group": 3}, "multiple values"),
+        ({"k": 2, "caps": {0: 1}}, "caps need groups, the labels that they cap, got groups=None"),
+        ({"k": 2, "caps": {0: -1}, "groups": [0] * 30}, "caps must be >= 0, got -1 for label 0"),
+        ({"k": 2, "caps": {0: 1.5}, "groups": [0] * 30}, "caps[0]"),
+        ({"k": 2, "caps": [1], "groups": ["a"] * 30}, "caps must be a dict by label where groups holds labels of type str, got [1]"),
+        ({"k": 2, "caps": {"b": 1}, "groups": ["a"] * 30}, "caps: 1 asked of label 'b', which no candidate has in groups"),
+        ({"k": 2, "caps": {0: 1}, "groups": [0] * 30, "budgets": {0: 2}}, "caps and budgets exclude each other"),
+        ({"k": 2, "min_distance": -1}, "min_distance must be a number >= 0, got -1.0"),
+        ({"k": 2, "min_distance": "far"}, "min_distance must be a number"),
+        ({"k": 2, "min_distance": 1, "metric": "dot"}, "min_distance needs distances, of which metric 'dot' has none"),
+        ({"k": 2, "min_distance": 1, "metric": "precomputed_distance", "x": torch.ones(2, 3)}, "x_shard must be square for min_distance"),
+        ({"k": 2, "rounds": 0}, "rounds must be >= 1, got 0"),
+        ({"k": 2, "rounds": 1.5}, "rounds must be an int"),
+        ({"k": 2, "stop_gain": float("nan")}, "stop_gain must be finite, got nan"),
+        ({"k": 2, "costs": [0.0] * 30}, "costs must be > 0, in [2^-900, 2^900], got 0.0 at position 0"),
+        ({"k": 2, "costs": [1.0] * 30, "groups": [0] * 30}, "costs are for one problem, got groups"),
+        ({"k": None, "cost_budget": 1.0}, "cost_budget needs costs, got costs=None"),
+        ({"k": None, "cost_budget": -1.0, "costs": [1.0] * 30}, "cost_budget must be a number >= 0, got -1.0"),
+        ({"k": 2, "cost_sensitive": "no"}, "cost_sensitive must be True or False, got str"),
+        ({"k": 2, "exclude": [60]}, "exclude must be in [0, 60), got 60"),
+        ({"k": 2, "exclude": torch.ones(30, dtype=torch.bool)}, "exclude must hold integers, got dtype"),
+        ({"k": 59, "exclude": [1, 5, 5]}, "k must be at most 58 (60 candidates less 2 preselected or excluded), got 59"),
+        ({"k": None, "exclude": [1], "groups": [0] * 30, "budgets": {0: 60}}, "whose group has 59 candidates left (60 less 1 preselected or excluded)"),
+        ({"k": 2, "exact": False, "caps": {0: 1}, "groups": [0] * 30}, "caps is for exact=True and all clients, got exact=False; leave one of them out"),
+        ({"k": 2, "exact": False, "costs": [1.0] * 30}, "costs is for exact=True and all clients, got exact=False"),
+        ({"k": 2, "clients": "sample", "rounds": 2}, "rounds is for exact=True and all clients, got clients='sample'"),
+        ({"k": 2, "clients": "sample", "stop_gain": 0.5}, "stop_gain is for exact=True and all clients, got clients='sample'"),
+        ({"k": 2, "clients": "sample", "min_distance": 0.5}, "min_distance is for exact=True and all clients, got clients='sample'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -223,7 +255,29 @@ def data(n: int = 300) -> torch.Tensor:
     return torch.randn(n, 4, generator=torch.Generator().manual_seed(5))
 
 
-def interrupted(group: Any, rank: int, world: int, folder: str, after: int, groups: bool) -> None:
+RESUMED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "groups": {"groups": torch.arange(300) % 2},
+    "limits": {
+        "clients": data(30)[:12], "rounds": 4, "min_distance": 0.02, "groups": torch.arange(300) % 3, "caps": {0: 9, 2: 4},
+        "costs": torch.arange(300).double() % 7 + 1, "cost_budget": 60.0, "exclude": [4, 8], "preselected": [7],
+    },
+}  # fmt: skip
+
+
+def of_rank(case: str, rank: int, world: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """One rank's rows and options."""
+    share = slice(300 * rank // world, 300 * (rank + 1) // world)
+    options = dict(RESUMED[case])
+    for name in ("groups", "costs"):
+        if name in options:
+            options[name] = options[name][share]
+    if "clients" in options:
+        options["clients"] = options["clients"][12 * rank // world : 12 * (rank + 1) // world]
+    return data()[share], options
+
+
+def interrupted(group: Any, rank: int, world: int, folder: str, after: int, case: str) -> None:
     """A run that ends as if the machine had failed, after so many segments of first gains or picks on record."""
     greedy._SEGMENT, checkpoint._SECONDS = 40, 0.0
     kept = [0]
@@ -237,37 +291,39 @@ def interrupted(group: Any, rank: int, world: int, folder: str, after: int, grou
 
     if rank == 0:
         checkpoint._save = save
-    x = data()[300 * rank // world : 300 * (rank + 1) // world]
-    own = torch.arange(300)[300 * rank // world : 300 * (rank + 1) // world] % 2 if groups else None
-    fc.distributed.facility_location(x, 20, groups=own, checkpoint=folder, group=group)
+    x, options = of_rank(case, rank, world)
+    fc.distributed.facility_location(x, 20, **options, checkpoint=folder, group=group)
 
 
-def resumed(group: Any, rank: int, world: int, folder: str, groups: bool, k: int = 20) -> tuple[Any, ...]:
+def resumed(group: Any, rank: int, world: int, folder: str, case: str, k: int = 20) -> tuple[Any, ...]:
     greedy._SEGMENT, checkpoint._SECONDS = 40, 0.0
-    x = data()[300 * rank // world : 300 * (rank + 1) // world]
-    own = torch.arange(300)[300 * rank // world : 300 * (rank + 1) // world] % 2 if groups else None
-    s = fc.distributed.facility_location(x, k, groups=own, checkpoint=folder, group=group)
+    x, options = of_rank(case, rank, world)
+    s = fc.distributed.facility_location(x, k, **options, checkpoint=folder, group=group)
     return s.indices, s.gains, s.objective, s.info["evaluations"]
 
 
-@pytest.mark.parametrize(("after", "groups"), [(2, False), (9, False), (8, True)])
-def test_a_run_goes_on_where_it_was_killed(three: Ranks, tmp_path: Path, after: int, groups: bool) -> None:
+@pytest.mark.parametrize(
+    ("after", "case"), [(2, "plain"), (9, "plain"), (8, "groups"), (10, "limits"), (27, "limits")]
+)
+def test_a_run_goes_on_where_it_was_killed(three: Ranks, tmp_path: Path, after: int, case: str) -> None:
     folder = tmp_path / "run"
     with ranks(2, 8, awake) as group:
-        group.start(interrupted, str(folder), after, groups)
+        group.start(interrupted, str(folder), after, case)
         with pytest.raises(Exception, match="rank 0"):
             group.result(1, 60)
     assert (folder / "options.json").exists()
     records = [path.name for path in folder.iterdir()]
     assert not [name for name in records if name.startswith(".")]
     # Something else is no continuation.
-    for raised, message in three.errors(resumed, str(folder), groups, 21):
+    for raised, message in three.errors(resumed, str(folder), case, 21):
         assert raised == "ValueError"
         assert "is of a run with k=20, got 21" in message
-    one = fc.facility_location(data(), 20, groups=torch.arange(300) % 2 if groups else None)
-    afresh = three.run(resumed, str(tmp_path / "other"), groups)
+    if after == 27:  # in a round that is not the first one
+        assert "all-round1-picks.npy" in records
+    one = fc.facility_location(data(), 20, **RESUMED[case])
+    afresh = three.run(resumed, str(tmp_path / "other"), case)
     # Three ranks go on where two were.
-    for answer, new in zip(three.run(resumed, str(folder), groups), afresh, strict=True):
+    for answer, new in zip(three.run(resumed, str(folder), case), afresh, strict=True):
         assert torch.equal(answer[0], one.indices)
         assert torch.equal(answer[1], one.gains)
         assert answer[2] == one.objective
@@ -277,7 +333,7 @@ def test_a_run_goes_on_where_it_was_killed(three: Ranks, tmp_path: Path, after: 
 
 def test_a_folder_that_holds_something_else_is_no_checkpoint(three: Ranks, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    for raised, message in three.errors(resumed, str(tmp_path), False):
+    for raised, message in three.errors(resumed, str(tmp_path), "plain"):
         assert raised == "ValueError"
         assert "is not empty and holds no run" in message
     assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -18,6 +18,7 @@ from flashcoreset.distributed.checkpoint import Checkpoint
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.sums import ordered_sum, row_norms
 from flashcoreset.facility_location.backend import Kernels
+from flashcoreset.facility_location.problem import Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class ShardedSelection(Selection):
         indices: [k] int64, global: rank 0's rows come first, then those of rank 1, and so on.
         assignment: [m of this rank] int64, for each of this rank's clients the position of the pick that serves it, or -1.
         info: what the call took: "bytes" and "collectives" that this rank's collectives brought and counted in all, "first_bytes"
-            and "first_collectives" before the first pick, "pick_bytes" and "pick_collectives" ([k] for each pick), "evaluations" (of
+            and "first_collectives" outside of the picks, before the first one above all, "pick_bytes" and "pick_collectives" ([k] for each pick), "evaluations" (of
             candidates, over this rank's clients), "shards" (the rows of each rank). With exact=False also "candidates" (that were
             left for the last stage) and "bounding" ("discarded", "grown"); with clients="sample" "sample" (its size),
             "sample_objective", "error" and "confidence".
@@ -62,7 +63,7 @@ class Call:
     weights: Tensor | None  # [m here]
     starts: list[int]  # [world + 1] of rows
     k: int
-    groups: Tensor | None  # [n here] places among the sorted labels
+    groups: Tensor | None  # [n here] places among the sorted labels, if each group is a problem of its own
     budgets: list[int]  # [labels]
     preselected: list[int]
     preselected_of: list[list[int]]  # [labels]
@@ -79,6 +80,10 @@ class Call:
     backend: str | None
     total_clients: int
     single: dict[str, Any]  # the options for one machine
+    request: (
+        Request  # what rules candidates out or ends the picks; its costs and groups are of this rank's rows
+    )
+    excluded: Tensor | None = None  # [n here] bool
     checkpoint: Checkpoint | None = None
 
     @property
