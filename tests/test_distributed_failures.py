@@ -186,6 +186,94 @@ def test_a_group_is_a_process_group() -> None:
         fc.distributed.facility_location(torch.eye(3), 1, group=3)  # type: ignore[arg-type]
 
 
+# ---- gains that are lost beside far points
+
+LOST: dict[str, dict[str, Any]] = {
+    "distances": {"metric": "euclidean"},
+    "float32": {"metric": "precomputed", "dtype": torch.float32},
+    "clients": {"metric": "euclidean", "clients": True},
+    "weights": {"metric": "sqeuclidean", "weights": torch.linspace(0.5, 1, 24, dtype=torch.float64)},
+    "groups": {"metric": "l1", "groups": torch.arange(24) % 2},
+    "preselected": {"metric": "euclidean", "preselected": [5, 9]},
+    "an offset": {"metric": "euclidean", "offset": 1e33},
+    "dot": {"metric": "dot"},
+    "similarities": {"metric": "precomputed"},
+    "a matrix of distances": {"metric": "precomputed_distance"},
+    "limits": {"metric": "euclidean", "min_distance": 0.001},
+    "rounds": {"metric": "euclidean", "clients": True, "rounds": 2},
+}
+
+
+def far_point(case: str, far: float) -> tuple[torch.Tensor, dict[str, Any]]:
+    """24 points of which one is far away, and options for one machine."""
+    options = dict(LOST[case])
+    metric, dtype = options["metric"], options.pop("dtype", torch.float64)
+    x = torch.rand(24, 3, generator=torch.Generator().manual_seed(0)).to(dtype) + 0.1
+    x[5] = far
+    if metric == "dot":
+        x[:, 0], x[5] = 0, torch.tensor([far, 0, 0])
+    elif metric == "precomputed":
+        x = torch.rand(24, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x[5, 5] = far
+    elif metric == "precomputed_distance":
+        x = torch.cdist(x, x)
+    if options.pop("clients", False):
+        options["clients"] = torch.cat([x[5:6], x[10:] + 0.01])
+    return x, options
+
+
+def far_away(group: Any, rank: int, world: int, case: str, far: float) -> torch.Tensor:
+    x, options = far_point(case, far)
+    for name in ("weights", "groups"):
+        if name in options:
+            options[name] = options[name][24 * rank // world : 24 * (rank + 1) // world]
+    if "clients" in options:
+        options["clients"] = options["clients"][15 * rank // world : 15 * (rank + 1) // world]
+    x = x[24 * rank // world : 24 * (rank + 1) // world]
+    return fc.distributed.facility_location(x, 6, **options, group=group).indices
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
+@pytest.mark.parametrize("case", list(LOST))
+def test_every_rank_refuses_gains_that_are_lost(three: Ranks, case: str) -> None:
+    x, options = far_point(case, 1e4)
+    picks = fc.facility_location(x, 6, **options).indices
+    for world in (2, 3):
+        assert all(torch.equal(found, picks) for found in three.run(far_away, case, 1e4, world=world))
+    x, options = far_point(case, 1e17 if case in ("dot", "weights") else 1e30)
+    with pytest.raises(ValueError, match=r"^x: gains of .* are lost beside") as one:
+        fc.facility_location(x, 6, **options)
+    for world in (2, 3):
+        found = three.errors(far_away, case, 1e17 if case in ("dot", "weights") else 1e30, world=world)
+        assert found == [("ValueError", str(one.value))] * world
+
+
+# ---- labels of a rank without rows
+
+
+def without_rows(group: Any, rank: int, world: int, labels: Any) -> torch.Tensor:
+    x = rows(0, 1) if rank == 0 else torch.zeros(0, 4)
+    own = torch.arange(N) % 2 if rank == 0 else labels
+    return fc.distributed.facility_location(x, K, groups=own, group=group).indices
+
+
+def test_a_rank_without_rows_has_no_labels(three: Ranks) -> None:
+    picks = fc.facility_location(rows(0, 1), K, groups=torch.arange(N) % 2).indices
+    for labels in ([], (), torch.empty(0), np.array([]), np.array([], dtype="U4")):
+        assert all(torch.equal(found, picks) for found in three.run(without_rows, labels, world=2))
+    for labels, kind, text in [
+        (5, "TypeError", "groups must be a torch.Tensor, a NumPy array, "),
+        ("", "TypeError", "got str"),
+        ({}, "TypeError", "got dict; pass a list of its values"),
+        (torch.tensor(1), "ValueError", "groups must have shape [0], got ()"),
+        ([1], "ValueError", "groups must have shape [0], got (1,)"),
+    ]:
+        for rank, (raised, message) in enumerate(three.errors(without_rows, labels, world=2)):
+            assert raised == kind
+            assert text in message
+            assert message.startswith("rank 1: ") == (rank == 0)
+
+
 # ---- lost ranks
 
 

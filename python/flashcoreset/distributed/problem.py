@@ -45,9 +45,9 @@ class ShardedSelection(Selection):
 
 def shard_labels(groups: Any, n: int) -> list[Any]:
     """The labels of one rank's `n` items, which may be none: integers, strings, or any values that can be sorted."""
-    if n == 0 and len(groups) == 0:
-        return []  # other ranks have the labels, and know their kind
     moved = groups.cpu() if isinstance(groups, Tensor) else groups
+    if n == 0 and getattr(moved, "shape", None) == (0,):
+        return []  # of any type: other ranks have the labels, and know their kind
     return as_labels(moved, "groups", torch.device("cpu"), n).per_item()
 
 
