@@ -147,6 +147,28 @@ def others(group: Any, rank: int, world: int, method: str) -> None:
         fc.distributed.simcore(iter([x]), torch.ones(2, 4), 5, group=group)
     elif method == "goracs":
         fc.distributed.goracs(x, torch.ones(2, 4), None, 5, lam=float(rank), group=group)
+    elif method == "goracs labels":
+        own = ["a", "b"] * 15 if rank else [1, 2] * 15
+        fc.distributed.goracs(
+            x, torch.ones(2, 4), None, 5, train_labels=own, valid_labels=own[:2], group=group
+        )
+    elif method.startswith("goracs one"):
+        valid_labels = [0, 1] if method.endswith("class") else None
+        fc.distributed.goracs(
+            x, torch.ones(2, 4), None, 5, train_labels=[0] * 30, valid_labels=valid_labels, group=group
+        )
+    elif method == "goracs scaling":
+        fc.distributed.goracs(x, torch.ones(2, 4), None, 5, scaling="own", group=group)
+    elif method == "goracs kinds":
+        fc.distributed.goracs(
+            x, torch.ones(2, 4), None, 5, train_labels=[0] * 30, valid_labels=["0", "1"], group=group
+        )
+    elif method == "goracs norms":
+        norms = torch.arange(30.0) if rank else torch.zeros(30)
+        own = [rank] * 30
+        fc.distributed.goracs(
+            x, torch.ones(2, 4), norms, 5, lam=1.0, train_labels=own, valid_labels=[0, 1], group=group
+        )
     elif method == "goracs pool":
         fc.distributed.goracs(x, torch.ones(2, 4), None, 5, pool=4, group=group)
     elif method == "gather":
@@ -167,6 +189,18 @@ def others(group: Any, rank: int, world: int, method: str) -> None:
         ("simcore iterator", "openset_shard is an iterator, which can be read once only"),
         ("goracs", "grad_norms must be given with lam=1.0, got None"),
         ("goracs pool", "pool must be >= k=5, got 4"),
+        (
+            "goracs labels",
+            "valid_labels must be the same on every rank, got [1, 2] on rank 0 and ['a', 'b'] on rank 1",
+        ),
+        ("goracs one", "train_labels and valid_labels must be given together, got valid_labels=None"),
+        ("goracs one class", "train_labels must hold every class of valid_labels, got none of class 1"),
+        ("goracs scaling", "unknown scaling 'own'; valid names: class, global"),
+        (
+            "goracs kinds",
+            "must hold labels of one kind, got integers in train_labels, other labels in valid_labels",
+        ),
+        ("goracs norms", "grad_norms must not be all 0 with lam > 0 in class 0, got lam=1.0"),
         ("sketch", "seed must be the same on every rank, got 0 on rank 0 and 1 on rank 1"),
         (
             "gather",

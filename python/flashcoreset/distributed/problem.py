@@ -43,12 +43,13 @@ class ShardedSelection(Selection):
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def shard_labels(groups: Any, n: int) -> list[Any]:
-    """The labels of one rank's `n` items, which may be none: integers, strings, or any values that can be sorted."""
+def shard_labels(groups: Any, n: int, name: str = "groups") -> list[Any]:
+    """The labels of one rank's `n` items, which may be none: integers, strings, or any values that can be sorted; from the argument
+    `name`."""
     moved = groups.cpu() if isinstance(groups, Tensor) else groups
     if n == 0 and getattr(moved, "shape", None) == (0,):
         return []  # of any type: other ranks have the labels, and know their kind
-    return as_labels(moved, "groups", torch.device("cpu"), n).per_item()
+    return as_labels(moved, name, torch.device("cpu"), n).per_item()
 
 
 @dataclass(eq=False)
