@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -541,6 +543,33 @@ def test_the_command_ends_with_the_same_file_after_a_kill(
         assert (found["indices"] == chosen.indices.numpy()).all()
         assert (found["gains"] == chosen.gains.numpy()).all()
         assert (found["weights"] == chosen.weights.numpy()).all()
+
+
+@pytest.mark.parametrize("how", ["module", "script", "no-python"])
+def test_torchrun_starts_the_command(shards: Path, how: str) -> None:
+    script = shards / "flashcoreset"  # as pip writes it
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom flashcoreset_cli import main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    started = {"module": ["-m", "flashcoreset"], "script": [script], "no-python": ["--no-python", script]}[
+        how
+    ]
+    # A plain file: without the variables that torchrun sets, this would be a command for one process.
+    np.save(shards / "x.npy", data(120).numpy())
+    out = shards / "out.npz"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *started, "select", "facility-location",
+        "--features", shards / "x.npy", "-k", "12", "-o", out,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 of 120 rows on 2 processes" in done.stdout
+    with np.load(out) as found:
+        assert (found["indices"] == fc.facility_location(data(120), 12).indices.numpy()).all()
 
 
 def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
