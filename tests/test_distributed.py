@@ -339,6 +339,31 @@ def test_partition_greedy_comes_close(ranks: Ranks, shuffled: bool, metric: str,
     assert info["candidates"] <= 4 * 40 + (info["bounding"]["grown"] if bounding else 0)
 
 
+def one_ranks_own(group: Any, rank: int, world: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    x = scattered(seed)[shares(80, world)[rank]]
+    s = fc.distributed.facility_location(x, 5, exact=False, bounding=False, group=group)
+    return s.indices, s.gains, s.objective
+
+
+def scattered(seed: int) -> torch.Tensor:
+    return torch.randn(80, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_ranks_own_picks_are_taken_where_they_are_better(ranks: Ranks) -> None:
+    """Its picks come in the order of a run over all clients, with their gains there."""
+    alone = 0
+    for seed in range(12):
+        x = scattered(seed)
+        (indices, gains, objective), *others = ranks.run(one_ranks_own, seed, world=2)
+        assert all(torch.equal(other[0], indices) for other in others)
+        s = fc.kernels.cpu.pairwise(x[indices], x, metric="cosine").double().clamp_min(0)
+        reached = torch.cat([torch.zeros(1, 80, dtype=torch.float64), s]).cummax(0).values.sum(1)
+        torch.testing.assert_close(gains.double(), reached.diff(), rtol=1e-5, atol=1e-5)
+        assert objective == pytest.approx(float(reached[-1]), rel=1e-6)
+        alone += len({int(j) < shares(80, 2)[0].stop for j in indices}) == 1
+    assert alone  # in some cases
+
+
 def sparse_matrix() -> torch.Tensor:
     """Similarities of which each candidate has few: most candidates can be discarded, some have to be taken."""
     g = torch.Generator().manual_seed(0)

@@ -863,7 +863,7 @@ def _approximate(
 def _local_picks(
     call: Call, x: Tensor, clients: Tensor, weights: Tensor | None, alive: Tensor, before: Tensor, k: int
 ) -> Tensor:
-    """The places [<= k] of this rank's own picks among its candidates `alive`, where those `before` are chosen already."""
+    """The places [<= k], ascending, of this rank's own picks among its candidates `alive`, where those `before` are chosen already."""
     count = min(k, len(alive))
     if count == 0:
         return alive[:0]
@@ -887,7 +887,7 @@ def _local_picks(
         # A rank's own picks may gain nothing there; those of all ranks count.
         warnings.simplefilter("ignore", InputWarning)
         found = on_one_machine(some, count, metric=metric, weights=weights, **options)
-    return rows[found.indices.cpu()]
+    return rows[found.indices.cpu()].sort().values
 
 
 # ---- clients that serve all groups together
