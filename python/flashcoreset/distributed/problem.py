@@ -30,7 +30,7 @@ class ShardedSelection(Selection):
         assignment: [m of this rank] int64, for each of this rank's clients the position of the pick that serves it, or -1.
         info: what the call took: "bytes" and "collectives" that this rank's collectives brought and counted in all, "first_bytes"
             and "first_collectives" outside of the picks, before the first one above all, "pick_bytes" and "pick_collectives" ([k] for each pick), "evaluations" (of
-            candidates, over this rank's clients), "shards" (the rows of each rank). With exact=False also "candidates" (that were
+            candidates, over this rank's clients; with clients="sample" of this rank's candidates), "shards" (the rows of each rank). With exact=False also "candidates" (that were
             left for the last stage) and "bounding" ("discarded", "grown"); with clients="sample" "sample" (its size),
             "sample_objective", "error" and "confidence".
 
