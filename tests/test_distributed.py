@@ -203,6 +203,33 @@ def test_limits_of_other_similarities(ranks: Ranks) -> None:
     check_same(ranks, "cosine", ["cost-budget", "near", "all-limits"], 3, memory_budget=2000)
 
 
+def of_a_wide_matrix(group: Any, rank: int, world: int, columns: int) -> torch.Tensor:
+    s, share = (
+        torch.rand(N, 120, generator=torch.Generator().manual_seed(4))[:, :columns],
+        shares(N, world)[rank],
+    )
+    return fc.distributed.facility_location(
+        s[share],
+        30,
+        metric="precomputed",
+        groups=LABELS[share],
+        caps={0: 3, 2: 9},
+        rounds=3,
+        exclude=[1],
+        group=group,
+    ).indices
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
+@pytest.mark.parametrize("columns", [8, 120])
+def test_limits_of_a_matrix_that_is_not_square(ranks: Ranks, columns: int) -> None:
+    s = torch.rand(N, 120, generator=torch.Generator().manual_seed(4))[:, :columns]
+    one = fc.facility_location(
+        s, 30, metric="precomputed", groups=LABELS, caps={0: 3, 2: 9}, rounds=3, exclude=[1]
+    )
+    assert all(torch.equal(found, one.indices) for found in ranks.run(of_a_wide_matrix, columns, world=3))
+
+
 def pick_with_a_short_front(group: Any, rank: int, world: int, *arguments: Any) -> list[Any]:
     """As `pick`, where the list of the best bounds is filled and cut again and again."""
     before = greedy.FRONT, greedy._MOST_FRONT

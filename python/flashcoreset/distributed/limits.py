@@ -82,9 +82,11 @@ class ShardLimits(Limits):
 
     def _of(self, number: int, row: Tensor | None) -> Taken:
         cost, label = self._told.get(number, (0.0, -1))
-        if row is not None and self._columns is not None:
+        if row is None or self._min_distance is None or not self._candidates.numbers.size:
+            return Taken(label, cost, None)
+        if self._columns is not None:
             row = row[:, self._columns.to(row.device)]
-        return Taken(label, cost, row if self._candidates.numbers.size else None)
+        return Taken(label, cost, row)
 
     def _places(self, candidates: list[int]) -> Tensor:
         return self._candidates.places([j for j in candidates if self._candidates.is_here(j)])

@@ -592,14 +592,11 @@ def _alone(call: Call) -> ShardedSelection:
 
 @dataclass(eq=False)
 class Found:
-    """One problem's picks, by their numbers among all candidates, and the runs that made them."""
+    """One problem's picks, by their numbers among all candidates, and what they took."""
 
     selection: Selection
-    runs: list[Greedy]
-
-    @property
-    def numbers(self) -> list[int]:
-        return self.selection.indices.tolist()
+    per_pick: list[tuple[int, int]]  # bytes and collectives
+    evaluations: int
 
 
 def _on_ranks(call: Call) -> ShardedSelection:
@@ -612,14 +609,13 @@ def _on_ranks(call: Call) -> ShardedSelection:
             found = [_solve_one(call, rows, call.k, call.preselected, bar, 0, info)]
         else:
             found = _solve_groups(call, bar, info)
-    runs = [run for part in found for run in part.runs]
     chosen = found[0].selection if call.groups is None else _together(call, found)
     if not chosen.objective <= torch.finfo(dtype).max:
         raise ValueError(
             f"weights: the objective, {chosen.objective:.3g}, overflows {dtype}; scale the weights down or use float64"
         )
-    info |= traffic(comm, [pair for run in runs for pair in run.per_pick])
-    info["evaluations"] = sum(run.evaluations for run in runs)
+    info |= traffic(comm, [pair for part in found for pair in part.per_pick])
+    info["evaluations"] = sum(part.evaluations for part in found)
     if call.checkpoint is not None:
         call.checkpoint.remove()
     apart = call.clients is not None or (call.is_matrix and call.total != x.shape[1])
@@ -690,7 +686,7 @@ def _solve_groups(call: Call, bar: Progress, info: dict[str, Any]) -> list[Found
         found.append(
             _solve_one(call, _members(call, label), count, call.preselected_of[label], bar, done, info, label)
         )
-        done += len(found[-1].numbers)
+        done += len(found[-1].per_pick)
     return found
 
 
@@ -743,7 +739,8 @@ def _solve_one(
         limits = ShardLimits(
             comm, call.kernels, r, problem, excluded, candidates, shared, places if call.is_matrix else None
         )
-    runs: list[Greedy] = []
+    per_pick: list[tuple[int, int]] = []
+    evaluations = begun = 0
     name = "all" if label is None else f"group{label}"
     first_gains: np.ndarray | None = None  # of a run for which nothing is preselected
 
@@ -753,11 +750,11 @@ def _solve_one(
         return torch.cat(comm.gather_rows(own_x[torch.arange(len(rows)), places].double()))
 
     def solve_round(given: Problem, k: int, made: int, stop_gain: float | None) -> Selection:
-        nonlocal first_gains
+        nonlocal first_gains, evaluations, begun
         before = [] if given.preselected is None else given.preselected.tolist()
         record = None
         if call.checkpoint is not None:
-            record = call.checkpoint.part(name if not runs else f"{name}-round{len(runs)}")
+            record = call.checkpoint.part(f"{name}-round{begun}" if begun else name)
 
         def run_among(kept: Tensor | None) -> Greedy:
             """The run over this rank's candidates `kept` (places in `rows`), or all of them."""
@@ -781,7 +778,8 @@ def _solve_one(
             run = _approximate(
                 call, source, own_x, clients, weights, candidates, k, before, run_among, bar, done, info
             )
-        runs.append(run)
+        per_pick.extend(run.per_pick)
+        evaluations, begun = evaluations + run.evaluations, begun + 1
         if not before:
             first_gains = run.first_gains
         owner, count = run.assignment(), len(run.picks)
@@ -799,8 +797,10 @@ def _solve_one(
         return Selection(chosen, gains, won.to(x.device, x.dtype), owner, objective, call.offset)
 
     if r.rounds == 1:
-        return Found(solve_round(problem, k, 0, r.stop_gain), runs)
-    return Found(in_rounds(problem, r.rounds, k, r.stop_gain, solve_round), runs)
+        selection = solve_round(problem, k, 0, r.stop_gain)
+    else:
+        selection = in_rounds(problem, r.rounds, k, r.stop_gain, solve_round)
+    return Found(selection, per_pick, evaluations)
 
 
 def _total_weight(call: Call, weights: Tensor | None, m: int) -> float:
