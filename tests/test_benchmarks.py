@@ -334,6 +334,35 @@ def test_the_cost_plot_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "docs" / "cost.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_scaling_model_is_checked_against_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    module = benchmark_module("scaling_model")
+    assert module.main(["--quick", "--ranks", "2"]) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "all predictions hold" in told
+    assert told.count("| exact | 2 |") == told.count("| GreeDi | 2 |") == told.count("| sample | 2 |") == 2
+
+
+def test_the_scaling_model_can_fail() -> None:
+    module = benchmark_module("scaling_model")
+    plan = module.Plan((100, 1000), 8, 5, ("exact",), 0.1, 1, 60.0)
+    costs = module.Costs(pair=1e-6, product=0.0, byte=0.0, collective=0.0, pick=0.0)
+
+    def runs(n: int, seconds: float, sent: int, objective: float = 1.0) -> Any:
+        return module.Run("exact", n, [1, 2], objective, seconds, seconds, 2 * n, sent, 10 * n, 5, 3)
+
+    def wrong(**changed: Any) -> list[str]:
+        of_two = [runs(100, 0.01, 40 * 100 + 2080 + 1000), runs(1000, 1.0, 40 * 1000 + 2080 + 10_000)]
+        of_two[1] = replace(of_two[1], **changed)
+        alone = [runs(100, 0.1, 0), runs(1000, 10.0, 0)]
+        return module.table({1: (costs, [alone]), 2: (costs, [of_two, of_two])}, plan, 2.0)[1]
+
+    assert wrong() == []
+    assert wrong(cpu=2.5) == ["exact on 2 ranks, n = 1,000: 2.50 CPU s, predicted 1.00"]
+    assert wrong(bytes=100_000) == ["exact on 2 ranks, n = 1,000: 100,000 bytes, predicted 52,080"]
+    assert wrong(objective=0.9) == ["exact on 2 ranks, n = 1,000: the objective is 0.900 of the exact one"]
+    assert wrong(indices=[2, 1]) == ["exact on 2 ranks, n = 1,000: the picks are not those of one process"]
+
+
 def test_training_by_coresets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two steps: the arms run, and the control has CoLM's sources and quotas."""
     pytest.importorskip("transformers", reason="an extra of its own")

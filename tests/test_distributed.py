@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from ranks import MOST, Ranks
 
 import flashcoreset as fc
+from flashcoreset.distributed import greedy
 from flashcoreset.distributed.order import ordered_bits, values_of_bits
 from flashcoreset.distributed.sampled import sample_size
 from flashcoreset.distributed.sums import row_norms
@@ -63,6 +64,28 @@ CASES: dict[str, dict[str, Any]] = {
     "clients": {"clients": True},
     "clients-all": {"clients": True, "groups": LABELS, "weights": True, "preselected": [0, 60]},
 }
+# What rules candidates out, ends the picks, or says what they cost. Distances and gains are shares of what each metric has.
+LIMITS: dict[str, dict[str, Any]] = {
+    "caps": {"groups": NAMES, "caps": {"red": 2, "blue": 4}, "preselected": [3, 80]},
+    "caps-fewer": {"groups": LABELS, "caps": [3, 2, 0], "weights": True},
+    "exclude": {"exclude": [0, 1, 2, 44, 45, 80], "preselected": [3]},
+    "exclude-budgets": {"exclude": [0, 44, 80], "groups": NAMES, "budgets": {"red": 2, "blue": 7, "green": 3}, "k": None},
+    "stop": {"stop_gain": 7, "k": None},
+    "stop-groups": {"stop_gain": 4, "groups": LABELS, "preselected": [60]},
+    "costs": {"costs": True},
+    "cost-budget": {"costs": True, "cost_budget": 9.0, "k": None, "preselected": [3], "weights": True},
+    "insensitive": {"costs": True, "cost_budget": 9.0, "cost_sensitive": False},
+    "near": {"min_distance": 0.4, "preselected": [3, 80]},
+    "near-groups": {"min_distance": 0.4, "groups": LABELS, "k": 40},
+    "rounds": {"clients": True, "rounds": 3, "k": 60, "preselected": [3, 80], "weights": True},
+    "rounds-stop": {"clients": True, "rounds": 99, "stop_gain": 5, "k": 50},
+    "rounds-groups": {"clients": True, "rounds": 2, "k": 70, "groups": LABELS, "preselected": [0, 60]},
+    "rounds-of-themselves": {"rounds": 2, "k": 80, "groups": NAMES, "weights": True, "stop_gain": 9},
+    "all-limits": {"clients": True, "rounds": 4, "k": 60, "groups": NAMES, "caps": {"red": 12, "blue": 9}, "min_distance": 0.15,
+                   "costs": True, "cost_budget": 40.0, "exclude": [9, 70], "preselected": [5], "weights": True},
+}  # fmt: skip
+CASES |= LIMITS
+BEFORE_LIMITS = [case for case in CASES if case not in LIMITS]
 
 
 def arguments_of(metric: str, case: str, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -76,6 +99,19 @@ def arguments_of(metric: str, case: str, dtype: torch.dtype) -> tuple[torch.Tens
         options["clients"] = points(M, 5, dtype)
     if options.pop("weights", False):
         options["weights"] = weights(M if "clients" in options else N)
+    if options.pop("costs", False):
+        options["costs"] = (
+            torch.rand(N, generator=torch.Generator().manual_seed(6), dtype=torch.float64) + 0.5
+        )
+    if "min_distance" in options:
+        plain = {"precomputed_distance": "l1"}.get(metric, metric)
+        far = x.max() if matrix else fc.kernels.cpu.pairwise(x, x, metric=plain).max()
+        options["min_distance"] *= 0.5 if metric == "cosine" else float(far) / 2
+    if "stop_gain" in options:  # the gain of that pick of a run without
+        chosen = {name: options[name] for name in ("clients", "groups", "weights") if name in options}
+        options["stop_gain"] = float(
+            fc.facility_location(x, 30, metric=metric, **chosen).gains[options["stop_gain"]]
+        )
     return x, options
 
 
@@ -98,42 +134,116 @@ def pick(
             options["clients"] = options["clients"][own]
         if "weights" in options and not metric.startswith("precomputed"):
             options["weights"] = options["weights"][own]
-        if "groups" in options:
-            options["groups"] = options["groups"][share]
+        for name in ("groups", "costs"):
+            if name in options:
+                options[name] = options[name][share]
         s = fc.distributed.facility_location(x[share], **{**options, **extra}, group=group)
-        found.append((s.indices, s.gains, s.weights, s.assignment, s.objective, s.offset, s.info))
+        own_parts = s.assignment, s.served_by
+        found.append((s.indices, s.gains, s.weights, own_parts, s.objective, s.offset, s.rounds, s.info))
     return found
 
 
 def check_same(
-    ranks: Ranks, metric: str, cases: list[str], world: int, dtype: torch.dtype = torch.float32, **extra: Any
+    ranks: Ranks,
+    metric: str,
+    cases: list[str],
+    world: int,
+    dtype: torch.dtype = torch.float32,
+    run: Callable[..., Any] = pick,
+    **extra: Any,
 ) -> None:
-    answers = ranks.run(pick, metric, cases, dtype, extra, world=world)
+    answers = ranks.run(run, metric, cases, dtype, extra, world=world)
     for place, case in enumerate(cases):
         x, options = arguments_of(metric, case, dtype)
         one = fc.facility_location(
             x, **options, **{k: v for k, v in extra.items() if k in ("offset", "backend")}
         )
         for answer in answers:
-            indices, gains, won, _, objective, offset, _ = answer[place]
+            indices, gains, won, _, objective, offset, rounds, info = answer[place]
+            assert len(info["pick_bytes"]) == len(indices)
             assert torch.equal(indices, one.indices), (metric, case)
             assert torch.equal(gains, one.gains), (metric, case)
             assert torch.equal(won, one.weights), (metric, case)
             assert (objective, offset) == (one.objective, one.offset), (metric, case)
+            assert (rounds is None) == (one.rounds is None)
+            assert rounds is None or torch.equal(rounds, one.rounds), (metric, case)
         parts = [answer[place][3] for answer in answers]
-        assignment = parts[0] if metric.startswith("precomputed") else torch.cat(parts)
-        assert torch.equal(assignment, one.assignment), (metric, case)
+        parts = parts[:1] if metric.startswith("precomputed") else parts
+        assert torch.equal(torch.cat([part for part, _ in parts]), one.assignment), (metric, case)
+        if one.served_by is not None:
+            assert torch.equal(torch.cat([part for _, part in parts], 1), one.served_by), (metric, case)
 
 
 @pytest.mark.parametrize("metric", POINTS)
 def test_four_ranks_make_the_picks_of_one_machine(ranks: Ranks, metric: str) -> None:
-    check_same(ranks, metric, list(CASES), 4)
+    check_same(ranks, metric, BEFORE_LIMITS, 4)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_any_number_of_ranks_makes_the_picks_of_one_machine(ranks: Ranks, metric: str, world: int) -> None:
     check_same(ranks, metric, ["plain", "all", "clients-all"], world)
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
+@pytest.mark.parametrize(("metric", "world"), [("cosine", 1), ("euclidean", 2), ("cosine", 3), ("euclidean", 4), ("sqeuclidean", 4), ("l1", 2)])  # fmt: skip
+def test_limits_are_those_of_one_machine(ranks: Ranks, metric: str, world: int) -> None:
+    check_same(ranks, metric, list(LIMITS), world)
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
+def test_limits_of_other_similarities(ranks: Ranks) -> None:
+    without_distances = [case for case, options in LIMITS.items() if "min_distance" not in options]
+    check_same(ranks, "dot", without_distances, 3)
+    of_matrices = [case for case, options in LIMITS.items() if "clients" not in options]
+    check_same(ranks, "precomputed_distance", of_matrices, 4)
+    check_same(ranks, "precomputed", [case for case in of_matrices if case in without_distances], 2)
+    # An offset far above all distances is left out of the gains that are compared with stop_gain.
+    check_same(ranks, "euclidean", ["stop", "near", "rounds-stop"], 3, offset=1e6)
+    check_same(ranks, "cosine", ["cost-budget", "near", "all-limits"], 3, memory_budget=2000)
+
+
+def of_a_wide_matrix(group: Any, rank: int, world: int, columns: int) -> torch.Tensor:
+    s, share = (
+        torch.rand(N, 120, generator=torch.Generator().manual_seed(4))[:, :columns],
+        shares(N, world)[rank],
+    )
+    return fc.distributed.facility_location(
+        s[share],
+        30,
+        metric="precomputed",
+        groups=LABELS[share],
+        caps={0: 3, 2: 9},
+        rounds=3,
+        exclude=[1],
+        group=group,
+    ).indices
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
+@pytest.mark.parametrize("columns", [8, 120])
+def test_limits_of_a_matrix_that_is_not_square(ranks: Ranks, columns: int) -> None:
+    s = torch.rand(N, 120, generator=torch.Generator().manual_seed(4))[:, :columns]
+    one = fc.facility_location(
+        s, 30, metric="precomputed", groups=LABELS, caps={0: 3, 2: 9}, rounds=3, exclude=[1]
+    )
+    assert all(torch.equal(found, one.indices) for found in ranks.run(of_a_wide_matrix, columns, world=3))
+
+
+def pick_with_a_short_front(group: Any, rank: int, world: int, *arguments: Any) -> list[Any]:
+    """As `pick`, where the list of the best bounds is filled and cut again and again."""
+    before = greedy.FRONT, greedy._MOST_FRONT
+    greedy.FRONT, greedy._MOST_FRONT = 3, 8
+    try:
+        return pick(group, rank, world, *arguments)
+    finally:
+        greedy.FRONT, greedy._MOST_FRONT = before
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
+def test_closed_candidates_stay_closed_where_the_front_is_cut(ranks: Ranks) -> None:
+    cases = ["plain", "groups", "caps", "cost-budget", "near", "rounds-stop", "all-limits"]
+    check_same(ranks, "euclidean", cases, 3, run=pick_with_a_short_front)
 
 
 @pytest.mark.parametrize("metric", ["precomputed", "precomputed_distance"])
@@ -254,6 +364,31 @@ def test_partition_greedy_comes_close(ranks: Ranks, shuffled: bool, metric: str,
     assert objective == pytest.approx(float(value), rel=1e-6)
     assert objective / one.objective >= (0.97 if bounding else 0.95)
     assert info["candidates"] <= 4 * 40 + (info["bounding"]["grown"] if bounding else 0)
+
+
+def one_ranks_own(group: Any, rank: int, world: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    x = scattered(seed)[shares(80, world)[rank]]
+    s = fc.distributed.facility_location(x, 5, exact=False, bounding=False, group=group)
+    return s.indices, s.gains, s.objective
+
+
+def scattered(seed: int) -> torch.Tensor:
+    return torch.randn(80, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_ranks_own_picks_are_taken_where_they_are_better(ranks: Ranks) -> None:
+    """Its picks come in the order of a run over all clients, with their gains there."""
+    alone = 0
+    for seed in range(12):
+        x = scattered(seed)
+        (indices, gains, objective), *others = ranks.run(one_ranks_own, seed, world=2)
+        assert all(torch.equal(other[0], indices) for other in others)
+        s = fc.kernels.cpu.pairwise(x[indices], x, metric="cosine").double().clamp_min(0)
+        reached = torch.cat([torch.zeros(1, 80, dtype=torch.float64), s]).cummax(0).values.sum(1)
+        torch.testing.assert_close(gains.double(), reached.diff(), rtol=1e-5, atol=1e-5)
+        assert objective == pytest.approx(float(reached[-1]), rel=1e-6)
+        alone += len({int(j) < shares(80, 2)[0].stop for j in indices}) == 1
+    assert alone  # in some cases
 
 
 def sparse_matrix() -> torch.Tensor:
@@ -429,18 +564,42 @@ def test_rounds_are_those_of_one_machine(ranks: Ranks, world: int, batches: bool
                 assert same, (options, key)
 
 
-GORACS: list[dict[str, Any]] = [{"k": 8}, {"k": 25}, {"k": 8, "lam": 0.5}]
+OF_VALID = torch.arange(20) % 3
+OF_VALID[:4] = 1
+GORACS: list[dict[str, Any]] = [
+    {"k": 8},
+    {"k": 25},
+    {"k": 8, "lam": 0.5},
+    {"k": 14, "train_labels": LABELS, "valid_labels": OF_VALID},
+    {"k": 14, "lam": 0.5, "train_labels": NAMES, "valid_labels": np.array(["blue", "green", "red"])[OF_VALID], "scaling": "global"},
+    {"k": 9, "lam": 0.5, "train_labels": (NAMES == "red").tolist(), "valid_labels": [True] * 6 + [False] * 14},
+    {"k": 5, "train_labels": LABELS, "valid_labels": [2] * 20},  # a class that no validation item has
+]  # fmt: skip
 
 
 def transported(group: Any, rank: int, world: int, pool: int) -> list[Any]:
     share = shares(N, world)[rank]
     found = []
     for options in GORACS:
+        own = dict(options)
+        if "train_labels" in own:
+            own["train_labels"] = own["train_labels"][share]
         coreset = fc.distributed.goracs(
-            points(N, 0)[share], points(20, 9), weights(N)[share], pool=pool, **options, group=group
+            points(N, 0)[share], points(20, 9), weights(N)[share], pool=pool, **own, group=group
         )
-        found.append((coreset.indices, coreset.info["cover"], coreset.info["score"], coreset.info["pool"]))
+        found.append((coreset.indices, coreset.weights, coreset.info))
     return found
+
+
+def without_times(info: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a result, and of its classes, that do not depend on the machine."""
+    kept = {
+        name: value
+        for name, value in info.items()
+        if name not in ("seconds", "classes", "cover", "pool", "bytes", "collectives")
+    }
+    classes = {label: without_times(part) for label, part in info.get("classes", {}).items()}
+    return kept | {"classes": classes}
 
 
 @pytest.mark.parametrize(("world", "pool"), [(1, 1000), (2, 40), (3, 1000), (4, 40)])
@@ -450,15 +609,20 @@ def test_the_cover_is_that_of_one_machine(ranks: Ranks, world: int, pool: int) -
         x, valid, norms = points(N, 0), points(20, 9), weights(N)
         one = fc.goracs(x, valid, norms, **options)
         cover = fc.goracs(x, valid, norms, **options, max_exchanges=0)
+        given = [options.get(name, [0] * N) for name in ("train_labels", "valid_labels")]
+        own, wanted = (labels if isinstance(labels, list) else labels.tolist() for labels in given)
+        sizes = [own.count(label) for label in set(wanted)]
         for answer in answers:
-            indices, picks, score, gathered = answer[place]
-            assert torch.equal(picks, cover.indices), options
-            if pool >= N:
+            indices, won, info = answer[place]
+            assert torch.equal(info["cover"], cover.indices), options
+            assert torch.equal(won, one.weights), options
+            if pool >= max(sizes):
+                assert info["pool"] == sum(sizes)
                 assert torch.equal(indices, one.indices), options
-                assert score == one.info["score"]
+                assert without_times(info) == without_times(one.info), options
             else:
-                assert gathered < N
-                assert score <= cover.info["score"] + 1e-12
+                assert info["pool"] < sum(sizes)
+                assert info["score"] <= cover.info["score"] + 1e-12
 
 
 KINDS = ("rademacher", "gaussian", "sjlt", "srht", "gaussian-boxmuller")

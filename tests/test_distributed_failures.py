@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +50,11 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "weights": ({"weights": [1.0]}, "ValueError", "weights must have shape [20]"),
     "preselected": ({"preselected": [1]}, "ValueError", "preselected must be the same on every rank, got None on rank 0 and [1] on rank 1"),
     "exact": ({"exact": "yes"}, "TypeError", "exact must be True or False, got str"),
+    "caps": ({"caps": {0: 1}}, "ValueError", "caps need groups, the labels that they cap, got groups=None"),
+    "rounds": ({"rounds": 2}, "ValueError", "rounds must be the same on every rank, got 1 on rank 0 and 2 on rank 1"),
+    "costs": ({"costs": [1.0]}, "ValueError", "costs must have shape [20], got (1,)"),
+    "costs alone": ({"costs": [1.0] * 20}, "ValueError", "costs must be the same on every rank, got 'None' on rank 0 and 'given' on rank 1"),
+    "exclude": ({"exclude": [4]}, "ValueError", "exclude must be the same on every rank, got None on rank 0 and [4] on rank 1"),
 }  # fmt: skip
 
 
@@ -96,6 +103,33 @@ def whole(group: Any, rank: int, world: int, options: dict[str, Any]) -> None:
         ({"k": 2, "x": torch.zeros(0, 3)}, "x_shard must have at least 1 row on one of the ranks"),
         ({"k": 2, "metric": "sqeuclidean", "x": torch.full((2, 2), 1e30)}, "multiply all data by a power of two"),
         ({"k": 2, "group": 3}, "multiple values"),
+        ({"k": 2, "caps": {0: 1}}, "caps need groups, the labels that they cap, got groups=None"),
+        ({"k": 2, "caps": {0: -1}, "groups": [0] * 30}, "caps must be >= 0, got -1 for label 0"),
+        ({"k": 2, "caps": {0: 1.5}, "groups": [0] * 30}, "caps[0]"),
+        ({"k": 2, "caps": [1], "groups": ["a"] * 30}, "caps must be a dict by label where groups holds labels of type str, got [1]"),
+        ({"k": 2, "caps": {"b": 1}, "groups": ["a"] * 30}, "caps: 1 asked of label 'b', which no candidate has in groups"),
+        ({"k": 2, "caps": {0: 1}, "groups": [0] * 30, "budgets": {0: 2}}, "caps and budgets exclude each other"),
+        ({"k": 2, "min_distance": -1}, "min_distance must be a number >= 0, got -1.0"),
+        ({"k": 2, "min_distance": "far"}, "min_distance must be a number"),
+        ({"k": 2, "min_distance": 1, "metric": "dot"}, "min_distance needs distances, of which metric 'dot' has none"),
+        ({"k": 2, "min_distance": 1, "metric": "precomputed_distance", "x": torch.ones(2, 3)}, "x_shard must be square for min_distance"),
+        ({"k": 2, "rounds": 0}, "rounds must be >= 1, got 0"),
+        ({"k": 2, "rounds": 1.5}, "rounds must be an int"),
+        ({"k": 2, "stop_gain": float("nan")}, "stop_gain must be finite, got nan"),
+        ({"k": 2, "costs": [0.0] * 30}, "costs must be > 0, in [2^-900, 2^900], got 0.0 at position 0"),
+        ({"k": 2, "costs": [1.0] * 30, "groups": [0] * 30}, "costs are for one problem, got groups"),
+        ({"k": None, "cost_budget": 1.0}, "cost_budget needs costs, got costs=None"),
+        ({"k": None, "cost_budget": -1.0, "costs": [1.0] * 30}, "cost_budget must be a number >= 0, got -1.0"),
+        ({"k": 2, "cost_sensitive": "no"}, "cost_sensitive must be True or False, got str"),
+        ({"k": 2, "exclude": [60]}, "exclude must be in [0, 60), got 60"),
+        ({"k": 2, "exclude": torch.ones(30, dtype=torch.bool)}, "exclude must hold integers, got dtype"),
+        ({"k": 59, "exclude": [1, 5, 5]}, "k must be at most 58 (60 candidates less 2 preselected or excluded), got 59"),
+        ({"k": None, "exclude": [1], "groups": [0] * 30, "budgets": {0: 60}}, "whose group has 59 candidates left (60 less 1 preselected or excluded)"),
+        ({"k": 2, "exact": False, "caps": {0: 1}, "groups": [0] * 30}, "caps is for exact=True and all clients, got exact=False; leave one of them out"),
+        ({"k": 2, "exact": False, "costs": [1.0] * 30}, "costs is for exact=True and all clients, got exact=False"),
+        ({"k": 2, "clients": "sample", "rounds": 2}, "rounds is for exact=True and all clients, got clients='sample'"),
+        ({"k": 2, "clients": "sample", "stop_gain": 0.5}, "stop_gain is for exact=True and all clients, got clients='sample'"),
+        ({"k": 2, "clients": "sample", "min_distance": 0.5}, "min_distance is for exact=True and all clients, got clients='sample'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -115,6 +149,28 @@ def others(group: Any, rank: int, world: int, method: str) -> None:
         fc.distributed.simcore(iter([x]), torch.ones(2, 4), 5, group=group)
     elif method == "goracs":
         fc.distributed.goracs(x, torch.ones(2, 4), None, 5, lam=float(rank), group=group)
+    elif method == "goracs labels":
+        own = ["a", "b"] * 15 if rank else [1, 2] * 15
+        fc.distributed.goracs(
+            x, torch.ones(2, 4), None, 5, train_labels=own, valid_labels=own[:2], group=group
+        )
+    elif method.startswith("goracs one"):
+        valid_labels = [0, 1] if method.endswith("class") else None
+        fc.distributed.goracs(
+            x, torch.ones(2, 4), None, 5, train_labels=[0] * 30, valid_labels=valid_labels, group=group
+        )
+    elif method == "goracs scaling":
+        fc.distributed.goracs(x, torch.ones(2, 4), None, 5, scaling="own", group=group)
+    elif method == "goracs kinds":
+        fc.distributed.goracs(
+            x, torch.ones(2, 4), None, 5, train_labels=[0] * 30, valid_labels=["0", "1"], group=group
+        )
+    elif method == "goracs norms":
+        norms = torch.arange(30.0) if rank else torch.zeros(30)
+        own = [rank] * 30
+        fc.distributed.goracs(
+            x, torch.ones(2, 4), norms, 5, lam=1.0, train_labels=own, valid_labels=[0, 1], group=group
+        )
     elif method == "goracs pool":
         fc.distributed.goracs(x, torch.ones(2, 4), None, 5, pool=4, group=group)
     elif method == "gather":
@@ -135,6 +191,18 @@ def others(group: Any, rank: int, world: int, method: str) -> None:
         ("simcore iterator", "openset_shard is an iterator, which can be read once only"),
         ("goracs", "grad_norms must be given with lam=1.0, got None"),
         ("goracs pool", "pool must be >= k=5, got 4"),
+        (
+            "goracs labels",
+            "valid_labels must be the same on every rank, got [1, 2] on rank 0 and ['a', 'b'] on rank 1",
+        ),
+        ("goracs one", "train_labels and valid_labels must be given together, got valid_labels=None"),
+        ("goracs one class", "train_labels must hold every class of valid_labels, got none of class 1"),
+        ("goracs scaling", "unknown scaling 'own'; valid names: class, global"),
+        (
+            "goracs kinds",
+            "must hold labels of one kind, got integers in train_labels, other labels in valid_labels",
+        ),
+        ("goracs norms", "grad_norms must not be all 0 with lam > 0 in class 0, got lam=1.0"),
         ("sketch", "seed must be the same on every rank, got 0 on rank 0 and 1 on rank 1"),
         (
             "gather",
@@ -152,6 +220,94 @@ def test_the_other_methods_refuse_options_that_differ(three: Ranks, method: str,
 def test_a_group_is_a_process_group() -> None:
     with pytest.raises(TypeError, match=r"group must be a torch\.distributed process group or None, got int"):
         fc.distributed.facility_location(torch.eye(3), 1, group=3)  # type: ignore[arg-type]
+
+
+# ---- gains that are lost beside far points
+
+LOST: dict[str, dict[str, Any]] = {
+    "distances": {"metric": "euclidean"},
+    "float32": {"metric": "precomputed", "dtype": torch.float32},
+    "clients": {"metric": "euclidean", "clients": True},
+    "weights": {"metric": "sqeuclidean", "weights": torch.linspace(0.5, 1, 24, dtype=torch.float64)},
+    "groups": {"metric": "l1", "groups": torch.arange(24) % 2},
+    "preselected": {"metric": "euclidean", "preselected": [5, 9]},
+    "an offset": {"metric": "euclidean", "offset": 1e33},
+    "dot": {"metric": "dot"},
+    "similarities": {"metric": "precomputed"},
+    "a matrix of distances": {"metric": "precomputed_distance"},
+    "limits": {"metric": "euclidean", "min_distance": 0.001},
+    "rounds": {"metric": "euclidean", "clients": True, "rounds": 2},
+}
+
+
+def far_point(case: str, far: float) -> tuple[torch.Tensor, dict[str, Any]]:
+    """24 points of which one is far away, and options for one machine."""
+    options = dict(LOST[case])
+    metric, dtype = options["metric"], options.pop("dtype", torch.float64)
+    x = torch.rand(24, 3, generator=torch.Generator().manual_seed(0)).to(dtype) + 0.1
+    x[5] = far
+    if metric == "dot":
+        x[:, 0], x[5] = 0, torch.tensor([far, 0, 0])
+    elif metric == "precomputed":
+        x = torch.rand(24, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+        x[5, 5] = far
+    elif metric == "precomputed_distance":
+        x = torch.cdist(x, x)
+    if options.pop("clients", False):
+        options["clients"] = torch.cat([x[5:6], x[10:] + 0.01])
+    return x, options
+
+
+def far_away(group: Any, rank: int, world: int, case: str, far: float) -> torch.Tensor:
+    x, options = far_point(case, far)
+    for name in ("weights", "groups"):
+        if name in options:
+            options[name] = options[name][24 * rank // world : 24 * (rank + 1) // world]
+    if "clients" in options:
+        options["clients"] = options["clients"][15 * rank // world : 15 * (rank + 1) // world]
+    x = x[24 * rank // world : 24 * (rank + 1) // world]
+    return fc.distributed.facility_location(x, 6, **options, group=group).indices
+
+
+@pytest.mark.filterwarnings("ignore::flashcoreset.InputWarning")
+@pytest.mark.parametrize("case", list(LOST))
+def test_every_rank_refuses_gains_that_are_lost(three: Ranks, case: str) -> None:
+    x, options = far_point(case, 1e4)
+    picks = fc.facility_location(x, 6, **options).indices
+    for world in (2, 3):
+        assert all(torch.equal(found, picks) for found in three.run(far_away, case, 1e4, world=world))
+    x, options = far_point(case, 1e17 if case in ("dot", "weights") else 1e30)
+    with pytest.raises(ValueError, match=r"^x: gains of .* are lost beside") as one:
+        fc.facility_location(x, 6, **options)
+    for world in (2, 3):
+        found = three.errors(far_away, case, 1e17 if case in ("dot", "weights") else 1e30, world=world)
+        assert found == [("ValueError", str(one.value))] * world
+
+
+# ---- labels of a rank without rows
+
+
+def without_rows(group: Any, rank: int, world: int, labels: Any) -> torch.Tensor:
+    x = rows(0, 1) if rank == 0 else torch.zeros(0, 4)
+    own = torch.arange(N) % 2 if rank == 0 else labels
+    return fc.distributed.facility_location(x, K, groups=own, group=group).indices
+
+
+def test_a_rank_without_rows_has_no_labels(three: Ranks) -> None:
+    picks = fc.facility_location(rows(0, 1), K, groups=torch.arange(N) % 2).indices
+    for labels in ([], (), torch.empty(0), np.array([]), np.array([], dtype="U4")):
+        assert all(torch.equal(found, picks) for found in three.run(without_rows, labels, world=2))
+    for labels, kind, text in [
+        (5, "TypeError", "groups must be a torch.Tensor, a NumPy array, "),
+        ("", "TypeError", "got str"),
+        ({}, "TypeError", "got dict; pass a list of its values"),
+        (torch.tensor(1), "ValueError", "groups must have shape [0], got ()"),
+        ([1], "ValueError", "groups must have shape [0], got (1,)"),
+    ]:
+        for rank, (raised, message) in enumerate(three.errors(without_rows, labels, world=2)):
+            assert raised == kind
+            assert text in message
+            assert message.startswith("rank 1: ") == (rank == 0)
 
 
 # ---- lost ranks
@@ -223,7 +379,29 @@ def data(n: int = 300) -> torch.Tensor:
     return torch.randn(n, 4, generator=torch.Generator().manual_seed(5))
 
 
-def interrupted(group: Any, rank: int, world: int, folder: str, after: int, groups: bool) -> None:
+RESUMED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "groups": {"groups": torch.arange(300) % 2},
+    "limits": {
+        "clients": data(30)[:12], "rounds": 4, "min_distance": 0.02, "groups": torch.arange(300) % 3, "caps": {0: 9, 2: 4},
+        "costs": torch.arange(300).double() % 7 + 1, "cost_budget": 60.0, "exclude": [4, 8], "preselected": [7],
+    },
+}  # fmt: skip
+
+
+def of_rank(case: str, rank: int, world: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """One rank's rows and options."""
+    share = slice(300 * rank // world, 300 * (rank + 1) // world)
+    options = dict(RESUMED[case])
+    for name in ("groups", "costs"):
+        if name in options:
+            options[name] = options[name][share]
+    if "clients" in options:
+        options["clients"] = options["clients"][12 * rank // world : 12 * (rank + 1) // world]
+    return data()[share], options
+
+
+def interrupted(group: Any, rank: int, world: int, folder: str, after: int, case: str) -> None:
     """A run that ends as if the machine had failed, after so many segments of first gains or picks on record."""
     greedy._SEGMENT, checkpoint._SECONDS = 40, 0.0
     kept = [0]
@@ -237,37 +415,39 @@ def interrupted(group: Any, rank: int, world: int, folder: str, after: int, grou
 
     if rank == 0:
         checkpoint._save = save
-    x = data()[300 * rank // world : 300 * (rank + 1) // world]
-    own = torch.arange(300)[300 * rank // world : 300 * (rank + 1) // world] % 2 if groups else None
-    fc.distributed.facility_location(x, 20, groups=own, checkpoint=folder, group=group)
+    x, options = of_rank(case, rank, world)
+    fc.distributed.facility_location(x, 20, **options, checkpoint=folder, group=group)
 
 
-def resumed(group: Any, rank: int, world: int, folder: str, groups: bool, k: int = 20) -> tuple[Any, ...]:
+def resumed(group: Any, rank: int, world: int, folder: str, case: str, k: int = 20) -> tuple[Any, ...]:
     greedy._SEGMENT, checkpoint._SECONDS = 40, 0.0
-    x = data()[300 * rank // world : 300 * (rank + 1) // world]
-    own = torch.arange(300)[300 * rank // world : 300 * (rank + 1) // world] % 2 if groups else None
-    s = fc.distributed.facility_location(x, k, groups=own, checkpoint=folder, group=group)
+    x, options = of_rank(case, rank, world)
+    s = fc.distributed.facility_location(x, k, **options, checkpoint=folder, group=group)
     return s.indices, s.gains, s.objective, s.info["evaluations"]
 
 
-@pytest.mark.parametrize(("after", "groups"), [(2, False), (9, False), (8, True)])
-def test_a_run_goes_on_where_it_was_killed(three: Ranks, tmp_path: Path, after: int, groups: bool) -> None:
+@pytest.mark.parametrize(
+    ("after", "case"), [(2, "plain"), (9, "plain"), (8, "groups"), (10, "limits"), (27, "limits")]
+)
+def test_a_run_goes_on_where_it_was_killed(three: Ranks, tmp_path: Path, after: int, case: str) -> None:
     folder = tmp_path / "run"
     with ranks(2, 8, awake) as group:
-        group.start(interrupted, str(folder), after, groups)
+        group.start(interrupted, str(folder), after, case)
         with pytest.raises(Exception, match="rank 0"):
             group.result(1, 60)
     assert (folder / "options.json").exists()
     records = [path.name for path in folder.iterdir()]
     assert not [name for name in records if name.startswith(".")]
     # Something else is no continuation.
-    for raised, message in three.errors(resumed, str(folder), groups, 21):
+    for raised, message in three.errors(resumed, str(folder), case, 21):
         assert raised == "ValueError"
         assert "is of a run with k=20, got 21" in message
-    one = fc.facility_location(data(), 20, groups=torch.arange(300) % 2 if groups else None)
-    afresh = three.run(resumed, str(tmp_path / "other"), groups)
+    if after == 27:  # in a round that is not the first one
+        assert "all-round1-picks.npy" in records
+    one = fc.facility_location(data(), 20, **RESUMED[case])
+    afresh = three.run(resumed, str(tmp_path / "other"), case)
     # Three ranks go on where two were.
-    for answer, new in zip(three.run(resumed, str(folder), groups), afresh, strict=True):
+    for answer, new in zip(three.run(resumed, str(folder), case), afresh, strict=True):
         assert torch.equal(answer[0], one.indices)
         assert torch.equal(answer[1], one.gains)
         assert answer[2] == one.objective
@@ -277,7 +457,7 @@ def test_a_run_goes_on_where_it_was_killed(three: Ranks, tmp_path: Path, after: 
 
 def test_a_folder_that_holds_something_else_is_no_checkpoint(three: Ranks, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    for raised, message in three.errors(resumed, str(tmp_path), False):
+    for raised, message in three.errors(resumed, str(tmp_path), "plain"):
         assert raised == "ValueError"
         assert "is not empty and holds no run" in message
     assert (tmp_path / "mine.txt").read_text() == "mine"
@@ -363,6 +543,33 @@ def test_the_command_ends_with_the_same_file_after_a_kill(
         assert (found["indices"] == chosen.indices.numpy()).all()
         assert (found["gains"] == chosen.gains.numpy()).all()
         assert (found["weights"] == chosen.weights.numpy()).all()
+
+
+@pytest.mark.parametrize("how", ["module", "script", "no-python"])
+def test_torchrun_starts_the_command(shards: Path, how: str) -> None:
+    script = shards / "flashcoreset"  # as pip writes it
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom flashcoreset_cli import main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    started = {"module": ["-m", "flashcoreset"], "script": [script], "no-python": ["--no-python", script]}[
+        how
+    ]
+    # A plain file: without the variables that torchrun sets, this would be a command for one process.
+    np.save(shards / "x.npy", data(120).numpy())
+    out = shards / "out.npz"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *started, "select", "facility-location",
+        "--features", shards / "x.npy", "-k", "12", "-o", out,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 of 120 rows on 2 processes" in done.stdout
+    with np.load(out) as found:
+        assert (found["indices"] == fc.facility_location(data(120), 12).indices.numpy()).all()
 
 
 def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

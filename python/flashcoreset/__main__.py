@@ -2,7 +2,6 @@
 
 import sys
 
-from flashcoreset.cli import main
-from flashcoreset.cli.ranks import is_for_ranks, run_on_ranks
+from flashcoreset.cli.ranks import run
 
-sys.exit(run_on_ranks(sys.argv[1:]) if is_for_ranks(sys.argv[1:]) else main())
+sys.exit(run())

@@ -1,4 +1,4 @@
-"""The command `flashcoreset`: help and version at once, everything else by `flashcoreset.cli`.
+"""The command `flashcoreset`: help and version at once, everything else by `flashcoreset.cli`, under torchrun on all ranks together.
 
 This is a package of its own because importing anything inside `flashcoreset` imports torch, which takes seconds. The
 parser's file imports nothing but the standard library and is loaded by its path.
@@ -13,7 +13,7 @@ def main() -> int:
     """Runs one command and returns its exit code."""
     if not {"-h", "--help", "--version"}.isdisjoint(sys.argv[1:]):
         _answer(sys.argv[1:])
-    from flashcoreset.cli import main as run
+    from flashcoreset.cli.ranks import run
 
     return run()
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from flashcoreset.cli import main
+from flashcoreset.cli.ranks import run
 
-sys.exit(main())
+sys.exit(run())

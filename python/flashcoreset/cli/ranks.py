@@ -1,4 +1,7 @@
-"""``torchrun ... -m flashcoreset select facility-location``: one choice by all processes that torchrun started."""
+"""``torchrun ... -m flashcoreset select facility-location``: one choice by all processes that torchrun started.
+
+Every way to start the command, also the installed ``flashcoreset``, comes through `run`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ import torch.distributed as dist
 import flashcoreset as fc
 from flashcoreset._core.dispatch import BACKENDS
 from flashcoreset._core.imports import imported
-from flashcoreset.cli import _one_line_warnings, _out_of_memory
+from flashcoreset.cli import _one_line_warnings, _out_of_memory, main
 from flashcoreset.cli.errors import CommandError
 from flashcoreset.cli.files_in import load_array
 from flashcoreset.cli.files_out import Output, check_output, jsonable, write_whole
@@ -29,6 +32,12 @@ from flashcoreset.distributed.communication import Communicator
 
 _COMMAND = ["select", "facility-location"]
 _SUFFIXES = (".npz", ".parquet")
+
+
+def run() -> int:
+    """Runs the command that this process was started with, on all ranks together if it is for them; returns its exit code."""
+    argv = sys.argv[1:]
+    return run_on_ranks(argv) if is_for_ranks(argv) else main(argv)
 
 
 def is_for_ranks(argv: Sequence[str]) -> bool:
@@ -45,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m flashcoreset select facility-location", allow_abbrev=False)
+    parser = _Parser(prog="flashcoreset select facility-location", allow_abbrev=False)
     parser.add_argument(
         "--features",
         required=True,

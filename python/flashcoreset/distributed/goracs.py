@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.dispatch import check_backend
+from flashcoreset._core.inputs import sorted_labels
+from flashcoreset._core.labels import Labels, joint_labels
 from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.results import Coreset
 from flashcoreset._core.scaling import exponent_into, scale, times_power
@@ -27,14 +32,20 @@ from flashcoreset._core.tensor import (
 )
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.greedy import Candidates, Greedy, SharedRows
-from flashcoreset.distributed.problem import power_of_gains
+from flashcoreset.distributed.problem import power_of_gains, shard_labels
 from flashcoreset.distributed.selection import as_shard
 from flashcoreset.facility_location.backend import choose
-from flashcoreset.methods.goracs import SOLVERS, exchanged
-from flashcoreset.methods.goracs import _is_held as is_held
+from flashcoreset.methods.goracs import (
+    SCALINGS,
+    SOLVERS,
+    checked_budgets,
+    exchanged,
+    info_of_classes,
+    is_held,
+)
 from flashcoreset.methods.goracs.descent import Options
 from flashcoreset.methods.goracs.exact_transport import load_pot
-from flashcoreset.methods.goracs.transport_costs import TransportCosts, cover_picks
+from flashcoreset.methods.goracs.transport_costs import TransportCosts, cover_picks, largest_distance
 
 
 def goracs(
@@ -54,6 +65,9 @@ def goracs(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     backend: str | None = None,
     progress: Report | bool | None = None,
+    train_labels: Any = None,
+    valid_labels: Any = None,
+    scaling: str = "class",
     group: dist.ProcessGroup | None = None,
 ) -> Coreset:
     """GORACS from the training items of all ranks: the picks of stage 1 are those of `fc.goracs`; stage 2 exchanges gathered items.
@@ -63,18 +77,20 @@ def goracs(
     in their order, and the whole result is the one of `fc.goracs`.
 
     Args:
-        train_shard: [n of this rank, d]; a rank may have no rows. Classes (`train_labels` of `fc.goracs`) are problems of their own:
-            call this once for each class, with the rows and the share of k that it has.
+        train_shard: [n of this rank, d]; a rank may have no rows.
         valid: [V, d], the same on every rank.
         grad_norms: [n of this rank] >= 0, or None where lam is 0.
-        pool: how many items stage 2 may choose from, >= k.
+        pool: how many items stage 2 may choose from, >= k; with labels, in each class.
+        train_labels: [n of this rank] class labels, as in `fc.goracs`; a class may have items on many ranks.
+        valid_labels: [V] class labels, the same on every rank; both or neither.
         group: the process group; None is the default one.
 
     The other arguments are those of `fc.goracs`, the same on every rank.
 
     Returns:
         Coreset, the same on every rank: `indices` are global; `info` has the entries of `fc.goracs` (a "certificate" holds among the
-        gathered items) and "cover" ([k], the picks of stage 1), "pool" (how many items were gathered), "bytes" and "collectives".
+        gathered items) and "cover" ([k], the picks of stage 1, with labels class by class), "pool" (how many items were gathered, of all
+        classes), "bytes" and "collectives".
 
     Raises:
         TypeError, ValueError: as `fc.goracs` does, on every rank, naming the rank.
@@ -93,11 +109,13 @@ def goracs(
     with Communicator(group) as comm:
         error: Exception | None = None
         told: dict[str, Any] = {}
-        own: tuple[int, float] = (0, 0.0)
+        own: tuple[int, float, dict[Any, tuple[int, float]]] = (0, 0.0, {})
+        labels: tuple[list[Any], list[Any]] | None = None  # of training items here, and of validation items
         try:
             check_backend(backend)
             check_progress(progress)
             one_of(solver, "solver", SOLVERS)
+            one_of(scaling, "scaling", SCALINGS)
             count = at_least_one(k, "k")
             options = Options(
                 lam=as_number(lam, "lam"),
@@ -149,50 +167,176 @@ def goracs(
                 place = int((norms < 0).nonzero()[0])
                 raise ValueError(f"grad_norms must be >= 0, got {float(norms[place])} at position {place}")
             kernels = choose(backend, x.device)
-            if solver == "exact" and not is_held(count, len(y), dtype):
-                load_pot()
+            labels = _labels(train_labels, valid_labels, len(x), len(y))
             told = {
                 "k": count, "lam": options.lam, "max_exchanges": options.max_exchanges, "n_candidates": options.n_candidates, "tol": options.tol,
                 "solver": solver, "reg": options.reg, "max_solves": options.max_solves, "pool": pool, "dtype": str(dtype),
                 "rows of valid": len(y), "columns of train_shard": x.shape[1], "sum of valid": float(y.double().sum()),
-                "memory_budget": options.memory_budget,
+                "memory_budget": options.memory_budget, "scaling": scaling, "valid_labels": None if labels is None else labels[1],
             }  # fmt: skip
-            own = len(x), float(norms.max()) if len(norms) else 0.0
-        except (TypeError, ValueError, RuntimeError, ImportError) as caught:
+            own = _parts(norms, None if labels is None else labels[0])
+        except (TypeError, ValueError, RuntimeError) as caught:
             error = caught
         parts = comm.agree(told, error, own)
-        begin = time.perf_counter()
-        counts, top = [part[0] for part in parts], max(part[1] for part in parts)
-        n = sum(counts)
-        starts = [sum(counts[:rank]) for rank in range(comm.world + 1)]
+        start = time.perf_counter()
+        n, first = sum(part[0] for part in parts), sum(part[0] for part in parts[: comm.rank])
         if count > n:
             raise ValueError(f"k must be <= the {n} rows of train, got {count}")
-        if options.lam > 0 and top == 0:
-            raise ValueError(f"grad_norms must not be all 0 with lam > 0, got lam={options.lam}")
-        exponent = exponent_into(top, (-1100, 500))
-        penalty = torch.zeros_like(norms)
-        if options.lam:
-            penalty = options.lam * scale(norms, exponent) / times_power(top, exponent)
-        costs = TransportCosts(x, y, penalty, kernels, options.memory_budget, most=comm.most)
-        total = count + options.max_exchanges
+        names, classes = _classes(count, labels, parts, len(x), len(y))
+        if solver == "exact" and not all(
+            is_held(share, len(own_valid), dtype) for _, _, own_valid, share in classes
+        ):
+            try:
+                load_pot()
+            except ImportError as caught:
+                error = caught
+            comm.agree({}, error)
+        together = labels is None or scaling == "global"
+        top = max(part[1] for part in parts)
+        tops = {code: top if together else _most_of(parts, names.name(code)) for code, *_ in classes}
+        for code, most in tops.items():
+            if options.lam > 0 and most == 0:
+                where = "" if together else f" in class {names.name(code)!r}"
+                raise ValueError(f"grad_norms must not be all 0 with lam > 0{where}, got lam={options.lam}")
+        largest = None
+        if labels is not None and together:
+            largest = largest_distance(x, y, kernels, options.memory_budget, comm.most)
+            if not math.isfinite(largest):
+                raise ValueError("train and valid must have distances in the range of float64; scale them")
+        total, done = count + len(classes) * options.max_exchanges, 0
+        found: list[tuple[Tensor, Tensor, int, dict[str, Any]]] = []
         with Progress(progress if comm.rank == 0 else None, total, "goracs") as bar:
-            cover = _SharedCover(
-                comm, costs, Candidates(starts, comm.rank, torch.arange(len(x)) + starts[comm.rank]), n
-            )
-            picks, made = cover_picks(cover, n, count, bar.update)
-            numbers = _gathered(comm, costs, picks, starts, pool)
-            shared = SharedRows(comm, _Features(x), cover.candidates)
-            rows = torch.cat([shared.fetch(numbers[i : i + 1024]) for i in range(0, len(numbers), 1024)])
-            weights = _penalties(comm, penalty, cover.candidates, numbers)
-            among = costs.of_items(rows, weights)
-            at = {number: i for i, number in enumerate(numbers)}
-            start = torch.tensor([at[j] for j in picks.tolist()], device=x.device)
-            chosen, info = exchanged(among, start, made, options, bar.update, begin)
-            # Every rank has solved the same problem; one whose processor rounds otherwise takes over what the first found.
-            chosen = comm.broadcast(chosen, 0)
-        indices = torch.tensor(numbers, device=x.device)[chosen]
-        info |= {"cover": picks, "pool": len(numbers), "bytes": comm.bytes, "collectives": comm.collectives}
-        return Coreset(indices, torch.full((count,), len(y) / count, dtype=dtype, device=x.device), info)
+            for code, members, own_valid, share in classes:
+                begin = time.perf_counter() if found else start
+
+                def report(more: int, before: int = done) -> None:
+                    bar.update(before + more)
+
+                part, norms_of, clients = x, norms, y
+                if labels is not None:
+                    part, norms_of, clients = x[members], norms[members], y[own_valid]
+                penalty = torch.zeros_like(norms_of)
+                if options.lam:
+                    exponent = exponent_into(tops[code], (-1100, 500))
+                    penalty = options.lam * scale(norms_of, exponent) / times_power(tops[code], exponent)
+                costs = TransportCosts(
+                    part, clients, penalty, kernels, options.memory_budget, largest=largest, most=comm.most
+                )
+                items = members + first
+                found.append(
+                    _select(comm, costs, _Features(part), items, share, options, pool, report, begin)
+                )
+                done += share + options.max_exchanges
+        infos = {code: part[3] for (code, *_), part in zip(classes, found, strict=True)}
+        info = infos[0] if labels is None else info_of_classes(infos, classes, names)
+        indices, cover = torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+        info |= {
+            "cover": cover,
+            "pool": sum(part[2] for part in found),
+            "bytes": comm.bytes,
+            "collectives": comm.collectives,
+        }
+        weights = [
+            torch.full((share,), len(own_valid) / share, dtype=dtype, device=x.device)
+            for _, _, own_valid, share in classes
+        ]
+        return Coreset(indices, torch.cat(weights), info)
+
+
+_Class = tuple[int, Tensor, Tensor, int]  # as in `flashcoreset.methods.goracs`; training items of this rank
+
+
+def _labels(
+    train_labels: Any, valid_labels: Any, rows: int, clients: int
+) -> tuple[list[Any], list[Any]] | None:
+    """The labels of this rank's training items and of the validation items."""
+    if (train_labels is None) != (valid_labels is None):
+        missing = "train_labels" if train_labels is None else "valid_labels"
+        raise ValueError(f"train_labels and valid_labels must be given together, got {missing}=None")
+    if train_labels is None:
+        return None
+    if rows == 0:
+        own = shard_labels(train_labels, 0, "train_labels")
+        return own, shard_labels(valid_labels, clients, "valid_labels")
+    moved = [value.cpu() if isinstance(value, Tensor) else value for value in (train_labels, valid_labels)]
+    of_train, of_valid = joint_labels(
+        torch.device("cpu"), train_labels=(moved[0], rows), valid_labels=(moved[1], clients)
+    )
+    return of_train.per_item(), of_valid.per_item()
+
+
+def _parts(norms: Tensor, labels: list[Any] | None) -> tuple[int, float, dict[Any, tuple[int, float]]]:
+    """How many items this rank has, and their largest norm; of all, and of each class."""
+    most = float(norms.max()) if len(norms) else 0.0
+    of: dict[Any, tuple[int, float]] = {}
+    for label, norm in zip(labels or (), norms.tolist(), strict=False):
+        size, largest = of.get(label, (0, 0.0))
+        of[label] = size + 1, max(largest, norm)
+    return len(norms), most, of
+
+
+def _most_of(parts: list[Any], label: Any) -> float:
+    return max(part[2].get(label, (0, 0.0))[1] for part in parts)
+
+
+def _classes(
+    k: int, labels: tuple[list[Any], list[Any]] | None, parts: list[Any], rows: int, clients: int
+) -> tuple[Labels, list[_Class]]:
+    """The labels, and the classes of the validation items, ascending, without those whose budget is 0."""
+    if labels is None:
+        return Labels(torch.empty(0)), [(0, torch.arange(rows), torch.arange(clients), k)]
+    of_train, of_valid = labels
+    present = list(sorted_labels(of_valid, "valid_labels"))
+    shares = Counter(of_valid)
+    sizes = [sum(part[2].get(label, (0, 0.0))[0] for part in parts) for label in present]
+    budgets = checked_budgets(present, [shares[label] for label in present], sizes, k)
+    are_numbers = all(type(label) is int for label in present)
+    classes = [
+        (label if are_numbers else place, _places(of_train, label), _places(of_valid, label), count)
+        for place, (label, count) in enumerate(zip(present, budgets, strict=True))
+        if count
+    ]
+    return Labels(torch.empty(0), None if are_numbers else present), classes
+
+
+def _places(labels: list[Any], label: Any) -> Tensor:
+    return torch.tensor([place for place, own in enumerate(labels) if own == label], dtype=torch.int64)
+
+
+def _select(
+    comm: Communicator, costs: TransportCosts, rows: _Features, items: Tensor, k: int, options: Options, pool: int,
+    report: Callable[[int], None], begin: float,
+) -> tuple[Tensor, Tensor, int, dict[str, Any]]:  # fmt: skip
+    """The choice of one problem.
+
+    Args:
+        comm: the ranks.
+        costs: those of this rank's training items.
+        rows: these items' features.
+        items: [n here] int64, their numbers among all training items.
+        k: how many to choose.
+        options: those of stage 2.
+        pool: how many items stage 2 may choose from.
+        report: gets the picks and exchanges made.
+        begin: when the problem was begun.
+
+    Returns:
+        The chosen items [k] and those of stage 1 [k], by their numbers; how many were gathered; and what is known about the choice.
+    """
+    counts = comm.gather(torch.tensor([len(items)]))[:, 0].tolist()
+    starts = [sum(counts[:rank]) for rank in range(comm.world + 1)]
+    candidates = Candidates(starts, comm.rank, torch.arange(len(items)) + starts[comm.rank])
+    picks, made = cover_picks(_SharedCover(comm, costs, candidates, starts[-1]), starts[-1], k, report)
+    numbers = _gathered(comm, costs, picks, starts, pool)
+    shared = SharedRows(comm, rows, candidates)
+    features = torch.cat([shared.fetch(numbers[i : i + 1024]) for i in range(0, len(numbers), 1024)])
+    penalties, of_all = _facts(comm, costs.penalty, items, candidates, numbers)
+    at = {number: i for i, number in enumerate(numbers)}
+    start = torch.tensor([at[j] for j in picks.tolist()], device=features.device)
+    chosen, info = exchanged(costs.of_items(features, penalties), start, made, options, report, begin)
+    # Every rank has solved the same problem; one whose processor rounds otherwise takes over what the first found.
+    chosen = comm.broadcast(chosen, 0)
+    return of_all[chosen], of_all[start], len(numbers), info
 
 
 class _Features:
@@ -297,10 +441,14 @@ def _gathered(
     return everyone.unique().tolist()
 
 
-def _penalties(comm: Communicator, penalty: Tensor, candidates: Candidates, numbers: list[int]) -> Tensor:
-    """The penalties [r] of any items, on every rank."""
-    found = torch.zeros(len(numbers), dtype=torch.int64, device=penalty.device)
-    mine = [i for i, number in enumerate(numbers) if candidates.is_here(number)]
-    places = candidates.places([numbers[i] for i in mine]).to(penalty.device)
-    found[torch.tensor(mine, dtype=torch.int64, device=penalty.device)] = penalty[places].view(torch.int64)
-    return comm.sum(found).view(torch.float64)
+def _facts(
+    comm: Communicator, penalty: Tensor, items: Tensor, candidates: Candidates, numbers: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The penalties [r] of any items of a problem and their numbers [r] among all items, on every rank."""
+    found = torch.zeros(len(numbers), 2, dtype=torch.int64, device=penalty.device)
+    mine = torch.tensor([candidates.is_here(number) for number in numbers], device=penalty.device)
+    places = candidates.places([number for number in numbers if candidates.is_here(number)])
+    own = torch.stack([penalty.view(torch.int64), items.to(penalty.device)], dim=1)
+    found[mine] = own[places.to(penalty.device)]
+    found = comm.sum(found)
+    return found[:, 0].contiguous().view(torch.float64), found[:, 1]

@@ -14,6 +14,9 @@ candidate; the front is filled up now and then by a gathering of `FRONT` bounds 
 candidates, and for each of them the list of clients that it can still win, which is what its next evaluation reads.
 
 Before the first pick every candidate is evaluated once: each row goes to every rank, n * d numbers per rank in all.
+
+limits: a candidate's own rank closes it, and says so when the candidate is evaluated, by a part that makes the sum negative. So with
+limits no old bound is taken for a gain, not even one of 0.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import heapq
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,12 +36,16 @@ from flashcoreset.distributed.checkpoint import Part
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.sources import Source
 
+if TYPE_CHECKING:
+    from flashcoreset.distributed.limits import ShardLimits
+
 FRONT = 64  # bounds that a rank adds to the front at a time
 _MOST_FRONT = 1 << 14
 _SEGMENT = 1 << 14  # first gains that are recorded together
 _BATCH = 256  # candidates that are evaluated together at the most
 _BLOCK = 1 << 18  # similarities that are computed together
 _TENSOR = 600  # bytes that a row takes beside its numbers
+_IS_CLOSED = -(1 << 62)  # gains are below 2^62
 _SPARSE = 0.1  # the share of live pairs up to which they are listed
 
 _INTEGERS = {4: torch.int32, 8: torch.int64}
@@ -115,6 +123,9 @@ class Greedy:
         memory_budget: bytes for rows and lists, the same on every rank.
         client_of: the client evaluated here that a candidate is, by its number, or -1; None if clients are no candidates.
         record: what was finished before, and is finished now.
+        limits: what is closed, and what candidates are compared by; None for neither.
+        first_gains: [candidates here] int64, of a run that began in the same way; None to find them.
+        evaluates: whether there will be picks; else the preselected are covered, and that is all.
     """
 
     def __init__(
@@ -129,12 +140,15 @@ class Greedy:
         memory_budget: int,
         client_of: Callable[[int], int] | None = None,
         record: Part | None = None,
+        limits: ShardLimits | None = None,
+        first_gains: np.ndarray | None = None,
+        evaluates: bool = True,
     ) -> None:
-        self._client_of, self._record = client_of, record
+        self._client_of, self._record, self._limits = client_of, record, limits
         self._comm, self._source, self._candidates = comm, source, candidates
         self.shared = SharedRows(comm, source, candidates)
         m, dtype, device = source.clients, source.dtype, source.device
-        self._scaled_weights = (weights * scale).to(dtype)
+        self._scale, self._scaled_weights = scale, (weights * scale).to(dtype)
         self.floor = torch.tensor(floor, dtype=dtype, device=device)
         self.best = self.floor.expand(m).clone()
         self.owner = torch.full((m,), -1, dtype=torch.int64, device=device)
@@ -159,10 +173,23 @@ class Greedy:
         )
         for begin in range(0, len(preselected), _BATCH):
             self._cover(preselected[begin : begin + _BATCH])
-        self._sweep()
+        self.first_gains: np.ndarray | None = None
+        self._is_closed = np.zeros(source.count if limits is not None else 0, dtype=bool)
+        if not evaluates:
+            return
+        if first_gains is None:
+            self._sweep()
+        else:
+            self._bound = first_gains.copy()
         before = [] if record is None else record.picks()
-        closed = [*preselected, *(number for number, _ in before)]
-        here = [j for j in closed if candidates.is_here(j)]
+        if limits is not None:
+            if limits.is_repeated:
+                self.first_gains = self._bound.copy()
+            self._bound = limits.own_keys(self._bound)
+            self._close(limits.closed())
+            limits.tell([number for number, _ in before])
+        taken = [*preselected, *(number for number, _ in before)]
+        here = [j for j in taken if candidates.is_here(j)]
         self._bound[candidates.places(here).numpy()] = -1
         for number, gain in before:
             self._commit(number, gain)
@@ -227,8 +254,8 @@ class Greedy:
                     some = todo[first:last]
                     record.keep_first_gains(self._candidates.numbers[some], self._bound[some])
 
-    def _evaluate(self, numbers: list[int]) -> list[int]:
-        """Fresh gains of candidates of the front."""
+    def _evaluate(self, numbers: list[int]) -> tuple[list[int], list[int]]:
+        """Fresh gains of candidates of the front, and what they are compared by, which is negative for closed ones."""
         if self._source.by_all:
             rows, places = self._known_rows(numbers), list(range(len(numbers)))
         else:
@@ -239,7 +266,16 @@ class Greedy:
         if places:
             parts = self._partial_gains([numbers[place] for place in places], rows)
             gains[torch.tensor(places, device=gains.device)] = parts
-        return self._comm.sum(gains).tolist()
+        if self._limits is None:
+            found = self._comm.sum(gains).tolist()
+            return found, found
+        self._limits.tell(numbers)
+        here = [place for place, j in enumerate(numbers) if self._candidates.is_here(j)]
+        is_closed = self._is_closed[self._candidates.places([numbers[place] for place in here]).numpy()]
+        closed = torch.tensor(here, dtype=torch.int64)[torch.from_numpy(is_closed)]
+        gains[closed.to(gains.device)] = _IS_CLOSED
+        gains = self._comm.sum(gains)
+        return gains.tolist(), self._limits.keys(numbers, gains).tolist()
 
     def _partial_gains(self, numbers: list[int], rows: Tensor) -> Tensor:
         gains = torch.zeros(len(numbers), dtype=torch.int64, device=self.best.device)
@@ -332,6 +368,8 @@ class Greedy:
             if self._candidates.is_here(number):
                 self._bound[self._candidates.places([number]).numpy()] = -value
             self._stamp.pop(number, None)
+        if self._limits is not None:
+            self._bound[self._is_closed] = -1
         dropped = self._front[_MOST_FRONT // 2]
         del self._front[_MOST_FRONT // 2 :]
         self._rest = dropped if self._rest is None else min(self._rest, dropped)
@@ -344,11 +382,13 @@ class Greedy:
 
     # ---- picks
 
-    def pick(self) -> int:
-        """Makes one pick; returns it, or -1 if no candidate is left."""
+    def pick(self, stop_gain: float | None = None) -> int:
+        """Makes one pick, if its gain is at least `stop_gain`; returns it, or -1 if none was made, which ends the run."""
         comm, now = self._comm, len(self.picks)
         before = comm.bytes, comm.collectives
+        is_strict = self._limits is not None and self._limits.is_strict
         best: tuple[int, int] | None = None
+        gain_of: dict[int, int] = {}
         taken: list[tuple[int, int]] = []
         size = 8
         while True:
@@ -358,18 +398,21 @@ class Greedy:
                 if top is None or (best is not None and best < top):
                     break
                 heapq.heappop(self._front)
-                if self._stamp.get(top[1], 0) == now or top[0] == 0:
+                if not is_strict and (self._stamp.get(top[1], 0) == now or top[0] == 0):
                     best = top
                     taken.append(top)
                 else:
                     batch.append(top[1])
             if not batch:
                 break
-            for j, gain in zip(batch, self._evaluate(batch), strict=True):
-                self._stamp[j] = now
-                taken.append((-gain, j))
-                if best is None or (-gain, j) < best:
-                    best = -gain, j
+            for j, gain, key in zip(batch, *self._evaluate(batch), strict=True):
+                if key < 0:
+                    self._forget(j)
+                    continue
+                self._stamp[j], gain_of[j] = now, gain
+                taken.append((-key, j))
+                if best is None or (-key, j) < best:
+                    best = -key, j
             size = min(2 * size, _BATCH)
         if best is None:
             return -1
@@ -377,13 +420,31 @@ class Greedy:
             if entry != best:
                 heapq.heappush(self._front, entry)
         self._trim()
-        self._commit(best[1], -best[0])
+        gain = gain_of.get(best[1], -best[0])
+        if stop_gain is not None and self.told(gain) < stop_gain:
+            return -1
+        self._commit(best[1], gain)
         self.per_pick.append((comm.bytes - before[0], comm.collectives - before[1]))
         return best[1]
 
-    def step(self, count: int, progress: Progress | None = None, done: int = 0) -> None:
-        """Makes picks until there are `count`."""
-        while len(self.picks) < count and self.pick() >= 0:
+    def told(self, gain: int) -> float:
+        """A gain in the unit of the similarities."""
+        return gain / self._scale if gain else 0.0
+
+    def step(
+        self,
+        count: int,
+        progress: Progress | None = None,
+        done: int = 0,
+        stop_gain: float | None = None,
+        left_out: float = 0.0,
+    ) -> None:
+        """Makes picks until there are `count`, or before the first gain below `stop_gain`; the first gain is told with `left_out`
+        added to it."""
+        while len(self.picks) < count:
+            least = stop_gain if stop_gain is None or self.picks else stop_gain - left_out
+            if self.pick(least) < 0:
+                return
             if self._record is not None:
                 self._record.keep_picks(self.picks, self.gains)
             if progress is not None:
@@ -421,6 +482,13 @@ class Greedy:
         self.picks.append(number)
         self.gains.append(gain)
         self._forget(number)
+        if self._limits is not None:
+            self._close(self._limits.after_pick(number, row))
+
+    def _close(self, places: Tensor) -> None:
+        """Candidates that live here are not picked from now on."""
+        self._is_closed[places.numpy()] = True
+        self._bound[places.numpy()] = -1
 
     def assignment(self) -> Tensor:
         """[clients] the position of the pick that serves each client evaluated here, or -1; a pick serves itself."""

@@ -18,6 +18,7 @@ from flashcoreset.distributed.checkpoint import Checkpoint
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.sums import ordered_sum, row_norms
 from flashcoreset.facility_location.backend import Kernels
+from flashcoreset.facility_location.problem import Request
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +29,8 @@ class ShardedSelection(Selection):
         indices: [k] int64, global: rank 0's rows come first, then those of rank 1, and so on.
         assignment: [m of this rank] int64, for each of this rank's clients the position of the pick that serves it, or -1.
         info: what the call took: "bytes" and "collectives" that this rank's collectives brought and counted in all, "first_bytes"
-            and "first_collectives" before the first pick, "pick_bytes" and "pick_collectives" ([k] for each pick), "evaluations" (of
-            candidates, over this rank's clients), "shards" (the rows of each rank). With exact=False also "candidates" (that were
+            and "first_collectives" outside of the picks, before the first one above all, "pick_bytes" and "pick_collectives" ([k] for each pick), "evaluations" (of
+            candidates, over this rank's clients; with clients="sample" of this rank's candidates), "shards" (the rows of each rank). With exact=False also "candidates" (that were
             left for the last stage) and "bounding" ("discarded", "grown"); with clients="sample" "sample" (its size),
             "sample_objective", "error" and "confidence".
 
@@ -42,12 +43,13 @@ class ShardedSelection(Selection):
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def shard_labels(groups: Any, n: int) -> list[Any]:
-    """The labels of one rank's `n` items, which may be none: integers, strings, or any values that can be sorted."""
-    if n == 0 and len(groups) == 0:
-        return []  # other ranks have the labels, and know their kind
+def shard_labels(groups: Any, n: int, name: str = "groups") -> list[Any]:
+    """The labels of one rank's `n` items, which may be none: integers, strings, or any values that can be sorted; from the argument
+    `name`."""
     moved = groups.cpu() if isinstance(groups, Tensor) else groups
-    return as_labels(moved, "groups", torch.device("cpu"), n).per_item()
+    if n == 0 and getattr(moved, "shape", None) == (0,):
+        return []  # of any type: other ranks have the labels, and know their kind
+    return as_labels(moved, name, torch.device("cpu"), n).per_item()
 
 
 @dataclass(eq=False)
@@ -62,7 +64,7 @@ class Call:
     weights: Tensor | None  # [m here]
     starts: list[int]  # [world + 1] of rows
     k: int
-    groups: Tensor | None  # [n here] places among the sorted labels
+    groups: Tensor | None  # [n here] places among the sorted labels, if each group is a problem of its own
     budgets: list[int]  # [labels]
     preselected: list[int]
     preselected_of: list[list[int]]  # [labels]
@@ -79,6 +81,10 @@ class Call:
     backend: str | None
     total_clients: int
     single: dict[str, Any]  # the options for one machine
+    request: (
+        Request  # what rules candidates out or ends the picks; its costs and groups are of this rank's rows
+    )
+    excluded: Tensor | None = None  # [n here] bool
     checkpoint: Checkpoint | None = None
 
     @property

@@ -93,6 +93,7 @@ def from_sample(call: Call, exactly: Callable[[Call], ShardedSelection]) -> Shar
         )  # fmt: skip
         numbers, gains, value = chosen.indices.tolist(), chosen.gains, chosen.objective
         spent: list[tuple[int, int]] = [(0, 0)] * call.k
+        evaluated: dict[str, int] = {}
     else:
         scale = scale_of(call, own, x, sample, sample_weights)
         run = Greedy(
@@ -101,13 +102,13 @@ def from_sample(call: Call, exactly: Callable[[Call], ShardedSelection]) -> Shar
         )  # fmt: skip
         with Progress(call.progress if comm.rank == 0 else None, call.k, "facility location") as bar:
             run.step(call.k, bar)
-        numbers, spent = run.picks, run.per_pick
+        numbers, spent, evaluated = run.picks, run.per_pick, {"evaluations": run.evaluations}
         gains = torch.tensor([g / scale for g in run.gains], dtype=torch.float64).to(x.device, x.dtype)
         best = (run.best.double() - run.floor.double()).cpu().numpy()
         value = ordered_sum(own, sample_weights.numpy() * best)
     used = comm.bytes, comm.collectives
     won, assignment, objective = measured(call, candidates, numbers)
-    info = {"shards": call.shards, **traffic(comm, spent, used)}
+    info = {"shards": call.shards, **traffic(comm, spent, used), **evaluated}
     info |= {"sample": size, "sample_objective": value, "error": call.sample_error * largest * total}
     info["confidence"] = call.confidence
     indices = torch.tensor(numbers, dtype=torch.int64, device=x.device)

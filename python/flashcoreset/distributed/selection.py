@@ -17,8 +17,9 @@ from torch import Tensor
 from flashcoreset._core.budgets import allocate_budgets
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET, DISTANCES
 from flashcoreset._core.dispatch import check_backend
-from flashcoreset._core.errors import InputWarning, warn_caller
+from flashcoreset._core.errors import InputWarning
 from flashcoreset._core.progress import Progress, Report, check_progress
+from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude
 from flashcoreset._core.tensor import (
     as_floating,
@@ -38,6 +39,7 @@ from flashcoreset._core.tensor import (
 from flashcoreset.distributed.checkpoint import Checkpoint, checksum
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.greedy import Candidates, Greedy, SharedRows
+from flashcoreset.distributed.limits import ShardLimits
 from flashcoreset.distributed.lost_gains import check_gains
 from flashcoreset.distributed.partition import Sample, best_shard, bounded, drawn
 from flashcoreset.distributed.problem import Call, OneRank, ShardedSelection, scale_of, shard_labels, traffic
@@ -46,9 +48,17 @@ from flashcoreset.distributed.sources import MatrixRows, Points, Source
 from flashcoreset.distributed.sums import exact_sum, ordered_counts, ordered_sum
 from flashcoreset.facility_location import facility_location as on_one_machine
 from flashcoreset.facility_location.backend import choose
-from flashcoreset.facility_location.checks import check_memory_budget
-from flashcoreset.facility_location.lost_gains import own_similarities as similarities_to_self
-from flashcoreset.facility_location.problem import MATRICES, METRICS, Problem
+from flashcoreset.facility_location.checks import (
+    check_costs,
+    check_exclude,
+    check_left,
+    check_limits,
+    check_memory_budget,
+    warn_of_idle_picks,
+)
+from flashcoreset.facility_location.lost_gains import own_similarities
+from flashcoreset.facility_location.problem import MATRICES, METRICS, Problem, Request
+from flashcoreset.facility_location.rounds import in_rounds
 
 _FAR_ABOVE = (
     1000  # as on one machine: an offset this many times above the distances is left out of the arithmetic
@@ -66,6 +76,11 @@ _OF_NO_CONSEQUENCE = (
     "confidence",
     "seed",
 )
+# The options that rule candidates out, end the picks, or say what they cost, where they are not given.
+_WITHOUT_LIMITS = {
+    "costs": "None", "cost_budget": None, "cost_sensitive": True, "stop_gain": None, "exclude": None, "caps": None, "min_distance": None,
+    "rounds": 1,
+}  # fmt: skip
 _LEAST_SAMPLE, _MOST_SAMPLE = 2048, 16384  # clients for bounding
 
 
@@ -90,6 +105,14 @@ def facility_location(
     progress: Report | bool | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     checkpoint: str | os.PathLike[str] | None = None,
+    costs: Any = None,
+    cost_budget: float | None = None,
+    cost_sensitive: bool = True,
+    stop_gain: float | None = None,
+    exclude: Any = None,
+    caps: Any = None,
+    min_distance: float | None = None,
+    rounds: int = 1,
 ) -> ShardedSelection:
     """Facility location over the rows of all ranks: the sequence of `fc.facility_location`, bit for bit.
 
@@ -100,7 +123,8 @@ def facility_location(
         x_shard: [n of this rank, d] as in `fc.facility_location`; the shards may be of unequal sizes, smaller than k, or have no rows.
             A memory-mapped array is not copied as long as its type is float32 or float64. With metric="precomputed" or
             "precomputed_distance": this rank's rows of the matrix [candidates, all clients].
-        k: how many to pick from all ranks' rows.
+        k: how many to pick from all ranks' rows; with `budgets` their sum or None; with `cost_budget` or `stop_gain` the most picks, or
+            None for any number.
         exact: False picks k on each rank alone, then k from all these, over the clients of all ranks (GreeDi), with
             far less traffic.
         group: the process group (gloo or NCCL); None is the default one.
@@ -121,10 +145,15 @@ def facility_location(
         checkpoint: a folder, on a file system that all ranks share, in which finished work is recorded (first gains and picks). A call
             with the same arguments goes on from there, also with another number of ranks, and returns what the undisturbed one
             returns. The folder is removed at the end. With one rank, and with exact=False, all is done anew.
+        costs: [n of this rank] > 0, as in `fc.facility_location`.
+        exclude: global indices of candidates that are not picked, the same on every rank.
+        cost_budget, cost_sensitive, stop_gain, caps, min_distance, rounds: as in `fc.facility_location`; they hold for the picks of all
+            ranks together. A round costs what a call costs, except that the first gains are found once. These, `costs` and `exclude` need
+            exact=True, and clients that are not "sample". `method="stochastic"` is one machine's alone.
 
     Returns:
-        ShardedSelection: a `fc.Selection` with `info`, identical on every rank but for `assignment`, which is of this rank's clients.
-        `objective` is over all clients.
+        ShardedSelection: a `fc.Selection` with `info`, identical on every rank but for `assignment` and `served_by`, which are of this
+        rank's clients. `objective` is over all clients.
 
     Raises:
         TypeError, ValueError: as `fc.facility_location` does; on every rank, naming the rank, if the options differ between the
@@ -147,10 +176,12 @@ def facility_location(
         (tensor([2, 3]), tensor([80., 16.]), 0)
     """
     with Communicator(group) as comm:
-        call = _checked(
-            comm, x_shard, k, exact, clients, metric, weights, groups, budgets, preselected, offset, bounding,
-            sample_error, confidence, seed, backend, progress, memory_budget, checkpoint,
+        wanted: Any = k  # None is replaced by the checks
+        request = Request(
+            x_shard, None, None, 0, wanted, clients, metric, weights, groups, None, budgets, preselected, "lazy", 0.1, "0", offset,
+            memory_budget, backend, costs, cost_budget, cost_sensitive, stop_gain, exclude, None, caps, min_distance, rounds,
         )  # fmt: skip
+        call = _checked(comm, request, exact, bounding, sample_error, confidence, seed, progress, checkpoint)
         return from_sample(call, exact_choice) if call.sampled else exact_choice(call)
 
 
@@ -166,25 +197,61 @@ def as_shard(value: Any, name: str) -> Tensor:
     )
 
 
-def _budgets_of(budgets: Any) -> dict[Any, int] | None:
-    if budgets is None:
+def _by_label(counts: Any, name: str) -> dict[Any, int] | None:
+    if counts is None:
         return None
-    if not isinstance(budgets, Mapping):
-        counts = as_vector(budgets, "budgets", torch.device("cpu"), integers=True).tolist()
-        budgets = dict(enumerate(counts))
-    found = {label: as_integer(count, f"budgets[{label!r}]") for label, count in budgets.items()}
+    if not isinstance(counts, Mapping):
+        vector = as_vector(counts, name, torch.device("cpu"), integers=True).tolist()
+        counts = dict(enumerate(vector))
+    found = {label: as_integer(count, f"{name}[{label!r}]") for label, count in counts.items()}
     for label, count in found.items():
         if count < 0:
-            raise ValueError(f"budgets must be >= 0, got {count} for label {label!r}")
+            raise ValueError(f"{name} must be >= 0, got {count} for label {label!r}")
     return found
 
 
+def _check_limits(r: Request, rows: int, exact: bool, sampled: bool) -> dict[str, Any]:
+    """Checks what rules out some of the `rows` candidates of this rank, ends the picks, or says what they cost; returns what has to be the
+    same on every rank."""
+    cap_of, grouped = _by_label(r.caps, "caps"), r.groups is not None
+    # Which labels there are is known when the ranks have told each other.
+    if grouped:
+        r.groups = torch.zeros(rows, dtype=torch.int64)
+    if cap_of is not None:
+        r.cap_labels, r.caps = (
+            torch.arange(len(cap_of)),
+            torch.tensor(list(cap_of.values()), dtype=torch.int64),
+        )
+    if r.exclude is not None:  # no mask: a rank has one of its own rows alone
+        r.exclude = as_vector(r.exclude, "exclude", r.x.device, integers=True)
+    check_limits(r, rows)
+    if r.costs is not None and rows:
+        check_costs(r.costs)
+    excluded = None if r.exclude is None else r.exclude.tolist()
+    told = {
+        "costs": "None" if r.costs is None else "given", "cost_budget": r.cost_budget, "cost_sensitive": r.cost_sensitive,
+        "stop_gain": r.stop_gain, "exclude": excluded, "caps": cap_of, "min_distance": r.min_distance, "rounds": r.rounds,
+    }  # fmt: skip
+    if not exact or sampled:
+        for name in [name for name, value in told.items() if value != _WITHOUT_LIMITS[name]]:
+            how = "clients='sample'" if sampled else "exact=False"
+            raise ValueError(
+                f"{name} is for exact=True and all clients, got {how}; leave one of them out, or choose on one machine"
+            )
+    return told
+
+
 def _checked(
-    comm: Communicator, x_shard: Any, k: Any, exact: Any, clients: Any, metric: Any, weights: Any, groups: Any,
-    budgets: Any, preselected: Any, offset: Any, bounding: Any, sample_error: Any, confidence: Any, seed: Any,
-    backend: Any, progress: Any, memory_budget: Any, checkpoint: Any,
+    comm: Communicator, r: Request, exact: Any, bounding: Any, sample_error: Any, confidence: Any, seed: Any,
+    progress: Any, checkpoint: Any,
 ) -> Call:  # fmt: skip
     """The call, after all ranks have told each other what they were passed; on every rank the same error, or none."""
+    k: Any = r.k
+    clients, metric, weights, groups = r.clients, r.metric, r.weights, r.groups
+    preselected: Any = r.preselected
+    offset, backend, memory_budget, caps = r.offset, r.backend, r.memory_budget, r.caps
+    single: dict[str, Any] = {"metric": metric, "groups": groups, "budgets": r.budgets, "caps": caps}
+    limits: dict[str, Any] = {}
     options: dict[str, Any] = {}
     own: dict[str, Any] = {}
     error: Exception | None = None
@@ -200,7 +267,7 @@ def _checked(
         if sampled and clients != "sample":
             raise ValueError(f"clients must be points, None or 'sample', got {clients!r}")
         is_matrix = metric in MATRICES
-        x = as_shard(x_shard, "x_shard")
+        x = as_shard(r.x, "x_shard")
         own_clients = None
         if clients is not None and not sampled:
             if is_matrix:
@@ -229,13 +296,15 @@ def _checked(
                 check_weights(weights, dtype)
         if preselected is not None:
             preselected = as_vector(preselected, "preselected", cpu, integers=True).tolist() or None
-        budget_of = _budgets_of(budgets)
+        budget_of = _by_label(r.budgets, "budgets")
         labels = None if groups is None else shard_labels(groups, x.shape[0])
         if labels is None and budget_of is not None:
             raise ValueError("budgets need groups, got groups=None")
+        r.x = x
+        limits = _check_limits(r, x.shape[0], exact, sampled)
         if k is not None:
             k = as_integer(k, "k")
-        elif budget_of is None:
+        elif budget_of is None and r.cost_budget is None and r.stop_gain is None:
             raise TypeError("k must be an int unless budgets are given, got None")
         if offset is not None:
             offset = as_number(offset, "offset")
@@ -269,7 +338,7 @@ def _checked(
             "weights": "None" if weights is None else "given", "groups": "None" if labels is None else "given",
             "budgets": budget_of, "preselected": preselected, "offset": offset, "bounding": bounding,
             "sample_error": sample_error, "confidence": confidence, "seed": seed, "memory_budget": memory_budget,
-            "backend": backend, "device": x.device.type, "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
+            "backend": backend, "device": x.device.type, "checkpoint": None if checkpoint is None else os.fspath(checkpoint), **limits,
         }  # fmt: skip
         if is_matrix and weights is not None:
             options["sum of the weights"] = float(weights.sum())
@@ -297,6 +366,13 @@ def _checked(
     chosen = preselected or []
     if chosen:
         check_preselected(torch.tensor(chosen), n)
+    ruled_out = set(limits["exclude"] or ())
+    if r.exclude is not None:
+        check_exclude(r.exclude, n)
+    if r.min_distance is not None and is_matrix and n != m:
+        raise ValueError(
+            f"x_shard must be square for min_distance with metric {metric!r}, got {n} rows in all and {m} columns"
+        )
     sizes = {}
     for part in parts:
         for label, size in part["labels"].items():
@@ -305,7 +381,8 @@ def _checked(
         all_labels = sorted(sizes)
     except TypeError as caught:
         raise TypeError(f"groups must hold labels that can be sorted, such as strings: {caught}") from None
-    if labels is not None and is_matrix and n != m:
+    grouped = labels is not None and limits["caps"] is None
+    if grouped and is_matrix and n != m:
         raise ValueError(
             f"x_shard must be square for groups with metric {metric!r}, got {n} rows in all and {m} columns"
         )
@@ -313,35 +390,54 @@ def _checked(
     member = None if labels is None else torch.tensor([places[label] for label in labels], dtype=torch.int64)
     free = dict(sizes)
     members: dict[Any, list[int]] = {label: [] for label in all_labels}
-    if labels is not None:
-        here = [
-            (labels[j - starts[comm.rank]], j)
-            for j in chosen
-            if starts[comm.rank] <= j < starts[comm.rank + 1]
-        ]
+    first, end = starts[comm.rank], starts[comm.rank + 1]
+    if labels is not None and grouped:
+        taken = dict.fromkeys(ruled_out, False) | dict.fromkeys(chosen, True)
+        here = [(labels[j - first], j) for j in taken if first <= j < end]
         for part in comm.gather_objects(here):
             for label, j in part:
                 free[label] -= 1
-                members[label].append(j)
-    counts, k = _counts(n, k, len(chosen), budget_of, labels is not None, all_labels, sizes, free)
+                if taken[j]:
+                    members[label].append(j)
+    counts, k = _counts(
+        n, k, len(chosen), budget_of, grouped, all_labels, sizes, free, " or excluded" if ruled_out else ""
+    )
+    r.k, r.preselected = k, _as_numbers(chosen)
+    excluded = None
+    if r.exclude is not None:
+        r.exclude = r.exclude.cpu()
+        if not grouped:
+            check_left(r, n)
+        here_too = r.exclude[(r.exclude >= first) & (r.exclude < end)] - first
+        excluded = torch.zeros(end - first, dtype=torch.bool)
+        excluded[here_too] = True
+    if limits["caps"] is not None:
+        r.groups = member
+        r.cap_labels, r.caps = _caps(caps, limits["caps"], places)
     call = Call(
-        comm, kernels, x, own_clients, metric, weights, starts, k, member, counts, chosen, [sorted(part) for part in members.values()], 0.0, None,
-        exact, bounding, sampled, sample_error, confidence, seed, progress, memory_budget, backend, m, {},
+        comm, kernels, x, own_clients, metric, weights, starts, k, member if grouped else None, counts, chosen, [sorted(part) for part in members.values()],
+        0.0, None, exact, bounding, sampled, sample_error, confidence, seed, progress, memory_budget, backend, m, single, r, excluded,
     )  # fmt: skip
-    call.single = {
-        "clients": own_clients, "metric": metric, "weights": weights, "groups": groups, "budgets": budgets,
-        "preselected": preselected, "offset": offset, "backend": backend, "memory_budget": memory_budget,
+    single |= {
+        "clients": own_clients, "weights": weights, "preselected": preselected, "offset": offset, "backend": backend,
+        "memory_budget": memory_budget, "costs": r.costs, "exclude": limits["exclude"],
+        **{name: limits[name] for name in ("cost_budget", "cost_sensitive", "stop_gain", "min_distance", "rounds")},
     }  # fmt: skip
     if checkpoint is not None and exact and not sampled and comm.world > 1:
-        first = sum(part["clients"] for part in parts[: comm.rank])
-        told = {name: value for name, value in options.items() if name not in _OF_NO_CONSEQUENCE}
+        first_client = sum(part["clients"] for part in parts[: comm.rank])
+        told = {
+            name: value
+            for name, value in options.items()
+            if name not in _OF_NO_CONSEQUENCE and not (name in limits and value == _WITHOUT_LIMITS[name])
+        }
         told["rows"] = n
         told["data"] = checksum(
             comm,
-            (x, call.first),
-            (own_clients, first),
-            (weights, 0 if is_matrix else call.first + first),
-            (member, call.first),
+            (x, first),
+            (own_clients, first_client),
+            (weights, 0 if is_matrix else first + first_client),
+            (member, first),
+            (r.costs, first),
         )
         call.checkpoint = Checkpoint(comm, checkpoint, told)
     if comm.world > 1 or sampled:
@@ -353,14 +449,14 @@ def _checked(
 
 def _counts(
     n: int, k: int | None, taken: int, budget_of: dict[Any, int] | None, grouped: bool, labels: list[Any],
-    sizes: dict[Any, int], free: dict[Any, int],
+    sizes: dict[Any, int], free: dict[Any, int], or_excluded: str,
 ) -> tuple[list[int], int]:  # fmt: skip
     """How many to pick of each label, and in all."""
     total = None if budget_of is None else sum(budget_of.values())
     if k is not None and total is not None and k != total:
         raise ValueError(f"k must be the sum of the budgets, {total}, or None, got {k}")
-    k = total if k is None else k
-    assert k is not None
+    if k is None:
+        k = n - taken if total is None else total
     if k < 1:
         raise ValueError(f"k must be >= 1, got {k}")
     if k > n - taken:
@@ -381,9 +477,29 @@ def _counts(
         if budget_of[label] > free[label]:
             raise ValueError(
                 f"budgets: {budget_of[label]} asked of label {label!r}, whose group has {free[label]} candidates left "
-                f"({sizes[label]} less {sizes[label] - free[label]} preselected)"
+                f"({sizes[label]} less {sizes[label] - free[label]} preselected{or_excluded})"
             )
     return [budget_of[label] for label in labels], k
+
+
+def _as_numbers(preselected: list[int]) -> Tensor | None:
+    return torch.tensor(preselected, dtype=torch.int64) if preselected else None
+
+
+def _caps(caps: Any, cap_of: dict[Any, int], places: dict[Any, int]) -> tuple[Tensor, Tensor]:
+    """The places [C] of the labels that `caps` names among all labels, and their caps [C]."""
+    if not all(type(label) is int for label in places):
+        if not isinstance(caps, Mapping):
+            kind = type(next(iter(places))).__name__
+            raise TypeError(
+                f"caps must be a dict by label where groups holds labels of type {kind}, got {caps!r}"
+            )
+        for label, count in cap_of.items():
+            if label not in places and count:
+                raise ValueError(f"caps: {count} asked of label {label!r}, which no candidate has in groups")
+    known = [(places[label], count) for label, count in cap_of.items() if label in places]
+    labels, counts = torch.tensor(known, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    return labels, counts
 
 
 # ---- offsets
@@ -467,22 +583,20 @@ def exact_choice(call: Call) -> ShardedSelection:
 def _alone(call: Call) -> ShardedSelection:
     """One rank: one machine's call."""
     found = on_one_machine(call.x, call.k, progress=call.progress, **call.single)
-    info = {"shards": call.shards, **traffic(call.comm, [(0, 0)] * call.k)}
+    info = {"shards": call.shards, **traffic(call.comm, [(0, 0)] * len(found.indices))}
     return ShardedSelection(
-        found.indices, found.gains, found.weights, found.assignment, found.objective, found.offset, info=info
-    )
+        found.indices, found.gains, found.weights, found.assignment, found.objective, found.offset, rounds=found.rounds,
+        served_by=found.served_by, info=info,
+    )  # fmt: skip
 
 
 @dataclass(eq=False)
 class Found:
-    """One problem's picks."""
+    """One problem's picks, by their numbers among all candidates, and what they took."""
 
-    numbers: list[int]
-    gains: Tensor
-    won: Tensor
-    assignment: Tensor
-    objective: float
-    run: Greedy
+    selection: Selection
+    per_pick: list[tuple[int, int]]  # bytes and collectives
+    evaluations: int
 
 
 def _on_ranks(call: Call) -> ShardedSelection:
@@ -495,42 +609,58 @@ def _on_ranks(call: Call) -> ShardedSelection:
             found = [_solve_one(call, rows, call.k, call.preselected, bar, 0, info)]
         else:
             found = _solve_groups(call, bar, info)
-    numbers = [j for part in found for j in part.numbers]
-    gains, won = (torch.cat(parts) for parts in zip(*((p.gains, p.won) for p in found), strict=True))
-    if call.groups is None:
-        assignment, objective = found[0].assignment, found[0].objective
-    elif call.clients is None:
-        m = x.shape[1] if call.is_matrix else x.shape[0]
-        assignment = torch.full((m,), -1, dtype=torch.int64, device=x.device)
-        objective, done, place = 0.0, 0, 0
-        for label, count in enumerate(call.budgets):
-            if not _has_part(call, label, count):
-                continue
-            part, place = found[place], place + 1
-            own = _members(call, label) if not call.is_matrix else _all_members(call, label)
-            assignment[own.to(x.device)] = torch.where(part.assignment >= 0, part.assignment + done, -1)
-            objective += part.objective
-            done += len(part.numbers)
-    else:
-        won, assignment, objective = _serve(call, numbers)
-    if not objective <= torch.finfo(dtype).max:
+    chosen = found[0].selection if call.groups is None else _together(call, found)
+    if not chosen.objective <= torch.finfo(dtype).max:
         raise ValueError(
-            f"weights: the objective, {objective:.3g}, overflows {dtype}; scale the weights down or use float64"
+            f"weights: the objective, {chosen.objective:.3g}, overflows {dtype}; scale the weights down or use float64"
         )
-    info |= traffic(comm, [pair for part in found for pair in part.run.per_pick])
-    info["evaluations"] = sum(part.run.evaluations for part in found)
-    indices = torch.tensor(numbers, dtype=torch.int64, device=x.device)
+    info |= traffic(comm, [pair for part in found for pair in part.per_pick])
+    info["evaluations"] = sum(part.evaluations for part in found)
     if call.checkpoint is not None:
         call.checkpoint.remove()
-    gained = int(torch.count_nonzero(gains))
     apart = call.clients is not None or (call.is_matrix and call.total != x.shape[1])
-    if comm.rank == 0 and apart and gained < call.k:
-        warn_caller(
-            f"{gained} of {call.k} picks gain something: no client is served better by the other {call.k - gained}, which are the "
-            f"lowest free indices; pass k={gained} for those alone that gain",
-            InputWarning,
+    if comm.rank == 0 and apart and int(torch.count_nonzero(chosen.gains)) < len(chosen.gains):
+        warn_of_idle_picks(chosen, False)
+    return ShardedSelection(
+        chosen.indices, chosen.gains, chosen.weights, chosen.assignment, chosen.objective, call.offset, rounds=chosen.rounds,
+        served_by=chosen.served_by, info=info,
+    )  # fmt: skip
+
+
+def _together(call: Call, found: list[Found]) -> Selection:
+    """The picks of all groups."""
+    x, parts = call.x, [part.selection for part in found]
+    indices, gains, won = (
+        torch.cat(column) for column in zip(*((p.indices, p.gains, p.weights) for p in parts), strict=True)
+    )
+    rounds = None
+    if call.request.rounds > 1:
+        rounds = torch.cat([part.rounds for part in parts if part.rounds is not None])
+    if call.clients is not None:
+        won, assignment, objective = _serve(call, indices.tolist(), call.preselected)
+        served = None
+        if rounds is not None:
+            won, served = _serve_in_rounds(call, indices, rounds)
+            assignment = served[0]
+        return Selection(
+            indices, gains, won, assignment, objective, call.offset, rounds=rounds, served_by=served
         )
-    return ShardedSelection(indices, gains, won, assignment, objective, call.offset, info=info)
+    m = x.shape[1] if call.is_matrix else x.shape[0]
+    most = max(len(part.served_by) if part.served_by is not None else 1 for part in parts)
+    served = torch.full((most, m), -1, dtype=torch.int64, device=x.device)
+    objective, done, place = 0.0, 0, 0
+    for label, count in enumerate(call.budgets):
+        if not _has_part(call, label, count):
+            continue
+        part, place = parts[place], place + 1
+        own = (_members(call, label) if not call.is_matrix else _all_members(call, label)).to(x.device)
+        of = part.assignment[None] if part.served_by is None else part.served_by
+        served[: len(of), own] = torch.where(of >= 0, of + done, -1)
+        objective += part.objective
+        done += len(part.indices)
+    return Selection(
+        indices, gains, won, served[0], objective, call.offset, rounds=rounds, served_by=None if rounds is None else served,
+    )  # fmt: skip
 
 
 def _has_part(call: Call, label: int, count: int) -> bool:
@@ -556,7 +686,7 @@ def _solve_groups(call: Call, bar: Progress, info: dict[str, Any]) -> list[Found
         found.append(
             _solve_one(call, _members(call, label), count, call.preselected_of[label], bar, done, info, label)
         )
-        done += count
+        done += len(found[-1].per_pick)
     return found
 
 
@@ -597,57 +727,80 @@ def _solve_one(
         MatrixRows(own_x) if call.is_matrix else Points(call.kernels, own_x, clients, call.metric)
     )
 
-    record = None
-    if call.checkpoint is not None:
-        record = call.checkpoint.part("all" if label is None else f"group{label}")
-
-    def run_among(kept: Tensor | None) -> Greedy:
-        """The run over this rank's candidates `kept` (places in `rows`), or all of them."""
-        of, numbers_left = source, numbers
-        if kept is not None:
-            few = own_x[kept.to(x.device)]
-            of = MatrixRows(few) if call.is_matrix else Points(call.kernels, few, clients, call.metric)
-            numbers_left = numbers[kept]
-        return Greedy(
-            comm, of, Candidates(call.starts, comm.rank, numbers_left), told, scale, call.floor, preselected,
-            call.memory_budget, client_of if is_square else None, record,
-        )  # fmt: skip
-
-    if call.exact or k == 0:
-        run = run_among(None)
-        run.step(k, bar, done)
-    else:
-        run = _approximate(
-            call, source, own_x, clients, weights, candidates, k, preselected, run_among, bar, done, info
-        )
-    owner = run.assignment()
-    made = len(run.picks)
-    gains64 = torch.tensor([g / scale if g else 0.0 for g in run.gains], dtype=torch.float64)
-    best = (run.best.double() - run.floor.double()).cpu().numpy()
-    terms = best if weights is None else weights.cpu().numpy() * best
-    won = ordered_counts(whose, owner, weights, made)
-    objective = ordered_sum(whose, terms)
-    gains = gains64.to(x.device, x.dtype)
     problem = Problem(
-        own_x, None if is_square or call.is_matrix else clients, call.metric, weights, offset=call.near
-    )
+        own_x, None if is_square or call.is_matrix else clients, call.metric, weights, _as_numbers(preselected),
+        offset=call.near,
+    )  # fmt: skip
+    r, excluded = call.request, None if call.excluded is None else call.excluded[rows]
+    places = numbers if columns is None else torch.searchsorted(columns, numbers)
+    limits = None
+    if r.is_limited or r.costs is not None:
+        shared = SharedRows(comm, source, candidates)
+        limits = ShardLimits(
+            comm, call.kernels, r, problem, excluded, candidates, shared, places if call.is_matrix else None
+        )
+    per_pick: list[tuple[int, int]] = []
+    evaluations = begun = 0
+    name = "all" if label is None else f"group{label}"
+    first_gains: np.ndarray | None = None  # of a run for which nothing is preselected
 
-    def own_similarities() -> Tensor:
+    def to_self() -> Tensor:
         if not call.is_matrix:
-            return similarities_to_self(problem, slice(0, m))
-        places = numbers if columns is None else torch.searchsorted(columns, numbers)
+            return own_similarities(problem, slice(0, m))
         return torch.cat(comm.gather_rows(own_x[torch.arange(len(rows)), places].double()))
 
-    check_gains(
-        comm, whose, run, problem, preselected, gains, own_similarities if is_square else None, not call.exact
-    )
-    if call.offset is not None and call.offset > call.near:
-        total = _total_weight(call, weights, m)
-        constant = (call.offset - call.near) * total
+    def solve_round(given: Problem, k: int, made: int, stop_gain: float | None) -> Selection:
+        nonlocal first_gains, evaluations, begun
+        before = [] if given.preselected is None else given.preselected.tolist()
+        record = None
+        if call.checkpoint is not None:
+            record = call.checkpoint.part(f"{name}-round{begun}" if begun else name)
+
+        def run_among(kept: Tensor | None) -> Greedy:
+            """The run over this rank's candidates `kept` (places in `rows`), or all of them."""
+            of, numbers_left = source, numbers
+            if kept is not None:
+                few = own_x[kept.to(x.device)]
+                of = MatrixRows(few) if call.is_matrix else Points(call.kernels, few, clients, call.metric)
+                numbers_left = numbers[kept]
+            return Greedy(
+                comm, of, Candidates(call.starts, comm.rank, numbers_left), told, scale, call.floor, before,
+                call.memory_budget, client_of if is_square else None, record, limits, None if before else first_gains, k > 0,
+            )  # fmt: skip
+
+        constant = 0.0  # what an offset far above all distances adds
+        if call.offset is not None and call.offset > call.near:
+            constant = (call.offset - call.near) * _total_weight(call, weights, m)
+        if call.exact or k == 0:
+            run = run_among(None)
+            run.step(k, bar, done + made, stop_gain, 0.0 if before else constant)
+        else:
+            run = _approximate(
+                call, source, own_x, clients, weights, candidates, k, before, run_among, bar, done, info
+            )
+        per_pick.extend(run.per_pick)
+        evaluations, begun = evaluations + run.evaluations, begun + 1
+        if not before:
+            first_gains = run.first_gains
+        owner, count = run.assignment(), len(run.picks)
+        best = (run.best.double() - run.floor.double()).cpu().numpy()
+        won = ordered_counts(whose, owner, weights, count)
+        objective = ordered_sum(whose, best if weights is None else weights.cpu().numpy() * best)
+        gains = torch.tensor([run.told(gain) for gain in run.gains], dtype=torch.float64)
+        gains = gains.to(x.device, x.dtype)
+        some = not call.exact or limits is not None
+        check_gains(comm, whose, run, given, before, gains, to_self if is_square else None, some)
         objective += constant
-        if not preselected and made:
+        if constant and not before and count:
             gains[0] += constant
-    return Found(run.picks, gains, won.to(x.device, x.dtype), owner, objective, run)
+        chosen = torch.tensor(run.picks, dtype=torch.int64, device=x.device)
+        return Selection(chosen, gains, won.to(x.device, x.dtype), owner, objective, call.offset)
+
+    if r.rounds == 1:
+        selection = solve_round(problem, k, 0, r.stop_gain)
+    else:
+        selection = in_rounds(problem, r.rounds, k, r.stop_gain, solve_round)
+    return Found(selection, per_pick, evaluations)
 
 
 def _total_weight(call: Call, weights: Tensor | None, m: int) -> float:
@@ -710,7 +863,7 @@ def _approximate(
 def _local_picks(
     call: Call, x: Tensor, clients: Tensor, weights: Tensor | None, alive: Tensor, before: Tensor, k: int
 ) -> Tensor:
-    """The places [<= k] of this rank's own picks among its candidates `alive`, where those `before` are chosen already."""
+    """The places [<= k], ascending, of this rank's own picks among its candidates `alive`, where those `before` are chosen already."""
     count = min(k, len(alive))
     if count == 0:
         return alive[:0]
@@ -734,13 +887,24 @@ def _local_picks(
         # A rank's own picks may gain nothing there; those of all ranks count.
         warnings.simplefilter("ignore", InputWarning)
         found = on_one_machine(some, count, metric=metric, weights=weights, **options)
-    return rows[found.indices.cpu()]
+    return rows[found.indices.cpu()].sort().values
 
 
 # ---- clients that serve all groups together
 
 
-def _serve(call: Call, numbers: list[int]) -> tuple[Tensor, Tensor, float]:
+def _serve_in_rounds(call: Call, indices: Tensor, rounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of all groups' picks, and which of them serves each client in each round; `rounds` [k] is the round of each pick."""
+    won = torch.zeros(len(indices), dtype=call.x.dtype, device=indices.device)
+    served = []
+    for number in range(int(rounds.max()) + 1 if len(rounds) else 1):
+        own = (rounds == number).nonzero()[:, 0]
+        won[own], assignment, _ = _serve(call, indices[own].tolist(), [] if number else call.preselected)
+        served.append(own[assignment].where(assignment >= 0, -1) if len(own) else assignment)
+    return won, torch.stack(served)
+
+
+def _serve(call: Call, numbers: list[int], preselected: list[int]) -> tuple[Tensor, Tensor, float]:
     """Weights, assignment and f(S) of all groups' picks together, over clients that are not the candidates."""
     assert call.clients is not None
     x, clients, dtype = call.x, call.clients, call.x.dtype
@@ -752,8 +916,8 @@ def _serve(call: Call, numbers: list[int]) -> tuple[Tensor, Tensor, float]:
     covered = floor.expand(m).clone()
     most = torch.full((m,), -math.inf, dtype=dtype, device=x.device)
     first = torch.full((m,), -1, dtype=torch.int64, device=x.device)
-    for begin in range(0, len(call.preselected), 256):
-        for some, s in shared.similarities(shared.fetch(call.preselected[begin : begin + 256])):
+    for begin in range(0, len(preselected), 256):
+        for some, s in shared.similarities(shared.fetch(preselected[begin : begin + 256])):
             covered[some] = torch.maximum(covered[some], s.amax(0))
     for begin in range(0, k, 256):
         for some, s in shared.similarities(shared.fetch(numbers[begin : begin + 256])):

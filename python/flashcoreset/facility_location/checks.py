@@ -66,7 +66,9 @@ def check_request(r: Request) -> None:
     if r.k is None and r.budgets is None and (r.cost_budget is not None or r.stop_gain is not None):
         r.k = n - taken
     r.k, r.groups, r.labels, r.budgets = check_picks(n, r.k, r.groups, r.budgets, device, taken, r.labels)
-    _check_limits(r, n)
+    check_limits(r, n)
+    if r.min_distance is not None and r.metric in MATRICES and n != m:
+        raise ValueError(f"x must be square for min_distance with metric {r.metric!r}, got shape {(n, m)}")
     r.epsilon = as_number(r.epsilon, "epsilon")
     if not 0 < r.epsilon < 1:
         raise ValueError(f"epsilon must be in (0, 1), got {r.epsilon}")
@@ -79,7 +81,8 @@ def check_request(r: Request) -> None:
             raise ValueError(f"offset must be >= 0 and in the range of the dtype of x, got {r.offset}")
 
 
-def _check_limits(r: Request, n: int) -> None:
+def check_limits(r: Request, n: int) -> None:
+    """Checks what rules candidates out, ends the picks, or says what they cost, for `n` candidates; see `check_request`."""
     if not isinstance(r.cost_sensitive, bool):
         raise TypeError(f"cost_sensitive must be True or False, got {type(r.cost_sensitive).__name__}")
     r.rounds = as_integer(r.rounds, "rounds")
@@ -108,13 +111,8 @@ def _check_limits(r: Request, n: int) -> None:
             raise ValueError(
                 f"{name} needs method 'lazy' or 'naive', got 'stochastic', whose gains are not the largest ones"
             )
-    if r.min_distance is not None:
-        if r.metric in ("dot", "precomputed"):
-            raise ValueError(f"min_distance needs distances, of which metric {r.metric!r} has none")
-        if r.metric in MATRICES and r.x.shape[0] != r.x.shape[1]:
-            raise ValueError(
-                f"x must be square for min_distance with metric {r.metric!r}, got shape {tuple(r.x.shape)}"
-            )
+    if r.min_distance is not None and r.metric in ("dot", "precomputed"):
+        raise ValueError(f"min_distance needs distances, of which metric {r.metric!r} has none")
     if r.caps is None:
         return
     if r.groups is None:
@@ -153,20 +151,22 @@ def excluded_mask(r: Request) -> Tensor:
     """The candidates [n] bool in `exclude`, whose values are checked."""
     assert r.exclude is not None
     n = r.x.shape[0] if r.crow is None else r.crow.shape[0] - 1
-    outside = (r.exclude < 0) | (r.exclude >= n)
-    if outside.any():
-        raise ValueError(f"exclude must be in [0, {n}), got {int(r.exclude[outside][0])}")
+    check_exclude(r.exclude, n)
     mask = torch.zeros(n, dtype=torch.bool, device=r.x.device)
     mask[r.exclude] = True
     return mask
 
 
-def check_left(r: Request, excluded: Tensor) -> None:
-    """Raises ValueError if fewer than k candidates are left, and k picks have to come back."""
-    taken = excluded.clone()
-    if r.preselected is not None:
-        taken[r.preselected] = True
-    left = len(taken) - int(taken.sum())
+def check_exclude(exclude: Tensor, n: int) -> None:
+    outside = (exclude < 0) | (exclude >= n)
+    if outside.any():
+        raise ValueError(f"exclude must be in [0, {n}), got {int(exclude[outside][0])}")
+
+
+def check_left(r: Request, n: int) -> None:
+    """Raises ValueError if fewer than k of `n` candidates are neither excluded nor preselected, and k picks have to come back."""
+    parts = [part for part in (r.exclude, r.preselected) if part is not None]
+    left = n - len(torch.cat(parts).unique()) if parts else n
     if (
         r.k > left
         and r.cost_budget is None
@@ -175,7 +175,7 @@ def check_left(r: Request, excluded: Tensor) -> None:
         and r.min_distance is None
     ):
         raise ValueError(
-            f"k must be at most {left} ({len(taken)} candidates less {len(taken) - left} preselected or excluded), got {r.k}"
+            f"k must be at most {left} ({n} candidates less {n - left} preselected or excluded), got {r.k}"
         )
 
 
@@ -351,6 +351,11 @@ def warn_of_no_gain(r: Request, found: Selection) -> None:
     n, m = r.matrix.shape if r.clients is None else (r.x.shape[0], r.clients.shape[0])
     if r.clients is None and (r.metric not in MATRICES or n == m):
         return  # a pick that gains nothing serves itself
+    warn_of_idle_picks(found, r.method == "stochastic")
+
+
+def warn_of_idle_picks(found: Selection, stochastic: bool) -> None:
+    """Warns the caller if picks gain nothing, and says what to do."""
     k = len(found.gains)
     gained = int(torch.count_nonzero(found.gains))
     if gained == k:
@@ -358,7 +363,7 @@ def warn_of_no_gain(r: Request, found: Selection) -> None:
     begun = 1 if found.served_by is None else len(found.served_by)
     if not gained:
         remedy = "pass clients that some candidate is similar to"
-    elif r.method == "stochastic":
+    elif stochastic:
         remedy = f"pass method='lazy', or k={gained}"
     else:
         remedy = (

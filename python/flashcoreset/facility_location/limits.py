@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,20 @@ from torch import Tensor
 from flashcoreset._core.constants import DISTANCES
 from flashcoreset.facility_location.backend import Kernels
 from flashcoreset.facility_location.problem import Problem, Request
+
+
+class Taken(NamedTuple):
+    """What limits ask about a pick or a preselected candidate.
+
+    Attributes:
+        label: its label; None if no label is capped.
+        cost: what it costs; 0 without costs.
+        row: [1, d] its point, or [1, n] its negated distances to the candidates; None if no distance is asked for.
+    """
+
+    label: int | None
+    cost: float
+    row: Tensor | None
 
 
 class Limits:
@@ -27,7 +42,7 @@ class Limits:
     def __init__(self, kernels: Kernels, r: Request, problem: Problem, excluded: Tensor | None) -> None:
         self._kernels, self._problem = kernels, problem
         self._excluded, self._min_distance = excluded, r.min_distance
-        self._is_repeated = (
+        self.is_repeated = (
             r.rounds > 1
         )  # later runs know nothing of what is picked and preselected before them
         self._labels: list[int] = []
@@ -59,23 +74,42 @@ class Limits:
         closed = [] if self._excluded is None else [self._excluded.cpu().nonzero()[:, 0]]
         closed += self._too_expensive()
         preselected = [] if self._problem.preselected is None else self._problem.preselected.tolist()
-        if self._is_repeated:
-            closed.append(torch.tensor(preselected, dtype=torch.int64))
-        for j in preselected:
-            closed += self._of_label(j)
-            closed += self._too_near(j)
+        if self.is_repeated:
+            closed.append(self._places(preselected))
+        for taken in self._taken(preselected):
+            closed += self._of_label(taken)
+            closed += self._too_near(taken)
         closed += [self._members[label] for label, room in self._room.items() if room <= 0]
         return closed
 
     def after(self, j: int) -> Tensor:
         """The candidates that pick `j` closes, some of which may be closed already."""
-        closed = self._of_label(j) + self._too_near(j)
+        (taken,) = self._taken([j])
+        return self._after(j, taken)
+
+    def _after(self, j: int, taken: Taken) -> Tensor:
+        closed = self._of_label(taken) + self._too_near(taken)
         if self._budget < math.inf:
-            self._spent += Fraction(self._costs[j])
+            self._spent += Fraction(taken.cost)
             closed += self._too_expensive()
-        if self._is_repeated:
-            self._closed += [torch.tensor([j]), *closed]
+        if self.is_repeated:
+            self._closed += [self._places([j]), *closed]
         return _together(closed)
+
+    def _places(self, candidates: list[int]) -> Tensor:
+        """Those of `candidates` that this object closes, as what it closes them by."""
+        return torch.tensor(candidates, dtype=torch.int64)
+
+    def _taken(self, candidates: list[int]) -> list[Taken]:
+        x = None if self._min_distance is None else self._problem.x
+        return [
+            Taken(
+                self._labels[j] if self._room else None,
+                self._costs[j] if self._budget < math.inf else 0.0,
+                x[j : j + 1] if isinstance(x, Tensor) else None,
+            )
+            for j in candidates
+        ]
 
     def _too_expensive(self) -> list[Tensor]:
         if self._budget == math.inf:
@@ -91,21 +125,22 @@ class Limits:
         self._affordable = count
         return [closed]
 
-    def _of_label(self, j: int) -> list[Tensor]:
-        if not self._room or (label := self._labels[j]) not in self._room:
+    def _of_label(self, taken: Taken) -> list[Tensor]:
+        label = taken.label
+        if label is None or label not in self._room:
             return []
         self._room[label] -= 1
         return [self._members[label]] if self._room[label] == 0 else []
 
-    def _too_near(self, j: int) -> list[Tensor]:
-        if self._min_distance is None:
+    def _too_near(self, taken: Taken) -> list[Tensor]:
+        if self._min_distance is None or taken.row is None:
             return []
         x, metric = self._problem.x, self._problem.metric
         assert isinstance(x, Tensor)
         if metric == "precomputed":
-            distance = -x[j]
+            distance = -taken.row[0]
         else:
-            distance = self._kernels.pairwise(x[j : j + 1], x, metric=metric)[0]
+            distance = self._kernels.pairwise(taken.row, x, metric=metric)[0]
             distance = distance if metric in DISTANCES else 1 - distance
         return [(distance < self._min_distance).nonzero()[:, 0].cpu()]
 

@@ -150,7 +150,7 @@ def _solve_in_range(r: Request, progress: Report | bool | None, scaled: bool = F
     if r.groups is not None and r.is_grouped:
         members = group_members(r.k, r.groups, r.labels, r.budgets, r.preselected, excluded)
     elif excluded is not None:
-        check_left(r, excluded)
+        check_left(r, x.shape[0])
 
     metric, offset = r.metric, r.offset
     near: float | None = 0.0  # the kernels' offset: beside one far above all distances sums would be rounded

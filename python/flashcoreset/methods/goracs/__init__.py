@@ -223,7 +223,7 @@ def goracs(
         of_train, of_valid = labels
         classes = _split(of_train, of_valid, k)
     dtype = compute_dtype(x.dtype)
-    if solver == "exact" and not all(_is_held(count, len(own), dtype) for _, _, own, count in classes):
+    if solver == "exact" and not all(is_held(count, len(own), dtype) for _, _, own, count in classes):
         load_pot()
     together = labels is None or scaling == "global"
     if quantile is not None and together:
@@ -266,7 +266,7 @@ def goracs(
             infos[label] = info
             done += count + options.max_exchanges
             bar.update(done)
-    info = infos[0] if labels is None else _together(infos, classes, labels[0])
+    info = infos[0] if labels is None else info_of_classes(infos, classes, labels[0])
     return Coreset(torch.cat(indices), torch.cat(weights), info)
 
 
@@ -278,20 +278,25 @@ def _split(of_train: Labels, of_valid: Labels, k: int) -> list[_Class]:
     train_labels, valid_labels = of_train.codes, of_valid.codes
     present, shares = valid_labels.unique(return_counts=True)
     members = [(train_labels == label).nonzero()[:, 0] for label in present.tolist()]
-    sizes = [len(rows) for rows in members]
-    for label, size in zip(present.tolist(), sizes, strict=True):
-        if size == 0:
-            raise ValueError(
-                f"train_labels must hold every class of valid_labels, got none of class {of_valid.name(label)!r}"
-            )
-    if k > sum(sizes):
-        raise ValueError(f"k must be <= the {sum(sizes)} rows of train in the classes of valid, got {k}")
-    budgets = class_budgets(shares.tolist(), sizes, k)
+    names = [of_valid.name(label) for label in present.tolist()]
+    budgets = checked_budgets(names, shares.tolist(), [len(rows) for rows in members], k)
     return [
         (label, rows, (valid_labels == label).nonzero()[:, 0], count)
         for label, rows, count in zip(present.tolist(), members, budgets, strict=True)
         if count
     ]
+
+
+def checked_budgets(names: list[Any], shares: list[int], sizes: list[int], k: int) -> list[int]:
+    """The budgets of classes, given their labels and how many validation and training items they have."""
+    for name, size in zip(names, sizes, strict=True):
+        if size == 0:
+            raise ValueError(
+                f"train_labels must hold every class of valid_labels, got none of class {name!r}"
+            )
+    if k > sum(sizes):
+        raise ValueError(f"k must be <= the {sum(sizes)} rows of train in the classes of valid, got {k}")
+    return class_budgets(shares, sizes, k)
 
 
 def class_budgets(shares: list[int], sizes: list[int], k: int) -> list[int]:
@@ -313,7 +318,9 @@ def class_budgets(shares: list[int], sizes: list[int], k: int) -> list[int]:
         free = [group for group in free if group not in full]
 
 
-def _together(infos: dict[int, dict[str, Any]], classes: list[_Class], labels: Labels) -> dict[str, Any]:
+def info_of_classes(
+    infos: dict[int, dict[str, Any]], classes: list[_Class], labels: Labels
+) -> dict[str, Any]:
     served = sum(len(own) for _, _, own, _ in classes)
     parts = [(infos[label], len(own) / served) for label, _, own, _ in classes]
     return {
@@ -331,7 +338,7 @@ def _together(infos: dict[int, dict[str, Any]], classes: list[_Class], labels: L
     }
 
 
-def _is_held(k: int, sinks: int, dtype: torch.dtype) -> bool:
+def is_held(k: int, sinks: int, dtype: torch.dtype) -> bool:
     """Whether the transport of k members is held; whatever the budget, because the exchanges must not depend on that."""
     return costs_bytes(k, sinks, dtype.itemsize) <= HELD_BYTES
 
@@ -404,7 +411,7 @@ def exchanged(
     k = len(picks)
     report(k)
     covered = time.perf_counter()
-    held = options.solver == "exact" and _is_held(k, costs.shape[1], costs.dtype)
+    held = options.solver == "exact" and is_held(k, costs.shape[1], costs.dtype)
     descent = (ExactDescent if held else Descent)(costs, picks, options)
     descent.run(lambda exchanges: report(k + exchanges))
     end = time.perf_counter()
@@ -489,7 +496,7 @@ def _estimate(
     problem = 500 * (k + clients) * 8 + 8 * KEPT_BYTES
     if solver == "sinkhorn":
         problem += 6 * 8 * k * clients
-    elif _is_held(k, clients, compute_dtype(dtype)):
+    elif is_held(k, clients, compute_dtype(dtype)):
         problem, members = transport_bytes(k, clients, size) + k * clients * size, 0
     cover = cover_bytes(n, clients, d, size, memory_budget)
     held = n * clients * size if n * clients * size <= memory_budget // 2 else 0

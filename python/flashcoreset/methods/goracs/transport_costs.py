@@ -190,18 +190,26 @@ class TransportCosts:
         return self._sums
 
 
-def largest_distance(train: Tensor, valid: Tensor, kernels: Kernels, memory_budget: int) -> float:
-    """The largest Euclidean distance of a training and a validation item."""
+def largest_distance(
+    train: Tensor,
+    valid: Tensor,
+    kernels: Kernels,
+    memory_budget: int,
+    most: Callable[[float], float] = float,
+) -> float:
+    """The largest Euclidean distance of a training and a validation item; `most` as in `TransportCosts`."""
     step = block_rows(len(valid), train.element_size(), memory_budget)
 
     def farthest(x: Tensor, y: Tensor) -> float:
-        return max(float(kernels.pairwise(rows, y, metric="euclidean").max()) for rows in x.split(step))
+        blocks = x.split(step) if len(x) else ()
+        largest = (float(kernels.pairwise(rows, y, metric="euclidean").max()) for rows in blocks)
+        return most(max(largest, default=-math.inf))
 
     largest = farthest(train, valid)
-    least, most = _SAFE[train.dtype]
-    if 2.0**least < largest < 2.0**most:
+    least, greatest = _SAFE[train.dtype]
+    if 2.0**least < largest < 2.0**greatest:
         return largest
-    exponent = exponent_into(largest_magnitude(train, valid), (least, most - 10))
+    exponent = exponent_into(most(largest_magnitude(train, valid)), (least, greatest - 10))
     return times_power(farthest(scale(train, exponent), scale(valid, exponent)), -exponent)
 
 
