@@ -41,6 +41,24 @@ def test_a_bar_has_rate_and_time(total: int, capsys: pytest.CaptureFixture[str])
     assert ("<" in shown) == bool(total)
 
 
+def test_what_turns_out_not_to_be_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(True, 100, "work") as bar:
+        bar.update(30)
+        bar.skip(50)
+        bar.update(60)
+        bar.skip(100)
+    shown = capsys.readouterr().err
+    assert "40/40" in shown
+    assert "100/100" not in shown
+    told: list[tuple[int, int]] = []
+    with Progress(lambda *now: told.append(now), 100, "work") as bar:
+        bar.update(30)
+        bar.skip(50)
+        bar.update(60)
+        bar.skip(100)
+    assert told == [(30, 100), (50, 100), (60, 100), (100, 100)]
+
+
 def test_without_tqdm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 

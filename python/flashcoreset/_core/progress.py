@@ -24,6 +24,7 @@ class Progress:
         self._report: Report | None = None
         self._bar: Any = None
         self._told = -1
+        self._skipped = 0
         if progress is None or progress is False:
             return
         if progress is True:
@@ -43,10 +44,21 @@ class Progress:
 
     def update(self, done: int) -> None:
         if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+            self._bar.update(done - self._skipped - self._bar.n)
         elif self._report is not None and done != self._told:  # a device that is not further yet has no news
             self._told = done
             self._report(done, self.total)
+
+    def skip(self, to: int) -> None:
+        """Goes on at `to`, because the work in between turned out not to be needed: a bar's total becomes that much less, a function is
+        told `to`."""
+        if self._bar is None:
+            self.update(to)
+            return
+        left_out = to - self._skipped - self._bar.n
+        self._skipped += left_out
+        self._bar.total -= left_out
+        self._bar.refresh()
 
     def __enter__(self) -> Progress:
         return self

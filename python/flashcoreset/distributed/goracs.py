@@ -227,6 +227,7 @@ def goracs(
                     _select(comm, costs, _Features(part), items, share, options, pool, report, begin)
                 )
                 done += share + options.max_exchanges
+                bar.skip(done)  # the exchanges that were not made
         infos = {code: part[3] for (code, *_), part in zip(classes, found, strict=True)}
         info = infos[0] if labels is None else info_of_classes(infos, classes, names)
         indices, cover = torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])

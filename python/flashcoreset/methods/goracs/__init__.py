@@ -265,7 +265,7 @@ def goracs(
             weights.append(torch.full((count,), len(own) / count, dtype=dtype, device=device))
             infos[label] = info
             done += count + options.max_exchanges
-            bar.update(done)
+            bar.skip(done)  # the exchanges that were not made
     info = infos[0] if labels is None else info_of_classes(infos, classes, labels[0])
     return Coreset(torch.cat(indices), torch.cat(weights), info)
 
