@@ -93,10 +93,10 @@ def thin_out(items: list[pytest.Function]) -> None:
     A test in Triton's interpreter takes a second, so that all combinations of three and more parameters would take a quarter of an
     hour. `make test-large` runs them all.
     """
-    functions: dict[object, dict[pytest.Function, set[tuple[str, str]]]] = collections.defaultdict(dict)
+    functions: dict[object, dict[pytest.Function, set[object]]] = collections.defaultdict(dict)
     for item in items:
         # An id has the parameters' names, and those of a table's case, between hyphens.
-        names = sorted(set(item.callspec.id.split("-")))
+        names = enumerate(item.callspec.id.split("-"))
         functions[item.function][item] = set(itertools.combinations(names, 2))
     for left in functions.values():
         while left:
