@@ -680,10 +680,10 @@ def test_what_did_not_converge_comes_back_at_its_best(
     errors: list[float] = []  # of the iterates of one run
     definition = Schedule.after
 
-    def watched(self: Schedule, error: float) -> str:
+    def watched(self: Schedule, error: float, judged: float) -> str:
         if self.eps == self.reg:
             errors.append(error)
-        return definition(self, error)
+        return definition(self, error, judged)
 
     monkeypatch.setattr(Schedule, "after", watched)
     cost = costs(40, 30).double()
