@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import math
 import warnings
 from collections.abc import Callable
@@ -630,3 +631,13 @@ def test_rounding_leaves_less_in_l2(backend: str) -> None:
         rests[norm] = float(found.error)
     assert 0 < rests["l2"] < rests["l1"] / 4  # of 120 points, a tenth
     assert fc.sinkhorn(*there(backend, cost), tol=rests["l1"] / 3, norm="l2", **options).converged
+
+
+@WITH_TRITON
+def test_kernels_refuse_other_norms(backend: str) -> None:
+    kernels = importlib.import_module(f"flashcoreset.kernels.{backend}")
+    half = torch.full((1, 2), 0.5, dtype=torch.float64)
+    arrays = there(backend, points(2, 2, 0)[None], points(2, 2, 1)[None], half, half)
+    problem = fc.kernels.SinkhornProblem(*arrays, reg=1.0, metric="sqeuclidean", norm="linf")
+    with pytest.raises(ValueError, match=r"norm.*'linf'"):
+        kernels.sinkhorn(problem)

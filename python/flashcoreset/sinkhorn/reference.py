@@ -278,9 +278,9 @@ def _evaluate(
     damp_a, damp_b = damping(problem.rho_a, reg), damping(problem.rho_b, reg)
     f = torch.where(a > 0, f, allowed(damp_a * (f - reg * row_sums), a))
     g = torch.where(b > 0, g, allowed(damp_b * (g - reg * column_sums), b))
-    rows, columns = _off(a, row_sums, f, problem.rho_a), _off(b, column_sums, g, problem.rho_b)
-    error = Error.of(rows, problem.l2).plus(Error.of(columns, problem.l2)).judged
-    return f, g, error, torch.where(a > 0, a * row_sums.exp(), 0).sum(), total
+    error = Error.of(_off(a, row_sums, f, problem.rho_a), problem.l2)
+    error = error.plus(Error.of(_off(b, column_sums, g, problem.rho_b), problem.l2))
+    return f, g, error.judged, torch.where(a > 0, a * row_sums.exp(), 0).sum(), total
 
 
 def sinkhorn_apply(problem: Problem, v: Tensor, transpose: bool = False) -> Tensor:
