@@ -512,7 +512,7 @@ class Problem {
         plain_chunk<kTogether>(c, move, sums, seen);
       }
       chunk_error_[c] = seen.error();
-      chunk_squares_[c] = sum_of_lanes(seen.squares);
+      chunk_squares_[c] = options_.l2 ? sum_of_lanes(seen.squares) : 0;
       if (!balanced_) chunk_lost_[c] = seen.sum_of(seen.lost);
       if (!seen.sums.within(kLeast<T>, kMost<T>)) in_range.store(false, std::memory_order_relaxed);
       if (!seen.scalings.within(kLeastScaling, kMostScaling)) drifted.store(true, std::memory_order_relaxed);
@@ -670,8 +670,10 @@ class Problem {
         next = simd::exp<T>(log_scaling);
         next = w > zero ? next : v;
         const V after = x * next, asked = balanced_ ? one : move.asked(log_scaling, pull);
-        const V share = w > zero ? w * simd::abs<T>(after - asked) : zero;
-        squares += share * share;
+        if (options_.l2) {
+          const V share = w > zero ? w * simd::abs<T>(after - asked) : zero;
+          squares += share * share;
+        }
         for (int l = 0; l < kW && j + l < m_; ++l) {
           if (balanced_) {
             off.columns += b_[j + l] * std::abs(static_cast<double>(after[l]) - 1);
@@ -683,7 +685,7 @@ class Problem {
       scalings.add(next);
       simd::store(next_v_.data() + j, next);
     }
-    off.column_squares = sum_of_lanes(squares);
+    if (options_.l2) off.column_squares = sum_of_lanes(squares);
     return range.within(kLeast<T>, kMost<T>);
   }
 

@@ -130,6 +130,10 @@ class SharedCosts final : public SharedSolver {
 
     // Half an iteration: the scalings from the products of `matrix` [count, others] with the other side.
     void pass(SharedCosts& all, const K* matrix, const Side& other) {
+      all.options_.l2 ? pass<true>(all, matrix, other) : pass<false>(all, matrix, other);
+    }
+    template <bool kL2>
+    void pass(SharedCosts& all, const K* matrix, const Side& other) {
       const bool simple = all.plain_;
       all.team_.parallel_for(chunks(), 1, [&](int, int64_t c, int64_t) {
         Buffer<K> sums(kLines * width);
@@ -154,7 +158,7 @@ class SharedCosts final : public SharedSolver {
             }
             const V own = w * (of_columns ? after : simd::abs<K>(s - one));
             off += own;
-            squares += own * own;
+            if constexpr (kL2) squares += own * own;
             low = x < low ? x : low;
             low = next < low ? next : low;
             high = x > high ? x : high;
@@ -164,7 +168,7 @@ class SharedCosts final : public SharedSolver {
             simd::store(weighted.data() + at, w * next);
           }
           simd::store(chunk_off.data() + c * width + l, off);
-          simd::store(chunk_squares.data() + c * width + l, squares);
+          if constexpr (kL2) simd::store(chunk_squares.data() + c * width + l, squares);
           simd::store(chunk_least.data() + c * width + l, low);
           simd::store(chunk_most.data() + c * width + l, high);
         }
@@ -174,7 +178,7 @@ class SharedCosts final : public SharedSolver {
         least[l] = most[l] = K(1);
         for (int64_t c = 0; c < chunks(); ++c) {
           off[l] += static_cast<double>(chunk_off[c * width + l]);
-          squares[l] += static_cast<double>(chunk_squares[c * width + l]);
+          if constexpr (kL2) squares[l] += static_cast<double>(chunk_squares[c * width + l]);
           least[l] = std::min(least[l], chunk_least[c * width + l]);
           most[l] = std::max(most[l], chunk_most[c * width + l]);
         }
