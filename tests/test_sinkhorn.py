@@ -904,6 +904,7 @@ def test_opcheck(metric: str, lengths: list[int] | None) -> None:
         True,
         None,
         False,
+        "l2",
     )
     torch.library.opcheck(OP, problem)
 
@@ -917,7 +918,7 @@ def test_opcheck_of_plan_and_apply(metric: str) -> None:
     ops = torch.ops.flashcoreset
     problem = (
         x, y, weights(2, 4, 2), weights(2, 3, 3), 0.5, metric, INF, INF, *lengths, 1000, 1e-6, *potentials, 2**28, True, True,
-        None, False,
+        None, False, "l1",
     )  # fmt: skip
     torch.library.opcheck(ops.sinkhorn_plan.default, problem)
     for transpose in (False, True):
