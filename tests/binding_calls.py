@@ -114,7 +114,7 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
             x=f32(2, 4, 3), y=f32(2, 5, 3), a=torch.full((2, 4), 0.25, dtype=torch.float64),
             b=torch.full((2, 5), 0.2, dtype=torch.float64), reg=0.5, metric="sqeuclidean", rho_a=1.0, rho_b=1.0, x_lengths=None,
             y_lengths=None, max_iter=20, tol=1e-3, f=f64(2, 4), g=f64(2, 5), memory_budget=1 << 20,
-            symmetric=False,
+            symmetric=False, norm="l2",
         ),
     }  # fmt: skip
     solved = {"f": f64(2, 4), "g": f64(2, 5), "scalars": f64(4, 2), "iterations": zeros(2)}

@@ -50,6 +50,7 @@ POINTERS = {
     **dict.fromkeys(("spread_of", "reach_of", "before_of", "least_of", "best_least_of"), "fp64"),
     **dict.fromkeys(("constant_of", "column_mass_of", "row_rho", "column_rho"), "fp64"),
     **dict.fromkeys(("rows_off", "columns_off", "rows_lost", "columns_lost"), "fp64"),
+    **dict.fromkeys(("squares", "total_of", "rows_squares", "columns_squares", "carried_l2"), "fp64"),
     **dict.fromkeys(("targets", "refused"), "i64"),
 }
 # The tensors above that are elements of others, or rows of them: they may lie anywhere.
@@ -71,8 +72,11 @@ UNALIGNED = (
     "masses",
     "costs",
     "lost",
+    "squares",
     "rows_lost",
     "columns_lost",
+    "rows_squares",
+    "columns_squares",
 )
 SINKHORN = (half_iteration_kernel, marginal_kernel, apply_kernel)
 FORMS = ("dot", "euclidean", "l1")  # cosine is dot of other rows, sqeuclidean is euclidean without the root
@@ -146,6 +150,7 @@ def compile_kernel(kernel: Any, dtype: str, metric: str, one_chain: bool, archit
         "BALANCED": False,
         "SYMMETRIC": False,
         "AFTER": True,
+        "L2": True,
         "FEATURES": 16,
     }  # where they take most
     constants["COSTS"] = metric != "transposed"  # <P, C> is summed from the rows' side alone

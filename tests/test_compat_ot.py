@@ -81,6 +81,40 @@ def test_logs_have_pots_keys(method):
         assert 0 <= log["err"][-1] < 1e-9
 
 
+def off_of(plan: np.ndarray, a: np.ndarray, b: np.ndarray, norm: int = 2) -> float:
+    """The sum of the errors of both marginals."""
+    return sum(np.linalg.norm(plan.sum(axis) - w, norm) for axis, w in ((1, a), (0, b)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_rule_to_stop_by_is_pots(method):
+    """The L2 error of the marginals: the L1 error may be more than stopThr."""
+    *_, a, b, M = problem(120, 90)
+    in_l1 = []
+    for stop in (1e-9, 1e-8, 1e-7, 1e-6, 1e-5):
+        plan, log = ours.sinkhorn(a, b, M, 0.3, method=method, stopThr=stop, log=True)
+        assert off_of(plan, a, b) <= stop
+        in_l1.append(off_of(plan, a, b, 1) / stop)
+        if "err" in log:
+            err = log["err"][-1] ** (0.5 if method == "sinkhorn_epsilon_scaling" else 1)
+            assert err == pytest.approx(off_of(plan, a, b), abs=1e-14)
+    assert max(in_l1) > 1
+
+
+@pytest.mark.parametrize("method", WITH_COSTS)
+def test_the_rule_to_stop_by_of_many_histograms(method):
+    """The error of all of them together, but for sinkhorn_log, which takes one after the other, as POT's does."""
+    *_, a, b, M = problem(60, 50, k=30)
+    _, log = ours.sinkhorn(a, b, M, 0.3, method=method, stopThr=1e-6, log=True)
+    u, v = (log[name] if name in log else np.exp(log[f"log{name}"]) for name in "uv")
+    each = [off_of(u[:, k, None] * np.exp(-M / 0.3) * v[:, k], a, b[:, k]) for k in range(30)]
+    assert max(each) <= 1e-6
+    assert (np.linalg.norm(each) <= 1e-6) == (method != "sinkhorn_log")
+    batch = ours.solve_batch(np.stack([M, 2 * M]), 0.3, np.stack([a, a]), b.T[:2], tol=1e-6)
+    for k in range(2):
+        assert off_of(batch.plan[k], a, b[:, k]) <= 1e-6 < off_of(batch.plan[k], a, b[:, k], 1)
+
+
 @pytest.mark.parametrize("method", WITH_COSTS)
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_costs_of_one_and_many_histograms(method, k):

@@ -243,6 +243,7 @@ CALLS: dict[str, dict[str, Call]] = {
     "sinkhorn": {
         "balanced": transport(),
         "unbalanced": transport(reg_marginal=2.0, metric="euclidean"),
+        "l2": transport(norm="l2", tol=1e-3),
         "batch": Call(
             lambda: {"x": normal(3, 5, 20, 4), "y": normal(4, 5, 17, 4)},
             lambda x, y, **more: fc.sinkhorn(x, y, reg=0.5, max_iter=20, tol=0.0, **more),

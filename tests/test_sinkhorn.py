@@ -680,10 +680,10 @@ def test_what_did_not_converge_comes_back_at_its_best(
     errors: list[float] = []  # of the iterates of one run
     definition = Schedule.after
 
-    def watched(self: Schedule, error: float) -> str:
+    def watched(self: Schedule, error: float, judged: float) -> str:
         if self.eps == self.reg:
             errors.append(error)
-        return definition(self, error)
+        return definition(self, error, judged)
 
     monkeypatch.setattr(Schedule, "after", watched)
     cost = costs(40, 30).double()
@@ -746,6 +746,7 @@ COST: dict[str, Any] = {"metric": "precomputed"}
         ((X, Y), {"max_iter": 0}, r"max_iter must be >= 1 and below 2\^40, got 0"),
         ((X, Y), {"tol": -1e-3}, r"tol must be >= 0, got -0.001"),
         ((X, Y), {"metric": "dot"}, r"unknown metric 'dot'; valid names"),
+        ((X, Y), {"norm": "linf"}, r"unknown norm 'linf'; valid names: l1, l2"),
         ((X, Y), {"x_lengths": [2]}, r"x_lengths and y_lengths are for batches"),
         ((BX, BY), {"x_lengths": [2]}, r"x_lengths must have shape \[2\], got \(1,\)"),
         ((BX, BY), {"x_lengths": [2, 4]}, r"x_lengths must be in \[1, 3\], got 4 for problem 1"),
@@ -771,6 +772,7 @@ def test_bad_values(arguments: tuple[Any, ...], options: dict[str, Any], message
         ((BX, BY, None, [[1.0], [1.0, 2.0]]), {}, r"b must hold numbers, .* got a list: "),
         ((X, Y), {"reg": "1"}, r"reg must be a number, got '1'"),
         ((X, Y), {"max_iter": 1.5}, r"max_iter must be an int, got 1.5"),
+        ((X, Y), {"norm": 2}, r"norm must be a str, one of l1, l2, got 2 of type int"),
         ((X, Y), {"warm_start": 3}, r"warm_start must be None, a Transport or a pair \(f, g\), got int"),
         ((X, Y), {"progress": 3}, r"progress must be None, True or a callable"),
         ((BX, BY), {"x_lengths": [1.5, 2]}, r"x_lengths must hold integers"),
@@ -902,6 +904,7 @@ def test_opcheck(metric: str, lengths: list[int] | None) -> None:
         True,
         None,
         False,
+        "l2",
     )
     torch.library.opcheck(OP, problem)
 
@@ -915,7 +918,7 @@ def test_opcheck_of_plan_and_apply(metric: str) -> None:
     ops = torch.ops.flashcoreset
     problem = (
         x, y, weights(2, 4, 2), weights(2, 3, 3), 0.5, metric, INF, INF, *lengths, 1000, 1e-6, *potentials, 2**28, True, True,
-        None, False,
+        None, False, "l1",
     )  # fmt: skip
     torch.library.opcheck(ops.sinkhorn_plan.default, problem)
     for transpose in (False, True):

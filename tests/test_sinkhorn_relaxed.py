@@ -428,12 +428,12 @@ def test_the_smallest_reg(solver: Callable[..., fc.Transport]) -> None:
     schedule = Schedule(1e-300, 1e300, 1e-6, 5000, False)
     stages = 0
     while schedule.eps > 1e-300:
-        assert schedule.after(math.inf) in ("go on", "new eps")
+        assert schedule.after(math.inf, math.inf) in ("go on", "new eps")
         stages += 1
         assert stages < 5000
     for error in (math.nan, INF):
         schedule = Schedule(1.0, 1e4, 1e-6, 20, False)
-        while schedule.after(error) != "stop":
+        while schedule.after(error, error) != "stop":
             assert schedule.iterations < 20
         assert schedule.iterations <= 20
 

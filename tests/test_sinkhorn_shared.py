@@ -90,6 +90,28 @@ def test_weights_of_a_batch_on_one_cost(reg: float, dtype: torch.dtype, backend:
         assert float(found.value[p]) == pytest.approx(value, abs=60 * tol)
 
 
+@DTYPES
+@pytest.mark.parametrize("reg", [0.5, 0.05, 0.012])
+def test_the_l2_error_of_a_batch_on_one_cost(reg: float, dtype: torch.dtype, backend: str) -> None:
+    """By which each of the problems ends, whichever way it is solved."""
+    count, n, m = (3, 9, 8) if slow(backend) else (11, 41, 30)
+    cost, a, b = costs(n, m).to(dtype), histograms(count, n, 3), histograms(count, m, 5)
+    tol = 1e-5 if slow(backend) or dtype == torch.float32 else 1e-9
+    options: dict[str, Any] = {"reg": reg, "tol": tol, "max_iter": 60 if backend == "triton" else 20_000}
+    if backend == "triton" and reg < 0.5:
+        return  # the interpreter has no time to converge
+    found, longer = (solve(cost, a, b, backend, norm=norm, **options) for norm in ("l2", "l1"))
+    assert found.converged.all()
+    f, g = found._problem.f.cpu(), found._problem.g.cpu()
+    plan = torch.exp((f[:, :, None] + g[:, None] - cost.double()) / reg) * a[:, :, None] * b[:, None]
+    shown = (plan.sum(2) - a).norm(dim=1) + (plan.sum(1) - b).norm(dim=1)
+    slack = 2e-7 if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(found.error.cpu().double(), shown, rtol=0, atol=slack)
+    assert (found.iterations <= longer.iterations).all()
+    if not slow(backend):  # on few points the two errors are nearly the same
+        assert int(found.iterations.sum()) < int(longer.iterations.sum())
+
+
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_one_of_many_is_one_alone(rho: float | None, backend: str) -> None:
     """Also with a marginal that all problems share, relaxed marginals and costs that do not begin at 0."""

@@ -205,6 +205,13 @@ def log1p_of(x):
     return tl.where(less == 0, x, tl.where(inner, small, tl.log(u)))
 
 
+@triton.jit
+def squares_of(error, total):
+    """The sum of the squares of errors as shares of the mass `total`: such squares stay in the range of numbers."""
+    share = error / total
+    return tl.sum(share * share, axis=0)
+
+
 @triton.jit(do_not_specialize=["size", "other_size", "tiles", "d"])
 def half_iteration_kernel(
     ours,  # points: [B, d, our_stride], panels; precomputed: [B, size, other_size] with these strides
@@ -220,7 +227,9 @@ def half_iteration_kernel(
     weight,  # [B, size] float64
     other_log_weight,  # [B, other_size] float64
     off,  # [B, tiles] float64, becomes the error of the marginal, summed up by block
+    squares,  # [B, tiles] float64, becomes the sum of its squares as shares of the side's mass likewise; without L2: not touched
     lost,  # [B, tiles] float64, becomes the sums asked for from now on less the weights, likewise; balanced: not touched
+    total_of,  # [B] float64, the side's masses; without L2: not read
     eps_of,  # [B] float64
     omega_of,  # [B] float64
     rho_of,  # float64
@@ -236,6 +245,7 @@ def half_iteration_kernel(
     ONE_CHAIN: tl.constexpr,
     BALANCED: tl.constexpr,
     AFTER: tl.constexpr,
+    L2: tl.constexpr,
 ):
     """f_i <- (1 - omega) f_i + omega lambda (f_i - eps S_i). The marginal is a_i exp(S_i), that of the plan before; with
     AFTER, which columns have, it is that of the plan after, a_i exp(S_i + (new f_i - f_i) / eps). Its error is its difference
@@ -281,7 +291,10 @@ def half_iteration_kernel(
         more = tl.where(mass > 0, mass * expm1_of(tl.where(mass > 0, -new / rho, 0.0)), 0.0)
         tl.store(lost + p * tiles + tile, tl.sum(tl.where(inside, more, 0.0), axis=0))
     tl.store(potential + p * size + rows, new - constant, mask=inside)
-    tl.store(off + p * tiles + tile, tl.sum(tl.where(inside, error, 0.0), axis=0))
+    error = tl.where(inside, error, 0.0)
+    tl.store(off + p * tiles + tile, tl.sum(error, axis=0))
+    if L2:
+        tl.store(squares + p * tiles + tile, squares_of(error, tl.load(total_of + p)))
 
 
 @triton.jit(do_not_specialize=["size", "other_size", "tiles", "d"])
@@ -301,6 +314,8 @@ def marginal_kernel(
     off,  # [B, tiles] float64, becomes the error of the marginal, summed up by block
     masses,  # [B, tiles] float64, becomes the mass of the marginal likewise
     costs,  # [B, tiles] float64, becomes <P, C> likewise
+    squares,  # [B, tiles] float64, as in half_iteration_kernel
+    total_of,
     eps_of,  # [B] float64
     rho_of,
     constant_of,
@@ -314,6 +329,7 @@ def marginal_kernel(
     COLS: tl.constexpr,
     ONE_CHAIN: tl.constexpr,
     COSTS: tl.constexpr,
+    L2: tl.constexpr,
 ):
     """Computes, for the problems that are to be evaluated: the marginal a_i exp(S_i) of the plan and its difference from a_i
     exp(-f_i / rho); sum_j P_ij C_ij with COSTS, which rows have; and for a_i = 0 the potential that the other side implies,
@@ -347,6 +363,8 @@ def marginal_kernel(
     now = mass * tl.exp(tl.where(heavy, log_sum, 0.0))
     error = tl.abs(now - mass * asked_of(own, rho, mass))
     tl.store(off + p * tiles + tile, tl.sum(error, axis=0))
+    if L2:
+        tl.store(squares + p * tiles + tile, squares_of(error, tl.load(total_of + p)))
     implied = damping_of(rho, eps) * (own - eps * log_sum)
     if METRIC == "precomputed":
         implied = allowed(implied, mass)
@@ -438,6 +456,8 @@ def sum_of(values, count):
 def schedule_kernel(
     rows_off,  # [B, row_tiles] float64: errors of the marginals by block
     columns_off,  # [B, column_tiles] float64
+    rows_squares,  # [B, row_tiles] float64: of the errors as shares of the sides' masses; without L2: not read
+    columns_squares,  # [B, column_tiles] float64
     row_count,  # [B] int64
     column_count,  # [B] int64
     row_tiles,
@@ -467,6 +487,7 @@ def schedule_kernel(
     omega_of,  # [B] float64
     base_of,  # [B] float64
     carried,  # [B] float64: the error of the columns that the iteration before left
+    carried_l2,  # [B] float64: likewise, in L2; without L2: not touched
     constant_of,  # [B] float64
     iterations_of,  # [B] int64
     in_stage_of,  # [B] int64
@@ -475,6 +496,7 @@ def schedule_kernel(
     ROWS: tl.constexpr,
     BALANCED: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    L2: tl.constexpr,
 ):
     """Schedule.after of problem p, whose error is that of the rows when the iteration began and of the columns after that (of
     symmetric problems twice that of the rows); and the constant that is best for its new potentials."""
@@ -488,6 +510,18 @@ def schedule_kernel(
     else:
         error += tl.load(carried + p)
         after = sum_of(columns_off + p * column_tiles, (tl.load(column_count + p) + ROWS - 1) // ROWS)
+    judged, after_l2 = error, after
+    if L2:
+        squares = sum_of(rows_squares + p * row_tiles, (tl.load(row_count + p) + ROWS - 1) // ROWS)
+        judged = tl.load(mass_of + p) * tl.sqrt(squares)
+        if SYMMETRIC:
+            judged += judged
+        else:
+            judged += tl.load(carried_l2 + p)
+            squares = sum_of(
+                columns_squares + p * column_tiles, (tl.load(column_count + p) + ROWS - 1) // ROWS
+            )
+            after_l2 = tl.load(column_mass_of + p) * tl.sqrt(squares)
     one = tl.load(omega_of + p) / tl.load(omega_of + p)
     if not BALANCED:
         column_mass, row_mass = tl.load(column_mass_of + p), tl.load(mass_of + p)
@@ -498,7 +532,9 @@ def schedule_kernel(
         more = logs / (one / tl.load(row_rho) + one / tl.load(column_rho))
         more = tl.where((more - more == 0) & (tl.load(translates_of + p) != 0), more, 0.0)
         tl.store(constant_of + p, tl.load(constant_of + p) + more)
-        after += tl.abs(expm1_of(more / tl.load(column_rho))) * (column_mass + lost_columns)
+        added = tl.abs(expm1_of(more / tl.load(column_rho))) * (column_mass + lost_columns)
+        after += added
+        after_l2 += added
     reg, tol, mass = tl.load(reg_of), tl.load(tol_of + p), tl.load(mass_of + p)
     eps, omega, base = tl.load(eps_of + p), tl.load(omega_of + p), tl.load(base_of + p)
     iterations, in_stage = tl.load(iterations_of + p) + 1, tl.load(in_stage_of + p) + 1
@@ -507,7 +543,7 @@ def schedule_kernel(
     annealed = eps > reg
     stage_over = (error <= _STAGE_ERROR * mass) | (in_stage >= tl.load(stage_iterations_of + p))
     falls = annealed & stage_over & (iterations < max_iter)
-    checks = (eps <= reg) & (error <= tol) & (tol > 0)
+    checks = (eps <= reg) & (judged <= tol) & (tol > 0)
     ends = (iterations >= max_iter) | (error != error) | (tl.load(ends_of + p) != 0)
     goes_on = (falls == 0) & (checks == 0) & (ends == 0)
 
@@ -527,7 +563,7 @@ def schedule_kernel(
     # Schedule._comes_to_rest
     watched = goes_on & (reach > 0)
     in_window, best_least = tl.load(in_window_of + p), tl.load(best_least_of + p)
-    least = tl.where(in_window == 0, error, tl.minimum(error, tl.load(least_of + p)))
+    least = tl.where(in_window == 0, judged, tl.minimum(judged, tl.load(least_of + p)))
     full = watched & (in_window + 1 >= _WINDOW)
     second = full & (best_least > 0) & (least <= reach) & (least > _LUCK * tol)
     fall = tl.log(tl.where(second, best_least, one) / tl.where(second, least, one))
@@ -577,6 +613,8 @@ def schedule_kernel(
     tl.store(since_of + p, tl.where(falls, 0, tl.where(adapts, new_since, since)))
     tl.store(base_of + p, tl.where(adapts, new_base, base))
     tl.store(carried + p, tl.where(falls, 0.0, after))
+    if L2:
+        tl.store(carried_l2 + p, tl.where(falls, 0.0, after_l2))
     ended = tl.where(ends, STOPPED, RUNNING)
     tl.store(state + p, tl.where(falls, RUNNING, tl.where(checks, CHECKED, ended)))
 
@@ -718,7 +756,7 @@ class Run:
     def __init__(self, batch: Batch, problem: Problem, spread: Tensor) -> None:
         reg, rho, tol, max_iter = problem.reg, (problem.rho_a, problem.rho_b), problem.tol, problem.max_iter
         self._batch, self._max_iter = batch, max_iter
-        self._balanced, self._symmetric = problem.balanced, problem.symmetric
+        self._balanced, self._symmetric, self._l2 = problem.balanced, problem.symmetric, problem.l2
         weight = batch.sides[0].weight
         count, device = weight.shape[0], weight.device
         self._reg, *self._rho = torch.tensor([reg, *rho], dtype=torch.float64, device=device).unbind()
@@ -755,14 +793,15 @@ class Run:
         self._omega = torch.full_like(self._eps, self._plain_omega)
         self._base = torch.zeros_like(self._eps)
         self._carried, self.constant = torch.zeros_like(self._eps), torch.zeros_like(self._eps)
+        self._carried_l2 = torch.zeros_like(self._eps)
         self._before, self._least, self._best_least = weight.new_zeros(3, count).unbind()
         self.iterations, self._in_stage, self._since, self._in_window, self._rests, self._checks = (
             torch.zeros(6, count, dtype=torch.int64, device=device).unbind()
         )
         self._state, self._ends = torch.zeros(2, count, dtype=torch.int32, device=device).unbind()
         # By side: errors of the marginal; its mass and <P, C> in the rows of the others; the sums that it asks for less its
-        # weights. Blocks beyond a problem's size stay 0.
-        self._sums = [weight.new_zeros(4, count, batch.tiles(side)) for side in (0, 1)]
+        # weights; squares of the errors as shares. Blocks beyond a problem's size stay 0.
+        self._sums = [weight.new_zeros(5, count, batch.tiles(side)) for side in (0, 1)]
         self.error, self.mass, self.cost = weight.new_zeros(3, count).unbind()
 
     def potentials(self) -> list[Tensor]:
@@ -787,7 +826,9 @@ class Run:
             for side in (0,) if self._symmetric else (0, 1):
                 tensors = (
                     self._sums[side][0],
+                    self._sums[side][4],
                     self._sums[side][3],
+                    self._masses[side],
                     self._eps,
                     self._omega,
                     self._rho[side],
@@ -795,7 +836,12 @@ class Run:
                     self._state,
                 )
                 self._batch.launch(
-                    half_iteration_kernel, side, tensors, BALANCED=self._balanced, AFTER=side == 1
+                    half_iteration_kernel,
+                    side,
+                    tensors,
+                    BALANCED=self._balanced,
+                    AFTER=side == 1,
+                    L2=self._l2,
                 )
             if self._symmetric:
                 rows, columns = (side.potential for side in self._batch.sides)
@@ -809,6 +855,8 @@ class Run:
             schedule_kernel[(len(self._eps),)](
                 self._sums[0][0],
                 self._sums[1][0],
+                self._sums[0][4],
+                self._sums[1][4],
                 rows.count,
                 columns.count,
                 self._batch.tiles(0),
@@ -836,6 +884,7 @@ class Run:
                 self._omega,
                 self._base,
                 self._carried,
+                self._carried_l2,
                 self.constant,
                 self.iterations,
                 self._in_stage,
@@ -844,6 +893,7 @@ class Run:
                 ROWS=self._batch.tile.rows,
                 BALANCED=self._balanced,
                 SYMMETRIC=self._symmetric,
+                L2=self._l2,
                 num_warps=1,
             )
 
@@ -851,15 +901,25 @@ class Run:
         """Evaluates the plans of the problems that may have converged or have ended: their errors, masses and costs, and the
         potentials that zero weights have. Problems that did not converge after all go on, with plain iterations."""
         for side in (0, 1):
+            off, mass, cost, _, squares = self._sums[side]
+            tensors = (off, mass, cost, squares, self._masses[side])
             self._batch.launch(
                 marginal_kernel,
                 side,
-                (*self._sums[side][:3], self._regs, self._rho[side], self.constant, self._state),
+                (*tensors, self._regs, self._rho[side], self.constant, self._state),
                 COSTS=side == 0,
+                L2=self._l2,
             )
         checked = self._state == CHECKED.value
         evaluated = checked | (self._state == STOPPED.value)
-        (rows_off, mass, cost), (columns_off, _, _) = (ordered_sums(sums[:3]) for sums in self._sums)
+        (rows_off, mass, cost, _, row_squares), (columns_off, _, _, _, column_squares) = map(
+            ordered_sums, self._sums
+        )
+        if self._l2:
+            rows_off, columns_off = (
+                self._masses[0] * row_squares.sqrt(),
+                self._masses[1] * column_squares.sqrt(),
+            )
         for kept, value in ((self.error, rows_off + columns_off), (self.mass, mass), (self.cost, cost)):
             torch.where(evaluated, value, kept, out=kept)
         failed = checked & ~(self.error <= self.tolerance)

@@ -76,8 +76,15 @@ struct SinkhornProblem {
     settings.rho_b = fields.real("rho_b").positive_or_infinite("rho_b");
     settings.tol = fields.real("tol").not_negative("tol");
     settings.symmetric = fields.flag("symmetric").on("symmetric");
+    settings.l2 = is_l2(fields.text("norm"));
     settings.max_iter = fields.integer("max_iter").in("max_iter", 1, int64_t{1} << 40);
     return settings;
+  }
+
+  static bool is_l2(const std::string& norm) {
+    if (norm != "l1" && norm != "l2")
+      throw py::value_error("norm: expected 'l1' or 'l2', got '" + norm + "'");
+    return norm == "l2";
   }
 };
 

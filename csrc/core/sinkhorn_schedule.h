@@ -11,6 +11,19 @@
 
 namespace fc {
 
+// An error, or a bound of it: in L1, by which eps and omega go, and in the norm of the run, by which it ends.
+struct SinkhornError {
+  double l1, judged;  // without initial values, so that it can be in shared memory
+
+  FC_HOST_DEVICE SinkhornError plus(const SinkhornError& other) const {
+    return {l1 + other.l1, judged + other.judged};
+  }
+  FC_HOST_DEVICE SinkhornError plus(double more) const { return plus({more, more}); }
+};
+
+// The square of an amount as a share of the mass.
+FC_HOST_DEVICE inline double sinkhorn_square(double off, double mass) { return (off / mass) * (off / mass); }
+
 // The numbers of a run, on every device.
 struct SinkhornSettings {
   double reg = 1;
@@ -18,6 +31,13 @@ struct SinkhornSettings {
   double tol = 1e-6;
   int64_t max_iter = 1000;
   bool symmetric = false;  // rows and columns are the same points with the same weights
+  bool l2 = false;         // errors are sums of both sides' L2 norms, and not of their L1 norms
+
+  // The error of a side from the sum of what its lines are off by, |r_l|, and from that of (r_l / mass)^2,
+  // which is read for L2 alone. Shares of the side's mass have squares in the range of numbers.
+  FC_HOST_DEVICE SinkhornError error_of(double sum, double squares, double mass) const {
+    return {sum, l2 ? mass * sqrt(squares) : sum};
+  }
 };
 
 // The mass that errors are a share of: the plan's if a marginal holds, else the larger one of the weights'.
@@ -92,7 +112,8 @@ class SinkhornSchedule {
   }
 
   // What to do after an iteration that began with this error.
-  FC_HOST_DEVICE SinkhornOrder after(double error) {
+  FC_HOST_DEVICE SinkhornOrder after(const SinkhornError& begun) {
+    const double error = begun.l1;
     ++iterations_;
     ++in_stage_;
     if (eps_ > reg_ && iterations_ < max_iter_) {
@@ -100,7 +121,7 @@ class SinkhornSchedule {
         new_eps(eps_ / kFactor > reg_ ? eps_ / kFactor : reg_);
         return SinkhornOrder::kNewEps;
       }
-    } else if (!(eps_ > reg_) && error <= tol_ && tol_ > 0) {
+    } else if (!(eps_ > reg_) && begun.judged <= tol_ && tol_ > 0) {
       return SinkhornOrder::kCheck;
     }
     if (iterations_ >= max_iter_ || ends_ || error != error) return SinkhornOrder::kStop;
@@ -111,7 +132,7 @@ class SinkhornSchedule {
       return SinkhornOrder::kNewEps;
     }
     if (accelerated_) adapt(error);
-    ends_ = rests(error);
+    ends_ = rests(begun.judged);
     if (iterations_ == max_iter_ - 1 || ends_) omega_ = plain_omega_;
     return SinkhornOrder::kGoOn;
   }

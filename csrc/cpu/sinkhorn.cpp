@@ -349,6 +349,7 @@ class Problem {
         g_(m_, 0.0),
         column_sums_(m_),
         chunk_error_(chunks_.count()),
+        chunk_squares_(chunks_.count()),
         row_weight_(n_),
         column_weight_(width_, T(0)),
         u_(n_, T(1)),
@@ -386,7 +387,7 @@ class Problem {
           break;
         case SinkhornOrder::kNewEps:
           absorb();
-          columns_off_ = 0;
+          columns_off_ = {};
           break;
         case SinkhornOrder::kCheck: {
           const double error = evaluate();
@@ -431,14 +432,14 @@ class Problem {
   }
 
   // How far marginals were off the ones that the potentials ask for: the row sums of the plan that an
-  // iteration began with, the column sums of the plan that it made. Also the weights' sums of exp(-potential
-  // / rho) - 1 after the iteration.
+  // iteration began with, the column sums of the plan that it made; the sum, and that of the squares of
+  // shares of the mass. Also the weights' sums of exp(-potential / rho) - 1 after the iteration.
   struct Off {
-    double rows = 0, columns = 0, lost_rows = 0, lost_columns = 0;
+    double rows = 0, columns = 0, row_squares = 0, column_squares = 0, lost_rows = 0, lost_columns = 0;
   };
 
   // One iteration; returns a bound of the error of the potentials that it began with.
-  double iterate() {
+  SinkhornError iterate() {
     Off off;
     bool done = false;
     if (scaled_) {
@@ -446,9 +447,10 @@ class Problem {
       if (!done) absorb();
     }
     if (!done) off = sweep();
-    const double error = symmetric() ? 2 * off.rows : off.rows + columns_off_;
-    columns_off_ = off.columns;
-    if (translates_) columns_off_ += translate(off.lost_rows, off.lost_columns);
+    const SinkhornError rows = options_.error_of(off.rows, off.row_squares, mass_a_),
+                        error = rows.plus(symmetric() ? rows : columns_off_);
+    columns_off_ = options_.error_of(off.columns, off.column_squares, mass_b_);
+    if (translates_) columns_off_ = columns_off_.plus(translate(off.lost_rows, off.lost_columns));
     if (drifted_) absorb();
     return error;
   }
@@ -510,6 +512,7 @@ class Problem {
         plain_chunk<kTogether>(c, move, sums, seen);
       }
       chunk_error_[c] = seen.error();
+      chunk_squares_[c] = options_.l2 ? sum_of_lanes(seen.squares) : 0;
       if (!balanced_) chunk_lost_[c] = seen.sum_of(seen.lost);
       if (!seen.sums.within(kLeast<T>, kMost<T>)) in_range.store(false, std::memory_order_relaxed);
       if (!seen.scalings.within(kLeastScaling, kMostScaling)) drifted.store(true, std::memory_order_relaxed);
@@ -522,6 +525,7 @@ class Problem {
       return false;
     }
     off.rows = sum_over_chunks(chunk_error_);
+    off.row_squares = sum_over_chunks(chunk_squares_);
     if (!balanced_) off.lost_rows = sum_over_chunks(chunk_lost_);
     u_.swap(next_u_);
     v_.swap(next_v_);
@@ -550,16 +554,23 @@ class Problem {
   // The results of an iteration over the rows of a chunk.
   struct RowsSeen {
     Range<T> sums, scalings;
-    V off{};   // by how much the rows' sums are off, as shares of the mass
-    V lost{};  // the sums that they ask for from now on, less 1; likewise
+    V off{};      // by how much the rows' sums are off, as shares of the mass
+    V squares{};  // of these shares
+    V lost{};     // the sums that they ask for from now on, less 1; likewise
     double mass = 1;
-    double error() const { return sum_of(off); }
-    double sum_of(V shares) const {
-      double total = 0;
-      for (int l = 0; l < kW; ++l) total += static_cast<double>(shares[l]);
-      return total * mass;
+    void add_off(V shares) {
+      off += shares;
+      squares += shares * shares;
     }
+    double error() const { return sum_of(off); }
+    double sum_of(V shares) const { return sum_of_lanes(shares) * mass; }
   };
+
+  static double sum_of_lanes(V values) {
+    double total = 0;
+    for (int l = 0; l < kW; ++l) total += static_cast<double>(values[l]);
+    return total;
+  }
 
   // The rows of a chunk, some together. If two groups of them fit the first-level cache, the columns' sums of
   // one group are taken while the next comes from memory.
@@ -621,13 +632,13 @@ class Problem {
         scaling = w > zero ? scaling : u;
         if (!balanced_) {
           const V now = move.asked(log_scaling, p);
-          rows.off += w > zero ? w * simd::abs<T>(s - simd::load(asked + l)) : zero;
+          rows.add_off(w > zero ? w * simd::abs<T>(s - simd::load(asked + l)) : zero);
           rows.lost += w > zero ? w * (now - one) : zero;
           simd::store(next_asked + l, now);
         }
       }
       rows.scalings.add(scaling);
-      if (balanced_) rows.off += w * simd::abs<T>(s - one);
+      if (balanced_) rows.add_off(w * simd::abs<T>(s - one));
       simd::store(next + l, scaling);
       simd::store(weighted + l, w * scaling);
     }
@@ -643,6 +654,7 @@ class Problem {
     const V one = simd::broadcast(T(1)), zero{};
     const Move move(made_at_, schedule_.omega(), rho_b(), moved_);
     Range<T> range;
+    V squares{};
     off.columns = off.lost_columns = 0;
     for (int64_t j = 0; j < width_; j += kW) {
       const V w = simd::load(column_weight_.data() + j), v = simd::load(v_.data() + j);
@@ -658,6 +670,10 @@ class Problem {
         next = simd::exp<T>(log_scaling);
         next = w > zero ? next : v;
         const V after = x * next, asked = balanced_ ? one : move.asked(log_scaling, pull);
+        if (options_.l2) {
+          const V share = w > zero ? w * simd::abs<T>(after - asked) : zero;
+          squares += share * share;
+        }
         for (int l = 0; l < kW && j + l < m_; ++l) {
           if (balanced_) {
             off.columns += b_[j + l] * std::abs(static_cast<double>(after[l]) - 1);
@@ -669,15 +685,18 @@ class Problem {
       scalings.add(next);
       simd::store(next_v_.data() + j, next);
     }
+    if (options_.l2) off.column_squares = sum_of_lanes(squares);
     return range.within(kLeast<T>, kMost<T>);
   }
 
   // Notes that column j of the plan now sums up to b_j times `ratio`, of which its potential asks for
-  // `asked`.
-  void note_column(int64_t j, double ratio, double asked, Off& off) const {
-    if (!(b_[j] > 0)) return;
-    off.columns += b_[j] * std::abs(ratio - asked);
+  // `asked`; returns by how much it is off.
+  double note_column(int64_t j, double ratio, double asked, Off& off) const {
+    if (!(b_[j] > 0)) return 0;
+    const double own = b_[j] * std::abs(ratio - asked);
+    off.columns += own;
     off.lost_columns += b_[j] * (asked - 1);
+    return own;
   }
 
   // ---- from the costs
@@ -691,7 +710,7 @@ class Problem {
     team_.parallel_for(chunks_.count(), 1, [&](int thread, int64_t c, int64_t) {
       T* const sums = chunks_.sums(c);
       std::fill(sums, sums + width_, T(0));
-      double error = 0, lost = 0;
+      double error = 0, squares = 0, lost = 0;
       for (int64_t i = chunks_.first(c); i < chunks_.last(c); i += kCostRows) {
         const int64_t count = std::min(kCostRows, chunks_.last(c) - i);
         T* const e = resident_ ? matrix_ + i * width_ : block(thread);
@@ -705,7 +724,9 @@ class Problem {
           const double exponent = (next[r] - f_[i + r]) / eps;
           tame = tame && std::abs(exponent) < 40;
           factor[r] = static_cast<T>(std::exp(exponent));
-          error += row_off(i + r, logs[r]);
+          const double own = row_off(i + r, logs[r]);
+          error += own;
+          squares += sinkhorn_square(own, mass_a_);
           if (!balanced_ && a_[i + r] > 0) lost += a_[i + r] * std::expm1(-next[r] / rho_a());
           (symmetric() ? column_sums_ : f_)[i + r] = next[r];
           if (symmetric() && a_[i + r] > 0 && !(std::abs(exponent) < std::log(kMostScaling))) far = true;
@@ -727,10 +748,12 @@ class Problem {
         add_block(i, count, e, factor, sums);
       }
       chunk_error_[c] = error;
+      chunk_squares_[c] = squares;
       if (!balanced_) chunk_lost_[c] = lost;
     });
     Off off;
     off.rows = sum_over_chunks(chunk_error_);
+    off.row_squares = sum_over_chunks(chunk_squares_);
     if (!balanced_) off.lost_rows = sum_over_chunks(chunk_lost_);
     if (symmetric()) {
       move_both(eps, !far.load());
@@ -837,7 +860,11 @@ class Problem {
       double next = sinkhorn_moved(g_[j], column_sums_[j], eps, omega, damp);
       if (costs_.forbidden()) next = sinkhorn_allowed<T>(next, b_[j]);
       const double moved = (next - g_[j]) / eps;
-      if (!is_simple()) note_column(j, std::exp(column_sums_[j] + moved), sinkhorn_asked(next, rho_b()), off);
+      if (!is_simple()) {
+        const double own =
+            note_column(j, std::exp(column_sums_[j] + moved), sinkhorn_asked(next, rho_b()), off);
+        off.column_squares += sinkhorn_square(own, mass_b_);
+      }
       near = near && std::abs(moved) < std::log(kMostScaling);
       column_sums_[j] = moved;
     }
@@ -914,14 +941,17 @@ class Problem {
     });
     chunks_.combine(column_sums_.data(), m_);
     if (translates_) translate_exactly();
-    double error = 0, mass = 0, cost = 0, worth_a = 0, worth_b = 0;
+    double sum_off = 0, row_squares = 0, column_squares = 0;
+    double mass = 0, cost = 0, worth_a = 0, worth_b = 0;
     for (int64_t i = 0; i < n_; ++i) {
       const double row = a_[i] > 0 ? a_[i] * std::exp(rows[i]) : 0;
       double& f = result_.f(p_, i);
       // A weight may also be 0 in the type of the scalings alone; f then has not moved.
       f = row_weight_[i] > 0 ? f_[i] : damp_rows(reg) * (f_[i] - reg * rows[i]);
       if (costs_.forbidden()) f = sinkhorn_allowed<T>(f, a_[i]);
-      error += std::abs(row - a_[i] * (balanced_ ? 1 : sinkhorn_asked(f, rho_a())));
+      const double off = std::abs(row - a_[i] * (balanced_ ? 1 : sinkhorn_asked(f, rho_a())));
+      sum_off += off;
+      row_squares += sinkhorn_square(off, mass_a_);
       mass += row;
       cost += a_[i] > 0 ? a_[i] * costs[i] : 0;
       worth_a += a_[i] > 0 ? a_[i] * worth(f, rho_a()) : 0;
@@ -930,7 +960,9 @@ class Problem {
     for (int64_t j = 0; j < m_; ++j) {
       some_weightless = some_weightless || !(b_[j] > 0);
       const double column = b_[j] > 0 ? b_[j] * ratio_ * column_sums_[j] : 0;
-      error += std::abs(column - b_[j] * (balanced_ ? 1 : sinkhorn_asked(g_[j], rho_b())));
+      const double off = std::abs(column - b_[j] * (balanced_ ? 1 : sinkhorn_asked(g_[j], rho_b())));
+      sum_off += off;
+      column_squares += sinkhorn_square(off, mass_b_);
       result_.g(p_, j) = g_[j];
       worth_b += b_[j] > 0 ? b_[j] * worth(g_[j], rho_b()) : 0;
     }
@@ -942,6 +974,9 @@ class Problem {
         result_.g(p_, j) = costs_.forbidden() ? sinkhorn_allowed<T>(g, 0) : g;
       }
     }
+    const double error = options_.error_of(sum_off, row_squares, mass_a_)
+                             .plus(options_.error_of(0, column_squares, mass_b_))
+                             .judged;
     result_.value[p_] = worth_a + worth_b - reg * (mass - mass_a_ * mass_b_);
     result_.transport_cost[p_] = cost;
     result_.error[p_] = error;
@@ -995,7 +1030,7 @@ class Problem {
   T* const blocks_;  // kCostRows rows of it per thread
   Buffer<double> a_, b_, f_, g_;
   Buffer<double> column_sums_;  // [m]
-  Buffer<double> chunk_error_;
+  Buffer<double> chunk_error_, chunk_squares_;
   Buffer<T> row_weight_, column_weight_;  // of sum 1
   Buffer<T> u_, next_u_, v_, next_v_, weighted_v_;
   ColumnPotentials<T> potentials_;
@@ -1003,7 +1038,7 @@ class Problem {
   bool scaled_ = false;   // whether the plan is that of K, u and v, rather than of the potentials alone
   bool drifted_ = false;  // whether u and v have to be absorbed
   double made_at_ = 1;    // the eps of K
-  double columns_off_ = 0;
+  SinkhornError columns_off_{};
   // Unbalanced: -potential / rho when K was made, which draws the scalings back; exp(-f / rho) now; and the
   // amount that f has gained and g lost since K was made.
   Buffer<double> chunk_lost_;

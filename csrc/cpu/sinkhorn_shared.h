@@ -113,7 +113,8 @@ class SharedCosts final : public SharedSolver {
   struct Lane {
     int64_t problem;
     SinkhornSchedule schedule;
-    double mass_a, mass_b, columns_off = 0;
+    double mass_a, mass_b;
+    SinkhornError columns_off{};
   };
 
   // Rows or columns of all lanes: arrays [count, width].
@@ -121,13 +122,17 @@ class SharedCosts final : public SharedSolver {
     int64_t count = 0, width = 0;
     bool of_columns = false;
     Buffer<K> weight, scale, weighted;  // weights of sum 1; u or v; both multiplied
-    std::vector<double> off;            // [width], as shares of the mass
+    std::vector<double> off, squares;   // [width], of shares of the mass
     std::vector<K> least, most;         // [width] of the sums and scalings seen
-    Buffer<K> chunk_off, chunk_least, chunk_most;
+    Buffer<K> chunk_off, chunk_squares, chunk_least, chunk_most;
 
     int64_t chunks() const { return (count + kLines - 1) / kLines; }
 
     // Half an iteration: the scalings from the products of `matrix` [count, others] with the other side.
+    void pass(SharedCosts& all, const K* matrix, const Side& other) {
+      all.options_.l2 ? pass<true>(all, matrix, other) : pass<false>(all, matrix, other);
+    }
+    template <bool kL2>
     void pass(SharedCosts& all, const K* matrix, const Side& other) {
       const bool simple = all.plain_;
       all.team_.parallel_for(chunks(), 1, [&](int, int64_t c, int64_t) {
@@ -137,7 +142,7 @@ class SharedCosts final : public SharedSolver {
         for (int64_t l = 0; l < width; l += kW) {
           const V omega = simd::load(all.omega_.data() + l), ratio = simd::load(all.ratio_.data() + l);
           const V one = simd::broadcast(K(1)), zero{};
-          V off{}, low = one, high = one;
+          V off{}, squares{}, low = one, high = one;
           for (int64_t r = 0; r < here; ++r) {
             const int64_t at = (first + r) * width + l;
             const V w = simd::load(weight.data() + at), u = simd::load(scale.data() + at);
@@ -151,7 +156,9 @@ class SharedCosts final : public SharedSolver {
               next = omega == one ? next : relaxed;
               after = omega == one ? zero : simd::abs<K>(x * next - one);
             }
-            off += w * (of_columns ? after : simd::abs<K>(s - one));
+            const V own = w * (of_columns ? after : simd::abs<K>(s - one));
+            off += own;
+            if constexpr (kL2) squares += own * own;
             low = x < low ? x : low;
             low = next < low ? next : low;
             high = x > high ? x : high;
@@ -161,15 +168,17 @@ class SharedCosts final : public SharedSolver {
             simd::store(weighted.data() + at, w * next);
           }
           simd::store(chunk_off.data() + c * width + l, off);
+          if constexpr (kL2) simd::store(chunk_squares.data() + c * width + l, squares);
           simd::store(chunk_least.data() + c * width + l, low);
           simd::store(chunk_most.data() + c * width + l, high);
         }
       });
       for (int64_t l = 0; l < width; ++l) {
-        off[l] = 0;
+        off[l] = squares[l] = 0;
         least[l] = most[l] = K(1);
         for (int64_t c = 0; c < chunks(); ++c) {
           off[l] += static_cast<double>(chunk_off[c * width + l]);
+          if constexpr (kL2) squares[l] += static_cast<double>(chunk_squares[c * width + l]);
           least[l] = std::min(least[l], chunk_least[c * width + l]);
           most[l] = std::max(most[l], chunk_most[c * width + l]);
         }
@@ -180,8 +189,10 @@ class SharedCosts final : public SharedSolver {
       count = lines;
       width = lanes;
       for (Buffer<K>* each : {&weight, &scale, &weighted}) *each = Buffer<K>(count * width);
-      for (Buffer<K>* each : {&chunk_off, &chunk_least, &chunk_most}) *each = Buffer<K>(chunks() * width);
+      for (Buffer<K>* each : {&chunk_off, &chunk_squares, &chunk_least, &chunk_most})
+        *each = Buffer<K>(chunks() * width);
       off.assign(width, 0);
+      squares.assign(width, 0);
       least.assign(width, K(1));
       most.assign(width, K(1));
     }
@@ -306,8 +317,9 @@ class SharedCosts final : public SharedSolver {
         ends[l] = 2;
         continue;
       }
-      const SinkhornOrder order = lane.schedule.after(lane.mass_a * rows_.off[l] + lane.columns_off);
-      lane.columns_off = lane.mass_b * columns_.off[l];
+      const SinkhornError rows = options_.error_of(lane.mass_a * rows_.off[l], rows_.squares[l], lane.mass_a);
+      const SinkhornOrder order = lane.schedule.after(rows.plus(lane.columns_off));
+      lane.columns_off = options_.error_of(lane.mass_b * columns_.off[l], columns_.squares[l], lane.mass_b);
       if (order == SinkhornOrder::kGoOn) continue;
       if (order == SinkhornOrder::kNewEps) {  // K is that of one eps
         ends[l] = 2;
@@ -384,7 +396,7 @@ class SharedCosts final : public SharedSolver {
                const Buffer<K>& row_costs, const Buffer<K>& column_sums) {
     const int64_t p = lane.problem;
     const double reg = options_.reg, log_mass_b = std::log(lane.mass_b), ratio = lane.mass_a / lane.mass_b;
-    double error = 0, mass = 0, cost = 0, worth = 0;
+    double sum_off = 0, row_squares = 0, column_squares = 0, mass = 0, cost = 0, worth = 0;
     for (int64_t i = 0; i < n_; ++i) {
       const double a = batch_.a(p, i), sum = static_cast<double>(row_sums[i * width + k]);
       const double u = static_cast<double>(rows_.scale[i * rows_.width + l]);
@@ -394,7 +406,9 @@ class SharedCosts final : public SharedSolver {
       result_.f(p, i) = f;
       if (!(a > 0)) continue;
       const double scale = heavy ? u : 1 / sum;
-      error += std::abs(a * scale * sum - a);
+      const double off = std::abs(a * scale * sum - a);
+      sum_off += off;
+      row_squares += sinkhorn_square(off, lane.mass_a);
       mass += a * scale * sum;
       cost += a * scale * static_cast<double>(row_costs[i * width + k]);
       worth += a * f;
@@ -406,9 +420,14 @@ class SharedCosts final : public SharedSolver {
       const double g = sinkhorn_allowed<T>(reg * (heavy ? std::log(v) : -std::log(sum)), b);
       result_.g(p, j) = g;
       if (!(b > 0)) continue;
-      error += std::abs(b * (heavy ? v * sum : 1) - b);
+      const double off = std::abs(b * (heavy ? v * sum : 1) - b);
+      sum_off += off;
+      column_squares += sinkhorn_square(off, lane.mass_b);
       worth += b * g;
     }
+    const double error = options_.error_of(sum_off, row_squares, lane.mass_a)
+                             .plus(options_.error_of(0, column_squares, lane.mass_b))
+                             .judged;
     result_.value[p] = worth - reg * (mass - lane.mass_a * lane.mass_b);
     result_.transport_cost[p] = cost;
     result_.error[p] = error;

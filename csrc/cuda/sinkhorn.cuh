@@ -234,6 +234,14 @@ struct Task {
   double reach = 0;  // kSinkhornReach of the data's type
 
   __device__ double rho(bool of_columns) const { return of_columns ? options.rho_b : options.rho_a; }
+  // The error of a side from what its lines are off by: see SinkhornSettings.
+  __device__ SinkhornError error_of(int64_t p, bool of_columns, double sum, double squares) const {
+    return options.error_of(sum, squares, facts[p].mass[of_columns ? 1 : 0]);
+  }
+  // What a line counts for in `squares`.
+  __device__ double square_of(int64_t p, bool of_columns, double off) const {
+    return options.l2 ? sinkhorn_square(off, facts[p].mass[of_columns ? 1 : 0]) : 0;
+  }
   __device__ bool balanced() const { return options.rho_a == HUGE_VAL && options.rho_b == HUGE_VAL; }
   __device__ double mass(int64_t p) const {
     return sinkhorn_mass(options.rho_a, options.rho_b, facts[p].mass[0], facts[p].mass[1]);

@@ -125,7 +125,8 @@ class Resident {
     Holds holds = Holds::kNothing, wanted = Holds::kCosts;
     Next next = Next::kRows;
     SinkhornOrder order = SinkhornOrder::kGoOn;
-    double eps = schedule_.eps(), error = 0, columns_off = 0, lost[2] = {};
+    SinkhornError error{}, columns_off{};
+    double eps = schedule_.eps(), lost[2] = {};
     for (;;) {
       if (holds != wanted) {
         if (holds != Holds::kCosts) fill_costs();
@@ -142,7 +143,7 @@ class Resident {
       }
       const bool of_columns = next == Next::kColumns;
       const Lines<T> lines = of_columns ? columns_ : rows_, others = of_columns ? rows_ : columns_;
-      double off = 0;
+      SinkhornError off{};
       bool drifted = false;
       if (holds == Holds::kCosts) {
         off = advance_from_costs(lines, others, eps);
@@ -159,17 +160,17 @@ class Resident {
         holds = Holds::kNothing;
       }
       if (symmetric) {
-        error = 2 * off;
+        error = off.plus(off);
       } else if (!of_columns) {
         // The rest of the iteration works with the values that are there.
         wanted = holds == Holds::kNothing ? Holds::kKernel : holds;
-        error = off + columns_off;
+        error = off.plus(columns_off);
         next = Next::kColumns;
         continue;
       } else {
         columns_off = off;
       }
-      if (translates) columns_off += translate(lost[0], lost[1]);
+      if (translates) columns_off = columns_off.plus(translate(lost[0], lost[1]));
       next = Next::kRows;
       order = after(error);
       if (order == SinkhornOrder::kGoOn) {
@@ -181,7 +182,7 @@ class Resident {
       if (holds == Holds::kKernel) absorb(eps);
       if (order == SinkhornOrder::kNewEps) {
         eps = schedule_.eps();
-        columns_off = 0;
+        columns_off = {};
       } else {
         next = Next::kEvaluation;
       }
@@ -237,7 +238,7 @@ class Resident {
 
   // The one thread's answer for all. The halves of an iteration end with block_sum(), and so does evaluate():
   // when a thread comes here, all have read the schedule, and the answer before.
-  __device__ SinkhornOrder after(double error) {
+  __device__ SinkhornOrder after(const SinkhornError& error) {
     FC_SHARED(SinkhornOrder, order, );
     if (threadIdx.x == 0) order = schedule_.after(error);
     __syncthreads();
@@ -306,7 +307,7 @@ class Resident {
   }
 
   // Half an iteration from K. Returns false if a sum is out of range; then nothing has changed.
-  __device__ bool advance(const Lines<T>& lines, const Lines<T>& others, double eps, double& off,
+  __device__ bool advance(const Lines<T>& lines, const Lines<T>& others, double eps, SinkhornError& off,
                           bool& drifted) {
     const int length = part_length(lines, others);
     for (int item = thread(); item < lines.parts * lines.count; item += kThreads) {
@@ -324,7 +325,7 @@ class Resident {
     }
     if (!__syncthreads_and(in_range)) return false;
     const double omega = schedule_.omega(), rho = task_.rho(lines.of_columns), damp = damping(rho, eps);
-    double own_off = 0;
+    double own_off = 0, own_squares = 0;
     bool own_drifted = false;
     for (int l = thread(); l < lines.count; l += kThreads) {
       const double sum = scratch_[l], scale = lines.scale[l];
@@ -340,11 +341,13 @@ class Resident {
       }
       lines.scale[l] = moved;
       lines.weighted[l] = static_cast<T>(lines.weight[l] * moved);
-      own_off += off_by(lines.weight[l], sum * (lines.of_columns ? moved : scale), judged, rho);
+      const double by = off_by(lines.weight[l], sum * (lines.of_columns ? moved : scale), judged, rho);
+      own_off += by;
+      own_squares += task_.square_of(p_, lines.of_columns, by);
       own_drifted = own_drifted || !(moved >= 1 / kDrift && moved <= kDrift);
     }
     drifted = __syncthreads_or(own_drifted) != 0;
-    off = block_sum(own_off);
+    off = error_of(lines, own_off, own_squares);
     return true;
   }
 
@@ -385,19 +388,29 @@ class Resident {
   }
 
   // Half an iteration from the costs; returns by how much the marginals are off.
-  __device__ double advance_from_costs(const Lines<T>& lines, const Lines<T>& others, double eps) {
+  __device__ SinkhornError advance_from_costs(const Lines<T>& lines, const Lines<T>& others, double eps) {
     log_sums(lines, others, eps);
     const double omega = schedule_.omega(), rho = task_.rho(lines.of_columns), damp = damping(rho, eps);
-    double off = 0;
+    double off = 0, squares = 0;
     for (int l = thread(); l < lines.count; l += kThreads) {
       const double log_sum = scratch_[l], potential = lines.potential[l] + constant_of(lines);
       const double weight = lines.weight[l];
       const double moved = sinkhorn_allowed<T>(sinkhorn_moved(potential, log_sum, eps, omega, damp), weight);
       const double shift = lines.of_columns ? (moved - potential) / eps : 0;
-      off += off_by(lines.weight[l], exp(log_sum + shift), lines.of_columns ? moved : potential, rho);
+      const double by =
+          off_by(lines.weight[l], exp(log_sum + shift), lines.of_columns ? moved : potential, rho);
+      off += by;
+      squares += task_.square_of(p_, lines.of_columns, by);
       lines.potential[l] = moved - constant_of(lines);
     }
-    return block_sum(off);
+    return error_of(lines, off, squares);
+  }
+
+  // The error of a side from this thread's part of it.
+  __device__ SinkhornError error_of(const Lines<T>& lines, double off, double squares) const {
+    off = block_sum(off);
+    if (task_.options.l2) squares = block_sum(squares);
+    return task_.error_of(p_, lines.of_columns, off, squares);
   }
 
   // The marginals of the plan at reg and how far they are off, <P, C> and the dual; and the potentials of
@@ -409,11 +422,13 @@ class Resident {
       log_sums(lines, others, task_.options.reg);
       if (!of_columns) found.transport_cost = block_sum(transport_cost());
       const double rho = task_.rho(of_columns), damp = damping(rho, task_.options.reg);
-      double off = 0, dual = 0, mass = 0;
+      double off = 0, squares = 0, dual = 0, mass = 0;
       for (int l = thread(); l < lines.count; l += kThreads) {
         const double weight = lines.weight[l], potential = lines.potential[l] + constant_of(lines);
         const double ratio = exp(scratch_[l]);
-        off += off_by(weight, ratio, potential, rho);
+        const double by = off_by(weight, ratio, potential, rho);
+        off += by;
+        squares += task_.square_of(p_, of_columns, by);
         dual += worth(weight, potential, rho);
         mass += weight > 0 ? weight * ratio : 0;
         // This value is not read any more: a weight of 0 counts in no sum.
@@ -422,7 +437,7 @@ class Resident {
           lines.potential[l] = sinkhorn_allowed<T>(implied, weight) - constant_of(lines);
         }
       }
-      found.error += block_sum(off);
+      found.error += error_of(lines, off, squares).judged;
       found.dual += block_sum(dual);
       if (!of_columns) found.mass = block_sum(mass);
     }

@@ -42,9 +42,10 @@ struct Partial {
   T most, sum;
 };
 
-// Sums over kThreads lines. `lost`: the sums that they ask for, less their weights.
+// Sums over kThreads lines. `squares`: see SinkhornSettings::error_of(). `lost`: the sums that they ask for,
+// less their weights.
 struct Sums {
-  double off, dual, mass, lost;
+  double off, squares, dual, mass, lost;
 };
 
 // Rows or columns of a team's problem, in global memory. Capacities are those of the longest problem.
@@ -100,7 +101,7 @@ template <class T>
 class Streaming {
  public:
   __device__ Streaming(const Batch<T>& batch, const Task& task, const Workspace& workspace, int64_t shared,
-                       SinkhornSchedule& schedule, double& columns_off)
+                       SinkhornSchedule& schedule, SinkhornError& columns_off)
       : batch_(batch),
         task_(task),
         workspace_(workspace),
@@ -180,7 +181,7 @@ class Streaming {
     // and the grid meets before anyone looks at this one.
     if (threadIdx.x == 0) {
       new (&schedule_) SinkhornSchedule(task_.schedule(p_));
-      columns_off_ = 0;
+      columns_off_ = {};
     }
   }
 
@@ -340,6 +341,7 @@ class Streaming {
         const bool made = iterates && of_columns;
         const double ratio = exp(log_of + (made ? (moved - potential) / eps : 0));
         own.off = off_by(weight, ratio, made ? moved : potential, rho);
+        own.squares = task_.square_of(p_, of_columns, own.off);
         own.mass = weight > 0 ? weight * ratio : 0;
         own.dual = iterates ? 0 : worth(weight, potential, rho);
         own.lost = translates ? lost_by(weight, moved, rho) : 0;
@@ -349,6 +351,7 @@ class Streaming {
         }
       }
       own.off = block_sum(own.off);
+      if (task_.options.l2) own.squares = block_sum(own.squares);
       if (translates) own.lost = block_sum(own.lost);
       if (!iterates) {
         own.dual = block_sum(own.dual);
@@ -378,6 +381,15 @@ class Streaming {
     return block_sum(own);
   }
 
+  // The error of a side, from the sums of its lines.
+  __device__ SinkhornError error_of(bool of_columns) const {
+    const Sums* const sums = of_columns ? columns_.sums : rows_.sums;
+    const int count = count_of(of_columns);
+    const double off = total(sums, count, &Sums::off),
+                 squares = task_.options.l2 ? total(sums, count, &Sums::squares) : 0;
+    return task_.error_of(p_, of_columns, off, squares);
+  }
+
   // Moves the best constant from the columns to the rows; returns by how much more the column sums are off.
   __device__ double translate() {
     const Facts& facts = task_.facts[p_];
@@ -399,16 +411,16 @@ class Streaming {
       return;
     }
     const int n = count_of(false), m = count_of(true);
-    const double rows_off = total(rows_.sums, n, &Sums::off), off = total(columns_.sums, m, &Sums::off);
+    const SinkhornError rows_off = error_of(false), off = error_of(true);
     if (round_ == Round::kIteration) {
       if (threadIdx.x == 0)
-        order = schedule_.after(rows_off + (task_.options.symmetric ? off : columns_off_));
+        order = schedule_.after(rows_off.plus(task_.options.symmetric ? off : columns_off_));
       __syncthreads();
       order_ = order;
       const double more = translates() ? translate() : 0;
       // The columns of a symmetric problem are off by what the rows are, now and not later.
       const bool later = order_ != SinkhornOrder::kNewEps && !task_.options.symmetric;
-      if (threadIdx.x == 0) columns_off_ = later ? off + more : 0;
+      if (threadIdx.x == 0) columns_off_ = later ? off.plus(more) : SinkhornError{};
       if (order_ == SinkhornOrder::kNewEps) {
         round_ = Round::kBegin;
         fresh_ = false;
@@ -417,7 +429,7 @@ class Streaming {
       }
       return;
     }
-    Outcome found{rows_off + off, 0, 0, 0, schedule_.iterations()};
+    Outcome found{rows_off.plus(off).judged, 0, 0, 0, schedule_.iterations()};
     found.dual = total(rows_.sums, n, &Sums::dual) + total(columns_.sums, m, &Sums::dual);
     found.mass = total(rows_.sums, n, &Sums::mass);
     if (order_ == SinkhornOrder::kCheck && !(found.error <= schedule_.tol())) {
@@ -444,7 +456,7 @@ class Streaming {
   const Workspace& workspace_;
   const int64_t shared_;
   SinkhornSchedule& schedule_;
-  double& columns_off_;  // in the plan of the last iteration; the first thread's
+  SinkhornError& columns_off_;  // in the plan of the last iteration; the first thread's
   const int team_, member_;
   Lines<T> rows_, columns_;
   double* costs_;        // [works of a column pass]
@@ -461,7 +473,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksWanted<T>)
     solve_streaming(Batch<T> batch, Task task, Workspace workspace, int64_t shared) {
   FC_SHARED(double, schedule, [kScheduleDoubles]);
-  FC_SHARED(double, columns_off, );
+  FC_SHARED(SinkhornError, columns_off, );
   if (task.faults->any()) return;
   Streaming<T>(batch, task, workspace, shared, *reinterpret_cast<SinkhornSchedule*>(schedule), columns_off)
       .solve_all();

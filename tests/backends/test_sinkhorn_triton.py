@@ -73,27 +73,40 @@ def run_of(problems: int, spread: list[float], **options: Any) -> launchers.Run:
     return launchers.Run(kernels._batch(problem, kernels._counts(problem)), problem, ranges)
 
 
+# The L2 errors that the tests make up, as shares of the L1 errors; 1 for runs that are judged by these.
+SHARES = pytest.mark.parametrize("share", [1.0, 0.25])
+
+
+def note(run: launchers.Run, sides: Any, share: float) -> None:
+    """Puts errors of rows and columns, one block a problem, where the kernels of an iteration do."""
+    for sums, values in zip(run._sums, sides, strict=True):
+        errors = on_device(torch.tensor(values, dtype=torch.float64))
+        sums[0, :, 0], sums[4, :, 0] = errors, (share * errors) ** 2
+
+
 @pytest.mark.parametrize("marginals", [BOTH, (1.0, 1.0)], ids=["balanced", "unbalanced"])
-def test_schedule(marginals: tuple[float, float]) -> None:
+@SHARES
+def test_schedule(marginals: tuple[float, float], share: float) -> None:
     """The schedule equals that of the definition, number by number."""
     spread, most = [10.0, 3000.0, 600.0], 33
     # Falling fast, slowly and not at all, so that omega rises, stays and goes back; one becomes NaN.
     rates = [[0.7, 0.9, 1.02], [0.2, 0.8, 0.85], [0.995, 0.97, 0.2]]
     tol = 1e-4
-    run = run_of(3, spread, tol=tol, max_iter=most, rho_a=marginals[0], rho_b=marginals[1])
+    norm = "l1" if share == 1 else "l2"
+    run = run_of(3, spread, tol=tol, max_iter=most, rho_a=marginals[0], rho_b=marginals[1], norm=norm)
     schedules = [reference.Schedule(1.0, s, tol, most, False) for s in spread]
     errors, carried = [0.4, 0.8, 0.3], [0.0] * 3
     running, orders = [True] * 3, set()
     for i in range(most):
         rows, columns = [0.75 * e for e in errors], [0.25 * e for e in errors]
-        for sums, values in zip(run._sums, (rows, columns), strict=True):
-            sums[0, :, 0] = on_device(torch.tensor(values, dtype=torch.float64))
+        note(run, (rows, columns), share)
         run._after_iteration()
         state, iterations = run.look()
         for p, schedule in enumerate(schedules):
             if not running[p]:
                 continue
-            order = schedule.after(rows[p] + carried[p])
+            error = rows[p] + carried[p]
+            order = schedule.after(error, share * error)
             orders.add(order)
             carried[p] = columns[p]
             if order == "new eps":
@@ -110,12 +123,14 @@ def test_schedule(marginals: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_schedule_of_warm_starts_and_of_rest(symmetric: bool) -> None:
+@SHARES
+def test_schedule_of_warm_starts_and_of_rest(symmetric: bool, share: float) -> None:
     """Likewise, with potentials given: one start stalls at once, one when it is over-relaxed, one never; and then errors of rounding
     alone, errors that go on falling, and errors that come back from them."""
     spread, most, tol = [10.0, 3000.0, 600.0], 420, 1e-9
     zero = torch.zeros(3, 1, dtype=torch.float64)
-    run = run_of(3, spread, tol=tol, max_iter=most, f=zero, g=zero, symmetric=symmetric)
+    norm = "l1" if share == 1 else "l2"
+    run = run_of(3, spread, tol=tol, max_iter=most, f=zero, g=zero, symmetric=symmetric, norm=norm)
     reach = REACH[torch.float32]
     schedules = [
         reference.Schedule(1.0, s, tol, most, True, symmetric=symmetric, reach_of_type=reach) for s in spread
@@ -128,16 +143,13 @@ def test_schedule_of_warm_starts_and_of_rest(symmetric: bool) -> None:
             0.4 * 0.6 ** min(i, 12) if i < 60 else 6e-7 * 0.96 ** (i - 60),
             0.3 * 0.7 ** min(i, 40) if i % 100 < 90 else 1e-3,
         ]
-        for sums, share in zip(run._sums, (1.0, 0.0), strict=True):
-            sums[0, :, 0] = (
-                on_device(torch.tensor(errors, dtype=torch.float64)) * share / (2 if symmetric else 1)
-            )
+        note(run, ([e / (2 if symmetric else 1) for e in errors], [0.0] * 3), share)
         run._after_iteration()
         state, iterations = run.look()
         for p, schedule in enumerate(schedules):
             if not running[p]:
                 continue
-            order = schedule.after(errors[p])
+            order = schedule.after(errors[p], share * errors[p])
             orders.add(order)
             expected = {"check": launchers.CHECKED, "stop": launchers.STOPPED}.get(order, launchers.RUNNING)
             assert state[p] == expected.value

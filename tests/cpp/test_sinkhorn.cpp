@@ -150,12 +150,16 @@ void check_iterations(int64_t n, int64_t m, bool costs, int64_t budget, uint64_t
   options.memory_budget = budget;
   options.threads = 2;
   const Solved s = c.solve(options);
+  options.l2 = true;
+  const Solved in_l2 = c.solve(options);
+  CHECK(in_l2.f == s.f);
+  CHECK(in_l2.g == s.g);
   const std::vector<T> plan = plans(c, s, options.reg);
   // Float: exponents of 30 from costs rounded to 6e-8 of 3. Worst seen 2e-6 of the mass.
   const double slack = sizeof(T) == 4 ? 1e-5 : 1e-12;
   for (int64_t p = 0; p < c.count; ++p) {
     const std::vector<double> expected = textbook(c, p, options.reg, options.max_iter);
-    double off = 0, cost = 0, error = 0;
+    double off = 0, cost = 0, error = 0, squares[2] = {};
     std::vector<double> row(c.rows[p]), column(c.columns[p]);
     for (int64_t i = 0; i < c.rows[p]; ++i) {
       for (int64_t j = 0; j < c.columns[p]; ++j) {
@@ -166,11 +170,18 @@ void check_iterations(int64_t n, int64_t m, bool costs, int64_t budget, uint64_t
         column[j] += value;
       }
     }
-    for (int64_t i = 0; i < c.rows[p]; ++i) error += std::abs(row[i] - c.a[p * n + i]);
-    for (int64_t j = 0; j < c.columns[p]; ++j) error += std::abs(column[j] - c.b[p * m + j]);
+    for (int64_t i = 0; i < c.rows[p]; ++i) {
+      error += std::abs(row[i] - c.a[p * n + i]);
+      squares[0] += std::pow(row[i] - c.a[p * n + i], 2);
+    }
+    for (int64_t j = 0; j < c.columns[p]; ++j) {
+      error += std::abs(column[j] - c.b[p * m + j]);
+      squares[1] += std::pow(column[j] - c.b[p * m + j], 2);
+    }
     CHECK(off <= slack);
     CHECK(std::abs(cost - s.cost[p]) <= slack);
     CHECK(std::abs(error - s.error[p]) <= slack / 10);
+    CHECK(std::abs(std::sqrt(squares[0]) + std::sqrt(squares[1]) - in_l2.error[p]) <= slack / 10);
     CHECK_EQUAL(s.iterations[p], options.max_iter);
   }
 }
@@ -184,6 +195,7 @@ void check_one_answer(bool costs, const double (&marginal)[2]) {
   options.rho_b = marginal[1];
   options.tol = sizeof(T) == 4 ? 1e-5 : 1e-9;
   options.max_iter = 300;
+  options.l2 = !std::isinf(marginal[0]);
   for (const int64_t budget : {int64_t{0}, int64_t{1} << 26}) {
     options.memory_budget = budget;
     options.threads = 1;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -31,7 +32,7 @@ struct Case {
   double rho_a = kInfinity, rho_b = kInfinity;
   int64_t max_iter = 6;
   double tol = 0;
-  bool ragged = false, zero_weights = false, warm = false;
+  bool ragged = false, zero_weights = false, warm = false, l2 = false;
 };
 
 // The arrays of a batch. In a ragged batch problem p lacks p rows and 2 p columns, and the padding is NaN.
@@ -264,6 +265,7 @@ Row run(const Case& c, const Data<T>& data, int64_t shared_bytes, SinkhornVerdic
   options.rho_b = c.rho_b;
   options.tol = c.tol;
   options.max_iter = c.max_iter;
+  options.l2 = c.l2;
   options.shared_bytes = shared_bytes;
   if (c.warm) {
     options.f = device.f.data();
@@ -396,8 +398,10 @@ void test_stopping() {
   c.max_iter = 300;
   c.reg = 0.3;
   c.ragged = true;
-  for (const double reg : {0.3, 0.02}) {
+  constexpr std::pair<double, bool> kRuns[] = {{0.3, false}, {0.02, false}, {0.02, true}};
+  for (const auto& [reg, l2] : kRuns) {
     c.reg = reg;
+    c.l2 = l2;
     const Data<T> data(c);
     const Row resident = fc::emulator::check_schedules([&] { return run<T>(c, data, -1); });
     check_near(run<T>(c, data, 0), resident, sizeof(T) == 4 ? 2e-5 : 1e-11);

@@ -81,6 +81,7 @@ void run(fuzz::Input& in) {
   const bool may_overflow = any || (warm && relaxed);
   for (double& f : start.f) f = warm ? in.number<double>(any) : 0;
   for (double& g : start.g) g = warm ? in.number<double>(any) : 0;
+  options.l2 = in.coin();
   if (warm) {
     options.f =
         fc::TensorView<const double, 2>::compact(static_cast<const double*>(start.f.data()), count, n);

@@ -163,6 +163,7 @@ class Recipes:
             some
             | {"reg": literal(r.choice((0.05, 0.3, 1.0, 10.0))), "max_iter": literal(r.choice((1, 20, 100)))}
             | self.maybe(0.4, tol=literal(r.choice((0.0, 1e-9, 1e-3))))
+            | self.maybe(0.3, norm=literal("l2"))
         )
 
     def sinkhorn(self) -> dict[str, Value]:

@@ -262,6 +262,7 @@ class Recipes:
             "max_iter": literal(r.choice((1, 2, 30))),
             "tol": literal(r.choice((0.0, 1e-6, 1e-2))),
             "memory_budget": self.common()["memory_budget"],
+            "norm": literal(r.choice(("l1", "l2"))),
             "symmetric": literal(False),  # tests/test_sinkhorn_course.py has the shapes of those that are
             **{
                 name: Value("None")

@@ -47,6 +47,7 @@ def sinkhorn(
     y_lengths: Any = None,
     max_iter: int = 1000,
     tol: float = 1e-6,
+    norm: str = "l1",
     warm_start: Any = None,
     backend: str | None = None,
     progress: Callable[[int, int], object] | bool | None = None,
@@ -72,9 +73,12 @@ def sinkhorn(
         x_lengths, y_lengths: [B] integers, the sizes of the problems of a batch in x and y; what lies beyond them (the
             padding, which may be NaN) is not read and costs no work.
         max_iter: the most iterations that one problem takes.
-        tol: a problem stops when its `Transport.error`, an L1 distance of marginals, is at most `tol`, but no larger a
+        tol: a problem stops when its `Transport.error`, a distance of marginals, is at most `tol`, but no larger a
             share of the plan's mass (if both marginals are relaxed, of the larger mass of a and b) than `tol` or 1e-6. 0 makes exactly
             `max_iter` iterations, plain ones if reg is at least 1/500 of the costs' range, without a warning.
+        norm: what that distance is: the sum of |P 1 - a| over the rows and |P^T 1 - b| over the columns ("l1"), or the sum of these two
+            vectors' Euclidean norms ("l2"), at most the former, on n points down to 1 / sqrt(n) of it. The same `tol` takes
+            fewer iterations with "l2".
         warm_start: a `Transport` of problems of the same sizes, or potentials (f, g), to start from: at most 1e9 times the
             costs or reg. If iterations from there come to a standstill, they are annealed after all.
         backend: None (the fastest that can run), "cpu", "cuda", "triton" or "torch" (the reference).
@@ -109,7 +113,8 @@ def sinkhorn(
         (tensor([0.5000, 0.5000]), True)
     """
     problem = as_problem(
-        x, y, a, b, reg, metric, reg_marginal, x_lengths, y_lengths, max_iter, tol, warm_start, backend, memory_budget
+        x, y, a, b, reg, metric, reg_marginal, x_lengths, y_lengths, max_iter, tol, norm, warm_start, backend,
+        memory_budget,
     )  # fmt: skip
     check_progress(progress)
     return _transport(problem, progress)
@@ -129,6 +134,7 @@ def sinkhorn_divergence(
     y_lengths: Any = None,
     max_iter: int = 1000,
     tol: float = 1e-6,
+    norm: str = "l1",
     warm_start: Any = None,
     full_output: Literal[False] = False,
     backend: str | None = None,
@@ -150,6 +156,7 @@ def sinkhorn_divergence(
     y_lengths: Any = None,
     max_iter: int = 1000,
     tol: float = 1e-6,
+    norm: str = "l1",
     warm_start: Any = None,
     full_output: Literal[True],
     backend: str | None = None,
@@ -170,6 +177,7 @@ def sinkhorn_divergence(
     y_lengths: Any = None,
     max_iter: int = 1000,
     tol: float = 1e-6,
+    norm: str = "l1",
     warm_start: Any = None,
     full_output: bool = False,
     backend: str | None = None,
@@ -219,9 +227,9 @@ def sinkhorn_divergence(
     if isinstance(warm_start, Divergence):
         starts = (warm_start.cross, warm_start.of_x, warm_start.of_y)
     options = (reg, metric, reg_marginal)
-    limits = (max_iter, tol, backend, memory_budget)
+    limits = (max_iter, tol, norm, backend, memory_budget)
     cross = as_problem(
-        x, y, a, b, *options, x_lengths, y_lengths, max_iter, tol, starts[0], backend, memory_budget
+        x, y, a, b, *options, x_lengths, y_lengths, max_iter, tol, norm, starts[0], backend, memory_budget
     )
     if cross.x.dtype == torch.float64:  # if one of them is, both are in all three problems
         x, y = keep_graph(x, "x").double(), keep_graph(y, "y").double()
@@ -251,12 +259,13 @@ def self_transport(
     x_lengths: Any = None,
     max_iter: int = 1000,
     tol: float = 1e-6,
+    norm: str = "l1",
     warm_start: Any = None,
     backend: str | None = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> Transport:
     """`sinkhorn(x, x, a, a)` by symmetric iterations, whose potentials are the same: f = g. Arguments as there, but no costs."""
-    limits = (max_iter, tol, backend, memory_budget)
+    limits = (max_iter, tol, norm, backend, memory_budget)
     return _transport(_self_problem(x, a, x_lengths, (reg, metric, reg_marginal), warm_start, limits), None)
 
 
@@ -264,9 +273,9 @@ def _self_problem(
     x: Any, a: Any, lengths: Any, options: tuple[Any, ...], start: Any, limits: tuple[Any, ...]
 ) -> Problem:
     """The transport of a set to itself; `options` are reg, the metric and reg_marginal, `limits` what follows warm_start beside it."""
-    (reg, metric, rho), (max_iter, tol, backend, budget) = options, limits
+    (reg, metric, rho), (max_iter, tol, norm, backend, budget) = options, limits
     problem = as_problem(
-        x, x, a, a, reg, metric, rho, lengths, lengths, max_iter, tol, start, backend, budget
+        x, x, a, a, reg, metric, rho, lengths, lengths, max_iter, tol, norm, start, backend, budget
     )  # fmt: skip
     return replace(problem, symmetric=True, g=problem.f)
 

@@ -20,7 +20,7 @@ from flashcoreset._core.tensor import (
     promoted,
     same_device,
 )
-from flashcoreset.sinkhorn.problem import METRICS, Problem, inside
+from flashcoreset.sinkhorn.problem import METRICS, NORMS, Problem, inside
 from flashcoreset.sinkhorn.transport import Transport
 
 _INF = math.inf
@@ -40,6 +40,7 @@ def as_problem(
     y_lengths: Any,
     max_iter: Any,
     tol: Any,
+    norm: Any,
     warm_start: Any,
     backend: Any,
     memory_budget: Any,
@@ -47,6 +48,7 @@ def as_problem(
     """The problem of a call of `sinkhorn`: types, shapes and options are checked, values not yet (see `values`). The tensors may
     still ask for gradients."""
     one_of(metric, "metric", METRICS)
+    one_of(norm, "norm", NORMS)
     check_backend(backend)
     x, batched = _points(x, "x")
     device = x.device
@@ -115,7 +117,7 @@ def as_problem(
         x, y = x.to(dtype), None if y is None else y.to(dtype)
     return Problem(
         x, y, a, b, reg, metric, rho[0], rho[1], lengths[0], lengths[1], max_iter, tol, f, g, min(budget, 2**62), weighted,
-        batched, backend,
+        batched, backend, norm=norm,
     )  # fmt: skip
 
 

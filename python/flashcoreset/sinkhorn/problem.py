@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
+from flashcoreset._core.tensor import one_of
 
 METRICS = ("sqeuclidean", "euclidean", "l1", "cosine", "precomputed")
+NORMS = ("l1", "l2")
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +39,7 @@ class Problem:
         batched: whether the caller's problem had a batch dimension.
         backend: the backend that was asked for.
         symmetric: whether `y` and `b` are `x` and `a`, so that both potentials are the same; with points alone.
+        norm: "l1" or "l2": of which norms of both sides' residuals the error is the sum.
     """
 
     x: Tensor
@@ -58,6 +61,7 @@ class Problem:
     batched: bool = True
     backend: str | None = None
     symmetric: bool = False
+    norm: str = "l1"
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -68,6 +72,12 @@ class Problem:
     def each_x(self) -> Tensor:
         """`x` with all B problems, without a copy."""
         return self.x.expand(len(self.a), -1, -1)
+
+    @property
+    def l2(self) -> bool:
+        """Whether errors are L2 norms."""
+        one_of(self.norm, "norm", NORMS)
+        return self.norm == "l2"
 
     @property
     def balanced(self) -> bool:
@@ -87,7 +97,7 @@ class Problem:
         return Problem(
             self.x, self.y, self.a, self.b, self.reg, self.metric, self.rho_a, self.rho_b, self.x_lengths, self.y_lengths,
             self.max_iter, self.tol, f, g, self.memory_budget, self.weighted, self.batched, self.backend,
-            self.symmetric,
+            self.symmetric, self.norm,
         )  # fmt: skip
 
     def potentials(self) -> tuple[Tensor, Tensor]:

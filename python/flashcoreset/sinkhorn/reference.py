@@ -23,14 +23,15 @@ The error of potentials is the residual of both sides' optimality conditions, th
 
     sum_i |a_i exp(S_i) - a_i exp(-f_i / rho_a)| + sum_j |b_j exp(T_j) - b_j exp(-g_j / rho_b)|
 
-with exp(-f / rho) = 1 for a balanced marginal. The dual is concave, so potentials at which this error is 0 are a solution, and no
+with exp(-f / rho) = 1 for a balanced marginal. If the problem's norm is "l2", each of the two sums of numbers |r_i| is replaced by
+sqrt(sum_i r_i^2), which is at most that sum and at least 1 / sqrt(n) of it. The dual is concave, so potentials at which this error is 0 are a solution, and no
 others are. (By how much the plan changes in an iteration says nothing: if each column's mass goes to one row, the plan
 stands still while the potentials drift by some eps per iteration.) An update with omega = 1 makes its own side's part exactly
 0: with f' = lambda (f - eps S), f' (1 / eps + 1 / rho) = f / eps - S, that is S + (f' - f) / eps = -f' / rho. The
 columns move last, so at the end of a plain iteration the rows alone are off, which the next pass over the rows measures before
 they move. After an over-relaxed one the columns are off too, by |b exp(T + (g' - g) / eps) - b exp(-g' / rho_b)|; and a
 constant c that g loses multiplies what it asks for by exp(c / rho_b), which adds at most sum_j b_j exp(-g'_j / rho_b)
-|exp(c / rho_b) - 1|. So an iteration knows, at no cost, a bound of the error of the potentials that it began with; when that
+|exp(c / rho_b) - 1|, in either norm. So an iteration knows, at no cost, a bound of the error of the potentials that it began with; when that
 bound reaches tol, the error itself is computed from the current potentials, and decides.
 
 Sources: Cuturi, "Sinkhorn distances", 2013; Chizat, Peyre, Schmitzer and Vialard, "Scaling algorithms for
@@ -59,7 +60,15 @@ from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import pairwise as pairwise
 from flashcoreset.pairwise.reference import values_of_rows
 from flashcoreset.sinkhorn.problem import Problem, Result
-from flashcoreset.sinkhorn.schedule import REACH, Schedule, asked, dual_value, range_fault, whole_mass
+from flashcoreset.sinkhorn.schedule import (
+    REACH,
+    Error,
+    Schedule,
+    asked,
+    dual_value,
+    range_fault,
+    whole_mass,
+)
 
 TAKES = Takes()
 
@@ -205,7 +214,7 @@ def _solve(
         whole_mass(rho_a, rho_b, *masses), problem.symmetric, REACH[torch.float64],
     )  # fmt: skip
     translates = schedule.translates(rho_a, rho_b)
-    columns_off = 0.0
+    columns_off = Error(0.0, 0.0)
     while True:
         eps, omega = schedule.eps, schedule.omega
         damp_a, damp_b = damping(rho_a, eps), damping(rho_b, eps)
@@ -220,36 +229,37 @@ def _solve(
                 column_sums = torch.logaddexp(column_sums, torch.logsumexp(exponent, 0))
             f[rows] = new
         # `error` is that of the plan that this iteration began with, `columns_off` that of the plan that it made.
-        error = _off(a, row_sums, before, rho_a)
+        error = Error.of(_off(a, row_sums, before, rho_a), problem.l2)
         if problem.symmetric:
-            error, g = 2 * error, f.clone()
+            error, g = error.plus(error), f.clone()
         else:
             new = allowed(moved(g, column_sums, eps, omega, damp_b), b)
-            error += columns_off
-            columns_off = _off(b, column_sums + (new - g) / eps, new, rho_b)
+            error = error.plus(columns_off)
+            columns_off = Error.of(_off(b, column_sums + (new - g) / eps, new, rho_b), problem.l2)
             g = new
         if translates:
             c = translation(f, g, a, b, rho_a, rho_b)
             if not math.isinf(rho_b):
-                columns_off += float((b * asked(g, rho_b)).sum()) * abs(math.expm1(c / rho_b))
+                more = float((b * asked(g, rho_b)).sum()) * abs(math.expm1(c / rho_b))
+                columns_off = columns_off.plus(Error(more, more))
             f, g = f + c, g - c
-        order = schedule.after(error)
+        order = schedule.after(*error)
         if report is not None:
             report(schedule.iterations)
         if order == "new eps":
-            columns_off = 0.0  # as at the start: not known, and computed before the end
+            columns_off = Error(0.0, 0.0)  # as at the start: not known, and computed before the end
         elif order != "go on":
-            f, g, error, mass, total = _evaluate(costs, problem, f, g)
-            if order == "check" and not error <= schedule.tolerance and schedule.disappointed(error):
+            f, g, found, mass, total = _evaluate(costs, problem, f, g)
+            if order == "check" and not found <= schedule.tolerance and schedule.disappointed(found):
                 continue
             value = float(dual_value(problem, f[None], g[None], mass))
-            return f, g, value, total, error, schedule.iterations, schedule.tolerance
+            return f, g, value, total, found, schedule.iterations, schedule.tolerance
 
 
-def _off(weight: Tensor, log_sum: Tensor, potential: Tensor, rho: float) -> float:
-    """By how much the sums weight exp(log_sum) of a plan are off what the potentials ask for."""
+def _off(weight: Tensor, log_sum: Tensor, potential: Tensor, rho: float) -> Tensor:
+    """By how much each of the sums weight exp(log_sum) of a plan is off what its potential asks for."""
     off = weight * (log_sum.exp() - asked(potential, rho)).abs()
-    return float(torch.where(weight > 0, off, 0).sum())  # zero weights have no error, however large the sums
+    return torch.where(weight > 0, off, 0)  # zero weights have no error, however large the sums
 
 
 def _evaluate(
@@ -268,8 +278,9 @@ def _evaluate(
     damp_a, damp_b = damping(problem.rho_a, reg), damping(problem.rho_b, reg)
     f = torch.where(a > 0, f, allowed(damp_a * (f - reg * row_sums), a))
     g = torch.where(b > 0, g, allowed(damp_b * (g - reg * column_sums), b))
-    error = _off(a, row_sums, f, problem.rho_a) + _off(b, column_sums, g, problem.rho_b)
-    return f, g, error, torch.where(a > 0, a * row_sums.exp(), 0).sum(), total
+    error = Error.of(_off(a, row_sums, f, problem.rho_a), problem.l2)
+    error = error.plus(Error.of(_off(b, column_sums, g, problem.rho_b), problem.l2))
+    return f, g, error.judged, torch.where(a > 0, a * row_sums.exp(), 0).sum(), total
 
 
 def sinkhorn_apply(problem: Problem, v: Tensor, transpose: bool = False) -> Tensor:

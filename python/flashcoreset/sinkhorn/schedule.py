@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,26 @@ EXPONENTS = 1e-3
 REACH = {torch.float32: 8 * 2.0**-23, torch.float64: 64 * 2.0**-52}
 # exp() of a larger number leaves the range of float64.
 MOST_EXPONENT = 700.0
+
+
+class Error(NamedTuple):
+    """An error, or a bound of it: in L1, by which eps and omega go, and in the norm of the problem, by which a run ends."""
+
+    l1: float
+    judged: float
+
+    @classmethod
+    def of(cls, off: Tensor, l2: bool) -> Error:
+        """The error of a side whose sums are off by so much each."""
+        l1 = float(off.sum())
+        if not l2 or not 0 < l1 < math.inf:
+            return cls(l1, l1)
+        return cls(
+            l1, l1 * float((off / l1).norm())
+        )  # squares leave the range of float64 before the numbers do
+
+    def plus(self, other: Error) -> Error:
+        return Error(self.l1 + other.l1, self.judged + other.judged)
 
 
 def whole_mass(rho_a: float, rho_b: float, mass_a: float, mass_b: float) -> float:
@@ -44,6 +65,8 @@ class Schedule:
     Rounding: if the tolerance is below what rounding may leave (`reach`), errors are watched by windows of WINDOW iterations. If RESTS
     windows in a row have least errors within reach that fall so little below the least one before that the iterations left do not come to
     the tolerance, or if CHECKS checks have failed there, the run ends; but not at errors below LUCK times the tolerance.
+    Norms: what is compared with the tolerance, at the end and by the watch on rounding, is the error in the norm of the problem; eps and omega
+    go by the L1 error whatever the norm, a share of the mass.
     Symmetric problems: omega is 1/2, the iteration f <- (f + T(f)) / 2; with tol > 0 and once the error is below half of the mass, it
     alternates between SYMMETRIC, the two steps of Chebyshev's iteration for eigenvalues 1 + lambda mu in [1, 2]: 1 / (3/2 +- sqrt(1/8)).
     They are not annealed.
@@ -110,16 +133,16 @@ class Schedule:
         relaxed = not (math.isinf(rho_a) and math.isinf(rho_b))
         return not self.symmetric and relaxed and (self.accelerated or math.isinf(rho_b))
 
-    def after(self, error: float) -> str:
-        """What to do after an iteration that began with this error: "go on", "new eps", "check" (whether it has converged)
-        or "stop"."""
+    def after(self, error: float, judged: float) -> str:
+        """What to do after an iteration that began with this error, in L1 and `judged` in the problem's norm: "go on", "new eps", "check"
+        (whether it has converged) or "stop"."""
         self.iterations += 1
         self._in_stage += 1
         if self.eps > self.reg and self.iterations < self.max_iter:
             if error <= self.STAGE_ERROR * self.mass or self._in_stage >= self.stage_iterations:
                 self._new_eps(max(self.eps / self.FACTOR, self.reg))
                 return "new eps"
-        elif self.eps <= self.reg and error <= self.tolerance and self.tolerance > 0:
+        elif self.eps <= self.reg and judged <= self.tolerance and self.tolerance > 0:
             return "check"
         if self.iterations >= self.max_iter or self._ends or math.isnan(error):
             return "stop"
@@ -130,7 +153,7 @@ class Schedule:
             return "new eps"
         if self.accelerated:
             self._adapt(error)
-        self._ends = self._comes_to_rest(error)
+        self._ends = self._comes_to_rest(judged)
         if self.iterations + 1 == self.max_iter or self._ends:
             self.omega = self._plain_omega
         return "go on"

@@ -26,8 +26,8 @@ class Transport(Saved):
         value: scalar or [B]: the optimum of <P, C> + reg KL(P | a x b), plus the penalties of the marginals if
             these are relaxed, computed as the dual objective; differentiable in x, y, the costs, a and b.
         transport_cost: scalar or [B]: <P, C>.
-        error: scalar or [B]: the L1 error of both marginals of `plan()`; with `reg_marginal` the L1 distance of the
-            marginals from what the potentials ask for, a exp(-f / rho) and b exp(-g / rho): 0 only at the solution.
+        error: scalar or [B]: the error of both marginals of `plan()`, the sum of their two L1 (with norm="l2" L2) distances from a
+            and b; with `reg_marginal` from what the potentials ask for, a exp(-f / rho) and b exp(-g / rho): 0 only at the solution.
         iterations: scalar or [B] int64.
         converged: scalar or [B] bool: whether `error` fell to `tol`.
 

@@ -49,12 +49,16 @@ def _solve(
     start: tuple[Tensor, Tensor] | None,
     warn: bool,
     verbose: bool,
+    together: bool = True,
 ) -> Solved:
-    """Solves one problem, or one per column of b; `start` holds log-scalings, [k, n] and [k, m] for several."""
+    """Solves one problem, or one per column of b; `start` holds log-scalings, [k, n] and [k, m] for several. The error of several is that
+    of each one, or of all `together`."""
     costs, a, b = p.costs, p.a, p.b
     if p.has_many:
         k = b.shape[1]
         a, b = a.expand(k, -1), b.mT  # the costs are read once for all
+        if together:
+            tol /= max(k, 1) ** 0.5
     solved = solve(p.call, p.library, costs, a, b, p.reg, max_iter=max_iter, tol=tol, start=start)
     if warn and (tol <= 0 or not solved.converged):
         warn_user(DID_NOT_CONVERGE)
@@ -162,7 +166,10 @@ def _log_domain(
         )
     else:
         start = _start(p, warmstart)
-    solved = _solve(p, max_iter=numItermax, tol=stopThr, start=start, warn=warn, verbose=verbose)
+    # POT solves one column after the other.
+    solved = _solve(
+        p, max_iter=numItermax, tol=stopThr, start=start, warn=warn, verbose=verbose, together=False
+    )
     record: dict[str, Any] | None = None
     if log:
         logs = _logs(p, solved)

@@ -151,7 +151,8 @@ def solve(
     Args:
         call: the function of POT, for messages. names: its names of arguments.
         costs: [n, m] or [B, n, m]. a, b: [n] or [B, n], [m] or [B, m]; [B, n] and [B, m] for costs [n, m] that all share.
-        max_iter, tol: the most iterations and the error to stop at; 0 makes just POT's iterations, in its order and from its start.
+        max_iter, tol: the most iterations, and the L2 error of the marginals to stop at, of each problem, as in POT; 0 makes just POT's
+            iterations, in its order and from its start.
         start: log-scalings (log u, log v).
     """
     exact = costs.detach()
@@ -168,7 +169,7 @@ def solve(
     try:
         transport = run(
             call, names, exact, None, rows, columns, reg=reg, metric="precomputed", max_iter=max_iter, tol=max(tol, 0.0),
-            warm_start=warm,
+            norm="l2", warm_start=warm,
         )  # fmt: skip
     except ValueError:
         scaled = _of_one_mass(call, a, b, rows_last)
