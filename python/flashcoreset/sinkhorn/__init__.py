@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from flashcoreset._core.constants import DEFAULT_MEMORY_BUDGET
 from flashcoreset._core.memory import as_dtype, as_shape, register_estimate
 from flashcoreset._core.progress import check_progress
-from flashcoreset._core.tensor import one_of
+from flashcoreset._core.tensor import is_traced, one_of
 from flashcoreset.sinkhorn.arguments import as_problem, as_rho, keep_graph
 from flashcoreset.sinkhorn.backend import kernels_of
 from flashcoreset.sinkhorn.divergence import Divergence
@@ -282,12 +282,22 @@ def _self_problem(
 
 def _transport(p: Problem, progress: ProgressArgument) -> Transport:
     found, dtype = solve(p, progress), p.x.dtype
-    # One number per problem.
+    f, g, cost, error = _converted((found.f, found.g, found.transport_cost, found.error), dtype)
     return Transport(
-        p.shaped(found.f.to(dtype)), p.shaped(found.g.to(dtype)), p.shaped(found.value.to(dtype)),
-        p.shaped(found.transport_cost.to(dtype)), p.shaped(found.error.to(dtype)), p.shaped(found.iterations),
-        p.shaped(found.converged), p.at(found.f, found.g),
+        p.shaped(f), p.shaped(g), p.shaped(found.value.to(dtype)), p.shaped(cost), p.shaped(error),
+        p.shaped(found.iterations), p.shaped(found.converged), p.at(found.f, found.g),
     )  # fmt: skip
+
+
+def _converted(numbers: tuple[Tensor, ...], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Tensors of float64 in another type. Few numbers are converted together: each conversion takes as long as thousands of them."""
+    if dtype == torch.float64:
+        return numbers
+    sizes = [tensor.numel() for tensor in numbers]
+    if is_traced(*numbers) or sum(sizes) > 4_096:
+        return [tensor.to(dtype) for tensor in numbers]
+    parts = torch.cat([tensor.reshape(-1) for tensor in numbers]).to(dtype).split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, numbers, strict=True)]
 
 
 _CALL = inspect.signature(sinkhorn)
