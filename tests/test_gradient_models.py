@@ -10,6 +10,7 @@ import pytest
 import torch
 from checks.gradient_sketcher import points, seeded
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import flashcoreset as fc
 
@@ -352,10 +353,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Call, bool]] = {  # the last: w
     "falcon": (lambda: made("Falcon", "ForCausalLM", ffn_hidden_size=24, bos_token_id=0, eos_token_id=0), causal, False),
     "deberta-v2": (lambda: made("DebertaV2", "Model", relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8), plain, False),
     "t5": (lambda: made("T5", "ForConditionalGeneration", d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0), twofold, False),
-    "mixtral": (lambda: made("Mixtral", "ForCausalLM", num_local_experts=4, num_key_value_heads=1), causal, False),
-    "qwen3-moe": (lambda: made("Qwen3Moe", "ForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_key_value_heads=1, head_dim=8), causal, False),
+    "mixtral": (lambda: made("Mixtral", "ForCausalLM", num_local_experts=4, num_key_value_heads=1), causal, True),
+    "qwen3-moe": (lambda: made("Qwen3Moe", "ForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, num_key_value_heads=1, head_dim=8), causal, True),
     "mamba": (lambda: made("Mamba", "ForCausalLM", state_size=4, expand=2, conv_kernel=3), causal, False),
-    "whisper": (lambda: made("Whisper", "ForConditionalGeneration", **BART, num_mel_bins=8, max_source_positions=6, max_target_positions=12, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1), heard, False),
+    "whisper": (lambda: made("Whisper", "ForConditionalGeneration", **BART, num_mel_bins=8, max_source_positions=6, max_target_positions=12, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1), heard, True),
     "vit": (lambda: made("ViT", "ForImageClassification", image_size=8, patch_size=4, num_labels=3), plain, True),
     "swin": (lambda: made("Swin", "ForImageClassification", image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_attention_heads=[2, 2], window_size=4), plain, False),
     "resnet": (lambda: made("ResNet", "ForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"), plain, True),
@@ -379,18 +380,243 @@ def test_models(name: str) -> None:
             check(make(), batch_of(name, samples, length), call=call)
 
 
-# The gradients of DeBERTa's key biases nearly cancel out: in half precision rounding is most of what is left of them.
-@pytest.mark.parametrize("name", ["bert", "gemma3", "mixtral", "t5"])
-def test_models_with_checkpoints_and_autocast(name: str) -> None:
-    make, call, _ = MODELS[name]
+# ---- mixtures of experts
+
+
+class Mixture(nn.Module):
+    """Experts that are modules, of which each token goes to one, with the tokens of all samples in one matrix: time first or not."""
+
+    def __init__(
+        self, pick: Callable[[Tensor, Tensor], Tensor], *, time_first: bool = False, whole: bool = False
+    ) -> None:
+        super().__init__()
+        self.whole = whole
+        self.first, self.router, self.pick, self.time_first = (
+            nn.Linear(8, 8),
+            nn.Linear(8, 4),
+            pick,
+            time_first,
+        )
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 8)) for _ in range(4)
+        )
+        self.routes: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        tokens = (h.transpose(0, 1) if self.time_first else h).flatten(0, 1)
+        weights, chosen = self.router(tokens).softmax(-1).max(-1)
+        self.routes.append(chosen)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            out.index_add_(0, rows, expert(self.pick(tokens, rows)) * weights[rows, None])
+        mixed = out.unflatten(0, (-1, len(x))).transpose(0, 1) if self.time_first else out.view_as(h)
+        return h + mixed if self.whole else (h + mixed).sum(1)
+
+
+PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda x, rows: x[rows],
+    "slices-behind": lambda x, rows: x[rows, :],
+    "mask": lambda x, rows: x[torch.zeros(len(x), dtype=torch.bool).index_fill(0, rows, True)],
+    "index-select": lambda x, rows: x.index_select(0, rows),
+    "index-of-index": lambda x, rows: x[torch.arange(len(x)).flip(0)][len(x) - 1 - rows],
+    "negative": lambda x, rows: x[rows - len(x)],
+    "repeated": lambda x, rows: x.repeat_interleave(2, 0)[2 * rows + 1].view(len(rows), 2, 4).flatten(1),
+}
+
+
+def mixture(pick: str = "index", **options: Any) -> nn.Module:
+    return seeded(lambda: Mixture(PICKS[pick], **options))
+
+
+@pytest.fixture
+def fast() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fc.SlowPathWarning)
+        yield
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_rows_that_are_picked(pick: str, fast: None) -> None:
+    """Seven samples of three tokens: experts have all numbers of them, none too."""
+    check(mixture(pick), points(7, 3, 8))
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_experts_that_are_modules(time_first: bool, fast: None) -> None:
+    """As many samples as tokens, as experts, and one; the routes differ from batch to batch, and some experts are given one row."""
+    model = mixture(time_first=time_first)
+    sketcher = fc.GradientSketcher(model, 64, backend="torch", reduction="sum")
+    for seed, (samples, length) in enumerate([(5, 5), (4, 3), (6, 2), (1, 4), (2, 1), (3, 40), (4, 3)]):
+        x = points(samples, length, 8, seed=20 + seed)
+        x[:, 0] = 1.0  # a token that all samples begin with, whose route tells nothing about them
+        with sketcher:
+            curved(model(x)).sum().backward()
+        expected = alone(model, plain, list(sketcher.offsets), (x,))
+        norms = expected.norm(dim=1)
+        assert ((sketcher.norms.double() - norms).abs() <= CLOSE * norms).all()
+        sketches = fc.sketch(expected, 64, kind="sjlt", backend="torch")
+        assert ((sketcher.sketches.double() - sketches).norm(dim=1) <= CLOSE * norms).all()
+    rows = [int((routes == number).sum()) for routes in model.routes for number in range(4)]
+    assert {0, 1} < set(rows)
+
+
+def test_experts_with_options(fast: None) -> None:
+    x = points(4, 5, 8)
+    check(mixture(), x, parameters=["*experts*", "router.*"])
+    check(mixture(), x, verify="always")
+    model = mixture()
+    sizes = {name: torch.rand(p.shape) + 0.5 for name, p in model.named_parameters()}
+    sketcher = fc.GradientSketcher(model, None, backend="torch", reduction="sum", scale=sizes)
+    with sketcher:
+        curved(model(x)).sum().backward()
+    factors = torch.cat([one.flatten() for one in sizes.values()])
+    expected = (alone(model, plain, list(sketcher.offsets), (x,)) * factors).norm(dim=1)
+    torch.testing.assert_close(sketcher.norms.double(), expected, rtol=CLOSE, atol=0)
+    layers = fc.GradientSketcher(model, 64, backend="torch", reduction="sum", per="module")
+    with layers:
+        curved(model(x)).sum().backward()
+    whole_sketch = check(model, x).sketches
+    torch.testing.assert_close(sum(layers.sketches.values()), whole_sketch, rtol=1e-4, atol=1e-5)
+    tokens = fc.GradientSketcher(model, 64, backend="torch", reduction="sum", per="token")
+    with tokens:
+        curved(model(x)).sum().backward()
+    assert tokens.sketches.shape == (4, 5, 64)
+    torch.testing.assert_close(tokens.sketches.sum(1), whole_sketch, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_are_called_twice(fast: None) -> None:
+    """Norms of parameters with several uses need them together."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixture = mixture()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mixture(x) + self.mixture(x.sin())
+
+    check(seeded(Twice), points(5, 3, 8))
+
+
+def test_rows_that_get_lost() -> None:
+    """What is done to picked rows may bring rows of other samples in: such layers are run again for each sample, or refused."""
+
+    def shifted(x: Tensor, rows: Tensor) -> Tensor:
+        return (
+            x[rows].cumsum(0).diff(dim=0, prepend=torch.zeros(1, 8))
+        )  # the same rows, by operations that mix them
+
+    model = seeded(lambda: Mixture(shifted))
+    with pytest.warns(fc.SlowPathWarning, match="running Mixture '' again on each sample"):
+        check(model, points(4, 3, 8))
+    mixing = seeded(lambda: Mixture(lambda x, rows: (x + x.roll(1, 0))[rows]))  # with the neighbour's
+    with pytest.raises(ValueError, match=r"samples"):
+        check(mixing, points(4, 3, 8))
+
+
+EXPERTS = {
+    "mixtral": "MixtralExperts",
+    "qwen3-moe": "Qwen3MoeExperts",
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_in_a_loop(name: str, fast: None) -> None:
+    """The other implementation than the default, which `test_models` takes."""
+    for samples, length in ((4, 4), (3, 5), (1, 4)):
+        model = MODELS[name][0]()
+        assert model.config._experts_implementation == "grouped_mm"
+        model.set_experts_implementation("eager")
+        check(model, batch_of(name, samples, length), call=causal)
+
+
+def test_experts_whose_weights_are_copied() -> None:
+    """A third implementation copies a matrix for each row: its module is run again."""
+    model = MODELS["mixtral"][0]()
+    model.set_experts_implementation("batched_mm")
+    with pytest.warns(fc.SlowPathWarning, match="MixtralExperts 'model.layers.0.mlp.experts' again on each"):
+        check(model, batch_of("mixtral", 4, 4), call=causal)
+
+
+@pytest.mark.parametrize("name", ["bert", "gemma3", "mixtral", "t5", "swin"])
+def test_models_with_checkpoints(name: str) -> None:
+    """Checkpoints around layers with rules, experts, relative position biases, and in each other (Swin's stages and layers)."""
+    make, call, fast = MODELS[name]
     model = make()
-    if name in ("bert", "gemma3"):  # checkpoints take layers with rules alone
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        for option, value in vars(module).items():
+            if (isinstance(module, nn.Dropout) or "drop" in option) and isinstance(value, float):
+                setattr(module, option, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if fast else "ignore", fc.SlowPathWarning)
         check(model, batch_of(name, 3, 5), call=call, reference=lambda: (make(), call))
+
+
+class Checkpointed(nn.Module):
+    """Modules and operations in a checkpoint: a function of the module's own, around which no module is called when it runs again."""
+
+    def __init__(self, kind: str, reentrant: bool | None) -> None:
+        super().__init__()
+        self.kind, self.reentrant = kind, reentrant
+        self.before, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        if kind == "recurrent":
+            self.inner: nn.Module = nn.GRU(8, 8, batch_first=True)
+        elif kind == "attention":
+            self.inner = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        elif kind == "experts":
+            self.inner = Mixture(PICKS["index"], whole=True)
+        else:
+            self.weight, self.scale = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.rand(8) + 0.5)
+
+    def body(self, x: Tensor) -> Tensor:
+        if self.kind == "recurrent":
+            return self.inner(x)[0]
+        if self.kind == "own":
+            return nn.functional.linear(x, self.weight).tanh() * self.scale
+        return (
+            torch.einsum("btd,de->bte", x, self.weight) * self.scale if self.kind == "any" else self.inner(x)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x).tanh()
+        h = self.body(h) if self.reentrant is None else checkpoint(self.body, h, use_reentrant=self.reentrant)
+        return self.head(h).sum(1)
+
+
+def checked_checkpoint(kind: str, reentrant: bool) -> None:
+    theirs = seeded(lambda: Checkpointed(kind, None))
+    for samples, length in ((4, 5), (5, 5), (1, 4)):
+        model = seeded(lambda: Checkpointed(kind, reentrant))
+        check(model, points(samples, length, 8), reference=lambda: (theirs, plain))
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "attention", "experts", "own", "any"])
+def test_checkpoints(kind: str) -> None:
+    checked_checkpoint(kind, reentrant=False)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "attention", "experts"])
+def test_reentrant_checkpoints(kind: str) -> None:
+    checked_checkpoint(kind, reentrant=True)
+
+
+@pytest.mark.parametrize("kind", ["own", "any"])
+def test_operations_in_reentrant_checkpoints(kind: str) -> None:
+    """They are seen in the backward pass for the first time, in no call of a module."""
+    model = seeded(lambda: Checkpointed(kind, True))
+    sketcher = fc.GradientSketcher(model, None, backend="torch")
+    with pytest.raises(RuntimeError, match=r"'scale'.*'weight'.*use_reentrant=False"), sketcher:
+        model(points(4, 5, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["bert", "gemma3", "mixtral", "t5", "deberta-v2"])
+def test_models_under_autocast(name: str) -> None:
+    """The gradients of DeBERTa's key biases nearly cancel out: most of what is left of autograd's sum is rounding."""
+    make, call, _ = MODELS[name]
     exact = make()  # in float32, which is far more exact than bfloat16
     x = batch_of(name, 3, 5)
     sketcher = fc.GradientSketcher(make(), None, backend="torch", reduction="sum")
@@ -398,6 +624,17 @@ def test_models_with_checkpoints_and_autocast(name: str) -> None:
         curved(call(sketcher._model, x).float()).sum().backward()
     expected = alone(exact, lambda m, i: call(m, i).float(), list(sketcher.offsets), (x,)).norm(dim=1)
     assert ((sketcher.norms.double() - expected).abs() <= 0.15 * expected).all()
+
+
+def test_what_cancels_out_hides_no_error_under_autocast() -> None:
+    """A gradient that is half again as long is noticed, also where modules are run again."""
+    model = MODELS["deberta-v2"][0]()
+    name = "encoder.layer.0.attention.self.key_proj"
+    dict(model.named_parameters())[f"{name}.weight"].register_hook(lambda g: 1.5 * g)
+    sketcher = fc.GradientSketcher(model, None, backend="torch", parameters=f"{name}.*")
+    with pytest.raises(RuntimeError, match=rf"'{name}.weight'.*do not add up"), sketcher:  # noqa: SIM117
+        with torch.autocast("cpu", torch.bfloat16):
+            curved(plain(model, batch_of("deberta-v2", 3, 5)).float()).sum().backward()
 
 
 # ---- peft

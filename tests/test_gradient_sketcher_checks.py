@@ -898,15 +898,20 @@ def test_a_second_input_that_has_as_many_rows_by_chance() -> None:
 
 
 class Ordered(nn.Module):
-    """A layer whose rows are in an order of their own, which the output is not."""
+    """A layer whose rows are in an order of their own, which the output is not; they are put in order by an operation that is followed,
+    or not."""
 
-    def __init__(self, order: Callable[..., Tensor], change: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, order: Callable[..., Tensor], change: Callable[[Tensor], Tensor], followed: bool = False
+    ) -> None:
         super().__init__()
         self.layer, self.order, self.change, self.drop = nn.Linear(6, 4), order, change, nn.Dropout(0.5)
+        self.followed = followed
 
     def forward(self, x: Tensor, *lengths: Tensor) -> Tensor:
         order = self.order(x, *lengths)
-        return self.layer(self.drop(self.change(x[order]))).tanh()[order.argsort()]
+        rows = x[order] if self.followed else torch.stack([x[int(row)] for row in order])
+        return self.layer(self.drop(self.change(rows))).tanh()[order.argsort()]
 
 
 ORDERS: dict[str, Callable[..., Tensor]] = {
@@ -950,6 +955,24 @@ def test_rows_in_an_order_of_their_own(noise: str, training: bool) -> None:
                 found_out(model, some, exact=noise == "none" and not training)
         model = seeded(lambda: Ordered(lambda rows: torch.arange(len(rows)), NOISE[noise])).train(training)
         assert run(model, x).norms.shape == (samples,)
+
+
+@pytest.mark.parametrize("noise", ["none", "dropout"])
+def test_rows_that_were_put_in_an_order(noise: str) -> None:
+    for order in ORDERS.values():
+        model = seeded(lambda order=order: Ordered(order, NOISE[noise], followed=True)).train(noise != "none")
+        sketcher = fc.GradientSketcher(model, None, backend="torch", reduction="sum")
+        for samples in (2, 3, 4, 8, 9, 1):
+            x = points(samples, 6)
+            torch.manual_seed(5)
+            with warnings.catch_warnings(), sketcher:
+                warnings.simplefilter("error")  # no slow path
+                curved(model(x)).sum().backward()
+            torch.manual_seed(5)
+            losses = curved(model(x))
+            grads = [torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for loss in losses]
+            expected = torch.stack([torch.cat([g.flatten() for g in some]) for some in grads]).norm(dim=1)
+            torch.testing.assert_close(sketcher.norms, expected, rtol=1e-5, atol=0)
 
 
 def test_rows_in_the_order_of_a_second_input() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -99,18 +101,21 @@ class Arrivals:
     def _arrive(self, use: Use, x: Tensor | None, g: Tensor) -> Tensor:
         """Takes in the gradient of a layer's output, and returns it."""
         watched = self._watched(use.place, g) if torch.is_grad_enabled() else g
+        if not use.checked:
+            return watched  # the parameters' gradients are missed, then
         g = g.detach()
         if use.parts is None:
             layout = self._layout(use)
             batch = g.shape[0] if use.batch is None else use.batch
-            self._consume(use, batch, _FromLayer(use.place, x, g, layout, batch))
+            kind = _FromLayer if use.picked is None else _FromPicked
+            self._consume(use, batch, kind(use, x, g, layout, batch))
             return watched
         parts, use.parts = use.parts, []
         if parts:
             whole = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
             if x is not None and len(x) != len(whole):
                 x = x.expand(len(whole), *x.shape[1:])
-            self._consume(use, len(whole), _FromLayer(use.place, x, whole, FIRST, len(whole)))
+            self._consume(use, len(whole), _FromLayer(use, x, whole, FIRST, len(whole)))
             return watched
         for name, target in use.place.targets.items():
             if gets_gradient(use.nodes[name]) and target.name not in use.skip:
@@ -139,7 +144,7 @@ class Arrivals:
             return known
         return use.candidates[0] if use.candidates else FIRST
 
-    def _consume(self, use: Use, batch: int, arrival: _FromLayer | _FromReplay) -> None:
+    def _consume(self, use: Use, batch: int, arrival: _Arrival) -> None:
         """Takes in the gradients of the parameters of a use, for `batch` samples."""
         if not self._handles:
             return  # a later backward pass through a graph from inside the block
@@ -151,7 +156,9 @@ class Arrivals:
         }
         if not wanted:
             return  # as in torch.autograd.grad with respect to the model's input
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+        # A module that is run again may need the modes of torch functions that are active; what is computed here does not.
+        apart: Any = nullcontext() if isinstance(arrival, _FromReplay) else torch._C.DisableTorchFunction()
+        with apart, torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             if current.batch is None:
                 current.batch = batch
             if batch != current.batch:
@@ -160,7 +167,7 @@ class Arrivals:
                     f"{current.batch} was known; expand its input over the batch"
                 )
             if self._per == "token":
-                assert isinstance(arrival, _FromLayer)  # calls are not run again for tokens
+                assert not isinstance(arrival, _FromReplay)  # calls are not run again for tokens
                 self._split_tokens(current, arrival)
             current.consumed += 1
             current.repeated |= use.used
@@ -170,39 +177,50 @@ class Arrivals:
             for target in wanted.values():
                 self._owners.setdefault(target.name, []).append(str(place))
             if not arrival.empty:  # sequences without positions, or no samples
-                self._add(current, place, wanted, arrival)
+                self._add(current, use, wanted, arrival)
 
     def _split_tokens(self, current: Pass, arrival: _FromLayer) -> None:
         """Makes each token a sample."""
-        if arrival.place.layer.features is None:
+        if isinstance(arrival, _FromPicked):
+            if current.positions is None:
+                current.positions = arrival.length
+            if arrival.length != current.positions or not arrival.layout.flat:
+                raise ValueError(
+                    f"{arrival.use.place}: its rows were picked out of {arrival.length} for each sample, not out of one for each of the "
+                    f"{current.positions} tokens; leave its parameters out with parameters=, or set per='sample'"
+                )
+            arrival.split()
+            return
+        place = arrival.use.place
+        if place.layer.features is None:
             raise ValueError(
-                f"{arrival.place} has no gradients per token; leave its parameters out with parameters=, or set per='sample'"
+                f"{place} has no gradients per token; leave its parameters out with parameters=, or set per='sample'"
             )
-        features = arrival.place.layer.features(arrival.place.module)
+        features = place.layer.features(place.module)
         if current.positions is None and arrival.g.dim() == 2 + features:
             current.positions = arrival.g.shape[1]
         if arrival.g.dim() != 2 + features or arrival.g.shape[1] != current.positions:
             raise ValueError(
-                f"{arrival.place}: its output for each sample, of shape {tuple(arrival.g.shape[1:])}, does not have one row for each "
+                f"{place}: its output for each sample, of shape {tuple(arrival.g.shape[1:])}, does not have one row for each "
                 f"of the {current.positions} tokens; leave its parameters out with parameters=, or set per='sample'"
             )
         arrival.g = arrival.g.flatten(0, 1)
         arrival.x = None if arrival.x is None else arrival.x.flatten(0, 1)
 
-    def _add(
-        self, current: Pass, place: Place, wanted: dict[str, Target], arrival: _FromLayer | _FromReplay
-    ) -> None:
+    def _add(self, current: Pass, use: Use, wanted: dict[str, Target], arrival: _Arrival) -> None:
+        place = use.place
         summed = {
             name
             for name, target in wanted.items()
             if any(target.name in names for names in current.to_sum.values())
         }
         self._unsummed.update(target.name for name, target in wanted.items() if name not in summed)
-        shared = {name for name, target in wanted.items() if current.calls[target.name] > 1 and self._norms}
+        shared = {name for name, target in wanted.items() if self._norms and _overlap(current, target)}
         tied = {name: self._tied(current, wanted[name]) for name in shared}
         if isinstance(arrival, _FromReplay):
             arrival.kept = {name for name in shared if tied[name] is None}
-        self._count(current, wanted, shared)
+        self._count(current, use, wanted, shared)
+        exact = arrival.in_float32(self._dtype) if summed and isinstance(arrival, _FromReplay) else {}
         for name, gradient in arrival.gradients(wanted, self._dtype):
             target = wanted[name]
             if name in summed:
@@ -214,6 +232,9 @@ class Arrivals:
                     precision_of(*dtypes, device=self._device),
                     _rounded(place, gradient, arrival.dtypes()[-1]),
                 )
+                if exact.get(name):
+                    assert isinstance(gradient, Vector)
+                    self._sums.add_noise(target.name, target.parameter.shape, gradient, exact[name].pop(0))
             scale = self._scales.get(target.name)
             whole = tied.get(name)
             for part in [gradient] if scale is None else scaled(gradient, scale):
@@ -228,16 +249,12 @@ class Arrivals:
                 kept = Kept(name, arrival.keep(name))
                 current.kept.setdefault(wanted[name].name, []).append(kept)
 
-    def _count(self, current: Pass, wanted: dict[str, Target], shared: set[str]) -> None:
+    def _count(self, current: Pass, use: Use, wanted: dict[str, Target], shared: set[str]) -> None:
         """Notices parameters that are used several times, of which the forward pass has shown one use."""
         for name, target in wanted.items():
-            current.arrivals[target.name] += 1
-            if (
-                self._norms
-                and name not in shared
-                and current.arrivals[target.name] > 1
-                and not current.repeated
-            ):
+            key = target.name, use.rows[name].start if name in use.rows else 0
+            current.arrivals[key] += 1
+            if self._norms and name not in shared and current.arrivals[key] > 1 and not current.repeated:
                 raise RuntimeError(
                     f"parameter {target.name!r} is used several times inside of a checkpoint, so that norms are not known; set "
                     "use_reentrant=False, or norms=False"
@@ -340,7 +357,7 @@ class Arrivals:
 class _FromLayer:
     """The gradient of a layer's output."""
 
-    place: Place
+    use: Use
     x: Tensor | None
     g: Tensor
     layout: Layout
@@ -363,20 +380,7 @@ class _FromLayer:
         return [self.g.dtype] if self.x is None else [self.x.dtype, self.g.dtype]
 
     def gradients(self, wanted: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Gradient]]:
-        yield from self._of(self.x, self.g, wanted, dtype)
-
-    def _of(
-        self, x: Tensor | None, g: Tensor, wanted: Collection[str], dtype: torch.dtype
-    ) -> Iterator[tuple[str, Gradient]]:
-        place = self.place
-        for name, gradient in place.layer.gradients(place.module, wanted, x, g, dtype):
-            row = place.rows.get(name, 0)
-            if row and isinstance(gradient, Outer):
-                yield name, replace(gradient, row=row)
-            elif row and isinstance(gradient, Vector):
-                yield name, replace(gradient, begin=row)
-            else:
-                yield name, gradient
+        yield from _gradients_of(self.use, self.x, self.g, wanted, dtype)
 
     def keep(self, name: str) -> _FromLayer:
         return self
@@ -384,8 +388,95 @@ class _FromLayer:
     def sample(self, sample: int, name: str, dtype: torch.dtype) -> Iterator[Gradient]:
         one = slice(sample, sample + 1)
         x = None if self.x is None else self.x[one]
-        for _, gradient in self._of(x, self.g[one], [name], dtype):
+        for _, gradient in _gradients_of(self.use, x, self.g[one], [name], dtype):
             yield gradient
+
+
+def _gradients_of(
+    use: Use,
+    x: Tensor | None,
+    g: Tensor,
+    wanted: Collection[str],
+    dtype: torch.dtype,
+    first: int = 0,
+    block: int = 0,
+) -> Iterator[tuple[str, Gradient]]:
+    """The gradients that a layer's rule makes of x and g, the samples from `first` on, in the slices of parameters that the use has;
+    `block`: which of the matrices in a slice, if groups of rows have their own."""
+    place = use.place
+    groups = 1 if use.picked is None or use.picked.ends is None else len(use.picked.ends)
+    for name, gradient in place.layer.gradients(place.module, wanted, x, g, dtype):
+        span = use.rows.get(name, range(0))
+        begin = span.start + block * (len(span) // groups)
+        if isinstance(gradient, Outer) and (begin or first):
+            yield name, replace(gradient, row=begin, first=gradient.first + first)
+        elif isinstance(gradient, Vector) and (begin or first):
+            yield name, replace(gradient, begin=begin, first=gradient.first + first)
+        else:
+            yield name, gradient
+
+
+_WASTE = 2  # at most this many times the rows of a part are its samples times the most rows of one
+
+
+@dataclass(eq=False)
+class _FromPicked(_FromLayer):
+    """The gradient of a layer's output for rows that were picked out of a tensor: tokens of all samples, as many of each as it happens."""
+
+    def __post_init__(self) -> None:
+        assert self.use.picked is not None
+        origin = self.use.picked.origin
+        self._groups = self.use.picked.groups()
+        self._sample, self._position = self.layout.sample_of(origin.rows, origin.base.count, self.batch)
+        self.length = origin.base.count // max(1, self.batch)  # rows that each sample has in the tensor
+        self._samples = self.batch
+
+    @property
+    def samples(self) -> int:
+        return self._samples
+
+    def split(self) -> None:
+        """Makes each row of the tensor a sample."""
+        self._sample = self._sample * self.length + self._position
+        self._samples = self.batch * self.length
+
+    def gradients(self, wanted: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Gradient]]:
+        for block, (begin, end) in enumerate(self._groups):
+            own = self._sample[begin:end]
+            order = own.argsort(stable=True) + begin
+            counts = own.bincount(minlength=self.samples)
+            starts = counts.cumsum(0) - counts
+            for first, last in _runs(counts.tolist()):
+                # Samples with fewer rows are filled up with rows of their own, whose gradients are zeros.
+                some, place = (
+                    counts[first:last, None],
+                    torch.arange(int(counts[first:last].max()), device=own.device),
+                )
+                rows = order[starts[first:last, None] + torch.minimum(place, some - 1)]
+                g = self.g[rows]
+                g = g.masked_fill((place >= some).view(*rows.shape, *[1] * (g.dim() - 2)), 0)
+                x = None if self.x is None else self.x[rows]
+                yield from _gradients_of(self.use, x, g, wanted, dtype, first, block)
+
+    def sample(self, sample: int, name: str, dtype: torch.dtype) -> Iterator[Gradient]:
+        for block, (begin, end) in enumerate(self._groups):
+            rows = (self._sample[begin:end] == sample).nonzero()[:, 0] + begin
+            if len(rows):
+                x = None if self.x is None else self.x[rows][None]
+                for _, gradient in _gradients_of(self.use, x, self.g[rows][None], [name], dtype, 0, block):
+                    yield gradient
+
+
+def _runs(counts: list[int]) -> Iterator[tuple[int, int]]:
+    """Runs of neighbouring samples that have rows, with numbers of rows that are not too different."""
+    first = most = total = 0
+    for sample, number in enumerate([*counts, 0]):
+        fits = number and (sample - first + 1) * max(most, number) <= _WASTE * (total + number)
+        if not fits and total:
+            yield first, sample
+        if not fits:
+            first, most, total = sample if number else sample + 1, 0, 0
+        most, total = max(most, number), total + number
 
 
 @dataclass(eq=False)
@@ -412,6 +503,9 @@ class _FromReplay:
             found.insert(0, self.replay.autocast[1])
         return found
 
+    def in_float32(self, dtype: torch.dtype) -> dict[str, list[Vector]]:
+        return self.replay.in_float32(self.tensors, self.gs, dtype)
+
     def gradients(self, wanted: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Gradient]]:
         for name, gradient in self.replay.gradients(self.tensors, self.gs, dtype):
             if name in wanted:
@@ -426,6 +520,18 @@ class _FromReplay:
         for part in self.values[name]:
             if part.first <= sample < part.first + len(part.values):
                 yield Vector(part.values[sample - part.first][None])
+
+
+_Arrival = _FromLayer | _FromReplay
+
+
+def _overlap(current: Pass, target: Target) -> bool:
+    """Whether several calls use the same entries of a parameter."""
+    calls, spans = current.calls[target.name], current.spans.get(target.name, [])
+    if calls <= 1 or len(spans) < calls:
+        return calls > 1
+    spans = sorted(spans, key=lambda one: one.start)
+    return any(a.stop > b.start for a, b in pairwise(spans))
 
 
 def _rounded(place: Place, gradient: Gradient, dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ from flashcoreset.gradients.arrivals import Arrivals, gets_gradient
 from flashcoreset.gradients.inputs import Inputs
 from flashcoreset.gradients.layers import ELEMENTWISE, EMBEDDING, Layer, batch_statistics
 from flashcoreset.gradients.layouts import FIRST, Layout, layouts
+from flashcoreset.gradients.picked import Origins, Picked
 from flashcoreset.gradients.precision import kept
 from flashcoreset.gradients.quiet import own_calls, quiet, rehearses
 from flashcoreset.gradients.rehearsal import State, rehearsal, restore
@@ -34,6 +35,7 @@ from flashcoreset.gradients.uses import (
     Target,
     Use,
     in_backward,
+    recomputes,
 )
 from flashcoreset.gradients.wanted import advice, callable_modules
 from flashcoreset.gradients.watch import Watch
@@ -61,6 +63,10 @@ class Hooks(Arrivals):
         self._record: Record | None = None  # the record in which calls of layers are noted
         self._rehearsing = self._still = False
         self._frames: list[Frame] = []
+        self._origins = Origins()
+        self._picking: dict[
+            tuple[Place, str], Place
+        ] = {}  # uses of rows that were picked, by the uses of any rows and where they were picked
         self._small: dict[Place, str] = {}  # uses whose rows are no samples, and why
         self._inseparable: set[nn.Module] = set()  # modules whose calls cannot be run again for each sample
         self._hosts: dict[nn.Module, Place] = {}  # modules whose calls are run again
@@ -139,18 +145,25 @@ class Hooks(Arrivals):
         main = inputs.main()
         form = (name, module.training, inputs.form())
         batch = None if main is None or main.dim() <= self._batch_dim else main.shape[self._batch_dim]
+        again = recomputes()
+        if again and self._pass.batch is not None:
+            batch = self._pass.batch  # that of the call around the checkpoint
         call = self._call = Call(module, form, inputs, batch, tries=self._next_tries)
         # For a checkpoint, the first run with gradients counts.
         done = form in (
             self._pass.rows_checked if self._verify == "always" and in_backward() else self._rows_known
         )
-        if self._checks(call) and (not done or (self._verify == "always" and not in_backward())):
+        if (
+            not again
+            and self._checks(call)
+            and (not done or (self._verify == "always" and not in_backward()))
+        ):
             current = self._pass
             call.again, call.inputs = inputs.map(lambda x: x), inputs.map(kept)
             call.versions = [x._version for x in inputs.tensors()]
             call.state = State(self._model, self._device)
             call.counts = (
-                current.batch, current.calls.copy(), {k: list(v) for k, v in current.looked_up.items()}
+                current.batch, current.calls.copy(), _copied(current.looked_up), _copied(current.spans)
             )  # fmt: skip
             call.record = self._record = Record()
 
@@ -192,11 +205,12 @@ class Hooks(Arrivals):
             call.depth -= 1
             if call.depth == 0:
                 self._call = self._record = None
+                self._origins.clear()
 
     def _close_call(self, call: Call, output: Any) -> tuple[Any] | None:
         """Checks the rows of a call of the model; the outputs of another run if modules have to be run again for their samples."""
         self._record = None
-        if not call.layers or self._verify == "never" or not torch.is_grad_enabled():
+        if not call.layers or self._verify == "never" or not torch.is_grad_enabled() or recomputes():
             return None
         if call.batch is None:
             raise ValueError(
@@ -257,11 +271,14 @@ class Hooks(Arrivals):
     def _run_again(self, call: Call, problems: dict[str, str]) -> Any:
         """Another run of a first batch, after uses whose rows are no samples were found: a module around them is run again for each
         sample instead."""
-        uses = {owner: place for place, _ in call.layers for owner in self._owners_of(place)}
-        wrong = [uses[owner] for owner in problems if owner in uses]
+        uses: dict[str, list[Place]] = {}
+        for place, _ in call.layers:
+            for owner in self._owners_of(place):
+                uses.setdefault(owner, []).append(place)
+        wrong = [place for owner in problems for place in uses.get(owner, [])]
         fixable = (
             MODEL not in problems
-            and len(wrong) == len(problems)
+            and all(owner in uses for owner in problems)
             and call.again is not None
             and call.tries < _TRIES
             and not in_backward()
@@ -271,14 +288,15 @@ class Hooks(Arrivals):
         )
         if not fixable:
             self._refuse(problems, uses)
-        self._small.update({uses[owner]: f"{owner}: {text}" for owner, text in problems.items()})
+        for owner, text in problems.items():
+            self._small.update(dict.fromkeys(uses[owner], f"{owner}: {text}"))
         self._inseparable.update(host for host in map(self._host_of, wrong) if host is not None)
         assert call.again is not None
         assert call.state is not None
         restore(call.state)
         current = self._pass
-        current.batch, calls, looked_up = call.counts
-        current.calls, current.looked_up = calls.copy(), {k: list(v) for k, v in looked_up.items()}
+        current.batch, calls, looked_up, spans = call.counts
+        current.calls, current.looked_up, current.spans = calls.copy(), _copied(looked_up), _copied(spans)
         self._single.clear()
         self._settled.clear()
         frames, self._frames = self._frames, []
@@ -305,7 +323,7 @@ class Hooks(Arrivals):
         for found in (self._small, self._inseparable, self._settled, self._ways, self._rows_known):
             found.clear()
 
-    def _refuse(self, problems: dict[str, str], uses: dict[str, Place]) -> None:
+    def _refuse(self, problems: dict[str, str], uses: dict[str, list[Place]]) -> None:
         self._forget()
         texts = "; ".join(f"{owner}: {problem}" for owner, problem in problems.items())
         if MODEL in problems:
@@ -313,7 +331,8 @@ class Hooks(Arrivals):
                 f"{texts}; give the model inputs with the batch in dimension {self._batch_dim}, or set verify='never' if samples have "
                 "gradients of their own all the same"
             )
-        out = [target for owner in problems if owner in uses for target in uses[owner].targets.values()]
+        places = [place for owner in problems for place in uses.get(owner, [])]
+        out = [target for place in places for target in place.targets.values()]
         raise ValueError(
             f"{texts}; {advice(out, self._targets, self._parameters)}, or set verify='never' if row b stands for sample b all the same"
         )
@@ -503,17 +522,20 @@ class Hooks(Arrivals):
             if self._asleep():
                 return None
             x, *others = (*args, *keywords.values())
+            picked, use = self._picked(place, x, output)
             if batch_statistics(place.module) and torch.is_grad_enabled():
                 raise ValueError(
                     f"{place} normalises over the batch, so that samples have no gradients of their own; put it in eval mode: .eval()"
                 )
-            if place in self._small:
-                self._give_up(place, output, self._small[place])
+            if use in self._small:
+                self._give_up(place, output, self._small[use])
                 return None
             if any(value is not None and value is not False for value in others):
                 text = f"{place} is called with more than one input, but its per-sample gradients are known for one input only"
                 self._give_up(place, output, text)
                 return None
+            if picked is not None:
+                return self._take(use, x, output, self._layouts_of(picked), picked=picked)
             features = place.layer.features
             batch = self._batch()
             found: list[Layout] | None = None
@@ -534,18 +556,49 @@ class Hooks(Arrivals):
         if torch.is_grad_enabled() and output.requires_grad:
             self._need(place.targets.values(), text)
 
-    def _take(self, place: Place, x: Any, output: Tensor, found: list[Layout] | None) -> Tensor | None:
+    def _picked(
+        self, place: Place, x: Any, output: Any, ends: Tensor | None = None
+    ) -> tuple[Picked | None, Place]:
+        """The rows of `x` if they were picked out of a tensor, and the place for rows of this kind, which are checked apart from
+        others."""
+        origin, features = self._origins.of(x), place.layer.features
+        if origin is None or features is None or self._batch() is None:
+            return None, place
+        if output.dim() <= features(place.module) or len(output) != len(x):
+            return None, place
+        key = place, origin.base.home
+        if key not in self._picking:
+            self._picking[key] = replace(place, picked_in=origin.base.home)
+        return Picked(origin, ends), self._picking[key]
+
+    def _layouts_of(self, picked: Picked) -> list[Layout]:
+        """How the tensor that rows were picked out of may hold the samples."""
+        batch = self._batch()
+        assert batch is not None
+        found = layouts((picked.origin.base.count,), batch, self._batch_dim)
+        return [one for one in found if not one.flat] if self._verify == "never" else found
+
+    def _take(
+        self,
+        place: Place,
+        x: Any,
+        output: Tensor,
+        found: list[Layout] | None,
+        rows: dict[str, range] | None = None,
+        picked: Picked | None = None,
+    ) -> Tensor | None:
         """`output`, whose gradient will be taken; None if it will not be. `found`: how it may hold the samples; None if the batch is
-        not known."""
-        single = self._is_single(output) and place.layer is not ELEMENTWISE
+        not known. `rows`: the slices of parameters, if they are slices."""
+        single = picked is None and self._is_single(output) and place.layer is not ELEMENTWISE
         if found is not None and not single:
             found = self._trusted(place, found)
-        number = self._note(place, x, output, found or [FIRST], single)
+        number = self._note(place, x, output, found or [FIRST], single, picked)
         out: Tensor
         if self._rehearsing:
             if not output.requires_grad:
                 return None
             out = Capture.apply(output, None)  # in the graph as it is outside of rehearsals
+            self._origins.move(output, out)
             if single:
                 self._single[id(out)] = Single(weakref.ref(out), place, number)
             return out
@@ -554,14 +607,16 @@ class Hooks(Arrivals):
             self._call.layers.add((place, single))
         if not in_backward():
             # Also under reentrant checkpoints, whose forward pass has no gradients.
-            for target in place.targets.values():
+            for name, target in place.targets.items():
                 self._pass.calls[target.name] += 1
+                if rows and target.parameter.dim() > (2 if name == "weight" else 1):
+                    self._pass.spans.setdefault(target.name, []).append(rows[name])
                 if place.layer is EMBEDDING and isinstance(x, Tensor):
                     use = Use(self._pass, place, {}, found or [FIRST], key=place.owner)
                     self._pass.looked_up.setdefault(target.name, []).append((x.detach(), use))
         if not torch.is_grad_enabled() or not output.requires_grad:
             return None
-        problem, batch = self._problem(place, x, output, found, single), self._batch()
+        problem, batch = self._problem(place, x, output, found, single, picked), self._batch()
         if problem is not None:
             if batch != 1 and not in_backward():
                 self._small[place] = problem  # rows that are no samples may be as many in another batch
@@ -574,8 +629,12 @@ class Hooks(Arrivals):
         saved = (x.detach(),) if isinstance(x, Tensor) and place.keeps_input(place.targets) else ()
         use = Use(self._pass, place, self._nodes_of(place), found or [FIRST], [] if single else None)
         use.key, use.batch = place.owner, None if single else batch
+        use.rows, use.picked = rows or {}, picked
+        # Rows are checked at the end of a call; a function that a checkpoint runs again may be in none.
+        use.checked = self._call is not None or not in_backward() or self._verify == "never" or batch == 1
         self._add_use(use)
         out = Capture.apply(output, partial(self._arrive, use), *saved)
+        self._origins.move(output, out)
         if single:
             self._single[id(out)] = Single(weakref.ref(out), place, number, use)
         for other in ACTIVE:
@@ -591,6 +650,8 @@ class Hooks(Arrivals):
         if (place, False) not in self._rows_known.get(call.form, set()):
             return found
         known = self._layouts.get(place.owner, FIRST)
+        if known.flat and FIRST in found:
+            return [FIRST]  # samples of one position
         return [known] if known in found else []
 
     def _is_single(self, output: Tensor) -> bool:
@@ -602,12 +663,19 @@ class Hooks(Arrivals):
 
     def _rename(self, old: Tensor, new: Tensor) -> None:
         """Follows an output that another sketcher has replaced by its own."""
+        self._origins.move(old, new)
         single = self._single.get(id(old))
         if single is not None and single.output() is old:
             self._single[id(new)] = replace(single, output=weakref.ref(new))
 
     def _problem(
-        self, place: Place, x: Any, output: Tensor, found: list[Layout] | None, single: bool
+        self,
+        place: Place,
+        x: Any,
+        output: Tensor,
+        found: list[Layout] | None,
+        single: bool,
+        picked: Picked | None,
     ) -> str | None:
         """What is wrong with a layer's input and output, or None."""
         least = place.layer.least_dims(place.module)
@@ -628,6 +696,8 @@ class Hooks(Arrivals):
         if single or found is None or found:
             return None
         batch = self._batch()
+        if picked is not None:
+            return f"{place} is called with rows of a tensor of {picked.origin.base.count} rows, which cannot hold the batch of {batch}"
         source = (
             "as calls before it" if self._call is None or self._call.batch is None else "as the model's input"
         )
@@ -636,10 +706,23 @@ class Hooks(Arrivals):
             f"{tuple(output.shape)}: its rows are not samples (but flattened tokens, windows or time steps, say)"
         )
 
-    def _note_call(self, place: Place, x: Any, output: Tensor, found: list[Layout], single: bool) -> int:
+    def _note_call(
+        self,
+        place: Place,
+        x: Any,
+        output: Tensor,
+        found: list[Layout],
+        single: bool,
+        picked: Picked | None,
+    ) -> int:
         """Notes a call for the comparison of rows and returns its number."""
         record, batch = self._record, self._batch()
         if record is None:
+            return 0
+        if picked is not None and batch is not None:
+            record.add_picked(place.owner, f"input for {place.use}", x, picked, batch, found)
+            if place.layer.names is None:
+                record.add_picked(place.owner, f"output for {place.use}", output, picked, batch, found)
             return 0
         number = record.add_call(place.owner)
         if not single and batch is not None:
@@ -722,6 +805,10 @@ def _no_rule(*_: Any) -> Any:
 
 
 _REPLAYED = Layer(_no_rule, lambda module: 0)
+
+
+def _copied(lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {name: list(some) for name, some in lists.items()}
 
 
 def _broadcast(value: Tensor, made: Tensor) -> float | None:

@@ -96,7 +96,7 @@ def layer_of(module: nn.Module) -> Layer | None:
                 return layer
     name, home = type(module).__name__, type(module).__module__
     if name == "Conv1D" and home == "transformers.pytorch_utils":
-        return _TRANSPOSED_LINEAR
+        return TRANSPOSED_LINEAR
     if name.endswith(("RMSNorm", "LayerNorm")) or (
         name.endswith("Norm") and home.startswith("transformers.")
     ):
@@ -351,7 +351,7 @@ def _norm_features(module: Any) -> int:
     return len(module.normalized_shape)
 
 
-_TRANSPOSED_LINEAR = Layer(_transposed_linear, lambda module: 2, features=_one)
+TRANSPOSED_LINEAR = Layer(_transposed_linear, lambda module: 2, features=_one)
 _ANY_NORM = Layer(_any_norm, lambda module: 2, needs_input=None, names=None, features=_one)
 LINEAR = Layer(_linear, lambda module: 2, features=_one)
 EMBEDDING = Layer(_embedding, lambda module: 1, features=_one)

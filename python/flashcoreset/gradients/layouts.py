@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -35,6 +36,15 @@ class Layout:
     def one(self, sample: Tensor) -> Tensor:
         """What `x` would be in a batch of one, from a sample without its dimension."""
         return sample if self.flat else sample.unsqueeze(self.dim)
+
+    def sample_of(self, rows: Tensor, count: int, batch: int) -> tuple[Tensor, Tensor]:
+        """The samples, and the positions in them, of `rows` among the `count` rows of a tensor."""
+        if not self.flat:
+            return rows, torch.zeros_like(rows)
+        if self.dim:
+            return rows % batch, rows // batch
+        length = count // batch
+        return rows // length, rows % length
 
     def __str__(self) -> str:
         return ("flattened, " if self.flat else "") + f"samples in dimension {self.dim}"

@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+import torch
+
 _OWN = threading.local()
 
 
@@ -28,3 +30,18 @@ def own_calls(who: object) -> Iterator[None]:
         yield
     finally:
         _OWN.who = before
+
+
+@contextlib.contextmanager
+def unhooked() -> Iterator[None]:
+    """What autograd saves in here goes to no hooks on saved tensors that were set outside: an activation checkpoint counts what it is
+    given, and torch.func refuses to run under hooks."""
+    autograd, taken = torch._C._autograd, []
+    try:
+        while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+            taken.append(top)
+            autograd._pop_saved_tensors_default_hooks()
+        yield
+    finally:
+        for pack, unpack in reversed(taken):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)

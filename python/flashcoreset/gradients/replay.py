@@ -24,7 +24,7 @@ from flashcoreset.gradients.inputs import Inputs, _leaves
 from flashcoreset.gradients.layers import Vector
 from flashcoreset.gradients.layouts import Layout, layouts
 from flashcoreset.gradients.precision import eps
-from flashcoreset.gradients.quiet import own_calls
+from flashcoreset.gradients.quiet import own_calls, unhooked
 from flashcoreset.gradients.rehearsal import State, rehearsal
 
 _PART = 1 << 22  # entries of gradients that are formed at a time
@@ -86,6 +86,7 @@ class Replay:
         kind = self.device.type
         with (
             own_calls(self),
+            unhooked(),
             rehearsal(self.state, still=False, backward=True),
             torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False),
             torch.set_grad_enabled(grad),
@@ -175,6 +176,27 @@ class Replay:
             for name, value in found.items():
                 yield name, Vector(value.reshape(count, -1).to(dtype), first)
 
+    def in_float32(
+        self, tensors: list[Tensor], gs: list[Tensor | None], dtype: torch.dtype
+    ) -> dict[str, list[Vector]]:
+        """The same without half precision; empty if there is none, or if the module does not run so."""
+        half = (torch.float16, torch.bfloat16)
+        if self.way.name == "rule" or not self.autocast[0]:
+            return {}
+
+        def raised(x: Tensor) -> Tensor:
+            return x.float() if x.dtype in half else x
+
+        exact = dataclasses.replace(self, autocast=(False, self.autocast[1]), way=copy.copy(self.way))
+        theirs = [None if g is None else raised(g) for g in gs]
+        found: dict[str, list[Vector]] = {}
+        try:
+            for name, gradient in exact.gradients([raised(x) for x in tensors], theirs, dtype):
+                found.setdefault(name, []).append(gradient)
+        except Exception:  # a module may ask for half precision
+            return {}
+        return found
+
     def _part(
         self, tensors: list[Tensor], gs: list[Tensor | None], first: int, count: int
     ) -> dict[str, Tensor]:
@@ -249,7 +271,7 @@ class Replay:
             for x, g, layout in zip(found, gs, self._out_layouts(), strict=True)
             if g is not None and x.requires_grad
         ]
-        return _slopes(parameters, pairs)
+        return self._slopes(parameters, pairs)
 
     def _from_batch(
         self, tensors: list[Tensor], gs: list[Tensor | None], first: int, count: int
@@ -268,8 +290,24 @@ class Replay:
                     layout.split(g, self.batch).select(layout.dim, b)
                 )
                 pairs.append((x, own))
-            rows.append(_slopes(parameters, pairs, keep=True))
+            rows.append(self._slopes(parameters, pairs, keep=True))
         return rows
+
+    def _slopes(
+        self, parameters: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], keep: bool = False
+    ) -> dict[str, Tensor]:
+        if not pairs:
+            return {name: torch.zeros_like(p) for name, p in parameters.items()}
+        with own_calls(self):  # checkpoints in the module are computed again
+            found = torch.autograd.grad(
+                [x for x, _ in pairs],
+                list(parameters.values()),
+                [g for _, g in pairs],
+                retain_graph=keep,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return dict(zip(parameters, found, strict=True))
 
     def _by_rule(
         self, tensors: list[Tensor], gs: list[Tensor | None], dtype: torch.dtype
@@ -298,22 +336,6 @@ class Replay:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"the gradient rule of {kind} must give {name!r} as {shape}, got {got}")
             yield name, Vector(value.detach().reshape(self.batch, -1).to(dtype))
-
-
-def _slopes(
-    parameters: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], keep: bool = False
-) -> dict[str, Tensor]:
-    if not pairs:
-        return {name: torch.zeros_like(p) for name, p in parameters.items()}
-    found = torch.autograd.grad(
-        [x for x, _ in pairs],
-        list(parameters.values()),
-        [g for _, g in pairs],
-        retain_graph=keep,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(parameters, found, strict=True))
 
 
 def _alike(a: Tensor, b: Tensor, autocast: tuple[bool, torch.dtype]) -> bool:

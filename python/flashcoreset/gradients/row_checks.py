@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashcoreset.gradients.inputs import Inputs, _leaves
 from flashcoreset.gradients.layouts import FIRST, Layout
+from flashcoreset.gradients.picked import Base, Picked
 from flashcoreset.gradients.precision import PART, as_input, eps, precision_of, working_dtype
 
 _PROJECTIONS = 4
@@ -36,6 +37,7 @@ class _Seen:
     norm: Tensor  # [rows] float64
     precision: float  # of its type
     arithmetic: float  # precision of the operations that made it
+    picked: tuple[int, ...] = ()  # how many rows each call was given, if the rows are sums over calls
 
 
 _Key = tuple[str, int, str]  # the layer, which of its calls, and which tensor of the call
@@ -53,6 +55,7 @@ class Record:
         self.outputs: list[Tensor] = []  # outputs of the model
         self.drawn = False  # whether random numbers were drawn
         self._calls: Counter[str] = Counter()
+        self._bases: dict[str, dict[Base, int]] = {}  # the tensors that rows were picked out of, numbered
         self._weights: dict[torch.device, Tensor] = {} if like is None else like._weights
 
     def add_call(self, owner: str) -> int:
@@ -75,8 +78,57 @@ class Record:
                 self.others[other] = owner, layout
                 self.add(other, call, part, layout.bring(x, batch))
 
+    def add_picked(
+        self, owner: str, part: str, x: Tensor, picked: Picked, batch: int, found: list[Layout]
+    ) -> None:
+        """Adds rows that were picked out of a tensor, under an owner that stands for all of them, in each of the layouts `found` of that
+        tensor: the tensor itself, and for each of its rows the sum over what was made of it in all calls for `part` (of which some are
+        left out in other batches, such as those of experts)."""
+        base, groups = picked.origin.base, picked.groups()
+        calls = self._bases.setdefault(owner, {})
+        if base not in calls:
+            calls[base] = len(calls) + 1
+            if base.tensor is not None:
+                self._add_layouts(owner, calls[base], "rows", self.see(base.tensor), batch, found)
+        end = groups[-1][1]  # nothing is made of rows behind it
+        seen, rows = self.see(x[:end]), picked.origin.rows[:end]
+        projection = seen.projection.new_zeros(base.count, _PROJECTIONS)
+        projection.index_add_(0, rows, seen.projection)
+        squares = seen.norm.new_zeros(base.count).index_add_(0, rows, seen.norm.square())
+        numbers = tuple(last - first for first, last in groups)
+        before = self.seen.get((owner, calls[base], part))
+        if before is not None:
+            projection += before.projection
+            squares += before.norm.square()
+            numbers = (*before.picked, *numbers)
+        sums = _Seen(
+            (base.count, *seen.shape[1:]),
+            projection,
+            squares.sqrt(),
+            seen.precision,
+            seen.arithmetic,
+            numbers,
+        )
+        self._add_layouts(owner, calls[base], part, sums, batch, found)
+
+    def _add_layouts(
+        self, owner: str, call: int, part: str, seen: _Seen, batch: int, found: list[Layout]
+    ) -> None:
+        """Adds what was seen of the rows of a tensor that may hold samples flattened with positions."""
+        self.seen[owner, call, part] = seen
+        for layout in found:
+            if layout != FIRST:
+                other = f"{owner} ({layout})"
+                self.others[other] = owner, layout
+                each = (
+                    layout.bring(seen.projection, batch).sum(1),
+                    layout.bring(seen.norm.square(), batch).sum(1).sqrt(),
+                )
+                shape = (batch, seen.shape[0] // batch, *seen.shape[1:])
+                self.seen[other, call, part] = replace(seen, shape=shape, projection=each[0], norm=each[1])
+
     def see(self, x: Tensor) -> _Seen:
-        rows = x.detach().reshape(x.shape[0], -1)
+        rows = x.detach().reshape(x.shape[0], x.shape[1:].numel())
         dtype = working_dtype(rows)
         projection = torch.empty(len(rows), _PROJECTIONS, dtype=torch.float64, device=x.device)
         norm, weights = projection.new_empty(len(rows)), self._weight(rows).to(dtype)
@@ -218,8 +270,10 @@ class _Trial:
         if self._exact:
             order = _cycle(batch)
             self._compare(self._again(self._permuted(order), self._still), order, replaced=False)
+        # Which rows are picked may depend on few of the other samples.
+        picked = any(one.picked for one in self._seen.values())
         for number, rows in enumerate(_halves(batch, all_bits=not self._exact)):
-            open_ = any(key[0] not in self._dropped for key in self._open)
+            open_ = picked or any(key[0] not in self._dropped for key in self._open)
             if self.problems or (number and self._exact and not open_):
                 break
             source = _others(rows)
@@ -330,13 +384,18 @@ class _Trial:
         """Compares with a pass whose row b has the sample `source[b]`: all of the samples or, if some were `replaced`, only some."""
         other = {key: record.seen.get(key) for key in self._seen}
         same_shapes = all(
-            one is not None and one.shape == self._seen[key].shape for key, one in other.items()
+            one is not None and (one.shape, one.picked) == (self._seen[key].shape, self._seen[key].picked)
+            for key, one in other.items()
         )
         for key, seen in self._seen.items():
             owner, _, part = key
             if owner in self._dropped:
                 continue
             after = other[key]
+            if after is None and seen.picked:  # no rows at all
+                after = replace(
+                    seen, projection=torch.zeros_like(seen.projection), norm=torch.zeros_like(seen.norm)
+                )
             if after is None or after.shape != seen.shape:
                 if not replaced or (after is not None and after.shape[0] != seen.shape[0]):
                     self.problems.setdefault(

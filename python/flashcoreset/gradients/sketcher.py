@@ -70,9 +70,10 @@ class GradientSketcher(Hooks):
     Layers: Linear, Conv1d to 3d, ConvTranspose1d to 3d, Embedding, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, BatchNorm in eval mode,
     PReLU, Bilinear, MultiheadAttention, transformers' Conv1D, and other modules without children whose class is called ...RMSNorm or
     ...LayerNorm, or is a Norm of transformers; parameters that a module uses itself in sums, products, copies for all samples, linear
-    layers and look-ups; types with a rule (`register_gradient_rule`). For everything else (recurrent layers, experts, parametrised weights,
-    DoRA, ...) the smallest module around that treats samples apart is run again on each sample, with a `SlowPathWarning`. An
-    output of size 1 in dimension 0 may be added to others, expanded or repeated over the batch.
+    layers and look-ups; layers, and matrices of one parameter, that are given rows picked out of the tokens of all samples (experts);
+    types with a rule (`register_gradient_rule`). For everything else (recurrent layers, parametrised weights, DoRA, ...) the smallest
+    module around that treats samples apart is run again on each sample, with a `SlowPathWarning`. An output of size 1 in dimension 0
+    may be added to others, expanded or repeated over the batch.
 
     Attributes:
         offsets: dict: name of each wanted parameter -> where it begins in the flattened gradient.
@@ -246,7 +247,8 @@ class GradientSketcher(Hooks):
                 for name, function in self._direct.items()
             ]
             raise RuntimeError(
-                f"{'; '.join(texts)}: per-sample gradients are not known there; use it through its module alone, or "
+                f"{'; '.join(texts)}: per-sample gradients are not known there; use it through its module alone (in a checkpoint, set "
+                f"use_reentrant=False), or "
                 f"{self._advice(self._direct)}"
             )
         if self._lost:
@@ -263,8 +265,9 @@ class GradientSketcher(Hooks):
             names = ", ".join(map(repr, self._missed))
             raise RuntimeError(
                 f"the gradient of parameter {names} came from no call of its module in the block: "
-                "run the forward pass inside `with sketcher:`, and call modules rather than their forward() (where torch.compile "
-                f"has left the hooks out, call the model uncompiled), or {self._advice(self._missed)}"
+                "run the forward pass inside `with sketcher:`, call modules rather than their forward() (where torch.compile has left "
+                "the hooks out, call the model uncompiled), and set use_reentrant=False where they are used in a checkpoint, or "
+                f"{self._advice(self._missed)}"
             )
         if self._differs:
             texts = [

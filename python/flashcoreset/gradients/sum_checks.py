@@ -16,6 +16,10 @@ from flashcoreset.gradients.precision import PART, working_dtype
 
 _VECTORS = 16
 
+_NOISES = (
+    4  # by how many times what half precision changes in our sum it may have changed autograd's, and ours
+)
+
 _NOTHING_LEFT = 0.25  # a loss of autograd's sum in half precision from which on a difference says nothing
 
 
@@ -24,6 +28,8 @@ class Sums:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[Tensor, Tensor, float, float]] = {}
+        self._noise: dict[str, Tensor] = {}  # what half precision has changed in sums
+        self._columns: dict[str, int] = {}  # of the matrices that parameters are
         self._vectors: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def add(
@@ -31,50 +37,69 @@ class Sums:
     ) -> None:
         """Adds a `gradient` of the parameter `name` of `shape`, computed in arithmetic of a relative `precision`; `rounded` is the share
         that autograd's sum may lose if it adds up in half precision."""
-        rows, columns = _matrix(shape)
+        wide = gradient.a.shape[2] if isinstance(gradient, Outer) else _columns(shape)
+        columns = self._columns.setdefault(name, wide)
+        rows = shape.numel() // columns
         device = (gradient.values if isinstance(gradient, Vector) else gradient.g).device
         u, v = self._normal(rows, 0, device), self._normal(columns, 1, device)
         sums, size, most, lost = self._found.get(name, (u.new_zeros(_VECTORS), u.new_zeros(()), 0.0, 0.0))
         for part in _parts(gradient):
             if isinstance(part, Outer):
-                here = u[part.row : part.row + part.g.shape[2]]
-                sums = sums + (_product(part.g, here) * _product(part.a, v)).sum((0, 1))
+                if wide == columns:
+                    here = u[part.row : part.row + part.g.shape[2]]
+                    sums = sums + (_product(part.g, here) * _product(part.a, v)).sum((0, 1))
+                else:  # another use has taken the parameter for another matrix
+                    total = _product(part.g.flatten(0, 1).T, part.a.flatten(0, 1)).flatten()
+                    sums = sums + _between(total, part.row * wide, u, v)
                 size = size + (_squares(part.a) * _squares(part.g)).sum()
             elif isinstance(part, Rows):
                 sums = sums + (u[part.indices] * _product(part.g, v)).sum((0, 1))
                 size = size + _squares(part.g).sum()
             else:
                 values = part.values.double()
-                total = values.sum(0)
-                if total.numel() != rows * columns:
-                    total = F.pad(total, (part.begin, rows * columns - part.begin - total.numel()))
-                sums = sums + ((total.view(rows, columns) @ v) * u).sum(0)
+                sums = sums + _between(values.sum(0), part.begin, u, v)
                 size = size + values.square().sum()
                 if part.terms is not None:
                     size = size + _squares(part.terms()).sum()
         self._found[name] = sums, size, max(most, precision), lost + rounded
 
+    def add_noise(self, name: str, shape: torch.Size, found: Vector, exact: Vector) -> None:
+        """Notes how far half precision has brought a gradient, `found`, from the same computation in float32, `exact`: where terms cancel
+        out, autograd's sum is off as much."""
+        columns = self._columns.setdefault(name, _columns(shape))
+        u = self._normal(shape.numel() // columns, 0, found.values.device)
+        v = self._normal(columns, 1, found.values.device)
+        change = _between((found.values.double() - exact.values.double()).sum(0), 0, u, v)
+        self._noise[name] = self._noise.get(name, 0) + change
+
     def pop(self, name: str, gradient: Tensor) -> float | None:
         """The distance of `gradient`, autograd's, from the sum, relative to autograd's, if it is more than rounding; forgets the sum."""
         sums, size, precision, rounded = self._found.pop(name)
+        noise = self._noise.pop(name, None)
         if rounded >= _NOTHING_LEFT:
             return None
         g = gradient.to_dense() if gradient.is_sparse else gradient
-        rows, columns = _matrix(g.shape)
+        columns = self._columns[name]
+        rows = g.numel() // columns
         u, v = self._normal(rows, 0, g.device), self._normal(columns, 1, g.device)
         step = max(1, PART // columns)
         theirs = torch.zeros_like(sums)
         for first in range(0, rows, step):
             some = g.reshape(rows, columns)[first : first + step]
             theirs += (_product(some, v) * u[first : first + step]).sum(0)
-        off, size, own = torch.stack([_rms(sums - theirs), size.sqrt(), _rms(theirs)]).tolist()
+        noise = torch.zeros_like(sums) if noise is None else noise
+        off, size, own, lost = torch.stack(
+            [_rms(sums - theirs), size.sqrt(), _rms(theirs), _rms(noise)]
+        ).tolist()
         # Sums of n terms lose sqrt(n) roundings of their type, of the size of the terms or of the whole sum; products in half
         # precision lose a few roundings.
         allowed = 4096 * precision if precision <= 2e-7 else max(8 * precision, 5e-4, rounded)
-        return off / max(own, 1e-300) if off > allowed * max(size, own) else None
+        within = max(allowed * max(size, own), _NOISES * lost)
+        return off / max(own, 1e-300) if off > within else None
 
     def clear(self) -> None:
         self._found.clear()
+        self._noise.clear()
 
     def __contains__(self, name: str) -> bool:
         return name in self._found
@@ -88,8 +113,16 @@ class Sums:
         return self._vectors[key]
 
 
-def _matrix(shape: torch.Size) -> tuple[int, int]:
-    return (shape[0], shape[1:].numel()) if len(shape) else (1, 1)
+def _columns(shape: torch.Size) -> int:
+    return max(1, shape[1:].numel())  # 1 for a number, too
+
+
+def _between(total: Tensor, begin: int, u: Tensor, v: Tensor) -> Tensor:
+    """The sums u^T G v of a matrix G, of which `total` are the entries from `begin` on, and the others are zeros."""
+    numel = len(u) * len(v)
+    if total.numel() != numel:
+        total = F.pad(total, (begin, numel - begin - total.numel()))
+    return ((total.view(len(u), len(v)) @ v) * u).sum(0)
 
 
 def _parts(gradient: Gradient) -> Iterator[Gradient]:

@@ -16,6 +16,7 @@ from flashcoreset.gradients.inputs import Inputs
 from flashcoreset.gradients.layers import Layer
 from flashcoreset.gradients.layouts import Layout
 from flashcoreset.gradients.norms import SquaredNorms, TiedEmbedding
+from flashcoreset.gradients.picked import Picked
 from flashcoreset.gradients.rehearsal import State
 from flashcoreset.gradients.row_checks import Record
 
@@ -33,14 +34,14 @@ class Target:
 @dataclass(frozen=True, eq=False)
 class Place:
     """A module, or an operation in a module, that uses wanted parameters; `targets` by their names in it. `home`: the module
-    that an operation belongs to. `rows`: where a slice of a parameter begins, in rows of its matrix, by the names."""
+    that an operation belongs to."""
 
     name: str
     module: Any
     layer: Layer
     targets: dict[str, Target]
     what: str
-    rows: dict[str, int] = field(default_factory=dict)
+    picked_in: str = ""  # where the rows that it uses were picked out of others, if they were
 
     def keeps_input(self, wanted: Iterable[str]) -> bool:
         needs = self.layer.needs_input
@@ -50,9 +51,14 @@ class Place:
         return self.what
 
     @cached_property
-    def owner(self) -> str:
-        """The name of the place in the checks' errors."""
+    def use(self) -> str:
+        """The place and a parameter, in errors."""
         return f"parameter {next(iter(self.targets.values())).name!r} of {self}"
+
+    @cached_property
+    def owner(self) -> str:
+        """The name under which the place is checked; rows that were picked together are checked together."""
+        return f"the rows that are picked in {self.picked_in}" if self.picked_in else self.use
 
 
 @dataclass(eq=False)
@@ -65,7 +71,12 @@ class Pass:
     looked_up: dict[str, list[tuple[Tensor, Use]]] = field(
         default_factory=dict
     )  # indices of embeddings, by parameter
-    arrivals: Counter[str] = field(default_factory=Counter)  # of gradients, by parameter
+    spans: dict[str, list[range]] = field(
+        default_factory=dict
+    )  # the slices that calls use of parameters which hold several matrices or vectors
+    arrivals: Counter[tuple[str, int]] = field(
+        default_factory=Counter
+    )  # of gradients, by parameter and where the slice begins
     consumed: int = 0
     repeated: bool = False  # whether a second backward pass went through the same graph
     out: dict[str, Tensor] = field(default_factory=dict)  # [B, dim], by group
@@ -110,6 +121,9 @@ class Frame:
     uses: list[Use] = field(default_factory=list)  # in the call
     why: dict[str, str] = field(default_factory=dict)  # for each parameter that is needed
 
+    def __str__(self) -> str:
+        return f"{type(self.module).__name__} {self.name!r}"
+
 
 @dataclass(eq=False)
 class Use:
@@ -128,6 +142,11 @@ class Use:
     skip: set[str] = field(default_factory=set)  # parameters whose gradients another use gives
     key: Any = None  # under which the layout is remembered
     batch: int | None = None
+    rows: dict[str, range] = field(
+        default_factory=dict
+    )  # the slices of parameters, in rows of a matrix or entries of a vector, by the parameters' names in the module
+    picked: Picked | None = None
+    checked: bool = True  # whether its rows were compared, or need not be
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,3 +203,9 @@ class CaptureAll(torch.autograd.Function):
 
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def recomputes() -> bool:
+    """Whether a checkpoint with use_reentrant=False runs again, for what its forward pass has saved: its calls have been noted."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True) if in_backward() else None
+    return top is not None and getattr(top[0], "__module__", "") == "torch.utils.checkpoint"

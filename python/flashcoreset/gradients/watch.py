@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types as python_types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flashcoreset.gradients.layers import ELEMENTWISE, EMBEDDING, LINEAR, Elementwise, Layer
+from flashcoreset.gradients.layers import (
+    ELEMENTWISE,
+    EMBEDDING,
+    LINEAR,
+    TRANSPOSED_LINEAR,
+    Elementwise,
+    Layer,
+)
 from flashcoreset.gradients.layouts import Layout, layouts
+from flashcoreset.gradients.picked import grouped, in_place
 from flashcoreset.gradients.quiet import quiet, rehearses
 from flashcoreset.gradients.rehearsal import without_dropout
 from flashcoreset.gradients.uses import Place, Target, in_backward
@@ -46,7 +54,8 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._sketcher = sketcher
         self._slices: dict[int, _Slice] = {}
-        self._places: dict[Any, Place] = {}
+        self._places: dict[Any, Place] = {}  # by the home and the use
+        self._places_of: dict[Any, Place] = {}  # the last one for each use
         self._in_attention = False
 
     def clear(self) -> None:
@@ -56,6 +65,10 @@ class Watch(TorchFunctionMode):
         sketcher, kwargs = self._sketcher, kwargs or {}
         if quiet() and not rehearses(sketcher):
             return func(*args, **kwargs)
+        if in_backward() and not sketcher._frames and not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if func in _BACKWARD and all(kind in (Tensor, nn.Parameter) for kind in types):
+            return self._backward(func, args, kwargs)
         if sketcher._still:
             args, kwargs = without_dropout(func, args, kwargs)
         if (
@@ -72,6 +85,9 @@ class Watch(TorchFunctionMode):
                 ):  # a reentrant checkpoint's forward pass
                     sketcher._pass.calls[target.name] += 1
             return result
+        if sketcher._frames:
+            home, keep = sketcher._frames[-1], sketcher._record is not None
+            sketcher._origins.see(func, args, kwargs, result, str(home), keep)
         if sketcher._single:
             sketcher._follow(func, (*args, *kwargs.values()), result)
         used = list(self._used((*args, *kwargs.values())))
@@ -86,6 +102,11 @@ class Watch(TorchFunctionMode):
                 return _ATTENTION(*args, **kwargs)
         finally:
             self._in_attention = before
+
+    def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a backward pass in the sight of this mode, for the checkpoints that are computed again in it."""
+        with self:
+            return _BACKWARD[func](*args, **kwargs)
 
     def _used(self, values: Iterable[Any]) -> Iterator[tuple[Tensor, Target, int]]:
         """The tensors among `values` that are wanted parameters or rows of them, with the first row."""
@@ -116,7 +137,9 @@ class Watch(TorchFunctionMode):
             return result
         sketcher, called = self._sketcher, getattr(func, "__name__", str(func))
         targets = list({id(target): target for _, target, _ in used}.values())
-        if sketcher._frames and isinstance(result, Tensor) and not _in_place(called):
+        # A function that a checkpoint runs again has no calls of modules around it.
+        known = sketcher._frames or in_backward()
+        if known and isinstance(result, Tensor) and not in_place(called):
             captured = self._captured(func, args, kwargs, result, used, targets, called)
             if captured is not None:
                 return captured
@@ -128,19 +151,17 @@ class Watch(TorchFunctionMode):
         return result
 
     def _note_slices(self, used: tuple[Tensor, Target, int], outputs: list[Tensor]) -> bool:
-        """Remembers outputs that are whole consecutive rows of a parameter, for later uses."""
+        """Remembers outputs that are whole consecutive rows of a parameter, for later uses; those of a parameter that holds several
+        matrices may be transposed."""
         _, target, _ = used
         parameter = target.parameter
-        if parameter.dim() not in (1, 2) or not parameter.is_contiguous():
+        if parameter.dim() not in (1, 2, 3) or not parameter.is_contiguous():
             return False
-        width = parameter[0].numel() if parameter.dim() == 2 else 1
+        if not all(one._base is parameter and _is_slice(one, parameter) for one in outputs):
+            return False
         for one in outputs:
-            if one._base is not parameter or one.dim() != parameter.dim() or not one.is_contiguous():
-                return False
-            if one.dim() == 2 and one.shape[1] != width:
-                return False
-        for one in outputs:
-            at = (one.storage_offset() - parameter.storage_offset()) // width
+            wide = 1 if one.dim() == 1 else parameter.shape[-1]
+            at = (one.storage_offset() - parameter.storage_offset()) // wide
             self._slices[id(one)] = _Slice(weakref.ref(one), target, at)
         return True
 
@@ -159,8 +180,12 @@ class Watch(TorchFunctionMode):
             x, weight, bias = _linear(*args, **kwargs)
             roles = {"weight": weight, "bias": bias}
             return self._take(LINEAR, None, called, roles, used, x, result, None)
+        if grouped(func):
+            return self._grouped(args, kwargs, result, used, called)
         if func is F.embedding:
             return self._embedding(args, kwargs, result, used, called)
+        if func is Tensor.__getitem__:
+            return self._indexed(args, result, used, called)
         if len(used) != 1 or used[0][0] is not used[0][1].parameter:
             return None
         return self._elementwise(args, result, used[0], called)
@@ -175,31 +200,69 @@ class Watch(TorchFunctionMode):
         x: Any,
         result: Tensor,
         found: list[Layout] | None,
+        ends: Tensor | None = None,
     ) -> Tensor | None:
         sketcher = self._sketcher
         mine: dict[str, Target] = {}
-        rows: dict[str, int] = {}
+        rows: dict[str, range] = {}
         for value, target, row in used:
             role = next((name for name, one in roles.items() if one is value), None)
             if role is None or target in mine.values():
                 return None
-            mine[role], rows[role] = target, row
+            if layer is not ELEMENTWISE:
+                if value.dim() != (1 if role == "bias" else 2 if ends is None else 3):
+                    return None
+                height = value.shape[0] if ends is None else value.shape[0] * target.parameter.shape[1]
+                rows[role] = range(row, row + height)
+            mine[role] = target
         if x is not None and not isinstance(x, Tensor):
             return None
-        home = sketcher._frames[-1]
-        key = (called, home.name, tuple(mine.items()), tuple(rows.items()), module)
-        place = self._places.get(key)
+        place = self._place(called, layer, module, mine)
         if place is None:
-            what = f"{called} in {type(home.module).__name__} {home.name!r}"
-            place = self._places[key] = Place(home.name, module, layer, mine, what, rows)
-        if place in sketcher._small:
+            return None
+        picked, place = sketcher._picked(place, x, result, ends)
+        if place in sketcher._small or (ends is not None and picked is None):
             return None
         batch = sketcher._batch()
-        if found is None and batch is not None:
+        if picked is not None:
+            found = sketcher._layouts_of(picked)
+        elif found is None and batch is not None:
             found = layouts(result.shape[:-1], batch, sketcher._batch_dim)
             if self._in_attention:
                 found = [one for one in found if one.dim == 1]
-        return sketcher._take(place, x, result, found)
+        return sketcher._take(place, x, result, found, rows, picked)
+
+    def _place(self, called: str, layer: Layer, module: Any, targets: dict[str, Target]) -> Place | None:
+        """The place of an operation in the innermost module that is called."""
+        use = (called, module, tuple(targets.items()))
+        if not self._sketcher._frames:
+            return self._places_of.get(use)  # as in the forward pass that is run again
+        home = self._sketcher._frames[-1]
+        place = self._places.get((home.name, use))
+        if place is None:
+            place = Place(home.name, module, layer, targets, f"{called} in {home}")
+            self._places[home.name, use] = place
+        self._places_of[use] = place
+        return place
+
+    def _grouped(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, used: list[Any], called: str
+    ) -> Tensor | None:
+        """A product of groups of rows, each with a matrix of a parameter."""
+        names = ("input", "weight", "offs", "bias", "out_dtype")
+        given: dict[str, Any] = {
+            {"self": "input", "mat2": "weight"}.get(name, name): value for name, value in kwargs.items()
+        }
+        given.update(zip(names, args, strict=False))
+        x, weight, ends = (given.get(name) for name in names[:3])
+        assert isinstance(x, Tensor)
+        assert isinstance(weight, Tensor)
+        if given.get("bias") is not None or given.get("out_dtype") is not None:
+            return None
+        if not isinstance(ends, Tensor) or x.dim() != 2 or weight.dim() != 3 or len(used) != 1:
+            return None
+        layer = LINEAR if _is_transposed(weight, used[0][1].parameter) else TRANSPOSED_LINEAR
+        return self._take(layer, None, called, {"weight": weight}, used, x, result, None, ends)
 
     def _embedding(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, used: list[Any], called: str
@@ -215,6 +278,15 @@ class Watch(TorchFunctionMode):
             return None
         lookup, indices = _Lookup(padding), given["input"]
         return self._take(EMBEDDING, lookup, called, {"weight": weight}, used, indices, result, None)
+
+    def _indexed(self, args: tuple[Any, ...], result: Tensor, used: list[Any], called: str) -> Tensor | None:
+        """Rows of a matrix by a tensor of their numbers, as embeddings give them."""
+        weight, index = args
+        whole = weight.dim() == 2 and not used[0][2] and weight is used[0][0]
+        if not whole or not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            return None
+        rows = torch.where(index < 0, index + len(weight), index)
+        return self._take(EMBEDDING, _Lookup(None), called, {"weight": weight}, used, rows, result, None)
 
     def _elementwise(
         self, args: tuple[Any, ...], result: Tensor, used: tuple[Tensor, Target, int], called: str
@@ -272,19 +344,49 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     return input, weight, bias
 
 
-def _in_place(called: str) -> bool:
-    return (called.endswith("_") and not called.endswith("__")) or called.startswith("__i")
-
-
-def _seen_through(function: Any) -> Callable[..., Any] | None:
-    """A copy of a function of torch that does not hand itself over to modes as a whole."""
-    code = getattr(function, "__code__", None)
-    if code is None or "has_torch_function" not in code.co_names:
-        return None
-    names = {**function.__globals__, "has_torch_function": lambda _: False}
-    return python_types.FunctionType(
-        code, names, function.__name__, function.__defaults__, function.__closure__
+def _is_slice(one: Tensor, parameter: Tensor) -> bool:
+    """Whether a view is whole consecutive rows of the matrices that a parameter holds, or one of the vectors that it holds."""
+    if one.dim() == 1 and parameter.dim() < 3:
+        return one.is_contiguous()
+    if one.dim() == 3 and parameter.dim() == 3:
+        if _is_transposed(one, parameter):
+            one = one.transpose(1, 2)
+        elif one.shape == parameter.shape:
+            return False  # a copy for the samples of a batch of one
+        return one.is_contiguous() and one.shape[1:] == parameter.shape[1:]
+    wide = parameter.shape[-1]
+    begin = one.storage_offset() - parameter.storage_offset()
+    return (
+        one.dim() == 2 <= parameter.dim()
+        and one.is_contiguous()
+        and one.shape[1] == wide
+        and not begin % wide
     )
 
 
+def _is_transposed(one: Tensor, parameter: Tensor) -> bool:
+    """Whether a view of a parameter of several matrices holds them transposed."""
+    rows, columns = parameter.shape[1:]
+    return one.shape[1:] == (columns, rows) and one.stride()[1:] == (1, columns) and rows * columns > 1
+
+
+def _seen_through(function: Any) -> Any:
+    """A copy of a function of torch that does not hand itself over to modes as a whole."""
+    code = getattr(function, "__code__", None)
+    asks = [name for name in getattr(code, "co_names", ()) if name.startswith("has_torch_function")]
+    if code is None or not asks:
+        return None
+    names = {**function.__globals__, **dict.fromkeys(asks, lambda *_: False)}
+    made = python_types.FunctionType(
+        code, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
 _ATTENTION = _seen_through(F.multi_head_attention_forward)
+_BACKWARD = {
+    function: seen
+    for function in (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
+    if (seen := _seen_through(function)) is not None
+}
