@@ -438,6 +438,24 @@ def test_two_processes(tmp_path: Path) -> None:
 # ---- errors
 
 
+@pytest.mark.parametrize(
+    ("flag", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")]
+)
+def test_sharded_models_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, name: str
+) -> None:
+    """By what Trainer says of itself: neither needs to be installed."""
+    prepare = transformers.Trainer.create_accelerator_and_postprocess
+
+    def prepared(self: transformers.Trainer) -> None:
+        prepare(self)
+        setattr(self, flag, True)
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", prepared)
+    with pytest.raises(ValueError, match=f"moves whole parameters on each process.*got {name}$"):
+        trainer(tmp_path)
+
+
 def test_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "flashcoreset.integrations.transformers"
     monkeypatch.delattr(fc.integrations, "transformers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,7 +93,8 @@ class BatchSelector:
         model: called with a batch's entries as keywords, with an output that is the logits [B, T, C] or [B, C], has
             them as `logits`, or has them first: causal and masked language models, encoder-decoders and classifiers of tokens,
             texts and images of transformers, with or without peft's adapters. Layers are
-            members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped.
+            members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped. Under `fully_shard` the parameters
+            that rows are chosen by must be left whole (`ignored_params`), and all processes call it together, with as many parts.
         method: what chooses rows by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
             can be called. For an `fc.CoLM` with method "random" the model does not run.
         gradients: "zeroth_order" or "backprop".
@@ -127,8 +129,8 @@ class BatchSelector:
 
     Raises:
         TypeError: for arguments of a wrong type, and a parameter that is not floating (quantised).
-        ValueError: for a wrong value; options of one kind of gradients with the other; a model in which no V-projection is found, the message names what was looked for; a fused
-            projection whose layout is not known.
+        ValueError: for a wrong value; options of one kind of gradients with the other; a model in which no V-projection is found, the
+            message names what was looked for; a fused projection whose layout is not known; a parameter that is sharded over processes.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
     ICLR 2025. Its published code averages losses over the padded width, so that a sample's gradient depends on its batch.
@@ -197,10 +199,17 @@ class BatchSelector:
         self._batch_keys = None if batch_keys is None else _names(batch_keys)
         self._found_rows: dict[str, bool] = {}  # for entries that were checked
         self._model = model
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+            raise ValueError(
+                "model must not be sharded by FullyShardedDataParallel (FSDP1), whose parameters are parts of one long vector; use "
+                "fully_shard, and leave the matrix that rows are chosen by whole with ignored_params="
+            )
         self.method = method
         self.steps = 0
         self._wanted = _parameters(model, parameter, matrices)
         self.parameter_names = tuple(name for name, _ in self._wanted)
+        self._refuse_sharded()
         self.layer_name, self._before = min(
             (_layer_of(model, name) for name in self.parameter_names), key=lambda found: len(found[1])
         )
@@ -221,6 +230,16 @@ class BatchSelector:
                 other = _GRADIENTS[self._kind == "zeroth_order"]
                 raise ValueError(
                     f"{name} is for gradients={other!r}; leave it out with gradients={self._kind!r}"
+                )
+
+    def _refuse_sharded(self) -> None:
+        """Raises an error for parameters of which a process has a part only."""
+        tensors = sys.modules.get("torch.distributed.tensor")  # without it nothing is sharded so
+        for name in self.parameter_names:
+            if tensors is not None and isinstance(self._model.get_parameter(name), tensors.DTensor):
+                raise ValueError(
+                    f"the parameter {name} is sharded, a DTensor as fully_shard (FSDP2) makes it, and selection needs it whole; leave it "
+                    "out, as in fully_shard(layer, ignored_params={layer.self_attn.v_proj.weight}), or name one that is whole with parameter="
                 )
 
     @property
@@ -266,6 +285,7 @@ class BatchSelector:
             TypeError, ValueError: for a batch without labels, or logits that do not fit them; if it stays open which
                 entries have rows, or whether labels are shifted; for a model whose own loss is a different one.
         """
+        self._refuse_sharded()  # models may be sharded after the selector was made
         parts = batch if isinstance(batch, (list, tuple)) else self._cut(batch)
         seed = seed_of_call(self._seed, self.steps) if self._resample else self._seed
         found: list[Any] = []
