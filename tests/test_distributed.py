@@ -376,6 +376,27 @@ def scattered(seed: int) -> torch.Tensor:
     return torch.randn(80, 4, generator=torch.Generator().manual_seed(seed))
 
 
+def beside_preselected(group: Any, rank: int, world: int) -> tuple[list[int], list[float], float]:
+    x = scattered(3)[:40, :2]
+    found = fc.distributed.facility_location(
+        x[shares(40, world)[rank]], 4, metric="l1", offset=20.0, preselected=[0, 17], exact=False, group=group
+    )
+    return found.indices.tolist(), found.gains.tolist(), found.objective
+
+
+def test_partition_greedy_beside_preselected_rows(ranks: Ranks) -> None:
+    x = scattered(3)[:40, :2]
+    similarities = 20.0 - torch.cdist(x.double(), x.double(), p=1)
+    for indices, gains, objective in ranks.run(beside_preselected, world=2):
+        assert len({0, 17, *indices}) == 6
+        covered = similarities[[0, 17]].amax(0)
+        for j, gain in zip(indices, gains, strict=True):
+            better = torch.maximum(covered, similarities[j])
+            assert gain == pytest.approx(float((better - covered).sum()), rel=1e-4)
+            covered = better
+        assert objective == pytest.approx(float(covered.sum()), rel=1e-5)
+
+
 def test_one_ranks_own_picks_are_taken_where_they_are_better(ranks: Ranks) -> None:
     """Its picks come in the order of a run over all clients, with their gains there."""
     alone = 0

@@ -849,13 +849,15 @@ def _approximate(
     comm.agree({}, error)
     pool = torch.cat([local, grown]).unique()
     info["candidates"] = int(comm.sum(torch.tensor([len(pool)]))[0])
-    merged = run_among(pool)
+    merged = run_among(
+        torch.cat([pool, here]).unique()
+    )  # what is preselected is looked up there, and not picked
     merged.step(k, bar, done)
     sums = OneRank() if call.is_matrix else comm
     winner = best_shard(comm, merged, source, local, weights, candidates, preselected, sums)
     if winner is None:
         return merged
-    alone = run_among(local if comm.rank == winner else local[:0])
+    alone = run_among(torch.cat([local if comm.rank == winner else local[:0], here]).unique())
     alone.step(k, bar, done)
     return alone
 
