@@ -272,7 +272,17 @@ class Workshop(Checkout):
 
     def _pytest(self, *arguments: str) -> str | None:
         """The first test that fails, or None if none does in the time that a mutant gets. A single test has 200 s to end."""
-        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=200"]
+        pytest = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=200",
+            "--timeout-method=thread",
+        ]
         status, output = self._run([*pytest, *arguments], self.seconds)
         if status in (0, 5, None):
             return None

@@ -128,6 +128,13 @@ def test_limits_of_facility_location(features: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     check(("--min-distance", 0.8, "-k", 12), 12, min_distance=0.8)
     check(("--stop-gain", 0.5), None, stop_gain=0.5)
+    np.save(tmp_path / "mask.npy", mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(("--exclude", tmp_path / "mask.npy", "-k", 9), 9, exclude=mask)
+    table = tmp_path / "none.csv"
+    assert run(*command[:-1], table, "--stop-gain", 1e9) == 0
+    assert table.read_text() == "index,weight,gain\n"
     clients = tmp_path / "c.npy"
     np.save(clients, x[:7] + np.float32(0.1))
     check(("--clients", clients, "--rounds", 3, "-k", 12), 12, clients=np.load(clients), rounds=3)

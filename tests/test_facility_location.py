@@ -419,6 +419,14 @@ def test_what_the_picks_are_worth_beside_the_first_gains() -> None:
         work.made(999)
         work.made(1_000)
     assert seen == [500, 750, 1000, 1062, 1250, 1375, 1499, 1500]
+    seen.clear()
+    with Progress(lambda done, total: seen.append(done), 1_500, "for a test") as bar:
+        work = Work(1_000, bar, 500)
+        # Pairs may be counted in other units later, or a first report may come late: what was told stays.
+        for pairs, picks in ((0.0, 400), (0.8, 401), (0.1, 402), (0.1, 950)):
+            work.report(pairs, picks)
+    assert seen == sorted(set(seen))
+    assert seen[0] == 900
     with Progress(lambda done, total: seen.append(done), 400, "for a test") as bar:
         # A first pick that took no time worth a report.
         seen.clear()
@@ -456,6 +464,27 @@ def test_progress_bar_goes_to_stderr(capfd: pytest.CaptureFixture[str], backend:
     out, err = capfd.readouterr()
     assert out == ""
     assert "facility location" in err
+
+
+def test_progress_reaches_the_total_of_what_limits_leave() -> None:
+    seen: list[tuple[int, int]] = []
+    caps = {0: 1, 1: 2}
+    chosen = locate(
+        points(50, 4, 18), 20, groups=torch.arange(50) % 2, caps=caps, backend="cpu",
+        progress=lambda *now: seen.append(now),
+    )  # fmt: skip
+    assert len(chosen.indices) == 3
+    assert seen == [(1, 20), (2, 20), (3, 20), (20, 20)]
+
+
+def test_progress_of_a_matrix_only_grows() -> None:
+    s = points(3_000, 8, 1)
+    seen: list[int] = []
+    locate(
+        s @ s.T, 1_000, metric="precomputed", backend="cpu", progress=lambda done, total: seen.append(done)
+    )
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 1_000
 
 
 @EVERY_BACKEND

@@ -57,7 +57,8 @@ class Progress:
             return
         left_out = to - self._skipped - self._bar.n
         self._skipped += left_out
-        self._bar.total -= left_out
+        if self._bar.total is not None:
+            self._bar.total -= left_out
         self._bar.refresh()
 
     def __enter__(self) -> Progress:

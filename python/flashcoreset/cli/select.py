@@ -67,6 +67,8 @@ def _facility_location(arguments: argparse.Namespace) -> _Chosen:
     _load_into(options, "costs", kinds="fiu", ndim=1, wanted="a real array [rows]")
     for name in ("preselected", "exclude"):
         _load_into(options, name, kinds="iub", ndim=1, wanted="an integer array of rows, or a mask [rows]")
+        if name in options:
+            options[name] = np.array(options[name])  # torch warns of files that cannot be written to
     k = getattr(arguments, "k", None)
     if k is None and not options.keys() & {"budgets", "cost_budget", "stop_gain"}:
         raise CommandError(

@@ -149,7 +149,7 @@ def write_table(
     records = content if isinstance(content, list) else content.to_pylist()
     text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
     if suffix == ".csv":
-        _write_csv(records, text)
+        _write_csv(records, text, list(pick_columns(arrays)))
     else:
         for record in records:
             text.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
@@ -191,8 +191,9 @@ def _of_matrix(rows: np.ndarray, *, lists: bool) -> Records:
     return [{f"x{i}": number for i, number in enumerate(value)} for value in values]
 
 
-def _write_csv(records: Records, stream: IO[str]) -> None:
-    names = list(dict.fromkeys(name for record in records for name in record))
+def _write_csv(records: Records, stream: IO[str], without: list[str]) -> None:
+    """Writes records as CSV; `without` are the columns if there are no records."""
+    names = list(dict.fromkeys(name for record in records for name in record)) or without
     writer = csv.DictWriter(stream, names, lineterminator="\n")
     writer.writeheader()
     for record in records:

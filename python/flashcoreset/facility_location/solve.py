@@ -186,6 +186,7 @@ def _solve_in_range(r: Request, progress: Report | bool | None, scaled: bool = F
     else:
         with Progress(progress, r.k, "facility location") as bar:
             found = solve_all(bar)
+            bar.skip(r.k)  # picks that limits did not leave
     if not found.objective <= torch.finfo(dtype).max:
         lower = "" if r.offset is None else f", lower offset, {r.offset:.3g},"
         raise ValueError(
@@ -332,6 +333,7 @@ class Work:
     def __init__(self, k: int, bar: Progress, done: int) -> None:
         self._k, self._bar, self._done = k, bar, done
         self._work = 0.0  # as last reported
+        self._share = 0.0
         self._first: float | None = None  # when the first pick was made
 
     def report(self, work: float, picks: int) -> None:
@@ -350,8 +352,10 @@ class Work:
                 of_picks = self._k / (self._k + 1_000)
                 pairs = min(1.0, (self._work - self._first) / (1.2 * self._first))
                 share = 0.5 + 0.5 * (of_picks * share + (1 - of_picks) * pairs)
+        # What a pick takes is an estimate, which may turn out too low.
+        self._share = max(self._share, share)
         # Rounding must not take the last pick away.
-        self._bar.update(self._done + (self._k if picks == self._k else int(self._k * share)))
+        self._bar.update(self._done + (self._k if picks == self._k else int(self._k * self._share)))
 
 
 def _step_within(

@@ -463,10 +463,14 @@ def _estimate(
     chunk = chunk_rows(d, lists, size, memory_budget) * (d * size + 40 * lists)
     # scikit-learn copies the points in each run, and keeps two distances to a centroid and some counters for each.
     seen = m if fit_on is None else min(m, _at_least_one(fit_on, "fit_on"))
-    starts = _starts(seen) if n_init is None else _at_least_one(n_init, "n_init")
-    runs = min(starts, torch.get_num_threads())
     clustering = 3 * m * d * size
     if m > lists:
-        clustering += (2 + runs) * seen * d * size + (3 + runs) * seen * lists * size
+        # By default duplicates may leave so few points that they get all starts.
+        few = min(seen, _ONE_START_FROM)
+        cases = [(seen, 1), (few, 10)] if n_init is None else [(seen, _at_least_one(n_init, "n_init"))]
+        clustering += max(
+            (2 + runs) * points * d * size + (3 + runs) * points * lists * size
+            for points, runs in ((points, min(starts, torch.get_num_threads())) for points, starts in cases)
+        )
     survivors = torch.get_num_threads() * 2**20 + 2 * 24 * max(1 << 19, 64 * lists)
     return clustering + orders + chunk + survivors + 2 * lists * d * size + n // 8 + 56 * limit
