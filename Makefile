@@ -5,10 +5,14 @@ BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
+# Where the package is built that is installed in .venv.
+PACKAGE := build/package
 BIN := $(VENV)/bin
 # Bytecode is left to the first import: compiling all that torch brings takes 20 seconds, most of it for nothing.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start hundreds of processes, and each would compile torch's sources anew: six seconds of its nine.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What the build itself runs. Installed in .venv, so that a rebuild is incremental and fetches nothing. setuptools builds
 # apricot-select and geomloss, which the tests compare with and which are published as source only.
@@ -39,8 +43,10 @@ demo: $(VENV)/.with-demo ## the five methods on real data: tables, demo.png and 
 test test-python: export FLASHCORESET_CUDA_ARCHITECTURES ?= 90-real
 test: test-cpp test-python ## all tests: C++ (plain, address and thread sanitizers), then Python
 
-test-cpp: $(VENV)/.tools compiler ## the C++ tests alone, plain and under the sanitizers
-	$(call ctest,cpp,)
+test-cpp: $(VENV)/.with-test ## the C++ tests alone, plain and under the sanitizers
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -DFLASHCORESET_TESTS=ON $(PACKAGE)
+	$(BIN)/cmake --build $(PACKAGE) --target cpp_tests -j$(JOBS)
+	$(BIN)/ctest --test-dir $(PACKAGE)/tests/cpp --output-on-failure -j$(JOBS)
 	$(call ctest,cpp-asan,-DFLASHCORESET_SANITIZE=address$(comma)undefined)
 	$(call ctest,cpp-tsan,-DFLASHCORESET_SANITIZE=thread)
 
@@ -51,7 +57,7 @@ test-quick: $(VENV)/.with-demo ## a minute's part of the Python tests, without t
 	$(PIP_INSTALL) 'pytest>=8' 'pytest-timeout>=2.2' 'hypothesis>=6.90' 'scipy>=1.11'
 	$(BIN)/python tests/environments.py quick
 
-test-large: $(VENV)/.with-test ## what `make test` leaves out: more than 2^31 elements, ten million rows, Triton for every architecture, each combination in its interpreter: up to 6 GB
+test-large: $(VENV)/.with-test ## what `make test` leaves out: more than 2^31 elements, ten million rows, Triton for every architecture, every combination of parameters: up to 6 GB
 	$(BIN)/python -m pytest tests/test_large.py tests/test_triton_compile.py -m slow --durations=0
 	$(BIN)/python -m pytest -n $(JOBS) tests -m slow --ignore tests/test_large.py --ignore tests/test_triton_compile.py
 
@@ -178,7 +184,7 @@ $(VENV)/.docs: $(VENV)/.made constraints.txt
 $(VENV)/.with-%: $(VENV)/.tools $(SOURCES) | compiler
 	@$(BIN)/python -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || { \
 	  echo "Python's C headers are missing; on Debian and Ubuntu: apt install python3-dev" >&2; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation '.[$*]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(PACKAGE) '.[$*]'
 	@touch $@
 
 compiler:

@@ -8,6 +8,7 @@ table says with which other arguments each binding is called.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -67,11 +68,27 @@ def numbers(module: ModuleType) -> dict[str, list[tuple[str, str]]]:
 
 
 def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    kinds = {bool: "Flag", int: "Integer", float: "Real"}
+    return ((at, kinds[type(field)]) for at, field in _leaves(value, path) if type(field) in kinds)
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, SimpleNamespace):
         for name, field in vars(value).items():
-            yield from _fields(field, f"{path}.{name}")
-    elif type(value) in (bool, int, float):
-        yield path, {bool: "Flag", int: "Integer", float: "Real"}[type(value)]
+            yield from _leaves(field, f"{path}.{name}")
+    else:
+        yield path, value
+
+
+def calls_with_text(module: ModuleType, text: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """For each text that a binding takes, its name and a call with another value in its place."""
+    calls, call = _tables(module)
+    for binding, given in calls.items():
+        for name, value in given.items():
+            for path, leaf in _leaves(value, name):
+                if isinstance(leaf, str):
+                    anew = {key: _anew(argument) for key, argument in given.items()}
+                    yield f"{binding}: {path}", functools.partial(call, binding, _with(anew, path, text))
 
 
 def _with(given: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

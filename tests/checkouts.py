@@ -45,10 +45,13 @@ class Checkout:
             for command in (configure, make)
         )
 
-    def make_module(self) -> bool:
-        """Builds the CPU module, for this processor alone, and puts it beside the package's sources."""
-        options = ["-S", ".", self._pybind, f"-DPython_EXECUTABLE={sys.executable}"]
-        if not self.make("build/module", options, "all"):
+    def make_module(self, *more: str, target: str = "all") -> bool:
+        """Builds the CPU module, for this processor alone, with these options, and puts it beside the package's sources.
+
+        With the option FLASHCORESET_TESTS, a C++ test of its kernels can be the target.
+        """
+        options = ["-S", ".", self._pybind, f"-DPython_EXECUTABLE={sys.executable}", *more]
+        if not self.make("build/module", options, target):
             return False
         for built in (self.root / "build/module").glob("*.so"):
             (self.root / "python/flashcoreset" / built.name).write_bytes(built.read_bytes())

@@ -80,24 +80,17 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
     if DEVICE == "cpu":
-        thin_out([item for item in items if isinstance(item, pytest.Function) and _is_interpreted(item)])
-
-
-def _is_interpreted(item: pytest.Function) -> bool:
-    return hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton"
+        thin_out([item for item in items if isinstance(item, pytest.Function) and hasattr(item, "callspec")])
 
 
 def thin_out(items: list[pytest.Function]) -> None:
     """Marks tests as slow whose parameters all come together, two at a time, in other tests of the same function.
 
-    A test in Triton's interpreter takes a second, so that all combinations of three and more parameters would take a quarter of an
-    hour. `make test-large` runs them all.
+    All combinations of three and more parameters, the backend among them, take an hour. `make test-large` runs them all.
     """
     functions: dict[object, dict[pytest.Function, set[object]]] = collections.defaultdict(dict)
     for item in items:
-        # An id has the parameters' names, and those of a table's case, between hyphens. With its end, no id begins with another.
-        names = enumerate([*item.callspec.id.split("-"), "end"])
-        functions[item.function][item] = set(itertools.combinations(names, 2))
+        functions[item.function][item] = set(itertools.combinations(_values(item), 2))
     for left in functions.values():
         while left:
             chosen = max(left, key=lambda item: len(left[item]))
@@ -107,6 +100,14 @@ def thin_out(items: list[pytest.Function]) -> None:
                 if not left[item]:
                     item.add_marker("slow")
                     del left[item]
+
+
+def _values(item: pytest.Function) -> Iterator[tuple[object, ...]]:
+    """The values of a test's parameters. A case of a table has several, between hyphens."""
+    for parameter, text in enumerate(item.callspec._idlist):
+        parts = [text] if text in BACKENDS else text.split("-")
+        yield from ((parameter, place, part) for place, part in enumerate(parts))
+    yield ("end",)
 
 
 @pytest.fixture(params=BACKENDS)

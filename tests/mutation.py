@@ -3,7 +3,7 @@
     python tests/mutation.py --count 200 --seed 1 --out mutation.jsonl
 
 A mutant is one operator, bound or constant changed at random in the kernels or in the checks around them. It is built, and the
-tests of its family that run the changed code (those of its backend) run until one fails. Mutants that do not compile are drawn
+tests of its family that run the changed code (those of its backend) run until one fails, one of each function first. Mutants that do not compile are drawn
 again and count for nothing; a test that no longer ends counts as a test that fails, a mutant that no test has failed for in its
 time (`--seconds`) as not caught. A test that catches a mutant is run again on the sources as they are, and must pass.
 All changes are made in a clone of the repository in a temporary folder, at the current commit; the environment must have what
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import fnmatch
 import json
 import os
@@ -26,10 +27,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 from checkouts import ROOT, Checkout
 
 SOURCES = (
@@ -195,7 +199,11 @@ def all_mutants(root: Path) -> list[Mutant]:
     for pattern in SOURCES:
         for path in sorted(root.glob(pattern)):
             file = path.relative_to(root).as_posix()
-            if path.is_file() and not any(fnmatch.fnmatch(file, left_out) for left_out in LEFT_OUT):
+            if (
+                path.is_file()
+                and path.resolve() == path
+                and not any(fnmatch.fnmatch(file, left_out) for left_out in LEFT_OUT)
+            ):
                 make = python_mutants if path.suffix == ".py" else cpp_mutants
                 found += sorted(set(make(file, path.read_text())), key=lambda m: (m.start, m.after))
     return found
@@ -232,11 +240,25 @@ def selection(file: str) -> str:
     return "not triton" if file.startswith("csrc/core") else "not triton and not cuda"
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """One test of each function first, then a second one of each: a mutant is caught by few functions and many parameters."""
+    met: collections.Counter[object] = collections.Counter()
+    rank = {}
+    for item in items:
+        rank[item] = met[item.function]
+        met[item.function] += 1
+    items.sort(key=lambda item: rank[item])
+
+
 class Workshop(Checkout):
     """A clone of the repository in which mutants are built and tested, one after the other."""
 
     def __init__(self, folder: Path, jobs: int, seconds: float, passed: set[str]) -> None:
         super().__init__(folder, jobs=jobs)
+        # pytest takes this file for a plugin. Compiled files are what makes it start within seconds.
+        self.environment["PYTHONPATH"] += f"{os.pathsep}{self.root / 'tests'}"
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self.seconds = seconds  # of tests per mutant
         self.passed = passed  # the tests that pass on the sources as they are
         # Which modules were built from a mutant, and have to be built anew before the next is tried.
@@ -244,10 +266,13 @@ class Workshop(Checkout):
         if not self.build(set()):
             raise RuntimeError("the sources do not build as they are")
 
+    # The optimiser is not what is tried, and at -O1 a source takes a third of the time to compile.
+    MODULE = ("-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", "-DFLASHCORESET_TESTS=ON")
+
     def build(self, wanted: set[str]) -> bool:
         """Builds these modules and those that are stale; False if something does not compile."""
         kinds, self.stale = wanted | self.stale, wanted
-        if "module" in kinds and not self.make_module():
+        if "module" in kinds and not self.make_module(*self.MODULE):
             return False
         return "emulated" not in kinds or self.make_emulated()
 
@@ -278,6 +303,8 @@ class Workshop(Checkout):
             "pytest",
             "-x",
             "-q",
+            "-p",
+            "mutation",
             "-p",
             "no:cacheprovider",
             "--timeout=200",
@@ -320,10 +347,10 @@ class Workshop(Checkout):
 
     def _ctest(self, target: str) -> str | None:
         """The name of a C++ test if it fails, or None if it passes."""
-        options = ["-S", "tests/cpp", "-DFLASHCORESET_TEST_ISAS=" + self._isa()]
         passes = (
-            self.make("build/cpp", options, target)
-            and self._run(["ctest", "--test-dir", "build/cpp", "-R", f"^{target}$"], 1500)[0] == 0
+            self.make_module(*self.MODULE, target=target)
+            and self._run(["ctest", "--test-dir", "build/module/tests/cpp", "-R", f"^{target}$"], 1500)[0]
+            == 0
         )
         return None if passes else target
 
@@ -397,13 +424,20 @@ def main() -> None:
             with lock:
                 if len(results) >= arguments.count or (mutant := next(queue, None)) is None:
                     return
+            begin = time.monotonic()
             result = workshop.try_out(mutant)
+            seconds = round(time.monotonic() - begin)
             with lock, arguments.out.open("a") as out:
-                out.write(json.dumps({**(result or asdict(mutant)), "compiles": result is not None}) + "\n")
+                out.write(
+                    json.dumps(
+                        {**(result or asdict(mutant)), "compiles": result is not None, "seconds": seconds}
+                    )
+                    + "\n"
+                )
                 if result is not None:
                     results.append(result)
                     print(
-                        f"{len(results)}: {mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}: {result['caught_by'] or 'SURVIVED'}",
+                        f"{len(results)}: {mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}: {result['caught_by'] or 'SURVIVED'} ({seconds} s)",
                         flush=True,
                     )
 

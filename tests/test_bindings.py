@@ -156,6 +156,18 @@ def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: st
             assert re.match(f"{o.name}: expected .*, got ", o.message), o
 
 
+@pytest.mark.parametrize("text", ["\ud800", "", "l1\0", "ä" * 5000, 3, None])
+def test_texts_that_name_nothing_are_refused(which: str, text: object) -> None:
+    """Half of a surrogate pair, which UTF-8 does not have, was an error of pybind11's own."""
+    refused = 0
+    for name, call in binding_calls.calls_with_text(module_of(which), text):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+            pytest.fail(name)
+        refused += 1
+    assert refused > 5
+
+
 def test_working_arrays_that_fit_in_no_memory_are_a_memory_error() -> None:
     found = {(o.binding, o.parameter, o.value): o.outcome for o in outcomes("cpu")}
     for binding, parameter in binding_calls.LARGE:

@@ -74,7 +74,12 @@ class Fields {
   std::string text(const char* name) const {
     const py::object value = (*this)[name];
     if (!PyUnicode_Check(value.ptr())) detail::refuse_type(name, "a string", value);
-    return py::cast<std::string>(value);
+    Py_ssize_t size = 0;
+    const char* const bytes = PyUnicode_AsUTF8AndSize(value.ptr(), &size);
+    if (bytes) return {bytes, static_cast<size_t>(size)};
+    // A half of a surrogate pair, which no encoding has.
+    PyErr_Clear();
+    detail::refuse_number(name, "a string that can be encoded", py::repr(value).cast<std::string>());
   }
 
   // `name` has to be a string literal: the argument keeps it for its messages.
