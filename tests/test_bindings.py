@@ -5,6 +5,7 @@ The table of tests/binding_calls.py runs in a process of its own, whose last lin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -159,13 +160,14 @@ def test_what_is_out_of_range_is_a_value_error_that_names_the_argument(which: st
 @pytest.mark.parametrize("text", ["\ud800", "", "l1\0", "ä" * 5000, 3, None])
 def test_texts_that_name_nothing_are_refused(which: str, text: object) -> None:
     """Half of a surrogate pair, which UTF-8 does not have, was an error of pybind11's own."""
-    refused = 0
+    calls, taken = 0, []
     for name, call in binding_calls.calls_with_text(module_of(which), text):
-        with pytest.raises((TypeError, ValueError)):
+        calls += 1
+        with contextlib.suppress(TypeError, ValueError):
             call()
-            pytest.fail(name)
-        refused += 1
-    assert refused > 5
+            taken.append(name)
+    assert not taken
+    assert calls > 5
 
 
 def test_working_arrays_that_fit_in_no_memory_are_a_memory_error() -> None:
