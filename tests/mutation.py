@@ -44,9 +44,13 @@ SOURCES = (
     "triton_kernels/*.py",
     "python/flashcoreset/*/*.py",
     "python/flashcoreset/methods/*/*.py",
+    "python/flashcoreset/compat/*/*.py",
 )
-# Files that no test on this machine can run: other processors' code, the loading of CUDA's own libraries.
+# Files that no test on this machine can run (other processors' code, the loading of CUDA's own libraries), and what draws pictures:
+# neither kernels nor checks.
 LEFT_OUT = (
+    "python/flashcoreset/plot/*",
+    "python/flashcoreset/demo/*",
     "csrc/core/print_isas.cpp",
     "csrc/core/dlpack.h",
     "csrc/cuda/runtime.h",
@@ -57,6 +61,28 @@ LEFT_OUT = (
 
 # Which tests guard a file: the first pattern that fits. Test files in the order in which they are tried, quick ones first.
 TESTS = (
+    ("*/distributed/*", "distributed"),
+    ("*/compat/submodlib/*", "compat_submodlib"),
+    ("*/compat/apricot/*", "compat_apricot"),
+    ("*/compat/_coverage.py|*/compat/_knapsack.py", "compat_submodlib compat_apricot"),
+    ("*/compat/ot/*", "compat_ot"),
+    ("*/compat/geomloss/*", "compat_geomloss"),
+    ("*/compat/_costs.py|*/compat/_plan_gradient.py|*/compat/_points.py", "compat_ot compat_geomloss"),
+    ("*/compat/trak/*", "compat_trak"),
+    ("*/compat/dattri/*|*/compat/sjlt.py", "compat_dattri"),
+    ("*/compat/opacus.py", "compat_opacus"),
+    ("*/compat/_gradients.py", "compat_trak compat_dattri"),
+    ("*/compat/*", "compat"),
+    ("*/cli/*", "cli select"),
+    ("*/integrations/ray.py", "integrations_ray"),
+    ("*/integrations/sklearn.py", "integrations_sklearn autocoreset"),
+    ("*/integrations/_b*", "integrations_torch integrations_transformers"),
+    ("*/k_center.py|*/nearest.py|*/random_subset.py", "controls"),
+    ("*/inputs.py|*/labels.py|*/imports.py", "inputs frames odd_scalars"),
+    ("*/results.py|*/saving.py|*/taking.py|*/files.py", "results cli_files"),
+    ("*/progress.py", "progress"),
+    ("*/forks.py", "fork"),
+    ("*_core/tensor.py|*_core/errors.py", "bad_input inputs odd_scalars boundary edges"),
     ("*sinkhorn*", "sinkhorn goracs"),
     ("*transport*", "transport goracs sinkhorn"),
     ("*goracs*|*exchanges*", "goracs"),
@@ -71,7 +97,7 @@ TESTS = (
     ("*pursuit*|*active_set*", "pursuit"),
     ("*zeroth_order*|*directions*", "zeroth_order matching"),
     ("*matching*|*core/gradients*", "matching"),
-    ("*gradients/*", "gradient_sketcher"),
+    ("*gradients/*", "gradient outer_products"),
     ("*sketch*|*projection*|*philox*|*normal*", "sketch zeroth_order"),
     ("*integrations/torch*", "integrations_torch"),
     ("*integrations/transformers*", "integrations_transformers"),
