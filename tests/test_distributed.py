@@ -595,6 +595,12 @@ GORACS: list[dict[str, Any]] = [
     {"k": 14, "lam": 0.5, "train_labels": NAMES, "valid_labels": np.array(["blue", "green", "red"])[OF_VALID], "scaling": "global"},
     {"k": 9, "lam": 0.5, "train_labels": (NAMES == "red").tolist(), "valid_labels": [True] * 6 + [False] * 14},
     {"k": 5, "train_labels": LABELS, "valid_labels": [2] * 20},  # a class that no validation item has
+    {"k": 8, "lam": 0.5, "norm_clip": 0.8},
+    {"k": 8, "lam": 1.0, "norm_scale": "spread"},
+    {"k": 14, "lam": 0.5, "norm_clip": 0.73, "norm_scale": "spread", "train_labels": LABELS, "valid_labels": OF_VALID},
+    {"k": 14, "lam": 0.5, "norm_clip": 1, "norm_scale": "spread", "train_labels": LABELS, "valid_labels": OF_VALID, "scaling": "global"},
+    {"k": 8, "lam": 0.5, "norm_clip": 0.4, "train_labels": LABELS, "valid_labels": OF_VALID, "scaling": "global"},
+    {"k": 8, "time_limit": 1e-9},  # over before the first exchange
 ]  # fmt: skip
 
 

@@ -171,6 +171,19 @@ def others(group: Any, rank: int, world: int, method: str) -> None:
         fc.distributed.goracs(
             x, torch.ones(2, 4), norms, 5, lam=1.0, train_labels=own, valid_labels=[0, 1], group=group
         )
+    elif method == "goracs clip":
+        norms = torch.tensor([0.0] * 29 + [9.0 * rank])
+        fc.distributed.goracs(x, torch.ones(2, 4), norms, 5, lam=1.0, norm_clip=0.5, group=group)
+    elif method.startswith("goracs no"):
+        key, values = {
+            "goracs no clip": ("norm_clip", (0.0, 0.0)),
+            "goracs no scale": ("norm_scale", ("mean", "mean")),
+            "goracs no time": ("time_limit", (0, 0)),
+            "goracs no norms": ("norm_clip", (0.5, 0.5)),
+            "goracs no clip alike": ("norm_clip", (0.5, 0.6)),
+        }[method]
+        norms = None if method.endswith("norms") else torch.ones(30)
+        fc.distributed.goracs(x, torch.ones(2, 4), norms, 5, **{key: values[rank]}, group=group)
     elif method == "goracs pool":
         fc.distributed.goracs(x, torch.ones(2, 4), None, 5, pool=4, group=group)
     elif method == "gather":
@@ -203,6 +216,15 @@ def others(group: Any, rank: int, world: int, method: str) -> None:
             "must hold labels of one kind, got integers in train_labels, other labels in valid_labels",
         ),
         ("goracs norms", "grad_norms must not be all 0 with lam > 0 in class 0, got lam=1.0"),
+        ("goracs clip", "grad_norms must not be all 0 with lam > 0, got lam=1.0 and norm_clip=0.5"),
+        ("goracs no clip", "norm_clip must be in (0, 1], got 0.0"),
+        ("goracs no scale", "unknown norm_scale 'mean'; valid names: max, spread"),
+        ("goracs no time", "time_limit must be > 0 seconds, got 0"),
+        ("goracs no norms", "grad_norms must be given with norm_clip=0.5, got None"),
+        (
+            "goracs no clip alike",
+            "norm_clip must be the same on every rank, got 0.5 on rank 0 and 0.6 on rank 1",
+        ),
         ("sketch", "seed must be the same on every rank, got 0 on rank 0 and 1 on rank 1"),
         (
             "gather",

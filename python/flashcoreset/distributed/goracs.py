@@ -6,8 +6,10 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,27 +20,26 @@ from flashcoreset._core.inputs import sorted_labels
 from flashcoreset._core.labels import Labels, joint_labels
 from flashcoreset._core.progress import Progress, Report, check_progress
 from flashcoreset._core.results import Coreset
-from flashcoreset._core.scaling import exponent_into, scale, times_power
 from flashcoreset._core.tensor import (
-    as_integer,
     as_matrix,
-    as_number,
-    as_vector,
     at_least_one,
     check_finite,
     compute_dtype,
-    one_of,
     promoted,
 )
 from flashcoreset.distributed.communication import Communicator
 from flashcoreset.distributed.greedy import Candidates, Greedy, SharedRows
+from flashcoreset.distributed.order import kth_smallest, ordered_bits, values_of_bits
 from flashcoreset.distributed.problem import power_of_gains, shard_labels
 from flashcoreset.distributed.selection import as_shard
+from flashcoreset.distributed.sums import exact_sum
 from flashcoreset.facility_location.backend import choose
 from flashcoreset.methods.goracs import (
-    SCALINGS,
-    SOLVERS,
+    check_norms,
     checked_budgets,
+    checked_norms,
+    checked_options,
+    costs_of,
     exchanged,
     info_of_classes,
     is_held,
@@ -55,9 +56,12 @@ def goracs(
     k: int | None = None,
     *,
     lam: float = 0.0,
+    norm_clip: float | None = None,
+    norm_scale: str = "max",
     max_exchanges: int = 100,
     n_candidates: int = 30,
     max_solves: int | None = None,
+    time_limit: float | None = None,
     tol: float = 0.0,
     solver: str = "exact",
     reg: float = 1e-3,
@@ -79,7 +83,8 @@ def goracs(
     Args:
         train_shard: [n of this rank, d]; a rank may have no rows.
         valid: [V, d], the same on every rank.
-        grad_norms: [n of this rank] >= 0, or None where lam is 0.
+        grad_norms: [n of this rank] >= 0, or None if lam is 0.
+        time_limit: as in `fc.goracs`, by the clock of the first rank, whose choice all ranks return.
         pool: how many items stage 2 may choose from, >= k; with labels, in each class.
         train_labels: [n of this rank] class labels, as in `fc.goracs`; a class may have items on many ranks.
         valid_labels: [V] class labels, the same on every rank; both or neither.
@@ -114,30 +119,12 @@ def goracs(
         try:
             check_backend(backend)
             check_progress(progress)
-            one_of(solver, "solver", SOLVERS)
-            one_of(scaling, "scaling", SCALINGS)
             count = at_least_one(k, "k")
-            options = Options(
-                lam=as_number(lam, "lam"),
-                max_exchanges=as_integer(max_exchanges, "max_exchanges"),
-                n_candidates=at_least_one(n_candidates, "n_candidates"),
-                solver=solver,
-                reg=as_number(reg, "reg"),
-                memory_budget=at_least_one(memory_budget, "memory_budget"),
-                backend=backend,
-                norm_scale="max",
-                max_solves=None if max_solves is None else at_least_one(max_solves, "max_solves"),
-                tol=as_number(tol, "tol"),
-            )
-            for name, value, least in (
-                ("max_exchanges", options.max_exchanges, 0),
-                ("lam", options.lam, 0),
-                ("tol", options.tol, 0),
-            ):
-                if value < least:
-                    raise ValueError(f"{name} must be >= {least}, got {value}")
-            if options.reg <= 0:
-                raise ValueError(f"reg must be > 0, got {reg}")
+            options, quantile, seconds = checked_options(
+                lam=lam, norm_clip=norm_clip, norm_scale=norm_scale, max_exchanges=max_exchanges, n_candidates=n_candidates,
+                max_solves=max_solves, time_limit=time_limit, tol=tol, scaling=scaling, solver=solver, reg=reg,
+                memory_budget=memory_budget, backend=backend,
+            )  # fmt: skip
             pool = at_least_one(pool, "pool")
             if pool < count:
                 raise ValueError(f"pool must be >= k={count}, got {pool}")
@@ -153,26 +140,19 @@ def goracs(
             x, y = promoted(x, y)
             dtype = compute_dtype(x.dtype)
             x, y = x.detach().to(dtype), y.detach().to(dtype)
-            if grad_norms is None:
-                if options.lam:
-                    raise ValueError(f"grad_norms must be given with lam={options.lam}, got None")
-                norms = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-            else:
-                norms = as_vector(grad_norms, "grad_norms", x.device, integers=False, length=len(x))
+            norms = checked_norms(grad_norms, len(x), x.device, options, quantile)
             check_finite(x, "train_shard")
             check_finite(y, "valid")
             if len(norms):
-                check_finite(norms, "grad_norms")
-            if (norms < 0).any():
-                place = int((norms < 0).nonzero()[0])
-                raise ValueError(f"grad_norms must be >= 0, got {float(norms[place])} at position {place}")
+                check_norms(norms)
             kernels = choose(backend, x.device)
             labels = _labels(train_labels, valid_labels, len(x), len(y))
             told = {
                 "k": count, "lam": options.lam, "max_exchanges": options.max_exchanges, "n_candidates": options.n_candidates, "tol": options.tol,
                 "solver": solver, "reg": options.reg, "max_solves": options.max_solves, "pool": pool, "dtype": str(dtype),
                 "rows of valid": len(y), "columns of train_shard": x.shape[1], "sum of valid": float(y.double().sum()),
-                "memory_budget": options.memory_budget, "scaling": scaling, "valid_labels": None if labels is None else labels[1],
+                "memory_budget": options.memory_budget, "scaling": scaling, "norm_clip": quantile, "norm_scale": norm_scale, "time_limit": seconds,
+                "valid_labels": None if labels is None else labels[1],
             }  # fmt: skip
             own = _parts(norms, None if labels is None else labels[0])
         except (TypeError, ValueError, RuntimeError) as caught:
@@ -194,10 +174,18 @@ def goracs(
         together = labels is None or scaling == "global"
         top = max(part[1] for part in parts)
         tops = {code: top if together else _most_of(parts, names.name(code)) for code, *_ in classes}
+        if quantile is not None:
+            problems = [norms] if together else [norms[members] for _, members, _, _ in classes]
+            bounds = _quantiles(comm, problems, quantile)
+            for (code, *_), bound in zip(classes, bounds * len(classes) if together else bounds, strict=True):
+                tops[code] = min(tops[code], bound)
         for code, most in tops.items():
             if options.lam > 0 and most == 0:
                 where = "" if together else f" in class {names.name(code)!r}"
-                raise ValueError(f"grad_norms must not be all 0 with lam > 0{where}, got lam={options.lam}")
+                clip = "" if quantile is None else f" and norm_clip={quantile}"
+                raise ValueError(
+                    f"grad_norms must not be all 0 with lam > 0{where}, got lam={options.lam}{clip}"
+                )
         largest = None
         if labels is not None and together:
             largest = largest_distance(x, y, kernels, options.memory_budget, comm.most)
@@ -206,22 +194,23 @@ def goracs(
         total, done = count + len(classes) * options.max_exchanges, 0
         found: list[tuple[Tensor, Tensor, int, dict[str, Any]]] = []
         with Progress(progress if comm.rank == 0 else None, total, "goracs") as bar:
-            for code, members, own_valid, share in classes:
+            for number, (code, members, own_valid, share) in enumerate(classes):
                 begin = time.perf_counter() if found else start
 
                 def report(more: int, before: int = done) -> None:
                     bar.update(before + more)
 
+                if seconds is not None:
+                    now = time.perf_counter()
+                    left = max(0.0, start + seconds - now)
+                    options = replace(options, deadline=now + left / (len(classes) - number))
                 part, norms_of, clients = x, norms, y
                 if labels is not None:
                     part, norms_of, clients = x[members], norms[members], y[own_valid]
-                penalty = torch.zeros_like(norms_of)
-                if options.lam:
-                    exponent = exponent_into(tops[code], (-1100, 500))
-                    penalty = options.lam * scale(norms_of, exponent) / times_power(tops[code], exponent)
-                costs = TransportCosts(
-                    part, clients, penalty, kernels, options.memory_budget, largest=largest, most=comm.most
-                )
+                costs = costs_of(
+                    part, clients, norms_of.clamp_max(tops[code]), options, kernels, tops[code], largest, comm.most,
+                    lambda numbers: exact_sum(comm, np.array(numbers)),
+                )  # fmt: skip
                 items = members + first
                 found.append(
                     _select(comm, costs, _Features(part), items, share, options, pool, report, begin)
@@ -276,6 +265,21 @@ def _parts(norms: Tensor, labels: list[Any] | None) -> tuple[int, float, dict[An
     return len(norms), most, of
 
 
+def _quantiles(comm: Communicator, parts: list[Tensor], quantile: float) -> list[float]:
+    """The quantile of all ranks' numbers of each collection, with the bits of `numpy.quantile`; 0 for an empty one."""
+    keys = [np.sort(ordered_bits(part.cpu().numpy())) for part in parts]
+    counts = comm.sum(torch.tensor([len(part) for part in parts])).tolist()
+    at = [quantile * max(0, count - 1) for count in counts]
+    ranks = [
+        np.array([math.floor(place), math.ceil(place)]) + 1 if count else np.zeros(0, dtype=np.int64)
+        for place, count in zip(at, counts, strict=True)
+    ]
+    return [
+        float(np.quantile(values_of_bits(found), place - math.floor(place))) if len(found) else 0.0
+        for found, place in zip(kth_smallest(comm, keys, ranks), at, strict=True)
+    ]
+
+
 def _most_of(parts: list[Any], label: Any) -> float:
     return max(part[2].get(label, (0, 0.0))[1] for part in parts)
 
@@ -317,6 +321,7 @@ def _select(
         items: [n here] int64, their numbers among all training items.
         k: how many to choose.
         options: those of stage 2.
+        time_limit: as in `fc.goracs`, by the clock of the first rank, whose choice all ranks return.
         pool: how many items stage 2 may choose from.
         report: gets the picks and exchanges made.
         begin: when the problem was begun.
@@ -335,8 +340,10 @@ def _select(
     at = {number: i for i, number in enumerate(numbers)}
     start = torch.tensor([at[j] for j in picks.tolist()], device=features.device)
     chosen, info = exchanged(costs.of_items(features, penalties), start, made, options, report, begin)
-    # Every rank has solved the same problem; one whose processor rounds otherwise takes over what the first found.
+    # Every rank has solved the same problem. One whose processor rounds otherwise, or whose clock runs otherwise, takes over what the
+    # first found.
     chosen = comm.broadcast(chosen, 0)
+    info = comm.gather_objects(info)[0]
     return of_all[chosen], of_all[start], len(numbers), info
 
 

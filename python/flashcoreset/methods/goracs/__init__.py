@@ -158,34 +158,11 @@ def goracs(
     check_backend(backend)
     check_progress(progress)
     start = time.perf_counter()
-    one_of(solver, "solver", SOLVERS)
-    one_of(scaling, "scaling", SCALINGS)
-    one_of(norm_scale, "norm_scale", NORM_SCALES)
     k = _at_least(k, "k", 1)
-    options = Options(
-        lam=as_number(lam, "lam"),
-        max_exchanges=_at_least(max_exchanges, "max_exchanges", 0),
-        n_candidates=_at_least(n_candidates, "n_candidates", 1),
-        solver=solver,
-        reg=as_number(reg, "reg"),
-        memory_budget=_at_least(memory_budget, "memory_budget", 1),
-        backend=backend,
-        norm_scale=norm_scale,
-        max_solves=None if max_solves is None else _at_least(max_solves, "max_solves", 1),
-        tol=as_number(tol, "tol"),
-    )
-    seconds = None if time_limit is None else as_number(time_limit, "time_limit")
-    if seconds is not None and seconds <= 0:
-        raise ValueError(f"time_limit must be > 0 seconds, got {time_limit}")
-    if options.tol < 0:
-        raise ValueError(f"tol must be >= 0, got {tol}")
-    quantile = None if norm_clip is None else as_number(norm_clip, "norm_clip")
-    if quantile is not None and not 0 < quantile <= 1:
-        raise ValueError(f"norm_clip must be in (0, 1], got {norm_clip}")
-    if options.lam < 0:
-        raise ValueError(f"lam must be >= 0, got {lam}")
-    if options.reg <= 0:
-        raise ValueError(f"reg must be > 0, got {reg}")
+    options, quantile, seconds = checked_options(
+        lam=lam, norm_clip=norm_clip, norm_scale=norm_scale, max_exchanges=max_exchanges, n_candidates=n_candidates, max_solves=max_solves,
+        time_limit=time_limit, tol=tol, scaling=scaling, solver=solver, reg=reg, memory_budget=memory_budget, backend=backend,
+    )  # fmt: skip
     seed = as_integer(seed, "seed")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
@@ -196,13 +173,7 @@ def goracs(
         raise ValueError(f"valid is on device {y.device}, but train is on {x.device}; move one of them")
     x, y = promoted(x, y)
     n, device = x.shape[0], x.device
-    if grad_norms is None:
-        for name, value in (("lam", options.lam), ("norm_clip", quantile)):
-            if value:
-                raise ValueError(f"grad_norms must be given with {name}={value}, got None")
-        norms = torch.zeros(n, dtype=torch.float64, device=device)
-    else:
-        norms = as_vector(grad_norms, "grad_norms", device, integers=False, length=n)
+    norms = checked_norms(grad_norms, n, device, options, quantile)
     if k > n:
         raise ValueError(f"k must be <= the {n} rows of train, got {k}")
     if (train_labels is None) != (valid_labels is None):
@@ -214,10 +185,7 @@ def goracs(
     kernels = choose(backend, device)
     check_finite(x, "train")
     check_finite(y, "valid")
-    check_finite(norms, "grad_norms")
-    if (norms < 0).any():
-        place = int((norms < 0).nonzero()[0])
-        raise ValueError(f"grad_norms must be >= 0, got {float(norms[place])} at position {place}")
+    check_norms(norms)
     classes = [(0, torch.arange(n, device=device), torch.arange(len(y), device=device), k)]
     if labels is not None:
         of_train, of_valid = labels
@@ -259,7 +227,9 @@ def goracs(
                 left = max(0.0, start + seconds - now)
                 options = replace(options, deadline=now + left / (len(classes) - number))
             begin = time.perf_counter()
-            costs = _costs(part.to(dtype), clients.to(dtype), parts[label], options, kernels, top, largest)
+            of_class = parts[label]
+            most = float(of_class.max()) if top is None else top
+            costs = costs_of(part.to(dtype), clients.to(dtype), of_class, options, kernels, most, largest)
             chosen, info = _select(costs, count, options, report, begin)
             indices.append(members[chosen])
             weights.append(torch.full((count,), len(own) / count, dtype=dtype, device=device))
@@ -268,6 +238,60 @@ def goracs(
             bar.skip(done)  # the exchanges that were not made
     info = infos[0] if labels is None else info_of_classes(infos, classes, labels[0])
     return Coreset(torch.cat(indices), torch.cat(weights), info)
+
+
+def checked_options(
+    *, lam: Any, norm_clip: Any, norm_scale: Any, max_exchanges: Any, n_candidates: Any, max_solves: Any, time_limit: Any, tol: Any,
+    scaling: Any, solver: Any, reg: Any, memory_budget: Any, backend: str | None,
+) -> tuple[Options, float | None, float | None]:  # fmt: skip
+    """The arguments of `goracs` that are no data, checked: the options of stage 2, `norm_clip` and `time_limit`."""
+    one_of(solver, "solver", SOLVERS)
+    one_of(scaling, "scaling", SCALINGS)
+    one_of(norm_scale, "norm_scale", NORM_SCALES)
+    options = Options(
+        lam=as_number(lam, "lam"),
+        max_exchanges=_at_least(max_exchanges, "max_exchanges", 0),
+        n_candidates=_at_least(n_candidates, "n_candidates", 1),
+        solver=solver,
+        reg=as_number(reg, "reg"),
+        memory_budget=_at_least(memory_budget, "memory_budget", 1),
+        backend=backend,
+        norm_scale=norm_scale,
+        max_solves=None if max_solves is None else _at_least(max_solves, "max_solves", 1),
+        tol=as_number(tol, "tol"),
+    )
+    seconds = None if time_limit is None else as_number(time_limit, "time_limit")
+    if seconds is not None and seconds <= 0:
+        raise ValueError(f"time_limit must be > 0 seconds, got {time_limit}")
+    if options.tol < 0:
+        raise ValueError(f"tol must be >= 0, got {tol}")
+    quantile = None if norm_clip is None else as_number(norm_clip, "norm_clip")
+    if quantile is not None and not 0 < quantile <= 1:
+        raise ValueError(f"norm_clip must be in (0, 1], got {norm_clip}")
+    if options.lam < 0:
+        raise ValueError(f"lam must be >= 0, got {lam}")
+    if options.reg <= 0:
+        raise ValueError(f"reg must be > 0, got {reg}")
+    return options, quantile, seconds
+
+
+def checked_norms(
+    grad_norms: Any, n: int, device: torch.device, options: Options, quantile: float | None
+) -> Tensor:
+    """The gradient norms [n] float64, zeros if there are none and nothing needs them. Their values are not checked."""
+    if grad_norms is not None:
+        return as_vector(grad_norms, "grad_norms", device, integers=False, length=n)
+    for name, value in (("lam", options.lam), ("norm_clip", quantile)):
+        if value:
+            raise ValueError(f"grad_norms must be given with {name}={value}, got None")
+    return torch.zeros(n, dtype=torch.float64, device=device)
+
+
+def check_norms(norms: Tensor) -> None:
+    check_finite(norms, "grad_norms")
+    if (norms < 0).any():
+        place = int((norms < 0).nonzero()[0])
+        raise ValueError(f"grad_norms must be >= 0, got {float(norms[place])} at position {place}")
 
 
 _Class = tuple[int, Tensor, Tensor, int]  # the label's code, training items, validation items, budget
@@ -353,18 +377,22 @@ def _clipped(norms: Tensor, quantile: float) -> Tensor:
     return norms.clamp_max(bound)
 
 
-def _costs(
-    train: Tensor,
-    valid: Tensor,
-    norms: Tensor,
-    options: Options,
-    kernels: Kernels,
-    top: float | None,
-    largest: float | None,
-) -> TransportCosts:
-    """The costs of one problem; `top` and `largest` are what norms and distances are divided by, None for their own maxima."""
+def costs_of(
+    train: Tensor, valid: Tensor, norms: Tensor, options: Options, kernels: Kernels, top: float, largest: float | None,
+    most: Callable[[float], float] = float, total: Callable[[list[float]], float] = math.fsum,
+) -> TransportCosts:  # fmt: skip
+    """The costs of one problem.
+
+    Args:
+        train, valid: features of its training and validation items.
+        norms: [n] float64 gradient norms of the training items.
+        options: those of the exchanges.
+        kernels: those of facility location.
+        top: what norms are divided by.
+        largest: what distances are divided by, None for the largest of them.
+        most, total: the largest of the numbers of all parts, and the exact sum of all their numbers, if `train` is one part of several.
+    """
     # Scaled so that they stay finite times lam.
-    top = float(norms.max()) if top is None else top
     exponent = exponent_into(top, (-1100, 500))
     share = scale(norms, exponent)
 
@@ -373,22 +401,27 @@ def _costs(
             return torch.zeros_like(share)
         if options.norm_scale == "max":
             return options.lam * share / times_power(top, exponent)
-        deviation = _deviation(share)
-        return options.lam * share * (_deviation(mean_distance) / deviation if deviation else 0.0)
+        deviation, of_distances = (_deviation(values, most, total) for values in (share, mean_distance))
+        return options.lam * share * (of_distances / deviation if deviation else 0.0)
 
-    return TransportCosts(train, valid, penalty, kernels, options.memory_budget, largest=largest)
+    return TransportCosts(train, valid, penalty, kernels, options.memory_budget, largest=largest, most=most)
 
 
-def _deviation(values: Tensor) -> float:
-    """The standard deviation, summed exactly: the number of threads does not matter."""
-    largest = float(values.abs().max())
+def _deviation(
+    values: Tensor,
+    most: Callable[[float], float] = float,
+    total: Callable[[list[float]], float] = math.fsum,
+) -> float:
+    """The standard deviation, summed exactly: neither the number of threads nor the parts of the values matter."""
+    largest = most(float(values.abs().max()) if len(values) else 0.0)
     if largest == 0:
         return 0.0
     # In units of a power of two near the largest, so that squares and sums stay in range.
     unit = 2.0 ** (math.frexp(largest)[1] - 1)
     numbers = [number / unit for number in values.tolist()]
-    mean = math.fsum(numbers) / len(numbers)
-    return unit * math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
+    count = total([float(len(numbers))])
+    mean = total(numbers) / count
+    return unit * math.sqrt(total([(number - mean) ** 2 for number in numbers]) / count)
 
 
 def _select(
