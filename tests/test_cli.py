@@ -19,6 +19,7 @@ import torch
 
 import flashcoreset as fc
 from flashcoreset import cli
+from flashcoreset._core.dispatch import FAMILIES
 from flashcoreset.cli import select
 from flashcoreset.cli.errors import CommandError
 from flashcoreset.cli.files_in import load_array
@@ -940,6 +941,15 @@ def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert out.count("in use") == 1
     for isa in native.available_isas():
         assert f"{isa:<10}  missing" not in out
+    # What the kernels of each family take, backend by backend: triton's where it is installed.
+    header, *lines = (
+        line.split() for line in out.partition("float32 and float64\n")[2].splitlines()[: len(FAMILIES) + 1]
+    )
+    table = {row[0]: dict(zip(header, row[1:], strict=True)) for row in lines}
+    assert set(table["transport"].values()) == {"yes", "-"}
+    assert table["sketch"]["cpu"] == table["sketch"]["torch"] == "sparse"
+    assert table["sketch"]["triton"] in ("half", "missing")
+    assert table["matching"]["cuda"] == "yes"
     monkeypatch.setattr(native, "_loaded", None)
     monkeypatch.setenv("FLASHCORESET_ISA", "z80")
     assert run("info") == 0

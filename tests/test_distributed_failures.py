@@ -495,7 +495,8 @@ def command(
     import contextlib
     import io
 
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -602,6 +603,9 @@ def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixt
     (shards / "broken.npy").write_bytes((shards / "s-1-of-3.npy").read_bytes()[:150])
     (shards / "taken.npz").write_bytes(b"mine")
     np.save(shards / "labels.npy", np.zeros(3, dtype=np.int64))
+    np.save(shards / "mask.npy", np.zeros(3, dtype=bool))
+    np.save(shards / "narrow.npy", np.zeros((3, 4), dtype=np.float32))
+    np.savez(shards / "mask.npz", np.ones(2))
     for arguments, text in [
         ([*base, pattern, *out], "--features: shard 1 of 3 is missing beside"),
         ([*base, str(shards / "none*.npy"), *out], "--features: no such file:"),
@@ -615,6 +619,14 @@ def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixt
         ([*base, str(shards / "wide.npy"), *out, "--sample", "--approximate"], "--sample: it does not go with --approximate"),
         ([*base, str(shards / "wide.npy"), *out, "--sample-error", "0.1"], "--sample-error: it needs --sample"),
         ([*base[:2], "--features", str(shards / "wide.npy"), *out], "-k: the number of rows to select is missing"),
+        ([*base, str(shards / "wide.npy"), *out, "--sample", "--target", str(shards / "wide.npy")], "--sample: it does not go with --target"),
+        ([*base, str(shards / "wide.npy"), *out, "--target", str(shards / "none.npy")], "--target: no such file:"),
+        ([*base, str(shards / "wide.npy"), *out, "--target", str(shards / "narrow.npy")], "columns"),
+        ([*base, str(shards / "wide.npy"), *out, "--costs", str(shards / "labels.npy")], "--costs: expected an entry for each of the 2 rows, got 3"),
+        ([*base, str(shards / "wide.npy"), *out, "--exclude", str(shards / "mask.npy")], "--exclude: expected a mask of the 2 rows, got 3 entries"),
+        ([*base, str(shards / "wide.npy"), *out, "--caps", "0:1"], "--caps:"),
+        ([*base, str(shards / "wide.npy"), *out, "--approximate", "--min-distance", "1"], "min_distance"),
+        ([*base, str(shards / "wide.npy"), "-o", str(shards / "mask.npz"), "--force", "--costs", str(shards / "mask.npz")], "is also an input"),
         ([*base, str(shards / "wide.npy"), *out, "--metrics", "l1"], "unrecognized arguments: --metrics"),
     ]:  # fmt: skip
         assert run_on_ranks(arguments) == 2, arguments
@@ -641,6 +653,54 @@ def test_the_command_writes_parquet_and_takes_options(shards: Path) -> None:
     assert table["indices"].to_pylist() == one.indices.tolist()
     assert table["gains"].to_pylist() == pytest.approx(one.gains.tolist())
     assert b"objective" in table.schema.metadata[b"flashcoreset"]
+
+
+COLOURS = np.array(["red", "green", "blue"])[np.arange(120) % 3]
+OUT_OF_THE_WAY = np.arange(120) % 7 == 0
+COSTS = 1.0 + np.arange(120) % 5
+LIMITS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "caps": (["-k", "9", "--groups", "@groups", "--caps", "red=2,blue=9,green=1"], {"k": 9, "groups": COLOURS, "caps": {"red": 2, "blue": 9, "green": 1}}),
+    "budgets": (["--groups", "@groups", "--budgets", "red=1,blue=2,green=3"], {"k": None, "groups": COLOURS, "budgets": {"red": 1, "blue": 2, "green": 3}}),
+    "costs": (["--costs", "@costs", "--cost-budget", "20", "--exclude", "@exclude"], {"k": None, "costs": COSTS, "cost_budget": 20.0, "exclude": OUT_OF_THE_WAY}),
+    "plain gains": (
+        ["--costs", "@costs", "--cost-budget", "20", "--plain-gains"], {"k": None, "costs": COSTS, "cost_budget": 20.0, "cost_sensitive": False}
+    ),
+    "stop": (
+        ["--metric", "euclidean", "--stop-gain", "3", "--min-distance", "0.5", "--preselected", "@preselected"],
+        {"k": None, "metric": "euclidean", "stop_gain": 3.0, "min_distance": 0.5, "preselected": [5, 9]},
+    ),
+    "target": (["-k", "8", "--target", "@target-*", "--rounds", "2", "--weights", "@weights"], {"k": 8, "clients": data(9), "rounds": 2, "weights": np.arange(1.0, 10)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_command_takes_limits(shards: Path, world: int) -> None:
+    preselected = np.zeros(120, dtype=bool)
+    preselected[[5, 9]] = True
+    files = {
+        "groups": COLOURS, "costs": COSTS, "exclude": OUT_OF_THE_WAY, "preselected": preselected, "weights": np.arange(1.0, 10),
+        "target-0": data(9)[:2].numpy(), "target-1": data(9)[2:].numpy(),
+    }  # fmt: skip
+    for name, array in files.items():
+        np.save(shards / f"{name}.npy", array)
+    base = ["select", "facility-location", "--features", str(shards / "shards" / "*.npy")]
+    calls = []
+    for name, (asked, _) in LIMITS.items():
+        named = [str(shards / f"{word[1:]}.npy") if word.startswith("@") else word for word in asked]
+        calls.append([*base, *named, "-o", str(shards / f"{name}.npz")])
+    if world == 1:
+        assert [run_on_ranks(call) for call in calls] == [0] * len(calls)
+    else:
+        with ranks(2, 60, awake) as group:
+            for call in calls:
+                assert group.run(command, call, free_port()) == [(0, ""), (0, "")]
+    for name, (_, options) in LIMITS.items():
+        one = fc.facility_location(data(120), **options)
+        with np.load(shards / f"{name}.npz") as found:
+            assert len(one.indices) > 3, name
+            assert (found["indices"] == one.indices.numpy()).all(), name
+            assert (found["gains"] == one.gains.numpy()).all(), name
+            assert ("rounds" in found) == (one.rounds is not None)
 
 
 def test_shards_are_read_without_a_copy_where_one_file_has_them(shards: Path) -> None:

@@ -374,13 +374,18 @@ def _add_facility_location(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", choices=(*POINT_METRICS, *MATRICES))
     parser.add_argument("--weights", metavar="W", help="client weights [m]")
     parser.add_argument("--groups", metavar="G", help="labels [n], integers or strings")
+    add_limits(parser)
+    parser.add_argument("--method", choices=("lazy", "naive", "stochastic"))
+    parser.add_argument("--epsilon", type=float, help="sampling of --method stochastic")
+    parser.add_argument("--offset", type=float, help="similarity of a distance of 0")
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """What bounds the picks of facility location, on one machine and on many."""
     parser.add_argument("--budgets", metavar="B", help="LABEL=COUNT,LABEL=COUNT,... or a file of counts")
     parser.add_argument(
         "--preselected", metavar="P", help="rows that are in the set already, as indices or a mask [n]"
     )
-    parser.add_argument("--method", choices=("lazy", "naive", "stochastic"))
-    parser.add_argument("--epsilon", type=float, help="sampling of --method stochastic")
-    parser.add_argument("--offset", type=float, help="similarity of a distance of 0")
     parser.add_argument("--costs", metavar="C", help="what each row costs [n]: picks go by gain per cost")
     parser.add_argument("--cost-budget", type=float, metavar="B", help="what the picks may cost together")
     parser.add_argument(

@@ -25,13 +25,16 @@ from flashcoreset._core.dispatch import BACKENDS
 from flashcoreset._core.imports import imported
 from flashcoreset.cli import _one_line_warnings, _out_of_memory, main
 from flashcoreset.cli.errors import CommandError
-from flashcoreset.cli.files_in import load_array
+from flashcoreset.cli.files_in import LABELS, load_array, parse_counts
 from flashcoreset.cli.files_out import Output, check_output, jsonable, write_whole
+from flashcoreset.cli.parser import add_limits
+from flashcoreset.cli.select import check_count
 from flashcoreset.cli.shards import ShardFiles, shard_files
 from flashcoreset.distributed.communication import Communicator
 
 _COMMAND = ["select", "facility-location"]
 _SUFFIXES = (".npz", ".parquet")
+_LIMITS = ("cost_budget", "cost_sensitive", "stop_gain", "min_distance", "rounds")  # that are numbers
 
 
 def run() -> int:
@@ -62,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="files of rows [., d], or patterns such as 'shards/*.npy'",
     )
+    parser.add_argument(
+        "--target",
+        "--clients",
+        nargs="+",
+        metavar="T",
+        help="files of the clients [., d], or patterns (default: the rows themselves)",
+    )
     parser.add_argument("-k", type=int, metavar="K", help="how many rows to select")
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="OUT.npz or OUT.parquet")
     parser.add_argument("--force", action="store_true", help="replace an output that exists, and begin anew")
@@ -72,8 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--metric", choices=("cosine", "dot", "euclidean", "sqeuclidean", "l1"))
     parser.add_argument("--weights", metavar="W", help="weights of all rows [n]")
-    parser.add_argument("--groups", metavar="G", help="integer labels of all rows [n]")
-    parser.add_argument("--preselected", metavar="P", help="rows that are in the set already")
+    parser.add_argument("--groups", metavar="G", help="labels of all rows [n], integers or strings")
+    add_limits(parser)
+    parser.set_defaults(cost_sensitive=None)  # the library's own default
     parser.add_argument("--offset", type=float, help="similarity of a distance of 0")
     parser.add_argument(
         "--approximate", action="store_true", help="partition greedy: k of each process, then k of all these"
@@ -160,18 +171,9 @@ def _choose(arguments: argparse.Namespace) -> None:
 def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the result depends on."""
     names = (
-        "features",
-        "k",
-        "metric",
-        "weights",
-        "groups",
-        "preselected",
-        "offset",
-        "approximate",
-        "sample",
-        "sample_error",
-        "seed",
-    )
+        *("features", "target", "k", "metric", "weights", "groups", "preselected", "offset", "approximate", "sample", "sample_error", "seed"),
+        *("budgets", *_LIMITS, "costs", "exclude", "caps"),
+    )  # fmt: skip
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -204,18 +206,24 @@ def _prepared(
     arguments: argparse.Namespace, rank: int, world: int
 ) -> tuple[ShardFiles, np.ndarray, dict[str, Any]]:
     """The files, this rank's rows, and the options for them."""
-    if arguments.k is None:
-        raise CommandError("-k: the number of rows to select is missing")
     if arguments.approximate and arguments.sample:
         raise CommandError("--sample: it does not go with --approximate")
+    if arguments.target is not None and arguments.sample:
+        raise CommandError("--sample: it does not go with --target")
     if arguments.sample_error is not None and not arguments.sample:
         raise CommandError("--sample-error: it needs --sample")
     out = Path(arguments.out)
     if out.suffix.lower() not in _SUFFIXES:
         raise CommandError(f"--out: expected a name that ends in {' or '.join(_SUFFIXES)}, got {out}")
     files = shard_files(arguments.features, "--features")
+    of_clients = [] if arguments.target is None else shard_files(arguments.target, "--target")
     if rank == 0:
-        check_output(arguments.out, "--out", out.suffix.lower(), files, replace=arguments.force)
+        named = [
+            getattr(arguments, name)
+            for name in ("weights", "groups", "budgets", "preselected", "costs", "exclude", "caps")
+        ]
+        given = [*files, *of_clients, *(name for name in named if name)]
+        check_output(arguments.out, "--out", out.suffix.lower(), given, replace=arguments.force)
         if _partial(out).exists() and not arguments.resume:
             if not arguments.force:
                 raise CommandError(
@@ -226,30 +234,50 @@ def _prepared(
     begin, end = shards.part(rank, world)
     options: dict[str, Any] = {
         name: value
-        for name in ("metric", "offset", "sample_error", "seed", "backend", "memory_budget")
+        for name in ("metric", "offset", "sample_error", "seed", "backend", "memory_budget", *_LIMITS)
         if (value := getattr(arguments, name)) is not None
     }
     options["progress"] = arguments.progress or None
     options["exact"] = not arguments.approximate
     if arguments.sample:
         options["clients"] = "sample"
-    for name, kinds, wanted in (
-        ("weights", "fiu", "a real array [rows]"),
-        ("groups", "iu", "an integer array [rows]"),
+    of_weights = (shards.shape[0], begin, end)
+    if of_clients:
+        clients = ShardFiles(of_clients, "--target")
+        of_weights = (clients.shape[0], *clients.part(rank, world))
+        options["clients"] = clients.rows(*of_weights[1:], None)
+    labels = None
+    for name, kinds, wanted, (count, first, last) in (
+        ("weights", "fiu", "a real array [clients]", of_weights),
+        ("groups", LABELS, "an integer array [rows]", (shards.shape[0], begin, end)),
+        ("costs", "fiu", "a real array [rows]", (shards.shape[0], begin, end)),
     ):
         if getattr(arguments, name) is not None:
             array = load_array(getattr(arguments, name), f"--{name}", kinds=kinds, ndim=1, wanted=wanted)
-            if len(array) != shards.shape[0]:
+            if len(array) != count:
                 raise CommandError(
-                    f"--{name}: expected an entry for each of the {shards.shape[0]} rows, got {len(array)}"
+                    f"--{name}: expected an entry for each of the {count} rows, got {len(array)}"
                 )
-            options[name] = np.array(array[begin:end])
-    if arguments.preselected is not None:
-        array = load_array(
-            arguments.preselected, "--preselected", kinds="iu", ndim=1, wanted="an integer array of rows"
-        )
-        options["preselected"] = np.array(array)
+            options[name] = np.array(array[first:last])
+            labels = array if name == "groups" else labels
+    for name in ("budgets", "caps"):
+        if getattr(arguments, name) is not None:
+            options[name] = parse_counts(getattr(arguments, name), f"--{name}", labels)
+    for name in ("preselected", "exclude"):
+        if getattr(arguments, name) is not None:
+            options[name] = _rows_named(getattr(arguments, name), f"--{name}", shards.shape[0])
+    check_count(arguments.k, options)
     return shards, shards.rows(begin, end, arguments.progress if rank == 0 else None), options
+
+
+def _rows_named(text: str, option: str, rows: int) -> np.ndarray:
+    """The indices that a file holds, or those that its mask marks."""
+    array = load_array(text, option, kinds="iub", ndim=1, wanted="an integer array of rows, or a mask [rows]")
+    if array.dtype != bool:
+        return np.array(array)
+    if len(array) != rows:
+        raise CommandError(f"{option}: expected a mask of the {rows} rows, got {len(array)} entries")
+    return np.flatnonzero(array)
 
 
 def _discard(folder: Path) -> None:
@@ -270,6 +298,8 @@ def _write(arguments: argparse.Namespace, shards: ShardFiles, found: Any) -> Non
         "weights": found.weights.cpu().numpy(),
         "gains": found.gains.cpu().numpy(),
     }
+    if found.rounds is not None:
+        arrays["rounds"] = found.rounds.cpu().numpy()
     write = _npz if out.suffix.lower() == ".npz" else _parquet
     write_whole(
         Output(out, "--out", functools.partial(write, arrays, json.dumps(jsonable(info))), arguments.force)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -48,6 +49,14 @@ def _load_into(options: dict[str, Any], name: str, **expected: Any) -> None:
         options[name] = load_array(options[name], f"--{name}", **expected)
 
 
+def check_count(k: int | None, options: Mapping[str, Any]) -> None:
+    """Raises CommandError if nothing says how many rows facility location selects."""
+    if k is None and not options.keys() & {"budgets", "cost_budget", "stop_gain"}:
+        raise CommandError(
+            "-k: the number of rows to select is missing (only --budgets, --cost-budget and --stop-gain replace it)"
+        )
+
+
 def _facility_location(arguments: argparse.Namespace) -> _Chosen:
     options = _options(
         arguments, "metric", "weights", "groups", "preselected", "method", "epsilon", "seed", "offset"
@@ -70,10 +79,7 @@ def _facility_location(arguments: argparse.Namespace) -> _Chosen:
         if name in options:
             options[name] = np.array(options[name])  # torch warns of files that cannot be written to
     k = getattr(arguments, "k", None)
-    if k is None and not options.keys() & {"budgets", "cost_budget", "stop_gain"}:
-        raise CommandError(
-            "-k: the number of rows to select is missing (only --budgets, --cost-budget and --stop-gain replace it)"
-        )
+    check_count(k, options)
     selection = fc.facility_location(x, k, **options)
     arrays = {
         "indices": selection.indices.numpy(),
@@ -241,6 +247,7 @@ _ROWS = {"goracs": "train", "ccs": "scores", "colm": "gradients", "random-subset
 # Options that name files.
 _INPUTS = (
     *("features", "target", "centroids", "clients", "weights", "groups", "budgets", "preselected"),
+    *("costs", "exclude", "caps", "x_test", "y_test"),
     *("train", "valid", "grad_norms", "train_labels", "valid_labels"),
     *("scores", "mislabel_scores", "targets", "gradients", "rows"),
 )
