@@ -108,6 +108,7 @@ def whole(group: Any, rank: int, world: int, options: dict[str, Any]) -> None:
         ({"k": 2, "caps": {0: 1.5}, "groups": [0] * 30}, "caps[0]"),
         ({"k": 2, "caps": [1], "groups": ["a"] * 30}, "caps must be a dict by label where groups holds labels of type str, got [1]"),
         ({"k": 2, "caps": {"b": 1}, "groups": ["a"] * 30}, "caps: 1 asked of label 'b', which no candidate has in groups"),
+        ({"k": 2, "caps": {"a": -1}, "groups": ["a"] * 30}, "caps must be >= 0, got -1 for label 'a'"),
         ({"k": 2, "caps": {0: 1}, "groups": [0] * 30, "budgets": {0: 2}}, "caps and budgets exclude each other"),
         ({"k": 2, "min_distance": -1}, "min_distance must be a number >= 0, got -1.0"),
         ({"k": 2, "min_distance": "far"}, "min_distance must be a number"),

@@ -330,6 +330,8 @@ def test_labels_may_be_strings(convert: Callable[[list[str]], Any]) -> None:
         check_same(solve(POINTS, 5, groups=labels), solve(POINTS, 5, groups=CODES))
         by_name = solve(POINTS, None, groups=labels, budgets={"sea": 1, "air": 3, "land": 0})
         check_same(by_name, solve(POINTS, None, groups=CODES, budgets={2: 1, 0: 3, 1: 0}))
+    with pytest.raises(ValueError, match="caps must be >= 0, got -2 for label 'air'"):
+        fc.facility_location(POINTS, 5, groups=labels, caps={"air": -2})
     capped = fc.facility_location(POINTS, 5, groups=labels, caps={"air": 2})
     check_same(capped, fc.facility_location(POINTS, 5, groups=CODES, caps={0: 2}))
 
@@ -339,6 +341,7 @@ def test_labels_may_be_strings(convert: Callable[[list[str]], Any]) -> None:
     [
         (NAMES, {"sea": 1, "air": 1}, ValueError, "got none for label 'land'"),
         (NAMES, {"sea": 1, "air": 1, "land": 1, "moon": 1}, ValueError, "1 asked of label 'moon', which no"),
+        (NAMES, {"sea": -1, "air": 1, "land": 1}, ValueError, "budgets must be >= 0, got -1 for label 'sea'"),
         (NAMES, {"sea": 4, "air": 1, "land": 1}, ValueError, "4 asked of label 'sea', whose group has 3"),
         (NAMES, [1, 2, 3], TypeError, "budgets must be a dict by label where groups holds labels of type str"),
         ([*NAMES[:11], None], None, TypeError, "groups must hold labels that can be sorted, such as strings"),

@@ -164,7 +164,7 @@ def numbered_labels(groups: Any, **by_label: Any) -> tuple[Any, ...]:
 
     Raises:
         TypeError: for labels that cannot be sorted, and for something else than a dict.
-        ValueError: for a label in a dict that is not in `groups`, a label that "budgets" leaves out, and more asked of one than it has.
+        ValueError: for a label in a dict that is not in `groups`, a negative number, a label that "budgets" leaves out, and more asked of one than it has.
     """
     values = label_values(groups, "groups")
     if values is None:
@@ -182,6 +182,8 @@ def numbered_labels(groups: Any, **by_label: Any) -> tuple[Any, ...]:
                 raise ValueError(
                     f"{name}: {count} asked of label {label!r}, which no candidate has in groups"
                 )
+            if isinstance(count, int) and count < 0:
+                raise ValueError(f"{name} must be >= 0, got {count} for label {label!r}")
             if name == "budgets" and isinstance(count, int) and count > sizes[label]:
                 raise ValueError(
                     f"budgets: {count} asked of label {label!r}, whose group has {sizes[label]} candidates"

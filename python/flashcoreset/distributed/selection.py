@@ -497,6 +497,8 @@ def _caps(caps: Any, cap_of: dict[Any, int], places: dict[Any, int]) -> tuple[Te
         for label, count in cap_of.items():
             if label not in places and count:
                 raise ValueError(f"caps: {count} asked of label {label!r}, which no candidate has in groups")
+            if count < 0:
+                raise ValueError(f"caps must be >= 0, got {count} for label {label!r}")
     known = [(places[label], count) for label, count in cap_of.items() if label in places]
     labels, counts = torch.tensor(known, dtype=torch.int64).reshape(-1, 2).unbind(1)
     return labels, counts
