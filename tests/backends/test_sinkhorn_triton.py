@@ -20,9 +20,37 @@ from flashcoreset.sinkhorn.schedule import REACH
 if platform.machine() != "x86_64":
     pytest.skip("triton is published for x86-64 alone", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from flashcoreset.sinkhorn import triton as kernels
 from flashcoreset.triton_kernels import sinkhorn as launchers
 from flashcoreset.triton_kernels.pairwise import Tile
+from flashcoreset.triton_kernels.sinkhorn import expm1_of, log1p_of
+
+
+@triton.jit
+def _of_numbers(x, out, count: tl.constexpr, is_log: tl.constexpr):
+    at = tl.arange(0, count)
+    values = tl.load(x + at)
+    if is_log:
+        tl.store(out + at, log1p_of(values))
+    else:
+        tl.store(out + at, expm1_of(values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("is_log", [False, True])
+def test_small_numbers_keep_their_digits(dtype: torch.dtype, is_log: bool) -> None:
+    powers = 2.0 ** torch.arange(-60, 4, dtype=torch.float64)
+    x = torch.cat([1.1 * powers, -0.99 * powers[:60], torch.tensor([0.0, 1e4, 1e-30, -0.75])]).to(dtype)
+    if not is_log:
+        x[-3] = 40.0  # e^40 is in the range of float32, e^10000 in none
+    expected = (torch.log1p if is_log else torch.expm1)(x.double())
+    out = torch.empty_like(x, device=DEVICE)
+    _of_numbers[(1,)](on_device(x), out, len(x), is_log)
+    assert len(x) == 128
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "precomputed"])
