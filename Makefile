@@ -40,7 +40,7 @@ demo: $(VENV)/.with-demo ## the five methods on real data: tables, demo.png and 
 	$(BIN)/flashcoreset demo --out demo.png --force
 
 # One GPU architecture, if there is a CUDA compiler: enough to see that the kernels compile, in a fifth of the time.
-test test-python: export FLASHCORESET_CUDA_ARCHITECTURES ?= 90-real
+test test-cpp test-python: export FLASHCORESET_CUDA_ARCHITECTURES ?= 90-real
 test: test-cpp test-python ## all tests: C++ (plain, address and thread sanitizers), then Python
 
 test-cpp: $(VENV)/.with-test ## the C++ tests alone, plain and under the sanitizers
