@@ -43,7 +43,8 @@ demo: $(VENV)/.with-demo ## the five methods on real data: tables, demo.png and 
 test test-cpp test-python: export FLASHCORESET_CUDA_ARCHITECTURES ?= 90-real
 test: test-cpp test-python ## all tests: C++ (plain, address and thread sanitizers), then Python
 
-test-cpp: $(VENV)/.with-test ## the C++ tests alone, plain and under the sanitizers
+# The plain tests are linked with the objects of the installed package, whichever of its extras came with it.
+test-cpp: $(VENV)/.with-$(if $(filter test,$(MAKECMDGOALS))$(wildcard $(VENV)/.with-test),test,demo) ## the C++ tests alone, plain and under the sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -DFLASHCORESET_TESTS=ON $(PACKAGE)
 	$(BIN)/cmake --build $(PACKAGE) --target cpp_tests -j$(JOBS)
 	$(BIN)/ctest --test-dir $(PACKAGE)/tests/cpp --output-on-failure -j$(JOBS)

@@ -84,13 +84,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def thin_out(items: list[pytest.Function]) -> None:
-    """Marks tests as slow whose parameters all come together, two at a time, in other tests of the same function.
+    """Marks tests as slow whose parameters all come together, two at a time, in other tests of the same function and backend.
 
-    All combinations of three and more parameters, the backend among them, take an hour. `make test-large` runs them all.
+    All combinations of three and more parameters take an hour. `make test-large` runs them all.
     """
     functions: dict[object, dict[pytest.Function, set[object]]] = collections.defaultdict(dict)
     for item in items:
-        functions[item.function][item] = set(itertools.combinations(_values(item), 2))
+        key = item.function, str(item.callspec.params.get("backend"))
+        functions[key][item] = set(itertools.combinations(_values(item), 2))
     for left in functions.values():
         while left:
             chosen = max(left, key=lambda item: len(left[item]))
