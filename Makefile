@@ -5,7 +5,7 @@ BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
-# Where the package is built that is installed in .venv.
+# Where the package is built that is installed in .venv, and which is built again if its folder is gone.
 PACKAGE := build/package
 BIN := $(VENV)/bin
 # Bytecode is left to the first import: compiling all that torch brings takes 20 seconds, most of it for nothing.
@@ -28,7 +28,7 @@ WHICH ?= oldest newest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cpp test-python test-quick test-large docs pictures notebooks release-check compat emulated sanitize fuzz test-aarch64 bench bench-compare evidence gpu lint format wheel clean compiler
+.PHONY: help demo test test-cpp test-python test-quick test-large docs pictures notebooks release-check compat emulated sanitize fuzz test-aarch64 bench bench-compare evidence gpu lint format wheel clean compiler rebuild
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,7 +44,7 @@ test test-cpp test-python: export FLASHCORESET_CUDA_ARCHITECTURES ?= 90-real
 test: test-cpp test-python ## all tests: C++ (plain, address and thread sanitizers), then Python
 
 # The plain tests are linked with the objects of the installed package, whichever of its extras came with it.
-test-cpp: $(VENV)/.with-$(if $(filter test,$(MAKECMDGOALS))$(wildcard $(VENV)/.with-test),test,demo) ## the C++ tests alone, plain and under the sanitizers
+test-cpp: $(VENV)/.with-$(if $(filter test test-python test-large sanitize fuzz,$(MAKECMDGOALS))$(wildcard $(VENV)/.with-test),test,demo) ## the C++ tests alone, plain and under the sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -DFLASHCORESET_TESTS=ON $(PACKAGE)
 	$(BIN)/cmake --build $(PACKAGE) --target cpp_tests -j$(JOBS)
 	$(BIN)/ctest --test-dir $(PACKAGE)/tests/cpp --output-on-failure -j$(JOBS)
@@ -182,11 +182,13 @@ $(VENV)/.docs: $(VENV)/.made constraints.txt
 	@touch $@
 
 # The package with one of its extras; torch is installed under the constraint, never unpinned.
-$(VENV)/.with-%: $(VENV)/.tools $(SOURCES) | compiler
+$(VENV)/.with-%: $(VENV)/.tools $(SOURCES) $(if $(wildcard $(PACKAGE)/CMakeCache.txt),,rebuild) | compiler
 	@$(BIN)/python -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || { \
 	  echo "Python's C headers are missing; on Debian and Ubuntu: apt install python3-dev" >&2; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation --config-settings=build-dir=$(PACKAGE) '.[$*]'
+	SKBUILD_BUILD_DIR=$(PACKAGE) PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP_INSTALL) --no-build-isolation '.[$*]'
 	@touch $@
+
+rebuild:
 
 compiler:
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \

@@ -104,11 +104,12 @@ def thin_out(items: list[pytest.Function]) -> None:
 
 
 def _values(item: pytest.Function) -> Iterator[tuple[object, ...]]:
-    """The values of a test's parameters. A case of a table has several, between hyphens."""
-    for parameter, text in enumerate(item.callspec._idlist):
-        parts = [text] if text in BACKENDS else text.split("-")
-        yield from ((parameter, place, part) for place, part in enumerate(parts))
-    yield ("end",)
+    """The values of a test's parameters but for the backend. If it has one alone, that is a table, whose cases have theirs between hyphens."""
+    texts = [text for text in item.callspec._idlist if text != item.callspec.params.get("backend")]
+    if len(texts) == 1:
+        texts = texts[0].split("-")
+        yield "parts", len(texts)  # no case is a beginning of another
+    yield from enumerate(texts)
 
 
 @pytest.fixture(params=BACKENDS)

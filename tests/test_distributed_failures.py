@@ -408,6 +408,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "limits": {
         "clients": data(30)[:12], "rounds": 4, "min_distance": 0.02, "groups": torch.arange(300) % 3, "caps": {0: 9, 2: 4},
         "costs": torch.arange(300).double() % 7 + 1, "cost_budget": 60.0, "exclude": [4, 8], "preselected": [7],
+        "weights": torch.arange(1.0, 13.0),
     },
 }  # fmt: skip
 
@@ -419,8 +420,9 @@ def of_rank(case: str, rank: int, world: int) -> tuple[torch.Tensor, dict[str, A
     for name in ("groups", "costs"):
         if name in options:
             options[name] = options[name][share]
-    if "clients" in options:
-        options["clients"] = options["clients"][12 * rank // world : 12 * (rank + 1) // world]
+    for name in ("clients", "weights"):
+        if name in options:
+            options[name] = options[name][12 * rank // world : 12 * (rank + 1) // world]
     return data()[share], options
 
 
@@ -606,6 +608,8 @@ def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixt
     np.save(shards / "labels.npy", np.zeros(3, dtype=np.int64))
     np.save(shards / "mask.npy", np.zeros(3, dtype=bool))
     np.save(shards / "narrow.npy", np.zeros((3, 4), dtype=np.float32))
+    np.save(shards / "narrow9.npy", np.zeros((3, 9), dtype=np.float32))
+    np.save(shards / "labels2.npy", np.zeros(2, dtype=np.int64))
     np.savez(shards / "mask.npz", np.ones(2))
     for arguments, text in [
         ([*base, pattern, *out], "--features: shard 1 of 3 is missing beside"),
@@ -626,7 +630,11 @@ def test_the_command_says_what_is_wrong(shards: Path, capsys: pytest.CaptureFixt
         ([*base, str(shards / "wide.npy"), *out, "--costs", str(shards / "labels.npy")], "--costs: expected an entry for each of the 2 rows, got 3"),
         ([*base, str(shards / "wide.npy"), *out, "--exclude", str(shards / "mask.npy")], "--exclude: expected a mask of the 2 rows, got 3 entries"),
         ([*base, str(shards / "wide.npy"), *out, "--caps", "0:1"], "--caps:"),
-        ([*base, str(shards / "wide.npy"), *out, "--approximate", "--min-distance", "1"], "min_distance"),
+        ([*base, str(shards / "wide.npy"), *out, "--approximate", "--min-distance", "1"], "--min-distance: it does not go with --approximate"),
+        ([*base, str(shards / "wide.npy"), *out, "--sample", "--plain-gains"], "--plain-gains: it does not go with --sample"),
+        ([*base, str(shards / "wide.npy"), *out, "--cost-budget", "4"], "--cost-budget: cost_budget needs costs"),
+        ([*base, str(shards / "wide.npy"), *out, "--rounds", "0"], "--rounds: rounds must be >= 1, got 0"),
+        ([*base, str(shards / "wide.npy"), *out, "--target", str(shards / "narrow9.npy"), "--weights", str(shards / "labels2.npy")], "--weights: expected an entry for each of the 3 clients, got 2"),
         ([*base, str(shards / "wide.npy"), "-o", str(shards / "mask.npz"), "--force", "--costs", str(shards / "mask.npz")], "is also an input"),
         ([*base, str(shards / "wide.npy"), *out, "--metrics", "l1"], "unrecognized arguments: --metrics"),
     ]:  # fmt: skip

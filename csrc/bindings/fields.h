@@ -77,8 +77,8 @@ class Fields {
     Py_ssize_t size = 0;
     const char* const bytes = PyUnicode_AsUTF8AndSize(value.ptr(), &size);
     if (bytes) return {bytes, static_cast<size_t>(size)};
-    // A half of a surrogate pair, which no encoding has.
-    PyErr_Clear();
+    if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
+    PyErr_Clear();  // a half of a surrogate pair, which no encoding has
     detail::refuse_number(name, "a string that can be encoded", py::repr(value).cast<std::string>());
   }
 

@@ -13,7 +13,15 @@
 
 namespace fc::emulator {
 
-#ifdef __SANITIZE_ADDRESS__
+#if defined(__has_feature)
+#define FC_ADDRESS_SANITIZER __has_feature(address_sanitizer)  // Clang's way to say it
+#elif defined(__SANITIZE_ADDRESS__)
+#define FC_ADDRESS_SANITIZER 1
+#else
+#define FC_ADDRESS_SANITIZER 0
+#endif
+
+#if FC_ADDRESS_SANITIZER
 // What a kernel reads and writes hardly depends on the order, and each one takes minutes.
 constexpr const char* kSchedules[] = {"forward", "random:1"};
 #else

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -24,17 +24,17 @@ import flashcoreset as fc
 from flashcoreset._core.dispatch import BACKENDS
 from flashcoreset._core.imports import imported
 from flashcoreset.cli import _one_line_warnings, _out_of_memory, main
-from flashcoreset.cli.errors import CommandError
+from flashcoreset.cli.errors import CommandError, with_options
 from flashcoreset.cli.files_in import LABELS, load_array, parse_counts
 from flashcoreset.cli.files_out import Output, check_output, jsonable, write_whole
-from flashcoreset.cli.parser import add_limits
+from flashcoreset.cli.parser import Parser, WrongArguments, add_limits
 from flashcoreset.cli.select import check_count
 from flashcoreset.cli.shards import ShardFiles, shard_files
 from flashcoreset.distributed.communication import Communicator
 
 _COMMAND = ["select", "facility-location"]
 _SUFFIXES = (".npz", ".parquet")
-_LIMITS = ("cost_budget", "cost_sensitive", "stop_gain", "min_distance", "rounds")  # that are numbers
+_LIMITS = ("cost_budget", "cost_sensitive", "stop_gain", "min_distance", "rounds")  # that come from no file
 
 
 def run() -> int:
@@ -51,13 +51,8 @@ def is_for_ranks(argv: Sequence[str]) -> bool:
     return several or "--resume" in argv or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="flashcoreset select facility-location", allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog="flashcoreset select facility-location", allow_abbrev=False)
     parser.add_argument(
         "--features",
         required=True,
@@ -81,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with the run that was begun for this output, if there is one",
     )
     parser.add_argument("--metric", choices=("cosine", "dot", "euclidean", "sqeuclidean", "l1"))
-    parser.add_argument("--weights", metavar="W", help="weights of all rows [n]")
+    parser.add_argument("--weights", metavar="W", help="client weights [m]")
     parser.add_argument("--groups", metavar="G", help="labels of all rows [n], integers or strings")
     add_limits(parser)
     parser.set_defaults(cost_sensitive=None)  # the library's own default
@@ -109,9 +104,13 @@ def run_on_ranks(argv: Sequence[str]) -> int:
     """Runs the command on this rank and returns its exit code: 0, 2 for bad input, 3 if another rank ended or hangs."""
     rank = int(os.environ.get("RANK", "0"))
     who = f"flashcoreset: rank {rank}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "flashcoreset: "
+    typed: dict[str, tuple[str, str]] = {}
     try:
         with _one_line_warnings(), _out_of_memory():
-            arguments = _parser().parse_args(list(argv[2:]))
+            parser = _parser()
+            typed = parser.typed(argv[2:])
+            typed["x_shard"] = typed["features"]
+            arguments = parser.parse_args(list(argv[2:]))
             _begin_group(arguments.timeout)
             _choose(arguments)
         return 0
@@ -122,9 +121,9 @@ def run_on_ranks(argv: Sequence[str]) -> int:
         print(f"{who}{' '.join(str(error).split())}; the same command with --resume goes on", file=sys.stderr)
         return 3
     except (
-        CommandError, OSError, TypeError, ValueError, MemoryError, ImportError, fc.BackendUnavailableError
+        CommandError, WrongArguments, OSError, TypeError, ValueError, MemoryError, ImportError, fc.BackendUnavailableError
     ) as error:  # fmt: skip
-        print(f"{who}{' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
+        print(f"{who}{with_options(' '.join(str(error).split()) or 'out of memory', typed)}", file=sys.stderr)
         return 2
     finally:
         if dist.is_available() and dist.is_initialized():
@@ -172,9 +171,10 @@ def _asked(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the result depends on."""
     names = (
         *("features", "target", "k", "metric", "weights", "groups", "preselected", "offset", "approximate", "sample", "sample_error", "seed"),
-        *("budgets", *_LIMITS, "costs", "exclude", "caps"),
+        *("budgets", "cost_budget", "stop_gain", "min_distance", "rounds", "costs", "exclude", "caps"),
     )  # fmt: skip
-    return {name: getattr(arguments, name) for name in names}
+    plain = {"plain_gains": True} if arguments.cost_sensitive is False else {}
+    return {name: getattr(arguments, name) for name in names} | plain
 
 
 def _check_result(arguments: argparse.Namespace, out: Path) -> None:
@@ -190,7 +190,9 @@ def _check_result(arguments: argparse.Namespace, out: Path) -> None:
         raise CommandError(
             f"--out: {out} is no result of this command: {error}; choose another name, or pass --force"
         ) from None
-    for name, value in _asked(arguments).items():
+    asked = _asked(arguments)
+    for name in [*asked, *(before.keys() - asked.keys())]:
+        value = asked.get(name)
         if before.get(name) != value:
             raise CommandError(
                 f"--out: {out} is the result of a call with {name}={before.get(name)}, got {value}; choose another name, or pass --force"
@@ -208,6 +210,11 @@ def _prepared(
     """The files, this rank's rows, and the options for them."""
     if arguments.approximate and arguments.sample:
         raise CommandError("--sample: it does not go with --approximate")
+    for how in ("approximate", "sample"):
+        for name in ("caps", "costs", "exclude", *_LIMITS):
+            if getattr(arguments, how) and getattr(arguments, name) is not None:
+                flag = "--plain-gains" if name == "cost_sensitive" else f"--{name.replace('_', '-')}"
+                raise CommandError(f"{flag}: it does not go with --{how}")
     if arguments.target is not None and arguments.sample:
         raise CommandError("--sample: it does not go with --target")
     if arguments.sample_error is not None and not arguments.sample:
@@ -241,22 +248,22 @@ def _prepared(
     options["exact"] = not arguments.approximate
     if arguments.sample:
         options["clients"] = "sample"
-    of_weights = (shards.shape[0], begin, end)
+    of_rows = of_weights = ("rows", shards.shape[0], begin, end)
     if of_clients:
         clients = ShardFiles(of_clients, "--target")
-        of_weights = (clients.shape[0], *clients.part(rank, world))
-        options["clients"] = clients.rows(*of_weights[1:], None)
+        of_weights = ("clients", clients.shape[0], *clients.part(rank, world))
+        options["clients"] = clients.rows(*of_weights[2:], None)
     labels = None
-    for name, kinds, wanted, (count, first, last) in (
-        ("weights", "fiu", "a real array [clients]", of_weights),
-        ("groups", LABELS, "an integer array [rows]", (shards.shape[0], begin, end)),
-        ("costs", "fiu", "a real array [rows]", (shards.shape[0], begin, end)),
+    for name, kinds, wanted, (whose, count, first, last) in (
+        ("weights", "fiu", f"a real array [{of_weights[0]}]", of_weights),
+        ("groups", LABELS, "an array of labels [rows], integers or strings", of_rows),
+        ("costs", "fiu", "a real array [rows]", of_rows),
     ):
         if getattr(arguments, name) is not None:
             array = load_array(getattr(arguments, name), f"--{name}", kinds=kinds, ndim=1, wanted=wanted)
             if len(array) != count:
                 raise CommandError(
-                    f"--{name}: expected an entry for each of the {count} rows, got {len(array)}"
+                    f"--{name}: expected an entry for each of the {count} {whose}, got {len(array)}"
                 )
             options[name] = np.array(array[first:last])
             labels = array if name == "groups" else labels

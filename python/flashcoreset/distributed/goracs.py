@@ -321,7 +321,6 @@ def _select(
         items: [n here] int64, their numbers among all training items.
         k: how many to choose.
         options: those of stage 2.
-        time_limit: as in `fc.goracs`, by the clock of the first rank, whose choice all ranks return.
         pool: how many items stage 2 may choose from.
         report: gets the picks and exchanges made.
         begin: when the problem was begun.

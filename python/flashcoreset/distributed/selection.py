@@ -23,6 +23,7 @@ from flashcoreset._core.results import Selection
 from flashcoreset._core.scaling import exponent_into, largest_magnitude
 from flashcoreset._core.tensor import (
     as_floating,
+    as_int64,
     as_integer,
     as_matrix,
     as_number,
@@ -203,7 +204,7 @@ def _by_label(counts: Any, name: str) -> dict[Any, int] | None:
     if not isinstance(counts, Mapping):
         vector = as_vector(counts, name, torch.device("cpu"), integers=True).tolist()
         counts = dict(enumerate(vector))
-    found = {label: as_integer(count, f"{name}[{label!r}]") for label, count in counts.items()}
+    found = {label: as_int64(count, f"{name}[{label!r}]") for label, count in counts.items()}
     for label, count in found.items():
         if count < 0:
             raise ValueError(f"{name} must be >= 0, got {count} for label {label!r}")
@@ -435,7 +436,7 @@ def _checked(
             comm,
             (x, first),
             (own_clients, first_client),
-            (weights, 0 if is_matrix else first + first_client),
+            (weights, 0 if is_matrix else first if own_clients is None else first_client),
             (member, first),
             (r.costs, first),
         )
@@ -497,8 +498,6 @@ def _caps(caps: Any, cap_of: dict[Any, int], places: dict[Any, int]) -> tuple[Te
         for label, count in cap_of.items():
             if label not in places and count:
                 raise ValueError(f"caps: {count} asked of label {label!r}, which no candidate has in groups")
-            if count < 0:
-                raise ValueError(f"caps must be >= 0, got {count} for label {label!r}")
     known = [(places[label], count) for label, count in cap_of.items() if label in places]
     labels, counts = torch.tensor(known, dtype=torch.int64).reshape(-1, 2).unbind(1)
     return labels, counts
