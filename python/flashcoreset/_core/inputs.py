@@ -179,13 +179,13 @@ def numbered_labels(groups: Any, **by_label: Any) -> tuple[Any, ...]:
                 f"{name} must be a dict by label where groups holds {_kind(values)}, got {given!r}"
             )
         for label, count in (given or {}).items():
-            if isinstance(count, Integral) and count < 0:
+            if isinstance(count, Integral) and int(count) < 0:
                 raise ValueError(f"{name} must be >= 0, got {count} for label {label!r}")
             if label not in place and count:
                 raise ValueError(
                     f"{name}: {count} asked of label {label!r}, which no candidate has in groups"
                 )
-            if name == "budgets" and isinstance(count, Integral) and count > sizes[label]:
+            if name == "budgets" and isinstance(count, Integral) and int(count) > sizes[label]:
                 raise ValueError(
                     f"budgets: {count} asked of label {label!r}, whose group has {sizes[label]} candidates"
                 )
