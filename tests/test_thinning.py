@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import conftest
 import pytest
@@ -27,9 +28,9 @@ class Item:
         return set(itertools.combinations(enumerate(self.callspec._idlist), 2))
 
 
-def kept(*tables: list[str]) -> tuple[list[Item], list[Item]]:
-    items = [Item(*texts) for texts in itertools.product(BACKENDS, *tables)]
-    conftest.thin_out(items)  # type: ignore[arg-type]
+def kept(*tables: list[str]) -> tuple[list[Any], list[Any]]:
+    items: list[Any] = [Item(*texts) for texts in itertools.product(BACKENDS, *tables)]
+    conftest.thin_out(items)
     return items, [item for item in items if not item.is_slow]
 
 

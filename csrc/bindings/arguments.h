@@ -29,8 +29,7 @@ namespace detail {
                        Py_TYPE(given.ptr())->tp_name);
 }
 
-[[noreturn]] inline void refuse_number(const char* name, const std::string& expected,
-                                       const std::string& got) {
+[[noreturn]] inline void refuse_value(const char* name, const std::string& expected, const std::string& got) {
   throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
 }
 
@@ -79,10 +78,10 @@ struct Integer {
         most == INT64_MAX && least > INT64_MIN
             ? "an integer >= " + std::to_string(least)
             : "an integer in [" + std::to_string(least) + ", " + std::to_string(most) + "]";
-    detail::refuse_number(name, expected,
-                          overflow == 0  ? std::to_string(value)
-                          : overflow > 0 ? "one above 2^63"
-                                         : "one below -2^63");
+    detail::refuse_value(name, expected,
+                         overflow == 0  ? std::to_string(value)
+                         : overflow > 0 ? "one above 2^63"
+                                        : "one below -2^63");
   }
 };
 
@@ -120,12 +119,12 @@ struct Real {
     const double value = PyFloat_Check(object) ? PyFloat_AS_DOUBLE(object) : PyLong_AsDouble(object);
     if (value == -1 && PyErr_Occurred()) {
       PyErr_Clear();
-      detail::refuse_number(name, expected, "an integer beyond float64");
+      detail::refuse_value(name, expected, "an integer beyond float64");
     }
     if (value >= least && value <= most) return value;
     char text[32];
     std::snprintf(text, sizeof(text), "%.17g", value);
-    detail::refuse_number(name, expected, text);
+    detail::refuse_value(name, expected, text);
   }
 };
 

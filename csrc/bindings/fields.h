@@ -79,7 +79,7 @@ class Fields {
     if (bytes) return {bytes, static_cast<size_t>(size)};
     if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
     PyErr_Clear();  // a half of a surrogate pair, which no encoding has
-    detail::refuse_number(name, "a string that can be encoded", py::repr(value).cast<std::string>());
+    detail::refuse_value(name, "a string that can be encoded", py::repr(value).cast<std::string>());
   }
 
   // `name` has to be a string literal: the argument keeps it for its messages.

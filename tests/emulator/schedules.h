@@ -11,8 +11,6 @@
 #include "check.h"
 #include "emulator/emulator.h"
 
-namespace fc::emulator {
-
 #if defined(__has_feature)
 #define FC_ADDRESS_SANITIZER __has_feature(address_sanitizer)  // Clang's way to say it
 #elif defined(__SANITIZE_ADDRESS__)
@@ -20,6 +18,8 @@ namespace fc::emulator {
 #else
 #define FC_ADDRESS_SANITIZER 0
 #endif
+
+namespace fc::emulator {
 
 #if FC_ADDRESS_SANITIZER
 // What a kernel reads and writes hardly depends on the order, and each one takes minutes.

@@ -6,7 +6,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +40,7 @@ from flashcoreset.methods.goracs import (
     checked_options,
     costs_of,
     exchanged,
+    in_time,
     info_of_classes,
     is_held,
 )
@@ -200,10 +200,7 @@ def goracs(
                 def report(more: int, before: int = done) -> None:
                     bar.update(before + more)
 
-                if seconds is not None:
-                    now = time.perf_counter()
-                    left = max(0.0, start + seconds - now)
-                    options = replace(options, deadline=now + left / (len(classes) - number))
+                options = in_time(options, start, seconds, len(classes) - number)
                 part, norms_of, clients = x, norms, y
                 if labels is not None:
                     part, norms_of, clients = x[members], norms[members], y[own_valid]

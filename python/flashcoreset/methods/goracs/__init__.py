@@ -222,10 +222,7 @@ def goracs(
             whole = labels is None
             part, clients = (x, y) if whole else (x[members], y[own])
             report = _shifted(bar, done)
-            if seconds is not None:
-                now = time.perf_counter()
-                left = max(0.0, start + seconds - now)
-                options = replace(options, deadline=now + left / (len(classes) - number))
+            options = in_time(options, start, seconds, len(classes) - number)
             begin = time.perf_counter()
             of_class = parts[label]
             most = float(of_class.max()) if top is None else top
@@ -273,6 +270,14 @@ def checked_options(
     if options.reg <= 0:
         raise ValueError(f"reg must be > 0, got {reg}")
     return options, quantile, seconds
+
+
+def in_time(options: Options, start: float, seconds: float | None, classes_left: int) -> Options:
+    """The options of the next class, whose share of what is left of the time limit is that of each class after it."""
+    if seconds is None:
+        return options
+    now = time.perf_counter()
+    return replace(options, deadline=now + max(0.0, start + seconds - now) / classes_left)
 
 
 def checked_norms(
