@@ -1,8 +1,8 @@
-"""BatchSelector on models that fully_shard and FullyShardedDataParallel have sharded over two processes."""
+"""BatchSelector on models that fully_shard and FullyShardedDataParallel have sharded over two and four processes."""
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,82 +44,228 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
-def batch() -> dict[str, Tensor]:
-    ids = torch.randint(20, (12, 7), generator=torch.Generator().manual_seed(1))
+def batch(seed: int = 1) -> dict[str, Tensor]:
+    ids = torch.randint(20, (12, 7), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids}
 
 
-def picks(model: nn.Module, kind: str) -> tuple[list[int], Tensor]:
-    """The rows that are picked of a batch, and what they are picked by, on the second of two batches."""
-    selector = fc.integrations.torch.BatchSelector(model, fc.CoLM(4), shift_labels=True, **OPTIONS[kind])
-    selector.select(batch())
-    found = selector.gradients(batch())
-    numbers = found.coefficients if kind == "zeroth_order" else found.dense()
-    return selector.select(batch()).indices.tolist(), numbers
+def gpt2() -> nn.Module:
+    """A model whose projections are one matrix, of which the last third of the columns is wanted."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=3, n_head=2)
+    return GPT2LMHeadModel(config)
 
 
-def shard(model: nn.Module, whole: set[nn.Parameter]) -> nn.Module:
+MODELS = {"own": Decoder, "gpt2": gpt2}
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    layers = model.layers if isinstance(model, Decoder) else model.transformer.h
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def fully_sharded(model: nn.Module, how: str, world: int) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    return fully_shard(model, mesh=mesh, ignored_params=whole)
+    mesh, options = init_device_mesh("cpu", (world,)), {}
+    layers = layers_of(model)
+    if how == "replicas":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+    elif how == "columns":
+        from torch.distributed.tensor import Shard
+
+        options["shard_placement_fn"] = lambda p: Shard(1) if p.dim() == 2 else None
+    elif how == "ignored":
+        options["ignored_params"] = {layers[-1].v_proj.weight}
+    elif how == "nested":
+        fully_shard(layers[-1].v_proj, mesh=mesh)
+    for layer in layers if how != "root" else ():
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
-def sharded(ignored: bool) -> nn.Module:
-    model = Decoder()
-    return shard(model, {model.layers[-1].v_proj.weight} if ignored else set())
-
-
-def run_sharded(group: Any, rank: int, world: int, kind: str) -> tuple[list[int], Tensor, bool]:
-    model = sharded(ignored=True)
-    found = picks(model, kind)
-    model(batch()["input_ids"]).sum().backward()  # training goes on
-    return *found, all(p.grad is not None for p in model.parameters())
-
-
-def run_refused(group: Any, rank: int, world: int, how: str) -> None:
+def flat(model: nn.Module, how: str) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    if how == "fsdp1":
-        cpu = torch.device("cpu")
-        model: nn.Module = FullyShardedDataParallel(Decoder(), device_id=cpu, use_orig_params=True)
-    else:
-        model = Decoder() if how == "later" else sharded(ignored=False)
-    selector = fc.integrations.torch.BatchSelector(model, fc.CoLM(4), shift_labels=True)
-    shard(model, set())
-    selector.select(batch())
+    policy = ModuleWrapPolicy({type(layers_of(model)[0])}) if how == "layers" else None
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=cpu, use_orig_params=True)
+
+
+def numbers_of(model: nn.Module) -> list[Tensor]:
+    """This process's parts of all parameters; a root module stays whole after a forward pass."""
+    reshard = getattr(model, "reshard", None)
+    if reshard is not None:
+        reshard()
+    return [getattr(p, "_local_tensor", p).detach().clone() for p in model.parameters()]
+
+
+def picks(model: nn.Module, kind: str, seed: int) -> tuple[list[int], Tensor]:
+    """The rows that are picked of a batch, and what they are picked by, on the second of two batches."""
+    selector = fc.integrations.torch.BatchSelector(model, fc.CoLM(4), shift_labels=True, **OPTIONS[kind])
+    assert selector.numel == 64
+    selector.select(batch(seed))
+    found = selector.gradients(batch(seed))
+    numbers = found.coefficients if kind == "zeroth_order" else found.dense()
+    return selector.select(batch(seed)).indices.tolist(), numbers
+
+
+def run_sharded(
+    group: Any, rank: int, world: int, name: str, make: str, how: str, kind: str
+) -> tuple[list[int], Tensor]:
+    model = MODELS[name]()
+    model = fully_sharded(model, how, world) if make == "fully_shard" else flat(model, how)
+    before, states = numbers_of(model), [p.requires_grad for p in model.parameters()]
+    found = picks(model, kind, seed=1 + rank % 2)
+    after = numbers_of(model)
+    assert len(before) == len(after)
+    assert all(map(torch.equal, before, after))
+    assert states == [p.requires_grad for p in model.parameters()]
+    output = model(batch(1)["input_ids"])  # training goes on
+    getattr(output, "logits", output).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.numel()]
+    assert all(g is not None for g in gradients)
+    return found
+
+
+@functools.cache
+def ranks_of(world: int) -> Ranks:
+    return Ranks(world, subgroups=False)
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    from torch.distributed.fsdp import fully_shard
+def ranks() -> Iterator[Any]:
+    yield ranks_of
+    for world in (2, 4):
+        ranks_of(world).close()
+    ranks_of.cache_clear()
 
-    if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        pytest.skip(
-            "this torch's fully_shard has no ignored_params, which came after the oldest torch that is supported"
-        )
-    group = Ranks(2, subgroups=False)
-    yield group
-    group.close()
+
+CASES = [
+    (name, "fully_shard", how, world, kind)
+    for name, how, world in [
+        ("own", "layers", 2),
+        ("own", "root", 2),
+        ("own", "nested", 2),
+        ("own", "columns", 2),
+        ("own", "ignored", 2),
+        ("own", "layers", 4),
+        ("own", "replicas", 4),
+        ("gpt2", "layers", 2),
+    ]
+    for kind in OPTIONS
+] + [
+    (name, "fsdp1", how, world, "zeroth_order")
+    for name, how, world in [("own", "layers", 2), ("own", "root", 4), ("gpt2", "layers", 2)]
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "how", "world", "kind"), CASES, ids=["/".join(map(str, case)) for case in CASES]
+)
+def test_a_sharded_model(ranks: Any, name: str, make: str, how: str, world: int, kind: str) -> None:
+    """Every process picks of its batch what one process with the whole model picks of it, and by the same numbers."""
+    found = ranks(world).run(run_sharded, name, make, how, kind)
+    for rank, (indices, own) in enumerate(found):
+        expected, numbers = picks(MODELS[name](), kind, seed=1 + rank % 2)
+        assert indices == expected
+        torch.testing.assert_close(own, numbers, rtol=1e-5, atol=1e-6)
+
+
+def numbers_after_an_empty_batch(model: nn.Module, kind: str, is_empty: bool) -> Tensor:
+    """What rows are picked by in the second batch, if no label of the first one counts."""
+    selector = fc.integrations.torch.BatchSelector(model, fc.CoLM(4), **OPTIONS[kind])
+    first = batch()
+    if is_empty:
+        first["labels"] = torch.full_like(first["labels"], -100)
+    else:
+        first["labels"] = first["labels"].clone()
+        first["labels"][1:] = -100  # one row alone does not show which dimension is the rows'
+    selector.gradients(first)
+    found = selector.gradients(batch(2))
+    selector.gradients(first)
+    return found.coefficients if kind == "zeroth_order" else found.dense()
+
+
+def run_after_an_empty_batch(group: Any, rank: int, world: int, name: str, kind: str) -> Tensor:
+    model = fully_sharded(MODELS[name](), "layers", world)
+    return numbers_after_an_empty_batch(model, kind, is_empty=rank == 1)
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_a_whole_matrix_in_a_sharded_model(ranks: Ranks, kind: str) -> None:
-    """All processes pick what one process picks."""
-    expected, numbers = picks(Decoder(), kind)
-    for indices, own, trained in ranks.run(run_sharded, kind):
-        assert indices == expected
-        torch.testing.assert_close(own, numbers, rtol=1e-5, atol=1e-6)
-        assert trained
+@pytest.mark.parametrize("name", MODELS)
+def test_processes_that_know_more_wait_for_the_others(ranks: Any, name: str, kind: str) -> None:
+    """A process that has found out all that it needs on the first batch makes as many passes as one that has not."""
+    for rank, found in enumerate(ranks(2).run(run_after_an_empty_batch, name, kind)):
+        alone = numbers_after_an_empty_batch(MODELS[name](), kind, is_empty=rank == 1)
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["fsdp1", "fsdp2", "later"])
-def test_sharded_matrices_are_refused(ranks: Ranks, how: str) -> None:
-    message = (
-        "must not be sharded by FullyShardedDataParallel" if how == "fsdp1" else "v_proj.weight is sharded"
-    )
-    with pytest.raises(Failed, match=rf"{message}.*ignored_params"):
-        ranks.run(run_refused, how)
+def adapted(rank: int) -> nn.Module:
+    """A model whose V-projections have adapters of low rank and are frozen themselves."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(Decoder(), LoraConfig(r=rank, target_modules=["v_proj"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    return model
+
+
+def run_with_adapters(group: Any, rank: int, world: int, kind: str) -> list[Tensor]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted(2)
+    for layer in model.base_model.model.layers:
+        fully_shard(layer)
+    return gradients_with_adapters(fully_shard(model), kind)
+
+
+def gradients_with_adapters(model: nn.Module, kind: str) -> list[Tensor]:
+    """The gradients of the adapter's matrix B, and those of the frozen matrix below it."""
+    found = []
+    for name in (None, "base_model.model.layers.2.v_proj.base_layer.weight"):
+        selector = fc.integrations.torch.BatchSelector(
+            model, parameter=name, shift_labels=True, **OPTIONS[kind]
+        )
+        assert ("lora_B" in selector.parameter_name) == (name is None)
+        found.append(selector.gradients(batch()).dense())
+    return found
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_adapters_in_a_sharded_model(ranks: Any, kind: str) -> None:
+    expected = gradients_with_adapters(adapted(2), kind)
+    for found in ranks(2).run(run_with_adapters, kind):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def run_refused(group: Any, rank: int, world: int, how: str) -> None:
+    model = Decoder() if how == "later" else flat(Decoder(), "layers")
+    kind = "zeroth_order" if how == "later" else "backprop"
+    selector = fc.integrations.torch.BatchSelector(model, fc.CoLM(4), shift_labels=True, **OPTIONS[kind])
+    flat(model, "layers")
+    selector.select(batch())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("later", "must be wrapped by FullyShardedDataParallel before the selector is made"),
+        (
+            "backprop",
+            "must be sharded by fully_shard .* with gradients='backprop', got FullyShardedDataParallel",
+        ),
+    ],
+)
+def test_models_that_are_refused(ranks: Any, how: str, message: str) -> None:
+    with pytest.raises(Failed, match=message):
+        ranks(2).run(run_refused, how)

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -378,12 +379,64 @@ weighted.train()
 """
 
 
-def test_two_processes(tmp_path: Path) -> None:
+class Sharded(Recording):
+    """Shares the model out by fully_shard, by accelerate's own code, which for CPUs it does not call itself."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+        self.is_fsdp_enabled = True
+
+
+SHARDED = """
+import json, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_integrations_transformers import *
+
+folder, found = Path(sys.argv[1]), {{}}
+for name, gradients in (("zeroth_order", {{}}), ("backprop", EXACT)):
+    colm = CoLMConfig(**{{**COLM, **gradients, "keep_sources": ()}})
+    for kind in (Recording, Sharded):
+        run = kind(
+            model(), arguments(folder, max_steps=2, ddp_backend="gloo"), train_dataset=rows(), data_collator=collate, colm=colm
+        )
+        run.train()
+        whole = [getattr(p, "full_tensor", lambda p=p: p)().double().sum() for p in run.model.parameters()]
+        kinds = {{type(p).__name__ for p in run.model.parameters()}}
+        chosen = [coreset.indices.tolist() for coreset in run.coresets]
+        found[f"{{name}} {{kind.__name__}}"] = [chosen, [float(s) for s in whole], sorted(kinds)]
+(folder / f"{{run.args.process_index}}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes_that_share_the_model(tmp_path: Path) -> None:
+    """The coresets, and what is trained on them, are those of two processes with the whole model each."""
+    first, second = on_two_processes(SHARDED, tmp_path)
+    assert first == second
+    for name in ("zeroth_order", "backprop"):
+        (chosen, sums, kinds), (expected, whole, plain) = first[f"{name} Sharded"], first[f"{name} Recording"]
+        assert (kinds, plain) == (["DTensor"], ["Parameter"])
+        assert chosen == expected
+        assert sums == pytest.approx(whole, rel=1e-4, abs=1e-4)
+
+
+def on_two_processes(code: str, tmp_path: Path) -> list[Any]:
+    """What each process wrote to its file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = tmp_path / "run.py"
-    script.write_text(PROCESSES.format(tests=str(Path(__file__).parent)))
+    script.write_text(code.format(tests=str(Path(__file__).parent)))
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -403,7 +456,11 @@ def test_two_processes(tmp_path: Path) -> None:
     ]
     outputs = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    first, second = on_two_processes(PROCESSES, tmp_path)
     # one decision, over the rows of both
     assert first["indices"] == second["indices"]
     assert first["sums"] == second["sums"]
@@ -439,10 +496,14 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")]
+    ("flag", "message"),
+    [
+        ("is_fsdp_enabled", "fsdp_config must have version 2: .*, got FSDP1$"),
+        ("is_deepspeed_enabled", "which DeepSpeed does not show, got DeepSpeed; take FSDP"),
+    ],
 )
 def test_sharded_models_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, name: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, message: str
 ) -> None:
     """By what Trainer says of itself: neither needs to be installed."""
     prepare = transformers.Trainer.create_accelerator_and_postprocess
@@ -450,9 +511,10 @@ def test_sharded_models_are_refused(
     def prepared(self: transformers.Trainer) -> None:
         prepare(self)
         setattr(self, flag, True)
+        self.accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)
 
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", prepared)
-    with pytest.raises(ValueError, match=f"moves whole parameters on each process.*got {name}$"):
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flashcoreset._core.tensor import compute_dtype
 from flashcoreset.gradients.outer_products import OuterProductGradients, shortened
 from flashcoreset.integrations._batches import ROUNDING, logits_of, loss_gradients
+from flashcoreset.integrations._sharded import Processes, stored
 
 _ROWS = 3  # how many rows' losses are looked at alone on the first batch: those of the most tokens
 
@@ -38,12 +39,8 @@ class Matrix:
     view: Callable[[Tensor], Tensor] | None = None
     layouts: list[bool] = field(default_factory=lambda: [False, True])
     calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and outputs of the module
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+    # The weights that the module ran with: not its parameter, if fully_shard puts that together for a pass.
+    weights: list[Tensor] = field(default_factory=list)
 
     @property
     def is_transposed(self) -> bool:
@@ -59,6 +56,11 @@ class Matrix:
         return (g, a) if self.is_transposed else (a, g)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module multiplies its input by its `weight`; transformers' Conv1D does, by the transposed one."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def matrix_of(model: nn.Module, name: str, view: Callable[[Tensor], Tensor] | None) -> Matrix:
     """The matrix of this name.
 
@@ -68,8 +70,7 @@ def matrix_of(model: nn.Module, name: str, view: Callable[[Tensor], Tensor] | No
     owner, _, last = name.rpartition(".")
     module = model.get_submodule(owner)
     weight = getattr(module, "weight", None)
-    is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    if last != "weight" or not is_linear or not isinstance(weight, Tensor) or weight.dim() != 2:
+    if last != "weight" or not is_linear(module) or not isinstance(weight, Tensor):
         raise ValueError(
             f"parameter must be the weight of a linear layer with gradients='backprop', got {name} of {type(module).__name__}; "
             "gradients='zeroth_order' takes any parameter"
@@ -84,25 +85,31 @@ class LastLayerGradients:
         self._model, self._matrices = model, list(matrices)
         self._is_checked = False  # whether the matrices' uses and the rows' dimension were found
 
-    def __call__(self, inputs: dict[str, Any], labels: Tensor, shift_labels: bool) -> OuterProductGradients:
-        """The gradients for inputs without labels; NaN for rows whose loss is not finite.
+    def __call__(
+        self, inputs: dict[str, Any], labels: Tensor, shift_labels: bool, processes: Processes
+    ) -> OuterProductGradients:
+        """The gradients for inputs without labels; NaN for rows whose loss is not finite. `processes` run the model together.
 
         Raises:
             ValueError: if a matrix is used otherwise than by its module, if its module runs on something else than rows, or if the
                 output does not depend on it.
         """
         try:
-            return self._run(inputs, labels, shift_labels)
+            return self._run(inputs, labels, shift_labels, processes)
         finally:
             for matrix in self._matrices:
                 matrix.calls.clear()  # which hold the graph
+                matrix.weights.clear()
 
-    def _run(self, inputs: dict[str, Any], labels: Tensor, shift_labels: bool) -> OuterProductGradients:
+    def _run(
+        self, inputs: dict[str, Any], labels: Tensor, shift_labels: bool, processes: Processes
+    ) -> OuterProductGradients:
         check = not self._is_checked
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_frozen(self._model, [m.weight for m in self._matrices] if check else []))
+            wanted = [stored(self._model, matrix.name) for matrix in self._matrices] if check else []
+            stack.enter_context(_frozen(self._model, wanted))
             stack.enter_context(_recorded(self._matrices))
             logits = logits_of(self._model(**inputs))
             for matrix in self._matrices:
@@ -121,8 +128,8 @@ class LastLayerGradients:
             has_bad = bool(bad.any())
             outer.masked_fill_(bad.view(-1, *[1] * (outer.dim() - 1)), 0)
             if check:
-                self._check(logits, outer)
-                self._is_checked = self._is_checked and not has_bad
+                self._check(logits, outer, processes)
+                self._is_checked = processes.all(self._is_checked and not has_bad)
             found = self._backward(logits, outer, [])
         factors = []
         for matrix, grads in zip(self._matrices, found, strict=True):
@@ -163,14 +170,13 @@ class LastLayerGradients:
             return pairs[0]
         return torch.cat([a for a, _ in pairs], 1), torch.cat([g for _, g in pairs], 1)
 
-    def _check(self, logits: Tensor, outer: Tensor) -> None:
+    def _check(self, logits: Tensor, outer: Tensor, processes: Processes) -> None:
         """Finds which dimension of the activations is that of rows, by the gradient of one row's loss alone, which is 0 elsewhere; and
         compares the sum over all rows with autograd's gradient of the whole matrix."""
         rows = len(outer)
         positions = outer.flatten(1, -2).any(-1).sum(1) if outer.dim() > 2 else outer.any(1).long()
-        for row in positions.sort(descending=True, stable=True).indices[:_ROWS].tolist():
-            if not positions[row]:
-                break
+        count = processes.least(min(_ROWS, int((positions > 0).sum())))
+        for row in positions.sort(descending=True, stable=True).indices[:count].tolist():
             alone = torch.zeros_like(outer)
             alone[row] = outer[row]
             for matrix, grads in zip(self._matrices, self._backward(logits, alone, [], True), strict=True):
@@ -179,8 +185,10 @@ class LastLayerGradients:
                 ]
                 if not matrix.layouts:
                     raise ValueError(_not_rows(matrix, grads[0], rows))
-        *found, whole = self._backward(logits, outer, [m.weight for m in self._matrices], True)
-        for matrix, grads, exact in zip(self._matrices, found, whole, strict=True):
+        weights = [weight for matrix in self._matrices for weight in matrix.weights]
+        *found, whole = self._backward(logits, outer, weights, True)
+        for matrix, grads in zip(self._matrices, found, strict=True):
+            exact = sum([whole.pop(0) for _ in matrix.weights[1:]], whole.pop(0))
             a, g = self._joined(matrix, grads, rows)
             total = torch.einsum("bti,bto->io" if matrix.is_transposed else "bti,bto->oi", a, g)
             norm = float(torch.linalg.vector_norm(exact.to(total)))
@@ -244,11 +252,18 @@ def _frozen(model: nn.Module, wanted: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _recorded(matrices: Sequence[Matrix]) -> Iterator[None]:
-    """Records each matrix's inputs and outputs, and makes autograd's graph begin at these outputs."""
+    """Records each matrix's inputs, outputs and weights, and makes autograd's graph begin at these outputs."""
     handles = []
 
-    def begin(*_: Any) -> None:
-        torch.set_grad_enabled(True)  # until the context in which the model runs ends
+    def begin_of(matrix: Matrix) -> Callable[..., None]:
+        def begin(module: nn.Module, _: Any) -> None:
+            torch.set_grad_enabled(True)  # until the context in which the model runs ends
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            if not any(weight is other for other in matrix.weights):
+                matrix.weights.append(weight)
+
+        return begin
 
     def hook_of(matrix: Matrix) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
@@ -263,7 +278,8 @@ def _recorded(matrices: Sequence[Matrix]) -> Iterator[None]:
     try:
         for matrix in matrices:
             matrix.calls.clear()
-            handles.append(matrix.module.register_forward_pre_hook(begin))
+            matrix.weights.clear()
+            handles.append(matrix.module.register_forward_pre_hook(begin_of(matrix)))
             handles.append(matrix.module.register_forward_hook(hook_of(matrix), with_kwargs=True))
         yield
     finally:

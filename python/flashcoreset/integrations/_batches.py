@@ -124,8 +124,13 @@ def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None,
     return loss, output if has_logits else model(**unlabelled)
 
 
-def shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
+def shifts_labels(
+    model: nn.Module, batch: Mapping[str, Any], on_any: Callable[[bool], bool] = bool
+) -> bool | None:
     """Whether the model's loss is that of the next token: by comparison with the model's own loss, or, if it has none, from the labels.
+
+    Args:
+        on_any: whether something is so on any of the processes that run the model together.
 
     Returns None if the batch does not show it: no label counts, or no row is finite.
 
@@ -135,11 +140,11 @@ def shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool | None:
     labels = batch["labels"]
     own, output = own_loss(model, batch)
     logits = logits_of(output)
-    if own is not None and not torch.isfinite(own):
+    if own is not None:
         # The loss is taken over the rows that have a finite one; other rows are masked.
         both = torch.stack([_loss_sums(logits, labels, shifted)[0] for shifted in (True, False)])
         broken = ~torch.isfinite(both).all(0)
-        if broken.any():
+        if on_any(bool(broken.any()) and not torch.isfinite(own)):
             where = broken.view(-1, *[1] * (labels.dim() - 1)).to(labels.device)
             batch = {**batch, "labels": labels.masked_fill(where, IGNORED)}
             own, output = own_loss(model, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +15,15 @@ from flashcoreset._core.results import Coreset
 from flashcoreset._core.tensor import FLOATING, as_int64, as_integer, as_number, one_of
 from flashcoreset.gradients.outer_products import OuterProductGradients, joined
 from flashcoreset.gradients.zeroth_order import LowRankGradients, seed_of_call, zeroth_order_gradients
-from flashcoreset.integrations._backprop import LastLayerGradients, matrix_of
+from flashcoreset.integrations._backprop import LastLayerGradients, is_linear, matrix_of
 from flashcoreset.integrations._batches import cut, find_rows, known_rows, sample_losses, shifts_labels
+from flashcoreset.integrations._sharded import (
+    Processes,
+    is_distributed,
+    is_flat,
+    whole_parameters,
+    whole_shape,
+)
 
 # Coefficients of shortened passes equal those of whole passes except for rounding, which is large in half precision.
 _NEAR = 0.05
@@ -93,8 +99,9 @@ class BatchSelector:
         model: called with a batch's entries as keywords, with an output that is the logits [B, T, C] or [B, C], has
             them as `logits`, or has them first: causal and masked language models, encoder-decoders and classifiers of tokens,
             texts and images of transformers, with or without peft's adapters. Layers are
-            members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped. Under `fully_shard` the parameters
-            that rows are chosen by must be left whole (`ignored_params`), and all processes call it together, with as many parts.
+            members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped. If processes
+            share the model's parameters, by fully_shard or, for "zeroth_order", by FullyShardedDataParallel, all of them make the selector and
+            call it together, each with rows of its own in as many parts.
         method: what chooses rows by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
             can be called. For an `fc.CoLM` with method "random" the model does not run.
         gradients: "zeroth_order" or "backprop".
@@ -120,7 +127,7 @@ class BatchSelector:
 
     Attributes:
         parameter_names: the names of the parameters whose gradients are taken.
-        parameters: these tensors: parameters themselves, or views of them.
+        parameters: these tensors: parameters themselves, or views of them; in a sharded model the parameters as this process has them.
         parameter_name, parameter: the first of both.
         layer_name: the layer that is run again.
         method: the argument `method`.
@@ -130,7 +137,8 @@ class BatchSelector:
     Raises:
         TypeError: for arguments of a wrong type, and a parameter that is not floating (quantised).
         ValueError: for a wrong value; options of one kind of gradients with the other; a model in which no V-projection is found, the
-            message names what was looked for; a fused projection whose layout is not known; a parameter that is sharded over processes.
+            message names what was looked for; a fused projection whose layout is not known; a model sharded by FullyShardedDataParallel with "backprop", or after the
+            selector was made.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
     ICLR 2025. Its published code averages losses over the padded width, so that a sample's gradient depends on its batch.
@@ -199,17 +207,17 @@ class BatchSelector:
         self._batch_keys = None if batch_keys is None else _names(batch_keys)
         self._found_rows: dict[str, bool] = {}  # for entries that were checked
         self._model = model
-        fsdp = sys.modules.get("torch.distributed.fsdp")
-        if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules()):
+        self._is_flat = any(map(is_flat, model.modules()))
+        if self._is_flat and gradients == "backprop":
             raise ValueError(
-                "model must not be sharded by FullyShardedDataParallel (FSDP1), whose parameters are parts of one long vector; use "
-                "fully_shard, and leave the matrix that rows are chosen by whole with ignored_params="
+                "model must be sharded by fully_shard (FSDP2) with gradients='backprop', got FullyShardedDataParallel (FSDP1), which puts its "
+                "parameters together for one backward pass of a forward pass, and no more; gradients='zeroth_order' takes it"
             )
         self.method = method
         self.steps = 0
         self._wanted = _parameters(model, parameter, matrices)
         self.parameter_names = tuple(name for name, _ in self._wanted)
-        self._refuse_sharded()
+        self._shapes = [whole_shape(model, name) for name in self.parameter_names]
         self.layer_name, self._before = min(
             (_layer_of(model, name) for name in self.parameter_names), key=lambda found: len(found[1])
         )
@@ -232,23 +240,14 @@ class BatchSelector:
                     f"{name} is for gradients={other!r}; leave it out with gradients={self._kind!r}"
                 )
 
-    def _refuse_sharded(self) -> None:
-        """Raises an error for parameters of which a process has a part only."""
-        tensors = sys.modules.get("torch.distributed.tensor")  # without it nothing is sharded so
-        for name in self.parameter_names:
-            if tensors is not None and isinstance(self._model.get_parameter(name), tensors.DTensor):
-                raise ValueError(
-                    f"the parameter {name} is sharded, a DTensor as fully_shard (FSDP2) makes it, and selection needs it whole; leave it "
-                    "out, as in fully_shard(layer, ignored_params={layer.self_attn.v_proj.weight}), or name one that is whole with parameter="
-                )
-
     @property
     def parameters(self) -> list[Tensor]:
         """The tensors whose gradients are taken, looked up each time because models are moved and cast."""
         found = []
-        for name, view in self._wanted:
+        for (name, view), shape in zip(self._wanted, self._shapes, strict=True):
             tensor = self._model.get_parameter(name)
-            found.append(tensor if view is None else view(tensor.detach()))
+            is_whole = tensor.shape == shape and not is_distributed(tensor)
+            found.append(view(tensor.detach()) if view is not None and is_whole else tensor)
         return found
 
     @property
@@ -264,7 +263,16 @@ class BatchSelector:
     @property
     def numel(self) -> int:
         """The number of entries of these tensors."""
-        return sum(tensor.numel() for tensor in self.parameters)
+        return sum(
+            part.numel() for part in self._parts([torch.empty(s, device="meta") for s in self._shapes])
+        )
+
+    def _parts(self, whole: Iterable[Tensor]) -> list[Tensor]:
+        """The wanted parts of whole parameters."""
+        return [
+            tensor if view is None else view(tensor.detach())
+            for (_, view), tensor in zip(self._wanted, whole, strict=True)
+        ]
 
     def gradients(
         self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -285,7 +293,12 @@ class BatchSelector:
             TypeError, ValueError: for a batch without labels, or logits that do not fit them; if it stays open which
                 entries have rows, or whether labels are shifted; for a model whose own loss is a different one.
         """
-        self._refuse_sharded()  # models may be sharded after the selector was made
+        self._processes = Processes(self._model)  # models may be sharded after the selector was made
+        if any(map(is_flat, self._model.modules())) != self._is_flat:
+            raise ValueError(
+                "model must be wrapped by FullyShardedDataParallel before the selector is made, which has to call it as it is wrapped, got "
+                "a model that was wrapped afterwards"
+            )
         parts = batch if isinstance(batch, (list, tuple)) else self._cut(batch)
         seed = seed_of_call(self._seed, self.steps) if self._resample else self._seed
         found: list[Any] = []
@@ -294,7 +307,11 @@ class BatchSelector:
                 _labels(part)
                 if self.shift_labels is None:
                     with torch.no_grad():
-                        self.shift_labels = shifts_labels(self._model, self._inputs(part, labelled=True))
+                        found_out = shifts_labels(
+                            self._model, self._inputs(part, labelled=True), self._processes.any
+                        )
+                    # Where one process does not know yet, none does, so that all of them make the same passes.
+                    self.shift_labels = found_out if self._processes.all(found_out is not None) else None
                 found.append(self._of_part(dict(part), seed))
         if not found:
             raise ValueError("batch must have at least one part, got an empty list")
@@ -317,7 +334,9 @@ class BatchSelector:
     def _of_part(self, part: dict[str, Any], seed: int) -> Tensor | OuterProductGradients:
         if self._exact is None:
             return self._coefficients(part, seed) if self._is_checked else self._checked(part, seed)
-        exact = self._exact(self._inputs(part), part["labels"], self.shift_labels is not False)
+        exact = self._exact(
+            self._inputs(part), part["labels"], self.shift_labels is not False, self._processes
+        )
         return exact if self._sketch_dim is None else exact.sketch(self._sketch_dim, seed=seed)
 
     def select(self, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], groups: Any = None) -> Coreset:
@@ -379,8 +398,8 @@ class BatchSelector:
         whole = self._coefficients(batch, seed, ())
         exact = whole.nan_to_num(0)
         largest = float(exact.abs().max())
-        if float((short.nan_to_num(0) - exact).abs().max()) <= _NEAR * largest:
-            self._is_checked = largest > 0
+        if self._processes.all(float((short.nan_to_num(0) - exact).abs().max()) <= _NEAR * largest):
+            self._is_checked = self._processes.all(largest > 0)
             return short
         self._is_checked, self._before = True, []
         warn_caller(
@@ -417,16 +436,18 @@ class BatchSelector:
 
         with contextlib.ExitStack() as stack:
             run = stack.enter_context(_repeated(self._model, self._before if before is None else before))
+            whole, write = stack.enter_context(whole_parameters(self._model, self.parameter_names))
 
             def losses() -> Tensor:
                 nonlocal bad
+                write()
                 values = sample_losses(run(inputs), labels, shifted)
                 unusable = ~torch.isfinite(values)
                 bad = bad | unusable
                 return values.masked_fill(unusable, 0)
 
             g = zeroth_order_gradients(
-                losses, self.parameters, eps=self._eps, seed=seed, n_perturbations=self._count
+                losses, self._parts(whole), eps=self._eps, seed=seed, n_perturbations=self._count
             )
         return g.coefficients.masked_fill(bad[:, None], torch.nan)
 
@@ -635,8 +656,10 @@ def _weight(module: nn.Module) -> tuple[str, Tensor] | None:
             if adapter in adapters:
                 matrix = adapters[adapter].get_parameter("weight")
                 return f"lora_B.{adapter}.", matrix
-    weight = getattr(_base(module), "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    base = _base(module)
+    weight = getattr(base, "weight", None)
+    # FSDP1 shows its part of a matrix as a vector.
+    if not isinstance(weight, Tensor) or (weight.dim() != 2 and not is_linear(base)):
         return None
     return "" if _base(module) is module else "base_layer.", weight
 

@@ -1,0 +1,206 @@
+"""Models whose parameters are shared out among processes: by fully_shard (FSDP2) or otherwise as DTensors, or by FullyShardedDataParallel (FSDP1).
+
+Every process moves a whole copy of a wanted parameter, in the same direction, and keeps its own part of it; the model's forward pass puts the
+parts together. A pass is a collective call, so the processes decide together how many passes they make.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Processes:
+    """The processes that share a model's parameters, or this one alone if it has the model whole. All of them call each method together."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._groups: list[Any] = []
+        self._device = torch.device("cpu")
+        meshes: list[Any] = []
+        parameters: Iterable[Any] = model.parameters()
+        for parameter in parameters:
+            if is_distributed(parameter) and parameter.device_mesh not in meshes:
+                meshes.append(parameter.device_mesh)
+                self._device = parameter.device
+        for mesh in meshes:
+            self._groups += [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+        modules: Iterable[Any] = model.modules()
+        for module in modules:
+            if is_flat(module) and module.process_group not in self._groups:
+                self._groups.append(module.process_group)
+                self._device = module.compute_device
+
+    def least(self, number: int) -> int:
+        """The least of the processes' numbers."""
+        if not self._groups:
+            return number
+        found = torch.tensor(number, device=self._device)
+        for group in self._groups:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=group)
+        return int(found)
+
+    def all(self, flag: bool) -> bool:
+        """Whether `flag` is True on every process."""
+        return bool(self.least(int(flag)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is True on some process."""
+        return not self.all(not flag)
+
+
+def is_distributed(tensor: Tensor | None) -> bool:
+    """Whether the tensor is a DTensor, of which each process has a part."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def is_flat(module: nn.Module) -> bool:
+    """Whether the module is wrapped by FSDP1, which makes one long vector of its parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+class _Whole:
+    """A parameter that this process has whole."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._parameter = parameter
+
+    def shape(self) -> torch.Size:
+        return self._parameter.shape
+
+    def gather(self) -> Tensor:
+        """The whole parameter: itself, or a copy whose numbers `write` gives to the model."""
+        return self._parameter
+
+    def write(self, whole: Tensor) -> None:
+        """Gives the model the numbers of `whole`, which are the same on every process."""
+
+    def restore(self) -> None:
+        """Gives the model the numbers again that it had at `gather`."""
+
+
+class _Distributed(_Whole):
+    """A DTensor, of which this process has a part."""
+
+    def __init__(self, part: Callable[[], Any]) -> None:
+        self._part = part
+
+    def shape(self) -> torch.Size:
+        found: torch.Size = self._part().shape
+        return found
+
+    def gather(self) -> Tensor:
+        parameter = self._part()
+        self._kept = parameter.to_local().clone()
+        whole: Tensor = parameter.full_tensor()
+        return whole
+
+    def write(self, whole: Tensor) -> None:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        parameter = self._part()
+        mesh = parameter.device_mesh
+        # Of a tensor that all processes have, each takes its part without sending anything.
+        everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        parameter.to_local().copy_(everywhere.redistribute(mesh, parameter.placements).to_local())
+
+    def restore(self) -> None:
+        self._part().to_local().copy_(self._kept)
+
+
+class _Flat(_Whole):
+    """A parameter within the long vector of an FSDP1 module, which is put together for each change."""
+
+    def __init__(
+        self, gathered: Callable[[bool], AbstractContextManager[None]], find: Callable[[], Tensor]
+    ) -> None:
+        self._gathered, self._find = gathered, find
+
+    def shape(self) -> torch.Size:
+        with self._gathered(False):
+            return self._find().shape
+
+    def gather(self) -> Tensor:
+        with self._gathered(False):
+            self._kept = self._find().detach().clone()
+        return self._kept.clone()
+
+    def write(self, whole: Tensor) -> None:
+        with self._gathered(True):
+            self._find().detach().copy_(whole)
+
+    def restore(self) -> None:
+        self.write(self._kept)
+
+
+def _around(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that the parameter is in, from its own to the model."""
+    path = name.split(".")[:-1]
+    return [model.get_submodule(".".join(path[:depth])) for depth in reversed(range(len(path) + 1))]
+
+
+def _owner(model: nn.Module, name: str) -> Any:
+    """The module for which fully_shard puts the parameter together; None if there is none."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return next((m for m in _around(model, name) if kind is not None and isinstance(m, kind)), None)
+
+
+def stored(model: nn.Module, name: str) -> Tensor:
+    """The parameter as it is between passes: under fully_shard, a root module would stay whole after one, and not see a change of the parts."""
+    owner = _owner(model, name)
+    if owner is not None:
+        owner.reshard()
+    return model.get_parameter(name)
+
+
+def _place(model: nn.Module, name: str) -> _Whole:
+    flats: list[Any] = [module for module in _around(model, name) if is_flat(module)]
+    if flats:
+        flats[-1].check_is_root()  # else the first one that is put together takes itself for the root
+
+        def gathered(change: bool) -> AbstractContextManager[None]:
+            made: AbstractContextManager[None] = flats[0].summon_full_params(
+                flats[0], recurse=False, writeback=change
+            )
+            return made
+
+        return _Flat(gathered, lambda: model.get_parameter(name))
+    parameter = stored(model, name)
+    return _Distributed(lambda: stored(model, name)) if is_distributed(parameter) else _Whole(parameter)
+
+
+@contextmanager
+def whole_parameters(
+    model: nn.Module, names: Sequence[str]
+) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
+    """Whole tensors of the parameters, and a function that gives the model the numbers that stand in them.
+
+    At the end the model has its own numbers again; tensors that are its own parameters are the caller's to restore.
+    """
+    with torch.no_grad():
+        places = [_place(model, name) for name in names]
+        tensors = [place.gather() for place in places]
+
+    @torch.no_grad()
+    def write() -> None:
+        for place, tensor in zip(places, tensors, strict=True):
+            place.write(tensor)
+
+    try:
+        yield tensors, write
+    finally:
+        with torch.no_grad():
+            for place in places:
+                place.restore()
+
+
+def whole_shape(model: nn.Module, name: str) -> torch.Size:
+    """The shape of a whole parameter."""
+    with torch.no_grad():
+        return _place(model, name).shape()
