@@ -199,6 +199,13 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         "NearestOrder.begin": {"length": 2},
         "NearestOrder.rounds": {"k": 2, "items": zeros(6), "counts": zeros(2), "values": f64(2), "takers": zeros(6), "similarities": f64(6)},
         "NearestOrder.order": {"list": 0, "items": zeros(9), "similarities": f32(9)},
+        "PartialGains.__init__": {"clients": 4, "dtype": "float32", "entries": 100, "threads": 2},
+        "PartialGains.begin": {"rows": 2, "listing": True},
+        "PartialGains.add": {"s": f32(2, 3), "first": 1, "best": f32(4), "weights": f32(4), "sums": zeros(2)},
+        "PartialGains.has": {"number": 7},
+        "PartialGains.evaluate": {"numbers": i64(7, 5), "best": f32(4), "weights": f32(4), "sums": zeros(2)},
+        "PartialGains.win": {"number": 7, "position": 0, "best": f32(4), "owner": zeros(4)},
+        "PartialGains.forget": {"number": 7},
         "Transport.__init__": {"costs": f32(3, 4), "u": f64(3), "threads": 2},
         "Transport.exchange": {"place": 1, "row": f32(4), "ceiling": 9.0},
         "Transport.best_exchange": {
@@ -250,6 +257,13 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
         order.finish()
         return order
 
+    def gains_with_lists() -> Any:
+        gains = m.PartialGains(4, "float32", 100, 2)
+        gains.begin(2, True)
+        gains.add(f32(2, 4), 0, zeros(4).float() - 9, f32(4), zeros(2))
+        gains.keep(i64(7, 5))
+        return gains
+
     # A method needs an object; a call that only notes its arguments is followed by a call that uses them.
     def call(name: str, given: dict[str, Any]) -> None:
         owner, _, method = name.rpartition(".")
@@ -262,6 +276,14 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
             order.begin(**given)
             order.update(f32(9, 2))
             order.finish()
+        elif name == "PartialGains.begin":
+            gains = m.PartialGains(4, "float32", 100, 2)
+            gains.begin(**given)
+            gains.add(f32(2, 4), 0, f32(4), f32(4), zeros(2))
+        elif name == "PartialGains.add":
+            gains = m.PartialGains(4, "float32", 100, 2)
+            gains.begin(2, True)
+            gains.add(**given)
         elif name == "Sinkhorn.__init__":
             m.Sinkhorn(**given).step(5)
         elif name == "Sinkhorn.step":
@@ -278,6 +300,7 @@ def _tables(m: ModuleType) -> tuple[dict[str, Any], Callable[..., Any]]:
             makers = {
                 "FacilityLocation": run_of,
                 "NearestOrder": finished_order,
+                "PartialGains": gains_with_lists,
                 "CaratheodoryReduction": reduction,
                 "Transport": lambda: m.Transport(f32(3, 4), None, 1),
             }

@@ -32,6 +32,7 @@ TESTS = (
     "test_pairwise.py",
     "backends/test_facility_location_cuda.py",
     "test_nearest_order.py",
+    "test_partial_gains.py",
     "test_sinkhorn.py",
     "test_sinkhorn_kernels.py",
     "test_sinkhorn_course.py",

@@ -39,6 +39,7 @@ auto without_gil(Fn&& fn) {
 }
 
 void bind_pairwise(py::module_& m);
+void bind_partial_gains(py::module_& m);
 void bind_facility_location(py::module_& m);
 void bind_nearest_order(py::module_& m);
 void bind_sinkhorn(py::module_& m);

@@ -14,6 +14,7 @@ void define_module(py::module_& m) {
   m.attr("ISA") = kernel_isa();
   define_exporter(m);
   bind_pairwise(m);
+  bind_partial_gains(m);
   bind_facility_location(m);
   bind_nearest_order(m);
   bind_sinkhorn(m);

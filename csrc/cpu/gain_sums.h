@@ -34,10 +34,15 @@ class LiveRows {
         simd::append<T>(client_.data() + row * stride_, value_.data() + row * stride_, count, mask, first, s);
   }
 
+  int64_t limit() const { return limit_; }
+  // The pairs of a row; all of them if these are at most limit().
+  int64_t count(int64_t row) const { return count_[row]; }
+  const uint32_t* clients(int64_t row) const { return client_.data() + row * stride_; }
+  const T* values(int64_t row) const { return value_.data() + row * stride_; }
+
   void store(const int64_t* index, int64_t rows, LiveLists<T>& lists) const {
     for (int64_t r = 0; r < rows; ++r) {
-      if (count_[r] > limit_) continue;
-      lists.store(index[r], client_.data() + r * stride_, value_.data() + r * stride_, count_[r]);
+      if (count_[r] <= limit_) lists.store(index[r], clients(r), values(r), count_[r]);
     }
   }
 

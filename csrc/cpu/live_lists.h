@@ -23,6 +23,44 @@
 
 namespace fc {
 
+// The gain over the pairs (client, value), sum of trunc(max(0, value - best) * weight). Drops those that are
+// no longer live, and `count` falls.
+template <class T>
+int64_t gain_of_pairs(uint32_t* client, T* value, int64_t& count, const T* best, const T* weight) {
+  int64_t kept = 0, i = 0;
+  int64_t gain = 0;
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    simd::Sum<T> sum{};
+    int64_t adds = 0;
+    for (; i + simd::kWidth<T> <= count; i += simd::kWidth<T>) {
+      if (++adds > simd::Sum<T>::kMostAdds) {
+        gain += std::exchange(sum, simd::Sum<T>{}).total();
+        adds = 1;
+      }
+      const auto s = simd::load(value + i);
+      const auto index = simd::load_indices(client + i);
+      const auto b = simd::gather(best, index);
+      const uint32_t live = simd::greater_mask<T>(s, b);
+      sum.add(simd::positive_part<T>(s - b) * simd::gather(weight, index));
+      kept = simd::compress(client, value, kept, live, index, s);
+    }
+    gain += sum.total();
+  }
+#endif
+  for (; i < count; ++i) {
+    const uint32_t c = client[i];
+    const T s = value[i], gap = s - best[c];
+    if (gap <= 0) continue;
+    gain += static_cast<int64_t>(gap * weight[c]);
+    client[kept] = c;
+    value[kept] = s;
+    ++kept;
+  }
+  count = kept;
+  return gain;
+}
+
 template <class T>
 class LiveLists {
  public:
@@ -72,41 +110,7 @@ class LiveLists {
 
   // The gain of j, sum of trunc(max(0, s - best) * weight); drops the pairs that are no longer live.
   int64_t evaluate(int64_t j, const T* best, const T* weight) {
-    uint32_t* client = client_.data() + start_[j];
-    T* value = value_.data() + start_[j];
-    const int64_t count = length_[j];
-    int64_t kept = 0, i = 0;
-    int64_t gain = 0;
-#if defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) {
-      simd::Sum<T> sum{};
-      int64_t adds = 0;
-      for (; i + simd::kWidth<T> <= count; i += simd::kWidth<T>) {
-        if (++adds > simd::Sum<T>::kMostAdds) {
-          gain += std::exchange(sum, simd::Sum<T>{}).total();
-          adds = 1;
-        }
-        const auto s = simd::load(value + i);
-        const auto index = simd::load_indices(client + i);
-        const auto b = simd::gather(best, index);
-        const uint32_t live = simd::greater_mask<T>(s, b);
-        sum.add(simd::positive_part<T>(s - b) * simd::gather(weight, index));
-        kept = simd::compress(client, value, kept, live, index, s);
-      }
-      gain += sum.total();
-    }
-#endif
-    for (; i < count; ++i) {
-      const uint32_t c = client[i];
-      const T s = value[i], gap = s - best[c];
-      if (gap <= 0) continue;
-      gain += static_cast<int64_t>(gap * weight[c]);
-      client[kept] = c;
-      value[kept] = s;
-      ++kept;
-    }
-    length_[j] = kept;
-    return gain;
+    return gain_of_pairs(client_.data() + start_[j], value_.data() + start_[j], length_[j], best, weight);
   }
 
   // Closes the gaps that shrunken and chosen candidates' lists left. Returns the share of the arena that is

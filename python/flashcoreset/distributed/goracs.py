@@ -32,7 +32,7 @@ from flashcoreset.distributed.order import kth_smallest, ordered_bits, values_of
 from flashcoreset.distributed.problem import power_of_gains, shard_labels
 from flashcoreset.distributed.selection import as_shard
 from flashcoreset.distributed.sums import exact_sum
-from flashcoreset.facility_location.backend import choose
+from flashcoreset.facility_location.backend import Kernels, choose
 from flashcoreset.methods.goracs import (
     check_norms,
     checked_budgets,
@@ -210,7 +210,17 @@ def goracs(
                 )  # fmt: skip
                 items = members + first
                 found.append(
-                    _select(comm, costs, _Features(part), items, share, options, pool, report, begin)
+                    _select(
+                        comm,
+                        costs,
+                        _Features(costs.kernels, part),
+                        items,
+                        share,
+                        options,
+                        pool,
+                        report,
+                        begin,
+                    )
                 )
                 done += share + options.max_exchanges
                 bar.skip(done)  # the exchanges that were not made
@@ -348,8 +358,8 @@ class _Features:
 
     by_all, clients = True, 0
 
-    def __init__(self, x: Tensor) -> None:
-        self._x = x
+    def __init__(self, kernels: Kernels, x: Tensor) -> None:
+        self.kernels, self._x = kernels, x
         self.count, self.width = x.shape
         self.dtype, self.device = x.dtype, x.device
 
@@ -370,6 +380,7 @@ class _Similarities:
         self.count, self.width = costs.shape
         self.clients = self.width
         self.dtype, self.device = costs.dtype, costs.penalty.device
+        self.kernels = costs.kernels
 
     def rows(self, candidates: Tensor) -> Tensor:
         if not len(candidates):

@@ -46,7 +46,6 @@ _BATCH = 256  # candidates that are evaluated together at the most
 _BLOCK = 1 << 18  # similarities that are computed together
 _TENSOR = 600  # bytes that a row takes beside its numbers
 _IS_CLOSED = -(1 << 62)  # gains are below 2^62
-_SPARSE = 0.1  # the share of live pairs up to which they are listed
 
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 
@@ -160,9 +159,7 @@ class Greedy:
         size = dtype.itemsize
         self._most_rows = max(2 * _BATCH, memory_budget // 2 // (source.width * size + _TENSOR))
         self._rows: OrderedDict[int, Tensor] = OrderedDict()
-        self._most_entries = memory_budget // 2 // (8 + size)
-        self._lists: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
-        self._entries = 0
+        self._partial = source.kernels.PartialGains(m, dtype, device, memory_budget // 2 // (8 + size))
         self._before: Tensor | None = None
         # The bounds [count] of candidates that live here and are not in the front; -1 of those that are closed or in it.
         self._bound = np.zeros(source.count, dtype=np.int64)
@@ -213,12 +210,14 @@ class Greedy:
 
     # ---- gains
 
-    def _dense_gains(self, rows: Tensor) -> Tensor:
-        """This rank's parts [r] int64 of the gains of candidates."""
+    def _gains(self, rows: Tensor, numbers: list[int] | None = None) -> Tensor:
+        """This rank's parts [r] int64 of the gains of candidates, given by their rows; with `numbers` they may leave lists."""
+        self._partial.begin(len(rows), numbers is not None)
         gains = torch.zeros(len(rows), dtype=torch.int64, device=self.best.device)
         for some, s in self.shared.similarities(rows):
-            terms = (s - self.best[some]).clamp_min_(0).mul_(self._scaled_weights[some])
-            gains += terms.to(torch.int64).sum(1)
+            self._partial.add(s, some.start, self.best, self._scaled_weights, gains)
+        if numbers is not None:
+            self._partial.keep(numbers)
         self.evaluations += len(rows)
         return gains
 
@@ -245,9 +244,9 @@ class Greedy:
                             end - begin, source.width, dtype=source.dtype, device=source.device
                         )
                     if source.by_all:
-                        gains = comm.sum(self._dense_gains(comm.broadcast(rows, rank)))
+                        gains = comm.sum(self._gains(comm.broadcast(rows, rank)))
                     else:
-                        gains = self._dense_gains(rows)
+                        gains = self._gains(rows)
                     if mine:
                         self._bound[todo[begin:end]] = gains.cpu().numpy()
                 if mine and record is not None:
@@ -278,59 +277,19 @@ class Greedy:
         return gains.tolist(), self._limits.keys(numbers, gains).tolist()
 
     def _partial_gains(self, numbers: list[int], rows: Tensor) -> Tensor:
-        gains = torch.zeros(len(numbers), dtype=torch.int64, device=self.best.device)
-        listed = [place for place, j in enumerate(numbers) if j in self._lists]
-        others = [place for place, j in enumerate(numbers) if j not in self._lists]
-        if listed:
-            lists = [self._lists[numbers[place]] for place in listed]
-            lengths = torch.tensor([len(values) for _, values in lists])
-            which = torch.repeat_interleave(torch.tensor(listed), lengths).to(gains.device)
-            clients, values = (torch.cat(column) for column in zip(*lists, strict=True))
-            gains.index_add_(0, which, self._terms(clients, values))
-        if not others:
-            return gains
-        at = torch.tensor(others, device=gains.device)
-        rows = rows[at]
-        self.evaluations += len(others)
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        parts = torch.zeros(len(others), dtype=torch.int64, device=gains.device)
-        live, seen, listing = 0, 0, True
-        for some, s in self.shared.similarities(rows):
-            best = self.best[some]
-            more = s > best
-            live, seen = live + int(more.sum()), seen + more.numel()
-            listing = listing and live <= max(1024, _SPARSE * seen)
-            if listing:
-                row, client = more.nonzero(as_tuple=True)
-                values, client = s[row, client], client + some.start
-                parts.index_add_(0, row, self._terms(client, values))
-                found.append((row, client, values))
-            else:
-                terms = (s - best).clamp_min_(0).mul_(self._scaled_weights[some])
-                parts += terms.to(torch.int64).sum(1)
-        gains[at] = parts
-        if listing and found:
-            self._keep([numbers[place] for place in others], found)
+        """This rank's parts [r] int64 of the gains of candidates, some of which have lists."""
+        listed = [place for place, j in enumerate(numbers) if self._partial.has(j)]
+        others = sorted(set(range(len(numbers))).difference(listed))
+        gains = torch.empty(len(numbers), dtype=torch.int64, device=self.best.device)
+        # Before the others, whose lists may take the place of these.
+        for places, found in (
+            (listed, lambda of: self._partial.evaluate(of, self.best, self._scaled_weights)),
+            (others, lambda of: self._gains(rows[at], of)),
+        ):
+            if places:
+                at = torch.tensor(places, device=gains.device)
+                gains[at] = found([numbers[place] for place in places])
         return gains
-
-    def _terms(self, clients: Tensor, values: Tensor) -> Tensor:
-        more = (values - self.best[clients]).clamp_min_(0)
-        return more.mul_(self._scaled_weights[clients]).to(torch.int64)
-
-    def _keep(self, numbers: list[int], found: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Lists of live pairs; whether a rank has one changes no result."""
-        row, client, values = (torch.cat(column) for column in zip(*found, strict=True))
-        order = torch.argsort(row, stable=True)
-        counts = torch.bincount(row, minlength=len(numbers)).tolist()
-        for j, own in zip(numbers, order.split(counts), strict=True):
-            self._lists[j] = client[own], values[own]
-            self._entries += len(own)
-        while self._entries > self._most_entries:
-            self._forget(next(iter(self._lists)))
-
-    def _forget(self, number: int) -> None:
-        if number in self._lists:
-            self._entries -= len(self._lists.pop(number)[0])
 
     # ---- the front
 
@@ -407,7 +366,7 @@ class Greedy:
                 break
             for j, gain, key in zip(batch, *self._evaluate(batch), strict=True):
                 if key < 0:
-                    self._forget(j)
+                    self._partial.forget(j)
                     continue
                 self._stamp[j], gain_of[j] = now, gain
                 taken.append((-key, j))
@@ -463,12 +422,8 @@ class Greedy:
     def _commit(self, number: int, gain: int) -> None:
         position, source = len(self.picks), self._source
         row = (self._known_rows if source.by_all else self.shared.fetch)([number])
-        if number in self._lists and source.by_all:
-            clients, values = self._lists[number]
-            better = values > self.best[clients]
-            clients = clients[better]
-            self.best[clients] = values[better]
-            self.owner[clients] = position
+        if source.by_all and self._partial.has(number):
+            self._partial.win(number, position, self.best, self.owner)
         else:
             s = self._similarities(row)[0]
             better = s > self.best
@@ -481,7 +436,7 @@ class Greedy:
                 self._serves_itself.append((own, position))
         self.picks.append(number)
         self.gains.append(gain)
-        self._forget(number)
+        self._partial.forget(number)
         if self._limits is not None:
             self._close(self._limits.after_pick(number, row))
 

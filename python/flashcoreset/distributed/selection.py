@@ -725,7 +725,9 @@ def _solve_one(
     scale = scale_of(call, whose, own_x, clients, weights)
     told = torch.ones(m, dtype=torch.float64, device=x.device) if weights is None else weights
     source: Source = (
-        MatrixRows(own_x) if call.is_matrix else Points(call.kernels, own_x, clients, call.metric)
+        MatrixRows(call.kernels, own_x)
+        if call.is_matrix
+        else Points(call.kernels, own_x, clients, call.metric)
     )
 
     problem = Problem(
@@ -762,7 +764,11 @@ def _solve_one(
             of, numbers_left = source, numbers
             if kept is not None:
                 few = own_x[kept.to(x.device)]
-                of = MatrixRows(few) if call.is_matrix else Points(call.kernels, few, clients, call.metric)
+                of = (
+                    MatrixRows(call.kernels, few)
+                    if call.is_matrix
+                    else Points(call.kernels, few, clients, call.metric)
+                )
                 numbers_left = numbers[kept]
             return Greedy(
                 comm, of, Candidates(call.starts, comm.rank, numbers_left), told, scale, call.floor, before,

@@ -23,6 +23,7 @@ class Source(Protocol):
         count: how many candidates live here.
         clients: how many clients are evaluated here.
         width: the numbers of a candidate's row, which is all that another rank needs of it.
+        kernels: the backend.
     """
 
     by_all: bool
@@ -31,6 +32,7 @@ class Source(Protocol):
     width: int
     dtype: torch.dtype
     device: torch.device
+    kernels: Kernels
 
     def rows(self, candidates: Tensor) -> Tensor:
         """The rows [r, width] of candidates that live here."""
@@ -53,7 +55,7 @@ class Points:
         *,
         replicated: bool = False,
     ) -> None:
-        self._kernels, self._x, self._clients, self._metric = kernels, x, clients, metric
+        self.kernels, self._x, self._clients, self._metric = kernels, x, clients, metric
         self.by_all = not replicated
         self.count, self.width, self.clients = x.shape[0], x.shape[1], clients.shape[0]
         self.dtype, self.device = x.dtype, x.device
@@ -65,7 +67,7 @@ class Points:
         some = self._clients[clients]
         if not (len(rows) and len(some)):
             return rows.new_empty(len(rows), len(some))
-        values = self._kernels.pairwise(rows, some, metric=self._metric)
+        values = self.kernels.pairwise(rows, some, metric=self._metric)
         return values.neg_() if self._metric in DISTANCES else values
 
 
@@ -74,8 +76,8 @@ class MatrixRows:
 
     by_all = False
 
-    def __init__(self, s: Tensor) -> None:
-        self._s = s
+    def __init__(self, kernels: Kernels, s: Tensor) -> None:
+        self.kernels, self._s = kernels, s
         self.count, self.clients = s.shape
         self.width = self.clients
         self.dtype, self.device = s.dtype, s.device

@@ -44,6 +44,33 @@ class Run(Protocol):
         int64; returns f(S), the preselected included."""
 
 
+class PartialGains(Protocol):
+    """Gains of candidates over the clients that are here: parts of sums over all ranks. A candidate of few live pairs leaves their list behind,
+    by its number, and its later evaluations read that list; which lists are kept changes no sum."""
+
+    def begin(self, rows: int, listing: bool) -> None:
+        """Begins a batch of candidates; `listing`: whether to prepare lists of their live pairs."""
+
+    def add(self, s: Tensor, first: int, best: Tensor, weights: Tensor, sums: Tensor) -> None:
+        """Adds to `sums` [rows] int64 the terms trunc(max(0, s_rc - best) weight) over the clients from `first` on, of which s
+        [rows, c] has the similarities; `best` and `weights` are those of all clients."""
+
+    def keep(self, numbers: list[int]) -> None:
+        """Ends the batch: keeps the lists of its candidates, whose `numbers` are distinct."""
+
+    def has(self, number: int) -> bool:
+        """Whether a candidate has a list."""
+
+    def evaluate(self, numbers: list[int], best: Tensor, weights: Tensor) -> Tensor:
+        """The gains [r] int64 of candidates that have lists."""
+
+    def win(self, number: int, position: int, best: Tensor, owner: Tensor) -> None:
+        """Writes the similarities of a candidate's list that are better to `best`, and `position` to `owner` [clients] int64."""
+
+    def forget(self, number: int) -> None:
+        """Drops a candidate's list, if it has one."""
+
+
 class Kernels(Protocol):
     """The kernels of one backend: a module, whose functions say what they do."""
 
@@ -54,6 +81,11 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
     def FacilityLocation(self, problem: Problem) -> Run: ...
+
+    def PartialGains(
+        self, clients: int, dtype: torch.dtype, device: torch.device, entries: int
+    ) -> PartialGains:
+        """For float32 or float64 similarities to so many clients; the lists have at most `entries` pairs in all."""
 
     def workspace(self, problem: Problem) -> int:
         """An upper bound of the bytes that a run allocates; of the tensors only the shapes and types are read."""

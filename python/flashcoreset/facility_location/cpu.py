@@ -13,7 +13,7 @@ from flashcoreset._core.native import capsule
 from flashcoreset.facility_location.problem import Problem, Watch
 from flashcoreset.pairwise.cpu import pairwise
 
-__all__ = ["TAKES", "FacilityLocation", "pairwise", "workspace"]
+__all__ = ["TAKES", "FacilityLocation", "PartialGains", "pairwise", "workspace"]
 
 TAKES = Takes(sparse=True)
 
@@ -69,6 +69,31 @@ class FacilityLocation:
         """What the run did so far: evaluations of candidates, similarities computed or read, and sweeps over
         all candidates."""
         return self._run.stats()
+
+
+class PartialGains:
+    """Gains over the clients that are here, as `flashcoreset.facility_location.backend.PartialGains` says."""
+
+    def __init__(self, clients: int, dtype: torch.dtype, device: torch.device, entries: int) -> None:
+        name = "float64" if dtype == torch.float64 else "float32"
+        self._gains = native.module().PartialGains(clients, name, entries, torch.get_num_threads())
+        self.begin, self.has, self.forget = self._gains.begin, self._gains.has, self._gains.forget
+
+    def add(self, s: Tensor, first: int, best: Tensor, weights: Tensor, sums: Tensor) -> None:
+        s = s if s.stride(1) == 1 else s.contiguous()
+        self._gains.add(capsule(s), first, capsule(best), capsule(weights), capsule(sums))
+
+    def keep(self, numbers: list[int]) -> None:
+        self._gains.keep(capsule(torch.tensor(numbers, dtype=torch.int64)))
+
+    def evaluate(self, numbers: list[int], best: Tensor, weights: Tensor) -> Tensor:
+        sums = torch.empty(len(numbers), dtype=torch.int64)
+        listed = torch.tensor(numbers, dtype=torch.int64)
+        self._gains.evaluate(capsule(listed), capsule(best), capsule(weights), capsule(sums))
+        return sums
+
+    def win(self, number: int, position: int, best: Tensor, owner: Tensor) -> None:
+        self._gains.win(number, position, capsule(best), capsule(owner))
 
 
 def workspace(problem: Problem) -> int:

@@ -13,10 +13,11 @@ from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._core.native import capsule
 from flashcoreset._core.tensor import Csr, check_finite, check_preselected, check_weights
+from flashcoreset.facility_location.partial_gains import PartialGains
 from flashcoreset.facility_location.problem import Problem, Watch
 from flashcoreset.pairwise.cuda import pairwise
 
-__all__ = ["TAKES", "FacilityLocation", "pairwise", "workspace"]
+__all__ = ["TAKES", "FacilityLocation", "PartialGains", "pairwise", "workspace"]
 
 TAKES = Takes(checks_values=True)
 

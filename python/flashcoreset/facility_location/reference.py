@@ -35,6 +35,7 @@ from flashcoreset._core.constants import DISTANCES
 from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.tensor import Csr, check_finite
 from flashcoreset.facility_location.gains import bounds_of_matrix, bounds_of_points, gain_scale, pick_keys
+from flashcoreset.facility_location.partial_gains import PartialGains as PartialGains
 from flashcoreset.facility_location.problem import Problem, Watch
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.reference import _blocks, values_of_rows

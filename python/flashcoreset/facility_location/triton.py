@@ -12,13 +12,14 @@ from flashcoreset._core.dispatch import Takes
 from flashcoreset._core.errors import BackendUnavailableError, no_sparse_kernel
 from flashcoreset._core.tensor import Csr, check_finite
 from flashcoreset.facility_location.gains import bounds_of_matrix, bounds_of_points, gain_scale, pick_keys
+from flashcoreset.facility_location.partial_gains import PartialGains
 from flashcoreset.facility_location.problem import Problem, Watch
 from flashcoreset.pairwise import normalize_rows
 from flashcoreset.pairwise.triton import pairwise
 from flashcoreset.triton_kernels.facility_location import Similarities
 from flashcoreset.triton_kernels.pairwise import launch_pairwise, panel
 
-__all__ = ["TAKES", "FacilityLocation", "pairwise", "workspace"]
+__all__ = ["TAKES", "FacilityLocation", "PartialGains", "pairwise", "workspace"]
 
 TAKES = Takes()
 

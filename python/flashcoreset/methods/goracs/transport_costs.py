@@ -92,7 +92,7 @@ class TransportCosts:
         largest: float | None = None,
         most: Callable[[float], float] = float,
     ) -> None:
-        self._train, self._valid, self._kernels = train, valid, kernels
+        self._train, self._valid, self.kernels = train, valid, kernels
         self.memory_budget, self.dtype = memory_budget, train.dtype
         self.shape = (train.shape[0], valid.shape[0])
         self.dtype = train.dtype
@@ -163,7 +163,7 @@ class TransportCosts:
         return nearest, farthest, total
 
     def _distances(self, rows: slice | Tensor, out: Tensor | None = None) -> Tensor:
-        return self._kernels.pairwise(self._train[rows], self._valid, metric="euclidean", out=out)
+        return self.kernels.pairwise(self._train[rows], self._valid, metric="euclidean", out=out)
 
     def _to_similarities(self, distances: Tensor, base: Tensor) -> Tensor:
         # One rounding after another, never fused, whatever the block.
@@ -234,7 +234,7 @@ class Cover:
         self._run: Any = None
         self._run_picks = 0
         if costs.held is not None:
-            self._run = costs._kernels.FacilityLocation(
+            self._run = costs.kernels.FacilityLocation(
                 Problem(costs.held, metric="precomputed", memory_budget=costs.memory_budget // 4)
             )
             return
@@ -350,7 +350,7 @@ class Cover:
         n = self._costs.shape[0]
         fixed = torch.tensor([*self.picks, n], dtype=torch.int64, device=self.owner.device)
         # Only these two backends take sparse matrices.
-        kernels = self._costs._kernels
+        kernels = self._costs.kernels
         if kernels is not cpu:
             kernels = choose("torch", self.owner.device)
         del self._sample, self._bounds
