@@ -19,9 +19,7 @@ def gains_of(s: Tensor, best: Tensor, weights: Tensor) -> list[int]:
     """Each row's sum of trunc(max(0, s - best) weight), pair by pair, each step rounded to the type."""
     s, best, weights = (t.cpu().numpy() for t in (s, best, weights))
     zero = np.zeros((), s.dtype)
-    return [
-        sum(int(max(zero, v - b) * w) for v, b, w in zip(row, best, weights, strict=True)) for row in s
-    ]
+    return [sum(int(max(zero, v - b) * w) for v, b, w in zip(row, best, weights, strict=True)) for row in s]
 
 
 class Clients:
@@ -34,7 +32,9 @@ class Clients:
         self.best = torch.full((m,), 0.5, dtype=dtype, device=device)
         # Of all magnitudes, so that the sums need all bits.
         exponents = torch.randint(0, 40, (m,), generator=random).double()
-        self.weights = (torch.rand(m, generator=random, dtype=torch.float64) * 2**exponents).to(dtype).to(device)
+        self.weights = (
+            (torch.rand(m, generator=random, dtype=torch.float64) * 2**exponents).to(dtype).to(device)
+        )
         self.owner = torch.full((m,), -1, dtype=torch.int64, device=device)
         kernels = choose(backend, device)
         self.partial: PartialGains = kernels.PartialGains(m, dtype, device, entries)

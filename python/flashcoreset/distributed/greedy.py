@@ -281,14 +281,12 @@ class Greedy:
         listed = [place for place, j in enumerate(numbers) if self._partial.has(j)]
         others = sorted(set(range(len(numbers))).difference(listed))
         gains = torch.empty(len(numbers), dtype=torch.int64, device=self.best.device)
-        # Before the others, whose lists may take the place of these.
-        for places, found in (
-            (listed, lambda of: self._partial.evaluate(of, self.best, self._scaled_weights)),
-            (others, lambda of: self._gains(rows[at], of)),
-        ):
-            if places:
-                at = torch.tensor(places, device=gains.device)
-                gains[at] = found([numbers[place] for place in places])
+        if listed:  # before the others, whose lists may take the place of these
+            found = self._partial.evaluate([numbers[i] for i in listed], self.best, self._scaled_weights)
+            gains[torch.tensor(listed, device=gains.device)] = found
+        if others:
+            at = torch.tensor(others, device=gains.device)
+            gains[at] = self._gains(rows[at], [numbers[i] for i in others])
         return gains
 
     # ---- the front
