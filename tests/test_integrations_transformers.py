@@ -430,7 +430,52 @@ def test_two_processes_that_share_the_model(tmp_path: Path) -> None:
         assert sums == pytest.approx(whole, rel=1e-4, abs=1e-4)
 
 
-def on_two_processes(code: str, tmp_path: Path) -> list[Any]:
+PARTITIONED = """
+import json, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_integrations_transformers import *
+
+folder, found = Path(sys.argv[1]), {{}}
+for name, gradients in (("zeroth_order", {{}}), ("backprop", EXACT)):
+    colm = CoLMConfig(**{{**COLM, **gradients, "keep_sources": ()}})
+    for stage in (0, 1, 2, 3):
+        zero = {{"stage": stage, "stage3_param_persistence_threshold": 0}}
+        config = {{
+            "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+            "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        }}
+        given = arguments(folder, max_steps=2, ddp_backend="gloo", optim="adamw_torch", deepspeed=config if stage else None)
+        run = Recording(model(), given, train_dataset=rows(), data_collator=collate, colm=colm)
+        run.train()
+        sums = []
+        for parameter in run.model.parameters():
+            if stage == 3:
+                import deepspeed
+                assert not parameter.numel()
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    sums.append(float(parameter.double().sum()))
+            else:
+                sums.append(float(parameter.double().sum()))
+        found[f"{{name}} {{stage}}"] = [[coreset.indices.tolist() for coreset in run.coresets], sums]
+(folder / f"{{run.args.process_index}}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes_of_deepspeed(tmp_path: Path) -> None:
+    """ZeRO 1 to 3: the coresets, and what is trained on them, are those without DeepSpeed."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed compiles a library of its own when it is first used")
+    first, second = on_two_processes(PARTITIONED, tmp_path, seconds=600)
+    assert first == second
+    for name in ("zeroth_order", "backprop"):
+        expected, whole = first[f"{name} 0"]
+        for stage in (1, 2, 3):
+            chosen, sums = first[f"{name} {stage}"]
+            assert chosen == expected
+            assert sums == pytest.approx(whole, rel=1e-4, abs=1e-4)
+
+
+def on_two_processes(code: str, tmp_path: Path, seconds: int = 120) -> list[Any]:
     """What each process wrote to its file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -454,7 +499,7 @@ def on_two_processes(code: str, tmp_path: Path) -> list[Any]:
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    outputs = [process.communicate(timeout=seconds)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
     return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -495,26 +540,16 @@ def test_two_processes(tmp_path: Path) -> None:
 # ---- errors
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("is_fsdp_enabled", "fsdp_config must have version 2: .*, got FSDP1$"),
-        ("is_deepspeed_enabled", "which DeepSpeed does not show, got DeepSpeed; take FSDP"),
-    ],
-)
-def test_sharded_models_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, message: str
-) -> None:
-    """By what Trainer says of itself: neither needs to be installed."""
+def test_fsdp1_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     prepare = transformers.Trainer.create_accelerator_and_postprocess
 
     def prepared(self: transformers.Trainer) -> None:
         prepare(self)
-        setattr(self, flag, True)
+        self.is_fsdp_enabled = True
         self.accelerator.state.fsdp_plugin = types.SimpleNamespace(fsdp_version=1)
 
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", prepared)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"fsdp_config must have version 2: .*, got FSDP1$"):
         trainer(tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""Models whose parameters are shared out among processes: by fully_shard (FSDP2) or otherwise as DTensors, or by FullyShardedDataParallel (FSDP1).
+"""Models whose parameters are shared out among processes: by fully_shard (FSDP2) or otherwise as DTensors, by FullyShardedDataParallel (FSDP1),
+or by DeepSpeed (ZeRO 3).
 
 Every process moves a whole copy of a wanted parameter, in the same direction, and keeps its own part of it; the model's forward pass puts the
 parts together. A pass is a collective call, so the processes decide together how many passes they make.
@@ -26,6 +27,9 @@ class Processes:
         for parameter in parameters:
             if is_distributed(parameter) and parameter.device_mesh not in meshes:
                 meshes.append(parameter.device_mesh)
+                self._device = parameter.device
+            elif is_partitioned(parameter) and parameter.ds_process_group not in self._groups:
+                self._groups.append(parameter.ds_process_group)
                 self._device = parameter.device
         for mesh in meshes:
             self._groups += [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
@@ -57,6 +61,11 @@ def is_distributed(tensor: Tensor | None) -> bool:
     """Whether the tensor is a DTensor, of which each process has a part."""
     tensors = sys.modules.get("torch.distributed.tensor")  # without it there are none
     return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether the parameter is one of DeepSpeed's, which is empty but for the time in which it is used (ZeRO 3)."""
+    return "deepspeed" in sys.modules and hasattr(tensor, "ds_process_group")
 
 
 def is_flat(module: nn.Module) -> bool:
@@ -114,8 +123,9 @@ class _Distributed(_Whole):
         self._part().to_local().copy_(self._kept)
 
 
-class _Flat(_Whole):
-    """A parameter within the long vector of an FSDP1 module, which is put together for each change."""
+class _Hidden(_Whole):
+    """A parameter that stands whole in the model only within `gathered`, whose argument says whether it is changed there: one of the long
+    vector of an FSDP1 module, or one of DeepSpeed's."""
 
     def __init__(
         self, gathered: Callable[[bool], AbstractContextManager[None]], find: Callable[[], Tensor]
@@ -170,8 +180,18 @@ def _place(model: nn.Module, name: str) -> _Whole:
             )
             return made
 
-        return _Flat(gathered, lambda: model.get_parameter(name))
+        return _Hidden(gathered, lambda: model.get_parameter(name))
     parameter = stored(model, name)
+    if is_partitioned(parameter):
+        zero = sys.modules["deepspeed"].zero
+
+        def put_together(change: bool) -> AbstractContextManager[None]:
+            made: AbstractContextManager[None] = zero.GatheredParameters(
+                [parameter], modifier_rank=0 if change else None
+            )
+            return made
+
+        return _Hidden(put_together, lambda: parameter)
     return _Distributed(lambda: stored(model, name)) if is_distributed(parameter) else _Whole(parameter)
 
 

@@ -100,7 +100,7 @@ class BatchSelector:
             them as `logits`, or has them first: causal and masked language models, encoder-decoders and classifiers of tokens,
             texts and images of transformers, with or without peft's adapters. Layers are
             members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped. If processes
-            share the model's parameters, by fully_shard or, for "zeroth_order", by FullyShardedDataParallel, all of them make the selector and
+            share the model's parameters, by fully_shard, DeepSpeed or, for "zeroth_order", FullyShardedDataParallel, all of them make the selector and
             call it together, each with rows of its own in as many parts.
         method: what chooses rows by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
             can be called. For an `fc.CoLM` with method "random" the model does not run.

@@ -145,7 +145,7 @@ class CoLMMixin(Trainer):
 
     Raises:
         TypeError, ValueError: as CoLM and BatchSelector do; for a large batch that is smaller than the coreset, a
-            data set without the source's column, and for options that do not go together: DeepSpeed and FSDP1, packing and
+            data set without the source's column, and for options that do not go together: FSDP1, packing and
             padding_free, auto_find_batch_size, train_sampling_strategy="batch_rebalance", and weighted losses with a loss of
             one's own, label smoothing or output_router_logits.
 
@@ -217,11 +217,6 @@ class CoLMMixin(Trainer):
                 raise ValueError(
                     f"{name} must be False: it puts samples one after the other in a row, and a coreset is one of whole rows, got True"
                 )
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "CoLM moves the numbers of a parameter on each process, which DeepSpeed does not show, got DeepSpeed; take FSDP with "
-                "fsdp_config={'version': 2}"
-            )
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise ValueError(
                 "fsdp_config must have version 2: CoLM takes its rows from models that fully_shard has sharded, got FSDP1"
