@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from ranks import Failed, Ranks
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import flashcoreset as fc
 
@@ -69,7 +72,6 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 def fully_sharded(model: nn.Module, how: str, world: int) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     mesh, options = init_device_mesh("cpu", (world,)), {}
     layers = layers_of(model)
@@ -170,6 +172,8 @@ CASES = [
 )
 def test_a_sharded_model(ranks: Any, name: str, make: str, how: str, world: int, kind: str) -> None:
     """Every process picks of its batch what one process with the whole model picks of it, and by the same numbers."""
+    if how == "ignored" and "ignored_params" not in inspect.signature(fully_shard).parameters:
+        pytest.skip("the oldest torch that is supported has no ignored_params")
     found = ranks(world).run(run_sharded, name, make, how, kind)
     for rank, (indices, own) in enumerate(found):
         expected, numbers = picks(MODELS[name](), kind, seed=1 + rank % 2)
@@ -221,7 +225,6 @@ def adapted(rank: int) -> nn.Module:
 
 
 def run_with_adapters(group: Any, rank: int, world: int, kind: str) -> list[Tensor]:
-    from torch.distributed.fsdp import fully_shard
 
     model = adapted(2)
     for layer in model.base_model.model.layers:
@@ -248,24 +251,167 @@ def test_adapters_in_a_sharded_model(ranks: Any, kind: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def run_refused(group: Any, rank: int, world: int, how: str) -> None:
-    model = Decoder() if how == "later" else flat(Decoder(), "layers")
-    kind = "zeroth_order" if how == "later" else "backprop"
-    selector = fc.integrations.torch.BatchSelector(model, fc.CoLM(4), shift_labels=True, **OPTIONS[kind])
-    flat(model, "layers")
-    selector.select(batch())
+# ---- passes that end early
 
 
+class Stop(Exception):
+    pass
+
+
+def loss_of(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
+    output = model(tokens["input_ids"])
+    logits = getattr(output, "logits", output)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens["labels"].flatten())
+
+
+def training_loss(model: nn.Module) -> tuple[float, list[str]]:
+    """The loss of a training step, and the parameters that it gives no gradient."""
+    loss = loss_of(model, batch(3))
+    loss.backward()
+    return float(loss.detach()), [
+        name for name, p in model.named_parameters() if p.numel() and p.grad is None
+    ]
+
+
+def run_stopped(group: Any, rank: int, world: int, make: str, how: str, kind: str, where: str) -> Any:
+    model = Decoder()
+    stop = model.head if where == "head" else model.layers[-1].o_proj
+    model = fully_sharded(model, how, world) if make == "fully_shard" else flat(model, how)
+    selector = fc.integrations.torch.BatchSelector(model, shift_labels=True, **OPTIONS[kind])
+    calls = []
+
+    def hook(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == (2 if kind == "zeroth_order" else 1):
+            raise Stop
+
+    handle = stop.register_forward_pre_hook(hook)
+    with pytest.raises(Stop):
+        selector.gradients(batch())
+    handle.remove()
+    return training_loss(model)
+
+
+STOPS = [
+    (make, how, kind, where)
+    for make, how, kind in [
+        ("fully_shard", "root", "zeroth_order"),
+        ("fully_shard", "layers", "zeroth_order"),
+        ("fully_shard", "root", "backprop"),
+        ("fully_shard", "layers", "backprop"),
+        ("fsdp1", "layers", "zeroth_order"),
+        ("fsdp1", "root", "zeroth_order"),
+    ]
+    for where in ("layer", "head")
+]
+
+
+@pytest.mark.parametrize(("make", "how", "kind", "where"), STOPS, ids=["/".join(case) for case in STOPS])
+def test_a_pass_that_ends_early(ranks: Any, make: str, how: str, kind: str, where: str) -> None:
+    """The next training step is that of a model that nothing was selected by."""
+    expected, _ = training_loss(Decoder())
+    for loss, left_out in ranks(2).run(run_stopped, make, how, kind, where):
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert not left_out
+
+
+# ---- several matrices, and parts of one
+
+
+def dense_of(model: nn.Module, kind: str, options: dict[str, Any]) -> Tensor:
+    selector = fc.integrations.torch.BatchSelector(model, shift_labels=True, **OPTIONS[kind], **options)
+    found = selector.gradients(batch()).dense()
+    assert selector.numel == found.shape[1]
+    return found
+
+
+def run_matrices(group: Any, rank: int, world: int, name: str, make: str, kind: str) -> Tensor:
+    model = MODELS[name]()
+    model = fully_sharded(model, "layers", world) if make == "fully_shard" else flat(model, "layers")
+    return dense_of(model, kind, {"matrices": ("v", "q", "o")})
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("later", "must be wrapped by FullyShardedDataParallel before the selector is made"),
-        (
-            "backprop",
-            "must be sharded by fully_shard .* with gradients='backprop', got FullyShardedDataParallel",
-        ),
-    ],
+    ("make", "kind"),
+    [("fully_shard", "zeroth_order"), ("fully_shard", "backprop"), ("fsdp1", "zeroth_order")],
 )
-def test_models_that_are_refused(ranks: Any, how: str, message: str) -> None:
-    with pytest.raises(Failed, match=message):
-        ranks(2).run(run_refused, how)
+def test_several_matrices(ranks: Any, make: str, kind: str, name: str) -> None:
+    """Two of them are parts of one parameter in GPT-2."""
+    expected = dense_of(MODELS[name](), kind, {"matrices": ("v", "q", "o")})
+    for found in ranks(2).run(run_matrices, name, make, kind):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- tensor parallelism
+
+
+def run_parallel(group: Any, rank: int, world: int, kind: str) -> Tensor:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model, mesh = Decoder(), init_device_mesh("cpu", (world,))
+    for layer in model.layers:
+        parallelize_module(layer, mesh, {"v_proj": ColwiseParallel(output_layouts=Replicate())})
+    return dense_of(model, kind, {})
+
+
+def test_a_matrix_of_tensor_parallelism(ranks: Any) -> None:
+    expected = dense_of(Decoder(), "zeroth_order", {})
+    for found in ranks(2).run(run_parallel, "zeroth_order"):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(Failed, match="must run as a whole matrix with gradients='backprop', got a DTensor"):
+        ranks(2).run(run_parallel, "backprop")
+
+
+# ---- what is refused
+
+
+def run_refused(group: Any, rank: int, world: int, how: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, tokens = Decoder(), batch()
+    options: dict[str, Any] = {"shift_labels": True}
+    if how == "vector":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    elif how == "backprop":
+        model, options["gradients"] = flat(model, "layers"), "backprop"
+    elif how == "tied":
+        model.head.weight = model.embed.weight
+        model = fully_sharded(model, "layers", world)
+        options["parameter"] = ["embed.weight", "head.weight"]
+    elif how != "later":
+        model = fully_sharded(model, "layers", world)
+    if how == "seeds":
+        options["seed"] = rank
+    elif how == "entry":
+        options["batch_size"] = 6
+        tokens["table"] = torch.zeros(12, 12)
+    selector = fc.integrations.torch.BatchSelector(model, fc.CoLM(4), **options)
+    if how == "later":
+        flat(model, "layers")
+    selector.select([tokens] * (1 + rank) if how == "parts" else tokens)
+
+
+REFUSED = {
+    "later": "must be wrapped by FullyShardedDataParallel before the selector is made",
+    "backprop": "must be sharded by fully_shard .* with gradients='backprop', got FullyShardedDataParallel",
+    "vector": "must be made with use_orig_params=True",
+    "tied": "must name each tensor once, got embed.weight and head.weight, which are tied",
+    "seeds": "take gradients together, of as many parts of a batch and with the same options",
+    "parts": "take gradients together, .* got on this one 1 parts",
+    "entry": "whether the batch's 'input_ids', 'table' have a row for each sample .* with batch_keys=",
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_models_that_are_refused(ranks: Any, how: str) -> None:
+    """On every process, so that none waits for another."""
+    ranks(2).start(run_refused, how)
+    for rank in range(2):
+        with pytest.raises(Failed) as failed:
+            ranks(2).result(rank)
+        assert failed.value.args[0] == "ValueError"
+        if how != "parts" or rank == 0:
+            assert re.search(REFUSED[how], failed.value.args[1])

@@ -352,6 +352,9 @@ inline void to_fixed(Vec<double> t, Fixed (&part)[1]) {
 #endif
 }
 
+// The number of these bits: sums beyond 2^62 mean nothing, but are not undefined.
+inline int64_t wrapped(uint64_t bits) { return static_cast<int64_t>(bits); }
+
 // Exact 64-bit sums, one in each lane, of trunc(t), 0 <= t <= 2^61; the lanes together have to stay below
 // 2^62.
 template <class T>
@@ -379,9 +382,9 @@ struct Sum {
     for (int i = 0; i < kParts<T>; ++i) lanes += more[i];
   }
   int64_t total() const {
-    int64_t result = 0;
-    for (int i = 0; i < kBytes / 8; ++i) result += lanes[i];
-    return result;
+    uint64_t result = 0;
+    for (int i = 0; i < kBytes / 8; ++i) result += static_cast<uint64_t>(lanes[i]);
+    return wrapped(result);
   }
 };
 
@@ -405,7 +408,10 @@ struct LaneSums<float> {
     middle += reinterpret_cast<I>(b) - reinterpret_cast<I>(to_middle);
     low += reinterpret_cast<I>(last + to_low) - reinterpret_cast<I>(to_low);
   }
-  int64_t lane(int i) const { return high[i] * (int64_t{1} << 40) + middle[i] * (int64_t{1} << 20) + low[i]; }
+  int64_t lane(int i) const {
+    return wrapped(static_cast<uint64_t>(high[i]) * (uint64_t{1} << 40) +
+                   static_cast<uint64_t>(middle[i]) * (uint64_t{1} << 20) + static_cast<uint64_t>(low[i]));
+  }
 
  private:
   static Vec<float> floor(Vec<float> v) {
@@ -420,9 +426,9 @@ struct LaneSums<float> {
 template <>
 struct Sum<float> : LaneSums<float> {
   int64_t total() const {
-    int64_t result = 0;
-    for (int i = 0; i < kWidth<float>; ++i) result += lane(i);
-    return result;
+    uint64_t result = 0;
+    for (int i = 0; i < kWidth<float>; ++i) result += static_cast<uint64_t>(lane(i));
+    return wrapped(result);
   }
 };
 #endif

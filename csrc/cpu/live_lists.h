@@ -23,6 +23,16 @@
 
 namespace fc {
 
+// trunc(t) of a gain's term. Beyond 2^61, which sums have no room for, it is only not undefined.
+template <class T>
+int64_t whole_part(T t) {
+  return t < T{0x1p61} ? static_cast<int64_t>(t) : int64_t{1} << 61;
+}
+
+inline int64_t wrapping_sum(int64_t a, int64_t b) {
+  return simd::wrapped(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}
+
 // The gain over the pairs (client, value), sum of trunc(max(0, value - best) * weight). Drops those that are
 // no longer live, and `count` falls.
 template <class T>
@@ -35,7 +45,7 @@ int64_t gain_of_pairs(uint32_t* client, T* value, int64_t& count, const T* best,
     int64_t adds = 0;
     for (; i + simd::kWidth<T> <= count; i += simd::kWidth<T>) {
       if (++adds > simd::Sum<T>::kMostAdds) {
-        gain += std::exchange(sum, simd::Sum<T>{}).total();
+        gain = wrapping_sum(gain, std::exchange(sum, simd::Sum<T>{}).total());
         adds = 1;
       }
       const auto s = simd::load(value + i);
@@ -45,14 +55,14 @@ int64_t gain_of_pairs(uint32_t* client, T* value, int64_t& count, const T* best,
       sum.add(simd::positive_part<T>(s - b) * simd::gather(weight, index));
       kept = simd::compress(client, value, kept, live, index, s);
     }
-    gain += sum.total();
+    gain = wrapping_sum(gain, sum.total());
   }
 #endif
   for (; i < count; ++i) {
     const uint32_t c = client[i];
     const T s = value[i], gap = s - best[c];
     if (gap <= 0) continue;
-    gain += static_cast<int64_t>(gap * weight[c]);
+    gain = wrapping_sum(gain, whole_part(gap * weight[c]));
     client[kept] = c;
     value[kept] = s;
     ++kept;

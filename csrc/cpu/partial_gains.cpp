@@ -16,16 +16,6 @@ constexpr int64_t kShare = 10;
 // What a list costs beside its pairs, in pairs.
 constexpr int64_t kOverhead = 32;
 
-// Beyond the range that sums are good for, a term is only not undefined.
-template <class T>
-int64_t term(T t) {
-  return t < T{0x1p61} ? static_cast<int64_t>(t) : int64_t{1} << 61;
-}
-
-int64_t plus(int64_t a, int64_t b) {
-  return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
-}
-
 template <class T>
 int64_t row_gain(const T* s, int64_t count, int64_t first, const T* best, const T* weight, int64_t row,
                  LiveRows<T>* live) {
@@ -34,18 +24,18 @@ int64_t row_gain(const T* s, int64_t count, int64_t first, const T* best, const 
   int64_t gain = 0, adds = 0, c = 0;
   for (; c + simd::kWidth<T> <= count; c += simd::kWidth<T>) {
     if (++adds > Sum<T>::kMostAdds) {
-      gain = plus(gain, std::exchange(sum, Sum<T>{}).total());
+      gain = wrapping_sum(gain, std::exchange(sum, Sum<T>{}).total());
       adds = 1;
     }
     const auto value = simd::load(s + c), b = simd::load(best + first + c);
     sum.add(simd::positive_part<T>(value - b) * simd::load(weight + first + c));
     if (live) live->append(row, simd::greater_mask<T>(value, b), static_cast<uint32_t>(first + c), value);
   }
-  gain = plus(gain, sum.total());
+  gain = wrapping_sum(gain, sum.total());
   for (; c < count; ++c) {
     const T gap = s[c] - best[first + c];
     if (!(gap > 0)) continue;
-    gain = plus(gain, term(gap * weight[first + c]));
+    gain = wrapping_sum(gain, whole_part(gap * weight[first + c]));
     if (live) live->append(row, 1, static_cast<uint32_t>(first + c), simd::broadcast(s[c]));
   }
   return gain;
@@ -56,17 +46,19 @@ int64_t row_gain(const T* s, int64_t count, int64_t first, const T* best, const 
 template <class T>
 void PartialGains<T>::begin(int64_t rows, bool listing) {
   rows_ = rows;
-  limit_ = 0;
+  limit_ = 0;  // until there is memory for the lists
   // Gathers take signed indices.
   if (!listing || rows == 0 || clients_ >= INT32_MAX) return;
-  limit_ = std::min({clients_, std::max(kShort, clients_ / kShare), most_ / 4 / rows});
-  if (limit_ < 1) return;
-  if (rows > room_ || live_.limit() != limit_) {
+  const int64_t limit = std::min({clients_, std::max(kShort, clients_ / kShare), most_ / 4 / rows});
+  if (limit < 1) return;
+  if (rows > room_ || live_.limit() != limit) {
+    room_ = 0;
     live_ = LiveRows<T>(0, 0);  // one at a time
-    live_ = LiveRows<T>(rows, limit_);
+    live_ = LiveRows<T>(rows, limit);
     room_ = rows;
   }
   live_.clear();
+  limit_ = limit;
 }
 
 template <class T>
@@ -75,7 +67,7 @@ void PartialGains<T>::add(TensorView<const T, 2> s, int64_t first, const T* best
   LiveRows<T>* live = limit_ > 0 ? &live_ : nullptr;
   team.parallel_for(s.rows(), 4, [&](int, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      sums[r] = plus(sums[r], row_gain(s.row(r), s.cols(), first, best, weight, r, live));
+      sums[r] = wrapping_sum(sums[r], row_gain(s.row(r), s.cols(), first, best, weight, r, live));
   });
 }
 
@@ -94,9 +86,10 @@ auto PartialGains<T>::copy_of(const uint32_t* client, const T* value, int64_t co
 
 template <class T>
 void PartialGains<T>::settle(int64_t number, List list) {
-  entries_ += size_of(list);
-  by_age_.emplace(list.age, number);
+  const int64_t size = size_of(list);
+  by_age_.emplace(list.age, number);  // without its list, if memory ends here, it is dropped all the same
   lists_.insert_or_assign(number, std::move(list));
+  entries_ += size;
 }
 
 template <class T>
@@ -106,7 +99,7 @@ void PartialGains<T>::keep(const int64_t* number) {
     if (count > limit_) continue;
     forget(number[r]);
     if (count + kOverhead > most_) continue;
-    while (entries_ + count + kOverhead > most_) forget(by_age_.begin()->second);
+    while (entries_ + count + kOverhead > most_) drop_oldest();
     settle(number[r], copy_of(live_.clients(r), live_.values(r), count, made_++));
   }
   limit_ = rows_ = 0;
@@ -141,6 +134,13 @@ void PartialGains<T>::win(int64_t number, int64_t position, T* best, int64_t* ow
     best[c] = list.value[i];
     owner[c] = position;
   }
+}
+
+template <class T>
+void PartialGains<T>::drop_oldest() {
+  const int64_t number = by_age_.begin()->second;
+  by_age_.erase(by_age_.begin());
+  forget(number);
 }
 
 template <class T>

@@ -62,6 +62,7 @@ class PartialGains {
   static int64_t size_of(const List& list);
   static List copy_of(const uint32_t* client, const T* value, int64_t count, uint64_t age);
   void settle(int64_t number, List list);
+  void drop_oldest();
 
   int64_t clients_, most_, rows_ = 0, limit_ = 0, entries_ = 0;
   uint64_t made_ = 0;

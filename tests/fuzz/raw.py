@@ -397,6 +397,41 @@ class Recipes:
     def Sinkhorn_step(self) -> dict[str, Value]:
         return {"iterations": literal(self.r.choice((1, 7, 100)))}
 
+    def PartialGains(self) -> dict[str, Value]:
+        return {
+            "clients": Size("m"),
+            "dtype": literal(self.dtype),
+            "entries": literal(self.r.choice((0, 100, 10_000))),
+        }
+
+    def PartialGains_begin(self) -> dict[str, Value]:
+        return {"rows": Size("n"), "listing": literal(self.r.random() < 0.7)}
+
+    def PartialGains_add(self) -> dict[str, Value]:
+        return {"s": self.rows("n", "m"), "first": literal(0), "best": self.any_array("m", plain=True),
+                "weights": array("m", dtype=self.dtype, content="positive"), "sums": self.out("n", dtype="int64")}  # fmt: skip
+
+    def PartialGains_keep(self) -> dict[str, Value]:
+        return {"numbers": array("n", dtype="int64", content="range")}
+
+    def PartialGains_has(self) -> dict[str, Value]:
+        return {"number": Size("n - 1")}
+
+    def PartialGains_evaluate(self) -> dict[str, Value]:
+        return {"numbers": array("n", dtype="int64", content="range"), "best": self.any_array("m", plain=True),
+                "weights": array("m", dtype=self.dtype, content="positive"), "sums": self.out("n", dtype="int64")}  # fmt: skip
+
+    def PartialGains_win(self) -> dict[str, Value]:
+        return {
+            "number": Size("n - 1"),
+            "position": literal(3),
+            "best": self.out("m"),
+            "owner": self.out("m", dtype="int64"),
+        }
+
+    def PartialGains_forget(self) -> dict[str, Value]:
+        return {"number": Size("n - 1")}
+
     def NearestOrder(self) -> dict[str, Value]:
         return {"centroids": self.any_array("q", "d")}
 
@@ -501,6 +536,7 @@ class Recipes:
 # The calls of a class's objects, in an order that makes sense; random programs shuffle a part of them.
 USES = {
     "FacilityLocation": ("step", "close", "pick", "finish"),
+    "PartialGains": ("begin", "add", "keep", "evaluate", "win", "evaluate", "forget"),
     "NearestOrder": ("begin", "update", "update_similarities", "finish", "rounds", "order"),
     "CaratheodoryReduction": ("take_total", "factors", "move_to_mean", "centre", "rest", "correct"),
     "CaratheodorySampler": ("push", "finish"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _SHORT, _SHARE = 1024, 10  # a list has a tenth of all pairs at the most, or this many
+_OVERHEAD = 64  # what a list costs beside its pairs, in pairs
 
 
 class PartialGains:
@@ -47,7 +48,7 @@ class PartialGains:
                 if is_whole:
                     self.forget(j)
                     self._lists[j] = client[own], values[own]
-                    self._entries += len(own)
+                    self._entries += len(own) + _OVERHEAD
             while self._entries > self._most:
                 self.forget(next(iter(self._lists)))
         self._listing, self._found = False, []
@@ -71,4 +72,4 @@ class PartialGains:
 
     def forget(self, number: int) -> None:
         if number in self._lists:
-            self._entries -= len(self._lists.pop(number)[0])
+            self._entries -= len(self._lists.pop(number)[0]) + _OVERHEAD

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flashcoreset._core.tensor import compute_dtype
 from flashcoreset.gradients.outer_products import OuterProductGradients, shortened
 from flashcoreset.integrations._batches import ROUNDING, logits_of, loss_gradients
-from flashcoreset.integrations._sharded import Processes, stored
+from flashcoreset.integrations._sharded import Processes, is_distributed, stored
 
 _ROWS = 3  # how many rows' losses are looked at alone on the first batch: those of the most tokens
 
@@ -237,16 +237,20 @@ def _not_rows(matrix: Matrix, x: Tensor, rows: int) -> str:
 def _frozen(model: nn.Module, wanted: Sequence[Tensor]) -> Iterator[None]:
     """No parameter but `wanted` requires a gradient; afterwards all are as they were."""
     chosen = {id(tensor) for tensor in wanted}
-    before = [(p, p.requires_grad) for p in model.parameters()]
+    before = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
     try:
-        for parameter, _ in before:
+        for _, parameter, _ in before:
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(id(parameter) in chosen)
         torch.clear_autocast_cache()
         yield
     finally:
-        for parameter, requires_grad in before:
+        # Under fully_shard, a pass that ended early leaves whole parameters in the place of their parts.
+        current = dict(model.named_parameters())
+        for name, parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
+            if name in current:
+                current[name].requires_grad_(requires_grad)
         torch.clear_autocast_cache()
 
 
@@ -260,6 +264,11 @@ def _recorded(matrices: Sequence[Matrix]) -> Iterator[None]:
             torch.set_grad_enabled(True)  # until the context in which the model runs ends
             weight = module.weight
             assert isinstance(weight, Tensor)
+            if is_distributed(weight):
+                raise ValueError(
+                    f"{matrix.name} must run as a whole matrix with gradients='backprop', got a DTensor of which each process multiplies a part "
+                    "(tensor parallelism); gradients='zeroth_order' takes it"
+                )
             if not any(weight is other for other in matrix.weights):
                 matrix.weights.append(weight)
 

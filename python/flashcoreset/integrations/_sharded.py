@@ -1,13 +1,14 @@
 """Models whose parameters are shared out among processes: by fully_shard (FSDP2) or otherwise as DTensors, by FullyShardedDataParallel (FSDP1),
 or by DeepSpeed (ZeRO 3).
 
-Every process moves a whole copy of a wanted parameter, in the same direction, and keeps its own part of it; the model's forward pass puts the
-parts together. A pass is a collective call, so the processes decide together how many passes they make.
+Every process adds the same step to a whole copy of a wanted parameter and gives the model its own part of the sum; the model's forward pass puts
+the parts together. A pass is a collective call, so the processes decide together how many passes they make.
 """
 
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -38,6 +39,16 @@ class Processes:
             if is_flat(module) and module.process_group not in self._groups:
                 self._groups.append(module.process_group)
                 self._device = module.compute_device
+
+    @property
+    def are_several(self) -> bool:
+        """Whether other processes take part."""
+        return bool(self._groups)
+
+    def agree(self, told: object) -> bool:
+        """Whether `told`, by its `repr`, is the same on every process."""
+        number = zlib.crc32(repr(told).encode())
+        return self.all(self.least(number) == number)
 
     def least(self, number: int) -> int:
         """The least of the processes' numbers."""
@@ -90,8 +101,9 @@ class _Whole:
     def write(self, whole: Tensor) -> None:
         """Gives the model the numbers of `whole`, which are the same on every process."""
 
-    def restore(self) -> None:
-        """Gives the model the numbers again that it had at `gather`."""
+    def restore(self, whole: Tensor) -> None:
+        """Gives the model the numbers again that it had at `gather`, and that stand in `whole`; also after a pass that ended early, when other
+        processes may be elsewhere."""
 
 
 class _Distributed(_Whole):
@@ -105,9 +117,9 @@ class _Distributed(_Whole):
         return found
 
     def gather(self) -> Tensor:
-        parameter = self._part()
-        self._kept = parameter.to_local().clone()
-        whole: Tensor = parameter.full_tensor()
+        self._own = self._part()
+        self._kept = self._own.to_local().clone()
+        whole: Tensor = self._own.full_tensor()
         return whole
 
     def write(self, whole: Tensor) -> None:
@@ -119,8 +131,11 @@ class _Distributed(_Whole):
         everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         parameter.to_local().copy_(everywhere.redistribute(mesh, parameter.placements).to_local())
 
-    def restore(self) -> None:
-        self._part().to_local().copy_(self._kept)
+    def restore(self, whole: Tensor) -> None:
+        self._own.to_local().copy_(self._kept)
+        current = self._part()
+        if not is_distributed(current):  # a pass that ended early has left it whole
+            current.copy_(whole)
 
 
 class _Hidden(_Whole):
@@ -138,15 +153,43 @@ class _Hidden(_Whole):
 
     def gather(self) -> Tensor:
         with self._gathered(False):
-            self._kept = self._find().detach().clone()
-        return self._kept.clone()
+            return self._find().detach().clone()
 
     def write(self, whole: Tensor) -> None:
         with self._gathered(True):
             self._find().detach().copy_(whole)
 
-    def restore(self) -> None:
-        self.write(self._kept)
+    def restore(self, whole: Tensor) -> None:
+        self.write(whole)
+
+
+class _Flat(_Hidden):
+    """A parameter of an FSDP1 module, `flat`."""
+
+    def __init__(self, flat: Any, find: Callable[[], Tensor]) -> None:
+        def gathered(change: bool) -> AbstractContextManager[None]:
+            made: AbstractContextManager[None] = flat.summon_full_params(
+                flat, recurse=False, writeback=change
+            )
+            return made
+
+        super().__init__(gathered, find)
+        self._vector = flat._handle.flat_param
+
+    def gather(self) -> Tensor:
+        self._kept = self._vector._local_shard.clone()
+        return super().gather()
+
+    def restore(self, whole: Tensor) -> None:
+        try:
+            self.write(whole)
+        except (
+            AssertionError
+        ):  # a pass that ended early has left the vector whole, and FSDP1 changes it no more
+            self._vector._local_shard.copy_(self._kept)
+            current = self._find()
+            if current.shape == whole.shape:
+                current.detach().copy_(whole)
 
 
 def _around(model: nn.Module, name: str) -> list[nn.Module]:
@@ -173,14 +216,8 @@ def _place(model: nn.Module, name: str) -> _Whole:
     flats: list[Any] = [module for module in _around(model, name) if is_flat(module)]
     if flats:
         flats[-1].check_is_root()  # else the first one that is put together takes itself for the root
-
-        def gathered(change: bool) -> AbstractContextManager[None]:
-            made: AbstractContextManager[None] = flats[0].summon_full_params(
-                flats[0], recurse=False, writeback=change
-            )
-            return made
-
-        return _Hidden(gathered, lambda: model.get_parameter(name))
+        owner, _, leaf = name.rpartition(".")
+        return _Flat(flats[0], lambda: getattr(model.get_submodule(owner), leaf))
     parameter = stored(model, name)
     if is_partitioned(parameter):
         zero = sys.modules["deepspeed"].zero
@@ -199,25 +236,37 @@ def _place(model: nn.Module, name: str) -> _Whole:
 def whole_parameters(
     model: nn.Module, names: Sequence[str]
 ) -> Iterator[tuple[list[Tensor], Callable[[], None]]]:
-    """Whole tensors of the parameters, and a function that gives the model the numbers that stand in them.
+    """Whole tensors of the parameters, one for each name, and a function that gives the model the numbers that stand in them.
 
-    At the end the model has its own numbers again; tensors that are its own parameters are the caller's to restore.
+    The caller restores the numbers of these tensors; then, at the end, the model has its own numbers again.
     """
     with torch.no_grad():
-        places = [_place(model, name) for name in names]
-        tensors = [place.gather() for place in places]
+        places = {name: _place(model, name) for name in names}
+        tensors = {name: place.gather() for name, place in places.items()}
 
     @torch.no_grad()
     def write() -> None:
-        for place, tensor in zip(places, tensors, strict=True):
-            place.write(tensor)
+        for name, place in places.items():
+            place.write(tensors[name])
 
     try:
-        yield tensors, write
+        yield [tensors[name] for name in names], write
     finally:
-        with torch.no_grad():
-            for place in places:
-                place.restore()
+        _restore([(place, tensors[name]) for name, place in places.items()])
+
+
+@torch.no_grad()
+def _restore(places: list[tuple[_Whole, Tensor]]) -> None:
+    """Restores every place, whatever happens at one of them."""
+    for i, (place, whole) in enumerate(places):
+        try:
+            place.restore(whole)
+        except KeyboardInterrupt:  # once more, from the place that was interrupted
+            _restore(places[i:])
+            raise
+        except Exception:
+            _restore(places[i + 1 :])
+            raise
 
 
 def whole_shape(model: nn.Module, name: str) -> torch.Size:

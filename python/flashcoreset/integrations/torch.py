@@ -99,9 +99,10 @@ class BatchSelector:
         model: called with a batch's entries as keywords, with an output that is the logits [B, T, C] or [B, C], has
             them as `logits`, or has them first: causal and masked language models, encoder-decoders and classifiers of tokens,
             texts and images of transformers, with or without peft's adapters. Layers are
-            members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped. If processes
-            share the model's parameters, by fully_shard, DeepSpeed or, for "zeroth_order", FullyShardedDataParallel, all of them make the selector and
-            call it together, each with rows of its own in as many parts.
+            members of an `nn.ModuleList`. A model wrapped by DistributedDataParallel is unwrapped.
+            Processes may share the parameters by fully_shard or DeepSpeed, and for "zeroth_order" as other DTensors or by
+            FullyShardedDataParallel (use_orig_params=True). Then every process makes the selector with the same arguments and calls it
+            together with the others; each has rows of its own, in the same number of parts. Meanwhile a process holds two whole copies of `parameters`.
         method: what chooses rows by gradients and groups: an `fc.CoLM`, or any object with its `select`. None: `gradients` alone
             can be called. For an `fc.CoLM` with method "random" the model does not run.
         gradients: "zeroth_order" or "backprop".
@@ -111,7 +112,8 @@ class BatchSelector:
         matrices: which projections of the last layer's attention: "q", "k", "v" and "o", one or several; for `parameter=None`.
         sketch_dim: for "backprop": `gradients` returns sketches (`OuterProductGradients.sketch`) of this many dimensions, in place of
             the factors. None: factors.
-        eps: the size of the step, > 0. LoRA starts with B = 0, so `eps` is not relative to the weights.
+        eps: the size of the step, > 0. LoRA starts with B = 0, so `eps` is not relative to the weights. It has to change the parameters in
+            the type that passes run in (under a MixedPrecisionPolicy that is not their own).
         seed: a 64-bit integer, the seed of the directions.
         n_perturbations: the number of directions. With one, all rows' gradients are multiples of one direction.
         resample: False: the same directions in every step, as in CoLM's published code. True: other directions in every step, by the
@@ -137,8 +139,8 @@ class BatchSelector:
     Raises:
         TypeError: for arguments of a wrong type, and a parameter that is not floating (quantised).
         ValueError: for a wrong value; options of one kind of gradients with the other; a model in which no V-projection is found, the
-            message names what was looked for; a fused projection whose layout is not known; a model sharded by FullyShardedDataParallel with "backprop", or after the
-            selector was made.
+            message names what was looked for; a fused projection whose layout is not known; a model wrapped by FullyShardedDataParallel
+            with "backprop", or wrapped only after the selector was made; processes that do not call it alike.
 
     Source: Nguyen et al., "Mini-batch coresets for memory-efficient language model training on data mixtures" (CoLM),
     ICLR 2025. Its published code averages losses over the padded width, so that a sample's gradient depends on its batch.
@@ -208,6 +210,11 @@ class BatchSelector:
         self._found_rows: dict[str, bool] = {}  # for entries that were checked
         self._model = model
         self._is_flat = any(map(is_flat, model.modules()))
+        if any(name.endswith("_flat_param") for name, _ in model.named_parameters()):
+            raise ValueError(
+                "FullyShardedDataParallel must be made with use_orig_params=True, which leaves the model its parameters' names, got a model "
+                "without them"
+            )
         if self._is_flat and gradients == "backprop":
             raise ValueError(
                 "model must be sharded by fully_shard (FSDP2) with gradients='backprop', got FullyShardedDataParallel (FSDP1), which puts its "
@@ -217,6 +224,12 @@ class BatchSelector:
         self.steps = 0
         self._wanted = _parameters(model, parameter, matrices)
         self.parameter_names = tuple(name for name, _ in self._wanted)
+        stands_for = {id(model.get_parameter(name)): name for name in self.parameter_names}
+        for name in self.parameter_names:
+            if (other := stands_for[id(model.get_parameter(name))]) != name:
+                raise ValueError(
+                    f"parameter must name each tensor once, got {name} and {other}, which are tied"
+                )
         self._shapes = [whole_shape(model, name) for name in self.parameter_names]
         self.layer_name, self._before = min(
             (_layer_of(model, name) for name in self.parameter_names), key=lambda found: len(found[1])
@@ -299,8 +312,19 @@ class BatchSelector:
                 "model must be wrapped by FullyShardedDataParallel before the selector is made, which has to call it as it is wrapped, got "
                 "a model that was wrapped afterwards"
             )
-        parts = batch if isinstance(batch, (list, tuple)) else self._cut(batch)
+        parts = list(batch if isinstance(batch, (list, tuple)) else self._cut(batch))
         seed = seed_of_call(self._seed, self.steps) if self._resample else self._seed
+        options = {
+            "seed": seed,
+            "eps": self._eps,
+            "n_perturbations": self._count,
+            "parameter": self.parameter_names,
+        }
+        if not self._processes.agree((len(parts), options)):
+            raise ValueError(
+                "processes that share a model must take gradients together, of as many parts of a batch and with the same options and number "
+                f"of steps before, got on this one {len(parts)} parts and {options}"
+            )
         found: list[Any] = []
         with self._evaluation():
             for part in parts:
@@ -411,6 +435,11 @@ class BatchSelector:
 
     def _has_rows(self, batch: Mapping[str, Any], step: int) -> dict[str, bool]:
         known = {**self._found_rows, **known_rows(self._model, batch, self._batch_keys)}
+        if self._processes.are_several and (unknown := sorted(batch.keys() - known.keys())):
+            raise ValueError(
+                f"whether the batch's {', '.join(map(repr, unknown))} have a row for each sample is found by passes that processes sharing a "
+                "model would have to make together; name all entries that have with batch_keys=, or run all rows at once with batch_size=None"
+            )
         with torch.no_grad():
             found = find_rows(self._model, batch, known, step, lambda part: self._model(**self._inputs(part)))
         self._found_rows |= {name: found[name] for name in found.keys() - known.keys()}
