@@ -128,11 +128,15 @@ def draw(path: Path, measures: Sequence[Measure]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    height = 0.6 + 0.32 * max(len(measure.values) for measure in measures)
+    rows = [measures[i : i + 2] for i in range(0, len(measures), 2)]  # a page is as wide as two panels
+    heights = [0.6 + 0.32 * max(len(measure.values) for measure in row) for row in rows]
     figure, panels = plt.subplots(
-        1, len(measures), figsize=(4.6 * len(measures), height), layout="constrained", squeeze=False
-    )
-    for panel, measure in zip(panels[0], measures, strict=True):
+        len(rows), min(2, len(measures)), figsize=(4.6 * min(2, len(measures)), sum(heights)), layout="constrained",
+        squeeze=False, height_ratios=heights,
+    )  # fmt: skip
+    for panel in panels.flat[len(measures) :]:
+        panel.remove()
+    for panel, measure in zip(panels.flat[: len(measures)], measures, strict=True):
         arms = list(measure.values)[::-1]
         for place, arm in enumerate(arms):
             values = measure.values[arm]
