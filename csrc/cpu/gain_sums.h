@@ -96,4 +96,36 @@ class GainSums {
   int64_t panels_ = 0;
 };
 
+// The gain of a candidate over the clients [first, first + count), of which s has the similarities; `best`
+// and `weight` are those of all clients. Its live pairs are added to `live` as those of `row`, unless that is
+// null.
+template <class T>
+int64_t row_gain(const T* s, int64_t count, int64_t first, const T* best, const T* weight, int64_t row,
+                 LiveRows<T>* live) {
+  constexpr int64_t kWidth = simd::kWidth<T>;
+  constexpr int64_t kStrip = std::min<int64_t>(simd::Sum<T>::kMostAdds, 512) * 2 * kWidth;
+  best += first;
+  weight += first;
+  int64_t gain = 0, i = 0;
+  while (i + 2 * kWidth <= count) {
+    simd::Sum<T> sum[2] = {};
+    for (const int64_t end = std::min(count, i + kStrip); i + 2 * kWidth <= end; i += 2 * kWidth) {
+      for (int h = 0; h < 2; ++h) {
+        const int64_t at = i + h * kWidth;
+        const auto value = simd::load(s + at), b = simd::load(best + at);
+        sum[h].add(simd::positive_part<T>(value - b) * simd::load(weight + at));
+        if (live)
+          live->append(row, simd::greater_mask<T>(value, b), static_cast<uint32_t>(first + at), value);
+      }
+    }
+    for (const simd::Sum<T>& half : sum) gain = wrapping_sum(gain, half.total());
+  }
+  for (; i < count; ++i) {
+    if (!(s[i] > best[i])) continue;
+    gain = wrapping_sum(gain, whole_part((s[i] - best[i]) * weight[i]));
+    if (live) live->append(row, 1, static_cast<uint32_t>(first + i), simd::broadcast(s[i]));
+  }
+  return gain;
+}
+
 }  // namespace fc

@@ -67,7 +67,8 @@ class MatrixSource final : public Source<T> {
                         if (lists && !live[thread]) live[thread] = std::make_unique<LiveRows<T>>(1, limit);
                         for (int64_t i = begin; i < end; ++i) {
                           if (lists) live[thread]->clear();
-                          gains[i] = row_gain(index[i], cover, live[thread].get());
+                          gains[i] = row_gain(s_.row(index[i]), clients(), 0, cover.best.data(),
+                                              cover.weight.data(), 0, live[thread].get());
                           if (lists) live[thread]->store(index + i, 1, *lists);
                         }
                       });
@@ -84,32 +85,6 @@ class MatrixSource final : public Source<T> {
  private:
   int64_t rows_at_once() const {
     return std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(clients(), 1));
-  }
-
-  int64_t row_gain(int64_t j, const Cover<T>& cover, LiveRows<T>* live) const {
-    const T* s = s_.data + j * s_.stride[0];
-    const T *best = cover.best.data(), *weight = cover.weight.data();
-    const int64_t m = clients();
-    constexpr int64_t kStrip = std::min<int64_t>(simd::Sum<T>::kMostAdds, 512) * 2 * kWidth;
-    int64_t gain = 0, i = 0;
-    while (i + 2 * kWidth <= m) {
-      simd::Sum<T> sum[2] = {};
-      for (const int64_t end = std::min(m, i + kStrip); i + 2 * kWidth <= end; i += 2 * kWidth) {
-        for (int h = 0; h < 2; ++h) {
-          const int64_t at = i + h * kWidth;
-          const auto value = simd::load(s + at), b = simd::load(best + at);
-          sum[h].add(simd::positive_part<T>(value - b) * simd::load(weight + at));
-          if (live) live->append(0, simd::greater_mask<T>(value, b), static_cast<uint32_t>(at), value);
-        }
-      }
-      gain += sum[0].total() + sum[1].total();
-    }
-    for (; i < m; ++i) {
-      if (!(s[i] > best[i])) continue;
-      gain += static_cast<int64_t>((s[i] - best[i]) * weight[i]);
-      if (live) live->append(0, 1, static_cast<uint32_t>(i), simd::broadcast(s[i]));
-    }
-    return gain;
   }
 
   Buffer<T> own_;

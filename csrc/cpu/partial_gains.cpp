@@ -4,7 +4,6 @@
 #include <utility>
 #include <vector>
 
-#include "core/simd.h"
 #include "cpu/live_lists.h"
 
 namespace fc {
@@ -15,31 +14,6 @@ constexpr int64_t kShort = 1024;
 constexpr int64_t kShare = 10;
 // What a list costs beside its pairs, in pairs.
 constexpr int64_t kOverhead = 32;
-
-template <class T>
-int64_t row_gain(const T* s, int64_t count, int64_t first, const T* best, const T* weight, int64_t row,
-                 LiveRows<T>* live) {
-  using simd::Sum;
-  Sum<T> sum{};
-  int64_t gain = 0, adds = 0, c = 0;
-  for (; c + simd::kWidth<T> <= count; c += simd::kWidth<T>) {
-    if (++adds > Sum<T>::kMostAdds) {
-      gain = wrapping_sum(gain, std::exchange(sum, Sum<T>{}).total());
-      adds = 1;
-    }
-    const auto value = simd::load(s + c), b = simd::load(best + first + c);
-    sum.add(simd::positive_part<T>(value - b) * simd::load(weight + first + c));
-    if (live) live->append(row, simd::greater_mask<T>(value, b), static_cast<uint32_t>(first + c), value);
-  }
-  gain = wrapping_sum(gain, sum.total());
-  for (; c < count; ++c) {
-    const T gap = s[c] - best[first + c];
-    if (!(gap > 0)) continue;
-    gain = wrapping_sum(gain, whole_part(gap * weight[first + c]));
-    if (live) live->append(row, 1, static_cast<uint32_t>(first + c), simd::broadcast(s[c]));
-  }
-  return gain;
-}
 
 }  // namespace
 

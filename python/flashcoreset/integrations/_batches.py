@@ -140,11 +140,11 @@ def shifts_labels(
     labels = batch["labels"]
     own, output = own_loss(model, batch)
     logits = logits_of(output)
-    if own is not None:
+    if own is not None and on_any(not torch.isfinite(own)):
         # The loss is taken over the rows that have a finite one; other rows are masked.
         both = torch.stack([_loss_sums(logits, labels, shifted)[0] for shifted in (True, False)])
         broken = ~torch.isfinite(both).all(0)
-        if on_any(bool(broken.any()) and not torch.isfinite(own)):
+        if on_any(bool(broken.any())):
             where = broken.view(-1, *[1] * (labels.dim() - 1)).to(labels.device)
             batch = {**batch, "labels": labels.masked_fill(where, IGNORED)}
             own, output = own_loss(model, batch)
