@@ -34,11 +34,5 @@ void run(fuzz::Input& in) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  fuzz::Input in(data, size);
-  if (in.coin()) {
-    run<float>(in);
-  } else {
-    run<double>(in);
-  }
-  return 0;
+  return fuzz::with_float_or_double(data, size, [](auto zero, fuzz::Input& in) { run<decltype(zero)>(in); });
 }

@@ -49,6 +49,18 @@ class Input {
   size_t left_;
 };
 
+// Calls `run` with a zero of the type that the input asks for, and with the rest of the input.
+template <class Run>
+int with_float_or_double(const uint8_t* data, size_t size, Run run) {
+  Input in(data, size);
+  if (in.coin()) {
+    run(float{}, in);
+  } else {
+    run(double{}, in);
+  }
+  return 0;
+}
+
 // An [n, d] array of exactly the bytes it needs, rows first or columns first, forwards or backwards.
 template <class T>
 struct Array {
