@@ -52,6 +52,7 @@ constexpr int64_t kChunkRows = 72;         // at least; a multiple of kTogether 
 constexpr int64_t kChunks = 64;            // about, at most
 constexpr int64_t kFlush = 512;            // columns whose sum is taken in the type's own precision
 constexpr double kLeastScaling = 1e-8, kMostScaling = 1e8;
+constexpr double kEntriesPerThread = 1 << 14;  // whose work takes about twice as long as a thread's start
 
 template <class T>
 constexpr int kLanes = simd::kWidth<T> < 2 * kTogether ? 2 * kTogether : simd::kWidth<T>;
@@ -1046,14 +1047,24 @@ class Problem {
   double moved_ = 0;
 };
 
+// How many of `threads` are worth starting for a batch.
+template <class T>
+int worthwhile(int threads, const SinkhornBatch<T>& batch) {
+  double entries = 0;
+  for (int64_t p = 0; p < batch.count(); ++p) {
+    entries += static_cast<double>(batch.rows(p)) * static_cast<double>(batch.columns(p));
+  }
+  return static_cast<int>(std::min<double>(threads, 1 + std::floor(entries / kEntriesPerThread)));
+}
+
 template <class T>
 class SinkhornRun final : public Sinkhorn {
  public:
   SinkhornRun(const SinkhornBatch<T>& batch, const SinkhornResult& result, const SinkhornOptions& options)
       : batch_(batch),
         result_(result),
-        options_(options),
-        team_(options.threads, options.poll),
+        options_(with_threads(options, worthwhile(options.threads, batch))),
+        team_(options_.threads, options.poll),
         order_(batch.count()),
         checked_(batch.is_shared() ? 1 : batch.count()),
         units_(std::min(options.max_iter, INT64_MAX / batch.count())) {
@@ -1067,14 +1078,14 @@ class SinkhornRun final : public Sinkhorn {
     team_.parallel_for(checked_.size(), 1,
                        [&](int, int64_t p, int64_t) { checked_[p] = CostTiles<T>::check(batch_, p); });
     // One problem per thread if that keeps all threads busy and the matrices fit; the results are the same.
-    one_a_thread_ = batch.count() > 1 && largest <= all / options.threads &&
-                    largest <= options.memory_budget / static_cast<int64_t>(sizeof(T)) / options.threads;
+    one_a_thread_ = batch.count() > 1 && largest <= all / options_.threads &&
+                    largest <= options.memory_budget / static_cast<int64_t>(sizeof(T)) / options_.threads;
     // The largest first, so that the threads end together.
     std::iota(order_.begin(), order_.end(), int64_t{0});
     if (one_a_thread_) {
       std::stable_sort(order_.begin(), order_.end(), [&](int64_t p, int64_t q) { return size[p] > size[q]; });
     }
-    workspaces_.resize(one_a_thread_ ? options.threads : 1);
+    workspaces_.resize(one_a_thread_ ? options_.threads : 1);
     if (batch.is_shared() && std::isinf(options.rho_a) && std::isinf(options.rho_b)) share();
   }
 
@@ -1096,6 +1107,11 @@ class SinkhornRun final : public Sinkhorn {
   }
 
  private:
+  static SinkhornOptions with_threads(SinkhornOptions options, int threads) {
+    options.threads = threads;
+    return options;
+  }
+
   // Solves the problems together, if their costs' exponents fit.
   void share() {
     double least = HUGE_VAL, most = -HUGE_VAL;
@@ -1230,7 +1246,7 @@ void sinkhorn_apply(const SinkhornBatch<T>& batch, TensorView<const double, 2> f
     std::swap(other.x_lengths, other.y_lengths);
     return sinkhorn_apply<T>(other, g, f, reg, v, false, out, threads, std::move(poll));
   }
-  ThreadTeam team(threads, std::move(poll));
+  ThreadTeam team(worthwhile(threads, batch), std::move(poll));
   for (int64_t p = 0; p < batch.count(); ++p) {
     const int64_t m = batch.columns(p), width = round_up(m, simd::kWidth<T>), k = v.shape[2];
     Buffer<T> values(k * width, T(0));  // b_j v_jk, by k
@@ -1259,7 +1275,7 @@ template <class T>
 void sinkhorn_plan(const SinkhornBatch<T>& batch, TensorView<const double, 2> f,
                    TensorView<const double, 2> g, double reg, TensorView<T, 3> out, int threads,
                    std::function<bool()> poll) {
-  ThreadTeam team(threads, std::move(poll));
+  ThreadTeam team(worthwhile(threads, batch), std::move(poll));
   for (int64_t p = 0; p < batch.count(); ++p) {
     const int64_t n = batch.rows(p), m = batch.columns(p), width = round_up(m, simd::kWidth<T>);
     Buffer<double> b(m);

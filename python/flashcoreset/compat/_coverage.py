@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-_BLOCK = 2**19  # similarities at once, which the cache holds
+_BLOCK = 2**17  # similarities at once: the cache holds them, and their memory is used again
 
 
 def covered_gains(

@@ -18,9 +18,6 @@ from flashcoreset.sinkhorn.gradient import cost_gradients, weight_gradients
 from flashcoreset.sinkhorn.problem import Problem, Result, masked
 from flashcoreset.sinkhorn.values import check_allowed, check_values, with_marginals_that_hold
 
-# Up to so many problems are looked at one by one.
-_FEW = 16
-
 ProgressArgument = Callable[[int, int], object] | bool | None
 
 
@@ -63,7 +60,7 @@ def _solve(p: Problem, progress: ProgressArgument) -> Result:
 
 def _all_solved(p: Problem, result: Result) -> bool:
     """Whether all problems converged to values within the type of the result, whose numbers end earlier."""
-    if p.x.device.type == "cpu" and p.sizes[0] <= _FEW:  # numbers of Python take a tenth of the time then
+    if p.has_few_numbers:
         most = torch.finfo(p.x.dtype).max
         values, converged = result.value.tolist(), result.converged.tolist()
         return all(converged) and all(-most <= value <= most for value in values)
@@ -200,5 +197,15 @@ def _fake_apply(p: Problem, v: Tensor, transpose: bool) -> Tensor:
     return p.x.new_empty(batch, m if transpose else n, v.shape[2])
 
 
-plan_of: Callable[[Problem], Tensor] = define_op("sinkhorn_plan", _plan, _fake_plan)
-apply_plan: Callable[[Problem, Tensor, bool], Tensor] = define_op("sinkhorn_apply", _apply, _fake_apply)
+_PLAN: Callable[[Problem], Tensor] = define_op("sinkhorn_plan", _plan, _fake_plan)
+_APPLY: Callable[[Problem, Tensor, bool], Tensor] = define_op("sinkhorn_apply", _apply, _fake_apply)
+
+
+def plan_of(p: Problem) -> Tensor:
+    """The plan [B, n, m] of a problem with potentials."""
+    return _PLAN(p) if is_traced(p.x, p.a) else _plan(p)
+
+
+def apply_plan(p: Problem, v: Tensor, transpose: bool) -> Tensor:
+    """The plan, or its transpose, times v [B, m, k] or [B, n, k]."""
+    return _APPLY(p, v, transpose) if is_traced(p.x, p.a, v) else _apply(p, v, transpose)
