@@ -597,6 +597,14 @@ def test_other_functions_of_pot_are_refused_by_name(module):
         (lambda o, a, b, M: o.solve_batch(M[None]), "reg=None is exact transport"),
         (lambda o, a, b, M: o.solve_batch(M[None], 1, method="proximal"), "method='proximal'"),
         (lambda o, a, b, M: o.dist(M, M, w=a), "'w'"),
+        (lambda o, a, b, M: o.sinkhorn_unbalanced(a, b, M, 1, 1, reg_type=1), "reg_type=1"),
+        # Names that the shim's own functions have.
+        (
+            lambda o, a, b, M: o.unbalanced.sinkhorn_knopp_unbalanced(a, b, M, 1, 1, method="sinkhorn"),
+            "'method'",
+        ),
+        (lambda o, a, b, M: o.sinkhorn(a, b, M, 1, call="sinkhorn"), "'call'"),
+        (lambda o, a, b, M: o.sinkhorn2(a, b, M, 1, names=()), "'names'"),
         (lambda o, a, b, M: o.sinkhorn(a, b, fc, 1), "M is an array of type builtins.module"),
         (
             lambda o, a, b, M: o.sinkhorn(a, b, M, torch.tensor(1.0, requires_grad=True)),
@@ -619,6 +627,8 @@ def test_what_is_not_supported_is_refused_by_name(call, message):
     ("call", "message"),
     [
         (lambda o, a, b, M: o.sinkhorn(a, b, M, 1, method="foo"), "Unknown method 'foo'"),
+        (lambda o, a, b, M: o.sinkhorn(a, b, M, 1, method=1), "Unknown method 1"),
+        (lambda o, a, b, M: o.sinkhorn_unbalanced(a, b, M, 1, 1, method=None), "Unknown method None"),
         (lambda o, a, b, M: o.sinkhorn2(a, b, M, 1, method="greenkhorn"), "Unknown method 'greenkhorn'"),
         (lambda o, a, b, M: o.sinkhorn(a[:3], b, M, 1), "a must have shape (12,), got (3,)"),
         (lambda o, a, b, M: o.sinkhorn(a, b, M[0], 1), "M must have 2 dimensions"),

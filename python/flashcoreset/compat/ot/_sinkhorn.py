@@ -133,7 +133,7 @@ def _broken(p: _Arguments, log: bool, message: str) -> _Outcome:
 
 
 def _knopp(
-    call: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
+    call: str, /, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
     warmstart: Any, **unknown: Any,
 ) -> _Outcome:  # fmt: skip
     refuse_unknown(call, unknown)
@@ -151,7 +151,7 @@ def _knopp(
 
 
 def _log_domain(
-    call: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
+    call: str, /, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
     warmstart: Any, **unknown: Any,
 ) -> _Outcome:  # fmt: skip
     refuse_unknown(call, unknown)
@@ -180,7 +180,7 @@ def _log_domain(
 
 
 def _stabilized(
-    call: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
+    call: str, /, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
     warmstart: Any, tau: float = 1e3, print_period: int = 20, **unknown: Any,
 ) -> _Outcome:  # fmt: skip
     refuse_unknown(call, unknown)
@@ -199,7 +199,7 @@ def _stabilized(
 
 
 def _epsilon_scaling(
-    call: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
+    call: str, /, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
     warmstart: Any, epsilon0: float = 1e4, numInnerItermax: int = 100, tau: float = 1e3, print_period: int = 10,
     **unknown: Any,
 ) -> _Outcome:  # fmt: skip
@@ -216,7 +216,7 @@ def _epsilon_scaling(
 
 
 def _greedy(
-    call: str, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
+    call: str, /, a: Any, b: Any, M: Any, reg: Any, numItermax: int, stopThr: float, verbose: bool, log: bool, warn: bool,
     warmstart: Any, **unknown: Any,
 ) -> _Outcome:  # fmt: skip
     refuse_unknown(call, unknown)
@@ -256,8 +256,8 @@ _METHODS = {
 }
 
 
-def _by_method(method: str, names: Iterable[str], *args: Any, **options: Any) -> _Outcome:
-    name = method.lower()
+def _by_method(method: str, names: Iterable[str], /, *args: Any, **options: Any) -> _Outcome:
+    name = str(method).lower()
     if name not in names:
         raise ValueError(f"Unknown method {method!r}; valid names: {', '.join(names)}")
     call, function = _METHODS[name]

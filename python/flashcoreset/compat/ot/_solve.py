@@ -162,7 +162,7 @@ def _refuse_other_problems(
         wrong = f"reg={reg} is transport without an entropy"
     elif not isinstance(reg_type, str) or reg_type.lower() not in ("kl", "entropy"):
         wrong = f"reg_type={reg_type!r} is not supported (valid names: 'KL', 'entropy')"
-    elif unbalanced is not None and (unbalanced_type.lower() != "kl" or reg_type.lower() != "kl"):
+    elif unbalanced is not None and (str(unbalanced_type).lower() != "kl" or reg_type.lower() != "kl"):
         wrong = f"unbalanced_type={unbalanced_type!r} with reg_type={reg_type!r} is not supported ('KL' for both is)"
     elif method not in (None, "sinkhorn", "sinkhorn_log"):
         wrong = f"method={method!r} is not supported"
@@ -224,7 +224,7 @@ def solve_sample(
         0.269
     """
     call = "ot.solve_sample"
-    name = None if method is None else method.lower()
+    name = None if method is None else str(method).lower()
     if name is not None and name not in (*_METHODS, *_SAMPLE_METHODS):
         raise ValueError(
             f"Unknown method {method!r} for solve_sample; valid names: {', '.join((*_METHODS, *_SAMPLE_METHODS))}"

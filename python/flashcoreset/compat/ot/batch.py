@@ -52,7 +52,7 @@ def dist_batch(X1: Any, X2: Any = None, metric: str = "sqeuclidean", p: float = 
 
 
 def _distances(x: Tensor, y: Tensor, metric: str, p: float) -> Tensor:
-    name = metric.lower()
+    name = str(metric).lower()
     if name == "sqeuclidean":
         return squared_distances(x, y)
     if name in ("euclidean", "minkowski"):

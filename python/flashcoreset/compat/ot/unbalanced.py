@@ -42,7 +42,7 @@ def _solve(
     if rows.shape != (n,) or columns.dim() not in (1, 2) or columns.shape[0] != m:
         got = f"{tuple(rows.shape)} and {tuple(columns.shape)}"
         raise ValueError(f"{call}: a and b must have shapes ({n},) and ({m},) or ({m}, k), got {got}")
-    if reg_type.lower() not in ("kl", "entropy"):
+    if str(reg_type).lower() not in ("kl", "entropy"):
         raise NotImplementedError(
             f"{call}: reg_type={reg_type!r} is not supported here; valid names: 'kl', 'entropy'"
         )
@@ -150,7 +150,7 @@ _CALLS = {
 
 def _call_of(method: str, options: dict[str, Any]) -> str:
     """The function of POT for a method, whose arguments beyond the common ones `options` have to be."""
-    name = method.lower()
+    name = str(method).lower()
     if name not in _CALLS:
         raise ValueError(f"Unknown method {method!r}; valid names: {', '.join(_CALLS)}")
     if name == "sinkhorn_reg_scaling":
@@ -244,8 +244,9 @@ def sinkhorn_unbalanced2(
     return (cost, record) if log else cost
 
 
-def _named(method: str, *args: Any, **kwargs: Any) -> Any:
+def _named(method: str, /, *args: Any, **kwargs: Any) -> Any:
     a, b, M, reg, reg_m, reg_type, c, warmstart, numItermax, stopThr, verbose, log = args
+    _call_of(method, kwargs)  # refuses a second `method`, which `sinkhorn_unbalanced` would take
     return sinkhorn_unbalanced(
         a, b, M, reg, reg_m, method, reg_type, c, warmstart, numItermax, stopThr, verbose, log, **kwargs
     )
