@@ -10,10 +10,10 @@ Runs of `fc.distributed.facility_location` on 1, 2 and 4 gloo processes with one
              bytes   = c (d s + 8) + k d s and what the picks send, which grows with n
 
 What a pair of a candidate and a client, a product (its similarity alone), a byte, a collective and a pick cost is measured apart from the
-runs, in the same processes and at the same time on all of them. v, how often a candidate is evaluated, what the picks send, and what a pair
-costs on one process ("one") are counted in the run at the smallest n, and hold for the larger ones: those rows test the model, the first
-ones only its unit costs. Seconds are CPU seconds of the rank that needs most, since ranks may share a core. Bytes are those that a rank
-receives, as `info` counts them.
+runs, in the same processes and at the same time on all of them. Seconds are these costs times what each run counts: bytes, collectives, and v,
+how often a candidate is evaluated, which is the data's own. One process does not count its evaluations: v is that of the next more
+processes there, and its seconds and those of GreeDi's parts ("one") follow from the run at the smallest n. Seconds are CPU seconds of the rank
+that needs most, since ranks may share a core. Bytes, those that a rank receives, are predicted from n, with what the picks send at the smallest n.
 
 The picks of 2 and 4 processes have to be those of one, and the objective of GreeDi and of the sample at least 0.95 of theirs. Ends with 1
 if that fails, or if a prediction is farther off than --within says for seconds, 1.25 for bytes (GreeDi's: 2, since one more run follows where
@@ -220,26 +220,30 @@ def predicted_bytes(run: Run, first: Run, world: int, plan: Plan) -> float:
     return first_bytes(run.mode, run.n, world, plan) + first.pick_bytes * growth(run, first)
 
 
-def predicted_seconds(run: Run, first: Run, one: Run, world: int, costs: Costs, plan: Plan) -> float:
-    """CPU seconds; `one` is one process's exact run at the smallest n."""
+def evaluated(run: Run, world: int, plan: Plan) -> float:
+    """v: how often a candidate is evaluated; 0 if it is not counted."""
+    candidates = {"exact": run.n, "GreeDi": world * plan.k, "sample": run.n / world}[run.mode]
+    return run.evaluations / candidates
+
+
+def seconds_of_one(run: Run, first: Run, of_more: dict[tuple[str, int], float], plan: Plan) -> float:
+    """CPU seconds of one process, from its run at the smallest n and from v of more processes by mode and n."""
+    more = run.n / first.n * of_more.get((run.mode, run.n), 1.0) / of_more.get((first.mode, first.n), 1.0)
+    clients = run.n / first.n if run.mode == "exact" else distinct(run.n, plan) / distinct(first.n, plan)
+    return first.cpu * more * clients
+
+
+def predicted_seconds(run: Run, one: dict[int, Run], world: int, costs: Costs, plan: Plan) -> float:
+    """CPU seconds of several processes; `one` has one process's exact runs by n."""
     n, k, here = run.n, plan.k, run.n / world
-    if world == 1:
-        return first.cpu * (n / first.n) ** (2 if run.mode == "exact" else 1)
-    # A broadcast and a sum for 256 rows.
-    batches = {"exact": n / 256, "GreeDi": world * k / 256, "sample": 0.0}[run.mode]
-    collectives = 2 * batches + first.pick_collectives * growth(run, first)
-    rest = (
-        predicted_bytes(run, first, world, plan) * costs.byte
-        + collectives * costs.collective
-        + k * costs.pick
-    )
-    evaluations = first.evaluations * growth(run, first)
+    rest = run.bytes * costs.byte + run.collectives * costs.collective + k * costs.pick
     if run.mode == "exact":
-        return evaluations * here * costs.pair + rest
+        return run.evaluations * here * costs.pair + rest
     if run.mode == "GreeDi":
-        of_one = one.cpu / one.n**2 * here**2
-        return of_one + evaluations * here * costs.pair + world * k * here * costs.product + rest
-    return evaluations * distinct(n, plan) * costs.pair + here * k * costs.product + rest
+        nearest = one[min(one, key=lambda size: abs(size - here))]
+        of_one = nearest.cpu / nearest.n**2 * here**2
+        return of_one + run.evaluations * here * costs.pair + world * k * here * costs.product + rest
+    return run.evaluations * distinct(n, plan) * costs.pair + here * k * costs.product + rest
 
 
 def of_slowest(runs: list[Run]) -> Run:
@@ -263,6 +267,12 @@ def table(
     wrong: list[str] = []
     (alone,) = found[1][1]
     exact = {run.n: run for run in alone if run.mode == "exact"}
+    several = min((world for world in found if world > 1), default=1)
+    of_more = {
+        (run.mode, run.n): v
+        for run in map(of_slowest, map(list, zip(*found[several][1], strict=True)))
+        if (v := evaluated(run, several, plan))
+    }
     for world, (costs, of_ranks) in sorted(found.items()):
         runs = [of_slowest(list(same)) for same in zip(*of_ranks, strict=True)]
         for run in runs:
@@ -281,15 +291,17 @@ def table(
             if share < LEAST_SHARE:
                 wrong.append(f"{what}: the objective is {share:.3f} of the exact one")
             sent = predicted_bytes(run, first, world, plan)
-            seconds = predicted_seconds(run, first, exact[plan.sizes[0]], world, costs, plan)
+            if world == 1:
+                seconds = seconds_of_one(run, first, of_more, plan)
+            else:
+                seconds = predicted_seconds(run, exact, world, costs, plan)
             byte_ratio, ratio = run.bytes / sent if sent else 1.0, run.cpu / seconds
             bound = BYTES_WITHIN[run.mode]
             if world > 1 and not 1 / bound <= byte_ratio <= bound:
                 wrong.append(f"{what}: {run.bytes:,} bytes, predicted {sent:,.0f}")
             if not 1 / within <= ratio <= within:
                 wrong.append(f"{what}: {run.cpu:.2f} CPU s, predicted {seconds:.2f}")
-            candidates = {"exact": run.n, "GreeDi": world * plan.k, "sample": run.n / world}[run.mode]
-            v = f"{run.evaluations / candidates:.2f}" if run.evaluations else ""
+            v = f"{evaluated(run, world, plan):.2f}" if run.evaluations else ""
             bytes_of = f"{sent:,.0f} | {run.bytes:,} | {byte_ratio:.3f}" if world > 1 else "| |"
             lines.append(
                 f"| {run.mode} | {world} | {run.n:,} | {v} | {bytes_of} | {seconds:.2f} | {run.cpu:.2f} | {ratio:.2f} | {run.wall:.2f} |"
