@@ -70,6 +70,16 @@ def _submodlib(module: Any, inputs: Inputs) -> list[tuple[int, float]]:
     return function.maximize(budget=inputs["k"], optimizer="LazyGreedy", show_progress=False, verbose=False)
 
 
+def _points(n: int, d: int, k: int) -> Inputs:
+    return {"x": data.clustered(n, d), "k": k}
+
+
+def _submodlib_of_points(module: Any, inputs: Inputs) -> list[tuple[int, float]]:
+    x = inputs["x"]
+    function = module.FacilityLocationFunction(n=len(x), mode="dense", data=x, metric="cosine")
+    return function.maximize(budget=inputs["k"], optimizer="LazyGreedy", show_progress=False, verbose=False)
+
+
 def _apricot(module: Any, inputs: Inputs) -> list[tuple[int, float]]:
     found = module.FacilityLocationSelection(inputs["k"], metric="precomputed", optimizer="lazy").fit(
         inputs["s"]
@@ -137,6 +147,23 @@ def _ot(name: str, **options: Any) -> Call:
     return call
 
 
+def _float32(n: int) -> Inputs:
+    return {
+        name: torch.from_numpy(value).float() if isinstance(value, np.ndarray) else value
+        for name, value in _transport(n).items()
+    }
+
+
+def _batch(n: int, batch: int) -> Inputs:
+    points = torch.rand(2, batch, n, 2, generator=torch.Generator().manual_seed(0))
+    return {"cost": torch.cdist(points[0], points[1]).square()}
+
+
+def _solve_batch(module: Any, inputs: Inputs) -> np.ndarray:
+    solve = importlib.import_module(f"{module.__name__}.batch").solve_batch
+    return solve(inputs["cost"], reg=0.1, max_iter=100, tol=0).plan.numpy()
+
+
 def _native_plan(inputs: Inputs) -> np.ndarray:
     found = fc.sinkhorn(
         inputs["cost"], a=inputs["a"], b=inputs["b"], reg=inputs["reg"], metric="precomputed", tol=1e-9,
@@ -193,6 +220,16 @@ POT = Row(
 ROWS = [
     SUBMODLIB,
     replace(
+        SUBMODLIB,
+        name="submodlib-points",
+        title="FacilityLocationFunction(data, cosine).maximize, n = 6,000, d = 128, k = 600",
+        make=_points,
+        size={"n": 6_000, "d": 128, "k": 600},
+        small={"n": 60, "d": 8, "k": 6},
+        **_swapped("submodlib", _submodlib_of_points),
+        goal=20,
+    ),
+    replace(
         SUBMODLIB, name="submodlib-native", peer=_native_picks, peer_name="fc.facility_location", goal=0.9
     ),
     replace(
@@ -237,6 +274,25 @@ ROWS = [
         name="ot-sinkhorn-log-1000",
         title="ot.bregman.sinkhorn_log, n = 1,000",
         **_swapped("ot", _ot("bregman.sinkhorn_log")),
+        goal=20,
+    ),
+    replace(
+        POT,
+        name="ot-sinkhorn-log-1000-torch",
+        title="ot.bregman.sinkhorn_log, n = 1,000, torch float32, stopThr 1e-6",
+        make=_float32,
+        **_swapped("ot", _ot("bregman.sinkhorn_log", stopThr=1e-6)),
+        check=_close(1e-3),
+        goal=20,
+    ),
+    replace(
+        POT,
+        name="ot-batch-128",
+        title="ot.batch.solve_batch, 100 iterations of 256 problems of 128 x 128",
+        make=_batch,
+        size={"n": 128, "batch": 256},
+        small={"n": 20, "batch": 3},
+        **_swapped("ot", _solve_batch),
         goal=20,
     ),
     replace(
