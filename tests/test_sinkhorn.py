@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -760,6 +761,38 @@ COST: dict[str, Any] = {"metric": "precomputed"}
 def test_bad_values(arguments: tuple[Any, ...], options: dict[str, Any], message: str, backend: str) -> None:
     with pytest.raises(ValueError, match=message):
         fc.sinkhorn(*arguments, **{"reg": 1.0, "backend": backend} | options)
+
+
+@pytest.mark.parametrize("count", [1, 16, 17])  # checked one by one, or together
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("a", {3: NAN}, "a must be finite and >= 0, got nan at position 3"),
+        ("b", {0: INF}, "b must be finite and >= 0, got inf at position 0"),
+        ("a", {4: -INF, 1: INF}, "a must be finite and >= 0, got inf at position 1"),
+        ("b", {2: -1e-300}, "b must be finite and >= 0, got -1e-300 at position 2"),
+        ("a", dict.fromkeys(range(5), 0.0), "a must have a weight > 0, got none"),
+        ("b", {0: 1.5e308, 1: 1.5e308}, "b must have a finite sum"),
+        ("a", {2: 0.2003}, "a and b must have the same sum for balanced transport, got 1.0003 and 1"),
+        ("b", {2: 0.2003}, "a and b must have the same sum for balanced transport, got 1 and 1.0003"),
+    ],
+)
+def test_one_problem_with_bad_weights(
+    name: str, values: dict[int, float], message: str, count: int, backend: str
+) -> None:
+    sides = {side: torch.full((count, 6), 0.2, dtype=torch.float64) for side in "ab"}
+    for weights_of_side in sides.values():
+        weights_of_side[:, 5] = NAN  # padding
+    for place, value in values.items():
+        sides[name][-1, place] = value
+    lengths = {"x_lengths": [5] * count, "y_lengths": [5] * count}
+    cost = torch.ones(count, 6, 6)
+    within = f" of problem {count - 1}" if count > 1 else ""
+    with pytest.raises(ValueError, match=re.escape(message + within) + "(;|$)"):
+        fc.sinkhorn(cost, **sides, reg=1.0, metric="precomputed", backend=backend, **lengths)
+    sides[name][-1, :5] = 0.2 * (1 + 0.9e-4)  # the same sum, rounded
+    found = fc.sinkhorn(cost, **sides, reg=1.0, metric="precomputed", backend=backend, **lengths)
+    assert found.converged.all()
 
 
 @pytest.mark.parametrize(

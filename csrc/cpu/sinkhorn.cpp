@@ -52,7 +52,7 @@ constexpr int64_t kChunkRows = 72;         // at least; a multiple of kTogether 
 constexpr int64_t kChunks = 64;            // about, at most
 constexpr int64_t kFlush = 512;            // columns whose sum is taken in the type's own precision
 constexpr double kLeastScaling = 1e-8, kMostScaling = 1e8;
-constexpr double kEntriesPerThread = 1 << 14;  // whose work takes about twice as long as a thread's start
+constexpr double kEntriesPerThread = 1 << 14;  // a pass over fewer takes less time than a thread's start
 
 template <class T>
 constexpr int kLanes = simd::kWidth<T> < 2 * kTogether ? 2 * kTogether : simd::kWidth<T>;
@@ -1047,7 +1047,7 @@ class Problem {
   double moved_ = 0;
 };
 
-// How many of `threads` are worth starting for a batch.
+// How many of `threads` are worth starting for a few passes over a batch.
 template <class T>
 int worthwhile(int threads, const SinkhornBatch<T>& batch) {
   double entries = 0;
@@ -1063,7 +1063,9 @@ class SinkhornRun final : public Sinkhorn {
   SinkhornRun(const SinkhornBatch<T>& batch, const SinkhornResult& result, const SinkhornOptions& options)
       : batch_(batch),
         result_(result),
-        options_(with_threads(options, worthwhile(options.threads, batch))),
+        // The problems of a batch may take any number of iterations, one thread each.
+        options_(
+            with_threads(options, batch.count() > 1 ? options.threads : worthwhile(options.threads, batch))),
         team_(options_.threads, options.poll),
         order_(batch.count()),
         checked_(batch.is_shared() ? 1 : batch.count()),
