@@ -12,7 +12,7 @@ Runs of `fc.distributed.facility_location` on 1, 2 and 4 gloo processes with one
 What a pair of a candidate and a client, a product (its similarity alone), a byte, a collective and a pick cost is measured apart from the
 runs, in the same processes and at the same time on all of them. Seconds are these costs times what each run counts: bytes, collectives, and v,
 how often a candidate is evaluated, which is the data's own. One process does not count its evaluations: v is that of the next more
-processes there, and its seconds and those of GreeDi's parts ("one") follow from the run at the smallest n. Seconds are CPU seconds of the rank
+processes there, and its seconds follow from its run at the smallest n; those of GreeDi's parts ("one") from its run at the nearest n. Seconds are CPU seconds of the rank
 that needs most, since ranks may share a core. Bytes, those that a rank receives, are predicted from n, with what the picks send at the smallest n.
 
 The picks of 2 and 4 processes have to be those of one, and the objective of GreeDi and of the sample at least 0.95 of theirs. Ends with 1
@@ -228,7 +228,8 @@ def evaluated(run: Run, world: int, plan: Plan) -> float:
 
 def seconds_of_one(run: Run, first: Run, of_more: dict[tuple[str, int], float], plan: Plan) -> float:
     """CPU seconds of one process, from its run at the smallest n and from v of more processes by mode and n."""
-    more = run.n / first.n * of_more.get((run.mode, run.n), 1.0) / of_more.get((first.mode, first.n), 1.0)
+    here, there = of_more.get((run.mode, run.n)), of_more.get((first.mode, first.n))
+    more = run.n / first.n * (here / there if here and there else 1.0)
     clients = run.n / first.n if run.mode == "exact" else distinct(run.n, plan) / distinct(first.n, plan)
     return first.cpu * more * clients
 

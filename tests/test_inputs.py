@@ -357,3 +357,19 @@ def test_bad_labels_are_named(groups: Any, budgets: Any, error: type[Exception],
 
 def test_a_column_of_objects_that_are_numbers() -> None:
     assert as_array(Column(np.array([1, 2.5], dtype=object)), "x").tolist() == [1.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: fc.facility_location(x, 2, backend="cpu").gains,
+        lambda x: fc.match_gradients(x, 2, backend="cpu").weights,
+        lambda x: fc.sinkhorn(x, x, reg=0.5, backend="cpu").f,
+        lambda x: fc.k_center(x, 2, backend="cpu").gains,
+    ],
+)
+def test_functionalize_is_an_error_not_a_crash(call: Callable[[Tensor], Tensor]) -> None:
+    """The parts of its tensors have addresses that are not null, and no memory there."""
+    part = torch.rand(3, 5, 2, generator=torch.Generator().manual_seed(0))[1]
+    with pytest.raises(ValueError, match=r"has no values while torch\.func\.functionalize traces the call"):
+        torch.func.functionalize(call)(part)

@@ -20,6 +20,7 @@ from checks.sinkhorn import points, weights
 from conftest import BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flashcoreset as fc
 from flashcoreset import kernels
@@ -970,6 +971,20 @@ def test_compile_of_plan_and_apply_without_a_graph_break(backend: str) -> None:
         torch._dynamo.reset()
         compiled = torch.compile(results, fullgraph=True, backend="aot_eager")(x, y)
         assert all(torch.equal(one, other) for one, other in zip(compiled, results(x, y), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, about itself
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_transforms_of_plan_and_apply(backend: str) -> None:
+    """What records a call of a finished transport records the op, and not the empty tensors that a kernel writes to."""
+    found = fc.sinkhorn(points(1, 5, 2, 0)[0], points(1, 4, 2, 1)[0], reg=0.5, backend=backend)
+    v = torch.rand(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.stack([found.apply(row) for row in v])
+    assert torch.equal(torch.jit.trace(found.apply, v[0])(v[1]), expected[1])
+    assert torch.equal(make_fx(lambda row: found.apply(row))(v[0])(v[1]), expected[1])
+    assert torch.equal(make_fx(lambda: found.plan())()(), found.plan())
+    assert torch.equal(torch.func.functionalize(found.apply)(v[1]), expected[1])
+    assert torch.equal(torch.func.vmap(found.apply)(v), expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

@@ -26,7 +26,20 @@ MODULES = {
 
 _REMEDY = "reinstall flashcoreset with a C++17 compiler present (pip install .), or pass backend='torch'"
 
-capsule = torch.utils.dlpack.to_dlpack
+
+def capsule(tensor: Tensor) -> Any:
+    """A DLPack capsule of a tensor, as the compiled modules take it.
+
+    Raises:
+        ValueError: for a tensor without values of its own.
+    """
+    # Its storage is null, but the address of a part of it is not.
+    if torch._is_functional_tensor(tensor):
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} has no values while torch.func.functionalize traces the call; make the call "
+            "outside of it"
+        )
+    return torch.utils.dlpack.to_dlpack(tensor)
 
 
 @functools.cache

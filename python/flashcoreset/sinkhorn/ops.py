@@ -197,15 +197,5 @@ def _fake_apply(p: Problem, v: Tensor, transpose: bool) -> Tensor:
     return p.x.new_empty(batch, m if transpose else n, v.shape[2])
 
 
-_PLAN: Callable[[Problem], Tensor] = define_op("sinkhorn_plan", _plan, _fake_plan)
-_APPLY: Callable[[Problem, Tensor, bool], Tensor] = define_op("sinkhorn_apply", _apply, _fake_apply)
-
-
-def plan_of(p: Problem) -> Tensor:
-    """The plan [B, n, m] of a problem with potentials."""
-    return _PLAN(p) if is_traced(p.x, p.a) else _plan(p)
-
-
-def apply_plan(p: Problem, v: Tensor, transpose: bool) -> Tensor:
-    """The plan, or its transpose, times v [B, m, k] or [B, n, k]."""
-    return _APPLY(p, v, transpose) if is_traced(p.x, p.a, v) else _apply(p, v, transpose)
+plan_of: Callable[[Problem], Tensor] = define_op("sinkhorn_plan", _plan, _fake_plan)
+apply_plan: Callable[[Problem, Tensor, bool], Tensor] = define_op("sinkhorn_apply", _apply, _fake_apply)

@@ -42,7 +42,7 @@ def _solve(
     if rows.shape != (n,) or columns.dim() not in (1, 2) or columns.shape[0] != m:
         got = f"{tuple(rows.shape)} and {tuple(columns.shape)}"
         raise ValueError(f"{call}: a and b must have shapes ({n},) and ({m},) or ({m}, k), got {got}")
-    if str(reg_type).lower() not in ("kl", "entropy"):
+    if not isinstance(reg_type, str) or reg_type.lower() not in ("kl", "entropy"):
         raise NotImplementedError(
             f"{call}: reg_type={reg_type!r} is not supported here; valid names: 'kl', 'entropy'"
         )
