@@ -62,12 +62,16 @@ def _similarity(n: int, k: int) -> Inputs:
     return {"s": data.nonnegative_cosine(data.clustered(n, 64)), "k": k}
 
 
+def _maximize(function: Any, k: int) -> list[tuple[int, float]]:
+    return function.maximize(budget=k, optimizer="LazyGreedy", show_progress=False, verbose=False)
+
+
 def _submodlib(module: Any, inputs: Inputs) -> list[tuple[int, float]]:
     s = inputs["s"]
     function = module.FacilityLocationFunction(
         n=len(s), mode="dense", separate_rep=False, sijs=s, pybind_mode="array"
     )
-    return function.maximize(budget=inputs["k"], optimizer="LazyGreedy", show_progress=False, verbose=False)
+    return _maximize(function, inputs["k"])
 
 
 def _points(n: int, d: int, k: int) -> Inputs:
@@ -77,7 +81,7 @@ def _points(n: int, d: int, k: int) -> Inputs:
 def _submodlib_of_points(module: Any, inputs: Inputs) -> list[tuple[int, float]]:
     x = inputs["x"]
     function = module.FacilityLocationFunction(n=len(x), mode="dense", data=x, metric="cosine")
-    return function.maximize(budget=inputs["k"], optimizer="LazyGreedy", show_progress=False, verbose=False)
+    return _maximize(function, inputs["k"])
 
 
 def _apricot(module: Any, inputs: Inputs) -> list[tuple[int, float]]:

@@ -52,7 +52,7 @@ constexpr int64_t kChunkRows = 72;         // at least; a multiple of kTogether 
 constexpr int64_t kChunks = 64;            // about, at most
 constexpr int64_t kFlush = 512;            // columns whose sum is taken in the type's own precision
 constexpr double kLeastScaling = 1e-8, kMostScaling = 1e8;
-constexpr double kEntriesPerThread = 1 << 14;  // a pass over fewer takes less time than a thread's start
+constexpr double kAdditionsPerEntry = 4;  // that a pass over the costs takes as long as, at least
 
 template <class T>
 constexpr int kLanes = simd::kWidth<T> < 2 * kTogether ? 2 * kTogether : simd::kWidth<T>;
@@ -1054,7 +1054,7 @@ int worthwhile(int threads, const SinkhornBatch<T>& batch) {
   for (int64_t p = 0; p < batch.count(); ++p) {
     entries += static_cast<double>(batch.rows(p)) * static_cast<double>(batch.columns(p));
   }
-  return static_cast<int>(std::min<double>(threads, 1 + std::floor(entries / kEntriesPerThread)));
+  return ThreadTeam::for_work(threads, kAdditionsPerEntry * entries);
 }
 
 template <class T>
